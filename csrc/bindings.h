@@ -1,0 +1,10 @@
+// One bind function per topic, each in its own bind_*.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace freemerge {
+
+void bind_features(pybind11::module_& m);
+
+}  // namespace freemerge

@@ -1,0 +1,15 @@
+// Instruction sets the CPU backend has kernels for, best last.
+#pragma once
+
+#include <string>
+
+namespace freemerge {
+
+enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// Best instruction set of this processor.
+Isa detected_isa();
+
+std::string isa_name(Isa isa);
+
+}  // namespace freemerge

@@ -1,0 +1,74 @@
+// The only C++ definition of a frequency mask; its Python twin is python/freemerge/responses.py and a test compares
+// the two on every bin. Usable from host and device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FM_HOST_DEVICE __host__ __device__
+#else
+#define FM_HOST_DEVICE
+#endif
+
+namespace freemerge {
+
+enum class MaskKind : int { kSteps = 0, kButterworth = 1, kGaussian = 2, kOfficial = 3, kCenter = 4, kTable = 5 };
+
+// Plain data, so that it can be a kernel argument and a cache key.
+struct Mask {
+  MaskKind kind = MaskKind::kSteps;
+  std::int64_t height = 1;
+  std::int64_t width = 1;
+  double unit_y = 1.0;  // radius = hypot(unit_y * ky, unit_x * kx); 1 for DFT bins, 1/H and 1/W when normalised
+  double unit_x = 1.0;
+  double edge0 = 0.0;  // kSteps: inner edge; kButterworth, kGaussian: D0; kOfficial: outer radius
+  double edge1 = 0.0;  // kSteps: outer edge; kOfficial: ring radius
+  double gain0 = 0.0;  // kSteps: gain below edge0, between the edges, from edge1 on
+  double gain1 = 0.0;
+  double gain2 = 0.0;
+  double order = 1.0;            // kButterworth
+  int axis = 1;                  // kCenter: 1 removes each row's mean (kx = 0), 0 each column's (ky = 0)
+  const float* table = nullptr;  // kTable: symmetrised gains, H x (W/2 + 1), row-major, stored order
+};
+
+FM_HOST_DEVICE inline double signed_frequency(std::int64_t bin, std::int64_t n) {
+  return static_cast<double>(bin <= n / 2 ? bin : bin - n);
+}
+
+// The released code: a disc (and a ring counted twice) around index (H/2, W/2) of the unshifted spectrum, in float32.
+FM_HOST_DEVICE inline double official_gain(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
+  const std::int64_t dy = bin_y - m.height / 2;
+  const std::int64_t dx = bin_x - m.width / 2;
+  const float distance = std::sqrt(static_cast<float>(dy * dy + dx * dx));
+  return (distance <= static_cast<float>(m.edge0) ? 1.0 : 0.0) + (distance == static_cast<float>(m.edge1) ? 1.0 : 0.0);
+}
+
+// Symmetrised gain (M(k, l) + M(-k, -l)) / 2 at stored bin (bin_y, bin_x); 0 <= bin_y < H, 0 <= bin_x <= W/2.
+FM_HOST_DEVICE inline double mask_gain(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
+  if (m.kind == MaskKind::kTable) {
+    return static_cast<double>(m.table[bin_y * (m.width / 2 + 1) + bin_x]);
+  }
+  if (m.kind == MaskKind::kOfficial) {
+    const std::int64_t mirror_y = bin_y == 0 ? 0 : m.height - bin_y;
+    const std::int64_t mirror_x = bin_x == 0 ? 0 : m.width - bin_x;
+    return 0.5 * (official_gain(m, bin_y, bin_x) + official_gain(m, mirror_y, mirror_x));
+  }
+  if (m.kind == MaskKind::kCenter) {
+    return (m.axis == 1 ? bin_x : bin_y) == 0 ? 0.0 : 1.0;
+  }
+  const double fy = m.unit_y * signed_frequency(bin_y, m.height);
+  const double fx = m.unit_x * signed_frequency(bin_x, m.width);
+  const double squared = fy * fy + fx * fx;
+  if (m.kind == MaskKind::kGaussian) {
+    return -std::expm1(-0.5 * squared / (m.edge0 * m.edge0));
+  }
+  const double radius = std::sqrt(squared);
+  if (m.kind == MaskKind::kButterworth) {
+    return squared == 0.0 ? 0.0 : 1.0 / (1.0 + std::pow(m.edge0 / radius, 2.0 * m.order));
+  }
+  if (radius < m.edge0) return m.gain0;
+  return radius < m.edge1 ? m.gain1 : m.gain2;
+}
+
+}  // namespace freemerge

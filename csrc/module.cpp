@@ -1,0 +1,5 @@
+#include "bindings.h"
+
+PYBIND11_MODULE(_core, m) {
+  freemerge::bind_features(m);
+}

@@ -1,0 +1,3 @@
+"""The compiled CPU kernels. Pointers come from torch tensors; callers keep them alive."""
+
+def detected_isa() -> str: ...
