@@ -64,7 +64,8 @@ inline float16 round_to<float16>(float x) {
   const auto sign = static_cast<std::uint16_t>((u >> 16) & 0x8000u);
   const std::uint32_t magnitude = u & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
-  if (magnitude >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // 65520 and above round to inf
+  if (magnitude >= 0x477ff000u)
+    return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // 65520 and above round to inf
   if (magnitude < 0x38800000u) {  // subnormal half: let a float addition do the rounding
     const float shifted = float_from_bits(magnitude) + 0.5f;
     return {static_cast<std::uint16_t>(sign | (float_bits(shifted) - float_bits(0.5f)))};

@@ -1,5 +1,5 @@
-// The only C++ definition of a frequency mask; its Python twin is python/freemerge/responses.py and a test compares
-// the two on every bin. Usable from host and device.
+// The only C++ definition of a frequency mask; its Python twin is python/freemerge/responses.py and a test
+// compares the two on every bin. Usable from host and device.
 #pragma once
 
 #include <cmath>
@@ -13,14 +13,22 @@
 
 namespace freemerge {
 
-enum class MaskKind : int { kSteps = 0, kButterworth = 1, kGaussian = 2, kOfficial = 3, kCenter = 4, kTable = 5 };
+enum class MaskKind : int {
+  kSteps = 0,
+  kButterworth = 1,
+  kGaussian = 2,
+  kOfficial = 3,
+  kCenter = 4,
+  kTable = 5
+};
 
 // Plain data, so that it can be a kernel argument and a cache key.
 struct Mask {
   MaskKind kind = MaskKind::kSteps;
   std::int64_t height = 1;
   std::int64_t width = 1;
-  double unit_y = 1.0;  // radius = hypot(unit_y * ky, unit_x * kx); 1 for DFT bins, 1/H and 1/W when normalised
+  double unit_y =
+      1.0;  // radius = hypot(unit_y * ky, unit_x * kx); 1 for DFT bins, 1/H and 1/W when normalised
   double unit_x = 1.0;
   double edge0 = 0.0;  // kSteps: inner edge; kButterworth, kGaussian: D0; kOfficial: outer radius
   double edge1 = 0.0;  // kSteps: outer edge; kOfficial: ring radius
@@ -36,12 +44,14 @@ FM_HOST_DEVICE inline double signed_frequency(std::int64_t bin, std::int64_t n) 
   return static_cast<double>(bin <= n / 2 ? bin : bin - n);
 }
 
-// The released code: a disc (and a ring counted twice) around index (H/2, W/2) of the unshifted spectrum, in float32.
+// The released code: a disc (and a ring counted twice) around index (H/2, W/2) of the unshifted spectrum, in
+// float32.
 FM_HOST_DEVICE inline double official_gain(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
   const std::int64_t dy = bin_y - m.height / 2;
   const std::int64_t dx = bin_x - m.width / 2;
   const float distance = std::sqrt(static_cast<float>(dy * dy + dx * dx));
-  return (distance <= static_cast<float>(m.edge0) ? 1.0 : 0.0) + (distance == static_cast<float>(m.edge1) ? 1.0 : 0.0);
+  return (distance <= static_cast<float>(m.edge0) ? 1.0 : 0.0) +
+         (distance == static_cast<float>(m.edge1) ? 1.0 : 0.0);
 }
 
 // Symmetrised gain (M(k, l) + M(-k, -l)) / 2 at stored bin (bin_y, bin_x); 0 <= bin_y < H, 0 <= bin_x <= W/2.

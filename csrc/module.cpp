@@ -1,5 +1,3 @@
 #include "bindings.h"
 
-PYBIND11_MODULE(_core, m) {
-  freemerge::bind_features(m);
-}
+PYBIND11_MODULE(_core, m) { freemerge::bind_features(m); }

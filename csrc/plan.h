@@ -1,4 +1,5 @@
-// What a backend is told to do. The planner (python/freemerge/spectral/planner.py) makes every decision; kernels execute.
+// What a backend is told to do. The planner (python/freemerge/spectral/planner.py) makes every decision;
+// kernels execute.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace freemerge {
 
 enum class Form : int {
   kScale = 0,      // the mask is one constant: y = background * x
-  kDecimated = 1,  // y = background * x + correction whose spectrum lies in a small box: windowed FIR, coarse FFT, FIR back
+  kDecimated = 1,  // y = background * x + correction whose spectrum lies in a small box: windowed FIR, coarse
+                   // FFT, FIR back
   kPruned = 2,     // y = background * x + correction on the columns of the spectrum whose gain varies
   kFull = 3,       // row FFT, column FFT, mask, and back, for any mask
 };
@@ -26,9 +28,10 @@ struct Plan {
   Form form = Form::kScale;
   Mask mask;
   bool transposed = false;  // kPruned: treat columns as rows (column classes are taken along the other axis)
-  double background = 0.0;  // gain outside the box (kDecimated) or of the constant columns (kPruned), or everywhere (kScale)
-  Decimation rows;          // along H
-  Decimation columns;       // along W
+  double background =
+      0.0;  // gain outside the box (kDecimated) or of the constant columns (kPruned), or everywhere (kScale)
+  Decimation rows;     // along H
+  Decimation columns;  // along W
 };
 
 }  // namespace freemerge

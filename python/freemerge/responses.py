@@ -233,7 +233,9 @@ def _check_measure(unit: str, metric: str) -> None:
     if metric not in ("bins", "normalized"):
         raise ArgumentError(f"metric must be 'bins' or 'normalized', got {metric!r}")
     if metric == "normalized" and unit == "bins":
-        raise ArgumentError("unit='bins' cannot be combined with metric='normalized' (its radius is in cycles per sample)")
+        raise ArgumentError(
+            "unit='bins' cannot be combined with metric='normalized' (its radius is in cycles per sample)"
+        )
 
 
 @dataclass(frozen=True)
