@@ -429,8 +429,9 @@ class Official(Response):
     def _raw(bin_y: Gains, bin_x: Gains, params: MaskParams) -> Gains:
         dy, dx = bin_y - params.height // 2, bin_x - params.width // 2
         distance = np.sqrt((dy * dy + dx * dx).astype(np.float32))
-        inside = (distance <= np.float32(params.edge0)).astype(np.float64)
-        return inside + (distance == np.float32(params.edge1))
+        gains: Gains = (distance <= np.float32(params.edge0)).astype(np.float64)
+        gains += distance == np.float32(params.edge1)
+        return gains
 
 
 class Custom(Response):
@@ -476,16 +477,17 @@ class Custom(Response):
         if self._array is not None:
             if self._array.shape != shape:
                 raise ArgumentError(f"mask has shape {self._array.shape} but the tensor has {shape}")
-            return self._array[(ky % height).astype(np.intp), (kx % width).astype(np.intp)]
+            gains: Gains = self._array[(ky % height).astype(np.intp), (kx % width).astype(np.intp)]
+            return gains
         assert self._function is not None
         # The mirror image of a Nyquist bin is itself: hand the callable the stored sign.
         ky = np.where(2 * ky == -height, -ky, ky)
         kx = np.where(2 * kx == -width, -kx, kx)
-        gains = np.asarray(self._function(ky, kx, shape), dtype=np.float64)
+        called = np.asarray(self._function(ky, kx, shape), dtype=np.float64)
         try:
-            return np.broadcast_to(gains, np.broadcast_shapes(ky.shape, kx.shape))
+            return np.broadcast_to(called, np.broadcast_shapes(ky.shape, kx.shape))
         except ValueError:
-            raise ArgumentError(f"mask callable returned shape {gains.shape} for {ky.shape} x {kx.shape}") from None
+            raise ArgumentError(f"mask callable returned shape {called.shape} for {ky.shape} x {kx.shape}") from None
 
 
 RESPONSES: dict[str, type[Response]] = {
