@@ -1,0 +1,78 @@
+"""The rules of merging, on plain tensors and numbers: weights, scale, alignment, sign election, energy.
+
+Nothing here knows about Fourier transforms or files, so every rule can be checked by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Weights = Literal["paper", "uniform", "sum"] | tuple[float, ...]
+
+TASK_ARITHMETIC_STRENGTH = 0.4  # strength of a summed task vector at which task arithmetic is usually best
+
+
+def merging_weights(weights: Weights, means: Sequence[float]) -> list[float]:
+    """The coefficient lambda_i of each of K task vectors, from E_i = mean |v_i|.
+
+    ``"paper"``: lambda_i = E_i / sum_j E_j (arXiv 2411.16815, equation of FR-Merging); if every task vector is zero,
+    1/K. ``"uniform"``: 1/K. ``"sum"``: 1 (the released code). A tuple is returned as it is.
+    """
+    count = len(means)
+    if weights == "paper":
+        total = math.fsum(means)
+        return [mean / total for mean in means] if total > 0 else [1.0 / count] * count
+    if weights == "uniform":
+        return [1.0 / count] * count
+    if weights == "sum":
+        return [1.0] * count
+    return list(weights)
+
+
+def merging_scale(scale: Literal["auto"] | float, weights: Weights, count: int) -> float:
+    """The global scale of the merged task vector.
+
+    ``"auto"`` merges at the strength of task arithmetic: 0.4 K where the weights sum to one ("paper", "uniform"),
+    0.4 where each is one ("sum"). Weights given as numbers are taken literally: 1.
+    """
+    if scale != "auto":
+        return float(scale)
+    if isinstance(weights, tuple):
+        return 1.0
+    return TASK_ARITHMETIC_STRENGTH * (1 if weights == "sum" else count)
+
+
+def alignment_factors(means: Sequence[float]) -> list[float]:
+    """Factors that give one tensor the same mean magnitude in every task: max_j m_j / m_i; a zero tensor stays zero.
+
+    Source: the released FREE-Merging code, where a zero task vector gives NaN instead.
+    """
+    largest = max(means)
+    return [largest / mean if mean > 0 else 0.0 for mean in means]
+
+
+def elect_and_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Sum of the weighted deltas that agree with the elected sign, elementwise (TIES-Merging, election by sum).
+
+    ``deltas``: K tensors of one shape and dtype, float32 or float64; they are not modified. Returns a new tensor.
+    """
+    total = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        total.add_(delta, alpha=weight)
+    elected = torch.sign(total)
+    total.zero_()
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = torch.sign(delta) * math.copysign(1.0, weight) == elected
+        total.add_(torch.where(agrees, delta, 0.0), alpha=weight)
+    return total
+
+
+def energy_factor(norm_before: float, norm_after: float) -> float:
+    """Factor that gives a filtered task vector its norm back; 1 where the filter left nothing to amplify."""
+    # A filter that removes everything leaves rounding noise, which must not be blown up to full size.
+    return norm_before / norm_after if norm_after > 1e-6 * norm_before else 1.0
