@@ -5,6 +5,7 @@
 
 namespace freemerge {
 
+void bind_accumulate(pybind11::module_& m);
 void bind_features(pybind11::module_& m);
 
 }  // namespace freemerge

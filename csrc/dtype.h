@@ -10,6 +10,12 @@ namespace freemerge {
 
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
+// The codes Python passes; an unknown one throws.
+inline DType to_dtype(int code) {
+  require(code >= 0 && code <= static_cast<int>(DType::kFloat16), "unknown dtype code");
+  return static_cast<DType>(code);
+}
+
 struct bfloat16 {
   std::uint16_t bits;
 };

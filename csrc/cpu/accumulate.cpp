@@ -1,0 +1,73 @@
+#include "cpu/accumulate.h"
+
+#include <algorithm>
+
+#include "cpu/accumulate_kernels.h"
+#include "cpu/features.h"
+#include "error.h"
+#include "parallel.h"
+
+namespace freemerge {
+namespace {
+
+constexpr std::int64_t kBlock =
+    1 << 15;  // entries whose |v| are summed together; fixes the order of the sums
+
+struct Kernels {
+  AccumulateKernel accumulate;
+  AddRoundKernel add_round;
+};
+
+Kernels kernels() {
+  switch (detected_isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx512:
+      return {avx512::accumulate_range, avx512::add_round_range};
+    case Isa::kAvx2:
+      return {avx2::accumulate_range, avx2::add_round_range};
+#endif
+    default:
+      return {baseline::accumulate_range, baseline::add_round_range};
+  }
+}
+
+std::int64_t block_count(std::int64_t n) { return (n + kBlock - 1) / kBlock; }
+
+}  // namespace
+
+std::vector<double> accumulate(void* out, Storage base, const std::vector<Storage>& models,
+                               const std::vector<double>& weights, std::int64_t n, int threads) {
+  require(n >= 0, "n must not be negative");
+  require(!models.empty(), "models must not be empty");
+  require(out == nullptr || weights.size() == models.size(), "weights must hold one number per model");
+  const bool wide = base.dtype == DType::kFloat64 ||
+                    std::any_of(models.begin(), models.end(),
+                                [](const Storage& model) { return model.dtype == DType::kFloat64; });
+  const int count = static_cast<int>(models.size());
+  const AccumulateJob job{out,  wide ? DType::kFloat64 : DType::kFloat32, base, models.data(), weights.data(),
+                          count};
+  std::vector<double> sums(static_cast<std::size_t>(block_count(n)) * models.size());
+  const Kernels chosen = kernels();
+  parallel_for(block_count(n), threads, [&](std::int64_t block) {
+    const std::int64_t begin = block * kBlock;
+    chosen.accumulate(job, begin, std::min(kBlock, n - begin), sums.data() + block * count);
+  });
+  std::vector<double> means(models.size(), 0.0);
+  for (std::size_t i = 0; i < sums.size(); ++i) means[i % models.size()] += sums[i];
+  for (double& mean : means) mean = n == 0 ? 0.0 : mean / static_cast<double>(n);
+  return means;
+}
+
+void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, std::int64_t n,
+               int threads) {
+  require(n >= 0, "n must not be negative");
+  const bool wide = base.dtype == DType::kFloat64 || delta.dtype == DType::kFloat64;
+  const AddRoundJob job{out, out_dtype, wide ? DType::kFloat64 : DType::kFloat32, base, delta, scale};
+  const Kernels chosen = kernels();
+  parallel_for(block_count(n), threads, [&](std::int64_t block) {
+    const std::int64_t begin = block * kBlock;
+    chosen.add_round(job, begin, std::min(kBlock, n - begin));
+  });
+}
+
+}  // namespace freemerge

@@ -1,0 +1,33 @@
+// Task vectors v_i = theta_i - theta_0: their weighted sum and mean magnitude in one pass over the stored
+// weights.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "dtype.h"
+
+namespace freemerge {
+
+// A contiguous array in its storage dtype.
+struct Storage {
+  const void* data;
+  DType dtype;
+};
+
+// out[j] = sum_i weights[i] * v_i[j], and mean_j |v_i[j]| for each model as the return value.
+//
+// Arithmetic is double when any input is double, else float, and `out` (n entries, or null for the means
+// alone) has that type. Products are rounded before they are added, model after model: the order and rounding
+// of the same formula in torch ops, so both give the same bytes. The means are double sums over fixed blocks
+// in a fixed order: the same for any thread count. A mean is not finite exactly when some v_i is not (or a
+// double sum overflows). `out` must not overlap the inputs.
+std::vector<double> accumulate(void* out, Storage base, const std::vector<Storage>& models,
+                               const std::vector<double>& weights, std::int64_t n, int threads);
+
+// out[j] = round(base[j] + scale * delta[j]) to out_dtype, product and sum rounded to double when base or
+// delta is double, else to float. `out` may be `base` or `delta` itself if the dtypes are the same.
+void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, std::int64_t n,
+               int threads);
+
+}  // namespace freemerge

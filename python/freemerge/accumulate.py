@@ -1,0 +1,120 @@
+"""Task vectors v_i = theta_i - theta_0 in one pass over the stored weights: weighted sum, mean |v_i|, add and round.
+
+Two backends compute the same formulas: the native kernel (``"cpu"``) and torch ops (``"torch"``, any device). They
+round in the same places (each product, then each sum, model after model, no fused multiply-add), so the tensors they
+return are the same bytes; the means, float64 sums in another order, agree to about 1e-12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import _core
+from .errors import ArgumentError
+from .native import dtype_code, runs_native
+
+_CHUNK = 1 << 22  # entries the torch backend works on at a time, which bounds its extra memory
+
+
+def task_vector_sum(
+    base: torch.Tensor, models: Sequence[torch.Tensor], weights: Sequence[float], *, backend: str = "auto"
+) -> tuple[torch.Tensor, list[float]]:
+    """``(sum_i weights[i] * (models[i] - base), [mean |models[i] - base|])`` in one pass.
+
+    Tensors are fp32, fp64, bf16 or fp16 of one shape, mixed as they come and with any strides. The sum is a new
+    contiguous tensor, float32, or float64 if any input is. A mean that is not finite says that this task vector holds
+    a NaN or an infinity.
+    """
+    if len(weights) != len(models):
+        raise ArgumentError(f"weights must hold one number per model, got {len(weights)} for {len(models)}")
+    return _sum_and_means(base, models, [float(weight) for weight in weights], backend)
+
+
+def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: str = "auto") -> list[float]:
+    """``[mean |models[i] - base|]``, E(v_i) of the paper, without writing anything; inputs as in task_vector_sum."""
+    return _sum_and_means(base, models, None, backend)[1]
+
+
+def add_round(
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``round(base + scale * delta)`` to ``dtype`` in one pass; float64 arithmetic if base or delta is float64.
+
+    ``out``, if given, receives the result: a contiguous tensor of that dtype and shape, which may be ``base`` or
+    ``delta`` itself but must not overlap them otherwise.
+    """
+    _check_shapes(base, [("delta", delta)])
+    if out is None:
+        out = torch.empty(base.shape, dtype=dtype, device=base.device)
+    elif out.shape != base.shape or out.dtype != dtype or not out.is_contiguous():
+        raise ArgumentError(f"out must be a contiguous {dtype} tensor of shape {tuple(base.shape)}")
+    codes = [dtype_code(out, "dtype"), dtype_code(base, "base"), dtype_code(delta, "delta")]
+    if runs_native(backend, (base, delta, out)):
+        base, delta = base.contiguous(), delta.contiguous()
+        _core.add_round(
+            out.data_ptr(), codes[0], base.data_ptr(), codes[1], delta.data_ptr(), codes[2], scale, out.numel(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+    compute = _compute_dtype([base, delta])
+    for begin, target in enumerate_chunks(out.view(-1)):
+        chunk = slice(begin, begin + target.numel())
+        scaled = delta.reshape(-1)[chunk].to(compute) * scale
+        target.copy_(scaled.add_(base.reshape(-1)[chunk].to(compute)))
+    return out
+
+
+def enumerate_chunks(flat: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """Consecutive views of a vector with their first index."""
+    return [(begin, flat[begin : begin + _CHUNK]) for begin in range(0, flat.numel(), _CHUNK)]
+
+
+def _sum_and_means(
+    base: torch.Tensor, models: Sequence[torch.Tensor], weights: list[float] | None, backend: str
+) -> tuple[torch.Tensor, list[float]]:
+    if not models:
+        raise ArgumentError("models must hold at least one tensor")
+    _check_shapes(base, [(f"models[{i}]", model) for i, model in enumerate(models)])
+    codes = [dtype_code(base, "base"), *(dtype_code(model, f"models[{i}]") for i, model in enumerate(models))]
+    compute = _compute_dtype([base, *models])
+    out = torch.empty(base.shape if weights is not None else (0,), dtype=compute, device=base.device)
+    if runs_native(backend, (base, *models)):
+        base, models = base.contiguous(), [model.contiguous() for model in models]
+        means = _core.accumulate(
+            out.data_ptr() if weights is not None else 0, base.data_ptr(), codes[0],
+            [model.data_ptr() for model in models], codes[1:], weights or [], base.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out, means
+    base, models = base.reshape(-1), [model.reshape(-1) for model in models]
+    sums = [torch.zeros((), dtype=torch.float64, device=base.device) for _ in models]
+    for begin, chunk in enumerate_chunks(base):
+        end = begin + chunk.numel()
+        wide = chunk.to(compute)
+        for i, model in enumerate(models):
+            v = model[begin:end].to(compute) - wide
+            sums[i] += v.abs().sum(dtype=torch.float64)
+            if weights is not None:
+                v.mul_(weights[i])
+                target = out.view(-1)[begin:end]
+                target.copy_(v) if i == 0 else target.add_(v)
+    return out, [float(total) / max(1, base.numel()) for total in sums]
+
+
+def _compute_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _check_shapes(base: torch.Tensor, others: Sequence[tuple[str, torch.Tensor]]) -> None:
+    for name, tensor in others:
+        if tensor.shape != base.shape:
+            raise ArgumentError(f"{name} has shape {tuple(tensor.shape)} but base has {tuple(base.shape)}")
+        if tensor.device != base.device:
+            raise ArgumentError(f"{name} is on {tensor.device} but base is on {base.device}")

@@ -1,0 +1,30 @@
+"""What the thin wrappers around ``_core`` share: dtype codes, contiguity, threads, and which backend runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .errors import ArgumentError
+
+# The values of `enum class DType` in csrc/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def dtype_code(tensor: torch.Tensor, name: str) -> int:
+    """The native code of a tensor's dtype; :class:`ArgumentError` naming the argument when there is none."""
+    try:
+        return DTYPE_CODES[tensor.dtype]
+    except KeyError:
+        raise ArgumentError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}") from None
+
+
+def runs_native(backend: str, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether the native CPU kernels run: always for "cpu", never for "torch", on CPU tensors for "auto"."""
+    if backend not in ("auto", "cpu", "torch"):
+        raise ArgumentError(f"backend must be 'auto', 'cpu' or 'torch', got {backend!r}")
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    if backend == "cpu" and not on_cpu:
+        raise ArgumentError("backend 'cpu' needs CPU tensors")
+    return on_cpu and backend != "torch"
