@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .accumulate import add_scaled, mean_abs, norm, task_vector_sum
+from .accumulate import abs_means, add_round, task_vector_sum
 from .checkpoint import Checkpoint, CheckpointWriter, TensorSpec, compare
 from .errors import ArgumentError, CheckpointError
 from .merging import alignment_factors, elect_and_sum, energy_factor, merging_scale, merging_weights
@@ -258,7 +258,7 @@ class _Merger:
         means = []
         for name in unit.names:
             base, models = self._read(name)
-            means.append(mean_abs(base, models))
+            means.append(abs_means(base, models))
             self._check_finite(name, means[-1])
         return means
 
@@ -275,11 +275,9 @@ class _Merger:
                 out_dtype = self.out_spec(name).dtype
                 yield name, base.to(out_dtype, copy=True, memory_format=torch.contiguous_format)
         else:
-            factor = self.scale
-            sums = self._combined(unit)
-            for name, delta in zip(unit.names, sums, strict=True):
+            for name, delta in zip(unit.names, self._combined(unit), strict=True):
                 base = self.base.read(name)
-                yield name, add_scaled(base, delta, factor, self.out_spec(name).dtype)
+                yield name, add_round(base, delta, self.scale, self.out_spec(name).dtype)
         self._advance(unit)
 
     def _combined(self, unit: Unit) -> list[Tensor]:

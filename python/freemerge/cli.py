@@ -1,0 +1,230 @@
+"""The ``freemerge`` command: argument parsing and printing only."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .checkpoint import verify
+from .errors import ArgumentError, FreemergeError, RefusedError
+from .pipeline import Inspection, Report, inspect, merge_checkpoints
+from .recipe import PRESETS, OutDType, Recipe
+from .responses import HighPass
+from .spectral import backends
+
+DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 refused, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ArgumentError as error:
+        return _complain(error, USAGE)
+    except RefusedError as error:
+        return _complain(error, REFUSED)
+    except FreemergeError as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing was changed", INTERRUPTED)
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"freemerge: {error}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="freemerge", description="Merge fine-tuned models of one base in the frequency domain."
+    )
+    parser.add_argument("--version", action="version", version=f"freemerge {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    merging = commands.add_parser("merge", help="merge checkpoints into one by FR-Merging")
+    _add_inputs(merging)
+    merging.add_argument("-o", "--out", required=True, type=Path, help="output directory or .safetensors file")
+    merging.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
+    merging.add_argument("--force", action="store_true", help="replace an existing output")
+    merging.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="for instance 2GB (default 5GB)")
+    merging.set_defaults(run=_merge)
+
+    inspecting = commands.add_parser("inspect", help="what a merge would do to each tensor")
+    _add_inputs(inspecting)
+    inspecting.set_defaults(run=_inspect)
+
+    verifying = commands.add_parser("verify", help="check a merged directory against its manifest")
+    verifying.add_argument("directory", type=Path)
+    verifying.set_defaults(run=_verify)
+
+    demonstrating = commands.add_parser("demo", help="train, merge and compare small real models (about a minute)")
+    demonstrating.add_argument("--seed", type=int, default=0)
+    demonstrating.add_argument("--keep", type=Path, metavar="DIR", help="keep the checkpoints in this directory")
+    demonstrating.set_defaults(run=_demo)
+
+    listing = commands.add_parser("backends", help="what can filter on this machine, and if not, why")
+    listing.set_defaults(run=_backends)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", type=Path, metavar="BASE", help="the pretrained checkpoint all models started from")
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="fine-tuned checkpoints")
+    parser.add_argument("--preset", choices=list(PRESETS), help="start from a published setting")
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="start from a recipe in YAML")
+    parser.add_argument("--cutoff", type=float, metavar="F", help="high-pass cutoff as a fraction of the shorter side")
+    parser.add_argument("--weights", type=_weights, metavar="W", help="paper, uniform, sum, or numbers: 0.5,0.3,0.2")
+    parser.add_argument("--stats", choices=("raw", "filtered"))
+    parser.add_argument("--scope", choices=("model", "tensor"))
+    parser.add_argument("--scale", type=_scale, metavar="S", help="auto or a number")
+    parser.add_argument("--renormalize", choices=("none", "energy"))
+    parser.add_argument("--select", type=_rule, action="append", metavar="PATTERN=ACTION", help="filter, merge or copy")
+    parser.add_argument("--out-dtype", choices=OutDType.__args__, metavar="DTYPE", help="dtype of the merged weights")
+    parser.add_argument("--backend", default="auto", help="auto or one of those that `freemerge backends` lists")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    """The preset or the file, with every flag that was given laid over it."""
+    if options.preset and options.recipe:
+        raise ArgumentError("--preset and --recipe exclude each other")
+    if options.recipe:
+        recipe = Recipe.from_yaml(options.recipe)
+    else:
+        recipe = Recipe.preset(options.preset) if options.preset else Recipe()
+    changes: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("weights", "stats", "scope", "scale", "out_dtype")
+        if getattr(options, name) is not None
+    }
+    if options.cutoff is not None:
+        changes["response"] = HighPass(options.cutoff)
+    if options.renormalize is not None:
+        changes["renormalize"] = None if options.renormalize == "none" else options.renormalize
+    if options.select is not None:
+        changes["select"] = (*options.select, *recipe.select)
+    return recipe.replace(**changes)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        return _inspect(options)
+    report = merge_checkpoints(
+        options.base,
+        options.models,
+        options.out,
+        _recipe(options),
+        backend=options.backend,
+        force=options.force,
+        max_shard_bytes=options.max_shard_size,
+        progress=not options.json,
+    )
+    if options.json:
+        print(json.dumps(_plain(report)))
+    else:
+        _print_report(report)
+    return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    inspection = inspect(options.base, options.models, _recipe(options), backend=options.backend)
+    if options.json:
+        print(json.dumps(_plain(inspection)))
+    else:
+        _print_inspection(inspection)
+    return DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    problems = verify(options.directory)
+    for problem in problems:
+        print(problem)
+    print("verified" if not problems else f"{len(problems)} problems")
+    return FAILED if problems else DONE
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    run_demo(seed=options.seed, keep=options.keep)
+    return DONE
+
+
+def _backends(options: argparse.Namespace) -> int:
+    for backend in backends().values():
+        print(f"{backend.name:8} {'available' if backend.available else 'not available: ' + backend.reason}")
+        for key, value in backend.details.items():
+            print(f"         {key}: {value}")
+    return DONE
+
+
+def _print_inspection(inspection: Inspection) -> None:
+    width = max((len(decision.name) for decision in inspection.decisions), default=4)
+    for decision in inspection.decisions:
+        shape = "x".join(map(str, decision.shape)) or "scalar"
+        line = f"{decision.name:{width}}  {shape:>14}  {decision.dtype:8}  {decision.action:6}"
+        if decision.removed is not None:
+            line += f"  removes {decision.removed:6.2%}  {decision.backend}: {decision.form}"
+        if decision.stacked_with:
+            line += f"  stacked: {', '.join(decision.stacked_with)}"
+        print(line)
+    actions = [decision.action for decision in inspection.decisions]
+    print(
+        f"{actions.count('filter')} tensors filtered, {actions.count('merge')} merged unfiltered, "
+        f"{actions.count('copy')} copied; {inspection.read_bytes / 1e9:.3g} GB to read in {inspection.passes} "
+        f"pass{'es' if inspection.passes > 1 else ''}, {inspection.write_bytes / 1e9:.3g} GB to write"
+    )
+    _print_warnings(inspection)
+
+
+def _print_report(report: Report) -> None:
+    _print_warnings(report.inspection)
+    weights = "per tensor" if report.weights is None else ", ".join(f"{weight:.4f}" for weight in report.weights)
+    print(f"{report.out}: weights {weights}; scale {report.scale:g}")
+
+
+def _print_warnings(inspection: Inspection) -> None:
+    for warning in inspection.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses and paths as JSON types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _weights(text: str) -> str | tuple[float, ...]:
+    if text in ("paper", "uniform", "sum"):
+        return text
+    return tuple(float(number) for number in text.split(","))
+
+
+def _scale(text: str) -> str | float:
+    return text if text == "auto" else float(text)
+
+
+def _rule(text: str) -> tuple[str, str]:
+    pattern, separator, action = text.rpartition("=")
+    if not separator or action not in ("filter", "merge", "copy"):
+        raise argparse.ArgumentTypeError(f"expected PATTERN=filter, PATTERN=merge or PATTERN=copy, got {text!r}")
+    return pattern, action
+
+
+def _size(text: str) -> int:
+    for suffix, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if text.upper().endswith(suffix):
+            return int(float(text[: -len(suffix)]) * factor)
+    return int(text)

@@ -1,0 +1,116 @@
+"""Recipes: validation names the field, YAML goes there and back, presets are what the scripts do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import freemerge as fm
+from freemerge.recipe import PRESETS
+from freemerge.task_vector import Rule, Split, Stack
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_yaml(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(fm.Recipe.preset(name).to_yaml())
+    assert fm.Recipe.from_yaml(path) == fm.Recipe.preset(name)
+
+
+def test_everything_survives_yaml(tmp_path: Path) -> None:
+    recipe = fm.Recipe(
+        fm.Butterworth(0.2, 3, metric="normalized"),
+        weights=[0.1, 0.9],
+        stats="filtered",
+        scope="tensor",
+        scale=0.3,
+        renormalize=None,
+        align=True,
+        sign_election=True,
+        select=[("*.bias", "copy"), Rule("*", "filter")],
+        views=[Stack(("*.q.weight", "*.k.weight")), Split("*.qkv.weight", (4, 2, 2))],
+        compute_dtype="float64",
+        out_dtype="bfloat16",
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert fm.Recipe.from_yaml(path) == recipe
+
+
+def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("preset: official-vit30\nscale: 0.2\n")
+    assert fm.Recipe.from_yaml(path) == fm.Recipe.preset("official-vit30").replace(scale=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"response": "HighPass"}, "response must be"),
+        ({"weights": "papper"}, "weights must be"),
+        ({"weights": [1.0, float("nan")]}, "weights must be finite"),
+        ({"weights": []}, "weights must be"),
+        ({"stats": "all"}, "stats must be one of"),
+        ({"scope": "row"}, "scope must be one of"),
+        ({"scale": float("inf")}, "scale must be"),
+        ({"scale": True}, "scale must be"),
+        ({"renormalize": "none"}, "renormalize must be one of"),
+        ({"align": 1}, "align must be"),
+        ({"select": "*"}, "select must be a list"),
+        ({"select": [("*", "drop")]}, "select: action must be one of"),
+        ({"select": ["*"]}, "select: a rule is"),
+        ({"views": [{"stack": ["*.q"]}]}, "views: a stack needs"),
+        ({"views": [{"split": "*.qkv", "parts": 0}]}, "views: parts must be"),
+        ({"views": [{"stak": ["*.q"]}]}, "views: expected"),
+        ({"compute_dtype": "bfloat16"}, "compute_dtype must be one of"),
+        ({"out_dtype": "int8"}, "out_dtype must be one of"),
+    ],
+)
+def test_errors_name_the_field(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(fm.ArgumentError, match=message):
+        fm.Recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cutof: 0.4\n", "no field 'cutof'"),
+        ("wieghts: paper\n", "did you mean 'weights'"),
+        ("preset: official-vit\n", "did you mean 'official-vit"),
+        ("response: {type: HighPas, cutoff: 0.1}\n", "response must be a mapping with type"),
+        ("response: {type: HighPass, cut: 0.1}\n", "no option 'cut'"),
+        ("response: {type: HighPass}\n", "HighPass"),
+        ("- 1\n", "must be a mapping"),
+        ("a: [\n", "recipe.yaml"),
+    ],
+)
+def test_bad_files_name_the_file_and_the_field(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(fm.ArgumentError, match=message) as caught:
+        fm.Recipe.from_yaml(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(fm.ArgumentError, match="nowhere.yaml"):
+        fm.Recipe.from_yaml(tmp_path / "nowhere.yaml")
+
+
+def test_a_custom_response_cannot_be_written_down() -> None:
+    with pytest.raises(fm.ArgumentError, match="Custom cannot be serialised"):
+        fm.Recipe(fm.Custom([[0.0]])).to_yaml()
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(fm.ArgumentError, match="did you mean 'paper'"):
+        fm.Recipe.preset("papers")
+
+
+def test_the_default_is_the_documented_one() -> None:
+    recipe = fm.Recipe()
+    assert recipe.response == fm.HighPass(0.4)
+    assert (recipe.weights, recipe.stats, recipe.scope, recipe.scale) == ("paper", "raw", "model", "auto")
+    assert recipe.renormalize == "energy"
+    assert fm.Recipe.preset("paper") == recipe.replace(scale=1.0, renormalize=None)
