@@ -16,6 +16,10 @@ inline DType to_dtype(int code) {
   return static_cast<DType>(code);
 }
 
+inline std::int64_t byte_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 struct bfloat16 {
   std::uint16_t bits;
 };

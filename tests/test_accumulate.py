@@ -55,6 +55,9 @@ def test_sum_and_means_agree_with_float64(
         expected = float(vector.abs().mean()) if vector.numel() else 0.0
         assert mean == pytest.approx(expected, rel=2 * epsilon, abs=0)
     assert means == accumulate.abs_means(base, models, backend=backend)
+    reused = torch.full_like(out, math.nan)
+    assert accumulate.task_vector_sum(base, models, weights, out=reused, backend=backend)[0] is reused
+    assert torch.equal(reused, out)
 
 
 @settings(deadline=None, max_examples=60)
@@ -139,6 +142,7 @@ def test_bad_arguments_are_named() -> None:
         (lambda: accumulate.abs_means(x, []), "models must hold at least one"),
         (lambda: accumulate.abs_means(x, [x], backend="gpu"), "backend must be"),
         (lambda: accumulate.add_round(x, x, 1.0, torch.float32, out=torch.zeros(5)), "out must be a contiguous"),
+        (lambda: accumulate.task_vector_sum(x, [x], [1.0], out=x.double()), "out must be a contiguous"),
         (lambda: accumulate.add_round(x, x, 1.0, torch.int32), "dtype must be float32"),
     ]:
         with pytest.raises(ArgumentError, match=message):

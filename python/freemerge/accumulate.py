@@ -19,22 +19,27 @@ _CHUNK = 1 << 22  # entries the torch backend works on at a time, which bounds i
 
 
 def task_vector_sum(
-    base: torch.Tensor, models: Sequence[torch.Tensor], weights: Sequence[float], *, backend: str = "auto"
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, list[float]]:
     """``(sum_i weights[i] * (models[i] - base), [mean |models[i] - base|])`` in one pass.
 
-    Tensors are fp32, fp64, bf16 or fp16 of one shape, mixed as they come and with any strides. The sum is a new
-    contiguous tensor, float32, or float64 if any input is. A mean that is not finite says that this task vector holds
-    a NaN or an infinity.
+    Tensors are fp32, fp64, bf16 or fp16 of one shape, mixed as they come and with any strides. The sum is contiguous,
+    float32, or float64 if any input is; it is written to ``out`` if given, which must have that dtype and shape and not
+    overlap an input. A mean that is not finite says that this task vector holds a NaN or an infinity.
     """
     if len(weights) != len(models):
         raise ArgumentError(f"weights must hold one number per model, got {len(weights)} for {len(models)}")
-    return _sum_and_means(base, models, [float(weight) for weight in weights], backend)
+    return _sum_and_means(base, models, [float(weight) for weight in weights], out, backend)
 
 
 def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: str = "auto") -> list[float]:
     """``[mean |models[i] - base|]``, E(v_i) of the paper, without writing anything; inputs as in task_vector_sum."""
-    return _sum_and_means(base, models, None, backend)[1]
+    return _sum_and_means(base, models, None, None, backend)[1]
 
 
 def add_round(
@@ -78,14 +83,21 @@ def enumerate_chunks(flat: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
 
 
 def _sum_and_means(
-    base: torch.Tensor, models: Sequence[torch.Tensor], weights: list[float] | None, backend: str
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    weights: list[float] | None,
+    out: torch.Tensor | None,
+    backend: str,
 ) -> tuple[torch.Tensor, list[float]]:
     if not models:
         raise ArgumentError("models must hold at least one tensor")
     _check_shapes(base, [(f"models[{i}]", model) for i, model in enumerate(models)])
     codes = [dtype_code(base, "base"), *(dtype_code(model, f"models[{i}]") for i, model in enumerate(models))]
     compute = _compute_dtype([base, *models])
-    out = torch.empty(base.shape if weights is not None else (0,), dtype=compute, device=base.device)
+    if out is None:
+        out = torch.empty(base.shape if weights is not None else (0,), dtype=compute, device=base.device)
+    elif out.shape != base.shape or out.dtype != compute or not out.is_contiguous():
+        raise ArgumentError(f"out must be a contiguous {compute} tensor of shape {tuple(base.shape)}")
     if runs_native(backend, (base, *models)):
         base, models = base.contiguous(), [model.contiguous() for model in models]
         means = _core.accumulate(
