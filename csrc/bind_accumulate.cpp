@@ -39,6 +39,13 @@ void bind_accumulate(pybind11::module_& m) {
       pybind11::arg("out"), pybind11::arg("out_dtype"), pybind11::arg("base"), pybind11::arg("base_dtype"),
       pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("n"),
       pybind11::arg("threads"));
+  m.def(
+      "square_sum",
+      [](std::uintptr_t data, int dtype, std::int64_t n, int threads) {
+        const pybind11::gil_scoped_release release;
+        return square_sum(storage(data, dtype), n, threads);
+      },
+      pybind11::arg("data"), pybind11::arg("dtype"), pybind11::arg("n"), pybind11::arg("threads"));
 }
 
 }  // namespace freemerge

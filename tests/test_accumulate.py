@@ -147,3 +147,22 @@ def test_bad_arguments_are_named() -> None:
     ]:
         with pytest.raises(ArgumentError, match=message):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 17, 33_000, 100_003])
+def test_norm_is_the_same_for_any_number_of_threads(dtype: torch.dtype, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors = [torch.randn(count, generator=generator).to(dtype), torch.randn(3, 5, generator=generator).t().to(dtype)]
+    expected = math.sqrt(math.fsum(float((t.double() ** 2).sum()) for t in tensors))
+    results = []
+    for threads in (1, 2):
+        previous = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            results.append(accumulate.norm(tensors))
+        finally:
+            torch.set_num_threads(previous)
+    assert results[0] == results[1]
+    assert results[0] == pytest.approx(expected, rel=1e-12)
+    assert accumulate.norm(tensors, backend="torch") == pytest.approx(expected, rel=1e-12)

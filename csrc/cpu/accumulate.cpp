@@ -16,18 +16,19 @@ constexpr std::int64_t kBlock =
 struct Kernels {
   AccumulateKernel accumulate;
   AddRoundKernel add_round;
+  SquareSumKernel square_sum;
 };
 
 Kernels kernels() {
   switch (detected_isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx512:
-      return {avx512::accumulate_range, avx512::add_round_range};
+      return {avx512::accumulate_range, avx512::add_round_range, avx512::square_sum_range};
     case Isa::kAvx2:
-      return {avx2::accumulate_range, avx2::add_round_range};
+      return {avx2::accumulate_range, avx2::add_round_range, avx2::square_sum_range};
 #endif
     default:
-      return {baseline::accumulate_range, baseline::add_round_range};
+      return {baseline::accumulate_range, baseline::add_round_range, baseline::square_sum_range};
   }
 }
 
@@ -68,6 +69,19 @@ void add_round(void* out, DType out_dtype, Storage base, Storage delta, double s
     const std::int64_t begin = block * kBlock;
     chosen.add_round(job, begin, std::min(kBlock, n - begin));
   });
+}
+
+double square_sum(Storage x, std::int64_t n, int threads) {
+  require(n >= 0, "n must not be negative");
+  std::vector<double> sums(static_cast<std::size_t>(block_count(n)));
+  const Kernels chosen = kernels();
+  parallel_for(block_count(n), threads, [&](std::int64_t block) {
+    const std::int64_t begin = block * kBlock;
+    sums[static_cast<std::size_t>(block)] = chosen.square_sum(x, begin, std::min(kBlock, n - begin));
+  });
+  double total = 0.0;
+  for (const double sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace freemerge

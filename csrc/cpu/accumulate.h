@@ -30,4 +30,7 @@ std::vector<double> accumulate(void* out, Storage base, const std::vector<Storag
 void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, std::int64_t n,
                int threads);
 
+// sum_j x[j]^2 in double, over fixed blocks in a fixed order: the same for any thread count.
+double square_sum(Storage x, std::int64_t n, int threads);
+
 }  // namespace freemerge

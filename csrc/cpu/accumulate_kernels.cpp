@@ -55,6 +55,17 @@ void add_magnitudes(const Compute* v, std::int64_t count, double* lanes) {
   for (int l = 0; l < kLanes; ++l) lanes[l] = sums[l];
 }
 
+template <typename Compute>
+void add_squares(const Compute* x, std::int64_t count, double* lanes) {
+  std::int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) {
+    for (int l = 0; l < kLanes; ++l)
+      lanes[l] += static_cast<double>(x[j + l]) * static_cast<double>(x[j + l]);
+  }
+  for (int l = 0; j + l < count; ++l)
+    lanes[l] += static_cast<double>(x[j + l]) * static_cast<double>(x[j + l]);
+}
+
 double total(const double* lanes) {
   double sum = 0.0;
   for (int l = 0; l < kLanes; ++l) sum += lanes[l];
@@ -114,6 +125,19 @@ void add_round_range_as(const AddRoundJob& job, std::int64_t begin, std::int64_t
   }
 }
 
+template <typename Compute>
+double square_sum_range_as(Storage x, std::int64_t begin, std::int64_t count) {
+  Compute chunk[kChunk];
+  double lanes[kLanes] = {};
+  for (std::int64_t offset = 0; offset < count; offset += kChunk) {
+    const std::int64_t m = std::min(kChunk, count - offset);
+    prefetch(x, begin + offset, m);
+    load(x, begin + offset, m, chunk);
+    add_squares(chunk, m, lanes);
+  }
+  return total(lanes);
+}
+
 }  // namespace
 
 void accumulate_range(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums) {
@@ -130,6 +154,11 @@ void add_round_range(const AddRoundJob& job, std::int64_t begin, std::int64_t co
   } else {
     add_round_range_as<float>(job, begin, count);
   }
+}
+
+double square_sum_range(Storage x, std::int64_t begin, std::int64_t count) {
+  return x.dtype == DType::kFloat64 ? square_sum_range_as<double>(x, begin, count)
+                                    : square_sum_range_as<float>(x, begin, count);
 }
 
 }  // namespace FREEMERGE_ISA

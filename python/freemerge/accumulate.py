@@ -7,6 +7,7 @@ return are the same bytes; the means, float64 sums in another order, agree to ab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -75,6 +76,20 @@ def add_round(
         scaled = delta.reshape(-1)[chunk].to(compute) * scale
         target.copy_(scaled.add_(base.reshape(-1)[chunk].to(compute)))
     return out
+
+
+def norm(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> float:
+    """The Frobenius norm of several tensors together, summed in float64; the same for any number of threads."""
+    return math.sqrt(math.fsum(_square_sum(tensor, backend) for tensor in tensors))
+
+
+def _square_sum(tensor: torch.Tensor, backend: str) -> float:
+    code = dtype_code(tensor, "tensors")
+    if runs_native(backend, (tensor,)):
+        tensor = tensor.contiguous()
+        return _core.square_sum(tensor.data_ptr(), code, tensor.numel(), torch.get_num_threads())
+    sums = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for _, chunk in enumerate_chunks(tensor.reshape(-1))]
+    return math.fsum(float(total) ** 2 for total in sums)
 
 
 def enumerate_chunks(flat: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

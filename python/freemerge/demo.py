@@ -14,10 +14,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 (the name everybody knows)
 
-from .checkpoint import save
 from .errors import FreemergeError
 from .pipeline import merge_checkpoints
 from .recipe import Recipe
@@ -121,27 +121,21 @@ def run_demo(seed: int = 0, keep: Path | None = None) -> dict[str, dict[str, flo
         print(f"training a base and {len(QUESTIONS)} fine-tuned models on scikit-learn's digits ...", file=sys.stderr)
         base = pretrain(data, seed)
         tuned = {name: fine_tune(data, base, name, seed) for name in QUESTIONS}
-        save(base, root / "base")
-        for name, state in tuned.items():
-            save(state, root / name.replace(" ", "-"))
+        for name, state in {"base": base, **tuned}.items():
+            save_file(state, root / f"{name.replace(' ', '-')}.safetensors")
 
         table = {
             "pretrained": {name: data.accuracy(base, name) for name in QUESTIONS},
             "individual": {name: data.accuracy(tuned[name], name) for name in QUESTIONS},
         }
-        models = [root / name.replace(" ", "-") for name in QUESTIONS]
+        models = [root / f"{name.replace(' ', '-')}.safetensors" for name in QUESTIONS]
         for method, recipe in METHODS.items():
-            merged = _merge(root, models, recipe, root / method.replace(" ", "-"))
+            out = root / method.replace(" ", "-")
+            merge_checkpoints(root / "base.safetensors", models, out, recipe, force=True, progress=False)
+            merged = load_file(out / "model.safetensors")
             table[method] = {name: data.accuracy(merged, name) for name in QUESTIONS}
         _print_table(table)
     return table
-
-
-def _merge(root: Path, models: list[Path], recipe: Recipe, out: Path) -> dict[str, Tensor]:
-    merge_checkpoints(root / "base", models, out, recipe, force=True, progress=False)
-    from safetensors.torch import load_file
-
-    return load_file(out / "model.safetensors")
 
 
 def _print_table(table: Mapping[str, Mapping[str, float]]) -> None:

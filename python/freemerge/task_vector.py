@@ -10,11 +10,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .checkpoint.spec import TensorSpec
+from .checkpoint import MERGEABLE, TensorSpec
 from .errors import ArgumentError, CheckpointError
 
 Action = Literal["filter", "merge", "copy"]
-MERGEABLE = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 SMALLEST_STACKED_SIDE = 16  # a 3-D weight with a shorter side is a convolution kernel, not a stack of matrices
 
 
@@ -91,6 +90,12 @@ class Unit:
     must_agree: bool = False
 
 
+def taken_from_base(name: str, select: Sequence[Rule]) -> bool:
+    """Whether the rules copy a tensor from the base, so that the models' own need not even exist."""
+    rule = next((rule for rule in select if fnmatchcase(name, rule.pattern)), None)
+    return rule is not None and rule.action == "copy"
+
+
 def default_action(spec: TensorSpec) -> Action:
     """Matrices (and stacks of matrices, as mixture-of-experts weights) are filtered; other floats are merged.
 
@@ -126,9 +131,7 @@ def plan_units(specs: Mapping[str, TensorSpec], select: Sequence[Rule] = (), vie
         elif name in splits:
             units.append(Unit((name,), "filter", splits[name].rows(name, spec.shape[0])))
         else:
-            rule = rules[name]
-            chosen = rule is not None and rule.action == "copy"
-            units.append(Unit((name,), action, must_agree=action == "copy" and not chosen))
+            units.append(Unit((name,), action, must_agree=action == "copy" and not taken_from_base(name, select)))
     return units
 
 

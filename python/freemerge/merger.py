@@ -1,0 +1,214 @@
+"""The merge of one unit at a time: base and K models in, merged tensors out.
+
+Wherever the filter's linearity allows, the K weighted task vectors are summed first and filtered once. Statistics over
+the whole model need a pass of their own before any unit is merged; per-tensor ones do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .accumulate import abs_means, add_round, norm, task_vector_sum
+from .checkpoint import MERGEABLE, Checkpoint, TensorSpec, check_finite, compare
+from .errors import CheckpointError
+from .inspection import Decision, Inspection, decide, warnings
+from .merging import alignment_factors, elect_and_sum, energy_factor, merging_scale, merging_weights
+from .recipe import DTYPES, Recipe
+from .spectral import filter_
+from .task_vector import Unit, filtered_matrices, plan_units, require_equal, taken_from_base, unstack
+
+
+class Merger:
+    """A base, K models and a recipe, checked to fit together; :meth:`merged` does the work.
+
+    Attributes:
+        units: what is merged together, in the order of the tensors' names.
+        tied: second name -> first name of tensors that share memory (in-memory sources only).
+        scale: the global scale, a number.
+        energy_factors: for each renormalised tensor the factor it got, filled in as units are merged.
+        on_read: called with the unit after each time it has been read.
+    """
+
+    def __init__(self, base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe, backend: str = "auto") -> None:
+        self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
+        comparison = compare(base, models, merged=lambda name: not taken_from_base(name, recipe.select))
+        self.tied = {name: first for name, first in base.tied.items() if first in comparison.names}
+        self.specs = {name: spec for name, spec in base.specs.items() if name not in self.tied}
+        self.units = plan_units(self.specs, recipe.select, recipe.views)
+        self.scale = merging_scale(recipe.scale, recipe.weights, len(self.models))
+        self.energy_factors: dict[str, float] = {}
+        self.on_read: Callable[[Unit], None] = lambda unit: None
+        self._weights: list[float] | None = None
+
+    @property
+    def needs_statistics_pass(self) -> bool:
+        """Whether the weights depend on all tensors, so that everything is read twice."""
+        return self.recipe.weights == "paper" and self.recipe.scope == "model"
+
+    def out_spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a merged tensor."""
+        spec = self.specs[name]
+        wanted = self.recipe.out_dtype
+        return spec.with_dtype(DTYPES[wanted]) if wanted is not None and spec.dtype in MERGEABLE else spec
+
+    def read_bytes(self, unit: Unit) -> int:
+        """Bytes of tensor data that one pass reads for a unit."""
+        sources = (self.base,) if taken_from_base(unit.names[0], self.recipe.select) else (self.base, *self.models)
+        return sum(source.specs[name].nbytes for name in unit.names for source in sources)
+
+    def inspect(self) -> Inspection:
+        """Say what will happen, without reading any data."""
+        decisions: list[Decision] = []
+        for unit in self.units:
+            dtype = self._compute_dtype(unit.names[0])
+            decisions += decide(unit, self.specs, self.recipe.response, dtype, self.backend)
+        passes = 2 if self.needs_statistics_pass else 1
+        read = passes * sum(self.read_bytes(unit) for unit in self.units)
+        written = sum(self.out_spec(name).nbytes for name in self.specs)
+        return Inspection(tuple(decisions), tuple(warnings(decisions)), read, written, passes)
+
+    def weights(self) -> list[float] | None:
+        """lambda_i over the whole model, measured on first use; None where every tensor has its own."""
+        if self.recipe.weights == "paper" and self.recipe.scope == "tensor":
+            return None
+        if self._weights is None:
+            means = self._model_means() if self.needs_statistics_pass else [0.0] * len(self.models)
+            self._weights = merging_weights(self.recipe.weights, means)
+        return self._weights
+
+    def merged(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
+        """The merged tensors of a unit, new ones in their output dtype."""
+        if unit.action == "copy":
+            for name in unit.names:
+                yield name, self._copied(name, must_agree=unit.must_agree)
+        else:
+            for name, delta in zip(unit.names, self._combined(unit), strict=True):
+                yield name, add_round(self.base.read(name), delta, self.scale, self.out_spec(name).dtype)
+        self.on_read(unit)
+
+    # Statistics
+
+    def _model_means(self) -> list[float]:
+        """E_i of each model: mean over all elements (raw), or over tensors of each one's mean (filtered)."""
+        totals: list[list[float]] = [[] for _ in self.models]
+        count = 0
+        for unit in self.units:
+            if unit.action != "copy":
+                for name, means in zip(unit.names, self._unit_means(unit), strict=True):
+                    weight = 1 if self.recipe.stats == "filtered" else self.specs[name].numel
+                    count += weight
+                    for total, mean in zip(totals, means, strict=True):
+                        total.append(mean * weight)
+            self.on_read(unit)
+        return [math.fsum(total) / max(1, count) for total in totals]
+
+    def _unit_means(self, unit: Unit) -> list[list[float]]:
+        """For each member, the mean magnitude of each model's task vector, raw or filtered as the recipe says."""
+        if self.recipe.stats == "filtered" and unit.action == "filter":
+            return self._filtered(unit)[1]
+        means = []
+        for name in unit.names:
+            base, models = self._read(name)
+            means.append(self._checked(name, abs_means(base, models)))
+        return means
+
+    # Merging
+
+    def _copied(self, name: str, *, must_agree: bool) -> Tensor:
+        base = self.base.read(name)
+        if must_agree:
+            for model in self.models:
+                require_equal(name, base, model.read(name), model.label)
+        return base.to(self.out_spec(name).dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _combined(self, unit: Unit) -> list[Tensor]:
+        """sum_i lambda_i G_i for each member: filtered, aligned, elected and renormalised as the recipe says."""
+        common = self.weights()
+        weights = [common] * len(unit.names) if common else [merging_weights("paper", m) for m in self._unit_means(unit)]
+        if self.recipe.linear:
+            sums = self._weighted_sums(unit, weights)
+            if unit.action == "filter":
+                before = norm(sums)
+                self._filter(unit, sums)
+                self._renormalize(unit, sums, before)
+            return sums
+
+        filtered, means = self._filtered(unit)
+        sums = []
+        for member, member_means in enumerate(means):
+            factors = alignment_factors(member_means) if self.recipe.align else [1.0] * len(self.models)
+            scaled = [factor * weight for factor, weight in zip(factors, weights[member], strict=True)]
+            deltas = [task[member] for task in filtered]
+            sums.append(elect_and_sum(deltas, scaled) if self.recipe.sign_election else _weighted_sum(deltas, scaled))
+        if unit.action == "filter":
+            self._renormalize(unit, sums, norm(self._weighted_sums(unit, weights)))
+        return sums
+
+    def _weighted_sums(self, unit: Unit, weights: Sequence[Sequence[float]]) -> list[Tensor]:
+        """sum_i lambda_i v_i of each member, unfiltered, in the compute dtype."""
+        sums = []
+        for name, member_weights in zip(unit.names, weights, strict=True):
+            base, models = self._read(name)
+            total, means = task_vector_sum(base, models, member_weights)
+            self._checked(name, means)
+            sums.append(total)
+        return sums
+
+    def _filtered(self, unit: Unit) -> tuple[list[list[Tensor]], list[list[float]]]:
+        """G_i of each model and member, and mean |G_i| of each member and model. Holds K copies of the unit."""
+        filtered = []
+        for index in range(len(self.models)):
+            one_hot = [float(model == index) for model in range(len(self.models))]
+            deltas = self._weighted_sums(unit, [one_hot] * len(unit.names))
+            if unit.action == "filter":
+                self._filter(unit, deltas)
+            filtered.append(deltas)
+        means = []
+        for member in range(len(unit.names)):
+            zero = torch.zeros(()).expand(filtered[0][member].shape)
+            means.append(abs_means(zero, [task[member] for task in filtered]))
+        return filtered, means
+
+    def _filter(self, unit: Unit, deltas: Sequence[Tensor]) -> None:
+        matrices = filtered_matrices(unit, deltas)
+        filter_(matrices, self.recipe.response, backend=self.backend)
+        unstack(matrices, deltas)
+
+    def _renormalize(self, unit: Unit, sums: Sequence[Tensor], norm_before: float) -> None:
+        if self.recipe.renormalize is None:
+            return
+        factor = energy_factor(norm_before, norm(sums))
+        for name, tensor in zip(unit.names, sums, strict=True):
+            tensor.mul_(factor)
+            self.energy_factors[name] = factor
+
+    # Reading
+
+    def _compute_dtype(self, name: str) -> torch.dtype:
+        stored = [source.specs[name].dtype for source in (self.base, *self.models) if name in source.specs]
+        return torch.float64 if torch.float64 in stored else DTYPES[self.recipe.compute_dtype]
+
+    def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
+        base = self.base.read(name)
+        if self._compute_dtype(name) == torch.float64:
+            base = base.double()  # arithmetic follows the widest input
+        return base, [model.read(name) for model in self.models]
+
+    def _checked(self, name: str, means: list[float]) -> list[float]:
+        """A non-finite mean |theta_i - theta_0| betrays a non-finite value; find out whose it is."""
+        if not all(map(math.isfinite, means)):
+            for source in (self.base, *self.models):
+                check_finite(name, source.read(name), source.label)
+            raise CheckpointError(f"tensor {name!r}: the difference of a model and the base overflows")
+        return means
+
+
+def _weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        total.add_(delta, alpha=weight)
+    return total
