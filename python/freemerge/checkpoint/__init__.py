@@ -1,0 +1,25 @@
+"""Checkpoints in and out: lazy reading, preflight comparison, streaming and atomic writing, provenance."""
+
+from .carry import carry_over
+from .compare import Comparison, check_finite, compare
+from .manifest import InputHashes, build_manifest, verify
+from .model_card import model_card
+from .reader import Checkpoint, Source
+from .spec import MERGEABLE, TensorSpec
+from .writer import CheckpointWriter
+
+__all__ = [
+    "MERGEABLE",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Comparison",
+    "InputHashes",
+    "Source",
+    "TensorSpec",
+    "build_manifest",
+    "carry_over",
+    "check_finite",
+    "compare",
+    "model_card",
+    "verify",
+]

@@ -1,0 +1,83 @@
+"""Everything of a model directory that is not weights: copied from the base to the merged model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ..errors import CheckpointError
+from .locate import entry
+from .publish import MANIFEST
+from .safetensors_file import open_regular
+
+CONFIG = "config.json"
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
+    *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
+)
+_FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
+# The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
+_LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json", "trainer_state.json"})
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+
+
+def carry_over(base: Path, target: Path, *, out_dtype: torch.dtype | None = None) -> list[str]:
+    """Copy config, tokenizer, generation settings, chat templates, licence and custom code from ``base`` to ``target``.
+
+    Left out are weights in any format and their indexes, exports (``onnx/`` and the like), training checkpoints, hidden
+    files and the model card. ``out_dtype``, if given, is written into ``config.json``.
+
+    Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
+    ``base`` and for files that are not regular, before anything is copied.
+    """
+    names = sorted(_carried(base, base))
+    for name in names:
+        destination = target / name
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with open(open_regular(base / name), "rb") as source, open(destination, "wb") as sink:
+            shutil.copyfileobj(source, sink, 1 << 20)
+    if out_dtype is not None and CONFIG in names:
+        _set_dtype(target / CONFIG, base / CONFIG, str(out_dtype).removeprefix("torch."))
+    return names
+
+
+def _carried(base: Path, directory: Path) -> list[str]:
+    names: list[str] = []
+    for item in sorted(os.scandir(directory), key=lambda item: item.name):
+        path = Path(item.path)
+        if item.is_dir(follow_symlinks=False):
+            if not item.name.startswith((".", "checkpoint-", "global_step")) and item.name not in _FORMAT_DIRECTORIES:
+                names += _carried(base, path)
+            continue
+        if item.name.startswith(".") or item.name in _LEFT_OUT or _is_weight(path):
+            continue
+        if not entry(directory, item.name, home=base).is_file():
+            raise CheckpointError(f"{path} is not a regular file")
+        names.append(path.relative_to(base).as_posix())
+    return names
+
+
+def _is_weight(path: Path) -> bool:
+    return path.name.endswith(_WEIGHT_SUFFIXES) or path.name.endswith(
+        tuple(f"{suffix}.index.json" for suffix in _WEIGHT_SUFFIXES)
+    )
+
+
+def _set_dtype(written: Path, source: Path, dtype: str) -> None:
+    try:
+        config = json.loads(source.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{source}: not a JSON object")
+    if not any(key in config for key in _DTYPE_KEYS):
+        config[_DTYPE_KEYS[0]] = dtype
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _DTYPE_KEYS:
+            if isinstance(part.get(key), str):
+                part[key] = dtype
+    written.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

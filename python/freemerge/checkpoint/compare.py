@@ -1,0 +1,160 @@
+"""Do a base and its fine-tuned models fit together? Asked before any tensor is read or written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CheckpointError
+from .reader import Checkpoint
+from .spec import MERGEABLE, TensorSpec
+
+_LISTED = 10
+_FINITE_BLOCK = 1 << 22
+# Names of tensors with one row per vocabulary entry, over the common architectures.
+_VOCABULARY = re.compile(
+    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|shared|lm_head|decoder|output)\.(weight|bias)$"
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a base and its models agree on.
+
+    Attributes:
+        names: the tensors that all have and that ``merged`` selected, sorted, without second names of tied tensors.
+        tied: second name -> first name, for sources that show both (in memory, torch files). The first is in ``names``.
+        mixed_dtypes: tensors whose float dtype differs, with the dtypes of base and models in order.
+    """
+
+    names: tuple[str, ...]
+    tied: dict[str, str]
+    mixed_dtypes: dict[str, tuple[torch.dtype, ...]]
+
+
+def compare(
+    base: Checkpoint, models: Sequence[Checkpoint], *, merged: Callable[[str], bool] = lambda name: True
+) -> Comparison:
+    """Check that every model has the base's tensors, and no others, in the same shapes.
+
+    ``merged(name)`` tells which tensors take part; the rest come from the base alone, so models may differ in them.
+    Raises CheckpointError that names tensors and models. Reads no tensor, except to explain a tied head.
+    """
+    everyone = (base, *models)
+    tied = {name: first for name, first in _tied_names(everyone).items() if merged(name)}
+    expected = {name for name in base.specs if merged(name) and name not in tied}
+    for model in models:
+        _check_names(base, model, expected, {name for name in model.specs if merged(name) and name not in tied})
+    names = tuple(sorted(expected))
+    for model in models:
+        _check_shapes(base, model, names)
+        _check_kinds(base, model, names)
+    mixed = {}
+    for name in names:
+        dtypes = tuple(checkpoint.specs[name].dtype for checkpoint in everyone)
+        if len(set(dtypes)) > 1:
+            mixed[name] = dtypes
+    return Comparison(names, tied, mixed)
+
+
+def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
+    """Raise CheckpointError, naming source and tensor, if a float tensor holds a NaN or an infinity."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    for block in torch.split(tensor.reshape(-1), _FINITE_BLOCK):
+        values = block if block.dtype in MERGEABLE else block.float()
+        low, high = torch.aminmax(values)  # a NaN anywhere makes both NaN: one pass without a mask in memory
+        if not bool(torch.isfinite(low) & torch.isfinite(high)):
+            bad = int((~torch.isfinite(tensor.float())).sum())
+            raise CheckpointError(f"{source}: tensor {name!r} holds {bad} non-finite values")
+
+
+def _tied_names(everyone: Sequence[Checkpoint]) -> dict[str, str]:
+    """Second name -> first name of every tensor that one of the checkpoints ties.
+
+    A file leaves second names out, a state dict lists them, and some exporters write a copy under each name. All three
+    are the same model, so copies are recognised by their values. One that differs is an error: the model is not tied.
+    """
+    tied: dict[str, str] = {}
+    for checkpoint in everyone:
+        for name, first in (*checkpoint.tied.items(), *_copied_heads(checkpoint, everyone)):
+            root = tied.get(first, first)  # another source may list the same pair in the other order
+            if name != root:
+                tied.setdefault(name, root)
+    for name, first in tied.items():
+        for checkpoint in everyone:
+            if name in checkpoint.specs and not _equal(checkpoint, name, first):
+                raise CheckpointError(
+                    f"{checkpoint.label}: {name} is not the same as {first}, but another of the models ties the two"
+                )
+    return tied
+
+
+def _copied_heads(checkpoint: Checkpoint, everyone: Sequence[Checkpoint]) -> Iterator[tuple[str, str]]:
+    """Heads that some other checkpoint lacks and that are copies of this one's embeddings."""
+    vocabulary = [name for name in checkpoint.specs if _VOCABULARY.search(name)]
+    shared = [name for name in vocabulary if all(name in other.specs for other in everyone)]
+    for name in vocabulary:
+        if name not in shared and name not in checkpoint.tied:
+            yield from ((name, first) for first in shared if _equal(checkpoint, name, first))
+
+
+def _equal(checkpoint: Checkpoint, name: str, first: str) -> bool:
+    if checkpoint.tied.get(name, name) == checkpoint.tied.get(first, first):
+        return True
+    ours, theirs = checkpoint.specs[name], checkpoint.specs.get(first)
+    if theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return False
+    return torch.equal(checkpoint.read(name), checkpoint.read(first))
+
+
+def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found: set[str]) -> None:
+    missing, unexpected = sorted(expected - found), sorted(found - expected)
+    if not missing and not unexpected:
+        return
+    parts = []
+    if missing:
+        parts.append(f"lacks {len(missing)} tensors of the base: {_some(missing)}")
+    if unexpected:
+        parts.append(f"has {len(unexpected)} tensors that the base lacks: {_some(unexpected)}")
+    hint = ""
+    if any(_VOCABULARY.search(name) for name in (*missing, *unexpected)):
+        hint = "; a model without a head of its own ties it to the embeddings and does not fit one that has a head"
+    raise CheckpointError(f"{model.label} {' and '.join(parts)} (base: {base.label}){hint}")
+
+
+def _check_shapes(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> None:
+    wrong = [name for name in names if base.specs[name].shape != model.specs[name].shape]
+    if not wrong:
+        return
+    vocabulary = [name for name in wrong if _is_vocabulary(base.specs[name], model.specs[name])]
+    if vocabulary:
+        rows, other = base.specs[vocabulary[0]].shape[0], model.specs[vocabulary[0]].shape[0]
+        raise CheckpointError(
+            f"token embeddings differ: {rows} rows in {base.label}, {other} in {model.label} ({_some(vocabulary)}); "
+            "resize one vocabulary to the other before merging"
+        )
+    shapes = [f"{name} {base.specs[name].shape} and {model.specs[name].shape}" for name in wrong]
+    raise CheckpointError(f"shapes differ between {base.label} and {model.label}: {_some(shapes)}")
+
+
+def _is_vocabulary(ours: TensorSpec, theirs: TensorSpec) -> bool:
+    return bool(_VOCABULARY.search(ours.name)) and ours.shape[1:] == theirs.shape[1:] and len(ours.shape) > 0
+
+
+def _check_kinds(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> None:
+    wrong = []
+    for name in names:
+        ours, theirs = base.specs[name], model.specs[name]
+        if ours.dtype != theirs.dtype and not {ours.dtype, theirs.dtype} <= MERGEABLE:
+            wrong.append(f"{name} {ours.dtype_name} and {theirs.dtype_name}")
+    if wrong:
+        raise CheckpointError(f"dtypes of {base.label} and {model.label} cannot be combined: {_some(wrong)}")
+
+
+def _some(items: Sequence[str]) -> str:
+    rest = len(items) - _LISTED
+    return ", ".join(items[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,122 @@
+"""Which weight files a model directory consists of, and which names in it may be trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .safetensors_file import open_regular
+
+SAFETENSORS = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth"})
+_MAX_INDEX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Located:
+    """The files of a checkpoint. ``weight_map`` (tensor -> file) is present if an index says what is where."""
+
+    files: tuple[Path, ...]
+    directory: Path | None = None  # where config and tokenizer lie; None if only a weight file was named
+    index: Path | None = None
+    weight_map: dict[str, Path] | None = None
+
+
+def locate(path: Path) -> Located:
+    """Find the weight files of a model directory, of an ``*.index.json``, or of a single weight file.
+
+    A directory is read as transformers would, except that one with both a single file and an index is refused: it is
+    what a merge over an older, differently sharded model leaves behind, and the stale half would be loaded silently.
+    """
+    if path.is_dir():
+        return _locate_in_directory(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory (models are not downloaded; give a local path)")
+    if path.name.endswith(".index.json"):
+        return _read_index(path.parent, path)
+    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES:
+        return Located((path,))
+    raise CheckpointError(f"{path}: not a model directory, .safetensors, .bin, .pt, .pth or .index.json file")
+
+
+def _locate_in_directory(directory: Path) -> Located:
+    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
+        has_single, has_index = os.path.lexists(directory / single), os.path.lexists(directory / index)
+        if has_single and has_index:
+            raise CheckpointError(f"{directory} holds both {single} and {index}: remove the stale one, or name one")
+        if has_single:
+            return Located((entry(directory, single),), directory)
+        if has_index:
+            return _read_index(directory, entry(directory, index))
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(f"{directory} is a PEFT adapter, not a full model")
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if len(others) == 1:
+        return Located((entry(directory, others[0]),), directory)
+    found = f"several files and no index: {', '.join(others[:10])}" if others else f"no {SAFETENSORS} or {PICKLE}"
+    raise CheckpointError(f"{directory}: not a model directory ({found})")
+
+
+def _read_index(directory: Path, index: Path) -> Located:
+    fd = open_regular(index)
+    with open(fd, "rb") as stream:
+        raw = stream.read(_MAX_INDEX_BYTES + 1)
+    if len(raw) > _MAX_INDEX_BYTES:
+        raise CheckpointError(f"{index}: larger than {_MAX_INDEX_BYTES} bytes")
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not valid JSON: {error}") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map that names a file for each tensor")
+    suffixes = {".safetensors"} if index.name.endswith(".safetensors.index.json") else PICKLE_SUFFIXES
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not _is_plain(name) or Path(name).suffix not in suffixes:
+            raise CheckpointError(
+                f"{index}: tensor {tensor!r} is said to be in {name!r}, which is not a weight file beside the index"
+            )
+    files = {name: entry(directory, name) for name in sorted(set(weight_map.values()))}
+    return Located(
+        tuple(files.values()), directory, index, {tensor: files[name] for tensor, name in weight_map.items()}
+    )
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and name not in (".", "..") and not any(c in name for c in ("/", "\\", "\0"))
+
+
+def entry(directory: Path, name: str, *, home: Path | None = None) -> Path:
+    """``directory / name``, provided that it exists and does not lead elsewhere.
+
+    A symbolic link may only end inside the directory (or the ``home`` it belongs to) or, as in the Hugging Face cache,
+    in the ``blobs`` folder beside ``snapshots``: otherwise a downloaded model could name, and a merged one publish, any
+    file of this machine.
+    """
+    path = directory / name
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{path}: no such file") from None
+    home = (home or directory).resolve()
+    if home in target.parents:
+        return path
+    cache = next((parent.parent for parent in home.parents if parent.name == "snapshots"), None)
+    if cache is not None and target.parent == cache / "blobs":
+        return path
+    raise CheckpointError(f"{path} is a symbolic link out of its directory: copy the file, or name {target} itself")
+
+
+def display_name(path: Path) -> str:
+    """A name for manifests and model cards without this machine's paths: ``org/model`` for a cache snapshot."""
+    resolved = path.resolve()
+    for parent in resolved.parents:
+        if parent.name.startswith("models--"):
+            return parent.name.removeprefix("models--").replace("--", "/")
+    return resolved.name

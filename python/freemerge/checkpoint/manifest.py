@@ -1,0 +1,129 @@
+"""``freemerge.json``: from what, how, and into which bytes a model was merged. No times, no paths of this machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+
+import torch
+
+from .. import __version__
+from ..errors import CheckpointError
+from .hashing import Hasher
+from .publish import MANIFEST
+from .reader import Checkpoint
+from .safetensors_file import open_regular
+
+FORMAT = 1
+
+
+class InputHashes:
+    """The SHA-256 of every input file, computed in the background while the merge runs.
+
+    These are the plain hashes of whole files, as ``sha256sum`` and model hubs show them.
+    """
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        self._checkpoints = tuple(checkpoints)
+        self._hasher = Hasher()
+        self._futures = self._hasher.submit_all(
+            dict.fromkeys(file for checkpoint in self._checkpoints for file in checkpoint.files)
+        )
+
+    def records(self) -> list[dict[str, object]]:
+        """For each checkpoint its name and its files with size and hash; waits for the hashes."""
+        return [
+            {
+                "name": checkpoint.name,
+                "files": [
+                    {"name": file.name, "bytes": file.stat().st_size, "sha256": self._futures[file].result()}
+                    for file in checkpoint.files
+                ],
+            }
+            for checkpoint in self._checkpoints
+        ]
+
+    def __enter__(self) -> InputHashes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hasher.close()
+
+
+def build_manifest(
+    *,
+    recipe: Mapping[str, object],
+    inputs: Sequence[Mapping[str, object]],
+    tensors: Mapping[str, object],
+    backend: str,
+) -> dict[str, object]:
+    """The content for :attr:`CheckpointWriter.manifest`.
+
+    Args:
+        recipe: the recipe as plain data.
+        inputs: :meth:`InputHashes.records`, base first.
+        tensors: for each tensor what was decided and done; plain data.
+        backend: what the arithmetic ran on.
+    """
+    return {
+        "format": FORMAT,
+        "freemerge": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "backend": backend,
+        "recipe": dict(recipe),
+        "base": dict(inputs[0]),
+        "models": [dict(record) for record in inputs[1:]],
+        "tensors": dict(sorted(tensors.items())),
+    }
+
+
+def read_manifest(directory: Path) -> dict[str, object]:
+    """The manifest of a merged model directory; CheckpointError if there is none or it is not one."""
+    path = directory / MANIFEST
+    with open(open_regular(path), "rb") as stream:
+        raw = stream.read()
+    try:
+        manifest = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(_is_file_record(name, record) for name, record in files.items()):
+        raise CheckpointError(f"{path}: not a freemerge manifest (no valid list of files)")
+    return dict(manifest)
+
+
+def _is_file_record(name: str, record: object) -> bool:
+    path = PurePosixPath(name)
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+    return inside and isinstance(record, dict) and isinstance(record.get("sha256"), str)
+
+
+def verify(directory: Path) -> list[str]:
+    """Hash a merged model directory again and compare with its manifest; returns the problems found, none if intact.
+
+    A file that the manifest does not list is a problem too (hidden files excepted): loaders may prefer it.
+    """
+    files = read_manifest(directory)["files"]
+    assert isinstance(files, dict)  # read_manifest checked it
+    problems = []
+    with Hasher() as hasher:
+        present = {name for name in files if (directory / name).is_file()}
+        hashes = {name: hasher.submit(directory / name) for name in sorted(present)}
+        for name in sorted(files):
+            if name not in present:
+                problems.append(f"{name} is missing")
+            elif hashes[name].result() != files[name]["sha256"]:
+                problems.append(f"{name} has changed: its hash is not the one in {MANIFEST}")
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if not path.is_dir() and not any(part.startswith(".") for part in relative.parts):
+            name = relative.as_posix()
+            if name not in files and name != MANIFEST:
+                problems.append(f"{name} is not in {MANIFEST}")
+    return problems

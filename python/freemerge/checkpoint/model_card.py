@@ -1,0 +1,47 @@
+"""The README.md of a merged model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from .. import __version__
+
+
+def model_card(*, title: str, base: str, models: Sequence[str], recipe: str) -> str:
+    """A model card in Markdown with the front matter that model hubs read.
+
+    Args:
+        title: heading, for instance the output's name.
+        base, models: names of the inputs, without local paths (:attr:`Checkpoint.name`).
+        recipe: the recipe as YAML.
+    """
+    inputs = [base, *models]
+    front = ["base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in inputs)]
+    front += ["base_model_relation: merge", "library_name: transformers", "tags:", "- merge", "- freemerge"]
+    listed = "\n".join(f"- `{name}`" for name in models)
+    return f"""---
+{chr(10).join(front)}
+---
+# {title}
+
+Merged with freemerge {__version__} (FR-Merging, [arXiv 2411.16815](https://arxiv.org/abs/2411.16815)) from the base
+`{base}` and
+
+{listed}
+
+Recipe:
+
+```yaml
+{recipe.strip()}
+```
+
+`freemerge.json` records the inputs' hashes and what was done to each tensor. `freemerge verify` checks the files.
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained("path/to/this/directory")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")
+```
+"""

@@ -1,0 +1,188 @@
+"""Reading checkpoints: one interface over safetensors, torch files, state dicts and modules."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Union
+
+import torch
+
+from ..errors import ArgumentError, CheckpointError
+from .locate import Located, display_name, locate
+from .pickled import PickledFile, check_dense
+from .safetensors_file import SafetensorsFile
+from .spec import TensorSpec
+
+Source = Union[str, "os.PathLike[str]", Mapping[str, torch.Tensor], torch.nn.Module]
+
+
+class Checkpoint(ABC):
+    """The tensors of one model, by name. Open one with :meth:`open`; it is also a context manager.
+
+    Attributes:
+        specs: every tensor without its values, sorted by name.
+        tied: names that are a second name of another tensor's memory, each with the name that comes first. They are
+            in ``specs`` too. Only sources that can tell have any (torch files, state dicts, modules).
+        path: what was opened, or None if it was in memory.
+        directory: the model directory, if one was opened: config and tokenizer lie there.
+        files: the weight files, for hashing; none if in memory.
+        label: what to call this model in messages.
+        name: what to call it in a manifest: no path of this machine in it.
+    """
+
+    specs: dict[str, TensorSpec]
+    tied: dict[str, str]
+    path: Path | None = None
+    directory: Path | None = None
+    files: tuple[Path, ...] = ()
+    label: str
+    name: str
+
+    @staticmethod
+    def open(source: Source | Checkpoint) -> Checkpoint:
+        """Open a model directory, a weight file, an ``*.index.json``, a state dict, or a module.
+
+        Headers are read and checked here; tensors are read on demand. Raises CheckpointError naming the file.
+        """
+        if isinstance(source, Checkpoint):
+            return source
+        if isinstance(source, torch.nn.Module):
+            return _InMemory(source.state_dict(keep_vars=False), f"in-memory {type(source).__name__}")
+        if isinstance(source, Mapping):
+            return _InMemory(source, "in-memory state dict")
+        if isinstance(source, (str, os.PathLike)):
+            path = Path(source)
+            located = locate(path)
+            reader = _Safetensors if located.files[0].suffix == ".safetensors" else _Pickled
+            return reader(path, located)
+        raise ArgumentError(f"a model must be a path, a state dict or a module, got {type(source).__name__}")
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in its stored dtype, for reading only: it may share memory with its source.
+
+        Tensors of files are memory maps where possible; their pages are let go when the tensor is dropped, so hold
+        only the tensors at work. Safe to call from several threads.
+        """
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start:stop`` of a tensor along its first dimension, for reading only."""
+        shape = self.specs[name].shape
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise ArgumentError(f"{name} has shape {shape}: there are no rows {start}:{stop}")
+        return self.read(name)[start:stop]
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the source: no more reads. Tensors already read stay valid."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self.label}: {len(self.specs)} tensors>"
+
+
+class _InMemory(Checkpoint):
+    def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
+        self.label = self.name = label
+        self._state = {name: check_dense(label, name, value) for name, value in state.items()}
+        self.specs = _specs_of(self._state)
+        self.tied = _tied(self._state)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._state[name]
+
+    def close(self) -> None:
+        self._state = {}
+
+
+class _OnDisk(Checkpoint):
+    def __init__(self, path: Path, located: Located) -> None:
+        self.path = path
+        self.directory = located.directory
+        self.files = located.files
+        self.label = str(path)
+        self.name = display_name(path)
+        self.tied = {}
+
+    def _assign(self, contents: Mapping[Path, Mapping[str, object]], located: Located) -> dict[str, Path]:
+        """Which file holds which tensor: every tensor in exactly one file, and where the index says."""
+        where: dict[str, Path] = {}
+        for file, names in contents.items():
+            for name in names:
+                if name in where:
+                    raise CheckpointError(f"{self.path}: tensor {name!r} is in both {where[name].name} and {file.name}")
+                where[name] = file
+        if located.weight_map is not None:
+            for name, file in located.weight_map.items():
+                if where.get(name) != file:
+                    raise CheckpointError(f"{located.index}: tensor {name!r} is not in {file.name}")
+            for name, file in where.items():
+                if name not in located.weight_map:
+                    raise CheckpointError(f"{located.index}: tensor {name!r} of {file.name} is not listed")
+        return where
+
+
+class _Safetensors(_OnDisk):
+    def __init__(self, path: Path, located: Located) -> None:
+        super().__init__(path, located)
+        files = {file: SafetensorsFile(file) for file in located.files}
+        where = self._assign({file: content.slots for file, content in files.items()}, located)
+        self._files = {name: files[where[name]] for name in sorted(where)}
+        self.specs = {name: file.slots[name].spec for name, file in self._files.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._files[name].read(name)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._files[name].read_rows(name, start, stop)
+
+    def close(self) -> None:
+        self._files = {}
+
+
+class _Pickled(_OnDisk):
+    def __init__(self, path: Path, located: Located) -> None:
+        super().__init__(path, located)
+        files = {file: PickledFile(file) for file in located.files}
+        where = self._assign({file: content.state for file, content in files.items()}, located)
+        self._files = {name: files[file] for name, file in where.items()}
+        self.specs = {}
+        for content in files.values():
+            self.specs.update(_specs_of(content.state))
+            self.tied.update(_tied(content.state))
+        self.specs = dict(sorted(self.specs.items()))
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._files[name].read(name)
+
+    def close(self) -> None:
+        self._files = {}
+
+
+def _specs_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(name, tuple(state[name].shape), state[name].dtype) for name in sorted(state)}
+
+
+def _tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Second names of the same memory. The first in the state dict's own order is the tensor, as embeddings come
+    before the head; it is also the name that transformers keeps when it saves."""
+    first: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in state.items():
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if first.setdefault(key, name) != name:
+            tied[name] = first[key]
+    return tied

@@ -1,0 +1,222 @@
+"""The safetensors file format: a strict header parser, the header of a new file, and mapped reads of byte ranges.
+
+A file is an 8-byte little-endian header size, a JSON header, and the tensors' bytes without gaps. The parser accepts
+what the safetensors library accepts and nothing else; it is our own because rows of a tensor are read, and tensors of
+a new file written, at known offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import ArgumentError, CheckpointError
+from .spec import TORCH_DTYPES, TensorSpec, dtype_code
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+_MAX_ELEMENTS = 1 << 62  # sizes and strides stay inside int64, even for tensors without elements
+_MAX_DIMENSIONS = 64  # torch's own limit
+_COPY_BELOW_BYTES = 1 << 20  # a mapping costs a file descriptor; small tensors are cheaper to copy
+_NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor and where its bytes begin, counted from the start of the file."""
+
+    spec: TensorSpec
+    offset: int
+
+
+class SafetensorsFile:
+    """One safetensors file, opened for reading: header parsed and checked, data read on demand.
+
+    No descriptor is held between calls (a large model has hundreds of shards); a file that was replaced or rewritten
+    since its header was read is refused.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        fd = open_regular(path)
+        try:
+            self._identity = _identity(fd)
+            self.slots, self.metadata = _parse_header(path, fd)
+        finally:
+            os.close(fd)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor; see :meth:`read_rows`."""
+        slot = self.slots[name]
+        return self._read(slot.spec.shape, slot.spec.dtype, slot.offset)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start:stop`` along the first dimension, as a tensor that no other read shares.
+
+        Large reads are private memory maps, aligned ones without a copy: their pages are loaded when touched and given
+        back when the tensor is dropped. Writing to the tensor never reaches the file.
+        """
+        slot = self.slots[name]
+        shape = slot.spec.shape
+        if not shape or not 0 <= start <= stop <= shape[0]:
+            raise ArgumentError(f"{name} has shape {shape}: there are no rows {start}:{stop}")
+        row_bytes = slot.spec.nbytes // max(1, shape[0])
+        return self._read((stop - start, *shape[1:]), slot.spec.dtype, slot.offset + start * row_bytes)
+
+    def _read(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        fd = open_regular(self.path)
+        try:
+            if _identity(fd) != self._identity:
+                raise CheckpointError(f"{self.path} changed while it was being read")
+            raw = _copy(fd, self.path, offset, nbytes) if nbytes < _COPY_BELOW_BYTES else _map(fd, offset, nbytes)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
+        finally:
+            os.close(fd)
+        if raw.data_ptr() % dtype.itemsize:  # old writers did not pad the header
+            raw = raw.clone()
+        return raw.view(dtype).view(shape)
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file. Anything else is refused before it can block (pipes, devices)."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _identity(fd: int) -> tuple[int, int, int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _map(fd: int, offset: int, nbytes: int) -> torch.Tensor:
+    lead = offset % mmap.ALLOCATIONGRANULARITY
+    # Private and writable: torch warns about read-only buffers, and a stray write stays in this process.
+    mapping = mmap.mmap(
+        fd,
+        lead + nbytes,
+        flags=mmap.MAP_PRIVATE | _NO_RESERVE,
+        prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        offset=offset - lead,
+    )
+    return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=lead)
+
+
+def _copy(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
+    raw = torch.empty(nbytes, dtype=torch.uint8)
+    if os.preadv(fd, [raw.numpy().data], offset) != nbytes:
+        raise CheckpointError(f"{path} ended before the {nbytes} bytes at offset {offset}")
+    return raw
+
+
+def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]:
+    file_bytes = os.fstat(fd).st_size
+    if file_bytes < 8:
+        raise CheckpointError(f"{path}: not a safetensors file ({file_bytes} bytes, the header alone needs more)")
+    header_bytes = int.from_bytes(os.pread(fd, 8, 0), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: not a safetensors file (it claims a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES})"
+        )
+    data_start = 8 + header_bytes
+    if data_start > file_bytes:
+        raise CheckpointError(f"{path}: truncated (header of {header_bytes} bytes, file of {file_bytes})")
+    raw = os.pread(fd, header_bytes, 8)
+    if not raw.startswith(b"{"):
+        raise CheckpointError(f"{path}: not a safetensors file (the header is not a JSON object)")
+    try:
+        header = json.loads(raw.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: bad safetensors header: {error}") from None
+
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: bad safetensors header: __metadata__ must map strings to strings")
+    slots = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
+    _check_tiling(path, slots.values(), data_start, file_bytes)
+    return slots, metadata
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object whose keys differ: two readers could disagree about which duplicate counts."""
+    result: dict[str, object] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"key {name!r} appears twice")
+        name.encode()  # a lone surrogate is a ValueError too: it could not be written back
+        result[name] = value
+    return result
+
+
+def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Slot:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: tensor {name!r}: the header must give dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in TORCH_DTYPES:
+        raise CheckpointError(f"{path}: tensor {name!r}: dtype {code!r} is not supported")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) > _MAX_ELEMENTS:
+        raise CheckpointError(f"{path}: tensor {name!r}: bad shape")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{path}: tensor {name!r}: bad data_offsets")
+    spec = TensorSpec(name, tuple(shape), TORCH_DTYPES[code])
+    span = offsets[1] - offsets[0]
+    if span != spec.nbytes:
+        raise CheckpointError(f"{path}: tensor {name!r}: {code} {spec.shape} is {spec.nbytes} bytes, not {span}")
+    return Slot(spec, data_start + offsets[0])
+
+
+def _are_sizes(values: object) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+
+
+def _check_tiling(path: Path, slots: Iterable[Slot], position: int, file_bytes: int) -> None:
+    """Tensors must fill the data section in some order, without overlaps, holes or a remainder."""
+    for slot in sorted(slots, key=lambda slot: (slot.offset, slot.spec.nbytes)):
+        if slot.offset != position:
+            what = "overlaps another tensor" if slot.offset < position else "leaves a hole before it"
+            raise CheckpointError(f"{path}: tensor {slot.spec.name!r} {what}")
+        position += slot.spec.nbytes
+        if position > file_bytes:
+            raise CheckpointError(
+                f"{path}: truncated (tensor {slot.spec.name!r} ends at byte {position}, the file has {file_bytes})"
+            )
+    if position != file_bytes:
+        raise CheckpointError(f"{path}: {file_bytes - position} bytes at the end belong to no tensor")
+
+
+def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Slot], int]:
+    """The first bytes of a file holding ``specs``, each tensor's place, and the size of the whole file.
+
+    Wider dtypes come first, as in the safetensors library, so that every tensor is aligned to its element; the data
+    section begins at a multiple of 8.
+    """
+    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for spec in ordered:
+        end = position + spec.nbytes
+        header[spec.name] = {"dtype": dtype_code(spec), "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data_start = 8 + len(text)
+    slots: dict[str, Slot] = {}
+    offset = data_start
+    for spec in ordered:
+        slots[spec.name] = Slot(spec, offset)
+        offset += spec.nbytes
+    return len(text).to_bytes(8, "little") + text, slots, offset
