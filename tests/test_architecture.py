@@ -37,7 +37,9 @@ def internal_imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "freemerge":
             found.add(node.module.split(".")[1] if "." in node.module else "")
         elif isinstance(node, ast.Import):
-            assert not any(alias.name.split(".")[0] == "freemerge" for alias in node.names), f"{path}: import relatively"
+            assert not any(alias.name.split(".")[0] == "freemerge" for alias in node.names), (
+                f"{path}: import relatively"
+            )
     return found
 
 

@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("-o", "--out", required=True, type=Path, help="output directory or .safetensors file")
     merging.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     merging.add_argument("--force", action="store_true", help="replace an existing output")
-    merging.add_argument("--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="for instance 2GB (default 5GB)")
+    merging.add_argument(
+        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="for instance 2GB (default 5GB)"
+    )
     merging.set_defaults(run=_merge)
 
     inspecting = commands.add_parser("inspect", help="what a merge would do to each tensor")

@@ -100,7 +100,13 @@ def pretrain(data: Digits, seed: int) -> dict[str, Tensor]:
     torch.manual_seed(seed)
     encoder = build_encoder()
     decoder = torch.randn(FEATURES, 64) / FEATURES**0.5
-    train(encoder, lambda rows: F.mse_loss(encoder(data.images[rows]) @ decoder, data.images[rows]), steps=500, rate=1e-3, seed=seed)
+    train(
+        encoder,
+        lambda rows: F.mse_loss(encoder(data.images[rows]) @ decoder, data.images[rows]),
+        steps=500,
+        rate=1e-3,
+        seed=seed,
+    )
     return encoder.state_dict()
 
 
@@ -109,7 +115,13 @@ def fine_tune(data: Digits, base: Mapping[str, Tensor], name: str, seed: int) ->
     encoder = build_encoder()
     encoder.load_state_dict(dict(base))
     labels = data.labels[name]
-    train(encoder, lambda rows: F.cross_entropy(data.logits(encoder, name, rows), labels[rows]), steps=200, rate=3e-4, seed=seed)
+    train(
+        encoder,
+        lambda rows: F.cross_entropy(data.logits(encoder, name, rows), labels[rows]),
+        steps=200,
+        rate=3e-4,
+        seed=seed,
+    )
     return encoder.state_dict()
 
 

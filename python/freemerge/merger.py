@@ -128,7 +128,9 @@ class Merger:
     def _combined(self, unit: Unit) -> list[Tensor]:
         """sum_i lambda_i G_i for each member: filtered, aligned, elected and renormalised as the recipe says."""
         common = self.weights()
-        weights = [common] * len(unit.names) if common else [merging_weights("paper", m) for m in self._unit_means(unit)]
+        weights = (
+            [common] * len(unit.names) if common else [merging_weights("paper", m) for m in self._unit_means(unit)]
+        )
         if self.recipe.linear:
             sums = self._weighted_sums(unit, weights)
             if unit.action == "filter":

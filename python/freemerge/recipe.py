@@ -86,7 +86,9 @@ class Recipe:
     def preset(cls, name: str) -> Recipe:
         """A published setting by name, see :data:`PRESETS`."""
         if name not in PRESETS:
-            raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{_did_you_mean(name, PRESETS)}")
+            raise ArgumentError(
+                f"preset must be one of {', '.join(PRESETS)}, got {name!r}{_did_you_mean(name, PRESETS)}"
+            )
         return PRESETS[name]
 
     def replace(self, **changes: Any) -> Recipe:
@@ -154,9 +156,7 @@ PRESETS: dict[str, Recipe] = {
         renormalize=None,
         select=(Rule("*mlp*weight*", "filter"), Rule("*attn*weight*", "filter"), Rule("*", "merge")),
     ),
-    "official-roberta": Recipe(
-        response=Official(0.7, relative_to="max"), weights="sum", scale=0.5, renormalize=None
-    ),
+    "official-roberta": Recipe(response=Official(0.7, relative_to="max"), weights="sum", scale=0.5, renormalize=None),
     # Every task vector is weighted by 0.8 before the election; the merged one by 1.1.
     "official-llm": Recipe(
         response=Official(0.9), weights="sum", scale=0.8 * 1.1, renormalize=None, sign_election=True

@@ -54,7 +54,9 @@ class Split:
         """Rows of each part of the tensor ``name``, which has ``height`` rows."""
         if isinstance(self.parts, tuple):
             if sum(self.parts) != height:
-                raise ArgumentError(f"views: {name} has {height} rows, but its parts {self.parts} have {sum(self.parts)}")
+                raise ArgumentError(
+                    f"views: {name} has {height} rows, but its parts {self.parts} have {sum(self.parts)}"
+                )
             return self.parts
         if height % self.parts:
             raise ArgumentError(f"views: {name} has {height} rows, which do not split into {self.parts} equal parts")
@@ -183,7 +185,9 @@ def _stack_of(name: str, view: Stack, specs: Mapping[str, TensorSpec]) -> tuple[
         if member not in specs:
             raise ArgumentError(f"views: {name} is to be stacked with {member}, which does not exist")
         if len(specs[member].shape) != 2 or specs[member].shape[1] != specs[name].shape[1]:
-            raise ArgumentError(f"views: {member} {specs[member].shape} cannot be stacked below {name} {specs[name].shape}")
+            raise ArgumentError(
+                f"views: {member} {specs[member].shape} cannot be stacked below {name} {specs[name].shape}"
+            )
     return group
 
 

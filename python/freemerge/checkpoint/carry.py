@@ -15,8 +15,9 @@ from .publish import MANIFEST
 from .safetensors_file import open_regular
 
 CONFIG = "config.json"
-_WEIGHT_SUFFIXES = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .gguf .ggml .h5 .msgpack .onnx .onnx_data .tflite .npz .ot .pdparams".split()
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
+    *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
 )
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
@@ -61,7 +62,7 @@ def _carried(base: Path, directory: Path) -> list[str]:
 
 
 def _is_weight(path: Path) -> bool:
-    return path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(
+    return path.name.endswith(_WEIGHT_SUFFIXES) or path.name.endswith(
         tuple(f"{suffix}.index.json" for suffix in _WEIGHT_SUFFIXES)
     )
 

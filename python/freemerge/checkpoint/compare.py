@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,20 +44,11 @@ def compare(
     Raises CheckpointError that names tensors and models. Reads no tensor, except to explain a tied head.
     """
     everyone = (base, *models)
-    tied: dict[str, str] = {}
-    for checkpoint in everyone:
-        tied.update({name: first for name, first in checkpoint.tied.items() if merged(name)})
-    for name, first in tied.items():
-        for checkpoint in everyone:
-            if name in checkpoint.specs and not _same_memory(checkpoint, name, first):
-                raise CheckpointError(_tied_message(name, first, checkpoint))
-    present = {
-        id(checkpoint): {name for name in checkpoint.specs if merged(name) and name not in tied}
-        for checkpoint in everyone
-    }
-    names = tuple(sorted(present[id(base)]))
+    tied = {name: first for name, first in _tied_names(everyone).items() if merged(name)}
+    expected = {name for name in base.specs if merged(name) and name not in tied}
     for model in models:
-        _check_names(base, model, present[id(base)], present[id(model)])
+        _check_names(base, model, expected, {name for name in model.specs if merged(name) and name not in tied})
+    names = tuple(sorted(expected))
     for model in models:
         _check_shapes(base, model, names)
         _check_kinds(base, model, names)
@@ -73,7 +64,7 @@ def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
     """Raise CheckpointError, naming source and tensor, if a float tensor holds a NaN or an infinity."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    for block in tensor.reshape(-1).split(_FINITE_BLOCK):
+    for block in torch.split(tensor.reshape(-1), _FINITE_BLOCK):
         values = block if block.dtype in MERGEABLE else block.float()
         low, high = torch.aminmax(values)  # a NaN anywhere makes both NaN: one pass without a mask in memory
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
@@ -81,20 +72,43 @@ def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
             raise CheckpointError(f"{source}: tensor {name!r} holds {bad} non-finite values")
 
 
-def _same_memory(checkpoint: Checkpoint, name: str, first: str) -> bool:
-    return checkpoint.tied.get(name) == first or (
-        first in checkpoint.specs
-        and _layout(checkpoint.specs[name]) == _layout(checkpoint.specs[first])
-        and torch.equal(checkpoint.read(name), checkpoint.read(first))
-    )
+def _tied_names(everyone: Sequence[Checkpoint]) -> dict[str, str]:
+    """Second name -> first name of every tensor that one of the checkpoints ties.
+
+    A file leaves second names out, a state dict lists them, and some exporters write a copy under each name. All three
+    are the same model, so copies are recognised by their values. One that differs is an error: the model is not tied.
+    """
+    tied: dict[str, str] = {}
+    for checkpoint in everyone:
+        for name, first in (*checkpoint.tied.items(), *_copied_heads(checkpoint, everyone)):
+            root = tied.get(first, first)  # another source may list the same pair in the other order
+            if name != root:
+                tied.setdefault(name, root)
+    for name, first in tied.items():
+        for checkpoint in everyone:
+            if name in checkpoint.specs and not _equal(checkpoint, name, first):
+                raise CheckpointError(
+                    f"{checkpoint.label}: {name} is not the same as {first}, but another of the models ties the two"
+                )
+    return tied
 
 
-def _layout(spec: TensorSpec) -> tuple[object, ...]:
-    return spec.shape, spec.dtype
+def _copied_heads(checkpoint: Checkpoint, everyone: Sequence[Checkpoint]) -> Iterator[tuple[str, str]]:
+    """Heads that some other checkpoint lacks and that are copies of this one's embeddings."""
+    vocabulary = [name for name in checkpoint.specs if _VOCABULARY.search(name)]
+    shared = [name for name in vocabulary if all(name in other.specs for other in everyone)]
+    for name in vocabulary:
+        if name not in shared and name not in checkpoint.tied:
+            yield from ((name, first) for first in shared if _equal(checkpoint, name, first))
 
 
-def _tied_message(name: str, first: str, checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.label}: {name} differs from {first}, but another model ties the two; untie it there, or tie it here"
+def _equal(checkpoint: Checkpoint, name: str, first: str) -> bool:
+    if checkpoint.tied.get(name, name) == checkpoint.tied.get(first, first):
+        return True
+    ours, theirs = checkpoint.specs[name], checkpoint.specs.get(first)
+    if theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return False
+    return torch.equal(checkpoint.read(name), checkpoint.read(first))
 
 
 def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found: set[str]) -> None:
@@ -106,7 +120,10 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
         parts.append(f"lacks {len(missing)} tensors of the base: {_some(missing)}")
     if unexpected:
         parts.append(f"has {len(unexpected)} tensors that the base lacks: {_some(unexpected)}")
-    raise CheckpointError(f"{model.label} {' and '.join(parts)} (base: {base.label})")
+    hint = ""
+    if any(_VOCABULARY.search(name) for name in (*missing, *unexpected)):
+        hint = "; a model without a head of its own ties it to the embeddings and does not fit one that has a head"
+    raise CheckpointError(f"{model.label} {' and '.join(parts)} (base: {base.label}){hint}")
 
 
 def _check_shapes(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> None:

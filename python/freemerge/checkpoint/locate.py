@@ -95,8 +95,9 @@ def _is_plain(name: str) -> bool:
 def entry(directory: Path, name: str, *, home: Path | None = None) -> Path:
     """``directory / name``, provided that it exists and does not lead elsewhere.
 
-    A symbolic link may only end inside the directory (or the ``home`` it belongs to) or, as in the Hugging Face cache, in the ``blobs`` folder beside
-    ``snapshots``: otherwise a downloaded model could name, and a merged one publish, any file of this machine.
+    A symbolic link may only end inside the directory (or the ``home`` it belongs to) or, as in the Hugging Face cache,
+    in the ``blobs`` folder beside ``snapshots``: otherwise a downloaded model could name, and a merged one publish, any
+    file of this machine.
     """
     path = directory / name
     try:

@@ -76,8 +76,9 @@ class Checkpoint(ABC):
             raise ArgumentError(f"{name} has shape {shape}: there are no rows {start}:{stop}")
         return self.read(name)[start:stop]
 
+    @abstractmethod
     def close(self) -> None:
-        """Let go of the source. Tensors already read stay valid."""
+        """Let go of the source: no more reads. Tensors already read stay valid."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -100,6 +101,9 @@ class _InMemory(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         return self._state[name]
+
+    def close(self) -> None:
+        self._state = {}
 
 
 class _OnDisk(Checkpoint):
@@ -143,6 +147,9 @@ class _Safetensors(_OnDisk):
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._files[name].read_rows(name, start, stop)
 
+    def close(self) -> None:
+        self._files = {}
+
 
 class _Pickled(_OnDisk):
     def __init__(self, path: Path, located: Located) -> None:
@@ -160,7 +167,7 @@ class _Pickled(_OnDisk):
         return self._files[name].read(name)
 
     def close(self) -> None:
-        self._files.clear()
+        self._files = {}
 
 
 def _specs_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:

@@ -69,7 +69,7 @@ class CheckpointWriter:
 
     The layout of every file is known before the first byte, so a tensor is written at its place and no shard is held
     in memory. Everything goes to a hidden directory beside ``out``; leaving the ``with`` block normally publishes it,
-    an exception removes it. The bytes depend on the specs, the tensors and the metadata only, not on the order of writes.
+    an exception removes it. The bytes depend on specs, tensors and metadata only, not on the order of writes.
 
     Args:
         out: where the model goes. Symbolic links are followed.
@@ -145,7 +145,7 @@ class CheckpointWriter:
         with self._lock:
             if name not in self._pending[shard.file]:
                 raise ArgumentError(f"{name} was already written")
-        raw = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         try:
             fd = os.open(self._path(shard), os.O_WRONLY)
             try:
