@@ -94,7 +94,7 @@ def test_bad_files_name_the_file_and_the_field(text: str, message: str, tmp_path
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(fm.ArgumentError, match="nowhere.yaml"):
+    with pytest.raises(fm.ArgumentError, match=r"nowhere\.yaml"):
         fm.Recipe.from_yaml(tmp_path / "nowhere.yaml")
 
 

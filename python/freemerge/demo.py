@@ -11,12 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 (the name everybody knows)
+from torch.nn import functional as F
 
 from .errors import FreemergeError
 from .pipeline import merge_checkpoints
@@ -79,7 +80,7 @@ def build_encoder() -> nn.Sequential:
     """Pixels to features: three hidden layers."""
     sizes = [64, WIDTH, WIDTH, WIDTH, FEATURES]
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -129,6 +130,7 @@ def run_demo(seed: int = 0, keep: Path | None = None) -> dict[str, dict[str, flo
     """Train, merge and score; print a table of accuracies and return it as method -> question -> percentage."""
     with torch.random.fork_rng(), nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
         data = Digits(seed)
         print(f"training a base and {len(QUESTIONS)} fine-tuned models on scikit-learn's digits ...", file=sys.stderr)
         base = pretrain(data, seed)

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointWriter, InputHashes, build_manifest, carry_over, model_card

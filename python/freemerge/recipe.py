@@ -138,32 +138,6 @@ class Recipe:
             raise ArgumentError(f"recipe {path}: {error}") from None
 
 
-# What each released script does, its bugs excepted (see docs/presets.md).
-PRESETS: dict[str, Recipe] = {
-    "paper": Recipe(scale=1.0, renormalize=None),
-    "official-vit8": Recipe(
-        response=Official(0.7),
-        weights="sum",
-        scale=0.7,
-        renormalize=None,
-        align=True,
-        select=(Rule("*mlp*weight*", "filter"), Rule("*attn*weight*", "filter"), Rule("*", "merge")),
-    ),
-    "official-vit30": Recipe(
-        response=Official(0.7),
-        weights="sum",
-        scale=0.15,
-        renormalize=None,
-        select=(Rule("*mlp*weight*", "filter"), Rule("*attn*weight*", "filter"), Rule("*", "merge")),
-    ),
-    "official-roberta": Recipe(response=Official(0.7, relative_to="max"), weights="sum", scale=0.5, renormalize=None),
-    # Every task vector is weighted by 0.8 before the election; the merged one by 1.1.
-    "official-llm": Recipe(
-        response=Official(0.9), weights="sum", scale=0.8 * 1.1, renormalize=None, sign_election=True
-    ),
-}
-
-
 def _set(recipe: Recipe, name: str, value: object) -> None:
     object.__setattr__(recipe, name, value)
 
@@ -223,3 +197,29 @@ def _view_config(view: View) -> dict[str, Any]:
     if isinstance(view, Stack):
         return {"stack": list(view.patterns)}
     return {"split": view.pattern, "parts": view.parts if isinstance(view.parts, int) else list(view.parts)}
+
+
+# What each released script does, its bugs excepted (see docs/presets.md).
+PRESETS: dict[str, Recipe] = {
+    "paper": Recipe(scale=1.0, renormalize=None),
+    "official-vit8": Recipe(
+        response=Official(0.7),
+        weights="sum",
+        scale=0.7,
+        renormalize=None,
+        align=True,
+        select=(Rule("*mlp*weight*", "filter"), Rule("*attn*weight*", "filter"), Rule("*", "merge")),
+    ),
+    "official-vit30": Recipe(
+        response=Official(0.7),
+        weights="sum",
+        scale=0.15,
+        renormalize=None,
+        select=(Rule("*mlp*weight*", "filter"), Rule("*attn*weight*", "filter"), Rule("*", "merge")),
+    ),
+    "official-roberta": Recipe(response=Official(0.7, relative_to="max"), weights="sum", scale=0.5, renormalize=None),
+    # Every task vector is weighted by 0.8 before the election; the merged one by 1.1.
+    "official-llm": Recipe(
+        response=Official(0.9), weights="sum", scale=0.8 * 1.1, renormalize=None, sign_election=True
+    ),
+}

@@ -130,7 +130,7 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     header_bytes = int.from_bytes(os.pread(fd, 8, 0), "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{path}: not a safetensors file (it claims a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES})"
+            f"{path}: not a safetensors file (a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES})"
         )
     data_start = 8 + header_bytes
     if data_start > file_bytes:
