@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import reference_merge
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ import freemerge as fm
 from freemerge import merger
 from freemerge.checkpoint import Checkpoint, TensorSpec, verify
 from freemerge.task_vector import plan_units
+from reference import reference_merge
 
 State = dict[str, Tensor]
 
@@ -109,7 +109,7 @@ def test_merge_in_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def assert_rounded(result: Tensor, expected: Tensor, *, allowed: int) -> None:
-    """The correctly rounded reference, but for at most ``allowed`` entries that are off by one unit in the last place."""
+    """The reference correctly rounded, but for ``allowed`` entries that may be off by one unit in the last place."""
     rounded = expected.to(result.dtype)
     bits = torch.int16 if result.dtype.itemsize == 2 else torch.int32
     distance = (result.view(bits).int() - rounded.view(bits).int()).abs()

@@ -128,6 +128,15 @@ def fine_tune(data: Digits, base: Mapping[str, Tensor], name: str, seed: int) ->
 
 def run_demo(seed: int = 0, keep: Path | None = None) -> dict[str, dict[str, float]]:
     """Train, merge and score; print a table of accuracies and return it as method -> question -> percentage."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # layers this small only lose time to more
+    try:
+        return _run_demo(seed, keep)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run_demo(seed: int, keep: Path | None) -> dict[str, dict[str, float]]:
     with torch.random.fork_rng(), nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,163 @@
+"""The command line on real files: exit codes, output, and that flags reach the merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import freemerge as fm
+from freemerge.cli import main
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    generator = torch.Generator().manual_seed(0)
+    base = {"a.weight": torch.randn(40, 30, generator=generator), "a.bias": torch.randn(40, generator=generator)}
+    paths = []
+    for i in range(3):
+        state = {n: t + 0.01 * i * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+        paths.append(str(tmp_path / f"{'base' if i == 0 else f'model-{i}'}.safetensors"))
+        save_file(state, paths[-1])
+    return paths
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def merged(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def test_merge_with_flags(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    flags = [
+        "--cutoff",
+        0.2,
+        "--weights",
+        "0.5,0.25",
+        "--scale",
+        0.9,
+        "--renormalize",
+        "none",
+        "--out-dtype",
+        "bfloat16",
+    ]
+    assert run("merge", *files, "-o", out, *flags, "--select", "*.bias=copy") == 0
+    captured = capsys.readouterr()
+    assert "weights 0.5000, 0.2500; scale 0.9" in captured.out
+    assert "tensors" in captured.err, "a progress bar on standard error"
+    recipe = fm.Recipe(
+        fm.HighPass(0.2),
+        weights=[0.5, 0.25],
+        scale=0.9,
+        renormalize=None,
+        out_dtype="bfloat16",
+        select=[("*.bias", "copy")],
+    )
+    expected = fm.merge(files[0], files[1:], recipe)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(out).items())
+
+
+def test_a_preset_with_an_override(files: list[str], tmp_path: Path) -> None:
+    assert run("merge", *files, "-o", tmp_path / "out", "--preset", "official-roberta", "--scale", 0.3) == 0
+    expected = fm.merge(files[0], files[1:], fm.Recipe.preset("official-roberta").replace(scale=0.3))
+    assert torch.equal(merged(tmp_path / "out")["a.weight"], expected["a.weight"])
+
+
+def test_a_recipe_file(files: list[str], tmp_path: Path) -> None:
+    recipe = fm.Recipe(fm.Gaussian(0.1), weights="uniform")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert run("merge", *files, "-o", tmp_path / "out", "--recipe", tmp_path / "recipe.yaml") == 0
+    assert torch.equal(merged(tmp_path / "out")["a.weight"], fm.merge(files[0], files[1:], recipe)["a.weight"])
+
+
+def test_json_output_is_json_alone(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("merge", *files, "-o", tmp_path / "out", "--json") == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert sum(report["weights"]) == pytest.approx(1)
+    assert captured.err == ""
+
+
+def test_dry_run_and_inspect_write_nothing(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert run("merge", *files, "-o", tmp_path / "out", "--dry-run") == 0
+    dry = capsys.readouterr().out
+    assert run("inspect", *files) == 0
+    assert capsys.readouterr().out == dry
+    assert sorted(tmp_path.iterdir()) == before
+    assert "a.weight" in dry
+    assert "40x30" in dry
+    assert f"removes {fm.HighPass(0.4).removed_fraction((40, 30)):6.2%}" in dry
+    assert "1 tensors filtered, 1 merged unfiltered, 0 copied" in dry
+
+
+def test_inspect_as_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", *files, "--json") == 0
+    decisions = json.loads(capsys.readouterr().out)["decisions"]
+    assert [decision["action"] for decision in decisions] == ["merge", "filter"]
+
+
+def test_verify_finds_a_changed_file(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    run("merge", *files, "-o", out)
+    assert run("verify", out) == 0
+    assert "verified" in capsys.readouterr().out
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (out / "model.safetensors").write_bytes(content)
+    assert run("verify", out) == 1
+    assert "model.safetensors has changed" in capsys.readouterr().out
+
+
+def test_exit_codes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("merge", files[0], tmp_path / "nowhere", "-o", out) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert run("merge", *files, "-o", out, "--weights", "1,2,3") == 2
+    assert "weights has 3 numbers for 2 models" in capsys.readouterr().err
+    assert run("merge", *files, "-o", out, "--preset", "paper", "--recipe", "x.yaml") == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert not out.exists()
+    assert run("merge", *files, "-o", out) == 0
+    assert run("merge", *files, "-o", out) == 3
+    assert run("merge", *files, "-o", out, "--force") == 0
+    with pytest.raises(SystemExit) as caught:
+        run("merge", *files, "-o", out, "--cutof", "0.1")
+    assert caught.value.code == 2
+
+
+def test_interruption(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("freemerge.merger.add_round", interrupt)
+    before = sorted(tmp_path.iterdir())
+    assert run("merge", *files, "-o", tmp_path / "out") == 130
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_backends_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("backends") == 0
+    assert "torch    available" in capsys.readouterr().out
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    from freemerge.demo import QUESTIONS, run_demo
+
+    table = run_demo(seed=1, keep=tmp_path)
+    means = {method: sum(row.values()) / len(row) for method, row in table.items()}
+    assert means["individual"] > 90, "the fine-tuned models learned their tasks"
+    assert means["pretrained"] < means["FR-Merging"] < means["individual"]
+    assert means["pretrained"] < means["task arithmetic"]
+    assert (tmp_path / "FR-Merging" / "freemerge.json").exists()
+    assert len(QUESTIONS) >= 4
+    assert "FR-Merging" in capsys.readouterr().out
