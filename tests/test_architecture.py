@@ -15,8 +15,9 @@ LEVELS = [
     {"responses", "native", "progress"},
     {"accumulate", "merging", "spectral", "checkpoint"},
     {"task_vector"},
-    {"recipe"},
-    {"pipeline", "experts"},
+    {"recipe", "inspection"},
+    {"merger", "experts"},
+    {"pipeline"},
     {"evaluation", "integrations", "demo"},
     {"cli"},
 ]

@@ -43,12 +43,14 @@ def _complain(error: object, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="freemerge", description="Merge fine-tuned models of one base in the frequency domain."
+        prog="freemerge",
+        description="Merge fine-tuned models of one base in the frequency domain.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"freemerge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    merging = commands.add_parser("merge", help="merge checkpoints into one by FR-Merging")
+    merging = commands.add_parser("merge", allow_abbrev=False, help="merge checkpoints into one by FR-Merging")
     _add_inputs(merging)
     merging.add_argument("-o", "--out", required=True, type=Path, help="output directory or .safetensors file")
     merging.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
@@ -58,20 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     merging.set_defaults(run=_merge)
 
-    inspecting = commands.add_parser("inspect", help="what a merge would do to each tensor")
+    inspecting = commands.add_parser("inspect", allow_abbrev=False, help="what a merge would do to each tensor")
     _add_inputs(inspecting)
     inspecting.set_defaults(run=_inspect)
 
-    verifying = commands.add_parser("verify", help="check a merged directory against its manifest")
+    verifying = commands.add_parser("verify", allow_abbrev=False, help="check a merged directory against its manifest")
     verifying.add_argument("directory", type=Path)
     verifying.set_defaults(run=_verify)
 
-    demonstrating = commands.add_parser("demo", help="train, merge and compare small real models (about a minute)")
+    demonstrating = commands.add_parser(
+        "demo", allow_abbrev=False, help="train, merge and compare small real models (about a minute)"
+    )
     demonstrating.add_argument("--seed", type=int, default=0)
     demonstrating.add_argument("--keep", type=Path, metavar="DIR", help="keep the checkpoints in this directory")
     demonstrating.set_defaults(run=_demo)
 
-    listing = commands.add_parser("backends", help="what can filter on this machine, and if not, why")
+    listing = commands.add_parser(
+        "backends", allow_abbrev=False, help="what can filter on this machine, and if not, why"
+    )
     listing.set_defaults(run=_backends)
     return parser
 
