@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from ..errors import CheckpointError
 from .spec import TensorSpec
 
 
-def dense_tensors(source: str, state: Mapping[object, object]) -> dict[str, torch.Tensor]:
+def dense_tensors(source: str, state: Mapping[Any, object]) -> dict[str, torch.Tensor]:
     """The state dict, detached, in its own order; CheckpointError naming the first entry that is no ordinary tensor."""
     return {str(name): _dense(source, name, value) for name, value in state.items()}
 
