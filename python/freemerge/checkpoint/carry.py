@@ -21,15 +21,15 @@ _WEIGHT_SUFFIXES = (
 )
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
-_LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json", "trainer_state.json"})
+_LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json"})
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 def carry_over(base: Path, target: Path, *, out_dtype: torch.dtype | None = None) -> list[str]:
     """Copy config, tokenizer, generation settings, chat templates, licence and custom code from ``base`` to ``target``.
 
-    Left out are weights in any format and their indexes, exports (``onnx/`` and the like), training checkpoints, hidden
-    files and the model card. ``out_dtype``, if given, is written into ``config.json``.
+    Left out are weights in any format and their indexes, exports (``onnx/`` and the like), training checkpoints and
+    their results, hidden files and the model card. ``out_dtype``, if given, is written into ``config.json``.
 
     Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
     ``base`` and for files that are not regular, before anything is copied.
@@ -53,7 +53,9 @@ def _carried(base: Path, directory: Path) -> list[str]:
             if not item.name.startswith((".", "checkpoint-", "global_step")) and item.name not in _FORMAT_DIRECTORIES:
                 names += _carried(base, path)
             continue
-        if item.name.startswith(".") or item.name in _LEFT_OUT or _is_weight(path):
+        if item.name.startswith((".", "trainer_")) or item.name.endswith("_results.json"):
+            continue
+        if item.name in _LEFT_OUT or _is_weight(path):
             continue
         if not entry(directory, item.name, home=base).is_file():
             raise CheckpointError(f"{path} is not a regular file")

@@ -26,7 +26,10 @@ class Hasher:
         self._stop = threading.Event()
 
     def submit(self, path: Path, *, flush: bool = False) -> Future[str]:
-        """Start hashing ``path``; the future gives the hex digest. With ``flush`` the file reaches the disk first."""
+        """Start hashing ``path``; the future gives the hex digest, or a CheckpointError if the file cannot be read.
+
+        With ``flush`` the file reaches the disk first; that fails as an OSError, for the writer to report.
+        """
         return self._pool.submit(self._hash, path, flush)
 
     def submit_all(self, paths: Iterable[Path]) -> dict[Path, Future[str]]:
@@ -39,12 +42,12 @@ class Hasher:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _hash(self, path: Path, flush: bool) -> str:
+        if flush:
+            _flush(path)
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         try:
             with open(path, "rb", buffering=0) as stream:
-                if flush:
-                    os.fsync(stream.fileno())
                 while count := stream.readinto(buffer):
                     if self._stop.is_set():
                         raise CheckpointError(f"hashing {path} was cancelled")
@@ -60,3 +63,11 @@ class Hasher:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -114,9 +114,10 @@ def entry(directory: Path, name: str, *, home: Path | None = None) -> Path:
 
 
 def display_name(path: Path) -> str:
-    """A name for manifests and model cards without this machine's paths: ``org/model`` for a cache snapshot."""
-    resolved = path.resolve()
-    for parent in resolved.parents:
+    """A name for manifests and model cards without this machine's paths: ``org/model`` for a cache snapshot, the name
+    of a directory, ``directory/file`` for a file."""
+    absolute = Path(os.path.abspath(path))
+    for parent in absolute.parents:
         if parent.name.startswith("models--"):
             return parent.name.removeprefix("models--").replace("--", "/")
-    return resolved.name
+    return absolute.name if absolute.is_dir() else f"{absolute.parent.name}/{absolute.name}"

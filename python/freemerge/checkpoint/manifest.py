@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -104,11 +105,12 @@ def _is_file_record(name: str, record: object) -> bool:
     return inside and isinstance(record, dict) and isinstance(record.get("sha256"), str)
 
 
-def verify(directory: Path) -> list[str]:
+def verify(directory: str | os.PathLike[str]) -> list[str]:
     """Hash a merged model directory again and compare with its manifest; returns the problems found, none if intact.
 
     A file that the manifest does not list is a problem too (hidden files excepted): loaders may prefer it.
     """
+    directory = Path(directory)
     files = read_manifest(directory)["files"]
     assert isinstance(files, dict)  # read_manifest checked it
     problems = []

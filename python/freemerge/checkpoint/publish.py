@@ -17,23 +17,22 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
-def check_target(out: Path, *, force: bool) -> None:
+def check_target(out: Path, *, single_file: bool, force: bool) -> None:
     """Refuse an output path that holds something, before any work.
 
-    ``force`` replaces only what was clearly meant: a single file, or a directory that has a freemerge manifest.
-    Replacing a directory deletes all of it, so a mistyped ``-o .`` must not be able to.
+    ``force`` replaces only what was clearly meant: a file by a file, or a directory that has a freemerge manifest by a
+    directory. Replacing a directory deletes all of it, so a mistyped ``-o .`` must not be able to.
     """
     if not out.exists():
         return
-    if out.is_dir():
-        if not any(out.iterdir()):
-            return
-        if not force:
-            raise RefusedError(f"{out} exists and is not empty; use force to replace it")
-        if not (out / MANIFEST).is_file():
-            raise RefusedError(f"{out} was not written by freemerge (no {MANIFEST}), so even force does not delete it")
-    elif not force or not out.is_file():
-        raise RefusedError(f"{out} exists; use force to replace it")
+    if single_file != out.is_file():
+        raise RefusedError(f"{out} exists and is not a {'file' if single_file else 'directory'}")
+    if not single_file and not any(out.iterdir()):
+        return
+    if not force:
+        raise RefusedError(f"{out} exists{'' if single_file else ' and is not empty'}; use force to replace it")
+    if not single_file and not (out / MANIFEST).is_file():
+        raise RefusedError(f"{out} was not written by freemerge (no {MANIFEST}), so even force does not delete it")
 
 
 class Staging:
@@ -63,7 +62,7 @@ class Staging:
 
         The file system must already hold every file's data (see Hasher.submit). What was at ``out`` is deleted last.
         """
-        check_target(self._out, force=force)
+        check_target(self._out, single_file=file is not None, force=force)
         try:
             os.fsync(self._lock)
             if file is not None:

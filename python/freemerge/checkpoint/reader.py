@@ -13,9 +13,10 @@ import torch
 
 from ..errors import ArgumentError, CheckpointError
 from .locate import Located, display_name, locate
-from .pickled import PickledFile, check_dense
+from .pickled import PickledFile
 from .safetensors_file import SafetensorsFile
 from .spec import TensorSpec
+from .state_dict import dense_tensors, specs_of, tied_names
 
 Source = Union[str, "os.PathLike[str]", Mapping[str, torch.Tensor], torch.nn.Module]
 
@@ -76,6 +77,10 @@ class Checkpoint(ABC):
             raise ArgumentError(f"{name} has shape {shape}: there are no rows {start}:{stop}")
         return self.read(name)[start:stop]
 
+    def origin(self, name: str) -> str:
+        """Where a tensor comes from, for messages: its file, or the label of a source in memory."""
+        return self.label
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the source: no more reads. Tensors already read stay valid."""
@@ -95,9 +100,9 @@ class Checkpoint(ABC):
 class _InMemory(Checkpoint):
     def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
         self.label = self.name = label
-        self._state = {name: check_dense(label, name, value) for name, value in state.items()}
-        self.specs = _specs_of(self._state)
-        self.tied = _tied(self._state)
+        self._state = dense_tensors(label, state)
+        self.specs = specs_of(self._state)
+        self.tied = tied_names(self._state)
 
     def read(self, name: str) -> torch.Tensor:
         return self._state[name]
@@ -107,6 +112,8 @@ class _InMemory(Checkpoint):
 
 
 class _OnDisk(Checkpoint):
+    _files: Mapping[str, SafetensorsFile | PickledFile]
+
     def __init__(self, path: Path, located: Located) -> None:
         self.path = path
         self.directory = located.directory
@@ -114,6 +121,15 @@ class _OnDisk(Checkpoint):
         self.label = str(path)
         self.name = display_name(path)
         self.tied = {}
+
+    def origin(self, name: str) -> str:
+        return str(self._files[name].path)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._files[name].read(name)
+
+    def close(self) -> None:
+        self._files = {}
 
     def _assign(self, contents: Mapping[Path, Mapping[str, object]], located: Located) -> dict[str, Path]:
         """Which file holds which tensor: every tensor in exactly one file, and where the index says."""
@@ -134,6 +150,8 @@ class _OnDisk(Checkpoint):
 
 
 class _Safetensors(_OnDisk):
+    _files: Mapping[str, SafetensorsFile]
+
     def __init__(self, path: Path, located: Located) -> None:
         super().__init__(path, located)
         files = {file: SafetensorsFile(file) for file in located.files}
@@ -141,48 +159,25 @@ class _Safetensors(_OnDisk):
         self._files = {name: files[where[name]] for name in sorted(where)}
         self.specs = {name: file.slots[name].spec for name, file in self._files.items()}
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._files[name].read(name)
-
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._files[name].read_rows(name, start, stop)
 
-    def close(self) -> None:
-        self._files = {}
-
 
 class _Pickled(_OnDisk):
+    _files: Mapping[str, PickledFile]
+
     def __init__(self, path: Path, located: Located) -> None:
         super().__init__(path, located)
         files = {file: PickledFile(file) for file in located.files}
-        where = self._assign({file: content.state for file, content in files.items()}, located)
-        self._files = {name: files[file] for name, file in where.items()}
-        self.specs = {}
-        for content in files.values():
-            self.specs.update(_specs_of(content.state))
-            self.tied.update(_tied(content.state))
-        self.specs = dict(sorted(self.specs.items()))
+        where = self._assign({file: content.specs for file, content in files.items()}, located)
+        self._files = {name: files[where[name]] for name in sorted(where)}
+        self.specs = {name: file.specs[name] for name, file in self._files.items()}
+        self.tied = {name: first for file in files.values() for name, first in file.tied.items()}
+        self._last = files[located.files[0]]
 
     def read(self, name: str) -> torch.Tensor:
-        return self._files[name].read(name)
-
-    def close(self) -> None:
-        self._files = {}
-
-
-def _specs_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(name, tuple(state[name].shape), state[name].dtype) for name in sorted(state)}
-
-
-def _tied(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Second names of the same memory. The first in the state dict's own order is the tensor, as embeddings come
-    before the head; it is also the name that transformers keeps when it saves."""
-    first: dict[tuple[object, ...], str] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in state.items():
-        if tensor.numel() == 0:
-            continue
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if first.setdefault(key, name) != name:
-            tied[name] = first[key]
-    return tied
+        file = self._files[name]
+        if file is not self._last:
+            self._last.release()
+            self._last = file
+        return file.read(name)

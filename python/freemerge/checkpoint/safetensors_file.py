@@ -7,6 +7,7 @@ a new file written, at known offsets.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -78,7 +79,7 @@ class SafetensorsFile:
         try:
             if _identity(fd) != self._identity:
                 raise CheckpointError(f"{self.path} changed while it was being read")
-            raw = _copy(fd, self.path, offset, nbytes) if nbytes < _COPY_BELOW_BYTES else _map(fd, offset, nbytes)
+            raw = _load(fd, self.path, offset, nbytes)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
         finally:
@@ -103,6 +104,16 @@ def _identity(fd: int) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def _load(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
+    if nbytes >= _COPY_BELOW_BYTES:
+        try:
+            return _map(fd, offset, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # the others mean: no mapping on this file system, or none left; the bytes can still be read
+    return _copy(fd, path, offset, nbytes)
+
+
 def _map(fd: int, offset: int, nbytes: int) -> torch.Tensor:
     lead = offset % mmap.ALLOCATIONGRANULARITY
     # Private and writable: torch warns about read-only buffers, and a stray write stays in this process.
@@ -118,8 +129,13 @@ def _map(fd: int, offset: int, nbytes: int) -> torch.Tensor:
 
 def _copy(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
     raw = torch.empty(nbytes, dtype=torch.uint8)
-    if os.preadv(fd, [raw.numpy().data], offset) != nbytes:
-        raise CheckpointError(f"{path} ended before the {nbytes} bytes at offset {offset}")
+    view = raw.numpy().data
+    position = 0
+    while position < nbytes:  # one call reads 2 GiB at most
+        count = os.preadv(fd, [view[position:]], offset + position)
+        if count == 0:
+            raise CheckpointError(f"{path} ends before byte {offset + nbytes}")
+        position += count
     return raw
 
 

@@ -85,7 +85,8 @@ class CheckpointWriter:
         nbytes: size of all weight files.
 
     Raises, before anything is written: RefusedError if ``out`` holds something, ArgumentError for impossible specs,
-    CheckpointError if the disk has too little room.
+    CheckpointError if the target cannot be written or the disk has too little room. A disk that fills up later is a
+    CheckpointError too, with the old output untouched.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class CheckpointWriter:
         limit = max(1, sum(spec.nbytes for spec in specs)) if self.single_file else max_shard_bytes
         self.shards = plan_shards(specs, limit, {"format": "pt", **(metadata or {})})
         self.nbytes = sum(shard.nbytes for shard in self.shards)
-        check_target(self.out, force=force)
+        check_target(self.out, single_file=self.single_file, force=force)
         _check_room(self.out, self.nbytes)
         self.manifest: dict[str, object] = {}
         self._shard_of = {name: shard for shard in self.shards for name in shard.slots}
@@ -219,6 +220,8 @@ def write_json(path: Path, content: object) -> None:
 
 def _check_room(out: Path, nbytes: int) -> None:
     existing = next(parent for parent in out.parents if parent.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise CheckpointError(f"cannot write {out}: {existing} is not writable")
     free = shutil.disk_usage(existing).free
     if nbytes > free:
         raise CheckpointError(f"{out} needs {nbytes / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB free")

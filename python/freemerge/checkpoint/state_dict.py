@@ -1,0 +1,49 @@
+"""State dicts: which entries can be read, and which are second names of the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .spec import TensorSpec
+
+
+def dense_tensors(source: str, state: Mapping[Any, object]) -> dict[str, torch.Tensor]:
+    """The state dict, detached, in its own order; CheckpointError naming the first entry that is no ordinary tensor."""
+    return {str(name): _dense(source, name, value) for name, value in state.items()}
+
+
+def specs_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    """The specs of a state dict, sorted by name."""
+    return {name: TensorSpec(name, tuple(state[name].shape), state[name].dtype) for name in sorted(state)}
+
+
+def tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Second names of the same memory, each with the first name.
+
+    First is what comes first in the state dict's own order, as embeddings come before the head; it is also the name
+    that transformers keeps when it saves.
+    """
+    first: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in state.items():
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        if first.setdefault(key, name) != name:
+            tied[name] = first[key]
+    return tied
+
+
+def _dense(source: str, name: object, value: object) -> torch.Tensor:
+    if not isinstance(name, str):
+        raise CheckpointError(f"{source}: not a state dict (it has the key {name!r})")
+    if not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"{source}: not a state dict ({name!r} is a {type(value).__name__}, not a tensor)")
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        kind = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+        raise CheckpointError(f"{source}: tensor {name!r} is {kind}; only dense tensors with data can be read")
+    return value.detach()
