@@ -37,15 +37,13 @@ class InputHashes:
     def records(self) -> list[dict[str, object]]:
         """For each checkpoint its name and its files with size and hash; waits for the hashes."""
         return [
-            {
-                "name": checkpoint.name,
-                "files": [
-                    {"name": file.name, "bytes": file.stat().st_size, "sha256": self._futures[file].result()}
-                    for file in checkpoint.files
-                ],
-            }
+            {"name": checkpoint.name, "files": [self._record(file) for file in checkpoint.files]}
             for checkpoint in self._checkpoints
         ]
+
+    def _record(self, file: Path) -> dict[str, object]:
+        digest = self._futures[file].result()
+        return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest}
 
     def __enter__(self) -> InputHashes:
         return self
