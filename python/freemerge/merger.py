@@ -171,8 +171,8 @@ class Merger:
             filtered.append(deltas)
         means = []
         for member in range(len(unit.names)):
-            zero = torch.zeros(()).expand(filtered[0][member].shape)
-            means.append(abs_means(zero, [task[member] for task in filtered]))
+            tasks = [task[member] for task in filtered]
+            means.append(abs_means(tasks[0].new_zeros(()).expand_as(tasks[0]), tasks))
         return filtered, means
 
     def _filter(self, unit: Unit, deltas: Sequence[Tensor]) -> None:
