@@ -372,6 +372,15 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "precious").exists()
 
 
+def test_an_input_is_never_replaced(tmp_path: Path) -> None:
+    base, models = random_models(1)
+    fm.merge_checkpoints(base, models, tmp_path / "earlier", progress=False)
+    before = digest(tmp_path / "earlier")
+    with pytest.raises(fm.RefusedError, match="is an input of this merge"):
+        fm.merge_checkpoints(base, [tmp_path / "earlier"], tmp_path / "earlier", force=True, progress=False)
+    assert digest(tmp_path / "earlier") == before
+
+
 def test_inspection() -> None:
     base, models = random_models(2)
     recipe = fm.Recipe(fm.Official(0.7), views=[fm.Stack(("*.q.weight", "*.k.weight"))])

@@ -14,7 +14,7 @@ from . import __version__
 from .checkpoint import verify
 from .errors import ArgumentError, FreemergeError, RefusedError
 from .pipeline import Inspection, Report, inspect, merge_checkpoints
-from .recipe import PRESETS, OutDType, Recipe
+from .recipe import DTYPES, PRESETS, Recipe
 from .responses import HighPass
 from .spectral import backends
 
@@ -94,7 +94,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=_scale, metavar="S", help="auto or a number")
     parser.add_argument("--renormalize", choices=("none", "energy"))
     parser.add_argument("--select", type=_rule, action="append", metavar="PATTERN=ACTION", help="filter, merge or copy")
-    parser.add_argument("--out-dtype", choices=OutDType.__args__, metavar="DTYPE", help="dtype of the merged weights")
+    parser.add_argument("--out-dtype", choices=list(DTYPES), metavar="DTYPE", help="dtype of the merged weights")
     parser.add_argument("--backend", default="auto", help="auto or one of those that `freemerge backends` lists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

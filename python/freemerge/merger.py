@@ -204,7 +204,7 @@ class Merger:
         """A non-finite mean |theta_i - theta_0| betrays a non-finite value; find out whose it is."""
         if not all(map(math.isfinite, means)):
             for source in (self.base, *self.models):
-                check_finite(name, source.read(name), source.label)
+                check_finite(name, source.read(name), source.origin(name))
             raise CheckpointError(f"tensor {name!r}: the difference of a model and the base overflows")
         return means
 

@@ -9,8 +9,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, CheckpointWriter, InputHashes, build_manifest, carry_over, model_card
-from .errors import ArgumentError
+from .checkpoint import (
+    DEFAULT_SHARD_BYTES,
+    Checkpoint,
+    CheckpointWriter,
+    InputHashes,
+    build_manifest,
+    carry_over,
+    model_card,
+)
+from .errors import ArgumentError, RefusedError
 from .inspection import Decision, Inspection
 from .merger import Merger
 from .progress import Progress
@@ -18,7 +26,6 @@ from .recipe import DTYPES, Recipe
 from .task_vector import Unit
 
 Model = str | Path | Mapping[str, Tensor] | nn.Module
-DEFAULT_SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,13 @@ def merge_checkpoints(
         progress: show a progress bar on standard error.
 
     Raises:
-        RefusedError: ``out`` exists and may not be replaced. Otherwise as :func:`merge`.
+        RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
     """
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
+        for source in (merger.base, *merger.models):
+            if source.path is not None and source.path.resolve() == Path(out).resolve():
+                raise RefusedError(f"{out} is an input of this merge; write somewhere else")
         inspection = merger.inspect()
         specs = [merger.out_spec(name) for name in merger.specs]
         writer = CheckpointWriter(out, specs, max_shard_bytes=max_shard_bytes, force=force)
@@ -100,6 +110,7 @@ def merge_checkpoints(
         merger.on_read = advance
         merger.weights()  # the statistics pass, if there is one, meets every non-finite value before a byte is written
         stack.enter_context(writer)
+        _carry_over(merger, writer)
         for unit in merger.units:
             for name, tensor in merger.merged(unit):
                 writer.write(name, tensor)
@@ -126,16 +137,20 @@ def _open(stack: ExitStack, base: Model, models: Sequence[Model], recipe: Recipe
     return Merger(sources[0], sources[1:], recipe, backend)
 
 
+def _carry_over(merger: Merger, writer: CheckpointWriter) -> None:
+    """Config, tokenizer and code files of the base, which fail early where they are broken."""
+    if writer.directory is not None and merger.base.directory is not None:
+        out_dtype = DTYPES[merger.recipe.out_dtype] if merger.recipe.out_dtype is not None else None
+        carry_over(merger.base.directory, writer.directory, out_dtype=out_dtype)
+
+
 def _describe(merger: Merger, writer: CheckpointWriter, hashes: InputHashes, inspection: Inspection) -> None:
-    """Everything of an output directory beside the weights."""
+    """The model card and the manifest."""
     if writer.directory is None:
         return
     recipe = merger.recipe
-    if merger.base.directory is not None:
-        out_dtype = DTYPES[recipe.out_dtype] if recipe.out_dtype is not None else None
-        carry_over(merger.base.directory, writer.directory, out_dtype=out_dtype)
     card = model_card(
-        title=writer.out.name,
+        title="Merged model",
         base=merger.base.name,
         models=[model.name for model in merger.models],
         recipe=recipe.to_yaml(),

@@ -6,9 +6,10 @@ from .manifest import InputHashes, build_manifest, verify
 from .model_card import model_card
 from .reader import Checkpoint, Source
 from .spec import MERGEABLE, TensorSpec
-from .writer import CheckpointWriter
+from .writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 
 __all__ = [
+    "DEFAULT_SHARD_BYTES",
     "MERGEABLE",
     "Checkpoint",
     "CheckpointWriter",
