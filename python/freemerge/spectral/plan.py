@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -70,6 +71,10 @@ class Plan:
     def matrix(self) -> tuple[int, int]:
         """(H, W)."""
         return matrix_shape(self.shape)
+
+    def because(self, refusals: Sequence[str]) -> Plan:
+        """This plan, telling also what was passed over before it and why."""
+        return replace(self, reason="; ".join([self.reason, *refusals])) if refusals else self
 
     def __str__(self) -> str:
         lines = [
