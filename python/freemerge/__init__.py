@@ -19,6 +19,8 @@ from .responses import (
     Official,
     Response,
 )
+from .spectral.dispatch import backends
+from .spectral.filter import explain, filter_, filtered
 from .task_vector import Rule, Split, Stack
 
 __all__ = [
@@ -45,6 +47,10 @@ __all__ = [
     "Rule",
     "Split",
     "Stack",
+    "backends",
+    "explain",
+    "filter_",
+    "filtered",
     "inspect",
     "merge",
     "merge_checkpoints",

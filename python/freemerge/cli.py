@@ -16,7 +16,7 @@ from .errors import ArgumentError, FreemergeError, RefusedError
 from .pipeline import Inspection, Report, inspect, merge_checkpoints
 from .recipe import DTYPES, PRESETS, Recipe
 from .responses import HighPass
-from .spectral import backends
+from .spectral.dispatch import backends
 
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 

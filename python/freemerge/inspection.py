@@ -11,7 +11,7 @@ import torch
 
 from .checkpoint import TensorSpec
 from .responses import Response
-from .spectral import explain
+from .spectral.filter import explain
 from .task_vector import Action, Unit
 
 REMOVED_TOO_LITTLE = 1e-3  # below this share of the spectrum a filter hardly does anything

@@ -18,7 +18,7 @@ from .errors import CheckpointError
 from .inspection import Decision, Inspection, decide, warnings
 from .merging import alignment_factors, elect_and_sum, energy_factor, merging_scale, merging_weights
 from .recipe import DTYPES, Recipe
-from .spectral import filter_
+from .spectral.filter import filter_
 from .task_vector import Unit, filtered_matrices, plan_units, require_equal, taken_from_base, unstack
 
 
