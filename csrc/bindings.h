@@ -7,5 +7,7 @@ namespace freemerge {
 
 void bind_accumulate(pybind11::module_& m);
 void bind_features(pybind11::module_& m);
+void bind_select(pybind11::module_& m);
+void bind_sparse(pybind11::module_& m);
 
 }  // namespace freemerge

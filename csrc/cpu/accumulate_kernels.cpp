@@ -1,47 +1,17 @@
-// Plain loops over short arrays that stay in L1: the compiler vectorises each for the instruction set that
-// FREEMERGE_ISA names. Every loop does the same roundings in the same order on each of them.
+// The compiler vectorises each loop for the instruction set that FREEMERGE_ISA names. Every loop does the
+// same roundings in the same order on each of them.
 #include "cpu/accumulate_kernels.h"
 
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/loops.h"
+
 namespace freemerge {
 namespace FREEMERGE_ISA {
 namespace {
 
-constexpr std::int64_t kChunk = 512;  // entries converted at a time, kept in L1
-constexpr int kLanes = 16;            // partial sums, so that a sum vectorises without reordering
-
-template <typename Compute>
-void load(Storage source, std::int64_t begin, std::int64_t count, Compute* out) {
-  visit_dtype(source.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const T* in = static_cast<const T*>(source.data) + begin;
-    for (std::int64_t j = 0; j < count; ++j) out[j] = static_cast<Compute>(to_float(in[j]));
-  });
-}
-
-// Reads of many streams outrun the hardware prefetcher: ask for the entries two chunks ahead.
-void prefetch(Storage source, std::int64_t begin, std::int64_t count) {
-  constexpr std::int64_t kLine = 64;
-  const std::int64_t size = byte_size(source.dtype);
-  const auto first = reinterpret_cast<std::uintptr_t>(source.data) +
-                     static_cast<std::uintptr_t>((begin + 2 * kChunk) * size);  // may lie past the end
-  for (std::int64_t at = 0; at < count * size; at += kLine) {
-    __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<std::uintptr_t>(at)), 0, 2);
-  }
-}
-
-// v = source - base.
-template <typename Compute>
-void load_difference(Storage source, const Compute* base, std::int64_t begin, std::int64_t count,
-                     Compute* v) {
-  visit_dtype(source.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const T* in = static_cast<const T*>(source.data) + begin;
-    for (std::int64_t j = 0; j < count; ++j) v[j] = static_cast<Compute>(to_float(in[j])) - base[j];
-  });
-}
+constexpr int kLanes = 16;  // partial sums, so that a sum vectorises without reordering
 
 template <typename Compute>
 void add_magnitudes(const Compute* v, std::int64_t count, double* lanes) {
