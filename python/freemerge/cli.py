@@ -13,7 +13,8 @@ from typing import Any
 from . import __version__
 from .checkpoint import verify
 from .errors import ArgumentError, FreemergeError, RefusedError
-from .pipeline import Inspection, Report, inspect, merge_checkpoints
+from .inspection import Inspection
+from .pipeline import Report, inspect, merge_checkpoints
 from .recipe import DTYPES, PRESETS, Recipe
 from .responses import HighPass
 from .spectral.dispatch import backends

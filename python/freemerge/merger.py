@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .accumulate import abs_means, add_round, norm, task_vector_sum
-from .checkpoint import MERGEABLE, Checkpoint, TensorSpec, check_finite, compare
+from .checkpoint import MERGEABLE, Checkpoint, TensorSpec
+from .checkpoint.compare import check_finite, compare
 from .errors import CheckpointError
 from .inspection import Decision, Inspection, decide, warnings
 from .merging import alignment_factors, elect_and_sum, energy_factor, merging_scale, merging_weights

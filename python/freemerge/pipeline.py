@@ -16,8 +16,8 @@ from .checkpoint import (
     InputHashes,
     build_manifest,
     carry_over,
-    model_card,
 )
+from .checkpoint.model_card import model_card
 from .errors import ArgumentError, RefusedError
 from .inspection import Decision, Inspection
 from .merger import Merger

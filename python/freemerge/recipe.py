@@ -164,7 +164,7 @@ def _sequence(name: str, value: object) -> Sequence[Any]:
 
 def _weights(weights: object) -> Weights:
     if weights in ("paper", "uniform", "sum"):
-        return weights  # type: ignore[return-value]
+        return weights
     if isinstance(weights, str) or not isinstance(weights, Sequence) or not weights:
         raise ArgumentError(f"weights must be 'paper', 'uniform', 'sum' or a list of numbers, got {weights!r}")
     if not all(_is_finite(weight) for weight in weights):

@@ -197,14 +197,14 @@ def filtered_matrices(unit: Unit, deltas: Sequence[Tensor]) -> list[Tensor]:
     A stack is copied into one matrix; :func:`unstack` writes it back.
     """
     matrix = deltas[0] if len(deltas) == 1 else torch.cat(list(deltas))
-    return list(matrix.split(list(unit.parts))) if unit.parts else [matrix]
+    return list(torch.split(matrix, list(unit.parts))) if unit.parts else [matrix]
 
 
 def unstack(matrices: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
     """Copy the rows of a filtered stack back into its members; does nothing where they already share memory."""
     if len(deltas) == 1:
         return
-    for delta, rows in zip(deltas, matrices[0].split([len(delta) for delta in deltas]), strict=True):
+    for delta, rows in zip(deltas, torch.split(matrices[0], [len(delta) for delta in deltas]), strict=True):
         delta.copy_(rows)
 
 
