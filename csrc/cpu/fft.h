@@ -11,6 +11,9 @@
 
 namespace freemerge {
 
+// Largest radix of a direct pass; larger prime factors go through Bluestein.
+inline constexpr int kMaxRadix = 61;
+
 // One Stockham pass: `span` interleaved transforms of length radix * count become radix times as many of length
 // `count`.
 template <typename T>
@@ -59,6 +62,9 @@ class Fft {
   const T* chirp_spectrum = nullptr;  // spectrum of the conjugate chirp over convolution.n, in its slots
 
  private:
+  struct Ordered {};
+  Fft(std::int64_t n, Ordered);  // in natural order: never kSplit
+  void plan_ordered();
   void plan_direct(const std::vector<int>& radices);
   void plan_split(std::int64_t row_length);
   void plan_bluestein();

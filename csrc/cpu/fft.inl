@@ -83,7 +83,7 @@ FM_INLINE void butterfly_odd(Complex<T> (&a)[R], const T* roots) {
   }
 #pragma GCC unroll 8
   for (int k = 1; k <= half; ++k) {
-    Complex<T> even = a[0], odd{};
+    Complex<T> even = a[0], odd = {};
 #pragma GCC unroll 8
     for (int j = 1; j <= half; ++j) {
       const T c = roots[2 * (j * k % R)], s = roots[2 * (j * k % R) + 1];
@@ -122,8 +122,8 @@ FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots) {
     a[5] = even[1] - odd1;
     a[2] = minus_i(even[2], odd2);
     a[6] = plus_i(even[2], odd2);
-    a[3] = minus_i(even[3], odd3);
-    a[7] = plus_i(even[3], odd3);
+    a[3] = even[3] - odd3;
+    a[7] = even[3] + odd3;
   } else {
     butterfly_odd<R, T>(a, roots);
   }
@@ -156,9 +156,6 @@ void stockham_pass(const FftPass<T>& pass, const T* in, T* out, Halves<T> halves
   }
 }
 
-// Largest radix of a direct pass; larger prime factors go through Bluestein.
-inline constexpr int kMaxRadix = 61;
-
 // Any odd radix: as butterfly_odd, with the sums and differences in memory and three bins at a time.
 template <typename T>
 void stockham_pass_odd(const FftPass<T>& pass, const T* in, T* out, Halves<T> halves) {
@@ -188,7 +185,7 @@ void stockham_pass_odd(const FftPass<T>& pass, const T* in, T* out, Halves<T> ha
           bin[b] = k0 + b < half ? k0 + b : half;
           angle[b] = 0;
           even[b] = first;
-          odd[b] = {};
+          odd[b] = Complex<T>{};
         }
         for (int j = 1; j <= half; ++j) {
           const Complex<T> s = sum[j], d = difference[j];
@@ -219,87 +216,83 @@ void stockham_pass_odd(const FftPass<T>& pass, const T* in, T* out, Halves<T> ha
 // Methods -------------------------------------------------------------------------------------------------------
 
 template <typename T>
-T* direct(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
-  for (int i = 0; i < plan.pass_count; ++i) {
-    const FftPass<T>& pass = plan.passes[i];
-    switch (pass.radix) {
-      case 2:
-        stockham_pass<2>(pass, data, work, halves);
-        break;
-      case 3:
-        stockham_pass<3>(pass, data, work, halves);
-        break;
-      case 4:
-        stockham_pass<4>(pass, data, work, halves);
-        break;
-      case 5:
-        stockham_pass<5>(pass, data, work, halves);
-        break;
-      case 7:
-        stockham_pass<7>(pass, data, work, halves);
-        break;
-      case 8:
-        stockham_pass<8>(pass, data, work, halves);
-        break;
-      case 11:
-        stockham_pass<11>(pass, data, work, halves);
-        break;
-      case 13:
-        stockham_pass<13>(pass, data, work, halves);
-        break;
-      default:
-        stockham_pass_odd(pass, data, work, halves);
-    }
-    T* const result = work;
-    work = data;
-    data = result;
+void stockham(const FftPass<T>& pass, const T* in, T* out, Halves<T> halves) {
+  switch (pass.radix) {
+    case 2:
+      return stockham_pass<2>(pass, in, out, halves);
+    case 3:
+      return stockham_pass<3>(pass, in, out, halves);
+    case 4:
+      return stockham_pass<4>(pass, in, out, halves);
+    case 5:
+      return stockham_pass<5>(pass, in, out, halves);
+    case 7:
+      return stockham_pass<7>(pass, in, out, halves);
+    case 8:
+      return stockham_pass<8>(pass, in, out, halves);
+    case 11:
+      return stockham_pass<11>(pass, in, out, halves);
+    case 13:
+      return stockham_pass<13>(pass, in, out, halves);
+    default:
+      return stockham_pass_odd(pass, in, out, halves);
   }
-  return data;
 }
 
 template <typename T>
-T* bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves);
+void direct(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+  T *from = data, *to = work;
+  for (int i = 0; i + 1 < plan.pass_count; ++i) {
+    stockham(plan.passes[i], from, to, halves);
+    T* const swap = from;
+    from = to;
+    to = swap;
+  }
+  // The last pass reads and writes the same elements in every butterfly, so it can run in place.
+  if (plan.pass_count > 0) stockham(plan.passes[plan.pass_count - 1], from, data, halves);
+}
+
+template <typename T>
+void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves);
 
 // A transform that keeps natural order: any method but kSplit.
 template <typename T>
-T* ordered(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
-  return plan.method == Fft<T>::Method::kDirect ? direct(plan, data, work, halves)
-                                                : bluestein(plan, data, work, halves);
+void ordered(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+  if (plan.method == Fft<T>::Method::kDirect) {
+    direct(plan, data, work, halves);
+  } else {
+    bluestein(plan, data, work, halves);
+  }
 }
 
 // Four-step transform in place: columns, twiddles, rows. Each short transform runs in cache.
 template <typename T>
-T* split_forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+void split_forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
   const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
   const std::int64_t n1 = rows.n, n2 = columns.n;
   for (std::int64_t j1 = 0; j1 < n1; ++j1) {
     for (std::int64_t j2 = 0; j2 < n2; ++j2) {
       halves.store(work + kElement<T> * j2, halves.load(data + kElement<T> * (j1 + n1 * j2)));
     }
-    const T* column = ordered(columns, work, work + kElement<T> * n2, halves);
+    ordered(columns, work, work + kElement<T> * n2, halves);
     const T* twiddles = plan.twiddles + 2 * n2 * j1;
     for (std::int64_t k2 = 0; k2 < n2; ++k2) {
       halves.store(data + kElement<T> * (j1 + n1 * k2),
-                   times(halves.load(column + kElement<T> * k2), twiddles + 2 * k2));
+                   times(halves.load(work + kElement<T> * k2), twiddles + 2 * k2));
     }
   }
   for (std::int64_t k2 = 0; k2 < n2; ++k2) {
-    T* const row = data + kElement<T> * n1 * k2;
-    T* const result = ordered(rows, row, work, halves);
-    if (result != row) __builtin_memcpy(row, result, static_cast<std::size_t>(n1 * kElement<T>) * sizeof(T));
+    ordered(rows, data + kElement<T> * n1 * k2, work, halves);
   }
-  return data;
 }
 
 // The same steps backwards: from the permuted spectrum to natural order. `halves` are the inverse's.
 template <typename T>
-T* split_inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+void split_inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
   const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
   const std::int64_t n1 = rows.n, n2 = columns.n;
   for (std::int64_t k2 = 0; k2 < n2; ++k2) {
-    T* const row = data + kElement<T> * n1 * k2;
-    T* const result = ordered(rows, row, work, halves);
-    if (result != row) __builtin_memcpy(row, result, static_cast<std::size_t>(n1 * kElement<T>) * sizeof(T));
+    ordered(rows, data + kElement<T> * n1 * k2, work, halves);
   }
   for (std::int64_t j1 = 0; j1 < n1; ++j1) {
     const T* twiddles = plan.twiddles + 2 * n2 * j1;
@@ -307,30 +300,35 @@ T* split_inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
       halves.store(work + kElement<T> * k2,
                    times(halves.load(data + kElement<T> * (j1 + n1 * k2)), twiddles + 2 * k2));
     }
-    const T* column = ordered(columns, work, work + kElement<T> * n2, halves);
+    ordered(columns, work, work + kElement<T> * n2, halves);
     for (std::int64_t j2 = 0; j2 < n2; ++j2) {
-      halves.store(data + kElement<T> * (j1 + n1 * j2), halves.load(column + kElement<T> * j2));
+      halves.store(data + kElement<T> * (j1 + n1 * j2), halves.load(work + kElement<T> * j2));
     }
   }
-  return data;
 }
 
-// Spectrum in slots. Returns where the result is: `data` or `work`.
+// In place, from natural order to a spectrum in slots; `work` is plan.work elements.
 template <typename T>
-T* forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T>) {
-  return plan.method == Fft<T>::Method::kSplit ? split_forward(plan, data, work, halves)
-                                               : ordered(plan, data, work, halves);
+void forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T>) {
+  if (plan.method == Fft<T>::Method::kSplit) {
+    split_forward(plan, data, work, halves);
+  } else {
+    ordered(plan, data, work, halves);
+  }
 }
 
-// From a spectrum in slots. Returns where the result is: `data` or `work`.
+// In place, from a spectrum in slots to natural order.
 template <typename T>
-T* inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kInverse<T>) {
-  return plan.method == Fft<T>::Method::kSplit ? split_inverse(plan, data, work, halves)
-                                               : ordered(plan, data, work, halves);
+void inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kInverse<T>) {
+  if (plan.method == Fft<T>::Method::kSplit) {
+    split_inverse(plan, data, work, halves);
+  } else {
+    ordered(plan, data, work, halves);
+  }
 }
 
 template <typename T>
-T* bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
   const Fft<T>& convolution = *plan.convolution;
   const std::int64_t n = plan.n, m = convolution.n;
   for (std::int64_t j = 0; j < n; ++j) {
@@ -338,17 +336,15 @@ T* bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
   }
   __builtin_memset(work + kElement<T> * n, 0, static_cast<std::size_t>((m - n) * kElement<T>) * sizeof(T));
   T* const rest = work + kElement<T> * m;
-  T* const spectrum = forward(convolution, work, rest, halves);
+  forward(convolution, work, rest, halves);
   for (std::int64_t k = 0; k < m; ++k) {
-    T* const element = spectrum + kElement<T> * k;
+    T* const element = work + kElement<T> * k;
     halves.store(element, times(halves.load(element), plan.chirp_spectrum + 2 * k));
   }
-  const Halves<T> exchanged{halves.im, halves.re};
-  const T* const result = inverse(convolution, spectrum, spectrum == work ? rest : work, exchanged);
+  inverse(convolution, work, rest, Halves<T>{halves.im, halves.re});
   for (std::int64_t k = 0; k < n; ++k) {
-    halves.store(data + kElement<T> * k, times(halves.load(result + kElement<T> * k), plan.chirp + 2 * k));
+    halves.store(data + kElement<T> * k, times(halves.load(work + kElement<T> * k), plan.chirp + 2 * k));
   }
-  return data;
 }
 
 }  // namespace freemerge::FREEMERGE_ISA
