@@ -279,7 +279,7 @@ void synthesise(const Fft<T>& plan, const Signals<Storage>& signals, const Spect
   constexpr int n = kLanes<T>;
   T *const batch = scratch, *const work = scratch + plan.n * kElement<T>;
   const std::int64_t first = group * spectrum.group_size(), count = spectrum.signals_in(group);
-  if (spectrum.width < signals.length) {  // not every bin is kept
+  if (!spectrum.complete) {
     __builtin_memset(batch, 0, static_cast<std::size_t>(plan.n * kElement<T>) * sizeof(T));
   }
   for (std::int64_t block = 0; block < spectrum.blocks(); ++block) {

@@ -28,13 +28,15 @@ struct Spectrum {
   std::int64_t signals;
   std::int64_t columns;  // complex columns, the edge included
   std::int64_t width;    // reals per signal: 2 * columns, or one less
-  std::int64_t stride;   // reals from signal to signal, or 0: tiles without gaps, which column passes read faster
+  std::int64_t pitch;    // reals from one signal's memory to the next one's
+  bool tiled;  // a group's blocks lie one after the other (column passes read that faster), not signal by signal
   int lanes;
   // Slots of bins k and length - k for every column; for the edge, those of DC and Nyquist, or -1 where the bin
   // is not kept.
   const std::int32_t* low;
   const std::int32_t* high;
   bool edge;
+  bool complete;  // every bin is kept
 
   std::int64_t group_size() const { return 2 * lanes; }
   std::int64_t groups() const { return (signals + group_size() - 1) / group_size(); }
@@ -55,10 +57,9 @@ struct Spectrum {
   // Where block `block` of the group's first signal starts, and how far it is to the next signal's.
   T* at(std::int64_t group, std::int64_t block) const {
     const std::int64_t first = group * group_size();
-    return stride == 0 ? data + first * width + block * 2 * lanes * signals_in(group)
-                       : data + first * stride + block * 2 * lanes;
+    return data + first * pitch + block * 2 * lanes * (tiled ? signals_in(group) : 1);
   }
-  std::int64_t step(std::int64_t block) const { return stride == 0 ? width_of(block) : stride; }
+  std::int64_t step(std::int64_t block) const { return tiled ? width_of(block) : pitch; }
 };
 
 // Gains of one block of columns, in bin order along the signals.
