@@ -1,0 +1,46 @@
+#include "cpu/kernels.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "error.h"
+
+namespace freemerge {
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+#endif
+
+const Kernels& kernels(Isa isa) {
+  require(isa <= detected_isa(), "this processor has no " + isa_name(isa));
+#if defined(__x86_64__)
+  if (isa == Isa::kAvx512) return avx512::kKernels;
+  if (isa == Isa::kAvx2) return avx2::kKernels;
+#endif
+  return baseline::kKernels;
+}
+
+Isa active_isa() {
+  static const Isa isa = [] {
+    const char* const forced = std::getenv("FREEMERGE_ISA");
+    if (forced == nullptr || *forced == '\0') return detected_isa();
+    for (const Isa candidate : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+      if (isa_name(candidate) == forced) {
+        require(candidate <= detected_isa(), "FREEMERGE_ISA: this processor has no " + isa_name(candidate));
+        return candidate;
+      }
+    }
+    throw std::invalid_argument(std::string("FREEMERGE_ISA: expected avx512, avx2 or baseline, got ") + forced);
+  }();
+  return isa;
+}
+
+}  // namespace freemerge
