@@ -1,7 +1,7 @@
-// The three stages of the decimated filter, compiled once per instruction set. See decimated.h.
+// The three stages of the decimated filter, compiled once per instruction set. See decimated_job.h.
 #pragma once
 
-#include "cpu/decimated.h"
+#include "cpu/decimated_job.h"
 #include "cpu/fft.inl"
 #include "cpu/fir.inl"
 

@@ -30,7 +30,7 @@ struct Samples {
 };
 
 // Bytes between a load and its prefetch in the same row: far enough to hide DRAM, near enough to stay in L1.
-inline constexpr std::int64_t kPrefetchBytes = 1024;
+inline constexpr std::int64_t kPrefetchBytes = 512;
 
 // Vectors in a panel of columns: as many as leave the accumulators in registers.
 template <int Taps>

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "cpu/decimated_job.h"
 #include "cpu/features.h"
 #include "cpu/fft.h"
 #include "cpu/spectrum.h"
@@ -43,6 +44,7 @@ struct SignalKernels {
 };
 
 struct Kernels {
+  DecimatedKernels decimated;
   TransformKernels<float> single_precision;
   TransformKernels<double> double_precision;
   SignalKernels<float, float> float32;

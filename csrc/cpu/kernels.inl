@@ -1,4 +1,5 @@
 // The table of one instruction set; see kernels.h. Each kernels_*.cpp includes this once.
+#include "cpu/decimated.inl"
 #include "cpu/kernels.h"
 #include "cpu/row_column.inl"
 
@@ -24,7 +25,7 @@ constexpr SignalKernels<Storage, Arithmetic<Storage>> signal_table() {
 }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {transform_table<float>(),     transform_table<double>(),  signal_table<float>(),
+const Kernels kKernels = {kDecimatedKernels, transform_table<float>(),     transform_table<double>(),  signal_table<float>(),
                           signal_table<double>(),       signal_table<bfloat16>(), signal_table<float16>()};
 
 }  // namespace freemerge::FREEMERGE_ISA

@@ -2,21 +2,11 @@
 // columns of the half spectrum that need it, the mask, and back.
 #pragma once
 
-#include <cstdint>
-#include <vector>
-
 #include "cpu/kernels.h"
-#include "dtype.h"
+#include "cpu/matrices.h"
 #include "plan.h"
 
 namespace freemerge {
-
-// Matrices of one shape, plan.mask.height x plan.mask.width, rows `row_stride` elements apart and contiguous.
-struct Matrices {
-  std::vector<void*> data;
-  DType dtype;
-  std::int64_t row_stride;
-};
 
 // In place, every matrix X becomes scale * Re IFFT2(M * FFT2(X)), for any mask M.
 //
