@@ -10,9 +10,10 @@ This file is the only Python definition of the masks; ``csrc/mask.h`` is its C++
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -135,7 +136,18 @@ def _row_blocks(height: int, columns: int) -> list[slice]:
 
 
 @dataclass(frozen=True)
-class _Radial(Response):
+class _ClosedForm(Response):
+    """A response whose column classes follow from its :class:`MaskParams`, without a look at the mask."""
+
+    def _columns(self, params: MaskParams) -> Gains:
+        raise TypeError(f"{type(self).__name__} does not define _columns()")
+
+    def column_gains(self, shape: tuple[int, ...]) -> Gains:
+        return self._columns(self.params(shape))
+
+
+@dataclass(frozen=True)
+class _Radial(_ClosedForm):
     """A response of the radius of a bin only, measured in DFT bins or in cycles per sample (``metric``)."""
 
     def _units(self, shape: tuple[int, ...], metric: Metric) -> tuple[float, float]:
@@ -156,10 +168,9 @@ class _Radial(Response):
         fy, fx = params.unit_y * ky, params.unit_x * kx
         return self._profile(np.sqrt(fy * fy + fx * fx), params)
 
-    def column_gains(self, shape: tuple[int, ...]) -> Gains:
+    def _columns(self, params: MaskParams) -> Gains:
         # The radius grows with |ky|, and every profile here is monotone between its edges: the two ends decide,
         # unless both edges of a band fall inside one column.
-        params = self.params(shape)
         fx = params.unit_x * np.arange(params.width // 2 + 1, dtype=np.float64)
         fy = params.unit_y * float(params.height // 2)
         near, far = np.sqrt(fx * fx), np.sqrt(fy * fy + fx * fx)
@@ -370,7 +381,7 @@ class Gaussian(_Radial):
 
 
 @dataclass(frozen=True)
-class Center(Response):
+class Center(_ClosedForm):
     """Remove only the mean along ``axis``: -1 subtracts each row's mean (kx = 0), -2 each column's mean (ky = 0)."""
 
     axis: Literal[-1, -2] = -1
@@ -388,8 +399,11 @@ class Center(Response):
         removed = (kx if self.params(shape).axis == 1 else ky) == 0.0
         return np.where(removed, 0.0, 1.0) * np.ones_like(ky + kx)
 
-    def column_gains(self, shape: tuple[int, ...]) -> Gains:
+    def box(self, shape: tuple[int, ...]) -> Box:
         params = self.params(shape)
+        return Box(1.0, (params.height, 1) if params.axis == 1 else (1, params.width))
+
+    def _columns(self, params: MaskParams) -> Gains:
         if params.axis == 0:
             return np.full(params.width // 2 + 1, 0.0 if params.height == 1 else np.nan)
         gains = np.ones(params.width // 2 + 1)
@@ -398,7 +412,7 @@ class Center(Response):
 
 
 @dataclass(frozen=True)
-class Official(Response):
+class Official(_ClosedForm):
     """The mask of the authors' released code, quirks included (algorithm of ``fft2`` without ``fftshift``).
 
     With c = (H//2, W//2) in unshifted index space, dist in float32, r_lo = min(H, W)//10 and
@@ -424,6 +438,30 @@ class Official(Response):
         bin_y, bin_x = ky % params.height, kx % params.width
         mirror_y, mirror_x = -ky % params.height, -kx % params.width
         return 0.5 * (self._raw(bin_y, bin_x, params) + self._raw(mirror_y, mirror_x, params))
+
+    def box(self, shape: tuple[int, ...]) -> Box | None:
+        params = self.params(shape)
+        if params.height % 2 or params.width % 2:  # no bin at Nyquist to centre a box on
+            return None
+        band = math.floor(max(params.edge0, params.edge1)) + 2  # float32 may round a distance down onto the edge
+        bands = tuple(band if 2 * band - 1 < n else n for n in (params.height, params.width))
+        return Box(0.0, (bands[0], bands[1]), (bands[0] == band, bands[1] == band))
+
+    def _columns(self, params: MaskParams) -> Gains:
+        x = np.arange(params.width // 2 + 1, dtype=np.float64)
+        here, mirror = self._raw_column(x, params), self._raw_column(-x % params.width, params)
+        return 0.5 * (here + mirror)  # NaN where either varies
+
+    def _raw_column(self, bin_x: Gains, params: MaskParams) -> Gains:
+        """Gain of each column if all its rows agree, else NaN: the disc by its two ends, the ring by its few bins."""
+        centre = params.height // 2
+        near = self._raw(np.full_like(bin_x, centre), bin_x, params)
+        constant = near == self._raw(np.zeros_like(bin_x), bin_x, params)
+        reach = np.sqrt(np.maximum(params.edge1**2 - (bin_x - params.width // 2) ** 2, 0.0))
+        for step in (-1.0, 0.0, 1.0):
+            row = np.clip(centre - np.round(reach) + step, 0.0, params.height - 1.0)
+            constant &= self._raw(row, bin_x, params) == near
+        return np.where(constant, near, np.nan)
 
     @staticmethod
     def _raw(bin_y: Gains, bin_x: Gains, params: MaskParams) -> Gains:
@@ -453,7 +491,7 @@ class Custom(Response):
         array.flags.writeable = False
         object.__setattr__(self, "_function", None)
         object.__setattr__(self, "_array", array.reshape(matrix_shape(array.shape)))
-        object.__setattr__(self, "_key", (array.shape, array.tobytes()))
+        object.__setattr__(self, "_key", (array.shape, hashlib.blake2b(array.tobytes()).digest()))
 
     _function: MaskFunction | None
     _array: Gains | None
@@ -488,6 +526,34 @@ class Custom(Response):
             return np.broadcast_to(called, np.broadcast_shapes(ky.shape, kx.shape))
         except ValueError:
             raise ArgumentError(f"mask callable returned shape {called.shape} for {ky.shape} x {kx.shape}") from None
+
+
+@dataclass(frozen=True)
+class _Transposed(Response):
+    """The response that a transposed matrix needs: M'(l, k) = M(k, l)."""
+
+    inner: Response
+
+    def params(self, shape: tuple[int, ...]) -> MaskParams:
+        p = self.inner.params(shape[::-1])
+        return replace(p, height=p.width, width=p.height, unit_y=p.unit_x, unit_x=p.unit_y, axis=1 - p.axis)
+
+    def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
+        return self.inner.gain(kx.T, ky.T, shape[::-1]).T
+
+    def box(self, shape: tuple[int, ...]) -> Box | None:
+        box = self.inner.box(shape[::-1])
+        return None if box is None else Box(box.background, box.bands[::-1], box.nyquist[::-1])
+
+    def column_gains(self, shape: tuple[int, ...]) -> Gains:
+        if isinstance(self.inner, _ClosedForm):
+            return self.inner._columns(self.params(shape))
+        return super().column_gains(shape)
+
+
+def transposed(response: Response) -> Response:
+    """The response for which filtering a transposed matrix is the transposed result of ``response``."""
+    return response.inner if isinstance(response, _Transposed) else _Transposed(response)
 
 
 RESPONSES: dict[str, type[Response]] = {

@@ -1,0 +1,79 @@
+"""What a backend must offer to plug into the planner. Backends execute a Plan or refuse it; they decide nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from .plan import Form, Plan
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Relative cost of the building blocks of a filter, in ns per element on the machine they were measured on.
+
+    Only their ratios matter: the planner compares forms of one backend, never two backends.
+    """
+
+    move: float  #: read or write one element of the matrix
+    tap: float  #: one multiply-add of a windowed FIR pass
+    dense: float  #: one multiply-add of a dense matrix product
+    row_fft: float  #: one element and one factor of two of a real FFT along contiguous rows
+    column_fft: float  #: one complex element and one factor of two of an FFT down columns, mask included
+    coarse_fft: float  #: one element and one factor of two of the real 2-D FFT of a coarse grid
+    call: float = 0.0  #: fixed cost of a form with many small steps
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the planner must know about a backend on one device."""
+
+    forms: frozenset[Form]
+    dtypes: frozenset[torch.dtype]
+    costs: Costs
+    taps: tuple[int, ...]  #: window widths it has kernels for
+    cells_multiple: int = 1  #: coarse sizes are this times 2^a 3^b 5^c
+    extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
+    transposes: bool = False  #: has the transposed variants of pruned and full
+    packs: bool = False  #: full keeps the spectrum in the matrix's own memory (fp32, fp64)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What :func:`freemerge.backends` tells about a backend; ``reason`` says why it cannot run, or is empty."""
+
+    name: str
+    available: bool
+    reason: str = ""
+    details: dict[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """One implementation of the forms of a Plan."""
+
+    @property
+    def name(self) -> str: ...
+
+    def info(self) -> BackendInfo:
+        """Whether it can run on this machine at all; cheap, and the answer does not change in a process."""
+        ...
+
+    def traits(self, device: torch.device) -> Traits | None:
+        """Its capabilities on a device, or None if it cannot use that kind of device."""
+        ...
+
+    def supports(self, plan: Plan) -> str | None:
+        """None if :meth:`run` can execute the plan, else the reason, as the rest of a sentence after its name."""
+        ...
+
+    def run(self, plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
+        """Filter each matrix in place and multiply it by ``scale``.
+
+        All matrices have shape ``plan.matrix``, dtype ``plan.dtype``, are on ``plan.device``, share no memory, and
+        have unit column stride (``stride(1) == 1``); the row stride is any number >= W. Arithmetic is at least fp32.
+        Results must not depend on the number of threads.
+        """
+        ...

@@ -1,0 +1,74 @@
+"""Which backend runs a request, and by which plan. The only list of backends."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from ..errors import ArgumentError, BackendError
+from ..responses import Response
+from .backend import Backend, BackendInfo
+from .plan import Plan
+from .planner import candidates
+from .torch_backend import TorchBackend
+
+#: In order of preference: "auto" takes the first that can run.
+BACKENDS: tuple[Backend, ...] = (TorchBackend(),)
+
+_CACHED_PLANS = 512
+
+
+def backends() -> dict[str, BackendInfo]:
+    """Every backend by name, whether it can run on this machine, and why not if it cannot."""
+    return {backend.name: backend.info() for backend in BACKENDS}
+
+
+def choose(
+    response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, backend: str
+) -> tuple[Backend, Plan]:
+    """The backend and plan for one matrix shape; plans are cached.
+
+    Raises :class:`ArgumentError` for an unknown backend name, and :class:`BackendError` if a backend asked for by name
+    cannot run the request.
+    """
+    if backend != "auto" and backend not in (known.name for known in BACKENDS):
+        names = ", ".join(repr(known.name) for known in BACKENDS)
+        raise ArgumentError(f"backend must be 'auto' or one of {names}, got {backend!r}")
+    return _choose(response, shape, dtype, str(device), backend, torch.get_float32_matmul_precision())
+
+
+@lru_cache(maxsize=_CACHED_PLANS)
+def _choose(
+    response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str, precision: str
+) -> tuple[Backend, Plan]:
+    del precision  # part of the key: traits depend on it
+    refusals: list[str] = []
+    for candidate in BACKENDS:
+        if backend not in ("auto", candidate.name):
+            continue
+        plan, refusal = _first_supported(candidate, response, shape, dtype, device)
+        if plan is not None:
+            return candidate, plan.because(refusals)
+        refusals.append(f"backend {candidate.name} {refusal}")
+    raise BackendError("; ".join(refusals))
+
+
+def _first_supported(
+    backend: Backend, response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> tuple[Plan | None, str]:
+    info = backend.info()
+    if not info.available:
+        return None, f"is not available: {info.reason}"
+    traits = backend.traits(torch.device(device))
+    if traits is None:
+        return None, f"does not run on device {device}"
+    if dtype not in traits.dtypes:
+        return None, f"has no kernels for {dtype}"
+    refusals = []
+    for plan in candidates(response, shape, dtype, device, backend.name, traits):
+        refusal = backend.supports(plan)
+        if refusal is None:
+            return plan.because(refusals), ""
+        refusals.append(f"form {plan.form}: {refusal}")
+    return None, "; ".join(refusals) or f"has no form for {response!r} at {' x '.join(map(str, shape))}"

@@ -1,0 +1,226 @@
+"""Filter tensors in the frequency domain: the kernel-level API, free of anything about models or merging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from ..errors import ArgumentError
+from ..responses import Response, transposed
+from .backend import Backend
+from .dispatch import choose
+from .memory import internal_overlap, overlapping_pair
+from .plan import Plan
+
+T = TypeVar("T")
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SAMPLE = (16, 64)  # rows and columns of the sample that estimates a matrix's mean
+_BLOCK = 1 << 15  # elements per partial sum of energy(): fixed, so that the result does not depend on threads
+
+
+def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
+    """Filter in place, ``x <- scale * Re(ifft2(M * fft2(x)))`` (arXiv 2411.16815, section 4.1), and return ``x``.
+
+    Args:
+        x: a tensor [n] (filtered along its one axis), [H, W] or [..., H, W] (a batch), or a list or tuple of such
+            tensors of any shapes, of which equal shapes run together. fp32, fp64, bf16 or fp16, on any device, with
+            any strides. NumPy arrays and other DLPack producers are filtered in their own memory.
+        response: which frequencies to keep; see :mod:`freemerge.responses`.
+        scale: a factor on the result, free of charge.
+        backend: "auto", or the name of a backend of :func:`freemerge.backends` that must do it.
+
+    Arithmetic is fp64 for fp64 and fp32 for the rest, whose results are rounded once. A leaf that requires grad is
+    updated as an optimizer does, outside autograd. A non-finite entry spreads over its whole matrix, as in any Fourier
+    filter; nothing here looks for one. The result does not depend on the number of threads.
+
+    Raises:
+        ArgumentError: an argument is invalid, named in the message; nothing has been written.
+        BackendError: the backend asked for cannot do it, and why; nothing has been written.
+    """
+    items = list(x) if isinstance(x, (list, tuple)) else [x]
+    names = [f"x[{i}]" for i in range(len(items))] if isinstance(x, (list, tuple)) else ["x"]
+    tensors = [_tensor(item, name) for item, name in zip(items, names, strict=True)]
+    pair = overlapping_pair(tensors)
+    if pair is not None:
+        raise ArgumentError(f"{names[pair[0]]} and {names[pair[1]]} share memory; each would be filtered twice")
+    _run(tensors, _checked_response(response), _checked_scale(scale), backend)
+    return x
+
+
+def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
+    """The result of :func:`filter_` in new memory, of the same type (a torch tensor for other DLPack producers)."""
+    if isinstance(x, (list, tuple)):
+        copies = [_copy(item, f"x[{i}]") for i, item in enumerate(x)]
+        filter_(copies, response, scale=scale, backend=backend)
+        return type(x)(copies)  # type: ignore[return-value]
+    copied: T = _copy(x, "x")
+    return filter_(copied, response, scale=scale, backend=backend)
+
+
+def explain(
+    x: torch.Tensor | Sequence[int],
+    response: Response,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> Plan:
+    """How :func:`filter_` treats each matrix of a tensor, or of a shape with the given dtype and device.
+
+    The plan tells the backend, the form, its error bound, its memory and traffic, and why it was chosen; print it.
+    """
+    if isinstance(x, torch.Tensor):
+        shape, dtype, device = tuple(x.shape), x.dtype, x.device
+    else:
+        shape = tuple(int(n) for n in x)
+    if not shape or min(shape) < 1:
+        raise ArgumentError(f"x must have at least one axis and no empty one, got shape {shape}")
+    if dtype not in _DTYPES:
+        raise ArgumentError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
+    return choose(_checked_response(response), shape[-2:], dtype, torch.device(device), backend)[1]
+
+
+def energy(x: torch.Tensor) -> float:
+    """Sum of squares of all entries, accumulated in float64 over fixed blocks: the same for any number of threads."""
+    flat = x.detach().reshape(-1)
+    whole = flat.numel() // _BLOCK * _BLOCK
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norms = [torch.linalg.vector_norm(flat[whole:], dtype=dtype).reshape(1)]
+    if whole:
+        norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1, dtype=dtype))
+    return math.fsum(torch.cat(norms).double().square().tolist())
+
+
+def _checked_response(response: object) -> Response:
+    if not isinstance(response, Response):
+        raise ArgumentError(f"response must be a frequency response such as HighPass(0.4), got {response!r}")
+    return response
+
+
+def _checked_scale(scale: object) -> float:
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
+    return float(scale)
+
+
+def _tensor(item: Any, name: str) -> torch.Tensor:
+    """The memory of one input as a tensor that may be written."""
+    x = _as_tensor(item, name)
+    if x.layout != torch.strided or x.device.type == "meta":
+        raise ArgumentError(f"{name} must be a dense tensor with data, got layout {x.layout} on device {x.device}")
+    if x.dtype not in _DTYPES:
+        raise ArgumentError(f"{name} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {x.dtype}")
+    if x.ndim == 0 or x.numel() == 0:
+        raise ArgumentError(f"{name} must have at least one axis and one entry, got shape {tuple(x.shape)}")
+    if x.requires_grad and not x.is_leaf:
+        raise ArgumentError(f"{name} is part of an autograd graph, which the filter would break; pass {name}.detach()")
+    if internal_overlap(x):
+        raise ArgumentError(f"{name} has overlapping memory (strides {x.stride()}); pass {name}.contiguous()")
+    return x
+
+
+def _as_tensor(item: Any, name: str) -> torch.Tensor:
+    if isinstance(item, torch.Tensor):
+        return item
+    if isinstance(item, np.ndarray):
+        if not item.flags.writeable:
+            raise ArgumentError(f"{name} is a read-only array")
+        try:
+            return torch.from_numpy(item)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"{name} cannot be used as a tensor: {error}") from None
+    if hasattr(item, "__dlpack__"):
+        return torch.from_dlpack(item)
+    raise ArgumentError(f"{name} must be a tensor, a NumPy array or a DLPack producer, got {type(item).__name__}")
+
+
+def _copy(item: Any, name: str) -> Any:
+    if isinstance(item, np.ndarray):
+        return np.array(item)
+    x = _as_tensor(item, name)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(f"{name} requires grad, and the filter is not differentiable; pass {name}.detach()")
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def _run(tensors: Sequence[torch.Tensor], response: Response, scale: float, backend: str) -> None:
+    groups: dict[tuple[object, ...], list[torch.Tensor]] = {}
+    requests: dict[tuple[object, ...], tuple[Backend, Plan]] = {}
+    for x in tensors:
+        turned = x.ndim > 1 and x.stride(-1) != 1 and x.shape[-1] > 1 and x.stride(-2) == 1
+        if turned:
+            x = x.transpose(-1, -2)
+        shape = tuple(x.shape[-2:])
+        key = (turned, shape, x.dtype, x.device)
+        if key not in groups:
+            wanted = transposed(response) if turned else response
+            requests[key] = choose(wanted, shape, x.dtype, x.device, backend)
+            groups[key] = []
+        groups[key].extend(_matrices(x))
+    for key, matrices in groups.items():
+        chosen, plan = requests[key]
+        _run_plan(chosen, plan, matrices, scale)
+    for x in tensors:
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+
+def _matrices(x: torch.Tensor) -> list[torch.Tensor]:
+    if x.ndim == 1:
+        return [x.unsqueeze(0)]
+    matrices = [x]
+    while matrices[0].ndim > 2:
+        matrices = [part for matrix in matrices for part in matrix.unbind(0)]
+    return matrices
+
+
+def _run_plan(backend: Backend, plan: Plan, matrices: Iterable[torch.Tensor], scale: float) -> None:
+    height, width = plan.matrix
+    in_place, strided = [], []
+    for matrix in matrices:
+        if width == 1:
+            matrix = matrix.as_strided((height, 1), (matrix.stride(0), 1))
+        if matrix.stride(1) == 1:
+            in_place.append(matrix)
+        else:
+            strided.append(matrix)
+    _run_rows(backend, plan, in_place, scale)
+    for matrix in strided:  # no axis is contiguous: one matrix at a time is copied out and back
+        copy = matrix.contiguous()
+        _run_rows(backend, plan, [copy], scale)
+        matrix.copy_(copy)
+
+
+def _run_rows(backend: Backend, plan: Plan, matrices: list[torch.Tensor], scale: float) -> None:
+    """Run a plan; where a large mean would drown a small result in rounding, subtract it first.
+
+    A constant passes the filter on its own, as M(0, 0) times itself, so any constant may be taken out exactly. 16-bit
+    storage needs none of it: its entries are rounded more coarsely than the filter rounds.
+    """
+    means = [0.0] * len(matrices)
+    if plan.form in ("decimated", "thin") and plan.dtype in (torch.float32, torch.float64):
+        means = [_dominant_mean(x) for x in matrices]
+    for x, mean in zip(matrices, means, strict=True):
+        if mean:
+            x.sub_(mean)
+    backend.run(plan, matrices, scale)
+    if any(means):
+        zero = np.zeros((1, 1))
+        gain = scale * float(plan.response.gain(zero, zero, plan.shape)[0, 0])
+        for x, mean in zip(matrices, means, strict=True):
+            if mean and gain:
+                x.add_(gain * mean)
+
+
+def _dominant_mean(x: torch.Tensor) -> float:
+    """The mean of a sample if it exceeds the sample's deviation, else 0."""
+    steps = [max(1, n // count) for n, count in zip(x.shape, _SAMPLE, strict=True)]
+    deviation, mean = torch.std_mean(x[:: steps[0], :: steps[1]], correction=0)
+    value = float(mean)
+    return value if math.isfinite(value) and abs(value) > float(deviation) else 0.0

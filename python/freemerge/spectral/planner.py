@@ -1,0 +1,209 @@
+"""The one planner: classifies a response on a shape, costs the forms that can do it, and writes them down as Plans.
+
+Backends differ only by the numbers in their :class:`~.backend.Traits`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from ..responses import Box, Response, matrix_shape, transposed
+from .backend import Traits
+from .plan import Decimation, Plan
+from .windows import WindowError, window_error
+
+#: Largest error_bound of a plan in fp32 (and 16-bit storage) and in fp64.
+ERROR_LIMIT = {torch.float32: 5e-7, torch.float64: 1e-12}
+
+_ROUNDING = {torch.float32: 1.2e-7, torch.float64: 3e-16}
+_MIN_OVERSAMPLING = 1.5  # below it the window's transform at the band edge is so small that rounding is amplified
+_OVERSAMPLINGS = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+_PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The arithmetic of a storage dtype: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def candidates(
+    response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str, traits: Traits
+) -> list[Plan]:
+    """Every plan that ``traits`` allow, cheapest first. Empty if the backend has no form for this response."""
+    request = _Request(response, shape, dtype, device, backend, traits)
+    constant = request.constant_gain()
+    if constant is not None:
+        form: tuple[str, ...] = ("identity", "scale") if constant == 1.0 else ("scale",)
+        why = f"the gain is {constant:g} at every frequency"
+        return [
+            replace(request.plan, form=f, background=constant, reason=why, bytes_moved=moves * request.nbytes)
+            for f, moves in (("identity", 0), ("scale", 2))
+            if f in form and f in traits.forms
+        ]
+    costed = sorted(request.forms(), key=lambda pair: pair[0])
+    if not costed:
+        return []
+    best = costed[0][0]
+    summary = ", ".join(f"{plan.form}{' transposed' * plan.transposed} {cost / best:.1f}" for cost, plan in costed)
+    return [replace(plan, reason=f"estimated relative cost: {summary}") for _, plan in costed]
+
+
+@dataclass(frozen=True)
+class _Request:
+    response: Response
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    backend: str
+    traits: Traits
+
+    @property
+    def plan(self) -> Plan:
+        """A plan with everything but the decisions."""
+        return Plan(
+            self.backend, "identity", self.shape, self.dtype, self.device, self.response, 1.0, "",
+            error_bound=_ROUNDING[compute_dtype(self.dtype)],
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def constant_gain(self) -> float | None:
+        box = self.response.box(self.shape)
+        if box is not None and 0 in box.bands:
+            return box.background
+        gains = self.response.column_gains(self.shape)
+        return float(gains[0]) if bool((gains == gains[0]).all()) else None
+
+    def forms(self) -> Iterator[tuple[float, Plan]]:
+        box = self.response.box(self.shape)
+        if box is not None and "decimated" in self.traits.forms:
+            decimated = self._decimated(box)
+            if decimated is not None:
+                yield decimated
+        yield from self._by_columns(transpose=False)
+        if self.traits.transposes and len(self.shape) > 1:
+            yield from self._by_columns(transpose=True)
+
+    def _decimated(self, box: Box) -> tuple[float, Plan] | None:
+        """The cheapest pair of axis decimations within the error limit."""
+        (height, width), (band_y, band_x), (nyquist_y, nyquist_x) = matrix_shape(self.shape), box.bands, box.nyquist
+        costs, dtype = self.traits.costs, compute_dtype(self.dtype)
+        best: tuple[float, Plan] | None = None
+        for rows, row_error in self._axis(height, band_y, nyquist_y):
+            for columns, column_error in self._axis(width, band_x, nyquist_x):
+                # Aliases into the band on the way down and out of it on the way up are orthogonal.
+                error = math.sqrt(2) * math.hypot(row_error.alias, column_error.alias)
+                error += _ROUNDING[dtype] * (row_error.amplification * column_error.amplification) ** 0.25
+                if error > ERROR_LIMIT[dtype]:
+                    continue
+                grid = rows.cells * columns.cells
+                cost = 3 * costs.move * height * width + 2 * costs.coarse_fft * grid * math.log2(grid + 1)
+                cost += 2 * (self._fir(height, rows) * height * width + self._fir(width, columns) * rows.cells * width)
+                cost += costs.call * 2 * (rows.cells / max(1, self.traits.extra_taps) + 4)
+                if best is None or cost < best[0]:
+                    thin = not (rows.taps or columns.taps) and "thin" in self.traits.forms
+                    best = cost, replace(
+                        self.plan,
+                        form="thin" if thin else "decimated",
+                        background=box.background,
+                        rows=rows,
+                        columns=columns,
+                        error_bound=error,
+                        bytes_moved=self.nbytes * (3 if box.background else 2),
+                        workspace_bytes=dtype.itemsize * (3 * grid + 128 * width),
+                    )  # fmt: skip
+        return best
+
+    def _axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
+        """Ways to reduce one axis: for each oversampling, the narrowest window that is accurate enough."""
+        traits, exact = self.traits, WindowError(0.0, 1.0)
+        if 2 * band - 1 >= n:
+            if "thin" in traits.forms:
+                yield Decimation(n, 0, n // 2 + 1), exact  # the whole axis: nothing to reduce
+            return
+        if "thin" in traits.forms:
+            yield Decimation(_smooth(2 * band - 1, 1), 0, band, nyquist), exact
+        limit = ERROR_LIMIT[compute_dtype(self.dtype)] / 2
+        for sigma in _OVERSAMPLINGS:
+            cells = _smooth(math.ceil(sigma * (2 * band - 1)), traits.cells_multiple)
+            for taps in traits.taps:
+                d = Decimation(cells, taps, band, nyquist)
+                if 2 * taps <= cells < n and (error := window_error(n, d)).alias < limit:
+                    yield d, error
+                    break
+
+    def _fir(self, n: int, d: Decimation) -> float:
+        """Cost per element of one pass along an axis."""
+        if d.cells == n:
+            return 0.0
+        costs = self.traits.costs
+        return costs.tap * (d.taps + self.traits.extra_taps) if d.taps else costs.dense * d.cells
+
+    def _by_columns(self, transpose: bool) -> Iterator[tuple[float, Plan]]:
+        """The exact forms: real FFTs along one axis, complex ones along the other where the gain varies."""
+        response, shape = self.response, self.shape
+        if transpose:
+            response, shape = transposed(response), (shape[-1], shape[-2])
+        height, width = matrix_shape(shape)
+        gains = response.column_gains(shape)
+        background = background_gain(gains)
+        varying = int(np.count_nonzero(gains != background))
+        costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
+        base = 2 * costs.row_fft * height * width * _fft_factor(width) * (1.5 if transpose else 1.0)
+        down = 2 * costs.column_fft * _fft_factor(height)
+        spectrum = 2 * dtype.itemsize * height * varying
+        blocks = 2 * dtype.itemsize * (64 * width + 64 * height)
+        common = replace(self.plan, background=background, transposed=transpose)
+        packed = traits.packs and self.dtype == dtype
+        small = spectrum <= _PRUNED_SHARE * dtype.itemsize * height * width or not packed
+        if "pruned" in traits.forms and varying < gains.size and small:
+            cost = 3 * costs.move * height * width + base + down * height * varying
+            yield cost, replace(
+                common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=spectrum + blocks
+            )  # fmt: skip
+        if "full" in traits.forms and (not transpose or packed):
+            cost = 6 * costs.move * height * width + base + down * height * int(np.count_nonzero(np.isnan(gains)))
+            store = 0 if packed else dtype.itemsize * height * (width + 2)
+            yield cost, replace(common, form="full", bytes_moved=6 * self.nbytes, workspace_bytes=store + blocks)
+
+
+def background_gain(column_gains: np.ndarray) -> float:
+    """The gain that most columns have throughout; 0 if every column varies."""
+    constant = column_gains[~np.isnan(column_gains)]
+    if not constant.size:
+        return 0.0
+    values, counts = np.unique(constant, return_counts=True)
+    return float(values[np.argmax(counts)])
+
+
+@lru_cache(maxsize=4096)
+def _smooth(minimum: int, multiple: int) -> int:
+    """The smallest number >= minimum that is multiple * 2^a 3^b 5^c."""
+    need = max(1, -(-minimum // multiple))
+    power = 1 << (need - 1).bit_length()
+    best = power
+    five = 1
+    while five < power:
+        three = five
+        while three < power:
+            best = min(best, three << max(0, (-(-need // three) - 1).bit_length()))
+            three *= 3
+        five *= 5
+    return multiple * best
+
+
+def _fft_factor(n: int) -> float:
+    """log2 n, with the price of lengths that have a large prime factor."""
+    rest = n
+    for prime in (2, 3, 5, 7, 11, 13):
+        while rest % prime == 0:
+            rest //= prime
+    return math.log2(n + 1) * (1.0 if rest == 1 else 3.0)
