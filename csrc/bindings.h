@@ -6,5 +6,6 @@
 namespace freemerge {
 
 void bind_features(pybind11::module_& m);
+void bind_filter(pybind11::module_& m);
 
 }  // namespace freemerge

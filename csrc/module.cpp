@@ -1,3 +1,6 @@
 #include "bindings.h"
 
-PYBIND11_MODULE(_core, m) { freemerge::bind_features(m); }
+PYBIND11_MODULE(_core, m) {
+  freemerge::bind_features(m);
+  freemerge::bind_filter(m);
+}

@@ -58,7 +58,7 @@ struct Passes {
 
 template <typename Storage>
 FM_INLINE Samples<Storage> samples_of(const DecimatedJob& job) {
-  return {static_cast<Storage*>(job.data), job.width, job.stride, job.offset, job.background, job.constant};
+  return {static_cast<Storage*>(job.data), job.width, job.stride, job.background};
 }
 template <int Taps, typename Storage>
 void gather_job_sweep(const DecimatedJob& job, Sweep sweep) {

@@ -22,14 +22,14 @@ struct DecimatedJob {
   void* data;
   DType dtype;
   std::int64_t height, width, stride;
-  float offset, background, constant;  // see Samples in fir.inl
+  float background;
 
   Taper row_taper, column_taper;  // over the height, over the width
   Decimation rows, columns;
   const Fft<float>* row_fft;     // along coarse rows: columns.cells points
   const Fft<float>* column_fft;  // down coarse columns: rows.cells points
   BoxGainView gain;
-  float scale;
+  float scale;  // of the gains; the background has it already
 
   // Blocks of `lanes` box columns, each rows.cells elements of 2 * lanes floats (re, im).
   float* spectrum;

@@ -24,9 +24,7 @@ struct Samples {
   Storage* data;
   std::int64_t width;
   std::int64_t stride;
-  float offset;      // subtracted from every sample before it is gathered
-  float background;  // y = background * x + constant + interpolated
-  float constant;
+  float background;  // y = background * x + interpolated
 };
 
 // Bytes between a load and its prefetch in the same row: far enough to hide DRAM, near enough to stay in L1.
@@ -111,7 +109,7 @@ FM_INLINE void gather_panel(const Samples<Storage>& samples, Taper taper, Sweep 
       FloatVec value[Vectors];
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
-        value[i] = lanes.load(in + i * kLanes<float>) - samples.offset;
+        value[i] = lanes.load(in + i * kLanes<float>);
         prefetch(reinterpret_cast<const char*>(in + i * kLanes<float>) + kPrefetchBytes);
       }
 #pragma GCC unroll 16
@@ -132,7 +130,7 @@ FM_INLINE void gather_panel(const Samples<Storage>& samples, Taper taper, Sweep 
   sums.store(rows, x);
 }
 
-// Back up: y[n] = background * x[n] + constant + sum_j weight[n][j] * coarse[cell + j].
+// Back up: y[n] = background * x[n] + sum_j weight[n][j] * coarse[cell + j].
 template <int Taps, int Vectors, typename Storage, typename Lanes>
 FM_INLINE void interpolate_panel(const Samples<Storage>& samples, Taper taper, Sweep sweep, std::int64_t x,
                                  Lanes lanes) {
@@ -148,7 +146,7 @@ FM_INLINE void interpolate_panel(const Samples<Storage>& samples, Taper taper, S
       FloatVec value[Vectors];
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
-        value[i] = lanes.load(out + i * kLanes<float>) * samples.background + samples.constant;
+        value[i] = lanes.load(out + i * kLanes<float>) * samples.background;
         prefetch(reinterpret_cast<const char*>(out + i * kLanes<float>) + kPrefetchBytes);
       }
 #pragma GCC unroll 16

@@ -3,9 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 namespace freemerge {
 namespace {
+
+constexpr int kMaxLanes = 16;
+
+// Smaller masks are evaluated bin by bin: a table would cost more.
+constexpr std::int64_t kLeastBinsForTable = 1 << 14;
 
 // The number of rows 0 <= row < limit with inside(row), which holds up to some row and not from there on. The
 // search starts at the neighbouring column's answer, which is close.
@@ -29,6 +35,9 @@ MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed)
   mirrored_ = mask.kind != MaskKind::kTable && !(mask.kind == MaskKind::kOfficial && both_odd);
   if (mask.kind == MaskKind::kSteps) find_steps();
   if (mask.kind == MaskKind::kOfficial) find_official_steps();
+  if (mask.kind == MaskKind::kButterworth || mask.kind == MaskKind::kGaussian) {
+    if (std::is_same_v<T, float> && length_ * signals_ >= kLeastBinsForTable) tabulate();
+  }
 }
 
 template <typename T>
@@ -84,6 +93,62 @@ void MaskColumns<T>::find_official_steps() {
 }
 
 template <typename T>
+void MaskColumns<T>::tabulate() {
+  const double row_unit = transposed_ ? mask_.unit_x : mask_.unit_y;
+  const double column_unit = transposed_ ? mask_.unit_y : mask_.unit_x;
+  const auto squares = [](double unit, std::int64_t count) {
+    std::vector<float> squared;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double frequency = unit * static_cast<double>(i);
+      squared.push_back(static_cast<float>(frequency * frequency));
+    }
+    return squared;
+  };
+  row_squared_ = squares(row_unit, rows());
+  column_squared_ = squares(column_unit, length_ / 2 + 1);
+  const double unit = std::min(row_unit, column_unit);
+  radial_.emplace(mask_, 0.5 * unit * unit, 1.001 * (row_squared_.back() + column_squared_.back()));
+  if (!radial_->usable()) radial_.reset();
+}
+
+template <typename T>
+void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lanes, double background,
+                                 double factor, T* out) const {
+  const RadialTable& table = *radial_;
+  const auto scale = static_cast<float>(factor), offset = static_cast<float>(factor * background);
+  float column_squared[kMaxLanes] = {}, place[kMaxLanes];
+  std::int32_t cell[kMaxLanes];
+  for (int j = 0; j < lanes; ++j) {
+    column_squared[j] = column_squared_[static_cast<std::size_t>(columns[std::min(j, count - 1)])];
+  }
+  for (std::int64_t row = 0; row < rows(); ++row) {
+    const float row_squared = row_squared_[static_cast<std::size_t>(row)];
+    T* const to = out + row * lanes;
+    for (int j = 0; j < lanes; ++j) {
+      const float squared = row_squared + column_squared[j];
+      cell[j] = table.cell(squared);
+      place[j] = table.place(squared);
+    }
+    // Neighbouring columns mostly share a cell or lie in two.
+    const auto [low, high] = std::minmax_element(cell, cell + lanes);
+    const std::int32_t first = *low, last = *high;
+    if (first < 0 || last - first > 4) {
+      for (int j = 0; j < lanes; ++j) {
+        const double g = gain(columns[std::min(j, count - 1)], row);
+        to[j] = static_cast<T>(factor * (g - background));
+      }
+      continue;
+    }
+    for (std::int32_t current = first; current <= last; ++current) {
+      for (int j = 0; j < lanes; ++j) {
+        const float g = table.gain(current, place[j]) * scale - offset;
+        to[j] = cell[j] == current ? static_cast<T>(g) : to[j];
+      }
+    }
+  }
+}
+
+template <typename T>
 std::optional<double> MaskColumns<T>::constant(std::int64_t column) const {
   const auto index = static_cast<std::size_t>(column);
   switch (mask_.kind) {
@@ -121,7 +186,6 @@ std::optional<double> MaskColumns<T>::constant(std::int64_t column) const {
 template <typename T>
 void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, double background, double factor,
                           T* out) const {
-  constexpr int kMaxLanes = 16;
   const auto value = [&](double g) { return static_cast<T>(factor * (g - background)); };
   if (mask_.kind == MaskKind::kSteps) {
     std::int32_t inner[kMaxLanes] = {}, outer[kMaxLanes] = {};
@@ -168,6 +232,7 @@ void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, dou
     }
     return;
   }
+  if (radial_) return fill_smooth(columns, count, lanes, background, factor, out);
   for (std::int64_t row = 0; row < rows(); ++row) {
     for (int j = 0; j < count; ++j) out[row * lanes + j] = value(gain(columns[j], row));
     for (int j = count; j < lanes; ++j) out[row * lanes + j] = T{0};

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/radial_table.h"
 #include "mask.h"
 
 namespace freemerge {
@@ -34,9 +35,11 @@ class MaskColumns {
   void fill(const std::int32_t* columns, int count, int lanes, double background, double factor, T* out) const;
 
  private:
+  void fill_smooth(const std::int32_t* columns, int count, int lanes, double background, double factor, T* out) const;
   double gain(std::int64_t column, std::int64_t row) const;
   void find_steps();
   void find_official_steps();
+  void tabulate();
 
   Mask mask_;
   bool transposed_;
@@ -52,6 +55,10 @@ class MaskColumns {
     std::vector<std::int32_t> disc, ring_begin, ring_end;
   };
   OfficialSteps own_, mirror_;
+
+  // kButterworth and kGaussian, in float arithmetic.
+  std::optional<RadialTable> radial_;
+  std::vector<float> row_squared_, column_squared_;
 };
 
 }  // namespace freemerge

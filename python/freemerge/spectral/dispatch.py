@@ -11,10 +11,11 @@ from ..responses import Response
 from .backend import Backend, BackendInfo
 from .plan import Plan
 from .planner import candidates
+from .cpu_backend import CpuBackend
 from .torch_backend import TorchBackend
 
 #: In order of preference: "auto" takes the first that can run.
-BACKENDS: tuple[Backend, ...] = (TorchBackend(),)
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TorchBackend())
 
 _CACHED_PLANS = 512
 
