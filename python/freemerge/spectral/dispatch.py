@@ -9,9 +9,9 @@ import torch
 from ..errors import ArgumentError, BackendError
 from ..responses import Response
 from .backend import Backend, BackendInfo
+from .cpu_backend import CpuBackend
 from .plan import Plan
 from .planner import candidates
-from .cpu_backend import CpuBackend
 from .torch_backend import TorchBackend
 
 #: In order of preference: "auto" takes the first that can run.
