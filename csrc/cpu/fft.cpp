@@ -5,6 +5,7 @@
 #include <complex>
 #include <limits>
 #include <list>
+#include <map>
 #include <mutex>
 
 #include "error.h"
@@ -12,8 +13,8 @@
 namespace freemerge {
 namespace {
 
-// Beyond this length a direct transform's two buffers fall out of the first cache levels.
-constexpr std::int64_t kMaxDirect = 2048;
+// Beyond this length a direct transform's buffers fall out of the first-level cache.
+constexpr std::int64_t kMaxDirect = 128;
 
 constexpr double kPi = 3.14159265358979323846264338327950288;
 
@@ -26,47 +27,66 @@ std::vector<int> prime_factors(std::int64_t n) {
   return factors;
 }
 
-// Radices of a direct transform, or none if a prime factor is too large. Large odd radices come first, where
-// the passes have few twiddles; twos are gathered into eights and fours.
-std::vector<int> direct_radices(std::int64_t n) {
-  std::vector<int> radices;
-  int twos = 0;
-  for (const int p : prime_factors(n)) {
-    if (p > kMaxRadix) return {};
-    if (p == 2) {
-      ++twos;
-    } else {
-      radices.push_back(p);
-    }
-  }
-  std::sort(radices.begin(), radices.end(), std::greater<>());
-  auto small = std::find_if(radices.begin(), radices.end(), [](int p) { return p <= 5; });
-  std::vector<int> powers;
-  while (twos >= 3 && twos != 4) {
-    powers.push_back(8);
-    twos -= 3;
-  }
-  while (twos >= 2) {
-    powers.push_back(4);
-    twos -= 2;
-  }
-  if (twos == 1) powers.push_back(2);
-  radices.insert(small, powers.begin(), powers.end());
-  return radices;
-}
-
-// Work per element of a direct pass, in vector operations.
+// Work per element of a direct pass, in vector operations: arithmetic, twiddles, load and store.
 double radix_cost(int radix) {
   switch (radix) {
     case 2:
-      return 6;
+      return 9;
+    case 3:
+      return 12;
     case 4:
-      return 8;
-    case 8:
       return 11;
+    case 6:
+      return 14;
+    case 8:
+      return 14;
+    case 9:
+      return 21;
+    case 10:
+      return 17;
+    case 12:
+      return 17;
+    case 16:
+      return 20;
     default:
-      return 4 + 1.5 * radix;
+      return radix <= 13 ? 8.5 + radix : 12 + 1.3 * radix;
   }
+}
+
+// Radices of a direct transform in the order of its passes, the cheapest choice; none if a prime factor of n is
+// too large (or n is 1).
+std::vector<int> direct_radices(std::int64_t n) {
+  std::vector<int> radices;
+  std::int64_t composite = 1;
+  for (const int p : prime_factors(n)) {
+    if (p > kMaxRadix) return {};
+    if (p > 5) {
+      radices.push_back(p);
+    } else {
+      composite *= p;
+    }
+  }
+  std::sort(radices.begin(), radices.end(), std::greater<>());
+
+  // The 2, 3, 5 part: cheapest[d] is the best last radix on the way from 1 to its divisor d.
+  struct Step {
+    double cost;
+    int radix;
+  };
+  std::map<std::int64_t, Step> cheapest{{1, {0, 1}}};
+  for (auto step = cheapest.begin(); step != cheapest.end(); ++step) {
+    for (const int radix : {2, 3, 4, 5, 6, 8, 9, 10, 12, 16}) {
+      const std::int64_t next = step->first * radix;
+      if (composite % next != 0) continue;
+      const double cost = step->second.cost + radix_cost(radix);
+      const auto known = cheapest.find(next);
+      if (known == cheapest.end() || cost < known->second.cost) cheapest[next] = {cost, radix};
+    }
+  }
+  for (std::int64_t left = composite; left > 1; left /= cheapest[left].radix) {
+    radices.push_back(cheapest[left].radix);
+  }
+  return radices;
 }
 
 double direct_cost(const std::vector<int>& radices) {
@@ -193,7 +213,7 @@ const T* Fft<T>::keep(std::vector<T> table) {
 template <typename T>
 void Fft<T>::plan_direct(const std::vector<int>& radices) {
   method = Method::kDirect;
-  work = n;
+  work = radices.size() <= 1 ? 0 : radices.size() == 2 ? n : 2 * n;
   std::int64_t left = n, span = 1;
   for (const int radix : radices) {
     const std::int64_t count = left / radix;
@@ -222,7 +242,7 @@ void Fft<T>::plan_split(std::int64_t row_length) {
   };
   rows = child(row_length);
   columns = child(column_length);
-  work = std::max(column_length + columns->work, rows->work);
+  work = std::max(columns->work, rows->work);
 
   std::vector<T> table;
   table.reserve(static_cast<std::size_t>(2 * n));
@@ -245,7 +265,7 @@ void Fft<T>::plan_bluestein() {
   const std::int64_t m = convolution_length(2 * n - 1);
   children_.push_back(std::make_unique<Fft>(m));
   convolution = children_.back().get();
-  work = m + convolution->work;
+  work = n + m + convolution->work;
 
   std::vector<T> chirp_table;
   std::vector<std::complex<double>> kernel(static_cast<std::size_t>(m)), spectrum(static_cast<std::size_t>(m));

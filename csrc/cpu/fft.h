@@ -22,7 +22,7 @@ struct FftPass {
   std::int64_t count;
   std::int64_t span;
   const T* twiddles;  // count x (radix - 1) pairs (cos, sin); unused when count is 1
-  const T* roots;     // radix pairs (cos, sin) of exp(2 pi i j / radix); radices other than 2, 4 and 8
+  const T* roots;     // radix pairs (cos, sin) of exp(2 pi i j / radix); unused by 2, 4 and 8
 };
 
 // Forward transforms are exp(-2 pi i j k / n), inverse ones exp(+...), both unscaled.

@@ -69,8 +69,9 @@ FM_INLINE void butterfly4(Complex<T>& a, Complex<T>& b, Complex<T>& c, Complex<T
   d = plus_i(even1, odd1);
 }
 
-// Odd radices: sums and differences of the bins j and R - j, then real rotations.
-template <int R, typename T>
+// Odd R: sums and differences of the inputs j and R - j, then real rotations. `roots` holds the roots of unity of
+// order R * Stride.
+template <int R, int Stride, typename T>
 FM_INLINE void butterfly_odd(Complex<T> (&a)[R], const T* roots) {
   constexpr int half = (R - 1) / 2;
   Complex<T> sum[half + 1], difference[half + 1];
@@ -81,26 +82,96 @@ FM_INLINE void butterfly_odd(Complex<T> (&a)[R], const T* roots) {
     difference[j] = a[j] - a[R - j];
     total = total + sum[j];
   }
+  const Complex<T> first = a[0];
+  a[0] = total;
 #pragma GCC unroll 8
   for (int k = 1; k <= half; ++k) {
-    Complex<T> even = a[0], odd = {};
+    Complex<T> even = first, odd = {};
 #pragma GCC unroll 8
     for (int j = 1; j <= half; ++j) {
-      const T c = roots[2 * (j * k % R)], s = roots[2 * (j * k % R) + 1];
+      const T c = roots[2 * Stride * (j * k % R)], s = roots[2 * Stride * (j * k % R) + 1];
       even = {even.re + sum[j].re * c, even.im + sum[j].im * c};
-      if (j == 1) {
-        odd = {difference[j].re * s, difference[j].im * s};
-      } else {
-        odd = {odd.re + difference[j].re * s, odd.im + difference[j].im * s};
-      }
+      odd = j == 1 ? Complex<T>{difference[j].re * s, difference[j].im * s}
+                   : Complex<T>{odd.re + difference[j].re * s, odd.im + difference[j].im * s};
     }
     a[k] = minus_i(even, odd);
     a[R - k] = plus_i(even, odd);
   }
-  a[0] = total;
 }
 
-template <int R, typename T>
+template <int R, int Stride, typename T>
+FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots);
+
+// R = A * B without common factors (Good and Thomas): input (B i + A j) mod R is element (i, j) of an A x B grid,
+// output k is its bin (k mod A, k mod B), and there are no twiddles.
+template <int A, int B, int Stride, typename T>
+FM_INLINE void butterfly_coprime(Complex<T> (&a)[A * B], const T* roots) {
+  constexpr int R = A * B;
+  Complex<T> grid[A][B];
+#pragma GCC unroll 16
+  for (int i = 0; i < A; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < B; ++j) grid[i][j] = a[(B * i + A * j) % R];
+    butterfly<B, A * Stride, T>(grid[i], roots);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < B; ++j) {
+    Complex<T> column[A];
+#pragma GCC unroll 16
+    for (int i = 0; i < A; ++i) column[i] = grid[i][j];
+    butterfly<A, B * Stride, T>(column, roots);
+#pragma GCC unroll 16
+    for (int i = 0; i < A; ++i) grid[i][j] = column[i];
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < R; ++k) a[k] = grid[k % A][k % B];
+}
+
+// R = A * A (Cooley and Tukey).
+template <int A, int Stride, typename T>
+FM_INLINE void butterfly_square(Complex<T> (&a)[A * A], const T* roots) {
+  Complex<T> grid[A][A];
+#pragma GCC unroll 16
+  for (int j = 0; j < A; ++j) {
+    Complex<T> column[A];
+#pragma GCC unroll 16
+    for (int i = 0; i < A; ++i) column[i] = a[A * i + j];
+    butterfly<A, A * Stride, T>(column, roots);
+#pragma GCC unroll 16
+    for (int k = 0; k < A; ++k) {
+      const T c = roots[2 * Stride * j * k], s = -roots[2 * Stride * j * k + 1];
+      grid[k][j] = j * k == 0 ? column[k]
+                              : Complex<T>{column[k].re * c - column[k].im * s, column[k].re * s + column[k].im * c};
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < A; ++k) {
+    butterfly<A, A * Stride, T>(grid[k], roots);
+#pragma GCC unroll 16
+    for (int l = 0; l < A; ++l) a[k + A * l] = grid[k][l];
+  }
+}
+
+template <typename T>
+FM_INLINE void butterfly8(Complex<T> (&a)[8]) {
+  butterfly4(a[0], a[2], a[4], a[6]);
+  butterfly4(a[1], a[3], a[5], a[7]);
+  const T q = static_cast<T>(0.70710678118654752440);
+  const Complex<T> even[4] = {a[0], a[2], a[4], a[6]};
+  const Complex<T> odd0 = a[1], odd2 = a[5];
+  const Complex<T> odd1{(a[3].re + a[3].im) * q, (a[3].im - a[3].re) * q};
+  const Complex<T> odd3{(a[7].re - a[7].im) * q, (a[7].re + a[7].im) * q};
+  a[0] = even[0] + odd0;
+  a[4] = even[0] - odd0;
+  a[1] = even[1] + odd1;
+  a[5] = even[1] - odd1;
+  a[2] = minus_i(even[2], odd2);
+  a[6] = plus_i(even[2], odd2);
+  a[3] = even[3] - odd3;
+  a[7] = even[3] + odd3;
+}
+
+template <int R, int Stride, typename T>
 FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots) {
   if constexpr (R == 2) {
     const Complex<T> difference = a[0] - a[1];
@@ -109,74 +180,89 @@ FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots) {
   } else if constexpr (R == 4) {
     butterfly4(a[0], a[1], a[2], a[3]);
   } else if constexpr (R == 8) {
-    butterfly4(a[0], a[2], a[4], a[6]);
-    butterfly4(a[1], a[3], a[5], a[7]);
-    const T q = static_cast<T>(0.70710678118654752440);
-    const Complex<T> odd1{(a[3].re + a[3].im) * q, (a[3].im - a[3].re) * q};
-    const Complex<T> odd3{(a[7].re - a[7].im) * q, (a[7].re + a[7].im) * q};
-    const Complex<T> even[4] = {a[0], a[2], a[4], a[6]};
-    const Complex<T> odd0 = a[1], odd2 = a[5];
-    a[0] = even[0] + odd0;
-    a[4] = even[0] - odd0;
-    a[1] = even[1] + odd1;
-    a[5] = even[1] - odd1;
-    a[2] = minus_i(even[2], odd2);
-    a[6] = plus_i(even[2], odd2);
-    a[3] = even[3] - odd3;
-    a[7] = even[3] + odd3;
+    butterfly8(a);
+  } else if constexpr (R == 9) {
+    butterfly_square<3, Stride, T>(a, roots);
+  } else if constexpr (R == 16) {
+    butterfly_square<4, Stride, T>(a, roots);
+  } else if constexpr (R == 12) {
+    butterfly_coprime<4, 3, Stride, T>(a, roots);
+  } else if constexpr (R % 2 == 0) {
+    butterfly_coprime<2, R / 2, Stride, T>(a, roots);
   } else {
-    butterfly_odd<R, T>(a, roots);
+    butterfly_odd<R, Stride, T>(a, roots);
   }
 }
 
 // Passes --------------------------------------------------------------------------------------------------------
 
-template <int R, typename T>
-void stockham_pass(const FftPass<T>& pass, const T* in, T* out, Halves<T> halves) {
+// Where elements lie: element e at data + e * step.
+template <typename T>
+struct Place {
+  T* data;
+  std::int64_t step;
+
+  FM_INLINE T* at(std::int64_t element) const { return data + element * step; }
+};
+
+// The twiddles between the two halves of a four-step transform are applied by the passes next to them.
+enum class Outer { kNone, kLoad, kStore };
+
+template <int R, Outer kOuter, typename T>
+void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
   const std::int64_t span = pass.span, count = pass.count;
   for (std::int64_t p = 0; p < count; ++p) {
     const T* twiddles = pass.twiddles + p * 2 * (R - 1);
     for (std::int64_t q = 0; q < span; ++q) {
-      const T* from = in + kElement<T> * (q + span * p);
-      T* to = out + kElement<T> * (q + span * R * p);
+      const std::int64_t from = q + span * p, to = q + span * R * p;
       Complex<T> a[R];
 #pragma GCC unroll 16
-      for (int j = 0; j < R; ++j) a[j] = halves.load(from + kElement<T> * span * count * j);
-      butterfly<R, T>(a, pass.roots);
-      halves.store(to, a[0]);
-      if (count == 1) {
+      for (int j = 0; j < R; ++j) {
+        a[j] = halves.load(in.at(from + span * count * j));
+        if constexpr (kOuter == Outer::kLoad) a[j] = times(a[j], outer + 2 * (from + span * count * j));
+      }
+      butterfly<R, 1, T>(a, pass.roots);
+      if (count > 1) {
 #pragma GCC unroll 16
-        for (int j = 1; j < R; ++j) halves.store(to + kElement<T> * span * j, a[j]);
-      } else {
+        for (int j = 1; j < R; ++j) a[j] = times(a[j], twiddles + 2 * (j - 1));
+      }
 #pragma GCC unroll 16
-        for (int j = 1; j < R; ++j)
-          halves.store(to + kElement<T> * span * j, times(a[j], twiddles + 2 * (j - 1)));
+      for (int j = 0; j < R; ++j) {
+        if constexpr (kOuter == Outer::kStore) a[j] = times(a[j], outer + 2 * (to + span * j));
+        halves.store(out.at(to + span * j), a[j]);
       }
     }
   }
 }
 
 // Any odd radix: as butterfly_odd, with the sums and differences in memory and three bins at a time.
-template <typename T>
-void stockham_pass_odd(const FftPass<T>& pass, const T* in, T* out, Halves<T> halves) {
+template <Outer kOuter, typename T>
+void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
   const std::int64_t span = pass.span, count = pass.count;
   const int radix = pass.radix, half = (radix - 1) / 2;
   Complex<T> sum[kMaxRadix / 2 + 1], difference[kMaxRadix / 2 + 1];
   for (std::int64_t p = 0; p < count; ++p) {
     const T* twiddles = pass.twiddles + p * 2 * (radix - 1);
     for (std::int64_t q = 0; q < span; ++q) {
-      const T* from = in + kElement<T> * (q + span * p);
-      T* to = out + kElement<T> * (q + span * radix * p);
-      const std::int64_t step = kElement<T> * span * count;
-      const Complex<T> first = halves.load(from);
+      const auto input = [&](int j) {
+        const std::int64_t element = q + span * (p + count * j);
+        const Complex<T> a = halves.load(in.at(element));
+        return kOuter == Outer::kLoad ? times(a, outer + 2 * element) : a;
+      };
+      const auto output = [&](int k, Complex<T> a) {
+        const std::int64_t element = q + span * (radix * p + k);
+        if (count > 1 && k > 0) a = times(a, twiddles + 2 * (k - 1));
+        halves.store(out.at(element), kOuter == Outer::kStore ? times(a, outer + 2 * element) : a);
+      };
+      const Complex<T> first = input(0);
       Complex<T> total = first;
       for (int j = 1; j <= half; ++j) {
-        const Complex<T> a = halves.load(from + step * j), b = halves.load(from + step * (radix - j));
+        const Complex<T> a = input(j), b = input(radix - j);
         sum[j] = a + b;
         difference[j] = a - b;
         total = total + sum[j];
       }
-      halves.store(to, total);
+      output(0, total);
       constexpr int kBins = 3;
       for (int k0 = 1; k0 <= half; k0 += kBins) {
         Complex<T> even[kBins], odd[kBins];
@@ -200,16 +286,45 @@ void stockham_pass_odd(const FftPass<T>& pass, const T* in, T* out, Halves<T> ha
         }
         for (int b = 0; b < kBins; ++b) {
           const int k = bin[b];
-          Complex<T> low = minus_i(even[b], odd[b]), high = plus_i(even[b], odd[b]);
-          if (count > 1) {
-            low = times(low, twiddles + 2 * (k - 1));
-            high = times(high, twiddles + 2 * (radix - k - 1));
-          }
-          halves.store(to + kElement<T> * span * k, low);
-          halves.store(to + kElement<T> * span * (radix - k), high);
+          output(k, minus_i(even[b], odd[b]));
+          output(radix - k, plus_i(even[b], odd[b]));
         }
       }
     }
+  }
+}
+
+template <Outer kOuter, typename T>
+void stockham(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
+  switch (pass.radix) {
+    case 2:
+      return stockham_pass<2, kOuter>(pass, in, out, halves, outer);
+    case 3:
+      return stockham_pass<3, kOuter>(pass, in, out, halves, outer);
+    case 4:
+      return stockham_pass<4, kOuter>(pass, in, out, halves, outer);
+    case 5:
+      return stockham_pass<5, kOuter>(pass, in, out, halves, outer);
+    case 6:
+      return stockham_pass<6, kOuter>(pass, in, out, halves, outer);
+    case 7:
+      return stockham_pass<7, kOuter>(pass, in, out, halves, outer);
+    case 8:
+      return stockham_pass<8, kOuter>(pass, in, out, halves, outer);
+    case 9:
+      return stockham_pass<9, kOuter>(pass, in, out, halves, outer);
+    case 10:
+      return stockham_pass<10, kOuter>(pass, in, out, halves, outer);
+    case 11:
+      return stockham_pass<11, kOuter>(pass, in, out, halves, outer);
+    case 12:
+      return stockham_pass<12, kOuter>(pass, in, out, halves, outer);
+    case 13:
+      return stockham_pass<13, kOuter>(pass, in, out, halves, outer);
+    case 16:
+      return stockham_pass<16, kOuter>(pass, in, out, halves, outer);
+    default:
+      return stockham_pass_odd<kOuter>(pass, in, out, halves, outer);
   }
 }
 
@@ -239,50 +354,52 @@ void stockham(const FftPass<T>& pass, const T* in, T* out, Halves<T> halves) {
   }
 }
 
-template <typename T>
-void direct(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
-  T *from = data, *to = work;
-  for (int i = 0; i + 1 < plan.pass_count; ++i) {
-    stockham(plan.passes[i], from, to, halves);
-    T* const swap = from;
+// In place; outer twiddles go with the first pass's loads or the last one's stores. The last pass reads and writes
+// the same elements in every butterfly, so a single pass needs no work space.
+template <Outer kOuter, typename T>
+void direct(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, const T* outer) {
+  Place<T> from = data;
+  for (int i = 0; i < plan.pass_count; ++i) {
+    const bool last = i == plan.pass_count - 1;
+    const Place<T> to = last ? data : Place<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
+    if ((kOuter == Outer::kLoad && i == 0) || (kOuter == Outer::kStore && last)) {
+      stockham<kOuter>(plan.passes[i], from, to, halves, outer);
+    } else {
+      stockham<Outer::kNone, T>(plan.passes[i], from, to, halves, nullptr);
+    }
     from = to;
-    to = swap;
   }
-  // The last pass reads and writes the same elements in every butterfly, so it can run in place.
-  if (plan.pass_count > 0) stockham(plan.passes[plan.pass_count - 1], from, data, halves);
 }
 
 template <typename T>
 void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves);
 
 // A transform that keeps natural order: any method but kSplit.
-template <typename T>
-void ordered(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
-  if (plan.method == Fft<T>::Method::kDirect) {
-    direct(plan, data, work, halves);
-  } else {
-    bluestein(plan, data, work, halves);
+template <Outer kOuter, typename T>
+void ordered(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, const T* outer) {
+  if (plan.method == Fft<T>::Method::kDirect) return direct<kOuter>(plan, data, work, halves, outer);
+  for (std::int64_t j = 0; j < plan.n; ++j) {
+    const Complex<T> a = halves.load(data.at(j));
+    halves.store(work + kElement<T> * j, kOuter == Outer::kLoad ? times(a, outer + 2 * j) : a);
+  }
+  bluestein(plan, work, work + kElement<T> * plan.n, halves);
+  for (std::int64_t k = 0; k < plan.n; ++k) {
+    const Complex<T> a = halves.load(work + kElement<T> * k);
+    halves.store(data.at(k), kOuter == Outer::kStore ? times(a, outer + 2 * k) : a);
   }
 }
 
-// Four-step transform in place: columns, twiddles, rows. Each short transform runs in cache.
+// Four-step transform in place: columns, twiddles, rows. Each short transform runs in the first-level cache.
 template <typename T>
 void split_forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
   const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
-  const std::int64_t n1 = rows.n, n2 = columns.n;
-  for (std::int64_t j1 = 0; j1 < n1; ++j1) {
-    for (std::int64_t j2 = 0; j2 < n2; ++j2) {
-      halves.store(work + kElement<T> * j2, halves.load(data + kElement<T> * (j1 + n1 * j2)));
-    }
-    ordered(columns, work, work + kElement<T> * n2, halves);
-    const T* twiddles = plan.twiddles + 2 * n2 * j1;
-    for (std::int64_t k2 = 0; k2 < n2; ++k2) {
-      halves.store(data + kElement<T> * (j1 + n1 * k2),
-                   times(halves.load(work + kElement<T> * k2), twiddles + 2 * k2));
-    }
+  for (std::int64_t j1 = 0; j1 < rows.n; ++j1) {
+    const Place<T> column{data + kElement<T> * j1, kElement<T> * rows.n};
+    ordered<Outer::kStore>(columns, column, work, halves, plan.twiddles + 2 * columns.n * j1);
   }
-  for (std::int64_t k2 = 0; k2 < n2; ++k2) {
-    ordered(rows, data + kElement<T> * n1 * k2, work, halves);
+  for (std::int64_t k2 = 0; k2 < columns.n; ++k2) {
+    const Place<T> row{data + kElement<T> * rows.n * k2, kElement<T>};
+    ordered<Outer::kNone, T>(rows, row, work, halves, nullptr);
   }
 }
 
@@ -290,20 +407,13 @@ void split_forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
 template <typename T>
 void split_inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
   const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
-  const std::int64_t n1 = rows.n, n2 = columns.n;
-  for (std::int64_t k2 = 0; k2 < n2; ++k2) {
-    ordered(rows, data + kElement<T> * n1 * k2, work, halves);
+  for (std::int64_t k2 = 0; k2 < columns.n; ++k2) {
+    const Place<T> row{data + kElement<T> * rows.n * k2, kElement<T>};
+    ordered<Outer::kNone, T>(rows, row, work, halves, nullptr);
   }
-  for (std::int64_t j1 = 0; j1 < n1; ++j1) {
-    const T* twiddles = plan.twiddles + 2 * n2 * j1;
-    for (std::int64_t k2 = 0; k2 < n2; ++k2) {
-      halves.store(work + kElement<T> * k2,
-                   times(halves.load(data + kElement<T> * (j1 + n1 * k2)), twiddles + 2 * k2));
-    }
-    ordered(columns, work, work + kElement<T> * n2, halves);
-    for (std::int64_t j2 = 0; j2 < n2; ++j2) {
-      halves.store(data + kElement<T> * (j1 + n1 * j2), halves.load(work + kElement<T> * j2));
-    }
+  for (std::int64_t j1 = 0; j1 < rows.n; ++j1) {
+    const Place<T> column{data + kElement<T> * j1, kElement<T> * rows.n};
+    ordered<Outer::kLoad>(columns, column, work, halves, plan.twiddles + 2 * columns.n * j1);
   }
 }
 
@@ -313,7 +423,7 @@ void forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T
   if (plan.method == Fft<T>::Method::kSplit) {
     split_forward(plan, data, work, halves);
   } else {
-    ordered(plan, data, work, halves);
+    ordered<Outer::kNone, T>(plan, {data, kElement<T>}, work, halves, nullptr);
   }
 }
 
@@ -323,7 +433,7 @@ void inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kInverse<T
   if (plan.method == Fft<T>::Method::kSplit) {
     split_inverse(plan, data, work, halves);
   } else {
-    ordered(plan, data, work, halves);
+    ordered<Outer::kNone, T>(plan, {data, kElement<T>}, work, halves, nullptr);
   }
 }
 
