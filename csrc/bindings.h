@@ -9,5 +9,6 @@ void bind_accumulate(pybind11::module_& m);
 void bind_features(pybind11::module_& m);
 void bind_select(pybind11::module_& m);
 void bind_sparse(pybind11::module_& m);
+void bind_filter(pybind11::module_& m);
 
 }  // namespace freemerge

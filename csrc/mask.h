@@ -54,6 +54,14 @@ FM_HOST_DEVICE inline double official_gain(const Mask& m, std::int64_t bin_y, st
          (distance == static_cast<float>(m.edge1) ? 1.0 : 0.0);
 }
 
+// Gains that depend smoothly on the squared radius (kButterworth, kGaussian).
+FM_HOST_DEVICE inline double smooth_gain(const Mask& m, double squared) {
+  if (m.kind == MaskKind::kGaussian) {
+    return -std::expm1(-0.5 * squared / (m.edge0 * m.edge0));
+  }
+  return squared == 0.0 ? 0.0 : 1.0 / (1.0 + std::pow(m.edge0 / std::sqrt(squared), 2.0 * m.order));
+}
+
 // Symmetrised gain (M(k, l) + M(-k, -l)) / 2 at stored bin (bin_y, bin_x); 0 <= bin_y < H, 0 <= bin_x <= W/2.
 FM_HOST_DEVICE inline double mask_gain(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
   if (m.kind == MaskKind::kTable) {
@@ -70,13 +78,10 @@ FM_HOST_DEVICE inline double mask_gain(const Mask& m, std::int64_t bin_y, std::i
   const double fy = m.unit_y * signed_frequency(bin_y, m.height);
   const double fx = m.unit_x * signed_frequency(bin_x, m.width);
   const double squared = fy * fy + fx * fx;
-  if (m.kind == MaskKind::kGaussian) {
-    return -std::expm1(-0.5 * squared / (m.edge0 * m.edge0));
+  if (m.kind == MaskKind::kButterworth || m.kind == MaskKind::kGaussian) {
+    return smooth_gain(m, squared);
   }
   const double radius = std::sqrt(squared);
-  if (m.kind == MaskKind::kButterworth) {
-    return squared == 0.0 ? 0.0 : 1.0 / (1.0 + std::pow(m.edge0 / radius, 2.0 * m.order));
-  }
   if (radius < m.edge0) return m.gain0;
   return radius < m.edge1 ? m.gain1 : m.gain2;
 }

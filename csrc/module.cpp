@@ -5,4 +5,5 @@ PYBIND11_MODULE(_core, m) {
   freemerge::bind_accumulate(m);
   freemerge::bind_select(m);
   freemerge::bind_sparse(m);
+  freemerge::bind_filter(m);
 }

@@ -49,7 +49,7 @@ std::vector<double> accumulate(void* out, Storage base, const std::vector<Storag
                           count};
   std::vector<double> sums(static_cast<std::size_t>(block_count(n)) * models.size());
   const Kernels chosen = kernels();
-  parallel_for(block_count(n), threads, [&](std::int64_t block) {
+  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
     chosen.accumulate(job, begin, std::min(kBlock, n - begin), sums.data() + block * count);
   });
@@ -65,7 +65,7 @@ void add_round(void* out, DType out_dtype, Storage base, Storage delta, double s
   const bool wide = base.dtype == DType::kFloat64 || delta.dtype == DType::kFloat64;
   const AddRoundJob job{out, out_dtype, wide ? DType::kFloat64 : DType::kFloat32, base, delta, scale};
   const Kernels chosen = kernels();
-  parallel_for(block_count(n), threads, [&](std::int64_t block) {
+  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
     chosen.add_round(job, begin, std::min(kBlock, n - begin));
   });
@@ -75,7 +75,7 @@ double square_sum(Storage x, std::int64_t n, int threads) {
   require(n >= 0, "n must not be negative");
   std::vector<double> sums(static_cast<std::size_t>(block_count(n)));
   const Kernels chosen = kernels();
-  parallel_for(block_count(n), threads, [&](std::int64_t block) {
+  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
     sums[static_cast<std::size_t>(block)] = chosen.square_sum(x, begin, std::min(kBlock, n - begin));
   });

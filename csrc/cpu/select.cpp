@@ -110,7 +110,7 @@ Selection concatenate(const std::vector<Selection>& parts) {
 Selection collect(TaskVector v, std::int64_t n, std::uint32_t threshold, int threads) {
   const CollectKernel kernel = kernels().collect;
   std::vector<Selection> parts(static_cast<std::size_t>((n + kBlock - 1) / kBlock));
-  parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t block) {
+  parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
     const std::int64_t count = std::min(kBlock, n - begin);
     const Hits hits(count);
@@ -189,7 +189,7 @@ Selection select_largest_per_row(TaskVector v, std::int64_t rows, std::int64_t w
   const CollectKernel kernel = kernels().collect;
   const std::int64_t rows_per_task = std::max<std::int64_t>(1, kRowBlock / width);
   std::vector<Selection> parts(static_cast<std::size_t>((rows + rows_per_task - 1) / rows_per_task));
-  parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t task) {
+  parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t task, int) {
     const Hits hits(width);
     Selection candidates;
     std::uint32_t threshold =
@@ -223,7 +223,7 @@ void count_magnitudes(TaskVector v, std::int64_t n, std::int64_t* bins, int thre
   // 32-bit counters stay in cache; a stretch of 2^31 entries cannot overflow one.
   constexpr std::int64_t kStretch = std::int64_t{1} << 31;
   std::vector<std::vector<std::int64_t>> counts(static_cast<std::size_t>(tasks));
-  parallel_for(tasks, threads, [&](std::int64_t task) {
+  parallel_for(tasks, threads, [&](std::int64_t task, int) {
     std::vector<std::int64_t>& total = counts[static_cast<std::size_t>(task)];
     total.assign(kMagnitudeBins, 0);
     const std::int64_t end = n / tasks * (task + 1) + (task + 1 == tasks ? n % tasks : 0);

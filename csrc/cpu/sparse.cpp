@@ -44,7 +44,7 @@ T round_sum(T origin, double scale, float value) {
 // visit(i) for every entry, with the weight it concerns on its way to the cache.
 template <typename T, typename Index, typename Visit>
 void for_each_entry(T* weights, const Index* index, std::int64_t count, int threads, const Visit& visit) {
-  parallel_for((count + kBlock - 1) / kBlock, threads, [&](std::int64_t block) {
+  parallel_for((count + kBlock - 1) / kBlock, threads, [&](std::int64_t block, int) {
     const std::int64_t end = std::min(count, (block + 1) * kBlock);
     for (std::int64_t i = block * kBlock; i < end; ++i) {
       __builtin_prefetch(weights + index[std::min(i + kPrefetchAhead, end - 1)], 1);

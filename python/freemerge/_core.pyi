@@ -61,3 +61,60 @@ def encode_positions(indices: int, wide: bool, count: int) -> tuple[int, int, np
 def decode_positions(
     coding: int, parameter: int, bytes: int, size: int, count: int, n: int, out: int, wide: bool
 ) -> None: ...
+def active_isa() -> str: ...
+
+class Mask:
+    """``struct Mask`` of csrc/mask.h. ``table`` is the address of H x (W//2 + 1) floats, for kind 5 only."""
+
+    def __init__(
+        self,
+        *,
+        kind: int,
+        height: int,
+        width: int,
+        unit_y: float = 1.0,
+        unit_x: float = 1.0,
+        edge0: float = 0.0,
+        edge1: float = 0.0,
+        gain0: float = 0.0,
+        gain1: float = 0.0,
+        gain2: float = 0.0,
+        order: float = 1.0,
+        axis: int = 1,
+        table: int = 0,
+    ) -> None: ...
+    def gain(self, bin_y: int, bin_x: int) -> float:
+        """Symmetrised gain at a stored bin, 0 <= bin_y < H, 0 <= bin_x <= W//2."""
+
+class Decimation:
+    """``struct Decimation`` of csrc/plan.h."""
+
+    def __init__(self, *, cells: int, taps: int, band: int, nyquist: bool = False) -> None: ...
+
+class Plan:
+    """``struct Plan`` of csrc/plan.h; ``form`` is a value of ``enum class Form``."""
+
+    def __init__(
+        self,
+        *,
+        form: int,
+        mask: Mask,
+        transposed: bool = False,
+        background: float = 0.0,
+        rows: Decimation = ...,
+        columns: Decimation = ...,
+    ) -> None: ...
+
+def filter(
+    pointers: list[int],
+    dtype: int,
+    plan: Plan,
+    row_stride: int,
+    scale: float,
+    threads: int,
+    isa: str | None = None,
+) -> None:
+    """Filter matrices of the plan's shape in place; ``row_stride`` in elements.
+
+    Raises ValueError, before anything is written, for an argument the plan's form cannot take.
+    """

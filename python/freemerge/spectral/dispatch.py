@@ -9,12 +9,13 @@ import torch
 from ..errors import ArgumentError, BackendError
 from ..responses import Response
 from .backend import Backend, BackendInfo
+from .cpu_backend import CpuBackend
 from .plan import Plan
 from .planner import candidates
 from .torch_backend import TorchBackend
 
 #: In order of preference: "auto" takes the first that can run.
-BACKENDS: tuple[Backend, ...] = (TorchBackend(),)
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TorchBackend())
 
 _CACHED_PLANS = 512
 

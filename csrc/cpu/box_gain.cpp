@@ -1,0 +1,109 @@
+#include "cpu/box_gain.h"
+
+#include "cpu/cache.h"
+
+namespace freemerge {
+
+namespace {
+
+constexpr std::int64_t kLanes = 16;  // the widest vector of any instruction set
+
+// Stored bin of offset `offset` from the centre of a box along an axis of `n` bins.
+std::int64_t stored_bin(std::int64_t offset, std::int64_t n, bool nyquist) {
+  return ((nyquist ? n / 2 : 0) + offset + n) % n;
+}
+
+// The mask is symmetric under (ky, kx) -> (-ky, -kx), and mask_gain wants 0 <= bin_x <= W / 2.
+double departure(const Plan& plan, std::int64_t a, std::int64_t k) {
+  const std::int64_t height = plan.mask.height, width = plan.mask.width;
+  std::int64_t bin_y = stored_bin(a, height, plan.rows.nyquist);
+  std::int64_t bin_x = stored_bin(k, width, plan.columns.nyquist);
+  if (bin_x > width / 2) {
+    bin_x = width - bin_x;
+    bin_y = (height - bin_y) % height;
+  }
+  return mask_gain(plan.mask, bin_y, bin_x) - plan.background;
+}
+
+// Column k as at most three steps in |a|, or false.
+bool add_steps(const std::vector<float>& column, std::int64_t band, std::size_t k, BoxGain& gain) {
+  const auto at = [&](std::int64_t a) { return column[static_cast<std::size_t>(a + band - 1)]; };
+  int step = 0;
+  for (auto& value : gain.value) value[k] = at(0);
+  for (auto& bound : gain.bound) bound[k] = static_cast<std::int32_t>(band);
+  for (std::int64_t a = 0; a < band; ++a) {
+    if (at(a) != at(-a)) return false;
+    if (at(a) == gain.value[step][k]) continue;
+    if (step == 2) return false;
+    gain.bound[step][k] = static_cast<std::int32_t>(a);
+    gain.value[++step][k] = at(a);
+  }
+  return true;
+}
+
+BoxGain build_box_gain(const Plan& plan, const Window& rows, const Window& columns) {
+  const std::int64_t row_band = plan.rows.band, column_band = plan.columns.band;
+  BoxGain gain;
+  gain.band = row_band;
+  gain.pitch = (column_band + kLanes - 1) / kLanes * kLanes;
+  const auto pitch = static_cast<std::size_t>(gain.pitch);
+  for (const double transform : rows.transform) {
+    gain.row_factor.push_back(static_cast<float>(1.0 / (transform * transform)));
+  }
+  // One half comes from splitting the transforms of pairs of real rows.
+  const double scale = 0.5 / (static_cast<double>(plan.mask.height) * static_cast<double>(plan.mask.width));
+  gain.column_factor.resize(pitch);
+  for (std::size_t k = 0; k < columns.transform.size(); ++k) {
+    gain.column_factor[k] = static_cast<float>(scale / (columns.transform[k] * columns.transform[k]));
+  }
+  for (auto& value : gain.value) value.resize(pitch);
+  for (auto& bound : gain.bound) bound.resize(pitch);
+
+  const auto height = static_cast<std::size_t>(2 * row_band - 1);
+  std::vector<float> column(height);
+  bool steps = true;
+  for (std::int64_t k = 0; k < column_band; ++k) {
+    for (std::int64_t a = 1 - row_band; a < row_band; ++a) {
+      column[static_cast<std::size_t>(a + row_band - 1)] = static_cast<float>(departure(plan, a, k));
+    }
+    const auto index = static_cast<std::size_t>(k);
+    if (steps && add_steps(column, row_band, index, gain)) continue;
+    if (steps) {  // start over, as a table
+      steps = false;
+      gain.table.resize(height * pitch);
+      k = -1;
+      continue;
+    }
+    for (std::size_t a = 0; a < height; ++a) gain.table[a * pitch + index] = column[a];
+  }
+  return gain;
+}
+
+// Everything a BoxGain depends on; compared as numbers, so padding does not matter.
+struct Key {
+  Plan plan;
+};
+
+bool same(const Decimation& a, const Decimation& b) {
+  return a.cells == b.cells && a.taps == b.taps && a.band == b.band && a.nyquist == b.nyquist;
+}
+
+bool operator==(const Key& x, const Key& y) {
+  const Mask &a = x.plan.mask, &b = y.plan.mask;
+  return a.kind == b.kind && a.height == b.height && a.width == b.width && a.unit_y == b.unit_y &&
+         a.unit_x == b.unit_x && a.edge0 == b.edge0 && a.edge1 == b.edge1 && a.gain0 == b.gain0 &&
+         a.gain1 == b.gain1 && a.gain2 == b.gain2 && a.order == b.order && a.axis == b.axis &&
+         x.plan.background == y.plan.background && same(x.plan.rows, y.plan.rows) &&
+         same(x.plan.columns, y.plan.columns);
+}
+
+}  // namespace
+
+std::shared_ptr<const BoxGain> box_gain_for(const Plan& plan, const Window& rows, const Window& columns) {
+  const auto build = [&] { return build_box_gain(plan, rows, columns); };
+  if (plan.mask.kind == MaskKind::kTable) return std::make_shared<const BoxGain>(build());
+  static LruCache<Key, BoxGain> cache(32);
+  return cache.get({plan}, build);
+}
+
+}  // namespace freemerge

@@ -1,0 +1,294 @@
+// The three stages of the decimated filter, compiled once per instruction set. See decimated_job.h.
+#pragma once
+
+#include "cpu/decimated_job.h"
+#include "cpu/fft.inl"
+#include "cpu/fir.inl"
+
+namespace freemerge::FREEMERGE_ISA {
+
+inline constexpr std::int64_t kGroup = kLanes<float>;  // coarse rows that share one vector
+inline constexpr std::int64_t kBand = 2 * kGroup;      // coarse rows that share one complex transform
+
+// Coarse rows of the matrix's full width, in a ring: row q stays until row q + size is written.
+struct Ring {
+  float* data;
+  std::int64_t pitch;
+  std::int64_t size;
+
+  FM_INLINE float* row(std::int64_t q) const { return data + (q + size) % size * pitch; }
+};
+
+// One group of finished rows beside the rows still being summed.
+FM_INLINE std::int64_t ring_size(const DecimatedJob& job) { return kGroup + job.rows.taps; }
+
+// Whole vectors, and never near a multiple of 4 KB, where all rows would share a few cache sets.
+FM_INLINE std::int64_t ring_pitch(const DecimatedJob& job) {
+  const std::int64_t pitch = (job.width + kGroup - 1) / kGroup * kGroup;
+  return pitch % 1024 < 80 ? pitch + 80 : pitch;
+}
+
+FM_INLINE Ring ring_in(const DecimatedJob& job, float* scratch) {
+  return {scratch, ring_pitch(job), ring_size(job)};
+}
+
+// The row transform's data and work follow the ring.
+FM_INLINE float* transform_in(const DecimatedJob& job, float* scratch) {
+  return scratch + ring_pitch(job) * ring_size(job);
+}
+
+inline std::int64_t scratch_floats(const DecimatedJob& job) {
+  const std::int64_t rows = job.row_fft->n + job.row_fft->work;
+  const std::int64_t columns = job.column_fft->work;
+  return ring_pitch(job) * ring_size(job) + kElement<float> * (rows > columns ? rows : columns);
+}
+
+FM_INLINE std::int64_t slot_of(const Fft<float>& plan, std::int64_t bin) {
+  return plan.slot == nullptr ? bin : plan.slot[bin];
+}
+
+inline constexpr auto kTapIndices = std::make_integer_sequence<int, kMaxTaps - kMinTaps + 1>{};
+
+// The passes, by taps and storage type.
+struct Passes {
+  void (*gather_sweep)(const DecimatedJob& job, Sweep sweep);
+  void (*interpolate_sweep)(const DecimatedJob& job, Sweep sweep);
+  std::int64_t storage_bytes;
+};
+
+template <typename Storage>
+FM_INLINE Samples<Storage> samples_of(const DecimatedJob& job) {
+  return {static_cast<Storage*>(job.data), job.width, job.stride, job.background};
+}
+template <int Taps, typename Storage>
+void gather_job_sweep(const DecimatedJob& job, Sweep sweep) {
+  gather_sweep<Taps>(samples_of<Storage>(job), job.row_taper, sweep);
+}
+template <int Taps, typename Storage>
+void interpolate_job_sweep(const DecimatedJob& job, Sweep sweep) {
+  interpolate_sweep<Taps>(samples_of<Storage>(job), job.row_taper, sweep);
+}
+
+template <typename Storage, int... Index>
+FM_INLINE Passes passes_by_taps(int taps, std::integer_sequence<int, Index...>) {
+  static constexpr Passes table[] = {{gather_job_sweep<kMinTaps + Index, Storage>,
+                                      interpolate_job_sweep<kMinTaps + Index, Storage>, sizeof(Storage)}...};
+  return table[taps - kMinTaps];
+}
+
+FM_INLINE Passes column_passes(const DecimatedJob& job) {
+  if (job.dtype == DType::kBFloat16) return passes_by_taps<bfloat16>(job.rows.taps, kTapIndices);
+  if (job.dtype == DType::kFloat16) return passes_by_taps<float16>(job.rows.taps, kTapIndices);
+  return passes_by_taps<float>(job.rows.taps, kTapIndices);
+}
+
+// The samples of cells [first, last), a few rows of V at a time: enough to spread the cost of loading the
+// accumulators, few enough for their cache lines to stay in L1 until they are used. Negative cells are those
+// before the end of the matrix.
+inline void sweep_cells(const DecimatedJob& job, Ring ring, std::int64_t first, std::int64_t last,
+                        void (*pass)(const DecimatedJob&, Sweep), std::int64_t storage_bytes) {
+  const std::int64_t most = job.stride * storage_bytes % 4096 == 0 ? 10 : 16;
+  float* rows[kGroup + kMaxTaps];
+  for (std::int64_t i = 0; i < last - first + job.rows.taps; ++i) rows[i] = ring.row(first + i);
+  const std::int64_t wrap = first < 0 ? job.rows.cells : 0;
+  const std::int64_t* starts = job.row_taper.first + wrap;
+  const std::int64_t start = starts[first], count = starts[last] - start;
+  const std::int64_t parts = (count + most - 1) / most;
+  std::int64_t cell = first, begin = start;
+  for (std::int64_t part = 1; part <= parts; ++part) {
+    const std::int64_t end = start + count * part / parts;
+    while (starts[cell + 1] <= begin) ++cell;
+    pass(job, Sweep{begin, end, cell + wrap, rows + (cell - first)});
+    begin = end;
+  }
+}
+
+// Coarse spectrum -----------------------------------------------------------------------------------------------
+
+FM_INLINE float* spectrum_at(const DecimatedJob& job, std::int64_t block, std::int64_t row) {
+  return job.spectrum + (block * job.rows.cells + row) * kElement<float>;
+}
+
+// z holds the transform of A + iB for two groups of real rows; the box's columns of both go to the spectrum, rows
+// to elements, twice as large as they are.
+inline void split_band(const DecimatedJob& job, const float* z, std::int64_t band) {
+  const Fft<float>& plan = *job.row_fft;
+  for (std::int64_t k0 = 0, block = 0; k0 < job.columns.band; k0 += kGroup, ++block) {
+    FloatVec re[2][kGroup] = {}, im[2][kGroup] = {};
+    for (std::int64_t i = 0; i < smaller(kGroup, job.columns.band - k0); ++i) {
+      const std::int64_t k = k0 + i;
+      const Complex<float> plus = kForward<float>.load(z + kElement<float> * slot_of(plan, k));
+      const Complex<float> minus =
+          kForward<float>.load(z + kElement<float> * slot_of(plan, k == 0 ? 0 : plan.n - k));
+      re[0][i] = plus.re + minus.re;
+      im[0][i] = plus.im - minus.im;
+      re[1][i] = plus.im + minus.im;
+      im[1][i] = minus.re - plus.re;
+    }
+    for (int half = 0; half < 2; ++half) {
+      transpose<float>(re[half]);
+      transpose<float>(im[half]);
+      float* out = spectrum_at(job, block, band * kBand + half * kGroup);
+      for (std::int64_t i = 0; i < kGroup; ++i, out += kElement<float>)
+        kForward<float>.store(out, {re[half][i], im[half][i]});
+    }
+  }
+}
+
+// The inverse of split_band but for its factor of two; bins outside the box are zero.
+inline void join_band(const DecimatedJob& job, std::int64_t band, float* z) {
+  const Fft<float>& plan = *job.row_fft;
+  for (std::int64_t k0 = 0, block = 0; k0 < job.columns.band; k0 += kGroup, ++block) {
+    FloatVec re[2][kGroup], im[2][kGroup];
+    for (int half = 0; half < 2; ++half) {
+      const float* in = spectrum_at(job, block, band * kBand + half * kGroup);
+      for (std::int64_t i = 0; i < kGroup; ++i, in += kElement<float>) {
+        re[half][i] = load(in);
+        im[half][i] = load(in + kGroup);
+      }
+      transpose<float>(re[half]);
+      transpose<float>(im[half]);
+    }
+    for (std::int64_t i = 0; i < smaller(kGroup, job.columns.band - k0); ++i) {
+      const std::int64_t k = k0 + i;
+      float* const plus = z + kElement<float> * slot_of(plan, k);
+      if (k == 0) {  // the transform of real rows is real there
+        kForward<float>.store(plus, {re[0][i], re[1][i]});
+        continue;
+      }
+      kForward<float>.store(plus, {re[0][i] - im[1][i], im[0][i] + re[1][i]});
+      kForward<float>.store(z + kElement<float> * slot_of(plan, plan.n - k),
+                            {re[0][i] + im[1][i], re[1][i] - im[0][i]});
+    }
+  }
+  for (std::int64_t k = job.columns.band; k <= plan.n - job.columns.band; ++k)
+    kForward<float>.store(z + kElement<float> * slot_of(plan, k), Complex<float>{});
+}
+
+// Stages --------------------------------------------------------------------------------------------------------
+
+using GatherRows = void (*)(float* const*, std::int64_t, Taper, std::int64_t, float*, std::int64_t);
+using InterpolateRows = void (*)(const float*, std::int64_t, Taper, std::int64_t, std::int64_t, float* const*);
+
+template <int... Index>
+FM_INLINE GatherRows gather_rows_by_taps(int taps, std::integer_sequence<int, Index...>) {
+  static constexpr GatherRows table[] = {gather_rows<kMinTaps + Index>...};
+  return table[taps - kMinTaps];
+}
+template <int... Index>
+FM_INLINE InterpolateRows interpolate_rows_by_taps(int taps, std::integer_sequence<int, Index...>) {
+  static constexpr InterpolateRows table[] = {interpolate_rows<kMinTaps + Index>...};
+  return table[taps - kMinTaps];
+}
+
+inline void gather_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band, float* scratch) {
+  const Ring ring = ring_in(job, scratch);
+  float* const z = transform_in(job, scratch);
+  const Passes passes = column_passes(job);
+  const GatherRows gather = gather_rows_by_taps(job.columns.taps, kTapIndices);
+  const auto sweep = [&](std::int64_t first, std::int64_t last) {
+    sweep_cells(job, ring, first, last, passes.gather_sweep, passes.storage_bytes);
+  };
+  // A coarse row sums over the cells from taps - 1 before it: start there; the rows before it stay unused.
+  const std::int64_t halo = job.rows.taps - 1;
+  std::int64_t row = first_band * kBand;
+  for (std::int64_t q = row - halo; q <= row; ++q)
+    __builtin_memset(ring.row(q), 0, static_cast<std::size_t>(ring.pitch) * sizeof(float));
+  sweep(row - halo, row);
+  for (std::int64_t band = first_band; band < last_band; ++band) {
+    for (std::int64_t half = 0; half < 2; ++half, row += kGroup) {
+      sweep(row, row + kGroup);
+      float* rows[kGroup];
+      for (std::int64_t i = 0; i < kGroup; ++i) rows[i] = ring.row(row + i);
+      gather(rows, job.width, job.column_taper, job.columns.cells, z + half * kGroup, kElement<float>);
+    }
+    forward(*job.row_fft, z, z + kElement<float> * job.row_fft->n);
+    split_band(job, z, band);
+  }
+}
+
+// From the last band to the first: what `gather` read last is still in cache.
+inline void interpolate_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
+                              float* scratch) {
+  const Ring ring = ring_in(job, scratch);
+  float* const z = transform_in(job, scratch);
+  const Passes passes = column_passes(job);
+  const InterpolateRows interpolate = interpolate_rows_by_taps(job.columns.taps, kTapIndices);
+  const auto coarse_band = [&](std::int64_t band) {
+    join_band(job, band, z);
+    inverse(*job.row_fft, z, z + kElement<float> * job.row_fft->n);
+  };
+  const auto coarse_rows = [&](std::int64_t row, std::int64_t half) {
+    float* rows[kGroup];
+    for (std::int64_t i = 0; i < kGroup; ++i) rows[i] = ring.row(row + i);
+    interpolate(z + half * kGroup, kElement<float>, job.column_taper, job.columns.cells, job.width, rows);
+  };
+  // The cells of a group also need the first taps - 1 rows of the group after it.
+  std::int64_t row = last_band * kBand;
+  coarse_band(row == job.rows.cells ? 0 : last_band);
+  coarse_rows(row, 0);
+  for (std::int64_t band = last_band; band-- > first_band;) {
+    coarse_band(band);
+    for (std::int64_t half = 2; half-- > 0;) {
+      row -= kGroup;
+      coarse_rows(row, half);
+      sweep_cells(job, ring, row, row + kGroup, passes.interpolate_sweep, passes.storage_bytes);
+    }
+  }
+}
+
+// The gains of one block of columns.
+struct BlockGain {
+  FloatVec factor;
+  FloatVec value[3];
+  WordVec bound[2];
+  const float* row_factor;
+  const float* table;  // of row offset 0
+  std::int64_t pitch;
+
+  FM_INLINE BlockGain(const BoxGainView& gain, std::int64_t column, float scale)
+      : factor(load(gain.column_factor + column) * scale), row_factor(gain.row_factor), pitch(gain.pitch) {
+    for (int i = 0; i < 3; ++i) value[i] = load(gain.value[i] + column);
+    for (int i = 0; i < 2; ++i) bound[i] = load_raw<WordVec>(gain.bound[i] + column);
+    table = gain.table == nullptr ? nullptr : gain.table + (gain.band - 1) * gain.pitch + column;
+  }
+
+  FM_INLINE FloatVec at(std::int64_t a) const {
+    const std::int64_t magnitude = a < 0 ? -a : a;
+    return departure(a, static_cast<std::uint32_t>(magnitude)) * (factor * row_factor[magnitude]);
+  }
+
+  FM_INLINE FloatVec departure(std::int64_t a, std::uint32_t magnitude) const {
+    if (table != nullptr) return load(table + a * pitch);
+    const WordVec outer = select(bit_cast<WordVec>(magnitude < bound[1]), bit_cast<WordVec>(value[1]),
+                                 bit_cast<WordVec>(value[2]));
+    return bit_cast<FloatVec>(
+        select(bit_cast<WordVec>(magnitude < bound[0]), bit_cast<WordVec>(value[0]), outer));
+  }
+};
+
+inline void respond_blocks(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block, float* scratch) {
+  const Fft<float>& plan = *job.column_fft;
+  for (std::int64_t block = first_block; block < last_block; ++block) {
+    float* const column = spectrum_at(job, block, 0);
+    forward(plan, column, scratch);
+    const BlockGain gain(job.gain, block * kGroup, job.scale);
+    for (std::int64_t bin = 0; bin < plan.n; ++bin) {
+      float* const element = column + kElement<float> * slot_of(plan, bin);
+      const std::int64_t a = 2 * bin <= plan.n ? bin : bin - plan.n;
+      if (a < job.gain.band && -a < job.gain.band) {
+        const FloatVec g = gain.at(a);
+        const Complex<float> value = kForward<float>.load(element);
+        kForward<float>.store(element, {value.re * g, value.im * g});
+      } else {
+        kForward<float>.store(element, Complex<float>{});
+      }
+    }
+    inverse(plan, column, scratch);
+  }
+}
+
+inline constexpr DecimatedKernels kDecimatedKernels = {static_cast<int>(kGroup), scratch_floats, gather_bands,
+                                                        respond_blocks, interpolate_bands};
+
+}  // namespace freemerge::FREEMERGE_ISA

@@ -1,0 +1,83 @@
+// Plans of one-dimensional complex transforms of any length. A plan is immutable and holds no vectors, so every
+// thread and every instruction set shares it; the transforms themselves (fft.inl) work on `lanes` signals at
+// once, one signal per SIMD lane.
+//
+// Data layout: element e of a batch is 2 * lanes reals, [re of all lanes | im of all lanes], at e * 2 * lanes.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace freemerge {
+
+// Largest radix of a direct pass; larger prime factors go through Bluestein.
+inline constexpr int kMaxRadix = 61;
+
+// One Stockham pass: `span` interleaved transforms of length radix * count become radix times as many of length
+// `count`.
+template <typename T>
+struct FftPass {
+  int radix;
+  std::int64_t count;
+  std::int64_t span;
+  const T* twiddles;  // count x (radix - 1) pairs (cos, sin); unused when count is 1
+  const T* roots;     // radix pairs (cos, sin) of exp(2 pi i j / radix); unused by 2, 4 and 8
+};
+
+// Forward transforms are exp(-2 pi i j k / n), inverse ones exp(+...), both unscaled.
+template <typename T>
+class Fft {
+ public:
+  // How the length is handled:
+  //   kDirect     Stockham passes between two buffers that fit in cache
+  //   kSplit      n = rows.n * columns.n, in place by the four-step method; its spectrum is permuted
+  //   kBluestein  a circular convolution of a smooth length, for large prime factors
+  enum class Method { kDirect, kSplit, kBluestein };
+
+  // Throws std::invalid_argument unless 1 <= n <= 2^31 - 1.
+  explicit Fft(std::int64_t n);
+  Fft(const Fft&) = delete;
+  Fft& operator=(const Fft&) = delete;
+
+  std::int64_t n;
+  Method method;
+  // Elements of work space that a transform needs beside its n elements of data.
+  std::int64_t work;
+  // slot[k] is where the spectrum keeps bin k; null where it keeps it at k.
+  const std::int32_t* slot = nullptr;
+
+  // kDirect
+  const FftPass<T>* passes = nullptr;
+  int pass_count = 0;
+
+  // kSplit: element j1 + rows.n * j2 of the data, bin k2 + columns.n * k1 at slot rows.n * k2 + k1.
+  const Fft* rows = nullptr;      // over j1
+  const Fft* columns = nullptr;   // over j2
+  const T* twiddles = nullptr;    // kSplit: exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
+
+  // kBluestein
+  const Fft* convolution = nullptr;
+  const T* chirp = nullptr;           // n pairs of exp(-pi i j^2 / n)
+  const T* chirp_spectrum = nullptr;  // spectrum of the conjugate chirp over convolution.n, in its slots
+
+ private:
+  struct Ordered {};
+  Fft(std::int64_t n, Ordered);  // in natural order: never kSplit
+  void plan_ordered();
+  void plan_direct(const std::vector<int>& radices);
+  void plan_split(std::int64_t row_length);
+  void plan_bluestein();
+  const T* keep(std::vector<T> table);
+
+  std::vector<FftPass<T>> pass_storage_;
+  std::vector<std::int32_t> slot_storage_;
+  std::vector<std::vector<T>> tables_;
+  std::vector<std::unique_ptr<Fft>> children_;
+};
+
+// The plan of length n from a bounded cache (least recently used goes first); safe from any thread.
+template <typename T>
+std::shared_ptr<const Fft<T>> shared_fft(std::int64_t n);
+
+}  // namespace freemerge

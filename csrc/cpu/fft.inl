@@ -1,0 +1,460 @@
+// Lane-batched transforms, compiled once per instruction set. See fft.h for plans and data layout.
+#pragma once
+
+#include "cpu/fft.h"
+#include "cpu/simd.h"
+
+namespace freemerge::FREEMERGE_ISA {
+
+template <typename T>
+struct Complex {
+  Vec<T> re, im;
+};
+
+template <typename T>
+FM_INLINE Complex<T> operator+(Complex<T> a, Complex<T> b) {
+  return {a.re + b.re, a.im + b.im};
+}
+template <typename T>
+FM_INLINE Complex<T> operator-(Complex<T> a, Complex<T> b) {
+  return {a.re - b.re, a.im - b.im};
+}
+// a + i b and a - i b.
+template <typename T>
+FM_INLINE Complex<T> plus_i(Complex<T> a, Complex<T> b) {
+  return {a.re - b.im, a.im + b.re};
+}
+template <typename T>
+FM_INLINE Complex<T> minus_i(Complex<T> a, Complex<T> b) {
+  return {a.re + b.im, a.im - b.re};
+}
+// a times the scalar c + i s, a pair in memory.
+template <typename T>
+FM_INLINE Complex<T> times(Complex<T> a, const T* pair) {
+  const T c = pair[0], s = pair[1];
+  return {a.re * c - a.im * s, a.re * s + a.im * c};
+}
+
+// Elements of a batch. The inverse transform is the forward one with the real and imaginary halves exchanged,
+// which costs nothing: only these two offsets change.
+template <typename T>
+struct Halves {
+  std::int64_t re, im;
+
+  FM_INLINE Complex<T> load(const T* element) const {
+    return {FREEMERGE_ISA::load(element + re), FREEMERGE_ISA::load(element + im)};
+  }
+  FM_INLINE void store(T* element, Complex<T> v) const {
+    FREEMERGE_ISA::store(element + re, v.re);
+    FREEMERGE_ISA::store(element + im, v.im);
+  }
+};
+template <typename T>
+inline constexpr Halves<T> kForward{0, kLanes<T>};
+template <typename T>
+inline constexpr Halves<T> kInverse{kLanes<T>, 0};
+
+// Reals in one element.
+template <typename T>
+inline constexpr std::int64_t kElement = 2 * kLanes<T>;
+
+// Butterflies ---------------------------------------------------------------------------------------------------
+
+template <typename T>
+FM_INLINE void butterfly4(Complex<T>& a, Complex<T>& b, Complex<T>& c, Complex<T>& d) {
+  const Complex<T> even0 = a + c, even1 = a - c, odd0 = b + d, odd1 = b - d;
+  a = even0 + odd0;
+  b = minus_i(even1, odd1);
+  c = even0 - odd0;
+  d = plus_i(even1, odd1);
+}
+
+// Odd R: sums and differences of the inputs j and R - j, then real rotations. `roots` holds the roots of unity of
+// order R * Stride.
+template <int R, int Stride, typename T>
+FM_INLINE void butterfly_odd(Complex<T> (&a)[R], const T* roots) {
+  constexpr int half = (R - 1) / 2;
+  Complex<T> sum[half + 1], difference[half + 1];
+  Complex<T> total = a[0];
+#pragma GCC unroll 8
+  for (int j = 1; j <= half; ++j) {
+    sum[j] = a[j] + a[R - j];
+    difference[j] = a[j] - a[R - j];
+    total = total + sum[j];
+  }
+  const Complex<T> first = a[0];
+  a[0] = total;
+#pragma GCC unroll 8
+  for (int k = 1; k <= half; ++k) {
+    Complex<T> even = first, odd = {};
+#pragma GCC unroll 8
+    for (int j = 1; j <= half; ++j) {
+      const T c = roots[2 * Stride * (j * k % R)], s = roots[2 * Stride * (j * k % R) + 1];
+      even = {even.re + sum[j].re * c, even.im + sum[j].im * c};
+      odd = j == 1 ? Complex<T>{difference[j].re * s, difference[j].im * s}
+                   : Complex<T>{odd.re + difference[j].re * s, odd.im + difference[j].im * s};
+    }
+    a[k] = minus_i(even, odd);
+    a[R - k] = plus_i(even, odd);
+  }
+}
+
+template <int R, int Stride, typename T>
+FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots);
+
+// R = A * B without common factors (Good and Thomas): input (B i + A j) mod R is element (i, j) of an A x B grid,
+// output k is its bin (k mod A, k mod B), and there are no twiddles.
+template <int A, int B, int Stride, typename T>
+FM_INLINE void butterfly_coprime(Complex<T> (&a)[A * B], const T* roots) {
+  constexpr int R = A * B;
+  Complex<T> grid[A][B];
+#pragma GCC unroll 16
+  for (int i = 0; i < A; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < B; ++j) grid[i][j] = a[(B * i + A * j) % R];
+    butterfly<B, A * Stride, T>(grid[i], roots);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < B; ++j) {
+    Complex<T> column[A];
+#pragma GCC unroll 16
+    for (int i = 0; i < A; ++i) column[i] = grid[i][j];
+    butterfly<A, B * Stride, T>(column, roots);
+#pragma GCC unroll 16
+    for (int i = 0; i < A; ++i) grid[i][j] = column[i];
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < R; ++k) a[k] = grid[k % A][k % B];
+}
+
+// R = A * A (Cooley and Tukey).
+template <int A, int Stride, typename T>
+FM_INLINE void butterfly_square(Complex<T> (&a)[A * A], const T* roots) {
+  Complex<T> grid[A][A];
+#pragma GCC unroll 16
+  for (int j = 0; j < A; ++j) {
+    Complex<T> column[A];
+#pragma GCC unroll 16
+    for (int i = 0; i < A; ++i) column[i] = a[A * i + j];
+    butterfly<A, A * Stride, T>(column, roots);
+#pragma GCC unroll 16
+    for (int k = 0; k < A; ++k) {
+      const T c = roots[2 * Stride * j * k], s = -roots[2 * Stride * j * k + 1];
+      grid[k][j] = j * k == 0 ? column[k]
+                              : Complex<T>{column[k].re * c - column[k].im * s, column[k].re * s + column[k].im * c};
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < A; ++k) {
+    butterfly<A, A * Stride, T>(grid[k], roots);
+#pragma GCC unroll 16
+    for (int l = 0; l < A; ++l) a[k + A * l] = grid[k][l];
+  }
+}
+
+template <typename T>
+FM_INLINE void butterfly8(Complex<T> (&a)[8]) {
+  butterfly4(a[0], a[2], a[4], a[6]);
+  butterfly4(a[1], a[3], a[5], a[7]);
+  const T q = static_cast<T>(0.70710678118654752440);
+  const Complex<T> even[4] = {a[0], a[2], a[4], a[6]};
+  const Complex<T> odd0 = a[1], odd2 = a[5];
+  const Complex<T> odd1{(a[3].re + a[3].im) * q, (a[3].im - a[3].re) * q};
+  const Complex<T> odd3{(a[7].re - a[7].im) * q, (a[7].re + a[7].im) * q};
+  a[0] = even[0] + odd0;
+  a[4] = even[0] - odd0;
+  a[1] = even[1] + odd1;
+  a[5] = even[1] - odd1;
+  a[2] = minus_i(even[2], odd2);
+  a[6] = plus_i(even[2], odd2);
+  a[3] = even[3] - odd3;
+  a[7] = even[3] + odd3;
+}
+
+template <int R, int Stride, typename T>
+FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots) {
+  if constexpr (R == 2) {
+    const Complex<T> difference = a[0] - a[1];
+    a[0] = a[0] + a[1];
+    a[1] = difference;
+  } else if constexpr (R == 4) {
+    butterfly4(a[0], a[1], a[2], a[3]);
+  } else if constexpr (R == 8) {
+    butterfly8(a);
+  } else if constexpr (R == 9) {
+    butterfly_square<3, Stride, T>(a, roots);
+  } else if constexpr (R == 16) {
+    butterfly_square<4, Stride, T>(a, roots);
+  } else if constexpr (R == 12) {
+    butterfly_coprime<4, 3, Stride, T>(a, roots);
+  } else if constexpr (R % 2 == 0) {
+    butterfly_coprime<2, R / 2, Stride, T>(a, roots);
+  } else {
+    butterfly_odd<R, Stride, T>(a, roots);
+  }
+}
+
+// Passes --------------------------------------------------------------------------------------------------------
+
+// Where elements lie: element e at data + e * step.
+template <typename T>
+struct Place {
+  T* data;
+  std::int64_t step;
+
+  FM_INLINE T* at(std::int64_t element) const { return data + element * step; }
+};
+
+// The twiddles between the two halves of a four-step transform are applied by the passes next to them.
+enum class Outer { kNone, kLoad, kStore };
+
+template <int R, Outer kOuter, typename T>
+void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
+  const std::int64_t span = pass.span, count = pass.count;
+  for (std::int64_t p = 0; p < count; ++p) {
+    const T* twiddles = pass.twiddles + p * 2 * (R - 1);
+    for (std::int64_t q = 0; q < span; ++q) {
+      const std::int64_t from = q + span * p, to = q + span * R * p;
+      Complex<T> a[R];
+#pragma GCC unroll 16
+      for (int j = 0; j < R; ++j) {
+        a[j] = halves.load(in.at(from + span * count * j));
+        if constexpr (kOuter == Outer::kLoad) a[j] = times(a[j], outer + 2 * (from + span * count * j));
+      }
+      butterfly<R, 1, T>(a, pass.roots);
+      if (count > 1) {
+#pragma GCC unroll 16
+        for (int j = 1; j < R; ++j) a[j] = times(a[j], twiddles + 2 * (j - 1));
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < R; ++j) {
+        if constexpr (kOuter == Outer::kStore) a[j] = times(a[j], outer + 2 * (to + span * j));
+        halves.store(out.at(to + span * j), a[j]);
+      }
+    }
+  }
+}
+
+// Any odd radix: as butterfly_odd, with the sums and differences in memory and three bins at a time.
+template <Outer kOuter, typename T>
+void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
+  const std::int64_t span = pass.span, count = pass.count;
+  const int radix = pass.radix, half = (radix - 1) / 2;
+  Complex<T> sum[kMaxRadix / 2 + 1], difference[kMaxRadix / 2 + 1];
+  for (std::int64_t p = 0; p < count; ++p) {
+    const T* twiddles = pass.twiddles + p * 2 * (radix - 1);
+    for (std::int64_t q = 0; q < span; ++q) {
+      const auto input = [&](int j) {
+        const std::int64_t element = q + span * (p + count * j);
+        const Complex<T> a = halves.load(in.at(element));
+        return kOuter == Outer::kLoad ? times(a, outer + 2 * element) : a;
+      };
+      const auto output = [&](int k, Complex<T> a) {
+        const std::int64_t element = q + span * (radix * p + k);
+        if (count > 1 && k > 0) a = times(a, twiddles + 2 * (k - 1));
+        halves.store(out.at(element), kOuter == Outer::kStore ? times(a, outer + 2 * element) : a);
+      };
+      const Complex<T> first = input(0);
+      Complex<T> total = first;
+      for (int j = 1; j <= half; ++j) {
+        const Complex<T> a = input(j), b = input(radix - j);
+        sum[j] = a + b;
+        difference[j] = a - b;
+        total = total + sum[j];
+      }
+      output(0, total);
+      constexpr int kBins = 3;
+      for (int k0 = 1; k0 <= half; k0 += kBins) {
+        Complex<T> even[kBins], odd[kBins];
+        int angle[kBins], bin[kBins];
+        for (int b = 0; b < kBins; ++b) {
+          bin[b] = k0 + b < half ? k0 + b : half;
+          angle[b] = 0;
+          even[b] = first;
+          odd[b] = Complex<T>{};
+        }
+        for (int j = 1; j <= half; ++j) {
+          const Complex<T> s = sum[j], d = difference[j];
+#pragma GCC unroll 3
+          for (int b = 0; b < kBins; ++b) {
+            angle[b] += bin[b];
+            if (angle[b] >= radix) angle[b] -= radix;
+            const T cosine = pass.roots[2 * angle[b]], sine = pass.roots[2 * angle[b] + 1];
+            even[b] = {even[b].re + s.re * cosine, even[b].im + s.im * cosine};
+            odd[b] = {odd[b].re + d.re * sine, odd[b].im + d.im * sine};
+          }
+        }
+        for (int b = 0; b < kBins; ++b) {
+          const int k = bin[b];
+          output(k, minus_i(even[b], odd[b]));
+          output(radix - k, plus_i(even[b], odd[b]));
+        }
+      }
+    }
+  }
+}
+
+template <Outer kOuter, typename T>
+void stockham(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
+  switch (pass.radix) {
+    case 2:
+      return stockham_pass<2, kOuter>(pass, in, out, halves, outer);
+    case 3:
+      return stockham_pass<3, kOuter>(pass, in, out, halves, outer);
+    case 4:
+      return stockham_pass<4, kOuter>(pass, in, out, halves, outer);
+    case 5:
+      return stockham_pass<5, kOuter>(pass, in, out, halves, outer);
+    case 6:
+      return stockham_pass<6, kOuter>(pass, in, out, halves, outer);
+    case 7:
+      return stockham_pass<7, kOuter>(pass, in, out, halves, outer);
+    case 8:
+      return stockham_pass<8, kOuter>(pass, in, out, halves, outer);
+    case 9:
+      return stockham_pass<9, kOuter>(pass, in, out, halves, outer);
+    case 10:
+      return stockham_pass<10, kOuter>(pass, in, out, halves, outer);
+    case 11:
+      return stockham_pass<11, kOuter>(pass, in, out, halves, outer);
+    case 12:
+      return stockham_pass<12, kOuter>(pass, in, out, halves, outer);
+    case 13:
+      return stockham_pass<13, kOuter>(pass, in, out, halves, outer);
+    case 16:
+      return stockham_pass<16, kOuter>(pass, in, out, halves, outer);
+    default:
+      return stockham_pass_odd<kOuter>(pass, in, out, halves, outer);
+  }
+}
+
+// Methods -------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void stockham(const FftPass<T>& pass, const T* in, T* out, Halves<T> halves) {
+  switch (pass.radix) {
+    case 2:
+      return stockham_pass<2>(pass, in, out, halves);
+    case 3:
+      return stockham_pass<3>(pass, in, out, halves);
+    case 4:
+      return stockham_pass<4>(pass, in, out, halves);
+    case 5:
+      return stockham_pass<5>(pass, in, out, halves);
+    case 7:
+      return stockham_pass<7>(pass, in, out, halves);
+    case 8:
+      return stockham_pass<8>(pass, in, out, halves);
+    case 11:
+      return stockham_pass<11>(pass, in, out, halves);
+    case 13:
+      return stockham_pass<13>(pass, in, out, halves);
+    default:
+      return stockham_pass_odd(pass, in, out, halves);
+  }
+}
+
+// In place; outer twiddles go with the first pass's loads or the last one's stores. The last pass reads and writes
+// the same elements in every butterfly, so a single pass needs no work space.
+template <Outer kOuter, typename T>
+void direct(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, const T* outer) {
+  Place<T> from = data;
+  for (int i = 0; i < plan.pass_count; ++i) {
+    const bool last = i == plan.pass_count - 1;
+    const Place<T> to = last ? data : Place<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
+    if ((kOuter == Outer::kLoad && i == 0) || (kOuter == Outer::kStore && last)) {
+      stockham<kOuter>(plan.passes[i], from, to, halves, outer);
+    } else {
+      stockham<Outer::kNone, T>(plan.passes[i], from, to, halves, nullptr);
+    }
+    from = to;
+  }
+}
+
+template <typename T>
+void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves);
+
+// A transform that keeps natural order: any method but kSplit.
+template <Outer kOuter, typename T>
+void ordered(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, const T* outer) {
+  if (plan.method == Fft<T>::Method::kDirect) return direct<kOuter>(plan, data, work, halves, outer);
+  for (std::int64_t j = 0; j < plan.n; ++j) {
+    const Complex<T> a = halves.load(data.at(j));
+    halves.store(work + kElement<T> * j, kOuter == Outer::kLoad ? times(a, outer + 2 * j) : a);
+  }
+  bluestein(plan, work, work + kElement<T> * plan.n, halves);
+  for (std::int64_t k = 0; k < plan.n; ++k) {
+    const Complex<T> a = halves.load(work + kElement<T> * k);
+    halves.store(data.at(k), kOuter == Outer::kStore ? times(a, outer + 2 * k) : a);
+  }
+}
+
+// Four-step transform in place: columns, twiddles, rows. Each short transform runs in the first-level cache.
+template <typename T>
+void split_forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+  const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
+  for (std::int64_t j1 = 0; j1 < rows.n; ++j1) {
+    const Place<T> column{data + kElement<T> * j1, kElement<T> * rows.n};
+    ordered<Outer::kStore>(columns, column, work, halves, plan.twiddles + 2 * columns.n * j1);
+  }
+  for (std::int64_t k2 = 0; k2 < columns.n; ++k2) {
+    const Place<T> row{data + kElement<T> * rows.n * k2, kElement<T>};
+    ordered<Outer::kNone, T>(rows, row, work, halves, nullptr);
+  }
+}
+
+// The same steps backwards: from the permuted spectrum to natural order. `halves` are the inverse's.
+template <typename T>
+void split_inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+  const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
+  for (std::int64_t k2 = 0; k2 < columns.n; ++k2) {
+    const Place<T> row{data + kElement<T> * rows.n * k2, kElement<T>};
+    ordered<Outer::kNone, T>(rows, row, work, halves, nullptr);
+  }
+  for (std::int64_t j1 = 0; j1 < rows.n; ++j1) {
+    const Place<T> column{data + kElement<T> * j1, kElement<T> * rows.n};
+    ordered<Outer::kLoad>(columns, column, work, halves, plan.twiddles + 2 * columns.n * j1);
+  }
+}
+
+// In place, from natural order to a spectrum in slots; `work` is plan.work elements.
+template <typename T>
+void forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T>) {
+  if (plan.method == Fft<T>::Method::kSplit) {
+    split_forward(plan, data, work, halves);
+  } else {
+    ordered<Outer::kNone, T>(plan, {data, kElement<T>}, work, halves, nullptr);
+  }
+}
+
+// In place, from a spectrum in slots to natural order.
+template <typename T>
+void inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kInverse<T>) {
+  if (plan.method == Fft<T>::Method::kSplit) {
+    split_inverse(plan, data, work, halves);
+  } else {
+    ordered<Outer::kNone, T>(plan, {data, kElement<T>}, work, halves, nullptr);
+  }
+}
+
+template <typename T>
+void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+  const Fft<T>& convolution = *plan.convolution;
+  const std::int64_t n = plan.n, m = convolution.n;
+  for (std::int64_t j = 0; j < n; ++j) {
+    halves.store(work + kElement<T> * j, times(halves.load(data + kElement<T> * j), plan.chirp + 2 * j));
+  }
+  __builtin_memset(work + kElement<T> * n, 0, static_cast<std::size_t>((m - n) * kElement<T>) * sizeof(T));
+  T* const rest = work + kElement<T> * m;
+  forward(convolution, work, rest, halves);
+  for (std::int64_t k = 0; k < m; ++k) {
+    T* const element = work + kElement<T> * k;
+    halves.store(element, times(halves.load(element), plan.chirp_spectrum + 2 * k));
+  }
+  inverse(convolution, work, rest, Halves<T>{halves.im, halves.re});
+  for (std::int64_t k = 0; k < n; ++k) {
+    halves.store(data + kElement<T> * k, times(halves.load(work + kElement<T> * k), plan.chirp + 2 * k));
+  }
+}
+
+}  // namespace freemerge::FREEMERGE_ISA

@@ -1,0 +1,282 @@
+// The windowed FIR passes of the decimated filter, compiled once per instruction set. Down columns the SIMD lanes
+// are neighbouring columns; along rows they are neighbouring coarse rows, transposed on the way.
+//
+// Every pass walks the cells of a window in order with one register accumulator per tap. Passing to the next
+// cell shifts the accumulators by one coarse point, so each coarse point is summed over its samples in ascending
+// order: the same bits wherever a walk starts and however it is cut into sweeps.
+#pragma once
+
+#include "cpu/simd.h"
+#include "cpu/window.h"
+
+namespace freemerge::FREEMERGE_ISA {
+
+// Consecutive samples of a column pass. The first lies in `cell`, whose first coarse row is rows[0].
+struct Sweep {
+  std::int64_t begin, end;
+  std::int64_t cell;
+  float* const* rows;
+};
+
+// The matrix being filtered, seen from its samples: rows of `width` columns, `stride` apart.
+template <typename Storage>
+struct Samples {
+  Storage* data;
+  std::int64_t width;
+  std::int64_t stride;
+  float background;  // y = background * x + interpolated
+};
+
+// Bytes between a load and its prefetch in the same row: far enough to hide DRAM, near enough to stay in L1.
+inline constexpr std::int64_t kPrefetchBytes = 512;
+
+// Vectors in a panel of columns: as many as leave the accumulators in registers.
+template <int Taps>
+inline constexpr int kPanelVectors = FREEMERGE_VECTOR_BYTES == 64 ? (Taps <= 6 ? 4 : 3) : (Taps <= 8 ? 2 : 1);
+
+// All lanes of a vector, or the first `count` of them.
+struct AllLanes {
+  template <typename Storage>
+  FM_INLINE FloatVec load(const Storage* p) const {
+    return FREEMERGE_ISA::load(p);
+  }
+  template <typename Storage>
+  FM_INLINE void store(Storage* p, FloatVec v) const {
+    FREEMERGE_ISA::store(p, v);
+  }
+};
+struct FirstLanes {
+  std::int64_t count;
+  template <typename Storage>
+  FM_INLINE FloatVec load(const Storage* p) const {
+    return load_partial(p, count);
+  }
+  template <typename Storage>
+  FM_INLINE void store(Storage* p, FloatVec v) const {
+    store_partial(p, v, count);
+  }
+};
+
+// Accumulators or coarse values of the `Taps` coarse rows a cell touches, `Vectors` wide.
+template <int Taps, int Vectors>
+struct Panel {
+  FloatVec v[Taps][Vectors];
+
+  FM_INLINE void load(float* const* rows, std::int64_t x) {
+#pragma GCC unroll 16
+    for (int j = 0; j < Taps; ++j) load_row(j, rows[j] + x);
+  }
+  FM_INLINE void load_row(int j, const float* row) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) v[j][i] = FREEMERGE_ISA::load(row + i * kLanes<float>);
+  }
+  FM_INLINE void store(float* const* rows, std::int64_t x) const {
+#pragma GCC unroll 16
+    for (int j = 0; j < Taps; ++j) store_row(j, rows[j] + x);
+  }
+  FM_INLINE void store_row(int j, float* row) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) FREEMERGE_ISA::store(row + i * kLanes<float>, v[j][i]);
+  }
+  FM_INLINE void shift() {
+#pragma GCC unroll 16
+    for (int j = 0; j + 1 < Taps; ++j) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Vectors; ++i) v[j][i] = v[j + 1][i];
+    }
+  }
+  FM_INLINE void clear_last() {
+#pragma GCC unroll 8
+    for (int i = 0; i < Vectors; ++i) v[Taps - 1][i] = FloatVec{};
+  }
+};
+
+FM_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// Down columns: coarse[cell + j] += weight[n][j] * sample[n]. The coarse row after a sweep's last cell must be
+// there to be written; it starts the next sweep at zero.
+template <int Taps, int Vectors, typename Storage, typename Lanes>
+FM_INLINE void gather_panel(const Samples<Storage>& samples, Taper taper, Sweep sweep, std::int64_t x, Lanes lanes) {
+  Panel<Taps, Vectors> sums;
+  sums.load(sweep.rows, x);
+  std::int64_t n = sweep.begin;
+  const std::int64_t* next = taper.first + sweep.cell + 1;
+  float* const* rows = sweep.rows;
+  const Storage* in = samples.data + n * samples.stride + x;
+  const float* weights = taper.weights + n * Taps;
+  for (;; ++next) {
+    for (const std::int64_t stop = smaller(*next, sweep.end); n < stop; ++n) {
+      FloatVec value[Vectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < Vectors; ++i) {
+        value[i] = lanes.load(in + i * kLanes<float>);
+        prefetch(reinterpret_cast<const char*>(in + i * kLanes<float>) + kPrefetchBytes);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < Taps; ++j) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Vectors; ++i) sums.v[j][i] += value[i] * weights[j];
+      }
+      in += samples.stride;
+      weights += Taps;
+    }
+    if (n < *next) break;
+    sums.store_row(0, rows[0] + x);
+    sums.shift();
+    sums.clear_last();
+    ++rows;
+    if (n == sweep.end) break;
+  }
+  sums.store(rows, x);
+}
+
+// Back up: y[n] = background * x[n] + sum_j weight[n][j] * coarse[cell + j].
+template <int Taps, int Vectors, typename Storage, typename Lanes>
+FM_INLINE void interpolate_panel(const Samples<Storage>& samples, Taper taper, Sweep sweep, std::int64_t x,
+                                 Lanes lanes) {
+  Panel<Taps, Vectors> coarse;
+  coarse.load(sweep.rows, x);
+  std::int64_t n = sweep.begin;
+  const std::int64_t* next = taper.first + sweep.cell + 1;
+  float* const* rows = sweep.rows;
+  Storage* out = samples.data + n * samples.stride + x;
+  const float* weights = taper.weights + n * Taps;
+  for (;; ++next) {
+    for (const std::int64_t stop = smaller(*next, sweep.end); n < stop; ++n) {
+      FloatVec value[Vectors];
+#pragma GCC unroll 8
+      for (int i = 0; i < Vectors; ++i) {
+        value[i] = lanes.load(out + i * kLanes<float>) * samples.background;
+        prefetch(reinterpret_cast<const char*>(out + i * kLanes<float>) + kPrefetchBytes);
+      }
+#pragma GCC unroll 16
+      for (int j = 0; j < Taps; ++j) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Vectors; ++i) value[i] += coarse.v[j][i] * weights[j];
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < Vectors; ++i) lanes.store(out + i * kLanes<float>, value[i]);
+      out += samples.stride;
+      weights += Taps;
+    }
+    if (n == sweep.end) break;
+    ++rows;
+    coarse.shift();
+    coarse.load_row(Taps - 1, rows[Taps - 1] + x);
+  }
+}
+
+// Columns x .. width - 1 by panels, then single vectors, then the rest of a vector.
+template <int Taps, typename Storage>
+void gather_sweep(const Samples<Storage>& samples, Taper taper, Sweep sweep) {
+  constexpr std::int64_t step = kPanelVectors<Taps> * kLanes<float>;
+  std::int64_t x = 0;
+  for (; x + step <= samples.width; x += step)
+    gather_panel<Taps, kPanelVectors<Taps>>(samples, taper, sweep, x, AllLanes{});
+  for (; x < samples.width; x += kLanes<float>)
+    gather_panel<Taps, 1>(samples, taper, sweep, x, FirstLanes{smaller(samples.width - x, kLanes<float>)});
+}
+
+template <int Taps, typename Storage>
+void interpolate_sweep(const Samples<Storage>& samples, Taper taper, Sweep sweep) {
+  constexpr std::int64_t step = kPanelVectors<Taps> * kLanes<float>;
+  std::int64_t x = 0;
+  for (; x + step <= samples.width; x += step)
+    interpolate_panel<Taps, kPanelVectors<Taps>>(samples, taper, sweep, x, AllLanes{});
+  for (; x < samples.width; x += kLanes<float>)
+    interpolate_panel<Taps, 1>(samples, taper, sweep, x, FirstLanes{smaller(samples.width - x, kLanes<float>)});
+}
+
+// Along rows ----------------------------------------------------------------------------------------------------
+
+// Columns transposed at a time: a block of kLanes x kRowBlock values stays in L1.
+inline constexpr std::int64_t kRowBlock = 8 * kLanes<float>;
+
+// block[x * kLanes + i] = rows[i][begin + x]; reads whole vectors, so rows are padded.
+FM_INLINE void load_transposed(float* const* rows, std::int64_t begin, std::int64_t count, float* block) {
+  for (std::int64_t x = 0; x < count; x += kLanes<float>) {
+    FloatVec tile[kLanes<float>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<float>; ++i) tile[i] = load(rows[i] + begin + x);
+    transpose<float>(tile);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<float>; ++i) store(block + (x + i) * kLanes<float>, tile[i]);
+  }
+}
+
+FM_INLINE void store_transposed(float* const* rows, std::int64_t begin, std::int64_t count, const float* block) {
+  for (std::int64_t x = 0; x < count; x += kLanes<float>) {
+    FloatVec tile[kLanes<float>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<float>; ++i) tile[i] = load(block + (x + i) * kLanes<float>);
+    transpose<float>(tile);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<float>; ++i) store(rows[i] + begin + x, tile[i]);
+  }
+}
+
+// kLanes coarse rows of `width` samples each become kLanes lanes of `cells` coarse points, `pitch` floats apart.
+template <int Taps>
+void gather_rows(float* const* rows, std::int64_t width, Taper taper, std::int64_t cells, float* out,
+                 std::int64_t pitch) {
+  float block[kRowBlock * kLanes<float>];
+  FloatVec sums[Taps] = {};
+  std::int64_t cell = 0;
+  for (std::int64_t begin = 0; begin < width; begin += kRowBlock) {
+    const std::int64_t end = smaller(begin + kRowBlock, width);
+    load_transposed(rows, begin, end - begin, block);
+    for (std::int64_t n = begin;;) {
+      for (const std::int64_t stop = smaller(taper.first[cell + 1], end); n < stop; ++n) {
+        const FloatVec value = load(block + (n - begin) * kLanes<float>);
+        const float* weights = taper.weights + n * Taps;
+#pragma GCC unroll 16
+        for (int j = 0; j < Taps; ++j) sums[j] += value * weights[j];
+      }
+      if (n < taper.first[cell + 1] || cell == cells - 1) break;
+      store(out + cell * pitch, sums[0]);
+#pragma GCC unroll 16
+      for (int j = 0; j + 1 < Taps; ++j) sums[j] = sums[j + 1];
+      sums[Taps - 1] = FloatVec{};
+      ++cell;
+    }
+  }
+  // The grid is periodic: what spills over its end belongs to its first points.
+  store(out + cell * pitch, sums[0]);
+#pragma GCC unroll 16
+  for (int j = 1; j < Taps; ++j) {
+    float* const head = out + (j - 1) * pitch;
+    store(head, load(head) + sums[j]);
+  }
+}
+
+// The adjoint: coarse points back to the samples of kLanes rows.
+template <int Taps>
+void interpolate_rows(const float* in, std::int64_t pitch, Taper taper, std::int64_t cells, std::int64_t width,
+                      float* const* rows) {
+  float block[kRowBlock * kLanes<float>];
+  FloatVec coarse[Taps];
+#pragma GCC unroll 16
+  for (int j = 0; j < Taps; ++j) coarse[j] = load(in + j * pitch);
+  std::int64_t cell = 0;
+  for (std::int64_t begin = 0; begin < width; begin += kRowBlock) {
+    const std::int64_t end = smaller(begin + kRowBlock, width);
+    for (std::int64_t n = begin;;) {
+      for (const std::int64_t stop = smaller(taper.first[cell + 1], end); n < stop; ++n) {
+        const float* weights = taper.weights + n * Taps;
+        FloatVec even = coarse[0] * weights[0], odd = coarse[1] * weights[1];
+#pragma GCC unroll 16
+        for (int j = 2; j < Taps; ++j) (j % 2 == 0 ? even : odd) += coarse[j] * weights[j];
+        store(block + (n - begin) * kLanes<float>, even + odd);
+      }
+      if (n == end) break;
+      ++cell;
+      const std::int64_t last = cell + Taps - 1;
+#pragma GCC unroll 16
+      for (int j = 0; j + 1 < Taps; ++j) coarse[j] = coarse[j + 1];
+      coarse[Taps - 1] = load(in + (last < cells ? last : last - cells) * pitch);
+    }
+    store_transposed(rows, begin, end - begin, block);
+  }
+}
+
+}  // namespace freemerge::FREEMERGE_ISA

@@ -1,0 +1,75 @@
+// The tight loops, one table per instruction set. Everything else (threads, buffers, plans, masks) is compiled
+// once for all of them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cpu/decimated_job.h"
+#include "cpu/features.h"
+#include "cpu/fft.h"
+#include "cpu/spectrum.h"
+#include "dtype.h"
+
+namespace freemerge {
+
+// T is the arithmetic type: float, or double for float64 storage.
+template <typename T>
+struct TransformKernels {
+  int lanes;
+
+  // In place: plan.n elements of `data`, plan.work elements of `work` (an element is 2 * lanes reals, see fft.h;
+  // aligned to 64 bytes). The spectrum is in slots.
+  void (*forward)(const Fft<T>& plan, T* data, T* work);
+  void (*inverse)(const Fft<T>& plan, T* data, T* work);
+
+  // Filters column block `block` of the spectrum along its signals, in place. `scratch` holds
+  // plan.n + plan.work elements.
+  void (*filter_block)(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
+                       const BlockGains<T>& gains, T* scratch);
+  // Multiplies it by one number; by 0 also where it holds no number.
+  void (*scale_block)(const Spectrum<T>& spectrum, std::int64_t block, T gain);
+};
+
+// Storage is the type in memory, T the type of its arithmetic.
+template <typename Storage, typename T>
+struct SignalKernels {
+  // Real transforms of group `group` of the signals into the spectrum. The signals may lie where the spectrum
+  // goes. `scratch` holds plan.n + plan.work elements.
+  void (*analyse)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+                  std::int64_t group, T* scratch);
+  // And back: signal = background * signal + factor * (unscaled inverse). The signals are not read when
+  // background is 0.
+  void (*synthesise)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+                     std::int64_t group, T background, T factor, T* scratch);
+};
+
+struct Kernels {
+  DecimatedKernels decimated;
+  TransformKernels<float> single_precision;
+  TransformKernels<double> double_precision;
+  SignalKernels<float, float> float32;
+  SignalKernels<double, double> float64;
+  SignalKernels<freemerge::bfloat16, float> bfloat16;
+  SignalKernels<freemerge::float16, float> float16;
+};
+
+// Throws std::invalid_argument if this build or this processor lacks them.
+const Kernels& kernels(Isa isa);
+
+// Throws std::invalid_argument for a name that isa_name never gives.
+Isa isa_from_name(const std::string& name);
+
+// The instruction set in use: the one named by the environment variable FREEMERGE_ISA (avx512, avx2 or baseline;
+// read once), or else the best this processor has. Throws std::invalid_argument for any other name and for one this processor lacks.
+Isa active_isa();
+
+// Kernels of one type.
+inline const TransformKernels<float>& transform_kernels(const Kernels& k, float) { return k.single_precision; }
+inline const TransformKernels<double>& transform_kernels(const Kernels& k, double) { return k.double_precision; }
+inline const auto& signal_kernels(const Kernels& k, float) { return k.float32; }
+inline const auto& signal_kernels(const Kernels& k, double) { return k.float64; }
+inline const auto& signal_kernels(const Kernels& k, freemerge::bfloat16) { return k.bfloat16; }
+inline const auto& signal_kernels(const Kernels& k, freemerge::float16) { return k.float16; }
+
+}  // namespace freemerge

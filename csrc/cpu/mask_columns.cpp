@@ -1,0 +1,245 @@
+#include "cpu/mask_columns.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+namespace freemerge {
+namespace {
+
+constexpr int kMaxLanes = 16;
+
+// Smaller masks are evaluated bin by bin: a table would cost more.
+constexpr std::int64_t kLeastBinsForTable = 1 << 14;
+
+// The number of rows 0 <= row < limit with inside(row), which holds up to some row and not from there on. The
+// search starts at the neighbouring column's answer, which is close.
+template <typename Inside>
+std::int32_t settle(std::int32_t start, std::int64_t limit, const Inside& inside) {
+  std::int32_t count = start;
+  while (count > 0 && !inside(count - 1)) --count;
+  while (count < limit && inside(count)) ++count;
+  return count;
+}
+
+}  // namespace
+
+template <typename T>
+MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed)
+    : mask_(mask),
+      transposed_(transposed),
+      length_(transposed ? mask.height : mask.width),
+      signals_(transposed ? mask.width : mask.height) {
+  const bool both_odd = length_ % 2 == 1 && signals_ % 2 == 1;
+  mirrored_ = mask.kind != MaskKind::kTable && !(mask.kind == MaskKind::kOfficial && both_odd);
+  if (mask.kind == MaskKind::kSteps) find_steps();
+  if (mask.kind == MaskKind::kOfficial) find_official_steps();
+  if (mask.kind == MaskKind::kButterworth || mask.kind == MaskKind::kGaussian) {
+    if (std::is_same_v<T, float> && length_ * signals_ >= kLeastBinsForTable) tabulate();
+  }
+}
+
+template <typename T>
+double MaskColumns<T>::gain(std::int64_t column, std::int64_t row) const {
+  if (!transposed_) return mask_gain(mask_, row, column);
+  // mask_gain takes the left half of the spectrum: the right one mirrors it through the origin.
+  if (row <= mask_.width / 2) return mask_gain(mask_, column, row);
+  return mask_gain(mask_, column == 0 ? 0 : mask_.height - column, mask_.width - row);
+}
+
+template <typename T>
+void MaskColumns<T>::find_steps() {
+  // Number the three zones: the radius, and so the zone, never falls from one row to the next.
+  MaskColumns zones = *this;
+  zones.mask_.gain0 = 0;
+  zones.mask_.gain1 = 1;
+  zones.mask_.gain2 = 2;
+  std::int32_t inner = 0, outer = 0;
+  for (std::int64_t column = 0; column <= length_ / 2; ++column) {
+    inner = settle(inner, rows(), [&](std::int64_t row) { return zones.gain(column, row) < 1; });
+    outer = settle(outer, rows(), [&](std::int64_t row) { return zones.gain(column, row) < 2; });
+    inner_.push_back(inner);
+    outer_.push_back(outer);
+  }
+}
+
+template <typename T>
+void MaskColumns<T>::find_official_steps() {
+  constexpr double kNone = -1;
+  const auto count_within = [&](std::int64_t column, double radius, std::int32_t start) {
+    Mask disc = mask_;
+    disc.edge0 = radius;
+    disc.edge1 = kNone;
+    return settle(start, signals_, [&](std::int64_t distance) {
+      const std::int64_t row = signals_ / 2 + distance;
+      return (transposed_ ? official_gain(disc, column, row) : official_gain(disc, row, column)) != 0;
+    });
+  };
+  const float ring = static_cast<float>(mask_.edge1);
+  const double below_ring = std::nextafter(ring, -std::numeric_limits<float>::infinity());
+  for (OfficialSteps* steps : {&own_, &mirror_}) {
+    std::int32_t disc = 0, ring_begin = 0, ring_end = 0;
+    for (std::int64_t column = 0; column <= length_ / 2; ++column) {
+      const std::int64_t bin = steps == &own_ || column == 0 ? column : length_ - column;
+      disc = count_within(bin, mask_.edge0, disc);
+      ring_begin = count_within(bin, below_ring, ring_begin);
+      ring_end = count_within(bin, ring, ring_end);
+      steps->disc.push_back(disc);
+      steps->ring_begin.push_back(ring_begin);
+      steps->ring_end.push_back(ring_end);
+    }
+  }
+}
+
+template <typename T>
+void MaskColumns<T>::tabulate() {
+  const double row_unit = transposed_ ? mask_.unit_x : mask_.unit_y;
+  const double column_unit = transposed_ ? mask_.unit_y : mask_.unit_x;
+  const auto squares = [](double unit, std::int64_t count) {
+    std::vector<float> squared;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const double frequency = unit * static_cast<double>(i);
+      squared.push_back(static_cast<float>(frequency * frequency));
+    }
+    return squared;
+  };
+  row_squared_ = squares(row_unit, rows());
+  column_squared_ = squares(column_unit, length_ / 2 + 1);
+  const double unit = std::min(row_unit, column_unit);
+  radial_.emplace(mask_, 0.5 * unit * unit, 1.001 * (row_squared_.back() + column_squared_.back()));
+  if (!radial_->usable()) radial_.reset();
+}
+
+template <typename T>
+void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lanes, double background,
+                                 double factor, T* out) const {
+  const RadialTable& table = *radial_;
+  const auto scale = static_cast<float>(factor), offset = static_cast<float>(factor * background);
+  float column_squared[kMaxLanes] = {}, place[kMaxLanes];
+  std::int32_t cell[kMaxLanes];
+  for (int j = 0; j < lanes; ++j) {
+    column_squared[j] = column_squared_[static_cast<std::size_t>(columns[std::min(j, count - 1)])];
+  }
+  for (std::int64_t row = 0; row < rows(); ++row) {
+    const float row_squared = row_squared_[static_cast<std::size_t>(row)];
+    T* const to = out + row * lanes;
+    for (int j = 0; j < lanes; ++j) {
+      const float squared = row_squared + column_squared[j];
+      cell[j] = table.cell(squared);
+      place[j] = table.place(squared);
+    }
+    // Neighbouring columns mostly share a cell or lie in two.
+    const auto [low, high] = std::minmax_element(cell, cell + lanes);
+    const std::int32_t first = *low, last = *high;
+    if (first < 0 || last - first > 4) {
+      for (int j = 0; j < lanes; ++j) {
+        const double g = gain(columns[std::min(j, count - 1)], row);
+        to[j] = static_cast<T>(factor * (g - background));
+      }
+      continue;
+    }
+    for (std::int32_t current = first; current <= last; ++current) {
+      for (int j = 0; j < lanes; ++j) {
+        const float g = table.gain(current, place[j]) * scale - offset;
+        to[j] = cell[j] == current ? static_cast<T>(g) : to[j];
+      }
+    }
+  }
+}
+
+template <typename T>
+std::optional<double> MaskColumns<T>::constant(std::int64_t column) const {
+  const auto index = static_cast<std::size_t>(column);
+  switch (mask_.kind) {
+    case MaskKind::kSteps: {
+      const std::int32_t inner = inner_[index], outer = std::max(inner, outer_[index]);
+      std::vector<double> gains;
+      if (inner > 0) gains.push_back(mask_.gain0);
+      if (outer > inner) gains.push_back(mask_.gain1);
+      if (rows() > outer) gains.push_back(mask_.gain2);
+      const bool equal = std::all_of(gains.begin(), gains.end(), [&](double g) { return g == gains[0]; });
+      return equal ? std::optional<double>(gains[0]) : std::nullopt;
+    }
+    case MaskKind::kOfficial: {
+      const auto empty = [&](const OfficialSteps& s) {
+        return s.disc[index] == 0 && s.ring_begin[index] == s.ring_end[index];
+      };
+      const auto full = [&](const OfficialSteps& s) {
+        return s.disc[index] > signals_ / 2 && s.ring_begin[index] == s.ring_end[index];
+      };
+      if (empty(own_) && empty(mirror_)) return 0.0;
+      if (full(own_) && full(mirror_)) return 1.0;
+      return std::nullopt;
+    }
+    case MaskKind::kCenter:
+      if ((mask_.axis == 1) != transposed_) return column == 0 ? 0.0 : 1.0;
+      return std::nullopt;
+    case MaskKind::kButterworth:
+    case MaskKind::kGaussian:
+    case MaskKind::kTable:
+      break;
+  }
+  return std::nullopt;
+}
+
+template <typename T>
+void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, double background, double factor,
+                          T* out) const {
+  const auto value = [&](double g) { return static_cast<T>(factor * (g - background)); };
+  if (mask_.kind == MaskKind::kSteps) {
+    std::int32_t inner[kMaxLanes] = {}, outer[kMaxLanes] = {};
+    for (int j = 0; j < count; ++j) {
+      inner[j] = inner_[static_cast<std::size_t>(columns[j])];
+      outer[j] = outer_[static_cast<std::size_t>(columns[j])];
+    }
+    const T gain0 = value(mask_.gain0), gain1 = value(mask_.gain1), gain2 = value(mask_.gain2);
+    for (std::int64_t row = 0; row < rows(); ++row) {
+      const auto position = static_cast<std::int32_t>(row);
+      T* const to = out + row * lanes;
+      for (int j = 0; j < lanes; ++j) {
+        to[j] = position < inner[j] ? gain0 : position < outer[j] ? gain1 : gain2;
+      }
+    }
+    return;
+  }
+  if (mask_.kind == MaskKind::kOfficial) {
+    struct Lanes {
+      std::int32_t disc[kMaxLanes] = {}, ring_begin[kMaxLanes] = {}, ring_end[kMaxLanes] = {};
+    } own, mirror;
+    const auto gather = [&](const OfficialSteps& steps, Lanes& into) {
+      for (int j = 0; j < count; ++j) {
+        const auto column = static_cast<std::size_t>(columns[j]);
+        into.disc[j] = steps.disc[column];
+        into.ring_begin[j] = steps.ring_begin[column];
+        into.ring_end[j] = steps.ring_end[column];
+      }
+    };
+    gather(own_, own);
+    gather(mirror_, mirror);
+    const T half = static_cast<T>(0.5 * factor), offset = static_cast<T>(factor * background);
+    for (std::int64_t row = 0; row < rows(); ++row) {
+      const auto distance = static_cast<std::int32_t>(std::abs(row - signals_ / 2));
+      const auto mirror_distance =
+          static_cast<std::int32_t>(std::abs((row == 0 ? 0 : signals_ - row) - signals_ / 2));
+      T* const to = out + row * lanes;
+      for (int j = 0; j < lanes; ++j) {
+        const int hits = (distance < own.disc[j]) + (distance < own.ring_end[j]) - (distance < own.ring_begin[j]) +
+                         (mirror_distance < mirror.disc[j]) + (mirror_distance < mirror.ring_end[j]) -
+                         (mirror_distance < mirror.ring_begin[j]);
+        to[j] = static_cast<T>(hits) * half - offset;
+      }
+    }
+    return;
+  }
+  if (radial_) return fill_smooth(columns, count, lanes, background, factor, out);
+  for (std::int64_t row = 0; row < rows(); ++row) {
+    for (int j = 0; j < count; ++j) out[row * lanes + j] = value(gain(columns[j], row));
+    for (int j = count; j < lanes; ++j) out[row * lanes + j] = T{0};
+  }
+}
+
+template class MaskColumns<float>;
+template class MaskColumns<double>;
+
+}  // namespace freemerge

@@ -1,0 +1,28 @@
+// The full and pruned forms of the filter: real transforms along one axis, complex ones along the other for the
+// columns of the half spectrum that need it, the mask, and back.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/matrices.h"
+#include "plan.h"
+
+namespace freemerge {
+
+// In place, every matrix X becomes scale * Re IFFT2(M * FFT2(X)), for any mask M.
+//
+// Arithmetic is float (double for float64) and the result is rounded once. float32 and float64 matrices keep
+// their spectrum in their own memory; the extra memory is a few batches of signals per thread. A spectrum of
+// bfloat16 or float16 does not fit there: it takes 8 bytes per bin that M does not zero, up to 4 bytes per
+// element.
+//
+// Results do not depend on `threads`. Throws std::invalid_argument before anything is written.
+void filter_full(const Plan& plan, const Matrices& matrices, double scale, int threads,
+                 const Kernels& kernels);
+
+// The same result where many columns of the mask (rows, if plan.transposed) are equal to plan.background
+// throughout: X becomes scale * (background * X + Re IFFT2((M - background) * FFT2(X))). Only the other columns are
+// transformed both ways; they take 8 bytes per bin of extra memory.
+void filter_pruned(const Plan& plan, const Matrices& matrices, double scale, int threads,
+                   const Kernels& kernels);
+
+}  // namespace freemerge

@@ -1,0 +1,242 @@
+// One vector abstraction for every instruction set. It is compiled once per instruction set, in a namespace of
+// its own, by the kernels_*.cpp files, which define
+//   FREEMERGE_ISA           the namespace (avx512, avx2, baseline)
+//   FREEMERGE_VECTOR_BYTES  the register width
+// Vectors are the compiler's own (GCC and Clang), so + - * / work on them and mix with scalars, and the same
+// source serves NEON. Those files are compiled with -ffp-contract=fast: a * b + c is one fused multiply-add
+// where the processor has it. Nothing here may call an inline function of another header: the linker would be
+// free to keep the AVX-512 copy for everybody.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "dtype.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FM_INLINE inline __attribute__((always_inline))
+
+namespace freemerge::FREEMERGE_ISA {
+
+template <typename T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(FREEMERGE_VECTOR_BYTES)));
+};
+
+// kLanes<T> values of T; T is the arithmetic type, float or double.
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+
+template <typename T>
+inline constexpr int kLanes = FREEMERGE_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+// Arithmetic type of a storage type.
+template <typename Storage>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <typename Storage>
+using Arithmetic = typename ArithmeticOf<Storage>::type;
+
+using FloatVec = Vec<float>;
+using WordVec = Vec<std::uint32_t>;
+typedef std::uint16_t HalfVec __attribute__((vector_size(FREEMERGE_VECTOR_BYTES / 2)));
+
+template <typename To, typename From>
+FM_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <typename T>
+FM_INLINE Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+template <typename V, typename T>
+FM_INLINE V load_raw(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename V, typename T>
+FM_INLINE V load_raw_partial(const T* p, std::int64_t count) {
+  V v{};
+  __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * sizeof(T));
+  return v;
+}
+
+// Conversions -----------------------------------------------------------------------------------------------
+
+FM_INLINE FloatVec widen_bfloat16(HalfVec bits) {
+  return bit_cast<FloatVec>(__builtin_convertvector(bits, WordVec) << 16);
+}
+
+// Lanes of `yes` where `condition` (all ones or all zeros per lane) holds, of `no` elsewhere.
+FM_INLINE WordVec select(WordVec condition, WordVec yes, WordVec no) {
+  return (condition & yes) | (~condition & no);
+}
+
+// Round to nearest, ties to even; NaN stays NaN (as round_to<> in dtype.h).
+FM_INLINE HalfVec narrow_bfloat16(FloatVec x) {
+  const WordVec u = bit_cast<WordVec>(x);
+  const WordVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const WordVec nan = bit_cast<WordVec>(x != x);
+  return __builtin_convertvector(select(nan, WordVec{} + 0x7fc0u, rounded), HalfVec);
+}
+
+#if defined(__AVX512F__)
+// The masked forms, because GCC 12 warns of an uninitialised value inside the plain ones.
+FM_INLINE FloatVec widen_float16(HalfVec bits) {
+  return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits));
+}
+FM_INLINE HalfVec narrow_float16(FloatVec x) {
+  return bit_cast<HalfVec>(
+      _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+FM_INLINE FloatVec widen_float16(HalfVec bits) { return _mm256_cvtph_ps(bit_cast<__m128i>(bits)); }
+FM_INLINE HalfVec narrow_float16(FloatVec x) {
+  return bit_cast<HalfVec>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+// The bit arithmetic of dtype.h, lane by lane.
+FM_INLINE FloatVec widen_float16(HalfVec bits) {
+  const WordVec u = __builtin_convertvector(bits, WordVec);
+  const WordVec sign = (u & 0x8000u) << 16;
+  const WordVec magnitude = u & 0x7fffu;
+  const WordVec finite = bit_cast<WordVec>(bit_cast<FloatVec>(magnitude << 13) * 0x1p112f);
+  const WordVec special = (magnitude << 13) | 0x7f800000u;
+  return bit_cast<FloatVec>(sign | select(bit_cast<WordVec>(magnitude >= 0x7c00u), special, finite));
+}
+FM_INLINE HalfVec narrow_float16(FloatVec x) {
+  const WordVec u = bit_cast<WordVec>(x);
+  const WordVec magnitude = u & 0x7fffffffu;
+  const WordVec normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding a half makes the float adder round at the subnormal half's last bit.
+  const WordVec subnormal =
+      bit_cast<WordVec>(bit_cast<FloatVec>(magnitude) + 0.5f) - bit_cast<WordVec>(broadcast(0.5f));
+  WordVec half = select(bit_cast<WordVec>(magnitude < 0x38800000u), subnormal, normal);
+  half = select(bit_cast<WordVec>(magnitude >= 0x477ff000u), WordVec{} + 0x7c00u, half);
+  half = select(bit_cast<WordVec>(magnitude > 0x7f800000u), WordVec{} + 0x7e00u, half);
+  return __builtin_convertvector(((u >> 16) & 0x8000u) | half, HalfVec);
+}
+#endif
+
+// Loads and stores: storage type in memory, arithmetic type in the register, no alignment asked for -----------
+
+FM_INLINE Vec<float> load(const float* p) { return load_raw<Vec<float>>(p); }
+FM_INLINE Vec<double> load(const double* p) { return load_raw<Vec<double>>(p); }
+FM_INLINE Vec<float> load(const bfloat16* p) { return widen_bfloat16(load_raw<HalfVec>(p)); }
+FM_INLINE Vec<float> load(const float16* p) { return widen_float16(load_raw<HalfVec>(p)); }
+
+FM_INLINE void store(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof v); }
+FM_INLINE void store(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof v); }
+FM_INLINE void store(bfloat16* p, Vec<float> v) {
+  const HalfVec h = narrow_bfloat16(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+FM_INLINE void store(float16* p, Vec<float> v) {
+  const HalfVec h = narrow_float16(v);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The first `count` lanes only, 0 <= count <= kLanes; memory beyond them is neither read nor written, and the
+// other lanes of a load are zero.
+#if defined(__AVX512F__)
+FM_INLINE Vec<float> load_partial(const float* p, std::int64_t count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+}
+FM_INLINE Vec<double> load_partial(const double* p, std::int64_t count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), p);
+}
+FM_INLINE HalfVec load_half_partial(const void* p, std::int64_t count) {
+  return bit_cast<HalfVec>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1u), p));
+}
+FM_INLINE void store_partial(float* p, Vec<float> v, std::int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), v);
+}
+FM_INLINE void store_partial(double* p, Vec<double> v, std::int64_t count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1u), v);
+}
+FM_INLINE void store_half_partial(void* p, HalfVec v, std::int64_t count) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1u), bit_cast<__m256i>(v));
+}
+#else
+FM_INLINE Vec<float> load_partial(const float* p, std::int64_t count) {
+  return load_raw_partial<Vec<float>>(p, count);
+}
+FM_INLINE Vec<double> load_partial(const double* p, std::int64_t count) {
+  return load_raw_partial<Vec<double>>(p, count);
+}
+FM_INLINE HalfVec load_half_partial(const void* p, std::int64_t count) {
+  return load_raw_partial<HalfVec>(static_cast<const std::uint16_t*>(p), count);
+}
+template <typename T>
+FM_INLINE void store_partial(T* p, Vec<T> v, std::int64_t count) {
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+}
+FM_INLINE void store_half_partial(void* p, HalfVec v, std::int64_t count) {
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(std::uint16_t));
+}
+#endif
+FM_INLINE Vec<float> load_partial(const bfloat16* p, std::int64_t count) {
+  return widen_bfloat16(load_half_partial(p, count));
+}
+FM_INLINE Vec<float> load_partial(const float16* p, std::int64_t count) {
+  return widen_float16(load_half_partial(p, count));
+}
+FM_INLINE void store_partial(bfloat16* p, Vec<float> v, std::int64_t count) {
+  store_half_partial(p, narrow_bfloat16(v), count);
+}
+FM_INLINE void store_partial(float16* p, Vec<float> v, std::int64_t count) {
+  store_half_partial(p, narrow_float16(v), count);
+}
+
+// Into the caches, for a read soon.
+FM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// Not into the first level, where rows a multiple of 4 KB apart would evict each other.
+FM_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// Transpose ---------------------------------------------------------------------------------------------------
+
+// One step: blocks of `Distance` lanes of `a` and `b` are exchanged across their common diagonal.
+template <int Distance, typename T, int... Lane>
+FM_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
+  constexpr int n = kLanes<T>;
+  const Vec<T> low =
+      __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane - Distance + n : Lane)...);
+  const Vec<T> high =
+      __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane + n : Lane + Distance)...);
+  a = low;
+  b = high;
+}
+
+template <int Distance, typename T>
+FM_INLINE void transpose_step(Vec<T> (&rows)[kLanes<T>]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if ((i & Distance) == 0) {
+      exchange<Distance, T>(rows[i], rows[i + Distance], std::make_integer_sequence<int, kLanes<T>>{});
+    }
+  }
+}
+
+// rows[i][j] <-> rows[j][i], in registers.
+template <typename T, int Distance = kLanes<T> / 2>
+FM_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  transpose_step<Distance, T>(rows);
+  if constexpr (Distance > 1) transpose<T, Distance / 2>(rows);
+}
+
+}  // namespace freemerge::FREEMERGE_ISA

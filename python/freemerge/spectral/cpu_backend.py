@@ -1,0 +1,107 @@
+"""The native CPU backend: the compiled kernels of ``csrc/cpu``, one set per instruction set, chosen at run time.
+
+``FREEMERGE_ISA`` (avx512, avx2 or baseline) forces a set. Threads follow :func:`torch.get_num_threads`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from .. import _core
+from ..responses import Custom
+from .backend import BackendInfo, Costs, Traits
+from .plan import Decimation, Form, Plan
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/plan.h
+_TABLE = 5  # MaskKind::kTable in csrc/mask.h
+
+_TAPS = (5, 6, 7, 8, 9)
+_CELLS_MULTIPLE = 32
+
+# Measured on one core of a Sapphire Rapids Xeon (AVX-512), ns.
+_COSTS = Costs(move=0.3, tap=0.012, dense=0.0, row_fft=0.03, column_fft=0.06, coarse_fft=0.06)
+
+
+class CpuBackend:
+    """Every form in fp32, bf16 and fp16; the exact forms in fp64 too."""
+
+    name = "cpu"
+
+    def info(self) -> BackendInfo:
+        try:
+            isa = _core.active_isa()
+        except ValueError as error:
+            return BackendInfo(self.name, False, str(error))
+        return BackendInfo(self.name, True, details={"isa": isa, "processor": _core.detected_isa()})
+
+    def traits(self, device: torch.device) -> Traits | None:
+        if device.type != "cpu":
+            return None
+        return Traits(
+            forms=frozenset(("identity", "scale", *_FORM_CODES)),
+            dtypes=frozenset(_DTYPE_CODES),
+            costs=_COSTS,
+            taps=_TAPS,
+            cells_multiple=_CELLS_MULTIPLE,
+            transposes=True,
+            packs=True,
+        )
+
+    def supports(self, plan: Plan) -> str | None:
+        if plan.form == "thin":
+            return "it has no dense windows"
+        if plan.form == "decimated":
+            if plan.dtype == torch.float64:
+                return "its windowed passes compute in fp32"
+            for n, axis in zip(plan.matrix, (plan.rows, plan.columns), strict=True):
+                if axis is None or axis.taps not in _TAPS or not 2 * axis.taps <= axis.cells <= n:
+                    return f"it has no kernel for {axis}"
+            if plan.rows is not None and plan.rows.cells % _CELLS_MULTIPLE:
+                return f"its coarse rows come in groups of {_CELLS_MULTIPLE}"
+        return None
+
+    def run(self, plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
+        if plan.form in ("identity", "scale"):
+            factor = scale * (plan.background if plan.form == "scale" else 1.0)
+            for x in matrices:
+                x.mul_(factor)
+            return
+        native, _table = _native_plan(plan)
+        by_stride: dict[int, list[int]] = {}
+        for x in matrices:
+            by_stride.setdefault(x.stride(0) if x.shape[0] > 1 else x.shape[1], []).append(x.data_ptr())
+        for stride, pointers in by_stride.items():
+            _core.filter(pointers, _DTYPE_CODES[plan.dtype], native, stride, scale, torch.get_num_threads())
+
+
+@lru_cache(maxsize=64)
+def _native_plan(plan: Plan) -> tuple[_core.Plan, np.ndarray | None]:
+    """The plan as the kernels take it, and the mask's table, whose memory it points to."""
+    height, width = plan.matrix
+    table = None
+    if isinstance(plan.response, Custom):
+        table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
+        mask = _core.Mask(kind=_TABLE, height=height, width=width, table=table.ctypes.data)
+    else:
+        mask = _core.Mask(**asdict(plan.response.params(plan.shape)))
+    native = _core.Plan(
+        form=_FORM_CODES[plan.form],
+        mask=mask,
+        transposed=plan.transposed,
+        background=plan.background,
+        rows=_native_decimation(plan.rows),
+        columns=_native_decimation(plan.columns),
+    )
+    return native, table
+
+
+def _native_decimation(d: Decimation | None) -> _core.Decimation:
+    if d is None:
+        return _core.Decimation(cells=0, taps=0, band=0)
+    return _core.Decimation(cells=d.cells, taps=d.taps, band=d.band, nyquist=d.nyquist)
