@@ -376,7 +376,7 @@ class Gaussian(_Radial):
 
     def box(self, shape: tuple[int, ...]) -> Box:
         params = self.params(shape)
-        edge = params.edge0 * math.sqrt(2 * math.log(1e9))  # beyond it 1 - M < 1e-9
+        edge = params.edge0 * math.sqrt(2 * math.log(1e13))  # beyond it 1 - M < 1e-13
         return Box(1.0, (_band(edge, params.unit_y), _band(edge, params.unit_x)))
 
 
@@ -539,7 +539,8 @@ class _Transposed(Response):
         return replace(p, height=p.width, width=p.height, unit_y=p.unit_x, unit_x=p.unit_y, axis=1 - p.axis)
 
     def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
-        return self.inner.gain(kx.T, ky.T, shape[::-1]).T
+        gains: Gains = self.inner.gain(kx.T, ky.T, shape[::-1]).T
+        return gains
 
     def box(self, shape: tuple[int, ...]) -> Box | None:
         box = self.inner.box(shape[::-1])

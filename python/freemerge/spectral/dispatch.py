@@ -66,7 +66,7 @@ def _first_supported(
         return None, f"does not run on device {device}"
     if dtype not in traits.dtypes:
         return None, f"has no kernels for {dtype}"
-    refusals = []
+    refusals: list[str] = []
     for plan in candidates(response, shape, dtype, device, backend.name, traits):
         refusal = backend.supports(plan)
         if refusal is None:

@@ -57,7 +57,7 @@ def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "au
     if isinstance(x, (list, tuple)):
         copies = [_copy(item, f"x[{i}]") for i, item in enumerate(x)]
         filter_(copies, response, scale=scale, backend=backend)
-        return type(x)(copies)  # type: ignore[return-value]
+        return type(x)(copies)
     copied: T = _copy(x, "x")
     return filter_(copied, response, scale=scale, backend=backend)
 
@@ -135,7 +135,7 @@ def _as_tensor(item: Any, name: str) -> torch.Tensor:
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"{name} cannot be used as a tensor: {error}") from None
     if hasattr(item, "__dlpack__"):
-        return torch.from_dlpack(item)
+        return torch.utils.dlpack.from_dlpack(item)
     raise ArgumentError(f"{name} must be a tensor, a NumPy array or a DLPack producer, got {type(item).__name__}")
 
 
@@ -157,7 +157,7 @@ def _run(tensors: Sequence[torch.Tensor], response: Response, scale: float, back
         if turned:
             x = x.transpose(-1, -2)
         shape = tuple(x.shape[-2:])
-        key = (turned, shape, x.dtype, x.device)
+        key: tuple[object, ...] = (turned, shape, x.dtype, x.device)
         if key not in groups:
             wanted = transposed(response) if turned else response
             requests[key] = choose(wanted, shape, x.dtype, x.device, backend)

@@ -48,8 +48,9 @@ class Plan:
     ========= ==========================================================================================
 
     ``shape`` is (n,) for a vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
-    and full) takes real FFTs along the columns of x instead of its rows. ``error_bound`` bounds ||y - exact|| /
-    (max|M| ||x||) before y is rounded to ``dtype``; ``bytes_moved`` counts the reads and writes of x itself.
+    and full) takes real FFTs along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's
+    own memory. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``; ``bytes_moved``
+    counts the reads and writes of x itself.
     """
 
     backend: str
@@ -61,6 +62,7 @@ class Plan:
     background: float
     reason: str
     transposed: bool = False
+    packed: bool = False
     rows: Decimation | None = None
     columns: Decimation | None = None
     workspace_bytes: int = 0
@@ -79,7 +81,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [
             f"{self.form} on backend {self.backend}",
-            f"  input      {' x '.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')} on {self.device}",
+            f"  input      {' x '.join(map(str, self.shape))} {str(self.dtype)[6:]} on {self.device}",
             f"  response   {self.response!r}, background gain {self.background:g}",
         ]
         if self.rows is not None and self.columns is not None:

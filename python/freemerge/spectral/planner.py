@@ -21,10 +21,12 @@ from .windows import WindowError, window_error
 #: Largest error_bound of a plan in fp32 (and 16-bit storage) and in fp64.
 ERROR_LIMIT = {torch.float32: 5e-7, torch.float64: 1e-12}
 
-_ROUNDING = {torch.float32: 1.2e-7, torch.float64: 3e-16}
+_ROUNDING = {torch.float32: 6e-8, torch.float64: 1e-15}  # of one operation
 _MIN_OVERSAMPLING = 1.5  # below it the window's transform at the band edge is so small that rounding is amplified
 _OVERSAMPLINGS = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+_GRID_SHARE = 0.6  # a coarse grid larger than this share of the matrix is no decimation
 _PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
+_PACKED_BYTES = 16 << 20  # a smaller spectrum gets memory of its own, which is faster than packing it
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,8 +70,13 @@ class _Request:
         """A plan with everything but the decisions."""
         return Plan(
             self.backend, "identity", self.shape, self.dtype, self.device, self.response, 1.0, "",
-            error_bound=_ROUNDING[compute_dtype(self.dtype)],
+            error_bound=self.rounding,
         )  # fmt: skip
+
+    @property
+    def rounding(self) -> float:
+        """Rounding error of a filter with exact transforms; it grows with the root of the number of FFT stages."""
+        return _ROUNDING[compute_dtype(self.dtype)] * 1.2 * math.sqrt(1 + math.log2(math.prod(self.shape)))
 
     @property
     def nbytes(self) -> int:
@@ -101,10 +108,12 @@ class _Request:
             for columns, column_error in self._axis(width, band_x, nyquist_x):
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
                 error = math.sqrt(2) * math.hypot(row_error.alias, column_error.alias)
-                error += _ROUNDING[dtype] * (row_error.amplification * column_error.amplification) ** 0.25
+                error += 2 * _ROUNDING[dtype] * math.sqrt(row_error.amplification * column_error.amplification) ** 0.5
                 if error > ERROR_LIMIT[dtype]:
                     continue
                 grid = rows.cells * columns.cells
+                if grid > _GRID_SHARE * height * width:
+                    continue
                 cost = 3 * costs.move * height * width + 2 * costs.coarse_fft * grid * math.log2(grid + 1)
                 cost += 2 * (self._fir(height, rows) * height * width + self._fir(width, columns) * rows.cells * width)
                 cost += costs.call * 2 * (rows.cells / max(1, self.traits.extra_taps) + 4)
@@ -123,7 +132,7 @@ class _Request:
         return best
 
     def _axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
-        """Ways to reduce one axis: for each oversampling, the narrowest window that is accurate enough."""
+        """Ways to reduce one axis: for each oversampling, the two narrowest windows that are accurate enough."""
         traits, exact = self.traits, WindowError(0.0, 1.0)
         if 2 * band - 1 >= n:
             if "thin" in traits.forms:
@@ -134,11 +143,12 @@ class _Request:
         limit = ERROR_LIMIT[compute_dtype(self.dtype)] / 2
         for sigma in _OVERSAMPLINGS:
             cells = _smooth(math.ceil(sigma * (2 * band - 1)), traits.cells_multiple)
+            accurate = 0
             for taps in traits.taps:
                 d = Decimation(cells, taps, band, nyquist)
-                if 2 * taps <= cells < n and (error := window_error(n, d)).alias < limit:
+                if 2 * taps <= cells < n and (error := window_error(d)).alias < limit and accurate < 2:
+                    accurate += 1
                     yield d, error
-                    break
 
     def _fir(self, n: int, d: Decimation) -> float:
         """Cost per element of one pass along an axis."""
@@ -159,20 +169,20 @@ class _Request:
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
         base = 2 * costs.row_fft * height * width * _fft_factor(width) * (1.5 if transpose else 1.0)
         down = 2 * costs.column_fft * _fft_factor(height)
-        spectrum = 2 * dtype.itemsize * height * varying
-        blocks = 2 * dtype.itemsize * (64 * width + 64 * height)
+        size = dtype.itemsize * height * (width + 2)
+        pruned_size = 2 * dtype.itemsize * height * varying
+        blocks = dtype.itemsize * (3 * width + 6 * height) * 16
+        packed = traits.packs and self.dtype == dtype and size > _PACKED_BYTES
         common = replace(self.plan, background=background, transposed=transpose)
-        packed = traits.packs and self.dtype == dtype
-        small = spectrum <= _PRUNED_SHARE * dtype.itemsize * height * width or not packed
-        if "pruned" in traits.forms and varying < gains.size and small:
+        if "pruned" in traits.forms and varying < gains.size and (not packed or pruned_size <= _PRUNED_SHARE * size):
             cost = 3 * costs.move * height * width + base + down * height * varying
-            yield cost, replace(
-                common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=spectrum + blocks
-            )  # fmt: skip
-        if "full" in traits.forms and (not transpose or packed):
+            work = pruned_size + blocks
+            yield cost, replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
+        if "full" in traits.forms:
             cost = 6 * costs.move * height * width + base + down * height * int(np.count_nonzero(np.isnan(gains)))
-            store = 0 if packed else dtype.itemsize * height * (width + 2)
-            yield cost, replace(common, form="full", bytes_moved=6 * self.nbytes, workspace_bytes=store + blocks)
+            work = blocks if packed else size + blocks
+            moved = (6 if packed else 2) * self.nbytes
+            yield cost, replace(common, form="full", packed=packed, bytes_moved=moved, workspace_bytes=work)
 
 
 def background_gain(column_gains: np.ndarray) -> float:

@@ -47,17 +47,16 @@ class WindowError:
     amplification: float  #: phihat at the centre of the band over phihat at its edge: rounding grows with it
 
 
-def window_error(n: int, d: Decimation) -> WindowError:
-    """Bounds for ``d`` on an axis of n samples; cheap, for the planner compares many."""
+def window_error(d: Decimation) -> WindowError:
+    """Bounds for an axis of any length; cheap, for the planner compares many."""
     if not d.taps:
         return WindowError(0.0, 1.0)
     edge = d.band - 1
     centre = _profile(d, edge)
     squares = 0.0
     for wrap in range(1, _MAX_WRAPS + 1):
-        for frequency in (wrap * d.cells - edge, wrap * d.cells + edge):
-            if frequency <= n // 2 + 1:
-                squares += _profile(d, frequency) ** 2
+        for frequency in (wrap * d.cells - edge, wrap * d.cells + edge):  # beyond n / 2 they count modulo n
+            squares += _profile(d, frequency) ** 2
     return WindowError(math.sqrt(squares) / abs(centre), _profile(d, 0) / abs(centre))
 
 

@@ -1,0 +1,160 @@
+"""Where the torch backend keeps a matrix's half spectrum between its row transforms and its column transforms."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Spectrum(Protocol):
+    """The half spectrum of one H x W matrix at a time: written and read by rows, then by columns.
+
+    Columns are counted among those that are kept; a panel is a contiguous complex (H, columns) tensor.
+    """
+
+    def open(self, x: torch.Tensor) -> None:
+        """Start on another matrix."""
+
+    def half(self, row: int, count: int) -> torch.Tensor:
+        """Where the real FFT of rows [row, row + count) belongs, (count, W // 2 + 1); :meth:`put` keeps it."""
+        ...
+
+    def put(self, row: int, count: int) -> None: ...
+
+    def get(self, row: int, count: int) -> torch.Tensor:
+        """The half spectrum of rows [row, row + count); columns that are not kept are 0."""
+        ...
+
+    def read(self, start: int, stop: int, panel: torch.Tensor) -> None: ...
+
+    def write(self, start: int, stop: int, panel: torch.Tensor) -> None: ...
+
+    def scale(self, start: int, stop: int, gain: float) -> None: ...
+
+
+class WholeSpectrum:
+    """All columns, in memory of their own."""
+
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+        self._kept = torch.empty(shape[0], shape[1] // 2 + 1, dtype=dtype, device=device)
+
+    def open(self, x: torch.Tensor) -> None:
+        pass
+
+    def half(self, row: int, count: int) -> torch.Tensor:
+        return self._kept[row : row + count]
+
+    def put(self, row: int, count: int) -> None:
+        pass
+
+    def get(self, row: int, count: int) -> torch.Tensor:
+        return self._kept[row : row + count]
+
+    def read(self, start: int, stop: int, panel: torch.Tensor) -> None:
+        panel.copy_(self._kept[:, start:stop])
+
+    def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
+        self._kept[:, start:stop] = panel
+
+    def scale(self, start: int, stop: int, gain: float) -> None:
+        self._kept[:, start:stop] *= gain
+
+
+class PrunedSpectrum(WholeSpectrum):
+    """Some ranges of columns, in memory of their own."""
+
+    def __init__(
+        self, shape: tuple[int, int], runs: list[tuple[int, int]], block: int, dtype: torch.dtype, device: str
+    ) -> None:
+        self._runs = runs
+        self._kept = torch.empty(shape[0], sum(stop - start for start, stop in runs), dtype=dtype, device=device)
+        self._half = torch.empty(block, shape[1] // 2 + 1, dtype=dtype, device=device)
+
+    def half(self, row: int, count: int) -> torch.Tensor:
+        return self._half[:count]
+
+    def put(self, row: int, count: int) -> None:
+        position = 0
+        for start, stop in self._runs:
+            self._kept[row : row + count, position : position + stop - start] = self._half[:count, start:stop]
+            position += stop - start
+
+    def get(self, row: int, count: int) -> torch.Tensor:
+        half = self._half[:count].zero_()
+        position = 0
+        for start, stop in self._runs:
+            half[:, start:stop] = self._kept[row : row + count, position : position + stop - start]
+            position += stop - start
+        return half
+
+
+class PackedSpectrum:
+    """All columns, in the matrix's own memory: each row holds [DC, (Nyquist if W is even), re 1, im 1, re 2, ...]."""
+
+    def __init__(self, shape: tuple[int, int], block: int, dtype: torch.dtype, device: str) -> None:
+        width = shape[1]
+        self._nyquist = width // 2 if width % 2 == 0 else 0
+        self._first = 2 if self._nyquist else 1  # where the interior bins start
+        self._interior = (width - 1) // 2
+        self._half = torch.empty(block, width // 2 + 1, dtype=dtype, device=device)
+        self._x = torch.empty(0)
+
+    def open(self, x: torch.Tensor) -> None:
+        self._x = x
+
+    def half(self, row: int, count: int) -> torch.Tensor:
+        return self._half[:count]
+
+    def put(self, row: int, count: int) -> None:
+        target, parts = self._x[row : row + count], torch.view_as_real(self._half[:count])
+        target[:, 0] = parts[:, 0, 0]
+        if self._nyquist:
+            target[:, 1] = parts[:, self._nyquist, 0]
+        target[:, self._first :] = parts[:, 1 : 1 + self._interior].view(count, 2 * self._interior)
+
+    def get(self, row: int, count: int) -> torch.Tensor:
+        half = self._half[:count]
+        source, parts = self._x[row : row + count], torch.view_as_real(half)
+        parts[:, 0, 0] = source[:, 0]
+        parts[:, 0, 1] = 0.0
+        if self._nyquist:
+            parts[:, self._nyquist, 0] = source[:, 1]
+            parts[:, self._nyquist, 1] = 0.0
+        parts[:, 1 : 1 + self._interior].view(count, 2 * self._interior).copy_(source[:, self._first :])
+        return half
+
+    def read(self, start: int, stop: int, panel: torch.Tensor) -> None:
+        parts = torch.view_as_real(panel)
+        for position, column in self._real_columns(start, stop):
+            parts[:, column, 0] = self._x[:, position]
+            parts[:, column, 1] = 0.0
+        first, last = max(start, 1), min(stop, self._interior + 1)
+        if first < last:
+            parts[:, first - start : last - start] = self._bins(first, last)
+
+    def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
+        parts = torch.view_as_real(panel)
+        for position, column in self._real_columns(start, stop):
+            self._x[:, position] = parts[:, column, 0]
+        first, last = max(start, 1), min(stop, self._interior + 1)
+        if first < last:
+            self._bins(first, last).copy_(parts[:, first - start : last - start])
+
+    def scale(self, start: int, stop: int, gain: float) -> None:
+        for position, _ in self._real_columns(start, stop):
+            self._x[:, position] *= gain
+        first, last = max(start, 1), min(stop, self._interior + 1)
+        if first < last:
+            self._bins(first, last).mul_(gain)
+
+    def _real_columns(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """DC and Nyquist if they are among the columns: (position in the row, index in the panel)."""
+        real = [(0, 0)] if start == 0 else []
+        if self._nyquist and stop == self._nyquist + 1:
+            real.append((1, self._nyquist - start))
+        return real
+
+    def _bins(self, start: int, stop: int) -> torch.Tensor:
+        floats = self._x[:, self._first + 2 * (start - 1) : self._first + 2 * (stop - 1)]
+        return floats.view(floats.shape[0], stop - start, 2)
