@@ -120,7 +120,7 @@ def test_values_round_trip_and_stay_close(
         largest = torch.stack(
             [values[row == r].abs().amax() if (row == r).any() else torch.zeros(()) for r in range(rows)]
         )
-        assert ((decoded - values).abs() <= largest[row] / 127 * 0.501).all()
+        assert ((decoded - values).abs() <= largest[row] / 127 * (0.501 + 2.0**-8)).all()
     else:
         steps = {"fp32": 0.0, "bf16": 2.0**-8, "fp16": 2.0**-11}[kind]
         assert ((decoded - values).abs() <= steps * values.abs() + 2.0**-25 * (kind == "fp16")).all()
@@ -138,7 +138,7 @@ def test_values_that_a_format_cannot_hold_are_refused() -> None:
     with pytest.raises(ArgumentError, match="fp16 cannot hold 1e\\+06"):
         coding.encode_values(torch.tensor([1e6]), "fp16", where, 1)
     with pytest.raises(ArgumentError, match="values must be one of"):
-        coding.encode_values(torch.tensor([1.0]), "fp8", where, 1)  # type: ignore[arg-type]
+        coding.value_coding("fp8")
     bad = coding.values_to_bytes(coding.encode_values(torch.tensor([1.0]), "fp32", where, 1))
     bad[:] = np.array([np.nan], "<f4").view(np.uint8)
     with pytest.raises(ValueError, match="non-finite"):

@@ -28,6 +28,14 @@ _MAX_PARAMETER = 40
 Bytes = npt.NDArray[np.uint8]
 
 
+def value_coding(name: object) -> ValueCoding:
+    """``name`` as a value coding; ArgumentError if it is none."""
+    for coding in VALUE_CODINGS:
+        if name == coding:
+            return coding
+    raise ArgumentError(f"values must be one of {', '.join(VALUE_CODINGS)}, got {name!r}")
+
+
 def index_dtype(numel: int) -> torch.dtype:
     """The narrower of int32 and int64 that can index ``numel`` entries."""
     return torch.int32 if numel <= _INT32_LIMIT else torch.int64
@@ -115,7 +123,7 @@ class CodedValues:
     """Rounded values of one tensor.
 
     ``data``: float32, bfloat16 or float16 values; int8 multiples of a scale; or for "sign" bool, True where negative.
-    ``scales``: float32; for "int8" one for each row that holds entries, for "sign" one, else none.
+    ``scales``: for "int8" one bfloat16 for each row that holds entries, for "sign" one float32, else none.
     """
 
     coding: ValueCoding
@@ -125,7 +133,7 @@ class CodedValues:
     def decode(self, indices: torch.Tensor, width: int) -> torch.Tensor:
         """The values in float32; ``indices`` are the entries' flat positions and ``width`` the tensor's row length."""
         if self.coding == "int8":
-            return self.data.float() * self.scales[_filled_row(indices, width)]
+            return self.data.float() * self.scales.float()[_filled_row(indices, width)]
         if self.coding == "sign":
             scale = self.scales.squeeze(0) if self.data.numel() else torch.zeros(())
             return torch.where(self.data, -scale, scale)
@@ -146,11 +154,9 @@ def encode_values(values: torch.Tensor, coding: ValueCoding, indices: torch.Tens
         row = _filled_row(indices, width)
         rows = int(row[-1]) + 1 if row.numel() else 0
         largest = torch.zeros(rows).scatter_reduce_(0, row, values.abs(), "amax")
-        scales = largest / 127
-        divisors = torch.where(scales > 0, scales, 1)  # of subnormal values the scale may round to zero
+        scales = _round_up_to_bfloat16(largest / 127)
+        divisors = torch.where(scales > 0, scales, 1).float()  # of subnormal values the scale may be zero
         return CodedValues(coding, (values / divisors[row]).round().clamp(-127, 127).to(torch.int8), scales)
-    if coding not in _FLOATS:
-        raise ArgumentError(f"values must be one of {', '.join(VALUE_CODINGS)}, got {coding!r}")
     data = values.to(_FLOATS[coding])
     if not torch.isfinite(data).all():
         raise ArgumentError(f"values: {coding} cannot hold {float(values.abs().max()):g}")
@@ -159,38 +165,49 @@ def encode_values(values: torch.Tensor, coding: ValueCoding, indices: torch.Tens
 
 def values_to_bytes(coded: CodedValues) -> Bytes:
     """Scales, then values, little-endian; signs as bits, least significant first."""
-    scales = coded.scales.numpy().astype("<f4", copy=False).view(np.uint8)
-    if coded.coding == "sign":
-        return np.concatenate([scales, _pack(coded.data.numpy().view(np.uint8))])
-    return np.concatenate([scales, coded.data.contiguous().view(torch.uint8).numpy()])
+    values = _pack(coded.data.numpy().view(np.uint8)) if coded.coding == "sign" else _raw(coded.data)
+    return np.concatenate([_raw(coded.scales), values])
 
 
 def values_from_bytes(coding: ValueCoding, data: Bytes, indices: torch.Tensor, width: int) -> CodedValues:
     """The inverse of :func:`values_to_bytes`; ValueError if the bytes are not exactly what these entries need."""
     count = indices.numel()
+    scale_dtype = torch.bfloat16 if coding == "int8" else torch.float32
     scale_count = 0
-    if coding == "int8" and count:
-        scale_count = int(_filled_row(indices, width)[-1]) + 1
-    elif coding == "sign" and count:
-        scale_count = 1
-    itemsize = _FLOATS[coding].itemsize if coding in _FLOATS else 1
-    value_bytes = (count + 7) // 8 if coding == "sign" else count * itemsize
-    if data.size != 4 * scale_count + value_bytes:
-        raise ValueError(f"{data.size} bytes of values instead of {4 * scale_count + value_bytes}")
-    scales = torch.from_numpy(data[: 4 * scale_count].copy().view("<f4").astype(np.float32, copy=False))
-    raw = data[4 * scale_count :].copy()
+    if count and coding in ("int8", "sign"):
+        scale_count = int(_filled_row(indices, width)[-1]) + 1 if coding == "int8" else 1
+    dtype = _FLOATS.get(coding, torch.int8)
+    scale_bytes = scale_count * scale_dtype.itemsize
+    value_bytes = (count + 7) // 8 if coding == "sign" else count * dtype.itemsize
+    if data.size != scale_bytes + value_bytes:
+        raise ValueError(f"{data.size} bytes of values instead of {scale_bytes + value_bytes}")
+    scales = _from_raw(data[:scale_bytes], scale_dtype)
     if coding == "sign":
-        bits = np.unpackbits(raw, bitorder="little")
+        bits = np.unpackbits(data[scale_bytes:], bitorder="little")
         if bits[count:].any():
             raise ValueError("stray bits after the signs")
         values = torch.from_numpy(bits[:count].view(np.bool_))
     else:
-        dtype = _FLOATS.get(coding, torch.int8)
-        values = torch.from_numpy(raw).view(dtype) if count else torch.empty(0, dtype=dtype)
-    coded = CodedValues(coding, values, scales)
-    if not (torch.isfinite(scales).all() and (not values.is_floating_point() or torch.isfinite(values).all())):
-        raise ValueError("non-finite values")
-    return coded
+        values = _from_raw(data[scale_bytes:], dtype)
+    for numbers in (scales, values):
+        if numbers.is_floating_point() and not torch.isfinite(numbers).all():
+            raise ValueError("non-finite values")
+    return CodedValues(coding, values, scales)
+
+
+def _round_up_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """The next bfloat16 not below non-negative x."""
+    return ((x.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _raw(tensor: torch.Tensor) -> Bytes:
+    raw: Bytes = tensor.contiguous().view(torch.uint8).numpy()
+    return raw
+
+
+def _from_raw(data: Bytes, dtype: torch.dtype) -> torch.Tensor:
+    """A copy, as the bytes may be a memory map."""
+    return torch.from_numpy(data.copy()).view(dtype) if data.size else torch.empty(0, dtype=dtype)
 
 
 def _filled_row(indices: torch.Tensor, width: int) -> torch.Tensor:

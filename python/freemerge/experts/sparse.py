@@ -39,6 +39,7 @@ class Undo:
                 self.memory.data_ptr(), dtype_code(self.memory, "weights"), self.memory.numel(),
                 *_pointer(self.indices), self.saved.data_ptr(), torch.get_num_threads(),
             )  # fmt: skip
+            _mark_changed(self.memory)
         else:
             self.memory[self.indices.long()] = self.saved
 
@@ -65,6 +66,7 @@ def apply_(
             memory.data_ptr(), code, memory.numel(), *_pointer(indices), update.values.data_ptr(), scale,
             origin.data_ptr() if origin is not None else 0, saved.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
+        _mark_changed(memory)
     else:
         where = indices.long()
         saved.copy_(memory[where])
@@ -103,6 +105,12 @@ def memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         memory += rest % n * stride
         rest = torch.div(rest, n, rounding_mode="floor")
     return memory
+
+
+def _mark_changed(memory: torch.Tensor) -> None:
+    """Tell autograd of a native write, so that a backward pass through the former weights is an error, not a lie."""
+    if not memory.is_inference():
+        torch.autograd.graph.increment_version(memory)
 
 
 def _pointer(indices: torch.Tensor) -> tuple[int, bool, int]:

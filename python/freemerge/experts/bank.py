@@ -1,0 +1,192 @@
+"""Experts attached to a model: switched on and off in place, bit for bit, or added in the forward pass."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import Checkpoint
+from ..errors import ArgumentError, CheckpointError
+from .deltas import forward_deltas
+from .expert import Expert
+from .sparse import SparseVector, apply_, weighted_sum
+
+Combine = Literal["add", "replace"]
+
+
+class ExpertBank(Mapping[str, Expert]):
+    """The experts of a merged model by task name, ready to be switched on.
+
+    Args:
+        model: the merged backbone: a module, or a state dict of float tensors. Its tensors are changed in place, on
+            whatever device they are, while an expert is active, and are bit for bit as before afterwards.
+        experts: as :func:`extract_experts` returns them.
+        base: theta_0 (state dict, module or path), which ``combine="replace"`` needs.
+
+    Raises ArgumentError or CheckpointError, naming the tensor, if an expert does not fit the model or the base. It is
+    safe to use one bank from several threads: a thread that switches waits until no other has an expert on, as the
+    weights are shared. Do not run the model outside of :meth:`active` while another thread is inside.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        experts: Mapping[str, Expert],
+        *,
+        base: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
+    ) -> None:
+        self._model = model
+        self._experts = dict(experts)
+        self._base = None if base is None else Checkpoint.open(base)
+        self._lock = threading.RLock()
+        self._vectors: dict[tuple[str, str], SparseVector] = {}
+        self._origins: dict[tuple[str, str], Tensor] = {}
+        for task, expert in self._experts.items():
+            self._check(task, expert)
+
+    @staticmethod
+    def load(
+        model: nn.Module | Mapping[str, Tensor],
+        folder: str | os.PathLike[str],
+        *,
+        base: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
+    ) -> ExpertBank:
+        """Attach every expert file of a folder; the task is the file's name without ``.safetensors``."""
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} holds no expert files (*.safetensors)")
+        return ExpertBank(model, {file.stem: Expert.load(file) for file in files}, base=base)
+
+    def __getitem__(self, task: str) -> Expert:
+        return self._experts[task]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._experts)
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    @contextmanager
+    def active(self, experts: str | Mapping[str, float], *, combine: Combine = "add") -> Iterator[None]:
+        """Within the ``with`` block, the model has these experts on: one by name, or several by weight.
+
+        The cost is that of the entries touched, not of the model. ``"add"``: theta_m + sum_i w_i e_i (the paper).
+        ``"replace"``: where an expert has an entry, theta_0 + sum_i w_i e_i instead (the released code). Blocks may be
+        nested in one thread; inner ones act on what outer ones left. Weights are restored even after an exception.
+        """
+        weights = self._weights(experts)
+        if combine not in ("add", "replace"):
+            raise ArgumentError(f"combine must be 'add' or 'replace', got {combine!r}")
+        if combine == "replace" and self._base is None:
+            raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
+        with self._lock, ExitStack() as undo:
+            for name in self._touched(weights):
+                tensor = self._tensor(name)
+                update, scale = self._update(name, tensor, weights)
+                origin = self._origin(name, tensor, update, weights) if combine == "replace" else None
+                undo.callback(apply_(tensor, update, scale, origin=origin).restore)
+            yield
+
+    @contextmanager
+    def deltas(self, experts: Sequence[str | Mapping[str, float] | None]) -> Iterator[None]:
+        """Within the block, sample j of a batch is computed with ``experts[j]``; the weights stay as they are.
+
+        Every module with touched parameters adds the sparse product ``(sum_i w_i e_i) x`` to its output, for the
+        samples concerned, so one forward pass serves a batch of mixed tasks. The model must be a module, and the batch
+        the first dimension of what every such module gets. Linear, Embedding, convolutions, LayerNorm, GroupNorm and
+        batch norms in eval mode can do it; a module that hands its parameters to a function, instead of calling their
+        owner, is out of reach. Raises ArgumentError naming the module for any other kind, before anything is computed,
+        and for an input whose first dimension is neither ``len(experts)`` nor 1.
+        """
+        if not isinstance(self._model, nn.Module):
+            raise ArgumentError("deltas needs a bank that is attached to a module, not to a state dict")
+        samples = [{} if chosen is None else self._weights(chosen) for chosen in experts]
+        groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+        for sample, weights in enumerate(samples):
+            groups.setdefault(tuple(weights.items()), []).append(sample)
+        with self._lock:
+            mixtures = []
+            for key, rows in groups.items():
+                weights = dict(key)
+                updates = {name: self._update(name, self._tensor(name), weights) for name in self._touched(weights)}
+                if updates:
+                    mixtures.append((torch.tensor(rows), updates))
+            with forward_deltas(self._model, len(samples), mixtures):
+                yield
+
+    def _weights(self, experts: str | Mapping[str, float]) -> dict[str, float]:
+        weights = {experts: 1.0} if isinstance(experts, str) else {task: float(w) for task, w in experts.items()}
+        for task, weight in weights.items():
+            if task not in self._experts:
+                raise ArgumentError(f"experts: no expert {task!r}; the bank has {', '.join(map(repr, self._experts))}")
+            if not torch.isfinite(torch.tensor(weight)):
+                raise ArgumentError(f"experts: the weight of {task!r} must be finite, got {weight}")
+        return {task: weight for task, weight in weights.items() if weight != 0}
+
+    def _touched(self, weights: Mapping[str, float]) -> list[str]:
+        return sorted({name for task in weights for name in self._experts[task].tensors})
+
+    def _update(self, name: str, tensor: Tensor, weights: Mapping[str, float]) -> tuple[SparseVector, float]:
+        """sum_i w_i e_i of one tensor, as entries and a factor."""
+        terms = [
+            (self._vector(task, name, tensor.device), weight * self._experts[task].mu)
+            for task, weight in weights.items()
+            if name in self._experts[task].tensors
+        ]
+        return terms[0] if len(terms) == 1 else (weighted_sum(terms), 1.0)
+
+    def _vector(self, task: str, name: str, device: torch.device) -> SparseVector:
+        vector = self._vectors.get((task, name))
+        if vector is None or vector.indices.device != device:
+            vector = self._experts[task].tensors[name].sparse().to(device)
+            self._vectors[task, name] = vector
+        return vector
+
+    def _origin(self, name: str, tensor: Tensor, update: SparseVector, weights: Mapping[str, float]) -> Tensor:
+        """theta_0 at the entries of an update, in the model's dtype; kept for experts that are switched on alone."""
+        assert self._base is not None
+        key = (next(iter(weights)), name)
+        cached = self._origins.get(key) if len(weights) == 1 else None
+        if cached is None or cached.device != tensor.device or cached.dtype != tensor.dtype:
+            base = self._base.read(name).reshape(-1)
+            cached = base[update.indices.long().to(base.device)].to(tensor.device, tensor.dtype)
+            if len(weights) == 1:
+                self._origins[key] = cached
+        return cached
+
+    def _tensor(self, name: str) -> Tensor:
+        """The model's tensor as it is now: a module may have been moved or converted since."""
+        if isinstance(self._model, nn.Module):
+            owner, _, attribute = name.rpartition(".")
+            found = getattr(self._model.get_submodule(owner), attribute)
+            assert isinstance(found, Tensor)
+            return found
+        return self._model[name]
+
+    def _check(self, task: str, expert: Expert) -> None:
+        memory: dict[int, str] = {}
+        for name, kept in expert.tensors.items():
+            try:
+                tensor = self._tensor(name)
+            except (AttributeError, KeyError, AssertionError):
+                raise ArgumentError(f"experts: {task!r} has an entry {name!r}, which the model lacks") from None
+            if tuple(tensor.shape) != kept.shape:
+                raise ArgumentError(
+                    f"experts: {name!r} of {task!r} has shape {kept.shape}, the model's has {tuple(tensor.shape)}"
+                )
+            if not tensor.is_floating_point() or tensor.layout != torch.strided:
+                raise ArgumentError(f"experts: {name!r} of the model must be a dense float tensor, not {tensor.dtype}")
+            first = memory.setdefault(tensor.data_ptr(), name)
+            if first != name:
+                raise ArgumentError(f"experts: {task!r} has {first!r} and {name!r}, which the model ties")
+            if self._base is not None:
+                spec = self._base.specs.get(name)
+                if spec is None or spec.shape != kept.shape:
+                    raise CheckpointError(f"{self._base.label}: tensor {name!r} is missing or has another shape")

@@ -1,0 +1,308 @@
+"""Light experts from checkpoints, one tensor in memory at a time (arXiv 2411.16815, section 4.2)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from ..accumulate import abs_means, norm, task_vector_sum
+from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, compare
+from ..errors import ArgumentError, CheckpointError
+from .coding import ValueCoding, value_coding
+from .expert import Expert, check_task_name
+from .selection import ModelSelector, Selection, rows_of, select_largest
+from .tensor import ExpertTensor
+
+Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
+Scope = Literal["tensor", "row", "model"]
+Rescale = Literal["released", "paper", "projection"]
+
+# Running statistics are not weights: seven times a variance's change can make it negative.
+_STATISTICS = ("*running_mean", "*running_var")
+
+
+def extract_experts(
+    base: Model,
+    models: Mapping[str, Model] | Sequence[Model],
+    *,
+    density: float = 0.01,
+    scope: Scope = "tensor",
+    rescale: Rescale | float = "released",
+    values: ValueCoding = "bf16",
+    trim: float = 0.0,
+    backbone: Model | None = None,
+) -> dict[str, Expert]:
+    """The light expert of each model: its task vector's largest entries, times a factor mu.
+
+    The experts of all models are held in memory; :func:`iter_experts` yields them one by one instead.
+
+    Args:
+        base: state dict, module, or path of a checkpoint.
+        models: fine-tuned models of that base with the same tensors; a mapping names the tasks. In a sequence, models
+            on disk are named after their directory or file, others ``task0``, ``task1`` and so on by place.
+        density: d. A scope of n entries keeps its k = max(1, floor(d n)) largest, or all its non-zero ones where they
+            are fewer. Equal magnitudes are taken by tensor name, then by index, lowest first.
+        scope: count by tensor; by row (one index of a tensor's first dimension; the released code); or over the whole
+            model (the paper).
+        rescale: the rule for mu, or mu itself. With M the kept entries before rounding, E a mean of magnitudes:
+
+            * ``"released"``: ``-mean|M| over kept entries * log10(d) / E(v_i)``
+            * ``"paper"``: ``-E(M) over all entries * ln(d) / (lambda_i E(v_i))``, lambda_i = E(v_i) / sum_j E(v_j)
+            * ``"projection"``: the mu for which ``<theta_hat - theta_0, v_i> = ||v_i||^2``, where theta_hat is
+              ``backbone`` plus the expert: along v_i, the sum is as long as the fine-tuned model
+
+            Sums run over all tensors that experts are made of. mu is 0 where v_i is.
+        values: how values are stored: "fp32", "bf16", "fp16", "int8" (a scale per row), "sign" (a scale per tensor).
+        trim: the share of largest entries to leave out: the k after the first floor(trim n) of a scope are kept.
+        backbone: the merged model, for ``rescale="projection"`` only.
+
+    Returns:
+        Experts by task name. They cover every floating tensor that has at least one dimension, except running
+        statistics of batch norms; scalars, integers and second names of tied tensors have none.
+
+    Raises:
+        ArgumentError: a bad argument; the message names it.
+        CheckpointError: tensors that do not match or are not finite; the message names model and tensor.
+    """
+    return dict(
+        iter_experts(
+            base,
+            models,
+            density=density,
+            scope=scope,
+            rescale=rescale,
+            values=values,
+            trim=trim,
+            backbone=backbone,
+        )
+    )
+
+
+def iter_experts(
+    base: Model,
+    models: Mapping[str, Model] | Sequence[Model],
+    *,
+    density: float = 0.01,
+    scope: Scope = "tensor",
+    rescale: Rescale | float = "released",
+    values: ValueCoding = "bf16",
+    trim: float = 0.0,
+    backbone: Model | None = None,
+) -> Iterator[tuple[str, Expert]]:
+    """Task names and experts one after the other, holding one expert and a few tensors at a time.
+
+    As :func:`extract_experts`; all arguments and checkpoints are checked before the first expert is made.
+    """
+    settings = _Settings(density, scope, rescale, value_coding(values), trim)
+    if (backbone is not None) != (rescale == "projection"):
+        raise ArgumentError("backbone must be given for rescale='projection', and for that only")
+    stack = ExitStack()
+    with stack:
+        opened_base = stack.enter_context(Checkpoint.open(base))
+        opened = {name: stack.enter_context(Checkpoint.open(model)) for name, model in _named(models).items()}
+        merged = stack.enter_context(Checkpoint.open(backbone)) if backbone is not None else None
+        others = [*opened.values(), *([merged] if merged is not None else [])]
+        comparison = compare(opened_base, others)
+        names = [name for name in comparison.names if has_expert(opened_base.specs[name])]
+        extraction = _Extraction(opened_base, list(opened.values()), names, merged, settings)
+        stack = stack.pop_all()
+    return _generate(extraction, list(opened), stack)
+
+
+def _generate(extraction: _Extraction, names: Sequence[str], stack: ExitStack) -> Iterator[tuple[str, Expert]]:
+    with stack:
+        for i, name in enumerate(names):
+            yield name, extraction.expert(i)
+
+
+def has_expert(spec: TensorSpec) -> bool:
+    """Whether experts are made of a tensor: a float of one dimension or more that is not a running statistic."""
+    return (
+        spec.dtype in MERGEABLE
+        and len(spec.shape) > 0
+        and spec.numel > 0
+        and not any(fnmatchcase(spec.name, pattern) for pattern in _STATISTICS)
+    )
+
+
+def kept_entries(n: int, density: float) -> int:
+    """k = max(1, floor(d n)); what a float product loses, as in 0.29 * 100 = 28.999999999999996, is made up."""
+    return max(1, math.floor(round(density * n, 9)))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    density: float
+    scope: str
+    rescale: str | float
+    values: ValueCoding
+    trim: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density < 1:
+            raise ArgumentError(f"density must be between 0 and 1, both excluded, got {self.density!r}")
+        if not 0 <= self.trim < 1:
+            raise ArgumentError(f"trim must be at least 0 and less than 1, got {self.trim!r}")
+        if self.scope not in get_args(Scope):
+            raise ArgumentError(f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}")
+        known = self.rescale in get_args(Rescale)
+        if not known and (isinstance(self.rescale, str) or not math.isfinite(self.rescale)):
+            raise ArgumentError(
+                f"rescale must be one of {', '.join(get_args(Rescale))} or a finite number, got {self.rescale!r}"
+            )
+
+    def counts(self, n: int) -> tuple[int, int]:
+        """For a scope of n entries: how many to select, and how many of them to leave out again."""
+        trimmed = math.floor(round(self.trim * n, 9))
+        return kept_entries(n, self.density) + trimmed, trimmed
+
+
+@dataclass
+class _Sums:
+    """What the rules for mu need, summed over tensors in float64."""
+
+    entries: int = 0
+    magnitude: list[float] = field(default_factory=list)  # sum |v|
+    kept_entries: int = 0
+    kept_magnitude: list[float] = field(default_factory=list)  # sum |M|
+    shortfall: list[float] = field(default_factory=list)  # ||v||^2 - <theta_m - theta_0, v>
+    kept_product: list[float] = field(default_factory=list)  # <M, v>, M as it is stored
+
+
+@dataclass
+class _Extraction:
+    base: Checkpoint
+    models: Sequence[Checkpoint]
+    names: Sequence[str]
+    backbone: Checkpoint | None
+    settings: _Settings
+    _means: list[float] | None = None
+
+    def expert(self, i: int) -> Expert:
+        """The expert of model i."""
+        sums = _Sums()
+        tensors = {}
+        for name, selection in self._selections(i):
+            tensor = ExpertTensor.encode(self.base.specs[name].shape, selection, self.settings.values)
+            sums.kept_entries += selection.values.numel()
+            sums.kept_magnitude.append(float(selection.values.abs().double().numpy().sum()))
+            if self.backbone is not None:
+                products = tensor.sparse().values.double() * selection.values.double()
+                sums.kept_product.append(float(products.numpy().sum()))
+            if selection.values.numel():
+                tensors[name] = tensor
+        for name in self.names:
+            self._add_dense_sums(i, name, sums)
+        settings = self.settings
+        rescale = settings.rescale if isinstance(settings.rescale, str) else "number"
+        return Expert(tensors, self._mu(i, sums), settings.density, settings.scope, rescale, settings.values)
+
+    def _selections(self, i: int) -> Iterator[tuple[str, Selection]]:
+        if self.settings.scope == "model":
+            yield from self._model_selections(i)
+            return
+        by_row = self.settings.scope == "row"
+        for name in self.names:
+            base, model = self._read(i, name)
+            wanted, trimmed = self.settings.counts(rows_of(base.shape)[1] if by_row else base.numel())
+            selection = select_largest(model, base, wanted, by_row=by_row)
+            self._check(i, name, selection)
+            if trimmed:
+                selection = selection.without(select_largest(model, base, trimmed, by_row=by_row))
+            yield name, selection
+
+    def _model_selections(self, i: int) -> Iterator[tuple[str, Selection]]:
+        wanted, trimmed = self.settings.counts(sum(self.base.specs[name].numel for name in self.names))
+        selector = ModelSelector()
+        for name in self.names:
+            base, model = self._read(i, name)
+            selector.count(model, base)
+        for name in self.names:
+            base, model = self._read(i, name)
+            selector.collect(model, base, wanted)
+        selections = selector.finish(wanted)
+        largest = selector.finish(trimmed) if trimmed else None
+        for j, (name, selection) in enumerate(zip(self.names, selections, strict=True)):
+            self._check(i, name, selection)
+            yield name, selection.without(largest[j]) if largest else selection
+
+    def _read(self, i: int, name: str) -> tuple[Tensor, Tensor]:
+        base = self.base.read(name)
+        return base, self.models[i].read(name).to(base.device)
+
+    def _check(self, i: int, name: str, selection: Selection) -> None:
+        # Non-finite entries order above all others, so one that exists is selected.
+        if not selection.values.isfinite().all():
+            raise CheckpointError(f"{self.models[i].label}: the task vector of {name!r} is not finite")
+
+    def _add_dense_sums(self, i: int, name: str, sums: _Sums) -> None:
+        base, model = self._read(i, name)
+        mean = abs_means(base, [model])[0]
+        if not math.isfinite(mean):
+            raise CheckpointError(f"{self.models[i].label}: the task vector of {name!r} is not finite")
+        sums.entries += base.numel()
+        sums.magnitude.append(mean * base.numel())
+        if self.backbone is not None:
+            merged = self.backbone.read(name).to(base.device)
+            # ||v||^2 - <m, v> = (||v||^2 + ||v - m||^2 - ||m||^2) / 2 with v and m counted from theta_0.
+            squares = [_square(base, model), _square(merged, model), _square(base, merged)]
+            if not all(math.isfinite(square) for square in squares):
+                raise CheckpointError(f"{self.backbone.label}: tensor {name!r} is not finite")
+            sums.shortfall.append((squares[0] + squares[1] - squares[2]) / 2)
+
+    def _mu(self, i: int, sums: _Sums) -> float:
+        rule, density = self.settings.rescale, self.settings.density
+        if not isinstance(rule, str):
+            return float(rule)
+        total, kept = math.fsum(sums.magnitude), math.fsum(sums.kept_magnitude)
+        if kept == 0:
+            return 0.0
+        mean = total / sums.entries
+        if rule == "released":
+            return -kept / sums.kept_entries * math.log10(density) / mean
+        if rule == "paper":
+            share = mean / math.fsum(self._model_means())
+            return -kept / sums.entries * math.log(density) / (share * mean)
+        product = math.fsum(sums.kept_product)
+        return math.fsum(sums.shortfall) / product if product else 0.0
+
+    def _model_means(self) -> list[float]:
+        """E(v_j) of every model, in one pass over all of them."""
+        if self._means is None:
+            totals: list[list[float]] = [[] for _ in self.models]
+            entries = 0
+            for name in self.names:
+                base = self.base.read(name)
+                means = abs_means(base, [model.read(name).to(base.device) for model in self.models])
+                for total, mean in zip(totals, means, strict=True):
+                    total.append(mean * base.numel())
+                entries += base.numel()
+            self._means = [math.fsum(total) / entries for total in totals]
+        return self._means
+
+
+def _square(origin: Tensor, tensor: Tensor) -> float:
+    return norm([task_vector_sum(origin, [tensor], [1.0])[0]]) ** 2
+
+
+def _named(models: Mapping[str, Model] | Sequence[Model]) -> dict[str, Model]:
+    if not models:
+        raise ArgumentError("models must hold at least one model")
+    if isinstance(models, Mapping):
+        return {check_task_name(name): model for name, model in models.items()}
+    named: dict[str, Model] = {}
+    for i, model in enumerate(models):
+        on_disk = isinstance(model, (str, os.PathLike))
+        name = check_task_name(Path(str(model)).resolve().name.removesuffix(".safetensors") if on_disk else f"task{i}")
+        if name in named:
+            raise ArgumentError(f"models: two are called {name!r}; name them with a mapping")
+        named[name] = model
+    return named

@@ -1,0 +1,314 @@
+"""Switching experts on a model: exact arithmetic, exact undo, threads, and the forward-pass mode."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import freemerge.experts as fx
+from freemerge.errors import ArgumentError, CheckpointError
+
+TASKS = [f"task{i}" for i in range(8)]
+
+
+class Text(nn.Module):
+    """Token and position embeddings, a block, a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(50, 24)
+        self.positions = nn.Embedding(12, 24)
+        self.norm = nn.LayerNorm(24)
+        self.up, self.down = nn.Linear(24, 48), nn.Linear(48, 24)
+        self.head = nn.Linear(24, 50, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])
+        x = x + self.down(torch.relu(self.up(self.norm(x))))
+        return self.head(x)
+
+
+class Vision(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, stride=2, groups=2, bias=False),
+            nn.GroupNorm(2, 8),
+            nn.Flatten(),
+            nn.Linear(8 * 3 * 3, 5),
+        )
+
+
+def tuned(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    noise: dict[int, Tensor] = {}
+    state = {}
+    for name, value in model.state_dict().items():
+        if value.data_ptr() not in noise:
+            noise[value.data_ptr()] = 0.1 * torch.randn(value.shape, generator=generator)
+        moved = value + noise[value.data_ptr()] if value.is_floating_point() else value
+        state[name] = moved.abs() if "running_var" in name else moved
+    return state
+
+
+def make(
+    kind: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, density: float = 0.1
+) -> tuple[nn.Module, dict[str, fx.Expert], dict[str, Tensor]]:
+    """A backbone, the experts of eight tasks, and the base they are counted from."""
+    torch.manual_seed(0)
+    model = kind().eval()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    tasks = {task: untied(tuned(model, i + 1)) for i, task in enumerate(TASKS)}
+    experts = fx.extract_experts(untied(base), tasks, density=density)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return model.to(dtype), experts, base
+
+
+def untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if name != "head.weight"}
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(model: nn.Module, before: dict[str, Tensor]) -> None:
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", [Text, Vision])
+def test_active_adds_mu_times_the_expert_and_undoes_it(kind: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    model, experts, _ = make(kind, dtype)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+    compute = torch.promote_types(dtype, torch.float32)
+    for task, expert in experts.items():
+        with bank.active(task):
+            for name, value in untied(model.state_dict()).items():
+                expected = before[name]
+                if name in expert.tensors:
+                    added = expert.tensors[name].dense().to(compute) * expert.mu
+                    expected = (before[name].to(compute) + added).to(dtype)
+                torch.testing.assert_close(value, expected, rtol=0, atol=0)
+        assert_same(model, before)
+
+
+def test_thousand_switches_over_eight_experts_leave_every_weight_bit_identical() -> None:
+    model, experts, base = make(Text, torch.bfloat16)
+    bank = fx.ExpertBank(model, experts, base=untied(base))
+    before = snapshot(model)
+    picks = random.Random(0)
+    for _ in range(1000):
+        chosen = picks.sample(TASKS, picks.choice([1, 1, 1, 2, 3]))
+        weights = {task: picks.uniform(-1, 1) for task in chosen}
+        with bank.active(weights, combine=picks.choice(["add", "replace"])):
+            pass
+    assert_same(model, before)
+
+
+def test_a_mixture_adds_the_weighted_experts_in_float32_and_rounds_once() -> None:
+    model, experts, _ = make(Vision, torch.bfloat16)
+    before = snapshot(model)
+    weights = {"task1": 0.7, "task4": 0.2, "task2": 0.1, "task0": 0.0}
+    with fx.ExpertBank(model, experts).active(weights):
+        for name, value in model.state_dict().items():
+            if not value.is_floating_point():
+                continue
+            total = torch.zeros(value.shape)
+            for task, weight in weights.items():
+                if name in experts[task].tensors:
+                    factor = torch.tensor(weight * experts[task].mu, dtype=torch.float32)
+                    total = total + experts[task].tensors[name].dense() * factor
+            assert torch.equal(value, (before[name].float() + total).bfloat16()), name
+    assert_same(model, before)
+
+
+def test_replace_counts_from_the_base_where_an_expert_has_an_entry() -> None:
+    model, experts, base = make(Text)
+    before = snapshot(model)
+    bank = fx.ExpertBank(model, experts, base=untied(base))
+    for weights in ({"task3": 1.0}, {"task3": 0.5, "task5": 0.5}):
+        with bank.active(weights, combine="replace"):
+            for name, value in untied(model.state_dict()).items():
+                touched = torch.zeros(value.shape, dtype=torch.bool)
+                total = torch.zeros(value.shape)
+                for task, weight in weights.items():
+                    dense = experts[task].tensors[name].dense()
+                    touched |= dense != 0
+                    total += dense * (weight * experts[task].mu)
+                expected = torch.where(touched, base[name] + total, before[name])
+                torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+                assert torch.equal(value[~touched], before[name][~touched])
+        assert_same(model, before)
+
+
+def test_blocks_nest_and_survive_exceptions() -> None:
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+    with bank.active("task0"):
+        outer = snapshot(model)
+        with pytest.raises(RuntimeError, match="inside"), bank.active("task1"):
+            raise RuntimeError("inside")
+        assert_same(model, outer)
+    assert_same(model, before)
+
+
+def test_threads_take_turns() -> None:
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+    ids = torch.arange(20).view(2, 10)
+    expected = {}
+    with torch.no_grad():
+        for task in TASKS:
+            with bank.active(task):
+                expected[task] = model(ids)
+    wrong: list[str] = []
+
+    def serve(seed: int) -> None:
+        picks = random.Random(seed)
+        with torch.no_grad():
+            for _ in range(30):
+                task = picks.choice(TASKS)
+                with bank.active(task):
+                    out = model(ids)
+                if not torch.equal(out, expected[task]):
+                    wrong.append(task)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert_same(model, before)
+
+
+def test_channels_last_weights_and_state_dicts() -> None:
+    model, experts, _ = make(Vision)
+    reference = snapshot(model)
+    with fx.ExpertBank(model, experts).active("task2"):
+        expected = snapshot(model)
+    state = {name: value.clone() for name, value in reference.items()}
+    with fx.ExpertBank(state, experts).active("task2"):
+        for name, value in state.items():
+            assert torch.equal(value, expected[name])
+    model.to(memory_format=torch.channels_last)
+    with fx.ExpertBank(model, experts).active("task2"):
+        assert_same(model, expected)
+    assert_same(model, reference)
+
+
+def test_a_backward_pass_through_switched_weights_is_an_error() -> None:
+    model, experts, _ = make(Text)
+    with fx.ExpertBank(model, experts).active("task0"):
+        loss = model(torch.arange(10)[None]).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_load_takes_every_file_of_a_folder(tmp_path: Path) -> None:
+    model, experts, _ = make(Vision)
+    for task, expert in experts.items():
+        expert.save(tmp_path / f"{task}.safetensors")
+    bank = fx.ExpertBank.load(model, tmp_path)
+    assert list(bank) == TASKS
+    assert len(bank) == 8
+    assert bank["task1"].mu == experts["task1"].mu
+    with fx.ExpertBank(model, experts).active("task5"):
+        expected = snapshot(model)
+    with bank.active("task5"):
+        assert_same(model, expected)
+    with pytest.raises(CheckpointError, match="holds no expert files"):
+        fx.ExpertBank.load(model, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", [Text, Vision])
+def test_a_mixed_batch_in_delta_mode_equals_each_sample_under_its_expert(kind: Callable[[], nn.Module]) -> None:
+    model, experts, _ = make(kind)
+    bank = fx.ExpertBank(model, experts)
+    generator = torch.Generator().manual_seed(5)
+    x = (
+        torch.randint(50, (6, 11), generator=generator)
+        if kind is Text
+        else torch.randn(6, 3, 8, 8, generator=generator)
+    )
+    assignment = ["task3", None, "task0", "task3", {"task1": 0.4, "task2": 0.6}, {}]
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = []
+        for sample, chosen in zip(x, assignment, strict=True):
+            with bank.active(chosen or {}):
+                expected.append(model(sample[None]))
+        with bank.deltas(assignment):
+            out = model(x)
+            assert_same(model, before)
+        torch.testing.assert_close(out, torch.cat(expected), rtol=1e-4, atol=1e-5)
+        with bank.deltas([None] * 6):
+            assert torch.equal(model(x), model(x))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_delta_mode_names_what_it_cannot_serve() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    state = tuned(attention, 1)
+    experts = fx.extract_experts(attention.state_dict(), {"t": state}, density=0.1)
+    bank = fx.ExpertBank(attention, experts)
+    with pytest.raises(ArgumentError, match="deltas cannot serve 'in_proj_bias': it belongs to a MultiheadAttention"):
+        bank.deltas(["t"]).__enter__()
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    scaled = Scaled(4, 4)
+    experts = fx.extract_experts(scaled.state_dict(), {"t": tuned(scaled, 1)})
+    with pytest.raises(ArgumentError, match="it belongs to a Scaled"):
+        fx.ExpertBank(scaled, experts).deltas(["t"]).__enter__()
+    model, experts, _ = make(Vision)
+    bank = fx.ExpertBank(model, experts)
+    with pytest.raises(ArgumentError, match="first dimension should be the batch, 3"), bank.deltas(["task0"] * 3):
+        model(torch.zeros(2, 3, 8, 8))
+    model.train()
+    with pytest.raises(ArgumentError, match=r"use model\.eval"), bank.deltas(["task0"] * 2):
+        model(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ArgumentError, match="attached to a module"):
+        fx.ExpertBank(model.state_dict(), experts).deltas(["task0"]).__enter__()
+
+
+def test_misfits_are_named() -> None:
+    model, experts, base = make(Text)
+    with pytest.raises(ArgumentError, match="no expert 'poetry'"):
+        fx.ExpertBank(model, experts).active("poetry").__enter__()
+    with pytest.raises(ArgumentError, match="weight of 'task0' must be finite"):
+        fx.ExpertBank(model, experts).active({"task0": float("nan")}).__enter__()
+    with pytest.raises(ArgumentError, match="needs the base"):
+        fx.ExpertBank(model, experts).active("task0", combine="replace").__enter__()
+    with pytest.raises(ArgumentError, match="combine must be"):
+        fx.ExpertBank(model, experts).active("task0", combine="multiply").__enter__()  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="which the model lacks"):
+        fx.ExpertBank(nn.Linear(3, 3), experts)
+    narrow = Text()
+    narrow.up = nn.Linear(24, 47)
+    with pytest.raises(ArgumentError, match=r"'up\.bias' of 'task0' has shape \(48,\)"):
+        fx.ExpertBank(narrow, experts)
+    with pytest.raises(CheckpointError, match=r"'down\.bias' is missing"):
+        fx.ExpertBank(model, experts, base={"up.weight": base["up.weight"]})
+    clone = {**base, "head.weight": base["tokens.weight"].clone()}
+    both = fx.extract_experts(clone, {"t": {name: value + 1 for name, value in clone.items()}})
+    with pytest.raises(ArgumentError, match=r"'head\.weight' and 'tokens\.weight', which the model ties"):
+        fx.ExpertBank(model, both)

@@ -1,0 +1,205 @@
+"""Expert files: round trips, sizes, and damage that must be noticed."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import freemerge.experts as fx
+from freemerge.errors import ArgumentError, CheckpointError, RefusedError
+from freemerge.experts.coding import VALUE_CODINGS, CodedPositions, ValueCoding, decode_positions_numpy
+
+LAYER = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
+
+
+@lru_cache(maxsize=2)
+def family(layers: int, vocabulary: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Base and fine-tuned weights of a small encoder: matrices, biases and norms, and an embedding."""
+    shapes = {"embedding.weight": (vocabulary, 384)}
+    for layer in range(layers):
+        for name, shape in LAYER.items():
+            shapes[f"layer.{layer}.{name}.weight"] = shape
+            shapes[f"layer.{layer}.{name}.bias"] = shape[:1]
+        shapes[f"layer.{layer}.norm.weight"] = (384,)
+    generator = torch.Generator().manual_seed(1)
+    base = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return base, {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def extract(values: ValueCoding, layers: int = 2, vocabulary: int = 3000) -> fx.Expert:
+    """A one-percent expert of it."""
+    base, model = family(layers, vocabulary)
+    return fx.extract_experts(base, {"task": model}, density=0.01, values=values)["task"]
+
+
+def dense_bytes(expert: fx.Expert) -> int:
+    """Size of the bf16 model."""
+    return 2 * sum(tensor.numel for tensor in expert.tensors.values())
+
+
+@pytest.mark.parametrize("values", VALUE_CODINGS)
+def test_a_saved_expert_is_loaded_as_it_was(values: ValueCoding, tmp_path: Path) -> None:
+    expert = extract(values)
+    size = expert.save(tmp_path / "task.safetensors")
+    assert size == (tmp_path / "task.safetensors").stat().st_size
+    again = fx.Expert.load(tmp_path / "task.safetensors")
+    assert (again.mu, again.density, again.scope, again.rescale, again.values) == (
+        expert.mu,
+        expert.density,
+        expert.scope,
+        expert.rescale,
+        expert.values,
+    )
+    assert sorted(again.tensors) == sorted(expert.tensors)
+    for name, tensor in expert.tensors.items():
+        assert again.tensors[name].shape == tensor.shape
+        assert torch.equal(again.tensors[name].indices, tensor.indices)
+        assert torch.equal(again.tensors[name].sparse().values, tensor.sparse().values)
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "task.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("values", "percent"), [("bf16", 1.6), ("sign", 0.6), ("int8", 1.3), ("fp32", 2.6)])
+def test_size_of_a_one_percent_expert(values: ValueCoding, percent: float, tmp_path: Path) -> None:
+    expert = extract(values, layers=6, vocabulary=30_522)
+    assert expert.save(tmp_path / "task.safetensors") <= percent / 100 * dense_bytes(expert)
+
+
+def test_an_empty_expert_is_a_file_too(tmp_path: Path) -> None:
+    base = {"w": torch.ones(4, 4)}
+    expert = fx.extract_experts(base, {"t": base})["t"]
+    expert.save(tmp_path / "t.safetensors")
+    assert fx.Expert.load(tmp_path / "t.safetensors").entries == 0
+
+
+def test_the_documented_format_can_be_read_without_this_package_s_reader(tmp_path: Path) -> None:
+    """docs/expert-format.md, followed literally for sign values with Rice-coded positions."""
+    expert = extract("sign")
+    expert.save(tmp_path / "t.safetensors")
+
+    def take(payload: bytes, at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = payload[at]
+            value |= (byte & 127) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 128:
+                return value, at
+
+    with safe_open(tmp_path / "t.safetensors", "np") as file:
+        metadata = file.metadata()
+        assert metadata["format"] == "freemerge-expert"
+        assert metadata["version"] == "1"
+        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+            payload = file.get_tensor(name).tobytes()
+            dimensions, at = take(payload, 0)
+            numbers = []
+            for _ in range(dimensions + 4):
+                number, at = take(payload, at)
+                numbers.append(number)
+            *shape, count, coding, parameter, size = numbers
+            positions = decode_positions_numpy(
+                CodedPositions(coding, parameter, np.frombuffer(payload[at : at + size], np.uint8)), count
+            )
+            values = payload[at + size :]
+            scale = np.frombuffer(values[:4], "<f4")[0]
+            negative = np.unpackbits(np.frombuffer(values[4:], np.uint8), bitorder="little", count=count)
+            flat = np.zeros(int(np.prod(shape)), np.float32)
+            flat[positions] = np.where(negative, -scale, scale)
+            assert np.array_equal(flat.reshape(shape), expert.tensors[name].dense().numpy())
+    assert float(metadata["mu"]) == expert.mu
+
+
+def rewrite(path: Path, *, metadata: dict[str, str] | None = None, payload: bytes | None = None) -> None:
+    """A small expert file with its metadata replaced, or with its one tensor's payload replaced."""
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    data = raw[8 + size :]
+    if metadata is not None:
+        header["__metadata__"] = {**header["__metadata__"], **metadata}
+    if payload is not None:
+        data = payload
+        header["w"].update(shape=[len(data)], data_offsets=[0, len(data)])
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def small_file(tmp_path: Path, values: ValueCoding = "bf16") -> Path:
+    model = torch.randn(30, 40, generator=torch.Generator().manual_seed(2))
+    path = tmp_path / "small.safetensors"
+    fx.extract_experts({"w": torch.zeros(30, 40)}, {"t": {"w": model}}, density=0.1, values=values)["t"].save(path)
+    return path
+
+
+def payload_of(path: Path) -> bytes:
+    raw = path.read_bytes()
+    return raw[8 + int.from_bytes(raw[:8], "little") :]
+
+
+@pytest.mark.parametrize("values", VALUE_CODINGS)
+def test_cut_and_extended_payloads_are_named(values: ValueCoding, tmp_path: Path) -> None:
+    path = small_file(tmp_path, values)
+    payload = payload_of(path)
+    for damaged in [payload[:n] for n in range(0, len(payload), 7)] + [payload + b"\0"]:
+        rewrite(path, payload=damaged)
+        with pytest.raises(CheckpointError, match=r"small\.safetensors: tensor 'w' is corrupted"):
+            fx.Expert.load(path)
+
+
+def test_flipped_bits_never_crash_and_never_leave_the_tensor(tmp_path: Path) -> None:
+    path = small_file(tmp_path)
+    payload = payload_of(path)
+    refused = 0
+    for bit in range(0, 8 * len(payload), 11):
+        damaged = bytearray(payload)
+        damaged[bit // 8] ^= 1 << bit % 8
+        rewrite(path, payload=bytes(damaged))
+        try:
+            tensor = fx.Expert.load(path).tensors["w"]
+        except CheckpointError:
+            refused += 1
+            continue
+        assert int(tensor.indices.max()) < tensor.numel
+        assert bool((tensor.indices.diff() > 0).all())
+    assert refused > 0
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "pt"}, "not an expert file"),
+        ({"version": "2"}, "version '2'"),
+        ({"values": "fp4"}, "values must be one of"),
+        ({"mu": "nan"}, "bad expert metadata"),
+        ({"mu": "much"}, "bad expert metadata"),
+        ({"density": "1.5"}, "bad expert metadata"),
+    ],
+)
+def test_bad_metadata_is_named(metadata: dict[str, str], message: str, tmp_path: Path) -> None:
+    path = small_file(tmp_path)
+    rewrite(path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=rf"small\.safetensors.*{message}"):
+        fx.Expert.load(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("model", "text", "missing"):
+        with pytest.raises(CheckpointError, match=rf"{name}\.safetensors"):
+            fx.Expert.load(tmp_path / f"{name}.safetensors")
+    path = small_file(tmp_path)
+    with pytest.raises(RefusedError, match="exists"):
+        fx.Expert.load(path).save(path)
+    fx.Expert.load(path).save(path, force=True)
+    with pytest.raises(ArgumentError, match=r"must end in \.safetensors"):
+        fx.Expert.load(path).save(tmp_path / "folder")
