@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,10 +62,9 @@ class Encoder(torch.nn.Module):
 
     def word_features(self, texts: list[str]) -> Tensor:
         """Mean word embedding of each text, (N, 384): what the router sees, without an encoder pass."""
-        rows = []
-        for _, ids, mask in batches(self.tokens(texts)):
-            rows.append(_mean(self.bert.embeddings.word_embeddings(ids), mask))
-        return torch.cat(rows)[unsort(self.tokens(texts))]
+        tokens = self.tokens(texts)
+        means = [_mean(self.bert.embeddings.word_embeddings(ids), mask) for ids, mask in batches(tokens)]
+        return torch.cat(means)[unsort(tokens)]
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:
@@ -90,28 +90,35 @@ def pad(tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask.long()
 
 
-def batches(tokens: list[list[int]], size: int = BATCH) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """(rows, ids, mask), texts of similar length together."""
+def batches(tokens: list[list[int]], size: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    """Padded (ids, mask), texts of similar length together."""
     order = by_length(tokens)
     for start in range(0, len(order), size):
-        rows = order[start : start + size]
-        yield rows, *pad([tokens[row] for row in rows])
+        yield pad([tokens[row] for row in order[start : start + size]])
 
 
 @torch.inference_mode()
 def embed(encoder: Encoder, tokens: list[list[int]]) -> Tensor:
     """(N, 384) in the order given."""
-    out = torch.cat([encoder(ids, mask) for _, ids, mask in batches(tokens)])
+    out = torch.cat([encoder(ids, mask) for ids, mask in batches(tokens)])
     return out[unsort(tokens)]
 
 
+@dataclass(frozen=True, eq=False)
 class Examples:
-    """A split made ready for the encoder: token lists, labels and the head of its task."""
+    """Texts of one task ready for the encoder: token lists, labels (N,) and the task's head (classes, 384)."""
 
-    def __init__(self, encoder: Encoder, split: Split, head: Tensor) -> None:
-        self.tokens = encoder.tokens(split.texts)
-        self.labels = torch.tensor(split.labels)
-        self.head = head
+    tokens: list[list[int]]
+    labels: Tensor
+    head: Tensor
+
+    @classmethod
+    def of(cls, encoder: Encoder, split: Split, head: Tensor) -> Examples:
+        return cls(encoder.tokens(split.texts), torch.tensor(split.labels), head)
+
+    def rows(self, rows: list[int]) -> Examples:
+        """Some of the examples."""
+        return Examples([self.tokens[row] for row in rows], self.labels[rows], self.head)
 
     def accuracy(self, encoder: Encoder) -> float:
         """Share of correct classes, in percent, with the weights the encoder holds now."""
