@@ -50,9 +50,9 @@ def finetune(encoder: Encoder, task: Task, seed: int, steps: int = STEPS) -> Non
     encoder.eval()
 
 
-def finetuned(encoder: Encoder, base: dict[str, Tensor], task: Task, cache: Path, seed: int, steps: int) -> Path:
-    """The file with this task's weights, trained from ``base`` if the cache does not hold it yet."""
-    path = cache / f"seed{seed}-steps{steps}" / f"{task.name}.safetensors"
+def finetuned(encoder: Encoder, base: dict[str, Tensor], task: Task, folder: Path, seed: int, steps: int) -> Path:
+    """The file in ``folder`` with this task's weights, trained from ``base`` if it is not there yet."""
+    path = folder / f"{task.name}.safetensors"
     if not path.exists():
         encoder.load(base)
         started = time.perf_counter()

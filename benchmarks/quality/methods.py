@@ -122,6 +122,8 @@ def twin_sparse(density: float) -> Callable[[Inputs, float], Kept]:
     def build(inputs: Inputs, _: float) -> Kept:
         shared = inputs.merged["Task Arithmetic"]
         start = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
+        from freemerge.experts import extract_experts
+
         experts = extract_experts(start, inputs.models, density=density, scope="model", rescale=1.0, values="float16")
         return _kept(shared, inputs.base, experts)
 

@@ -52,7 +52,7 @@ class Suite:
         result = []
         for own, example in zip(parts, examples, strict=True):
             self.apply(*own)
-            result.append(example.accuracy(self.encoder))
+            result.append(100.0 * float((example.predictions(self.encoder) == example.labels).double().mean()))
         return result
 
     def validate(self, parts: Sequence[Sequence[TaskVector]]) -> float:
@@ -85,12 +85,14 @@ class Suite:
         return self.accuracies([*parts[1:], parts[0]], self.test)
 
 
-def build(cache: Path, names: Sequence[str], seed: int, steps: int) -> Suite:
-    """Fine-tune what the cache lacks, then load everything of one seed."""
+def build(cache: Path, names: Sequence[str], seed: int, steps: int, test: int = tasks.TEST) -> Suite:
+    """Fine-tune what the cache lacks, then load everything of one seed; at most ``test`` test texts a task."""
     encoder = Encoder(cache)
     base = {name: tensor.clone() for name, tensor in encoder.weights().items()}
-    loaded = [tasks.load(name, cache, seed) for name in names]
-    models = [load(finetuned(encoder, base, task, cache, seed, steps)) for task in loaded]
+    loaded = [tasks.load(name, cache, seed, test) for name in names]
+    # The size of the test set is part of the name: with another one, the training texts are others too.
+    folder = cache / "weights" / f"seed{seed}-steps{steps}-test{test}"
+    models = [load(finetuned(encoder, base, task, folder, seed, steps)) for task in loaded]
     encoder.load(base)
     heads = [class_head(encoder, task) for task in loaded]
     router = _fit_router(encoder, loaded, seed)

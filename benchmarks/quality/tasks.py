@@ -170,7 +170,7 @@ def _rows(name: str, cache: Path) -> list[Row]:
     return [tuple(row) for row in json.loads(kept.read_text())]
 
 
-def load(name: str, cache: Path, seed: int) -> Task:
+def load(name: str, cache: Path, seed: int, test: int = TEST) -> Task:
     """One task, its documents dealt to test, validation and train by ``seed``; the largest classes are thinned."""
     rows = _rows(name, cache)
     rng = random.Random(f"{name} {seed}")
@@ -187,7 +187,7 @@ def load(name: str, cache: Path, seed: int) -> Task:
     dealt = list(documents.values())
     rng.shuffle(dealt)  # the thinning above has left the large classes at the front
     parts: dict[str, list[Row]] = {"test": [], "validation": [], "train": []}
-    sizes = {"test": TEST, "validation": VALIDATION, "train": TRAIN}
+    sizes = {"test": test, "validation": min(VALIDATION, test), "train": TRAIN}
     open_part = "test"
     for document in dealt:
         while len(parts[open_part]) >= sizes[open_part] and open_part != "train":
