@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import freemerge as fm
+from freemerge.experts import ExpertBank
 
 from .archives import pinned
 from .methods import SPECIFIC, STATIC, Inputs, Kept, Specific, Static
@@ -184,7 +185,7 @@ def _specific(
 def _switch_seconds(suite: Suite, kept: Kept) -> float:
     """CPU time to switch one expert on and off again in the encoder."""
     assert kept.experts is not None
-    bank = fm.ExpertBank(suite.encoder.bert.encoder, kept.experts)
+    bank = ExpertBank(suite.encoder.bert.encoder, kept.experts)
 
     def switch() -> None:
         with bank.active(suite.names[0]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Literal
 
@@ -122,30 +123,31 @@ def twin_sparse(density: float) -> Callable[[Inputs, float], Kept]:
     def build(inputs: Inputs, _: float) -> Kept:
         shared = inputs.merged["Task Arithmetic"]
         start = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
-        from freemerge.experts import extract_experts
-
-        experts = extract_experts(start, inputs.models, density=density, scope="model", rescale=1.0, values="float16")
+        experts = extract_experts(start, inputs.models, density=density, scope="model", rescale=1.0, values="fp16")
         return _kept(shared, inputs.base, experts)
 
     return build
 
 
-Rescale = Literal["released", "paper", "projection"]
-
-
 def free(
-    rescale: Rescale | None = "released",
+    rescale: Literal["released", "paper", "projection", "tuned"] = "released",
     *,
     density: float = 0.01,
-    values: Literal["float16", "sign"] = "float16",
+    values: Literal["fp16", "sign"] = "fp16",
     backbone: str | None = "FR-Merging",
 ) -> Callable[[Inputs, float], Kept]:
-    """FREE-Merging: experts on a merged backbone. ``rescale=None`` takes mu from the tuned number."""
+    """FREE-Merging: experts on a merged backbone. ``rescale="tuned"`` takes mu from the tuned number."""
 
     def build(inputs: Inputs, mu: float) -> Kept:
         shared = inputs.merged[backbone] if backbone else {name: torch.zeros_like(t) for name, t in inputs.base.items()}
+        merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
         experts = extract_experts(
-            inputs.base, inputs.models, density=density, rescale=rescale or mu, values=values, scope="tensor"
+            inputs.base,
+            inputs.models,
+            density=density,
+            rescale=mu if rescale == "tuned" else rescale,
+            values=values,
+            backbone=merged if rescale == "projection" else None,
         )
         return _kept(shared, inputs.base, experts)
 
@@ -161,19 +163,17 @@ def _kept(shared: TaskVector, base: TaskVector, experts: Mapping[str, Expert]) -
 
 
 def _file_bytes(experts: Mapping[str, Expert]) -> float:
-    """Mean size of the experts' files, as written."""
+    """Mean size of the experts' files."""
     with TemporaryDirectory() as folder:
-        sizes = []
-        for name, expert in experts.items():
-            path = f"{folder}/{name}.safetensors"
-            expert.save(path)
-            with open(path, "rb") as file:
-                sizes.append(file.seek(0, 2))
-    return sum(sizes) / len(sizes)
+        return fmean(expert.save(f"{folder}/{name}.safetensors") for name, expert in experts.items())
 
 
 def _fr(response: fm.Response) -> fm.Recipe:
     return fm.Recipe(response=response, weights="paper", renormalize="energy")
+
+
+def _fr_at(cutoff: float) -> Static:
+    return Static(f"FR, cutoff {cutoff}", recipe_merge(_fr(fm.HighPass(cutoff))), MEAN_SCALES)
 
 
 STATIC = (
@@ -185,10 +185,9 @@ STATIC = (
     Static("Iso-C", from_vectors(rivals.iso_c), UNIT_SCALES),
     Static("TSV-M", from_vectors(rivals.tsv_m), UNIT_SCALES),
     Static("no filter, weights of FR", recipe_merge(_fr(fm.HighPass(0))), MEAN_SCALES),
-    *(Static(f"FR, cutoff {cutoff}", recipe_merge(_fr(fm.HighPass(cutoff))), MEAN_SCALES) for cutoff in (0.05, 0.1)),
-    *(Static(f"FR, cutoff {cutoff}", recipe_merge(_fr(fm.HighPass(cutoff))), MEAN_SCALES) for cutoff in (0.2, 0.3)),
+    *(_fr_at(cutoff) for cutoff in (0.05, 0.1, 0.2, 0.3)),
     Static("FR-Merging", recipe_merge(fm.Recipe()), MEAN_SCALES),
-    *(Static(f"FR, cutoff {cutoff}", recipe_merge(_fr(fm.HighPass(cutoff))), MEAN_SCALES) for cutoff in (0.5, 0.6)),
+    *(_fr_at(cutoff) for cutoff in (0.5, 0.6)),
     Static(
         "FR as released (ViT-8 script)",
         recipe_merge(fm.Recipe(response=fm.Official(0.7), weights="sum", align=True, renormalize=None)),
@@ -207,9 +206,9 @@ SPECIFIC = (
     Specific("FREE, 1 %, released mu", free("released"), routed=True),
     Specific("FREE, 1 %, paper's mu", free("paper")),
     Specific("FREE, 1 %, projection mu", free("projection")),
-    Specific("FREE, 1 %, tuned mu", free(None), MU),
+    Specific("FREE, 1 %, tuned mu", free("tuned"), MU),
     Specific("FREE, 1 % signs, released mu", free("released", values="sign"), routed=True),
-    Specific("FREE, 1 % signs, tuned mu", free(None, values="sign"), MU),
+    Specific("FREE, 1 % signs, tuned mu", free("tuned", values="sign"), MU),
     Specific("FREE, 0.25 %, released mu", free("released", density=0.0025)),
     Specific("FREE, 5 %, released mu", free("released", density=0.05)),
     Specific("experts on Iso-C, 1 % signs, released mu", free("released", values="sign", backbone="Iso-C")),

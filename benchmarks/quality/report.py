@@ -31,8 +31,8 @@ def table(results: dict[str, Any]) -> str:
         f"{len(settings['tasks'])} tasks ({', '.join(settings['tasks'])}), seeds {settings['seeds']}, "
         f"{settings['steps']} fine-tuning steps, at most {settings['test']} test texts a task. Accuracy in percent, "
         f"mean over tasks ± standard deviation over seeds; stored: bytes kept for each task, in percent of the merged "
-        f"part of the encoder in fp16; merge: CPU seconds for all tasks; switch: CPU milliseconds to switch one expert on and off "
-        f"(loading a whole model: {_milliseconds(reference['switch_seconds'])}).",
+        f"part of the encoder in fp16; merge: CPU seconds for all tasks; switch: CPU milliseconds to switch "
+        f"one expert on and off (loading a whole model: {_milliseconds(reference['switch_seconds'])}).",
         "",
         "| method | tuned | accuracy | stored % | merge s | switch ms |",
         "|---|---|---|---|---|---|",

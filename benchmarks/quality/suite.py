@@ -17,7 +17,7 @@ from .encoder import Encoder, Examples, class_head
 from .finetune import finetuned, load
 from .rivals import TaskVector
 
-ROUTER_SAMPLES = 200  # labelled-by-task training texts of each task
+ROUTER_SAMPLES = 1000  # training texts of each task, labelled by task only
 
 
 @dataclass

@@ -85,7 +85,9 @@ class RoutedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Routed:
         """Run a batch; gradients are recorded or not as the caller's context says, except for the routing."""
-        weights = self._weights(self.features(*args, **kwargs))
+        with self.bank.active({}):  # the features are the backbone's, whatever other threads switch on
+            features = self.features(*args, **kwargs)
+        weights = self._weights(features)
         batch = len(weights)
         if not batch:
             raise ArgumentError("the batch is empty")
@@ -112,8 +114,6 @@ class RoutedModel:
         return next(iter(chosen)) if list(chosen.values()) == [1.0] else chosen
 
     def _run(self, experts: str | dict[str, float], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        if not experts:
-            return self.model(*args, **kwargs)
         with self.bank.active(experts, combine=self.combine):
             return self.model(*args, **kwargs)
 

@@ -56,7 +56,7 @@ class Router:
         task_ids: Sequence[str],
         *,
         hidden: int = 128,
-        steps: int = 300,
+        steps: int = 100,
         learning_rate: float = 1e-2,
         weight_decay: float = 1e-2,
         seed: int = 0,
