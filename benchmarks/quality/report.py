@@ -1,0 +1,124 @@
+"""The results as a table in Markdown and as a chart of accuracy against stored bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+ROUTED = ("oracle", "routed", "routed head", "wrong expert")
+
+
+def mean_and_spread(runs: list[list[float]]) -> tuple[float, float]:
+    """Mean over tasks and seeds, and the standard deviation over seeds of the mean over tasks."""
+    means = [fmean(run) for run in runs]
+    return fmean(means), stdev(means) if len(means) > 1 else 0.0
+
+
+def _cell(runs: list[list[float]]) -> str:
+    mean, spread = mean_and_spread(runs)
+    return f"{mean:.1f} ± {spread:.1f}" if len(runs) > 1 else f"{mean:.1f}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.1f}"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every method, one row, and the routed ones again in a table of their own."""
+    reference, methods, settings = results["reference"], results["methods"], results["settings"]
+    lines = [
+        f"{len(settings['tasks'])} tasks ({', '.join(settings['tasks'])}), seeds {settings['seeds']}, "
+        f"{settings['steps']} fine-tuning steps, at most {settings['test']} test texts a task. Accuracy in percent, "
+        f"mean over tasks ± standard deviation over seeds; stored: bytes kept for each task, in percent of the merged "
+        f"part of the encoder in fp16; merge: CPU seconds for all tasks; switch: CPU milliseconds to switch "
+        f"one expert on and off (loading a whole model: {_milliseconds(reference['switch_seconds'])}).",
+        "",
+        "| method | tuned | accuracy | stored % | merge s | switch ms |",
+        "|---|---|---|---|---|---|",
+        f"| pretrained | | {_cell(reference['pretrained'])} | | | |",
+        f"| individual | | {_cell(reference['individual'])} | 100 | | |",
+    ]
+    for name, entry in methods.items():
+        tuned = f"{entry['value']:g}" if entry["tuning"] else ""
+        stored = f"{entry['storage']:.2f}" if entry["storage"] else "0"
+        lines.append(
+            f"| {name} | {tuned} | {_cell(entry['accuracy'])} | {stored} "
+            f"| {entry['merge_seconds']:.1f} | {_milliseconds(entry['switch_seconds'])} |"
+        )
+    routed = {name: entry for name, entry in methods.items() if entry["routed"]}
+    if routed:
+        lines += [
+            "",
+            f"The router sends {fmean(reference['routing']):.1f} % of the test texts to their own task. Oracle: the "
+            "right expert; routed: the router's expert, the task's own head; routed head: expert and head by the "
+            "router, so a text sent astray is lost; wrong expert: the next task's expert for every text.",
+            "",
+            "| method | " + " | ".join(ROUTED) + " |",
+            "|---|" + "---|" * len(ROUTED),
+        ]
+        for name, entry in routed.items():
+            keys = ("accuracy", "routed", "routed_head", "wrong_expert")
+            lines.append(f"| {name} | " + " | ".join(_cell(entry[key]) for key in keys) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def by_task(results: dict[str, Any]) -> str:
+    """Accuracy on each task, mean over seeds."""
+    names = results["settings"]["tasks"]
+    rows = {key: results["reference"][key] for key in ("pretrained", "individual")}
+    rows |= {name: entry["accuracy"] for name, entry in results["methods"].items()}
+    lines = ["| method | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    for name, runs in rows.items():
+        lines.append(f"| {name} | " + " | ".join(f"{fmean(column):.1f}" for column in zip(*runs, strict=True)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+FAMILIES = {
+    "FREE": ("FREE-Merging", "#b3261e", "o"),
+    "experts": ("experts on other backbones", "#e08a00", "D"),
+    "FR": ("FR-Merging", "#b3261e", "s"),
+    "Twin": ("Twin-Merging", "#1f5fa8", "^"),
+    "EMR": ("EMR-Merging", "#5b2a86", "v"),
+}
+OTHER = ("other static methods", "#666666", "s")
+
+
+def chart(results: dict[str, Any], path: Path) -> None:
+    """Accuracy against stored bytes, as PNG; methods that store nothing stand in a column of their own."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5.2), dpi=140, layout="constrained")
+    zero, axes = figure.subplots(1, 2, width_ratios=(1, 3.2), sharey=True)
+    labelled: set[str] = set()
+    for name, entry in results["methods"].items():
+        family = next((value for key, value in FAMILIES.items() if name.startswith(key)), OTHER)
+        label, colour, marker = family
+        target, x = (axes, entry["storage"]) if entry["storage"] else (zero, 0.0)
+        mean, spread = mean_and_spread(entry["accuracy"])
+        handle = target.errorbar(x, mean, yerr=spread, fmt=marker, color=colour, markersize=5, elinewidth=0.8)
+        if label not in labelled:
+            labelled.add(label)
+            handle.set_label(label)
+    for key, style in (("individual", "-"), ("pretrained", ":")):
+        mean, _ = mean_and_spread(results["reference"][key])
+        for target in (zero, axes):
+            target.axhline(mean, color="black", linestyle=style, linewidth=0.8)
+        axes.annotate(f"{key} {mean:.1f}", (0.99, mean), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    axes.set_xscale("log")
+    axes.set_xlabel("stored for each task, % of the fp16 encoder")
+    zero.set_xticks([0.0], ["nothing stored"])
+    zero.set_xlim(-1, 1)
+    zero.set_ylabel("accuracy, %, mean over tasks and seeds")
+    for target in (zero, axes):
+        target.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path)
+
+
+def write(results: dict[str, Any], out: Path, command: str) -> None:
+    """``table.md``, ``by_task.md`` and ``chart.png`` beside ``results.json``."""
+    head = f"Made by `{command}`.\n\n"
+    (out / "table.md").write_text(head + table(results), encoding="utf-8")
+    (out / "by_task.md").write_text(head + by_task(results), encoding="utf-8")
+    chart(results, out / "chart.png")

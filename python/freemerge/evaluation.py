@@ -1,0 +1,137 @@
+"""Scores merged models with the user's own function, and chooses a merge's scale by it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from torch import Tensor
+
+from .checkpoint import Checkpoint, Source
+from .errors import ArgumentError
+from .pipeline import merge
+from .recipe import Recipe
+
+Scores = dict[str, float]
+ScoreFunction = Callable[[dict[str, Tensor]], "float | Mapping[str, float]"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of one model, by the name of the task; higher is better."""
+
+    label: str
+    scores: Scores
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.scores.values())
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A recipe at several scales. ``best`` is the recipe at the scale with the highest mean, the first of equals."""
+
+    best: Recipe
+    evaluations: tuple[Evaluation, ...]
+
+
+def evaluate(model: Source | Checkpoint, function: ScoreFunction) -> Evaluation:
+    """Score one model.
+
+    Args:
+        model: path of a checkpoint, state dict or module. Its tensors are handed to the function as they are stored,
+            for reading only; they may be memory maps of the file.
+        function: takes a state dict and returns a score, or a mapping from task to score; higher is better.
+
+    Raises ArgumentError if the function returns no finite numbers.
+    """
+    with Checkpoint.open(model) as opened:
+        weights = {name: opened.read(name) for name in opened.specs}
+        return Evaluation(opened.name, _scores(function(weights)))
+
+
+def sweep(
+    base: Source,
+    models: Sequence[Source],
+    recipe: Recipe,
+    scales: Sequence[float],
+    function: ScoreFunction,
+    *,
+    backend: str = "auto",
+) -> Sweep:
+    """Merge in memory at every scale and score the results. Use texts or images for it that no reported number uses.
+
+    ``base``, ``models``, ``recipe`` and ``backend`` as for :func:`freemerge.merge`, ``function`` as for
+    :func:`evaluate`. Raises what they raise, and ArgumentError for an empty list of scales.
+    """
+    if not scales:
+        raise ArgumentError("scales must hold at least one number")
+    recipes = [recipe.replace(scale=scale) for scale in scales]
+    evaluations = tuple(
+        Evaluation(f"scale {chosen.scale:g}", _scores(function(merge(base, models, chosen, backend=backend))))
+        for chosen in recipes
+    )
+    best = max(range(len(recipes)), key=lambda index: evaluations[index].mean)
+    return Sweep(recipes[best], evaluations)
+
+
+def load_function(reference: str) -> ScoreFunction:
+    """The function named by ``"path/to/file.py:function"`` or ``"package.module:function"``. Runs that code.
+
+    Raises ArgumentError if there is no such file, module or function.
+    """
+    place, separator, name = reference.rpartition(":")
+    if not separator or not place or not name:
+        raise ArgumentError(f"function must be FILE.py:NAME or MODULE:NAME, got {reference!r}")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (ImportError, FileNotFoundError) as error:
+        raise ArgumentError(f"function {reference}: {error}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ArgumentError(f"function {reference}: {place} has no function {name!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def table(evaluations: Sequence[Evaluation]) -> str:
+    """One row a model, one column a task, as aligned text."""
+    tasks = list(dict.fromkeys(task for evaluation in evaluations for task in evaluation.scores))
+    rows = [["model", *tasks, "mean"]] if len(tasks) > 1 else [["model", *tasks]]
+    for evaluation in evaluations:
+        cells = [f"{evaluation.scores[task]:.4g}" if task in evaluation.scores else "" for task in tasks]
+        rows.append([evaluation.label, *cells, *([f"{evaluation.mean:.4g}"] if len(tasks) > 1 else [])])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in aligned).rstrip()
+        for aligned in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
+    )
+
+
+def _scores(returned: object) -> Scores:
+    found = returned if isinstance(returned, Mapping) else {"score": returned}
+    try:
+        scores = {str(task): float(score) for task, score in found.items()}
+    except (TypeError, ValueError):
+        raise ArgumentError(f"the function must return a number or a mapping of numbers, got {returned!r}") from None
+    if not scores or not all(map(math.isfinite, scores.values())):
+        raise ArgumentError(f"the function must return finite scores, got {returned!r}")
+    return scores
+
+
+def _from_file(path: Path) -> object:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"_freemerge_function_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
+    spec.loader.exec_module(module)
+    return module

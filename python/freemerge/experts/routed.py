@@ -1,0 +1,148 @@
+"""A merged model that serves each sample of a batch with the experts its router chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+from .router import PooledState, RouterLike
+
+Combine = Literal["add", "replace"]
+
+
+class Bank(Protocol):
+    """What a routed model needs of an expert bank: the experts' names, and how to switch them on."""
+
+    def __iter__(self) -> Any: ...
+
+    def active(self, experts: str | Mapping[str, float], /, *, combine: Combine) -> AbstractContextManager[Any]: ...
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The result of a routed batch.
+
+    Attributes:
+        output: what the model returns, every tensor of it in the order of the samples.
+        weights: expert weights of each sample, (N, K); columns as ``tasks``.
+        tasks: names of the experts.
+    """
+
+    output: Any
+    weights: Tensor
+    tasks: tuple[str, ...]
+
+    @property
+    def served(self) -> tuple[str | None, ...]:
+        """Name of the expert with the largest weight for each sample; ``None`` where the backbone served alone."""
+        best, columns = self.weights.max(1)
+        return tuple(
+            self.tasks[column] if weight > 0 else None
+            for weight, column in zip(best.tolist(), columns.tolist(), strict=True)
+        )
+
+
+class RoutedModel:
+    """theta* = theta_m + sum_i w_i(x) e_i, sample by sample (arXiv 2411.16815, section 4.3).
+
+    Args:
+        model: the merged backbone that ``bank`` is attached to.
+        bank: its experts, an :class:`ExpertBank`.
+        router: a :class:`Router`, or any function of features (N, D) that returns weights (N, K); such a function's
+            columns follow the order of the bank.
+        features: the name of a submodule, whose pooled output on the backbone is the router's input, or a function of
+            the model's arguments that returns features (N, D).
+        combine: how an expert meets the backbone, see :meth:`ExpertBank.active`.
+
+    Calling it takes the model's own arguments. Samples with the same weights form one group, and each group is one
+    forward pass with its experts switched on, so a top-1 batch costs one pass for each expert it needs; softmax weights
+    differ from sample to sample and cost one pass each. Tensor arguments whose first dimension is the batch are split
+    along it, all others are handed to every pass. Raises ArgumentError if the weights do not fit the bank, or if the
+    model returns something other than tensors with the batch in front (in tuples, lists or mappings) and None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: Bank,
+        router: RouterLike,
+        *,
+        features: str | Callable[..., Tensor],
+        combine: Combine = "add",
+    ) -> None:
+        self.model, self.bank, self.router, self.combine = model, bank, router, combine
+        self.features = PooledState(model, features) if isinstance(features, str) else features
+        self.tasks: tuple[str, ...] = tuple(getattr(router, "tasks", None) or bank)
+        unknown = [task for task in self.tasks if task not in tuple(bank)]
+        if unknown:
+            raise ArgumentError(f"router: the bank has no expert {', '.join(map(repr, unknown))}; it has {list(bank)}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Routed:
+        """Run a batch; gradients are recorded or not as the caller's context says, except for the routing."""
+        with self.bank.active({}):  # the features are the backbone's, whatever other threads switch on
+            features = self.features(*args, **kwargs)
+        weights = self._weights(features)
+        batch = len(weights)
+        if not batch:
+            raise ArgumentError("the batch is empty")
+        distinct, group_of = torch.unique(weights, dim=0, return_inverse=True)
+        rows = [torch.nonzero(group_of == group).flatten() for group in range(len(distinct))]
+        outputs = []
+        for group, members in zip(distinct, rows, strict=True):
+            own_args, own_kwargs = _take((args, kwargs), members, batch)
+            outputs.append(self._run(self._experts(group), own_args, own_kwargs))
+        order = torch.cat(rows).argsort()
+        return Routed(_join(outputs, [len(members) for members in rows], order), weights, self.tasks)
+
+    def _weights(self, features: Tensor) -> Tensor:
+        weights = self.router(features)
+        if weights.shape != (len(features), len(self.tasks)):
+            raise ArgumentError(
+                f"router: expected weights {(len(features), len(self.tasks))}, got {tuple(weights.shape)}"
+            )
+        return weights.detach().float().cpu()
+
+    def _experts(self, weights: Tensor) -> str | dict[str, float]:
+        """A name for a single expert at full strength, else every expert's weight."""
+        chosen = {task: weight for task, weight in zip(self.tasks, weights.tolist(), strict=True) if weight != 0}
+        return next(iter(chosen)) if list(chosen.values()) == [1.0] else chosen
+
+    def _run(self, experts: str | dict[str, float], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        with self.bank.active(experts, combine=self.combine):
+            return self.model(*args, **kwargs)
+
+
+def _take(value: Any, rows: Tensor, batch: int) -> Any:
+    """The given rows of every tensor with ``batch`` of them in a structure of tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return value[rows.to(value.device)] if value.ndim and len(value) == batch else value
+    if isinstance(value, Mapping):
+        return {key: _take(item, rows, batch) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_take(item, rows, batch) for item in value)
+    return value
+
+
+def _join(outputs: Sequence[Any], sizes: Sequence[int], order: Tensor) -> Any:
+    """The groups' outputs as one, rows in the batch's order; the inverse of :func:`_take`."""
+    first = outputs[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        for output, size in zip(outputs, sizes, strict=True):
+            if not output.ndim or len(output) != size:
+                raise ArgumentError(f"the model returned shape {tuple(output.shape)} for a batch of {size}")
+        return torch.cat(list(outputs))[order.to(first.device)]
+    if isinstance(first, Mapping):
+        joined = {key: _join([output[key] for output in outputs], sizes, order) for key in first}
+        return joined if type(first) is dict else type(first)(**joined)  # transformers' ModelOutput takes keywords
+    if isinstance(first, tuple | list):
+        items = [_join(group, sizes, order) for group in zip(*outputs, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    raise ArgumentError(f"the model returned {type(first).__name__}, which cannot be split by sample")

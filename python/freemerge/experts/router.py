@@ -1,0 +1,231 @@
+"""The router R(x) of FREE-Merging: a light classifier that says which expert a sample needs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ArgumentError, CheckpointError
+
+Mode = Literal["top1", "softmax"]
+Pool = Literal["mean", "first"]
+
+FORMAT = "freemerge-router-1"
+TENSORS = ("center", "spread", "hidden.weight", "hidden.bias", "output.weight", "output.bias")
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """A multilayer perceptron with one hidden layer on standardised features, and how to read its answer.
+
+    Calling it maps features (N, D) to one weight per sample and task (N, K), in the order of ``tasks``: a one-hot row
+    for ``"top1"`` (argmax R(x), the paper's hard choice), softmax(R(x) / temperature) for ``"softmax"``. A sample whose
+    largest probability is below ``abstain`` gets a row of zeros: it is left to the merged backbone.
+
+    Options are changed with ``dataclasses.replace(router, abstain=0.5)``; tensors are float32 and never modified.
+    """
+
+    tasks: tuple[str, ...]
+    tensors: dict[str, Tensor]
+    mode: Mode = "top1"
+    temperature: float = 1.0
+    abstain: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ArgumentError(f"mode must be 'top1' or 'softmax', got {self.mode!r}")
+        if not math.isfinite(self.temperature) or self.temperature <= 0:
+            raise ArgumentError(f"temperature must be a finite number > 0, got {self.temperature!r}")
+        if not 0 <= self.abstain <= 1:
+            raise ArgumentError(f"abstain must be a probability, got {self.abstain!r}")
+
+    @classmethod
+    def fit(
+        cls,
+        features: Tensor,
+        task_ids: Sequence[str],
+        *,
+        hidden: int = 128,
+        steps: int = 100,
+        learning_rate: float = 1e-2,
+        weight_decay: float = 1e-2,
+        seed: int = 0,
+    ) -> Router:
+        """Train a router on features (N, D) and the task name of each sample; full-batch AdamW on cross-entropy.
+
+        About fifty samples a task suffice (section 4.3 of arXiv 2411.16815). Tasks keep the order in which they first
+        appear. The result depends on the arguments only: torch's global random state is neither read nor changed.
+
+        Raises ArgumentError for features that are no finite (N, D) matrix or do not fit ``task_ids``.
+        """
+        features = _checked(features)
+        if len(task_ids) != len(features) or not len(task_ids):
+            raise ArgumentError(f"task_ids must name a task for each of {len(features)} samples, got {len(task_ids)}")
+        tasks = tuple(dict.fromkeys(task_ids))
+        target = torch.tensor([tasks.index(task) for task in task_ids])
+        features = features.detach().float().cpu()
+        width = features.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            "center": features.mean(0),
+            "spread": features.std(0, correction=0).clamp(min=1e-6),
+            "hidden.weight": torch.randn(hidden, width, generator=generator) * math.sqrt(2 / width),
+            "hidden.bias": torch.zeros(hidden),
+            "output.weight": torch.randn(len(tasks), hidden, generator=generator) / math.sqrt(hidden),
+            "output.bias": torch.zeros(len(tasks)),
+        }
+        trained = [tensors[name].requires_grad_() for name in TENSORS[2:]]
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        router = cls(tasks, tensors)
+        with torch.enable_grad():
+            for _ in range(steps):
+                optimizer.zero_grad()
+                F.cross_entropy(router.logits(features), target).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+        return cls(tasks, {name: tensor.detach() for name, tensor in tensors.items()})
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Scores of each task, (N, K) float32, on the device of ``features``."""
+        weights = {name: tensor.to(features.device) for name, tensor in self.tensors.items()}
+        if features.ndim != 2 or features.shape[1] != len(weights["center"]):
+            raise ArgumentError(f"features must be (N, {len(weights['center'])}), got {tuple(features.shape)}")
+        standard = (features.float() - weights["center"]) / weights["spread"]
+        activations = F.relu(F.linear(standard, weights["hidden.weight"], weights["hidden.bias"]))
+        return F.linear(activations, weights["output.weight"], weights["output.bias"])
+
+    @torch.no_grad()
+    def __call__(self, features: Tensor) -> Tensor:
+        """Expert weights of each sample, (N, K) float32. Raises ArgumentError for non-finite or misshapen features."""
+        probabilities = torch.softmax(self.logits(_checked(features)) / self.temperature, dim=1)
+        weights = probabilities
+        if self.mode == "top1":
+            weights = F.one_hot(probabilities.argmax(1), len(self.tasks)).float()
+        confident = probabilities.amax(1, keepdim=True) >= self.abstain
+        return torch.where(confident, weights, 0.0)
+
+    def save(self, path: str | Path) -> None:
+        """Write the router as one safetensors file, its options as JSON in the header; replaces ``path`` at once."""
+        path = Path(path)
+        options = {"tasks": self.tasks, "mode": self.mode, "temperature": self.temperature, "abstain": self.abstain}
+        partial = path.with_name(path.name + ".part")
+        save_file(
+            {name: tensor.contiguous().cpu() for name, tensor in self.tensors.items()},
+            partial,
+            metadata={"format": FORMAT, "options": json.dumps(options)},
+        )
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Router:
+        """Read a router back. Raises CheckpointError, naming the file, if it is not one."""
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"router {path}: {error}") from None
+        if metadata.get("format") != FORMAT:
+            raise CheckpointError(f"router {path}: format is {metadata.get('format')!r}, expected {FORMAT!r}")
+        try:
+            options = json.loads(metadata["options"])
+            router = cls(**options | {"tasks": tuple(options["tasks"])}, tensors=tensors)
+            router._check_tensors()
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"router {path}: {error}") from None
+        return router
+
+    def _check_tensors(self) -> None:
+        if set(self.tensors) != set(TENSORS):
+            raise ArgumentError(f"tensors must be {', '.join(TENSORS)}, got {', '.join(sorted(self.tensors))}")
+        hidden, width = self.tensors["hidden.weight"].shape
+        shapes = ((width,), (width,), (hidden, width), (hidden,), (len(self.tasks), hidden), (len(self.tasks),))
+        for name, shape in zip(TENSORS, shapes, strict=True):
+            if tuple(self.tensors[name].shape) != shape:
+                raise ArgumentError(f"{name} must have shape {shape}, got {tuple(self.tensors[name].shape)}")
+
+
+def _checked(features: Tensor) -> Tensor:
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ArgumentError(f"features must be a floating (N, D) matrix, got {features.dtype} {tuple(features.shape)}")
+    if not torch.isfinite(features).all():
+        raise ArgumentError("features must be finite")
+    return features
+
+
+class _Reached(Exception):
+    """Not an error: carries a submodule's output out of a forward pass, ending it early."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
+
+
+class PooledState:
+    """Features of a batch: the output of one submodule of ``model``, pooled to one vector a sample.
+
+    Call it with the model's own arguments; the forward pass ends at the submodule. An output (N, T, D) is averaged over
+    T, leaving out the positions where the keyword argument ``attention_mask`` (N, T) is zero; (N, C, H, W) over H and
+    W; (N, D) is taken as it is. ``pool="first"`` takes position 0 of (N, T, D), a class token. A submodule that returns
+    a tuple or a mapping counts with its first tensor.
+
+    Raises ArgumentError if the model has no such submodule, or if a call does not reach it.
+    """
+
+    def __init__(self, model: nn.Module, submodule: str, pool: Pool = "mean") -> None:
+        if pool not in get_args(Pool):
+            raise ArgumentError(f"pool must be 'mean' or 'first', got {pool!r}")
+        try:
+            self._target = model.get_submodule(submodule)
+        except AttributeError:
+            raise ArgumentError(f"submodule {submodule!r} is not in {type(model).__name__}") from None
+        self.model, self.submodule, self.pool = model, submodule, pool
+
+    @torch.no_grad()
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        """(N, D) float32 features."""
+        handle = self._target.register_forward_hook(_stop)
+        try:
+            self.model(*args, **kwargs)
+        except _Reached as reached:
+            mask = kwargs.get("attention_mask")
+            return pooled(reached.output, mask if isinstance(mask, Tensor) else None, self.pool)
+        finally:
+            handle.remove()
+        raise ArgumentError(f"submodule {self.submodule!r} is not part of this forward pass")
+
+
+def _stop(module: nn.Module, args: object, output: object) -> None:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if hasattr(output, "values") else output[0]  # type: ignore[index]
+    raise _Reached(output)
+
+
+def pooled(states: Tensor, mask: Tensor | None, pool: Pool) -> Tensor:
+    """One float32 vector a sample from the states of a layer, see :class:`PooledState`."""
+    states = states.float()
+    if states.ndim == 2:
+        return states
+    if states.ndim == 4:
+        return states.mean((2, 3))
+    if states.ndim != 3:
+        raise ArgumentError(f"a hidden state must have 2, 3 or 4 dimensions, got shape {tuple(states.shape)}")
+    if pool == "first":
+        return states[:, 0]
+    if mask is None or mask.shape != states.shape[:2]:
+        return states.mean(1)
+    weight = mask.to(states.dtype).unsqueeze(-1)
+    return (states * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+
+RouterLike = Router | Callable[[Tensor], Tensor]

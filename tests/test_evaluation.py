@@ -1,0 +1,94 @@
+"""Scoring models with a user's function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import freemerge as fm
+from freemerge.evaluation import Evaluation, evaluate, load_function, sweep, table
+
+UNFILTERED = fm.Recipe(response=fm.HighPass(0), weights="sum", renormalize=None)
+
+
+def distances(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    return {"near": -float(weights["w"].sub(1).norm()), "far": -float(weights["w"].sub(3).norm())}
+
+
+def test_a_checkpoint_and_a_state_dict_score_alike(tmp_path: Path) -> None:
+    weights = {"w": torch.full((4, 4), 2.0), "n": torch.arange(3)}
+    save_file(weights, tmp_path / "model.safetensors")
+    expected = {"near": -4.0, "far": -4.0}
+    assert evaluate(weights, distances).scores == expected
+    evaluation = evaluate(tmp_path / "model.safetensors", distances)
+    assert (evaluation.scores, evaluation.mean) == (expected, -4.0)
+    assert "model" in evaluation.label
+
+
+def test_a_single_number_is_a_score() -> None:
+    assert evaluate({"w": torch.ones(2, 2)}, lambda weights: weights["w"].sum()).scores == {"score": 4.0}
+
+
+@pytest.mark.parametrize("returned", [None, "high", {}, {"a": None}, float("nan"), {"a": 1.0, "b": float("inf")}])
+def test_a_function_that_returns_no_numbers_is_refused(returned: object) -> None:
+    with pytest.raises(fm.ArgumentError, match="function must return"):
+        evaluate({"w": torch.ones(1)}, lambda weights: returned)  # type: ignore[arg-type, return-value]
+
+
+def test_a_sweep_finds_the_scale() -> None:
+    base = {"w": torch.zeros(8, 8)}
+    models = [{"w": torch.full((8, 8), 1.0)}, {"w": torch.full((8, 8), 3.0)}]
+    target = 2.0  # the sum of the task vectors is 4: scale 0.5 hits it
+    found = sweep(base, models, UNFILTERED, [0.25, 0.5, 1.0], lambda weights: -float(weights["w"].sub(target).norm()))
+    assert found.best == UNFILTERED.replace(scale=0.5)
+    assert [evaluation.label for evaluation in found.evaluations] == ["scale 0.25", "scale 0.5", "scale 1"]
+    assert [evaluation.scores["score"] for evaluation in found.evaluations] == pytest.approx([-8.0, 0.0, -16.0])
+    assert torch.equal(base["w"], torch.zeros(8, 8))
+
+
+def test_a_sweep_needs_scales() -> None:
+    with pytest.raises(fm.ArgumentError, match="scales"):
+        sweep({}, [{}], UNFILTERED, [], lambda weights: 0.0)
+
+
+def test_functions_by_reference(tmp_path: Path) -> None:
+    file = tmp_path / "scoring.py"
+    file.write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Size:\n    value: float\n"
+        "def size(weights):\n    return Size(sum(t.numel() for t in weights.values())).value\n"
+        "number = 3\n"
+    )
+    assert load_function(f"{file}:size")({"w": torch.ones(2, 3)}) == 6
+    assert load_function("math:fsum") is __import__("math").fsum
+    for reference, message in (
+        ("size", "FILE.py:NAME"),
+        (":size", "FILE.py:NAME"),
+        (f"{file}:absent", "no function 'absent'"),
+        (f"{file}:number", "no function 'number'"),
+        (f"{tmp_path / 'absent.py'}:size", "no file"),
+        ("no_such_package:size", "no_such_package"),
+    ):
+        with pytest.raises(fm.ArgumentError, match=message):
+            load_function(reference)
+
+
+def test_an_error_inside_the_file_is_the_users_to_see(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        load_function(f"{tmp_path / 'broken.py'}:score")
+
+
+def test_the_table_is_aligned() -> None:
+    text = table([Evaluation("base", {"a": 0.5, "b": 0.25}), Evaluation("a longer name", {"a": 12.0})])
+    assert text.splitlines() == [
+        "model            a     b   mean",
+        "base           0.5  0.25  0.375",
+        "a longer name   12           12",
+    ]
+    assert table([Evaluation("m", {"score": 1.0})]).splitlines() == ["model  score", "m          1"]
