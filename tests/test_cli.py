@@ -144,6 +144,38 @@ def test_interruption(files: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_experts(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run("experts", *files, "-o", tmp_path / "experts", "--density", 0.05, "--values", "fp32", "--rescale", 2) == 0
+    )
+    assert "model-1: 62 entries, mu 2" in capsys.readouterr().out
+    expected = fm.extract_experts(files[0], files[1:], density=0.05, values="fp32", rescale=2.0)
+    assert sorted(path.name for path in (tmp_path / "experts").iterdir()) == [
+        "model-1.safetensors",
+        "model-2.safetensors",
+    ]
+    loaded = fm.Expert.load(tmp_path / "experts" / "model-2.safetensors").dense()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected["model-2"].dense().items())
+    assert run("experts", *files, "-o", tmp_path / "experts") == 3
+
+
+def test_failed_experts_leave_nothing(files: list[str], tmp_path: Path) -> None:
+    state = load_file(files[2])
+    state["a.weight"][0, 0] = float("nan")
+    save_file(state, files[2])
+    before = sorted(tmp_path.iterdir())
+    assert run("experts", *files, "-o", tmp_path / "experts") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_evaluate(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "score.py").write_text("def score(state):\n    return {'bias': float(state['a.bias'].sum())}\n")
+    assert run("evaluate", *files, "--function", f"{tmp_path / 'score.py'}:score", "--json") == 0
+    scores = [evaluation["scores"]["bias"] for evaluation in json.loads(capsys.readouterr().out)]
+    assert scores == pytest.approx([float(load_file(path)["a.bias"].sum()) for path in files])
+    assert run("evaluate", *files, "--function", "score") == 2
+
+
 def test_backends_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("backends") == 0
     assert "torch    available" in capsys.readouterr().out
@@ -151,13 +183,15 @@ def test_backends_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
-    from freemerge.demo import QUESTIONS, run_demo
+    from freemerge.demo import TASKS, run_demo
 
     table = run_demo(seed=1, keep=tmp_path)
     means = {method: sum(row.values()) / len(row) for method, row in table.items()}
     assert means["individual"] > 90, "the fine-tuned models learned their tasks"
     assert means["pretrained"] < means["FR-Merging"] < means["individual"]
     assert means["pretrained"] < means["task arithmetic"]
+    assert means["FR-Merging"] < means["FREE 10 %, oracle"] < means["individual"]
+    assert means["pretrained"] < means["FREE 10 %, router"]
     assert (tmp_path / "FR-Merging" / "freemerge.json").exists()
-    assert len(QUESTIONS) >= 4
+    assert len(TASKS) >= 4
     assert "FR-Merging" in capsys.readouterr().out

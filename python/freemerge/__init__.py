@@ -3,6 +3,17 @@
 __version__ = "0.1.0"  # before the imports: the manifest records it
 
 from .errors import ArgumentError, BackendError, CheckpointError, FreemergeError, RefusedError
+from .experts import (
+    Expert,
+    ExpertBank,
+    Routed,
+    RoutedModel,
+    Router,
+    SavedExpert,
+    extract_experts,
+    iter_experts,
+    save_experts,
+)
 from .inspection import Decision, Inspection
 from .pipeline import Report, inspect, merge, merge_checkpoints
 from .recipe import Recipe
@@ -34,6 +45,8 @@ __all__ = [
     "CheckpointError",
     "Custom",
     "Decision",
+    "Expert",
+    "ExpertBank",
     "FreemergeError",
     "Gaussian",
     "HighPass",
@@ -44,14 +57,21 @@ __all__ = [
     "RefusedError",
     "Report",
     "Response",
+    "Routed",
+    "RoutedModel",
+    "Router",
     "Rule",
+    "SavedExpert",
     "Split",
     "Stack",
     "backends",
     "explain",
+    "extract_experts",
     "filter_",
     "filtered",
     "inspect",
+    "iter_experts",
     "merge",
     "merge_checkpoints",
+    "save_experts",
 ]

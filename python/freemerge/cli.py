@@ -8,11 +8,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from . import __version__
 from .checkpoint import verify
 from .errors import ArgumentError, FreemergeError, RefusedError
+from .evaluation import evaluate, load_function, table
+from .experts import iter_experts, save_experts
+from .experts.coding import ValueCoding
+from .experts.extract import Rescale, Scope
 from .inspection import Inspection
 from .pipeline import Report, inspect, merge_checkpoints
 from .recipe import DTYPES, PRESETS, Recipe
@@ -65,6 +69,28 @@ def _parser() -> argparse.ArgumentParser:
     _add_inputs(inspecting)
     inspecting.set_defaults(run=_inspect)
 
+    extracting = commands.add_parser("experts", allow_abbrev=False, help="extract a light expert of each model")
+    _add_models(extracting)
+    extracting.add_argument("-o", "--out", required=True, type=Path, help="new directory for the expert files")
+    extracting.add_argument(
+        "--density", type=float, default=0.01, metavar="D", help="share of entries kept (default 0.01)"
+    )
+    extracting.add_argument("--scope", choices=get_args(Scope), default="tensor")
+    extracting.add_argument("--rescale", type=_rescale, default="released", metavar="R", help="a rule or mu itself")
+    extracting.add_argument("--values", choices=get_args(ValueCoding), default="bf16")
+    extracting.add_argument("--trim", type=float, default=0.0, metavar="T", help="share of the largest left out")
+    extracting.add_argument("--backbone", type=Path, metavar="MERGED", help="merged model, for --rescale projection")
+    extracting.add_argument("--json", action="store_true", help="print the result as JSON")
+    extracting.set_defaults(run=_experts)
+
+    evaluating = commands.add_parser("evaluate", allow_abbrev=False, help="score models with your own function")
+    evaluating.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="checkpoints to score")
+    evaluating.add_argument(
+        "--function", required=True, metavar="FILE.py:NAME", help="takes a state dict, returns a score or {task: score}"
+    )
+    evaluating.add_argument("--json", action="store_true", help="print the result as JSON")
+    evaluating.set_defaults(run=_evaluate)
+
     verifying = commands.add_parser("verify", allow_abbrev=False, help="check a merged directory against its manifest")
     verifying.add_argument("directory", type=Path)
     verifying.set_defaults(run=_verify)
@@ -83,9 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
+def _add_models(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", type=Path, metavar="BASE", help="the pretrained checkpoint all models started from")
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="fine-tuned checkpoints")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    _add_models(parser)
     parser.add_argument("--preset", choices=list(PRESETS), help="start from a published setting")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="start from a recipe in YAML")
     parser.add_argument("--cutoff", type=float, metavar="F", help="high-pass cutoff as a fraction of the shorter side")
@@ -148,6 +178,33 @@ def _inspect(options: argparse.Namespace) -> int:
         print(json.dumps(_plain(inspection)))
     else:
         _print_inspection(inspection)
+    return DONE
+
+
+def _experts(options: argparse.Namespace) -> int:
+    experts = iter_experts(
+        options.base,
+        options.models,
+        density=options.density,
+        scope=options.scope,
+        rescale=options.rescale,
+        values=options.values,
+        trim=options.trim,
+        backbone=options.backbone,
+    )
+    saved = save_experts(experts, options.out)
+    if options.json:
+        print(json.dumps(_plain(saved)))
+        return DONE
+    for expert in saved:
+        print(f"{expert.task}: {expert.entries} entries, mu {expert.mu:.4g}, {expert.nbytes / 1e6:.3g} MB")
+    return DONE
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    function = load_function(options.function)
+    evaluations = [evaluate(model, function) for model in options.models]
+    print(json.dumps(_plain(evaluations)) if options.json else table(evaluations))
     return DONE
 
 
@@ -223,6 +280,10 @@ def _weights(text: str) -> str | tuple[float, ...]:
 
 def _scale(text: str) -> str | float:
     return text if text == "auto" else float(text)
+
+
+def _rescale(text: str) -> str | float:
+    return text if text in get_args(Rescale) else float(text)
 
 
 def _rule(text: str) -> tuple[str, str]:

@@ -1,8 +1,9 @@
 """A merge of really trained models that runs anywhere in about a minute, with no download.
 
-One small encoder is pretrained to reconstruct scikit-learn's handwritten digits, then fine-tuned on six questions about
-them, each with a frozen head of its own, as CLIP's text embeddings are in the paper. The six encoders are saved, merged
-as checkpoint files by the real pipeline, and scored on held-out digits.
+One small encoder is pretrained to reconstruct scikit-learn's handwritten digits, then fine-tuned on six tasks. Each
+asks its own question about digits seen in its own way (mirrored, inverted, ...), through a frozen head of its own, as
+CLIP's text embeddings are in the paper. The six encoders are saved and merged as checkpoint files by the real pipeline,
+and scored on held-out digits: the merged backbone alone, and with light experts that a router picks by the image.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,20 +22,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .errors import FreemergeError
+from .experts import ExpertBank, RoutedModel, Router, iter_experts, save_experts
+from .experts.extract import Rescale
 from .pipeline import merge_checkpoints
 from .recipe import Recipe
 from .responses import HighPass
 
 TRAIN, WIDTH, FEATURES = 1200, 256, 128
+ROUTER_SAMPLES = 50  # labelled images a task that the router learns from
 LOOPS = torch.tensor([1, 0, 0, 0, 0, 0, 1, 0, 2, 1])  # closed loops in the shape of each digit
 
-QUESTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "digit": lambda digit: digit,
-    "odd": lambda digit: digit % 2,
-    "loops": lambda digit: LOOPS[digit],
-    "modulo 3": lambda digit: digit % 3,
-    "five or more": lambda digit: digit.ge(5).long(),
-    "prime": lambda digit: torch.isin(digit, torch.tensor([2, 3, 5, 7])).long(),
+
+@dataclass(frozen=True)
+class Task:
+    """A question about a digit (its label) and the way its images look, (n, 8, 8) to (n, 8, 8)."""
+
+    label: Callable[[Tensor], Tensor]
+    look: Callable[[Tensor], Tensor]
+
+
+TASKS = {
+    "digit": Task(lambda digit: digit, lambda image: image),
+    "odd": Task(lambda digit: digit % 2, lambda image: 1 - image),
+    "loops": Task(lambda digit: LOOPS[digit], lambda image: image.flip(2)),
+    "modulo 3": Task(lambda digit: digit % 3, lambda image: image.transpose(1, 2)),
+    "five or more": Task(lambda digit: digit.ge(5).long(), lambda image: image.flip(1)),
+    "prime": Task(lambda digit: torch.isin(digit, torch.tensor([2, 3, 5, 7])).long(), lambda image: image.roll(4, 2)),
 }
 
 METHODS = {
@@ -43,49 +57,57 @@ METHODS = {
 }
 
 
+# Density and rule of the experts: the paper's share with the released rule, and one that suits so narrow a network.
+EXPERTS: dict[str, tuple[float, Rescale]] = {"FREE  1 %": (0.01, "released"), "FREE 10 %": (0.1, "projection")}
+
+
 class Digits:
-    """The data: 1797 images of 8 x 8 pixels, shuffled, and for each question its labels and frozen head."""
+    """The data: 1797 images of 8 x 8 pixels, shuffled; for each task its view of them, its labels and frozen head."""
 
     def __init__(self, seed: int) -> None:
         try:
             from sklearn.datasets import load_digits
         except ImportError:
             raise FreemergeError("the demo needs scikit-learn: pip install 'freemerge[demo]'") from None
-        images, digits = load_digits(return_X_y=True)
+        pixels, digits = load_digits(return_X_y=True)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(images), generator=generator)
-        self.images = torch.tensor(images / 16.0, dtype=torch.float32)[order]
+        order = torch.randperm(len(pixels), generator=generator)
+        images = torch.tensor(pixels / 16.0, dtype=torch.float32)[order].view(-1, 8, 8)
         digit = torch.tensor(digits)[order]
-        self.labels = {name: question(digit) for name, question in QUESTIONS.items()}
+        self.images = {name: task.look(images).reshape(-1, 64) for name, task in TASKS.items()}
+        self.labels = {name: task.label(digit) for name, task in TASKS.items()}
         self.heads = {
             name: F.normalize(torch.randn(int(labels.max()) + 1, FEATURES, generator=generator), dim=1)
             for name, labels in self.labels.items()
         }
 
-    def logits(self, encoder: nn.Module, name: str, rows: slice | Tensor) -> Tensor:
-        """Scaled cosines between features and the question's head: (n, classes)."""
-        return 10 * F.normalize(encoder(self.images[rows]), dim=1) @ self.heads[name].T
+    def logits(self, features: Tensor, name: str) -> Tensor:
+        """Scaled cosines between features and the task's head: (n, classes)."""
+        return 10 * F.normalize(features, dim=1) @ self.heads[name].T
+
+    def correct(self, features: Tensor, name: str) -> float:
+        """Percentage of the held-out digits that are right, given their features."""
+        right = self.logits(features, name).argmax(1) == self.labels[name][TRAIN:]
+        return 100 * float(right.float().mean())
 
     def accuracy(self, state: Mapping[str, Tensor], name: str) -> float:
         """Percentage of the held-out digits that an encoder with these weights gets right."""
-        encoder = build_encoder()
-        encoder.load_state_dict(dict(state))
-        held_out = slice(TRAIN, None)
         with torch.no_grad():
-            right = self.logits(encoder, name, held_out).argmax(1) == self.labels[name][held_out]
-        return 100 * float(right.float().mean())
+            return self.correct(build_encoder(state)(self.images[name][TRAIN:]), name)
 
 
-def build_encoder() -> nn.Sequential:
-    """Pixels to features: three hidden layers."""
-    sizes = [64, WIDTH, WIDTH, WIDTH, FEATURES]
+def build_encoder(state: Mapping[str, Tensor] | None = None) -> nn.Sequential:
+    """Pixels to features, three hidden layers; with the given weights or new ones."""
     layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(sizes):
+    for inputs, outputs in pairwise([64, WIDTH, WIDTH, WIDTH, FEATURES]):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    encoder = nn.Sequential(*layers[:-1])
+    if state is not None:
+        encoder.load_state_dict(dict(state))
+    return encoder
 
 
-def train(encoder: nn.Module, loss: Callable[[Tensor], Tensor], *, steps: int, rate: float, seed: int) -> nn.Module:
+def train(encoder: nn.Module, loss: Callable[[Tensor], Tensor], *, steps: int, rate: float, seed: int) -> None:
     """Minimise ``loss(rows)`` over random batches of training rows."""
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=rate)
     generator = torch.Generator().manual_seed(seed)
@@ -93,76 +115,101 @@ def train(encoder: nn.Module, loss: Callable[[Tensor], Tensor], *, steps: int, r
         optimizer.zero_grad()
         loss(torch.randint(TRAIN, (64,), generator=generator)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    return encoder
 
 
 def pretrain(data: Digits, seed: int) -> dict[str, Tensor]:
-    """The base: an encoder from whose features a fixed random linear map reconstructs the image."""
+    """The base: an encoder from whose features a fixed random linear map reconstructs the image, however it looks."""
     torch.manual_seed(seed)
     encoder = build_encoder()
     decoder = torch.randn(FEATURES, 64) / FEATURES**0.5
-    train(
-        encoder,
-        lambda rows: F.mse_loss(encoder(data.images[rows]) @ decoder, data.images[rows]),
-        steps=500,
-        rate=1e-3,
-        seed=seed,
-    )
+    looks = list(data.images.values())
+
+    def loss(rows: Tensor) -> Tensor:
+        images = looks[int(rows[0]) % len(looks)][rows]
+        return F.mse_loss(encoder(images) @ decoder, images)
+
+    train(encoder, loss, steps=1000, rate=1e-3, seed=seed)
     return encoder.state_dict()
 
 
 def fine_tune(data: Digits, base: Mapping[str, Tensor], name: str, seed: int) -> dict[str, Tensor]:
-    """The base trained on one question."""
-    encoder = build_encoder()
-    encoder.load_state_dict(dict(base))
-    labels = data.labels[name]
-    train(
-        encoder,
-        lambda rows: F.cross_entropy(data.logits(encoder, name, rows), labels[rows]),
-        steps=200,
-        rate=3e-4,
-        seed=seed,
-    )
+    """The base trained on one task."""
+    encoder = build_encoder(base)
+    images, labels = data.images[name], data.labels[name]
+
+    def loss(rows: Tensor) -> Tensor:
+        return F.cross_entropy(data.logits(encoder(images[rows]), name), labels[rows])
+
+    train(encoder, loss, steps=200, rate=3e-4, seed=seed)
     return encoder.state_dict()
 
 
 def run_demo(seed: int = 0, keep: Path | None = None) -> dict[str, dict[str, float]]:
-    """Train, merge and score; print a table of accuracies and return it as method -> question -> percentage."""
+    """Train, merge and score; print a table of accuracies and return it as method -> task -> percentage."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small only lose time to more
     try:
-        return _run_demo(seed, keep)
+        with torch.random.fork_rng(), nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            return _run(Path(folder), Digits(seed), seed)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run_demo(seed: int, keep: Path | None) -> dict[str, dict[str, float]]:
-    with torch.random.fork_rng(), nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        root.mkdir(parents=True, exist_ok=True)
-        data = Digits(seed)
-        print(f"training a base and {len(QUESTIONS)} fine-tuned models on scikit-learn's digits ...", file=sys.stderr)
-        base = pretrain(data, seed)
-        tuned = {name: fine_tune(data, base, name, seed) for name in QUESTIONS}
-        for name, state in {"base": base, **tuned}.items():
-            save_file(state, root / f"{name.replace(' ', '-')}.safetensors")
+def _run(folder: Path, data: Digits, seed: int) -> dict[str, dict[str, float]]:
+    print(f"training a base and {len(TASKS)} fine-tuned models on scikit-learn's digits ...", file=sys.stderr)
+    base = pretrain(data, seed)
+    tuned = {name: fine_tune(data, base, name, seed) for name in TASKS}
+    base_file = folder / "base.safetensors"
+    models = {name: folder / f"{name.replace(' ', '-')}.safetensors" for name in TASKS}
+    save_file(base, base_file)
+    for name, path in models.items():
+        save_file(tuned[name], path)
 
-        table = {
-            "pretrained": {name: data.accuracy(base, name) for name in QUESTIONS},
-            "individual": {name: data.accuracy(tuned[name], name) for name in QUESTIONS},
-        }
-        models = [root / f"{name.replace(' ', '-')}.safetensors" for name in QUESTIONS]
-        for method, recipe in METHODS.items():
-            out = root / method.replace(" ", "-")
-            merge_checkpoints(root / "base.safetensors", models, out, recipe, force=True, progress=False)
-            merged = load_file(out / "model.safetensors")
-            table[method] = {name: data.accuracy(merged, name) for name in QUESTIONS}
-        _print_table(table)
+    table = {
+        "pretrained": {name: data.accuracy(base, name) for name in TASKS},
+        "individual": {name: data.accuracy(tuned[name], name) for name in TASKS},
+    }
+    merged: dict[str, Tensor] = {}
+    for method, recipe in METHODS.items():
+        out = folder / method.replace(" ", "-")
+        merge_checkpoints(base_file, list(models.values()), out, recipe, force=True, progress=False)
+        merged = load_file(out / "model.safetensors")
+        table[method] = {name: data.accuracy(merged, name) for name in TASKS}
+
+    for method, (density, rescale) in EXPERTS.items():
+        out = folder / method.replace(" ", "")
+        backbone = merged if rescale == "projection" else None
+        experts = iter_experts(base_file, models, density=density, rescale=rescale, backbone=backbone)
+        saved = save_experts(experts, out)
+        size = sum(expert.nbytes for expert in saved) / len(saved) / sum(tensor.nbytes // 2 for tensor in base.values())
+        print(f"{method}: an expert takes {size:.1%} of a model in bfloat16", file=sys.stderr)
+        oracle, routed = _free_merging(data, merged, out)
+        table |= {f"{method}, oracle": oracle, f"{method}, router": routed}
+    _print_table(table)
+    print("FREE is FR-Merging plus the expert of the task, known (oracle) or picked for each image (router)")
     return table
 
 
+def _free_merging(data: Digits, merged: Mapping[str, Tensor], out: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Accuracies of the merged backbone with an expert switched on: the right one, and the router's choice."""
+    encoder = build_encoder(merged)
+    bank = ExpertBank.load(encoder, out)
+    samples = torch.cat([data.images[name][:ROUTER_SAMPLES] for name in TASKS])
+    router = Router.fit(samples, [name for name in TASKS for _ in range(ROUTER_SAMPLES)])
+    routed = RoutedModel(encoder, bank, router, features=lambda images: images)
+    oracle_row, router_row = {}, {}
+    with torch.no_grad():
+        for name in TASKS:
+            held_out = data.images[name][TRAIN:]
+            with bank.active(name):
+                oracle_row[name] = data.correct(encoder(held_out), name)
+            router_row[name] = data.correct(routed(held_out).output, name)
+    return oracle_row, router_row
+
+
 def _print_table(table: Mapping[str, Mapping[str, float]]) -> None:
-    print(f"{'accuracy, %':18}" + "".join(f"{name:>14}" for name in QUESTIONS) + f"{'mean':>10}")
+    print(f"{'accuracy, %':18}" + "".join(f"{name:>14}" for name in TASKS) + f"{'mean':>10}")
     for method, row in table.items():
         mean = sum(row.values()) / len(row)
         print(f"{method:18}" + "".join(f"{value:14.1f}" for value in row.values()) + f"{mean:10.1f}")

@@ -14,6 +14,7 @@ from .checkpoint import (
     Checkpoint,
     CheckpointWriter,
     InputHashes,
+    Source,
     build_manifest,
     carry_over,
 )
@@ -25,7 +26,7 @@ from .progress import Progress
 from .recipe import DTYPES, Recipe
 from .task_vector import Unit
 
-Model = str | Path | Mapping[str, Tensor] | nn.Module
+Model = Source
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,20 @@
 from .bank import ExpertBank
 from .expert import Expert
 from .extract import extract_experts, iter_experts
+from .folder import SavedExpert, save_experts
+from .routed import Routed, RoutedModel
+from .router import Router
 from .tensor import ExpertTensor
 
-__all__ = ["Expert", "ExpertBank", "ExpertTensor", "extract_experts", "iter_experts"]
+__all__ = [
+    "Expert",
+    "ExpertBank",
+    "ExpertTensor",
+    "Routed",
+    "RoutedModel",
+    "Router",
+    "SavedExpert",
+    "extract_experts",
+    "iter_experts",
+    "save_experts",
+]

@@ -14,7 +14,8 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ..accumulate import abs_means, norm, task_vector_sum
-from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, compare
+from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec
+from ..checkpoint.compare import compare
 from ..errors import ArgumentError, CheckpointError
 from .coding import ValueCoding, value_coding
 from .expert import Expert, check_task_name

@@ -1,0 +1,41 @@
+"""A folder of expert files, one per task, that appears when all of them are complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.publish import Staging, check_target
+from .expert import Expert
+
+
+@dataclass(frozen=True)
+class SavedExpert:
+    """What was written for one task: the factor mu, the number of entries, and the size of the file."""
+
+    task: str
+    mu: float
+    entries: int
+    nbytes: int
+
+
+def save_experts(experts: Iterable[tuple[str, Expert]], out: str | os.PathLike[str]) -> list[SavedExpert]:
+    """Write ``TASK.safetensors`` for each task into the new directory ``out``, which :meth:`ExpertBank.load` reads.
+
+    ``experts`` may be a generator (:func:`iter_experts`), so that one expert is in memory at a time. An error leaves no
+    ``out``. Raises RefusedError, before the first expert is made, if ``out`` exists and is not empty.
+    """
+    folder = Path(out).resolve()
+    check_target(folder, single_file=False, force=False)
+    staging = Staging(folder)
+    try:
+        saved = []
+        for task, expert in experts:
+            nbytes = expert.save(staging.directory / f"{task}.safetensors")
+            saved.append(SavedExpert(task, expert.mu, expert.entries, nbytes))
+        staging.publish(None, force=False)
+    finally:
+        staging.discard()
+    return saved
