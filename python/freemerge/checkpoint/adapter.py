@@ -41,7 +41,7 @@ class AdaptedCheckpoint(Checkpoint):
     LoRA: W + s B A with s = lora_alpha / r (/ sqrt(r) with ``use_rslora``), rank and alpha patterns included. IA3:
     W scaled along its outputs, or along its inputs for feed-forward modules; the bias of the former too. Tensors that
     the adapter holds in full (``modules_to_save``, trained biases) replace the base's. Adapted tensors are float32
-    whatever the base's dtype, so a task vector keeps what a bfloat16 sum would round away; nothing but the tensor
+    (float64 where the base is), so a task vector keeps what a bfloat16 sum would round away; nothing but the tensor
     being read is ever held. ``base`` is shared, and stays open.
 
     Raises CheckpointError, naming the file, for other kinds of adapters and for tensors that do not fit the base.
@@ -62,14 +62,15 @@ class AdaptedCheckpoint(Checkpoint):
         else:
             self._plan_ia3(config)
         self.specs = {
-            name: spec.with_dtype(torch.float32) if name in self._changes else spec for name, spec in base.specs.items()
+            name: spec.with_dtype(_wide(spec.dtype)) if name in self._changes else spec
+            for name, spec in base.specs.items()
         }
         self.tied = {name: first for name, first in base.tied.items() if name not in self._changes}
 
     def read(self, name: str) -> Tensor:
         tensor = self._base.read(name)
         change = self._changes.get(name)
-        return tensor if change is None else change(tensor.float())
+        return tensor if change is None else change(tensor.to(_wide(tensor.dtype)))
 
     def origin(self, name: str) -> str:
         return str(self.files[1]) if name in self._changes else self._base.origin(name)
@@ -105,7 +106,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     def _lora(self, key_a: str, key_b: str, scale: float, turned: bool) -> Callable[[Tensor], Tensor]:
         def apply(weight: Tensor) -> Tensor:
-            a, b = self._file.read(key_a).float(), self._file.read(key_b).float()
+            a, b = self._file.read(key_a).to(weight.dtype), self._file.read(key_b).to(weight.dtype)
             return torch.addmm(weight, a.T, b.T, alpha=scale) if turned else torch.addmm(weight, b, a, alpha=scale)
 
         return apply
@@ -130,7 +131,7 @@ class AdaptedCheckpoint(Checkpoint):
                 self._changes[bias] = self._ia3(key, (-1,))
 
     def _ia3(self, key: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        return lambda weight: weight * self._file.read(key).float().reshape(shape)
+        return lambda weight: weight * self._file.read(key).to(weight.dtype).reshape(shape)
 
     def _plan_replacement(self, key: str) -> None:
         """A tensor that the adapter holds in full."""
@@ -138,7 +139,7 @@ class AdaptedCheckpoint(Checkpoint):
         shape, expected = self._file.slots[key].spec.shape, self._base.specs[name].shape
         if shape != expected:
             raise CheckpointError(f"{self.files[1]}: {key} has shape {shape}, the base's {name} has {expected}")
-        self._changes[name] = lambda _: self._file.read(key).float()
+        self._changes[name] = lambda weight: self._file.read(key).to(weight.dtype)
 
     def _named(self, name: str, key: str) -> str:
         """The base's tensor that an adapter's key is about."""
@@ -147,6 +148,10 @@ class AdaptedCheckpoint(Checkpoint):
         if self._base.specs[name].dtype not in MERGEABLE:
             raise CheckpointError(f"{self.files[1]}: {key} adapts {name}, which is {self._base.specs[name].dtype_name}")
         return name
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _config(path: Path) -> dict[str, Any]:
