@@ -56,27 +56,29 @@ class AdaptedCheckpoint(Checkpoint):
         self.name = display_name(path)
         self._base = base
         self._file = SafetensorsFile(path / WEIGHTS_FILE)
+        self._full: dict[str, str] = {}  # tensor -> the adapter's key that replaces it, before any change
         self._changes: dict[str, Callable[[Tensor], Tensor]] = {}
         if config["peft_type"] == "LORA":
             self._plan_lora(config)
         else:
             self._plan_ia3(config)
+        touched = self._full.keys() | self._changes.keys()
         self.specs = {
-            name: spec.with_dtype(_wide(spec.dtype)) if name in self._changes else spec
-            for name, spec in base.specs.items()
+            name: spec.with_dtype(_wide(spec.dtype)) if name in touched else spec for name, spec in base.specs.items()
         }
-        self.tied = {name: first for name, first in base.tied.items() if name not in self._changes}
+        self.tied = {name: first for name, first in base.tied.items() if name not in touched}
 
     def read(self, name: str) -> Tensor:
-        tensor = self._base.read(name)
-        change = self._changes.get(name)
-        return tensor if change is None else change(tensor.to(_wide(tensor.dtype)))
+        tensor = self._file.read(self._full[name]) if name in self._full else self._base.read(name)
+        tensor = tensor.to(self.specs[name].dtype)
+        return self._changes[name](tensor) if name in self._changes else tensor
 
     def origin(self, name: str) -> str:
-        return str(self.files[1]) if name in self._changes else self._base.origin(name)
+        touched = name in self._full or name in self._changes
+        return str(self.files[1]) if touched else self._base.origin(name)
 
     def close(self) -> None:
-        self._changes = {}
+        self._full, self._changes = {}, {}
 
     def _plan_lora(self, config: Mapping[str, Any]) -> None:
         pairs: dict[str, dict[str, str]] = {}
@@ -134,12 +136,12 @@ class AdaptedCheckpoint(Checkpoint):
         return lambda weight: weight * self._file.read(key).to(weight.dtype).reshape(shape)
 
     def _plan_replacement(self, key: str) -> None:
-        """A tensor that the adapter holds in full."""
-        name = self._named(key.removeprefix(_PREFIX).replace(".modules_to_save.", "."), key)
+        """A tensor that the adapter holds in full; an adapted embedding is saved as ``base_layer`` beside its LoRA."""
+        name = self._named(re.sub(r"\.(modules_to_save|base_layer)\.", ".", key.removeprefix(_PREFIX)), key)
         shape, expected = self._file.slots[key].spec.shape, self._base.specs[name].shape
         if shape != expected:
             raise CheckpointError(f"{self.files[1]}: {key} has shape {shape}, the base's {name} has {expected}")
-        self._changes[name] = lambda weight: self._file.read(key).to(weight.dtype)
+        self._full[name] = key
 
     def _named(self, name: str, key: str) -> str:
         """The base's tensor that an adapter's key is about."""
