@@ -3,6 +3,18 @@
 from .bank import ExpertBank
 from .expert import Expert
 from .extract import extract_experts, iter_experts
+from .routed import Routed, RoutedModel
+from .router import PooledState, Router
 from .tensor import ExpertTensor
 
-__all__ = ["Expert", "ExpertBank", "ExpertTensor", "extract_experts", "iter_experts"]
+__all__ = [
+    "Expert",
+    "ExpertBank",
+    "ExpertTensor",
+    "PooledState",
+    "Routed",
+    "RoutedModel",
+    "Router",
+    "extract_experts",
+    "iter_experts",
+]
