@@ -1,8 +1,6 @@
-"""Routers and routed models. The bank here adds dense task vectors, so that only the routing is under test."""
+"""Routers, feature extractors and routed models."""
 
 from collections import namedtuple
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from freemerge.errors import ArgumentError, CheckpointError
-from freemerge.experts.routed import RoutedModel
-from freemerge.experts.router import PooledState, Router, pooled
+from freemerge.experts import ExpertBank, PooledState, RoutedModel, Router, extract_experts
+from freemerge.experts.router import pooled
 
 TASKS = ("cats", "dogs", "birds")
 
@@ -162,38 +160,15 @@ class Vision(nn.Module):
         return self.head(features)
 
 
-class DenseBank:
-    """Adds sum_i w_i e_i to every parameter; what an expert bank does, without the sparse files."""
-
-    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
-        self.model = model
-        generator = torch.Generator().manual_seed(0)
-        self.experts = {
-            name: {
-                key: 0.5 * torch.randn(parameter.shape, generator=generator)
-                for key, parameter in model.named_parameters()
-            }
-            for name in names
-        }
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.experts)
-
-    @contextmanager
-    def active(self, experts: str | Mapping[str, float], /, *, combine: str = "add") -> Iterator[None]:
-        assert combine == "add"
-        weights = {experts: 1.0} if isinstance(experts, str) else experts
-        before = {name: parameter.clone() for name, parameter in self.model.named_parameters()}
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                for expert, weight in weights.items():
-                    parameter += weight * self.experts[expert][name]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    parameter.copy_(before[name])
+def make_bank(model: nn.Module, names: tuple[str, ...]) -> ExpertBank:
+    """Experts that move half of every tensor's entries by about one."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    models = {
+        name: {key: tensor + torch.randn(tensor.shape, generator=generator) for key, tensor in base.items()}
+        for name in names
+    }
+    return ExpertBank(model, extract_experts(base, models, density=0.5, rescale=1.0, values="fp32"))
 
 
 @pytest.fixture
@@ -253,7 +228,7 @@ def test_pooled_state_names_what_is_wrong(sequences: Sequences) -> None:
 
 
 def test_a_routed_batch_equals_each_sample_under_its_expert_alone(sequences: Sequences) -> None:
-    bank = DenseBank(sequences, TASKS)
+    bank = make_bank(sequences, TASKS)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, (17, 6), generator=generator)
     mask = (torch.rand(17, 6, generator=generator) < 0.8).long()
@@ -272,7 +247,7 @@ def test_a_routed_batch_equals_each_sample_under_its_expert_alone(sequences: Seq
 
 
 def test_soft_mixtures_sample_by_sample(router: Router, sequences: Sequences) -> None:
-    bank = DenseBank(sequences, TASKS)
+    bank = make_bank(sequences, TASKS)
     soft = replace(router, mode="softmax", temperature=20.0)
     features, _ = blobs(5, seed=9)
     ids = torch.arange(30).view(5, 6) % 11
@@ -286,7 +261,7 @@ def test_soft_mixtures_sample_by_sample(router: Router, sequences: Sequences) ->
 def test_a_routed_vision_model_with_features_by_name() -> None:
     torch.manual_seed(5)
     model = Vision().eval()
-    bank = DenseBank(model, ("light", "dark"))
+    bank = make_bank(model, ("light", "dark"))
     images = torch.rand(12, 3, 8, 8)
     images[::3] += 4
     features = PooledState(model, "conv")(images)
@@ -305,26 +280,26 @@ def test_structures_come_back_as_they_were() -> None:
     class Structured(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(()))
+            self.weight = nn.Parameter(torch.ones(1))
 
         def forward(self, pair: list[Tensor], scale: Tensor) -> Pair:
             return Pair(self.weight * pair[0] * scale, [pair[1], (pair[0],)])
 
     model = Structured()
-    bank = DenseBank(model, ("a", "b"))
+    bank = make_bank(model, ("a", "b"))
     first, second = torch.arange(4.0), torch.arange(8.0).view(4, 2)
     weights = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     routed = RoutedModel(model, bank, lambda _: weights, features=lambda pair, scale: pair[0][:, None])
     output = routed([first, second], torch.tensor(2.0)).output
     assert isinstance(output, Pair)
-    factors = [1 + float(bank.experts[name]["weight"]) if name else 1.0 for name in ("b", "a", None, "b")]
+    factors = [1 + float(bank[name].dense()["weight"]) if name else 1.0 for name in ("b", "a", None, "b")]
     torch.testing.assert_close(output.first, torch.tensor(factors) * first * 2)
     assert torch.equal(output.second[0], second)
     assert torch.equal(output.second[1][0], first)
 
 
 def test_misfits_are_named(router: Router, sequences: Sequences) -> None:
-    bank = DenseBank(sequences, TASKS[:2])
+    bank = make_bank(sequences, TASKS[:2])
     with pytest.raises(ArgumentError, match="'birds'"):
         RoutedModel(sequences, bank, router, features="embed")
     wide = RoutedModel(sequences, bank, lambda features: torch.ones(len(features), 3), features=by_first_token)
@@ -347,7 +322,7 @@ def test_a_model_that_sums_over_the_batch_cannot_be_routed(sequences: Sequences)
 
     for result, message in ((None, "shape"), ("text", "str")):
         model = Summing(result)
-        routed = RoutedModel(model, DenseBank(model, ("a",)), lambda f: torch.ones(len(f), 1), features=lambda x: x)
+        routed = RoutedModel(model, make_bank(model, ("a",)), lambda f: torch.ones(len(f), 1), features=lambda x: x)
         with pytest.raises(ArgumentError, match=message):
             routed(torch.ones(3, 2))
 
@@ -359,7 +334,7 @@ def test_a_routed_transformers_classifier() -> None:
     )
     torch.manual_seed(0)
     model = transformers.BertForSequenceClassification(config).eval()
-    bank = DenseBank(model, ("a", "b"))
+    bank = make_bank(model, ("a", "b"))
     ids = torch.randint(1, 50, (9, 7))
     mask = (torch.arange(7) < torch.randint(2, 8, (9, 1))).long()
     features = PooledState(model, "bert.embeddings")(input_ids=ids, attention_mask=mask)

@@ -17,7 +17,7 @@ from . import rivals
 from .rivals import TaskVector
 
 SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for every method
-UNIT_SCALES = (0.6, 0.8, 1.0, 1.3, 1.6, 2.0)  # of methods whose papers merge at scale 1
+UNIT_SCALES = (0.8, 1.0, 1.5, 2.0, 2.5, 3.0)  # of methods whose papers merge at scale 1
 MEAN_SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # of methods whose weights sum to one
 MU = (3.0, 5.0, 7.0, 9.0, 12.0, 15.0)
 

@@ -13,9 +13,9 @@ from statistics import fmean
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, Source
+from .checkpoint import Checkpoint
 from .errors import ArgumentError
-from .pipeline import merge
+from .pipeline import Model, merge
 from .recipe import Recipe
 
 Scores = dict[str, float]
@@ -42,7 +42,7 @@ class Sweep:
     evaluations: tuple[Evaluation, ...]
 
 
-def evaluate(model: Source | Checkpoint, function: ScoreFunction) -> Evaluation:
+def evaluate(model: Model, function: ScoreFunction) -> Evaluation:
     """Score one model.
 
     Args:
@@ -58,8 +58,8 @@ def evaluate(model: Source | Checkpoint, function: ScoreFunction) -> Evaluation:
 
 
 def sweep(
-    base: Source,
-    models: Sequence[Source],
+    base: Model,
+    models: Sequence[Model],
     recipe: Recipe,
     scales: Sequence[float],
     function: ScoreFunction,
@@ -114,7 +114,7 @@ def table(evaluations: Sequence[Evaluation]) -> str:
     )
 
 
-def _scores(returned: object) -> Scores:
+def _scores(returned: float | Mapping[str, float]) -> Scores:
     found = returned if isinstance(returned, Mapping) else {"score": returned}
     try:
         scores = {str(task): float(score) for task, score in found.items()}  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from .checkpoint import (
     Source,
     build_manifest,
     carry_over,
+    open_model,
 )
 from .checkpoint.model_card import model_card
 from .errors import ArgumentError, RefusedError
@@ -46,7 +47,8 @@ def merge(
 
     Args:
         base: state dict, module, or path of a checkpoint.
-        models: K >= 1 of the same, with the base's tensor names and shapes.
+        models: K >= 1 of the same, with the base's tensor names and shapes, or directories of LoRA or IA3 adapters
+            that PEFT trained on the base.
         recipe: how to merge; the default is FR-Merging with settings that suit most models, see :class:`Recipe`.
         backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`).
 
@@ -134,8 +136,9 @@ def _open(stack: ExitStack, base: Model, models: Sequence[Model], recipe: Recipe
         raise ArgumentError("models must hold at least one fine-tuned model")
     if isinstance(recipe.weights, tuple) and len(recipe.weights) != len(models):
         raise ArgumentError(f"weights has {len(recipe.weights)} numbers for {len(models)} models")
-    sources = [stack.enter_context(Checkpoint.open(model)) for model in (base, *models)]
-    return Merger(sources[0], sources[1:], recipe, backend)
+    opened = stack.enter_context(Checkpoint.open(base))
+    sources = [stack.enter_context(open_model(model, opened)) for model in models]
+    return Merger(opened, sources, recipe, backend)
 
 
 def _carry_over(merger: Merger, writer: CheckpointWriter) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints in and out: lazy reading, preflight comparison, streaming and atomic writing, provenance."""
 
+from .adapter import open_model
 from .carry import carry_over
 from .compare import Comparison, check_finite, compare
 from .manifest import InputHashes, build_manifest, verify
@@ -22,5 +23,6 @@ __all__ = [
     "check_finite",
     "compare",
     "model_card",
+    "open_model",
     "verify",
 ]

@@ -41,7 +41,7 @@ class AdaptedCheckpoint(Checkpoint):
     LoRA: W + s B A with s = lora_alpha / r (/ sqrt(r) with ``use_rslora``), rank and alpha patterns included. IA3:
     W scaled along its outputs, or along its inputs for feed-forward modules; the bias of the former too. Tensors that
     the adapter holds in full (``modules_to_save``, trained biases) replace the base's. Adapted tensors are float32
-    whatever the base's dtype, so a task vector keeps what a bfloat16 sum would round away; nothing but the tensor
+    (float64 where the base is), so a task vector keeps what a bfloat16 sum would round away; nothing but the tensor
     being read is ever held. ``base`` is shared, and stays open.
 
     Raises CheckpointError, naming the file, for other kinds of adapters and for tensors that do not fit the base.
@@ -56,26 +56,29 @@ class AdaptedCheckpoint(Checkpoint):
         self.name = display_name(path)
         self._base = base
         self._file = SafetensorsFile(path / WEIGHTS_FILE)
+        self._full: dict[str, str] = {}  # tensor -> the adapter's key that replaces it, before any change
         self._changes: dict[str, Callable[[Tensor], Tensor]] = {}
         if config["peft_type"] == "LORA":
             self._plan_lora(config)
         else:
             self._plan_ia3(config)
+        touched = self._full.keys() | self._changes.keys()
         self.specs = {
-            name: spec.with_dtype(torch.float32) if name in self._changes else spec for name, spec in base.specs.items()
+            name: spec.with_dtype(_wide(spec.dtype)) if name in touched else spec for name, spec in base.specs.items()
         }
-        self.tied = {name: first for name, first in base.tied.items() if name not in self._changes}
+        self.tied = {name: first for name, first in base.tied.items() if name not in touched}
 
     def read(self, name: str) -> Tensor:
-        tensor = self._base.read(name)
-        change = self._changes.get(name)
-        return tensor if change is None else change(tensor.float())
+        tensor = self._file.read(self._full[name]) if name in self._full else self._base.read(name)
+        tensor = tensor.to(self.specs[name].dtype)
+        return self._changes[name](tensor) if name in self._changes else tensor
 
     def origin(self, name: str) -> str:
-        return str(self.files[1]) if name in self._changes else self._base.origin(name)
+        touched = name in self._full or name in self._changes
+        return str(self.files[1]) if touched else self._base.origin(name)
 
     def close(self) -> None:
-        self._changes = {}
+        self._full, self._changes = {}, {}
 
     def _plan_lora(self, config: Mapping[str, Any]) -> None:
         pairs: dict[str, dict[str, str]] = {}
@@ -105,7 +108,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     def _lora(self, key_a: str, key_b: str, scale: float, turned: bool) -> Callable[[Tensor], Tensor]:
         def apply(weight: Tensor) -> Tensor:
-            a, b = self._file.read(key_a).float(), self._file.read(key_b).float()
+            a, b = self._file.read(key_a).to(weight.dtype), self._file.read(key_b).to(weight.dtype)
             return torch.addmm(weight, a.T, b.T, alpha=scale) if turned else torch.addmm(weight, b, a, alpha=scale)
 
         return apply
@@ -130,15 +133,15 @@ class AdaptedCheckpoint(Checkpoint):
                 self._changes[bias] = self._ia3(key, (-1,))
 
     def _ia3(self, key: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        return lambda weight: weight * self._file.read(key).float().reshape(shape)
+        return lambda weight: weight * self._file.read(key).to(weight.dtype).reshape(shape)
 
     def _plan_replacement(self, key: str) -> None:
-        """A tensor that the adapter holds in full."""
-        name = self._named(key.removeprefix(_PREFIX).replace(".modules_to_save.", "."), key)
+        """A tensor that the adapter holds in full; an adapted embedding is saved as ``base_layer`` beside its LoRA."""
+        name = self._named(re.sub(r"\.(modules_to_save|base_layer)\.", ".", key.removeprefix(_PREFIX)), key)
         shape, expected = self._file.slots[key].spec.shape, self._base.specs[name].shape
         if shape != expected:
             raise CheckpointError(f"{self.files[1]}: {key} has shape {shape}, the base's {name} has {expected}")
-        self._changes[name] = lambda _: self._file.read(key).float()
+        self._full[name] = key
 
     def _named(self, name: str, key: str) -> str:
         """The base's tensor that an adapter's key is about."""
@@ -147,6 +150,10 @@ class AdaptedCheckpoint(Checkpoint):
         if self._base.specs[name].dtype not in MERGEABLE:
             raise CheckpointError(f"{self.files[1]}: {key} adapts {name}, which is {self._base.specs[name].dtype_name}")
         return name
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _config(path: Path) -> dict[str, Any]:

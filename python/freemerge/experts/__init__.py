@@ -5,13 +5,14 @@ from .expert import Expert
 from .extract import extract_experts, iter_experts
 from .folder import SavedExpert, save_experts
 from .routed import Routed, RoutedModel
-from .router import Router
+from .router import PooledState, Router
 from .tensor import ExpertTensor
 
 __all__ = [
     "Expert",
     "ExpertBank",
     "ExpertTensor",
+    "PooledState",
     "Routed",
     "RoutedModel",
     "Router",

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from ..accumulate import abs_means, norm, task_vector_sum
-from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec
+from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_model
 from ..checkpoint.compare import compare
 from ..errors import ArgumentError, CheckpointError
 from .coding import ValueCoding, value_coding
@@ -47,7 +47,8 @@ def extract_experts(
 
     Args:
         base: state dict, module, or path of a checkpoint.
-        models: fine-tuned models of that base with the same tensors; a mapping names the tasks. In a sequence, models
+        models: fine-tuned models of that base with the same tensors, or directories of LoRA or IA3 adapters that PEFT
+            trained on it; a mapping names the tasks. In a sequence, models
             on disk are named after their directory or file, others ``task0``, ``task1`` and so on by place.
         density: d. A scope of n entries keeps its k = max(1, floor(d n)) largest, or all its non-zero ones where they
             are fewer. Equal magnitudes are taken by tensor name, then by index, lowest first.
@@ -108,7 +109,7 @@ def iter_experts(
     stack = ExitStack()
     with stack:
         opened_base = stack.enter_context(Checkpoint.open(base))
-        opened = {name: stack.enter_context(Checkpoint.open(model)) for name, model in _named(models).items()}
+        opened = {name: stack.enter_context(open_model(model, opened_base)) for name, model in _named(models).items()}
         merged = stack.enter_context(Checkpoint.open(backbone)) if backbone is not None else None
         others = [*opened.values(), *([merged] if merged is not None else [])]
         comparison = compare(opened_base, others)

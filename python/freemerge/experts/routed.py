@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
-from .router import PooledState, RouterLike
-
-Combine = Literal["add", "replace"]
-
-
-class Bank(Protocol):
-    """What a routed model needs of an expert bank: the experts' names, and how to switch them on."""
-
-    def __iter__(self) -> Any: ...
-
-    def active(
-        self, experts: str | Mapping[str, float], /, *, combine: Combine = ...
-    ) -> AbstractContextManager[Any]: ...
+from .bank import Combine, ExpertBank
+from .router import PooledState, Router
 
 
 @dataclass(frozen=True)
@@ -72,8 +60,8 @@ class RoutedModel:
     def __init__(
         self,
         model: nn.Module,
-        bank: Bank,
-        router: RouterLike,
+        bank: ExpertBank,
+        router: Router | Callable[[Tensor], Tensor],
         *,
         features: str | Callable[..., Tensor],
         combine: Combine = "add",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -226,6 +226,3 @@ def pooled(states: Tensor, mask: Tensor | None, pool: Pool) -> Tensor:
         return states.mean(1)
     weight = mask.to(states.dtype).unsqueeze(-1)
     return (states * weight).sum(1) / weight.sum(1).clamp(min=1.0)
-
-
-RouterLike = Router | Callable[[Tensor], Tensor]

@@ -1,0 +1,204 @@
+"""LoRA and IA3 adapters as models: against PEFT's own merge where it is installed, and against the formula."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import freemerge as fm
+from freemerge.checkpoint import Checkpoint, open_model
+from freemerge.experts import extract_experts
+
+
+def base_weights(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"up.weight": (24, 16), "up.bias": (24,), "down.weight": (16, 24), "down.bias": (16,), "norm": (16,)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}, folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+def lora(folder: Path, seed: int = 1, **config: Any) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (0.1 * torch.randn(shape, generator=generator) for shape in ((4, 16), (24, 4)))
+    options = {"peft_type": "LORA", "r": 4, "lora_alpha": 8} | config
+    return write(folder, {"up.lora_A.weight": a, "up.lora_B.weight": b}, **options)
+
+
+def factors(folder: Path) -> tuple[Tensor, Tensor]:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return tensors["base_model.model.up.lora_A.weight"].double(), tensors["base_model.model.up.lora_B.weight"].double()
+
+
+def read(folder: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
+    opened = open_model(folder, Checkpoint.open(base))
+    return {name: opened.read(name) for name in opened.specs}
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 2.0),
+        ({"use_rslora": True}, 4.0),
+        ({"alpha_pattern": {"up": 2}}, 0.5),
+        ({"alpha_pattern": {"own": 2, r".*\.up": 3}}, 2.0),
+        ({"r": 64, "rank_pattern": {"up": 4}}, 2.0),
+    ],
+)
+def test_lora_by_the_formula(config: dict[str, Any], scale: float, tmp_path: Path) -> None:
+    base = base_weights()
+    folder = lora(tmp_path / "adapter", **config)
+    a, b = factors(folder)
+    model = read(folder, base)
+    torch.testing.assert_close(
+        model["up.weight"].double(), base["up.weight"].double() + scale * b @ a, rtol=0, atol=1e-6
+    )
+    assert all(torch.equal(model[name], base[name]) for name in base if name != "up.weight")
+
+
+def test_a_task_vector_survives_a_bfloat16_base(tmp_path: Path) -> None:
+    base = base_weights(torch.bfloat16)
+    folder = lora(tmp_path / "adapter")
+    a, b = factors(folder)
+    model = read(folder, base)
+    assert model["up.weight"].dtype == torch.float32
+    task_vector = model["up.weight"].double() - base["up.weight"].double()
+    assert (task_vector - 2 * b @ a).norm() < 1e-5 * (2 * b @ a).norm()
+
+
+def test_adapters_merge_as_the_models_they_make(tmp_path: Path) -> None:
+    base = base_weights()
+    folders = [lora(tmp_path / f"adapter{seed}", seed) for seed in range(3)]
+    models = [read(folder, base) for folder in folders]
+    merged = fm.merge(base, folders, fm.Recipe.preset("paper"))
+    expected = fm.merge(base, models, fm.Recipe.preset("paper"))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    assert not torch.equal(merged["up.weight"], base["up.weight"])
+    assert torch.equal(merged["down.weight"], base["down.weight"])
+
+
+def test_an_adapter_merges_with_a_full_model_on_disk(tmp_path: Path) -> None:
+    base, model = base_weights(), {name: 1.1 * tensor for name, tensor in base_weights().items()}
+    for name, weights in (("base", base), ("model", model)):
+        save_file(weights, tmp_path / f"{name}.safetensors")
+    folder = lora(tmp_path / "adapter")
+    paths = [tmp_path / "model.safetensors", folder]
+    fm.merge_checkpoints(tmp_path / "base.safetensors", paths, tmp_path / "out.safetensors", progress=False)
+    expected = fm.merge(base, [model, read(folder, base)])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(tmp_path / "out.safetensors").items())
+
+
+def test_experts_of_adapters(tmp_path: Path) -> None:
+    base, folder = base_weights(), lora(tmp_path / "adapter")
+    from_folder = extract_experts(base, {"a": folder}, density=0.1)["a"]
+    from_model = extract_experts(base, {"a": read(folder, base)}, density=0.1)["a"]
+    assert from_folder.mu == from_model.mu
+    assert all(torch.equal(tensor, from_model.dense()[name]) for name, tensor in from_folder.dense().items())
+
+
+def test_ia3_scales_outputs_and_feed_forward_inputs(tmp_path: Path) -> None:
+    base = base_weights()
+    generator = torch.Generator().manual_seed(2)
+    out, into = torch.rand(24, 1, generator=generator), torch.rand(1, 24, generator=generator)
+    config = {"peft_type": "IA3", "feedforward_modules": ["down"]}
+    folder = write(tmp_path / "adapter", {"up.ia3_l": out, "down.ia3_l": into}, **config)
+    model = read(folder, base)
+    torch.testing.assert_close(model["up.weight"], base["up.weight"] * out)
+    torch.testing.assert_close(model["up.bias"], base["up.bias"] * out.flatten())
+    torch.testing.assert_close(model["down.weight"], base["down.weight"] * into)
+    assert torch.equal(model["down.bias"], base["down.bias"])
+
+
+def test_tensors_that_an_adapter_holds_in_full_replace_the_base(tmp_path: Path) -> None:
+    new = torch.arange(16.0)
+    folder = write(tmp_path / "adapter", {"norm": new}, peft_type="LORA", lora_alpha=1)
+    assert torch.equal(read(folder, base_weights())["norm"], new)
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    base = Checkpoint.open(base_weights())
+    a, b = torch.zeros(4, 16), torch.zeros(24, 4)
+    cases: list[tuple[dict[str, Tensor], dict[str, Any], str]] = [
+        ({}, {"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({}, {"peft_type": "LORA", "use_dora": True}, "use_dora"),
+        ({"side.lora_A.weight": a, "side.lora_B.weight": b}, {}, "side.weight"),
+        ({"up.lora_A.weight": a}, {}, "only one of lora_A and lora_B"),
+        ({"up.lora_A.weight": a, "up.lora_B.weight": b.T.contiguous()}, {}, "do not make up"),
+        ({"down.lora_A.weight": a, "down.lora_B.weight": b}, {}, r"down.weight \(16, 24\)"),
+        ({"norm": torch.zeros(3)}, {}, r"has shape \(3,\)"),
+        ({"up.ia3_l": torch.zeros(16, 1)}, {"peft_type": "IA3"}, "does not scale"),
+    ]
+    for number, (tensors, config, message) in enumerate(cases):
+        folder = write(tmp_path / str(number), tensors, **{"peft_type": "LORA", "lora_alpha": 8} | config)
+        with pytest.raises(fm.CheckpointError, match=message):
+            open_model(folder, base)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(fm.CheckpointError, match=r"adapter_config\.json"):
+        open_model(folder, base)
+
+
+def models() -> dict[str, Any]:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 40}
+    return {
+        "bert": lambda: transformers.BertForSequenceClassification(
+            transformers.BertConfig(intermediate_size=24, **sizes)
+        ),
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(intermediate_size=24, **sizes)),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=40, n_positions=16)
+        ),
+    }
+
+
+CASES = {
+    "bert lora": ("bert", "LoraConfig", {"target_modules": ["query", "dense"], "rank_pattern": {"query": 3}}),
+    "bert lora and head": ("bert", "LoraConfig", {"target_modules": ["query"], "modules_to_save": ["classifier"]}),
+    "bert ia3": (
+        "bert",
+        "IA3Config",
+        {"target_modules": ["key", "output.dense"], "feedforward_modules": ["output.dense"]},
+    ),
+    "llama embeddings": ("llama", "LoraConfig", {"target_modules": ["embed_tokens", "q_proj"], "use_rslora": True}),
+    "gpt2 turned": ("gpt2", "LoraConfig", {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "gpt2 ia3 turned": (
+        "gpt2",
+        "IA3Config",
+        {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_weights_as_peft_merges(case: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    kind, config_class, options = CASES[case]
+    torch.manual_seed(0)
+    model = models()[kind]()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = peft.get_peft_model(model, getattr(peft, config_class)(**options))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.merge_and_unload().state_dict()
+    found = read(tmp_path / "adapter", base)
+    changed = [name for name in base if not torch.equal(base[name], expected[name])]
+    assert len(changed) >= 2
+    for name in base:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
