@@ -117,7 +117,7 @@ def table(evaluations: Sequence[Evaluation]) -> str:
 def _scores(returned: float | Mapping[str, float]) -> Scores:
     found = returned if isinstance(returned, Mapping) else {"score": returned}
     try:
-        scores = {str(task): float(score) for task, score in found.items()}  # type: ignore[arg-type]
+        scores = {str(task): float(score) for task, score in found.items()}
     except (TypeError, ValueError):
         raise ArgumentError(f"the function must return a number or a mapping of numbers, got {returned!r}") from None
     if not scores or not all(map(math.isfinite, scores.values())):
