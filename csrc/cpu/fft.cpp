@@ -14,7 +14,7 @@ namespace freemerge {
 namespace {
 
 // Beyond this length a direct transform's buffers fall out of the first-level cache.
-constexpr std::int64_t kMaxDirect = 64;
+constexpr std::int64_t kMaxDirect = 128;
 
 constexpr double kPi = 3.14159265358979323846264338327950288;
 
