@@ -4,10 +4,9 @@
 #include <cmath>
 #include <complex>
 #include <limits>
-#include <list>
 #include <map>
-#include <mutex>
 
+#include "cpu/cache.h"
 #include "error.h"
 
 namespace freemerge {
@@ -289,23 +288,8 @@ void Fft<T>::plan_bluestein() {
 
 template <typename T>
 std::shared_ptr<const Fft<T>> shared_fft(std::int64_t n) {
-  constexpr std::size_t kCapacity = 32;
-  static std::mutex mutex;
-  static std::list<std::shared_ptr<const Fft<T>>> recent;  // most recently used first
-  const auto find = [n] {
-    const auto found = std::find_if(recent.begin(), recent.end(), [n](const auto& plan) { return plan->n == n; });
-    if (found != recent.end()) recent.splice(recent.begin(), recent, found);
-    return found != recent.end();
-  };
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (find()) return recent.front();
-  }
-  auto plan = std::make_shared<const Fft<T>>(n);  // outside the lock: other lengths need not wait for it
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (!find()) recent.push_front(std::move(plan));
-  if (recent.size() > kCapacity) recent.pop_back();
-  return recent.front();
+  static LruCache<std::int64_t, Fft<T>> cache(32);
+  return cache.get(n, [n] { return Fft<T>(n); });
 }
 
 template class Fft<float>;

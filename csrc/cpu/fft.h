@@ -37,8 +37,7 @@ class Fft {
 
   // Throws std::invalid_argument unless 1 <= n <= 2^31 - 1.
   explicit Fft(std::int64_t n);
-  Fft(const Fft&) = delete;
-  Fft& operator=(const Fft&) = delete;
+  Fft(Fft&&) = default;  // not copied: the pointers below are into its own tables
 
   std::int64_t n;
   Method method;
