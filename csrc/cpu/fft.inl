@@ -208,222 +208,216 @@ struct Place {
 // The twiddles between the two halves of a four-step transform are applied by the passes next to them.
 enum class Outer { kNone, kLoad, kStore };
 
+// Several transforms of one plan: `count` of them, `step` reals apart, each with its own n outer twiddles, which
+// lie one after the other.
+template <typename T>
+struct Batch {
+  std::int64_t count;
+  std::int64_t step;
+  const T* outer;
+};
+
 template <int R, Outer kOuter, typename T>
-void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
+void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
-  for (std::int64_t p = 0; p < count; ++p) {
-    const T* twiddles = pass.twiddles + p * 2 * (R - 1);
-    for (std::int64_t q = 0; q < span; ++q) {
-      const std::int64_t from = q + span * p, to = q + span * R * p;
-      Complex<T> a[R];
+  for (std::int64_t b = 0; b < batch.count; ++b) {
+    for (std::int64_t p = 0; p < count; ++p) {
+      const T* twiddles = pass.twiddles + p * 2 * (R - 1);
+      for (std::int64_t q = 0; q < span; ++q) {
+        const std::int64_t from = q + span * p, to = q + span * R * p;
+        Complex<T> a[R];
 #pragma GCC unroll 16
-      for (int j = 0; j < R; ++j) {
-        a[j] = halves.load(in.at(from + span * count * j));
-        if constexpr (kOuter == Outer::kLoad) a[j] = times(a[j], outer + 2 * (from + span * count * j));
-      }
-      butterfly<R, 1, T>(a, pass.roots);
-      if (count > 1) {
+        for (int j = 0; j < R; ++j) {
+          a[j] = halves.load(in.at(from + span * count * j));
+          if constexpr (kOuter == Outer::kLoad) a[j] = times(a[j], batch.outer + 2 * (from + span * count * j));
+        }
+        butterfly<R, 1, T>(a, pass.roots);
+        if (count > 1) {
 #pragma GCC unroll 16
-        for (int j = 1; j < R; ++j) a[j] = times(a[j], twiddles + 2 * (j - 1));
-      }
+          for (int j = 1; j < R; ++j) a[j] = times(a[j], twiddles + 2 * (j - 1));
+        }
 #pragma GCC unroll 16
-      for (int j = 0; j < R; ++j) {
-        if constexpr (kOuter == Outer::kStore) a[j] = times(a[j], outer + 2 * (to + span * j));
-        halves.store(out.at(to + span * j), a[j]);
+        for (int j = 0; j < R; ++j) {
+          if constexpr (kOuter == Outer::kStore) a[j] = times(a[j], batch.outer + 2 * (to + span * j));
+          halves.store(out.at(to + span * j), a[j]);
+        }
       }
     }
+    in.data += batch.step;
+    out.data += batch.step;
+    if constexpr (kOuter != Outer::kNone) batch.outer += 2 * span * R;
   }
 }
 
 // Any odd radix: as butterfly_odd, with the sums and differences in memory and three bins at a time.
 template <Outer kOuter, typename T>
-void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
+void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
   const int radix = pass.radix, half = (radix - 1) / 2;
   Complex<T> sum[kMaxRadix / 2 + 1], difference[kMaxRadix / 2 + 1];
-  for (std::int64_t p = 0; p < count; ++p) {
-    const T* twiddles = pass.twiddles + p * 2 * (radix - 1);
-    for (std::int64_t q = 0; q < span; ++q) {
-      const auto input = [&](int j) {
-        const std::int64_t element = q + span * (p + count * j);
-        const Complex<T> a = halves.load(in.at(element));
-        return kOuter == Outer::kLoad ? times(a, outer + 2 * element) : a;
-      };
-      const auto output = [&](int k, Complex<T> a) {
-        const std::int64_t element = q + span * (radix * p + k);
-        if (count > 1 && k > 0) a = times(a, twiddles + 2 * (k - 1));
-        halves.store(out.at(element), kOuter == Outer::kStore ? times(a, outer + 2 * element) : a);
-      };
-      const Complex<T> first = input(0);
-      Complex<T> total = first;
-      for (int j = 1; j <= half; ++j) {
-        const Complex<T> a = input(j), b = input(radix - j);
-        sum[j] = a + b;
-        difference[j] = a - b;
-        total = total + sum[j];
-      }
-      output(0, total);
-      constexpr int kBins = 3;
-      for (int k0 = 1; k0 <= half; k0 += kBins) {
-        Complex<T> even[kBins], odd[kBins];
-        int angle[kBins], bin[kBins];
-        for (int b = 0; b < kBins; ++b) {
-          bin[b] = k0 + b < half ? k0 + b : half;
-          angle[b] = 0;
-          even[b] = first;
-          odd[b] = Complex<T>{};
-        }
+  for (std::int64_t b = 0; b < batch.count; ++b) {
+    for (std::int64_t p = 0; p < count; ++p) {
+      const T* twiddles = pass.twiddles + p * 2 * (radix - 1);
+      for (std::int64_t q = 0; q < span; ++q) {
+        const auto input = [&](int j) {
+          const std::int64_t element = q + span * (p + count * j);
+          const Complex<T> a = halves.load(in.at(element));
+          return kOuter == Outer::kLoad ? times(a, batch.outer + 2 * element) : a;
+        };
+        const auto output = [&](int k, Complex<T> a) {
+          const std::int64_t element = q + span * (radix * p + k);
+          if (count > 1 && k > 0) a = times(a, twiddles + 2 * (k - 1));
+          halves.store(out.at(element), kOuter == Outer::kStore ? times(a, batch.outer + 2 * element) : a);
+        };
+        const Complex<T> first = input(0);
+        Complex<T> total = first;
         for (int j = 1; j <= half; ++j) {
-          const Complex<T> s = sum[j], d = difference[j];
-#pragma GCC unroll 3
-          for (int b = 0; b < kBins; ++b) {
-            angle[b] += bin[b];
-            if (angle[b] >= radix) angle[b] -= radix;
-            const T cosine = pass.roots[2 * angle[b]], sine = pass.roots[2 * angle[b] + 1];
-            even[b] = {even[b].re + s.re * cosine, even[b].im + s.im * cosine};
-            odd[b] = {odd[b].re + d.re * sine, odd[b].im + d.im * sine};
-          }
+          const Complex<T> a = input(j), b = input(radix - j);
+          sum[j] = a + b;
+          difference[j] = a - b;
+          total = total + sum[j];
         }
-        for (int b = 0; b < kBins; ++b) {
-          const int k = bin[b];
-          output(k, minus_i(even[b], odd[b]));
-          output(radix - k, plus_i(even[b], odd[b]));
+        output(0, total);
+        constexpr int kBins = 3;
+        for (int k0 = 1; k0 <= half; k0 += kBins) {
+          Complex<T> even[kBins], odd[kBins];
+          int angle[kBins], bin[kBins];
+          for (int i = 0; i < kBins; ++i) {
+            bin[i] = k0 + i < half ? k0 + i : half;
+            angle[i] = 0;
+            even[i] = first;
+            odd[i] = Complex<T>{};
+          }
+          for (int j = 1; j <= half; ++j) {
+            const Complex<T> s = sum[j], d = difference[j];
+#pragma GCC unroll 3
+            for (int i = 0; i < kBins; ++i) {
+              angle[i] += bin[i];
+              if (angle[i] >= radix) angle[i] -= radix;
+              const T cosine = pass.roots[2 * angle[i]], sine = pass.roots[2 * angle[i] + 1];
+              even[i] = {even[i].re + s.re * cosine, even[i].im + s.im * cosine};
+              odd[i] = {odd[i].re + d.re * sine, odd[i].im + d.im * sine};
+            }
+          }
+          for (int i = 0; i < kBins; ++i) {
+            const int k = bin[i];
+            output(k, minus_i(even[i], odd[i]));
+            output(radix - k, plus_i(even[i], odd[i]));
+          }
         }
       }
     }
+    in.data += batch.step;
+    out.data += batch.step;
+    if constexpr (kOuter != Outer::kNone) batch.outer += 2 * span * radix;
   }
 }
 
 template <Outer kOuter, typename T>
-void stockham(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, const T* outer) {
+void stockham(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
   switch (pass.radix) {
     case 2:
-      return stockham_pass<2, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<2, kOuter>(pass, in, out, halves, batch);
     case 3:
-      return stockham_pass<3, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<3, kOuter>(pass, in, out, halves, batch);
     case 4:
-      return stockham_pass<4, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<4, kOuter>(pass, in, out, halves, batch);
     case 5:
-      return stockham_pass<5, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<5, kOuter>(pass, in, out, halves, batch);
     case 6:
-      return stockham_pass<6, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<6, kOuter>(pass, in, out, halves, batch);
     case 7:
-      return stockham_pass<7, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<7, kOuter>(pass, in, out, halves, batch);
     case 8:
-      return stockham_pass<8, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<8, kOuter>(pass, in, out, halves, batch);
     case 9:
-      return stockham_pass<9, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<9, kOuter>(pass, in, out, halves, batch);
     case 10:
-      return stockham_pass<10, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<10, kOuter>(pass, in, out, halves, batch);
     case 11:
-      return stockham_pass<11, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<11, kOuter>(pass, in, out, halves, batch);
     case 12:
-      return stockham_pass<12, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<12, kOuter>(pass, in, out, halves, batch);
     case 13:
-      return stockham_pass<13, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<13, kOuter>(pass, in, out, halves, batch);
     case 16:
-      return stockham_pass<16, kOuter>(pass, in, out, halves, outer);
+      return stockham_pass<16, kOuter>(pass, in, out, halves, batch);
     default:
-      return stockham_pass_odd<kOuter>(pass, in, out, halves, outer);
+      return stockham_pass_odd<kOuter>(pass, in, out, halves, batch);
   }
 }
 
 // Methods -------------------------------------------------------------------------------------------------------
 
-template <typename T>
-void stockham(const FftPass<T>& pass, const T* in, T* out, Halves<T> halves) {
-  switch (pass.radix) {
-    case 2:
-      return stockham_pass<2>(pass, in, out, halves);
-    case 3:
-      return stockham_pass<3>(pass, in, out, halves);
-    case 4:
-      return stockham_pass<4>(pass, in, out, halves);
-    case 5:
-      return stockham_pass<5>(pass, in, out, halves);
-    case 7:
-      return stockham_pass<7>(pass, in, out, halves);
-    case 8:
-      return stockham_pass<8>(pass, in, out, halves);
-    case 11:
-      return stockham_pass<11>(pass, in, out, halves);
-    case 13:
-      return stockham_pass<13>(pass, in, out, halves);
-    default:
-      return stockham_pass_odd(pass, in, out, halves);
-  }
-}
-
 // In place; outer twiddles go with the first pass's loads or the last one's stores. The last pass reads and writes
 // the same elements in every butterfly, so a single pass needs no work space.
 template <Outer kOuter, typename T>
-void direct(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, const T* outer) {
-  Place<T> from = data;
-  for (int i = 0; i < plan.pass_count; ++i) {
-    const bool last = i == plan.pass_count - 1;
-    const Place<T> to = last ? data : Place<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
-    if ((kOuter == Outer::kLoad && i == 0) || (kOuter == Outer::kStore && last)) {
-      stockham<kOuter>(plan.passes[i], from, to, halves, outer);
-    } else {
-      stockham<Outer::kNone, T>(plan.passes[i], from, to, halves, nullptr);
+void direct(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, Batch<T> batch) {
+  if (plan.pass_count == 1) return stockham<kOuter>(plan.passes[0], data, data, halves, batch);
+  for (; batch.count > 0; --batch.count) {
+    Place<T> from = data;
+    for (int i = 0; i < plan.pass_count; ++i) {
+      const bool last = i == plan.pass_count - 1;
+      const Place<T> to = last ? data : Place<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
+      const Batch<T> one{1, 0, batch.outer};
+      if ((kOuter == Outer::kLoad && i == 0) || (kOuter == Outer::kStore && last)) {
+        stockham<kOuter>(plan.passes[i], from, to, halves, one);
+      } else {
+        stockham<Outer::kNone>(plan.passes[i], from, to, halves, one);
+      }
+      from = to;
     }
-    from = to;
+    data.data += batch.step;
+    if constexpr (kOuter != Outer::kNone) batch.outer += 2 * plan.n;
   }
 }
 
 template <typename T>
 void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves);
 
-// A transform that keeps natural order: any method but kSplit.
+// Transforms that keep natural order: any method but kSplit.
 template <Outer kOuter, typename T>
-void ordered(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, const T* outer) {
-  if (plan.method == Fft<T>::Method::kDirect) return direct<kOuter>(plan, data, work, halves, outer);
-  for (std::int64_t j = 0; j < plan.n; ++j) {
-    const Complex<T> a = halves.load(data.at(j));
-    halves.store(work + kElement<T> * j, kOuter == Outer::kLoad ? times(a, outer + 2 * j) : a);
-  }
-  bluestein(plan, work, work + kElement<T> * plan.n, halves);
-  for (std::int64_t k = 0; k < plan.n; ++k) {
-    const Complex<T> a = halves.load(work + kElement<T> * k);
-    halves.store(data.at(k), kOuter == Outer::kStore ? times(a, outer + 2 * k) : a);
-  }
-}
-
-// Four-step transform in place: columns, twiddles, rows. Each short transform runs in the first-level cache.
-template <typename T>
-void split_forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
-  const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
-  for (std::int64_t j1 = 0; j1 < rows.n; ++j1) {
-    const Place<T> column{data + kElement<T> * j1, kElement<T> * rows.n};
-    ordered<Outer::kStore>(columns, column, work, halves, plan.twiddles + 2 * columns.n * j1);
-  }
-  for (std::int64_t k2 = 0; k2 < columns.n; ++k2) {
-    const Place<T> row{data + kElement<T> * rows.n * k2, kElement<T>};
-    ordered<Outer::kNone, T>(rows, row, work, halves, nullptr);
+void ordered(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, Batch<T> batch) {
+  if (plan.method == Fft<T>::Method::kDirect) return direct<kOuter>(plan, data, work, halves, batch);
+  for (; batch.count > 0; --batch.count) {
+    for (std::int64_t j = 0; j < plan.n; ++j) {
+      const Complex<T> a = halves.load(data.at(j));
+      halves.store(work + kElement<T> * j, kOuter == Outer::kLoad ? times(a, batch.outer + 2 * j) : a);
+    }
+    bluestein(plan, work, work + kElement<T> * plan.n, halves);
+    for (std::int64_t k = 0; k < plan.n; ++k) {
+      const Complex<T> a = halves.load(work + kElement<T> * k);
+      halves.store(data.at(k), kOuter == Outer::kStore ? times(a, batch.outer + 2 * k) : a);
+    }
+    data.data += batch.step;
+    if constexpr (kOuter != Outer::kNone) batch.outer += 2 * plan.n;
   }
 }
 
-// The same steps backwards: from the permuted spectrum to natural order. `halves` are the inverse's.
-template <typename T>
-void split_inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+// The four-step method in place, each short transform in the first-level cache: forward is columns, twiddles, rows;
+// inverse the same steps backwards, from the permuted spectrum to natural order.
+template <Outer kOuter, typename T>
+void split_columns(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
   const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
-  for (std::int64_t k2 = 0; k2 < columns.n; ++k2) {
-    const Place<T> row{data + kElement<T> * rows.n * k2, kElement<T>};
-    ordered<Outer::kNone, T>(rows, row, work, halves, nullptr);
-  }
-  for (std::int64_t j1 = 0; j1 < rows.n; ++j1) {
-    const Place<T> column{data + kElement<T> * j1, kElement<T> * rows.n};
-    ordered<Outer::kLoad>(columns, column, work, halves, plan.twiddles + 2 * columns.n * j1);
-  }
+  const Place<T> first{data, kElement<T> * rows.n};
+  const Batch<T> batch{rows.n, kElement<T>, plan.twiddles};
+  ordered<kOuter>(columns, first, work, halves, batch);
+}
+template <typename T>
+void split_rows(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+  const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
+  const Batch<T> batch{columns.n, kElement<T> * rows.n, nullptr};
+  ordered<Outer::kNone>(rows, Place<T>{data, kElement<T>}, work, halves, batch);
 }
 
 // In place, from natural order to a spectrum in slots; `work` is plan.work elements.
 template <typename T>
 void forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T>) {
   if (plan.method == Fft<T>::Method::kSplit) {
-    split_forward(plan, data, work, halves);
+    split_columns<Outer::kStore>(plan, data, work, halves);
+    split_rows(plan, data, work, halves);
   } else {
-    ordered<Outer::kNone, T>(plan, {data, kElement<T>}, work, halves, nullptr);
+    ordered<Outer::kNone>(plan, Place<T>{data, kElement<T>}, work, halves, Batch<T>{1, 0, nullptr});
   }
 }
 
@@ -431,9 +425,10 @@ void forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T
 template <typename T>
 void inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kInverse<T>) {
   if (plan.method == Fft<T>::Method::kSplit) {
-    split_inverse(plan, data, work, halves);
+    split_rows(plan, data, work, halves);
+    split_columns<Outer::kLoad>(plan, data, work, halves);
   } else {
-    ordered<Outer::kNone, T>(plan, {data, kElement<T>}, work, halves, nullptr);
+    ordered<Outer::kNone>(plan, Place<T>{data, kElement<T>}, work, halves, Batch<T>{1, 0, nullptr});
   }
 }
 

@@ -45,7 +45,7 @@ class RowColumnFilter {
     const std::int64_t element = 2 * transforms_.lanes;
     const std::int64_t elements = std::max(first_->n + first_->work, second_->n + second_->work);
     return {Buffer<T>(elements * element), Buffer<T>(mask_.rows() * transforms_.lanes),
-            Buffer<T>(2 * mask_.signals() + mask_.rows() * transforms_.lanes)};
+            Buffer<T>(3 * mask_.signals() + mask_.rows() * transforms_.lanes)};
   }
   Buffer<T> spectrum_memory() const {
     return in_place_ ? Buffer<T>() : Buffer<T>(spectrum_.width * spectrum_.signals);
@@ -134,9 +134,10 @@ class RowColumnFilter {
     const double factor = 1.0 / static_cast<double>(mask_.signals());
     T* const gains = scratch.gains.data();
     mask_.fill(columns_.data() + block * lanes, count, lanes, background_, factor, gains);
-    BlockGains<T> block_gains{gains, mask_.mirrored(), nullptr};
+    T* const edge_work = scratch.edge.data();
+    BlockGains<T> block_gains{gains, mask_.mirrored(), nullptr, edge_work};
     if (dc_ && nyquist_ && block == spectrum.blocks() - 1) {
-      block_gains.edge_difference = split_edge(count - 1, factor, gains, scratch.edge.data());
+      block_gains.edge_difference = split_edge(count - 1, factor, gains, edge_work + 2 * mask_.signals());
     }
     transforms_.filter_block(*second_, spectrum, block, block_gains, scratch.batch.data());
   }
@@ -145,7 +146,7 @@ class RowColumnFilter {
   const T* split_edge(int lane, double factor, T* gains, T* work) const {
     const std::int64_t signals = mask_.signals(), rows = mask_.rows(), lanes = transforms_.lanes;
     const auto nyquist_column = static_cast<std::int32_t>(mask_.length() / 2);
-    T *const difference = work, *const nyquist = work + 2 * signals;
+    T *const difference = work, *const nyquist = work + signals;
     mask_.fill(&nyquist_column, 1, transforms_.lanes, background_, factor, nyquist);
     for (std::int64_t row = 0; row < rows; ++row) {
       const T d = gains[row * lanes + lane], e = nyquist[row * lanes];

@@ -372,23 +372,24 @@ void apply_gains(const Fft<T>& plan, const BlockGains<T>& gains, T* batch) {
 }
 
 // The gains of the edge's lane are complex conjugating ones (see BlockGains): the part that apply_gains leaves
-// out is set aside in `work`, then added.
+// out is set aside, then added.
 template <typename T>
-void apply_edge_gains(const Fft<T>& plan, const BlockGains<T>& gains, std::int64_t lane, T* batch, T* work) {
+void apply_edge_gains(const Fft<T>& plan, const BlockGains<T>& gains, std::int64_t lane, T* batch) {
   constexpr int n = kLanes<T>;
   const std::int64_t length = plan.n;
+  T* const aside = gains.edge_work;
   const auto element = [&](std::int64_t k) {
     return batch + kElement<T> * (plan.slot ? plan.slot[k] : k) + lane;
   };
   for (std::int64_t k = 0; k < length; ++k) {
     const T* const mirror = element(k == 0 ? 0 : length - k);
-    work[2 * k] = mirror[0] * gains.edge_difference[k];
-    work[2 * k + 1] = -mirror[n] * gains.edge_difference[k];
+    aside[2 * k] = mirror[0] * gains.edge_difference[k];
+    aside[2 * k + 1] = -mirror[n] * gains.edge_difference[k];
   }
   apply_gains(plan, gains, batch);
   for (std::int64_t k = 0; k < length; ++k) {
-    element(k)[0] += work[2 * k];
-    element(k)[n] += work[2 * k + 1];
+    element(k)[0] += aside[2 * k];
+    element(k)[n] += aside[2 * k + 1];
   }
 }
 
@@ -399,7 +400,7 @@ void filter_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t 
   load_block(spectrum, block, batch);
   forward(plan, batch, work);
   if (gains.edge_difference != nullptr) {
-    apply_edge_gains(plan, gains, spectrum.columns_in(block) - 1, batch, work);
+    apply_edge_gains(plan, gains, spectrum.columns_in(block) - 1, batch);
   } else {
     apply_gains(plan, gains, batch);
   }

@@ -70,6 +70,7 @@ struct BlockGains {
   // For the edge column Z = D + i E with gains d and e: Z'(k) = (d + e) / 2 Z(k) + (d - e) / 2 conj(Z(-k)).
   // gains holds the first factor, this the second (n of them), or null where it is zero throughout.
   const T* edge_difference;
+  T* edge_work;  // 2 n reals
 };
 
 }  // namespace freemerge

@@ -1,0 +1,246 @@
+// Random full and pruned filters (shapes, strides, storage types, masks, batches, threads, instruction sets)
+// against the definition: two DFTs of the rows and columns in double precision, bin by bin masks, and back.
+#include <complex>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "check.h"
+#include "cpu/row_column.h"
+
+namespace freemerge {
+namespace {
+
+using test::check;
+using Complex = std::complex<double>;
+
+class Random {
+ public:
+  explicit Random(unsigned seed) : engine_(seed) {}
+  std::int64_t integer(std::int64_t low, std::int64_t high) {
+    return std::uniform_int_distribution<std::int64_t>(low, high)(engine_);
+  }
+  double real(double low, double high) { return std::uniform_real_distribution<double>(low, high)(engine_); }
+  double normal() { return normal_(engine_); }
+
+ private:
+  std::mt19937_64 engine_;
+  std::normal_distribution<double> normal_;
+};
+
+// n values `step` apart, in place; sign -1 forward, +1 inverse (unscaled).
+void direct_transform(Complex* data, std::int64_t n, std::int64_t step, int sign) {
+  const double angle = sign * 2 * std::acos(-1.0) / static_cast<double>(n);
+  std::vector<Complex> roots, result;
+  for (std::int64_t k = 0; k < n; ++k) roots.push_back(std::polar(1.0, angle * static_cast<double>(k)));
+  for (std::int64_t k = 0; k < n; ++k) {
+    Complex sum = 0;
+    for (std::int64_t j = 0; j < n; ++j) sum += data[j * step] * roots[static_cast<std::size_t>(j * k % n)];
+    result.push_back(sum);
+  }
+  for (std::int64_t k = 0; k < n; ++k) data[k * step] = result[static_cast<std::size_t>(k)];
+}
+
+std::vector<double> reference(const std::vector<double>& x, const Mask& mask, double scale) {
+  const std::int64_t height = mask.height, width = mask.width;
+  std::vector<Complex> z(x.begin(), x.end());
+  for (std::int64_t y = 0; y < height; ++y) direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, -1);
+  for (std::int64_t k = 0; k < width; ++k) direct_transform(&z[static_cast<std::size_t>(k)], height, width, -1);
+  for (std::int64_t y = 0; y < height; ++y) {
+    for (std::int64_t k = 0; k < width; ++k) {
+      const bool left = k <= width / 2;
+      z[static_cast<std::size_t>(y * width + k)] *=
+          left ? mask_gain(mask, y, k) : mask_gain(mask, (height - y) % height, width - k);
+    }
+  }
+  for (std::int64_t k = 0; k < width; ++k) direct_transform(&z[static_cast<std::size_t>(k)], height, width, 1);
+  for (std::int64_t y = 0; y < height; ++y) direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, 1);
+  std::vector<double> result;
+  for (const Complex value : z) result.push_back(scale * value.real() / static_cast<double>(height * width));
+  return result;
+}
+
+Mask random_mask(Random& random, std::int64_t height, std::int64_t width, std::vector<float>& table) {
+  const double side = static_cast<double>(std::min(height, width));
+  Mask mask;
+  mask.kind = static_cast<MaskKind>(random.integer(0, 5));
+  mask.height = height;
+  mask.width = width;
+  if (random.integer(0, 3) == 0) {
+    mask.unit_y = side / static_cast<double>(height);
+    mask.unit_x = side / static_cast<double>(width);
+  }
+  mask.axis = static_cast<int>(random.integer(0, 1));
+  mask.order = random.real(1, 4);
+  mask.edge0 = random.real(0.01, 0.5) * side;
+  mask.edge1 = random.integer(0, 1) == 0 ? 1e300 : random.real(1, 2) * mask.edge0;
+  mask.gain0 = random.integer(0, 1) == 0 ? 0 : random.real(0, 1);
+  mask.gain1 = random.integer(0, 1) == 0 ? 1 : random.real(0, 2);
+  mask.gain2 = random.integer(0, 1) == 0 ? 0 : 1;
+  if (mask.kind == MaskKind::kOfficial) {
+    mask.edge0 = random.real(0.3, 1) * side;
+    mask.edge1 = static_cast<double>(std::min(height, width) / 10);
+  }
+  if (mask.kind == MaskKind::kTable) {
+    const std::int64_t columns = width / 2 + 1;
+    table.assign(static_cast<std::size_t>(height * columns), 0);
+    const auto at = [&](std::int64_t y, std::int64_t k) -> float& {
+      return table[static_cast<std::size_t>(y * columns + k)];
+    };
+    for (float& gain : table) gain = static_cast<float>(random.real(-1, 2));
+    for (std::int64_t y = 0; y < height; ++y) {  // the columns that are their own mirror image
+      at((height - y) % height, 0) = at(y, 0);
+      if (width % 2 == 0) at((height - y) % height, width / 2) = at(y, width / 2);
+    }
+    mask.table = table.data();
+  }
+  return mask;
+}
+
+std::int64_t random_side(Random& random) {
+  static constexpr std::int64_t kNotable[] = {32, 64, 67, 96, 101, 127, 128};
+  switch (random.integer(0, 2)) {
+    case 0:
+      return random.integer(1, 9);
+    case 1:
+      return random.integer(10, 110);
+    default:
+      return kNotable[random.integer(0, 6)];
+  }
+}
+
+template <typename Storage>
+struct Precision;
+template <>
+struct Precision<float> {
+  static constexpr double kError = 5e-7;
+};
+template <>
+struct Precision<double> {
+  static constexpr double kError = 1e-14;
+};
+// Where the float result lies next to a rounding boundary it may round the other way.
+template <>
+struct Precision<bfloat16> {
+  static constexpr double kError = 5e-4;
+};
+template <>
+struct Precision<float16> {
+  static constexpr double kError = 1e-4;
+};
+
+template <typename Storage>
+Storage stored(double x) {
+  if constexpr (std::is_same_v<Storage, double>) {
+    return x;
+  } else {
+    return round_to<Storage>(static_cast<float>(x));
+  }
+}
+
+template <typename Storage>
+void test_case(Random& random, DType dtype, const Kernels& kernels, const std::string& name) {
+  const std::int64_t height = random_side(random), width = random_side(random);
+  const std::int64_t stride = width + (random.integer(0, 1) == 0 ? 0 : random.integer(1, 40));
+  std::vector<float> table;
+  Plan plan;
+  plan.mask = random_mask(random, height, width, table);
+  const bool pruned = random.integer(0, 1) == 0;
+  plan.form = pruned ? Form::kPruned : Form::kFull;
+  plan.transposed = pruned && random.integer(0, 1) == 0;
+  plan.background = pruned ? static_cast<double>(random.integer(0, 2)) / 2 : 0;
+  const double scale = random.integer(0, 1) == 0 ? 1 : random.real(-2, 2);
+  const int threads = static_cast<int>(random.integer(1, 3));
+  const std::string label = name + " " + std::to_string(height) + "x" + std::to_string(width) + " stride " +
+                            std::to_string(stride) + " mask " + std::to_string(static_cast<int>(plan.mask.kind)) +
+                            (pruned ? plan.transposed ? " pruned transposed" : " pruned" : " full");
+
+  // Each matrix is allocated to the element, so that a sanitizer sees any access outside.
+  const auto size = static_cast<std::size_t>((height - 1) * stride + width);
+  const Storage gap = stored<Storage>(-7);
+  std::vector<std::unique_ptr<Storage[]>> memory;
+  std::vector<std::vector<double>> inputs;
+  Matrices matrices{{}, dtype, stride};
+  for (std::int64_t i = random.integer(1, 3); i > 0; --i) {
+    memory.push_back(std::make_unique<Storage[]>(size));
+    std::fill_n(memory.back().get(), size, gap);
+    std::vector<double> input;
+    for (std::int64_t y = 0; y < height; ++y) {
+      for (std::int64_t x = 0; x < width; ++x) {
+        const Storage value = stored<Storage>(random.normal());
+        memory.back()[static_cast<std::size_t>(y * stride + x)] = value;
+        input.push_back(static_cast<double>(to_float(value)));
+      }
+    }
+    inputs.push_back(std::move(input));
+    matrices.data.push_back(memory.back().get());
+  }
+
+  (pruned ? filter_pruned : filter_full)(plan, matrices, scale, threads, kernels);
+
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const std::vector<double> expected = reference(inputs[i], plan.mask, scale);
+    double difference = 0, norm = 0, input_norm = 0;
+    for (std::int64_t y = 0; y < height; ++y) {
+      for (std::int64_t x = 0; x < stride; ++x) {
+        if (y == height - 1 && x >= width) break;
+        const Storage found = memory[i][static_cast<std::size_t>(y * stride + x)];
+        if (x >= width) {
+          check(std::memcmp(&found, &gap, sizeof gap) == 0, label + ": gaps between rows are left alone");
+          continue;
+        }
+        const auto index = static_cast<std::size_t>(y * width + x);
+        const double d = static_cast<double>(to_float(found)) -
+                         static_cast<double>(to_float(stored<Storage>(expected[index])));
+        difference += d * d;
+        norm += expected[index] * expected[index];
+        input_norm += scale * scale * inputs[i][index] * inputs[i][index];
+      }
+    }
+    // Where the filter removes nearly everything, rounding is relative to what it removed.
+    const double error = std::sqrt(difference / std::max(norm, 0.1 * input_norm));
+    check(error <= Precision<Storage>::kError * (pruned ? 2 : 1), label + ": error " + std::to_string(error * 1e9) + "e-9");
+  }
+}
+
+// Same bytes whatever the number of threads.
+void test_determinism(const Kernels& kernels) {
+  Random random(7);
+  Plan plan;
+  plan.form = Form::kFull;
+  plan.mask.height = 150;
+  plan.mask.width = 203;
+  plan.mask.edge0 = 40;
+  plan.mask.edge1 = 1e300;
+  plan.mask.gain1 = 1;
+  std::vector<float> input(150 * 203), first;
+  for (float& x : input) x = static_cast<float>(random.normal());
+  for (const int threads : {1, 2, 5}) {
+    std::vector<float> x = input;
+    filter_full(plan, {{x.data()}, DType::kFloat32, 203}, 1.0, threads, kernels);
+    if (first.empty()) first = x;
+    check(x == first, "results do not depend on the number of threads");
+  }
+}
+
+}  // namespace
+}  // namespace freemerge
+
+int main(int argc, char** argv) {
+  using namespace freemerge;
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa > detected_isa()) continue;
+    const Kernels& table = kernels(isa);
+    const std::string name = isa_name(isa);
+    Random random(static_cast<unsigned>(isa) + 1);
+    for (int i = 0; i < cases; ++i) {
+      test_case<float>(random, DType::kFloat32, table, name + " float32");
+      test_case<double>(random, DType::kFloat64, table, name + " float64");
+      test_case<bfloat16>(random, DType::kBFloat16, table, name + " bfloat16");
+      test_case<float16>(random, DType::kFloat16, table, name + " float16");
+    }
+    test_determinism(table);
+    std::printf("%s: %d cases of each type\n", name.c_str(), cases);
+  }
+}

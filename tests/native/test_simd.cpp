@@ -1,0 +1,56 @@
+// Storage conversions of every instruction set against dtype.h, on every 16-bit pattern and on floats around every
+// rounding boundary: a filter that changes nothing (background 1, no column kept) loads, scales and stores.
+#include <cstring>
+#include <limits>
+
+#include "check.h"
+#include "cpu/row_column.h"
+
+namespace freemerge {
+namespace {
+
+using test::check;
+
+Plan scaling(std::int64_t width) {
+  Plan plan;
+  plan.form = Form::kPruned;
+  plan.background = 1;
+  plan.mask.height = 1;
+  plan.mask.width = width;
+  plan.mask.gain1 = plan.mask.gain2 = plan.mask.gain0 = 1;
+  return plan;
+}
+
+template <typename Storage>
+void test_patterns(DType dtype, const Kernels& kernels, const std::string& name) {
+  std::vector<Storage> x;
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) x.push_back({static_cast<std::uint16_t>(bits)});
+  const std::vector<Storage> input = x;
+  // 1.0009765625 = 1 + 2^-10 lands on and around the halfway points of both formats.
+  for (const double scale : {1.0, 1.0009765625, 0.3333333, 1e-5}) {
+    x = input;
+    const auto width = static_cast<std::int64_t>(x.size());
+    filter_pruned(scaling(width), {{x.data()}, dtype, width}, scale, 1, kernels);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      const float value = to_float(input[i]) * static_cast<float>(scale);
+      const bool finite = std::isfinite(to_float(input[i]));
+      if (!finite) continue;  // the transform of nothing adds 0 * factor: only finite values stay themselves
+      const Storage expected = round_to<Storage>(value);
+      const bool zero = value == 0 && to_float(x[i]) == 0;  // -0 + 0 is 0
+      check(zero || x[i].bits == expected.bits,
+            name + ": pattern " + std::to_string(i) + " times " + std::to_string(scale));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace freemerge
+
+int main() {
+  using namespace freemerge;
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa > detected_isa()) continue;
+    test_patterns<bfloat16>(DType::kBFloat16, kernels(isa), isa_name(isa) + " bfloat16");
+    test_patterns<float16>(DType::kFloat16, kernels(isa), isa_name(isa) + " float16");
+  }
+}
