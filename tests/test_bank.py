@@ -312,3 +312,33 @@ def test_misfits_are_named() -> None:
     both = fx.extract_experts(clone, {"t": {name: value + 1 for name, value in clone.items()}})
     with pytest.raises(ArgumentError, match=r"'head\.weight' and 'tokens\.weight', which the model ties"):
         fx.ExpertBank(model, both)
+
+
+def test_a_transformers_text_classifier() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    base = model.state_dict()
+    experts = fx.extract_experts(base, {task: tuned(model, i + 1) for i, task in enumerate(TASKS)}, density=0.05)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+    ids = torch.randint(60, (4, 9), generator=torch.Generator().manual_seed(1))
+    assignment = ["task1", "task0", None, "task1"]
+    with torch.no_grad():
+        expected = []
+        for sample, task in zip(ids, assignment, strict=True):
+            with bank.active({} if task is None else task):
+                expected.append(model(sample[None]).logits)
+        with bank.deltas(assignment):
+            mixed = model(ids).logits
+    torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert_same(model, before)

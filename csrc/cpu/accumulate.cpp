@@ -20,7 +20,7 @@ struct Kernels {
 };
 
 Kernels kernels() {
-  switch (detected_isa()) {
+  switch (active_isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx512:
       return {avx512::accumulate_range, avx512::add_round_range, avx512::square_sum_range};

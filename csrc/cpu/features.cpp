@@ -1,5 +1,9 @@
 #include "cpu/features.h"
 
+#include <cstdlib>
+
+#include "error.h"
+
 namespace freemerge {
 
 Isa detected_isa() {
@@ -14,6 +18,22 @@ Isa detected_isa() {
   }
 #endif
   return Isa::kBaseline;
+}
+
+Isa active_isa() {
+  static const Isa isa = [] {
+    const char* const forced = std::getenv("FREEMERGE_ISA");
+    if (forced == nullptr || *forced == '\0') return detected_isa();
+    for (const Isa candidate : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+      if (isa_name(candidate) == forced) {
+        require(candidate <= detected_isa(), "FREEMERGE_ISA: this processor has no " + isa_name(candidate));
+        return candidate;
+      }
+    }
+    throw std::invalid_argument(std::string("FREEMERGE_ISA: expected avx512, avx2 or baseline, got ") +
+                                forced);
+  }();
+  return isa;
 }
 
 std::string isa_name(Isa isa) {

@@ -14,7 +14,7 @@ namespace freemerge {
 namespace {
 
 constexpr std::int64_t kBlock = 1 << 14;     // entries per task
-constexpr std::int64_t kRowBlock = 1 << 18;  // the same by rows, whose first has no predecessor to learn from
+constexpr std::int64_t kRowBlock = 1 << 20;  // the same by rows, whose first has no predecessor to learn from
 constexpr std::int64_t kSample = 1 << 15;    // entries looked at to guess a threshold
 constexpr std::int64_t kGuessFrom = 4 * kSample;
 constexpr std::int64_t kCountFrom = 1 << 13;  // below, sorting out all entries is cheaper than a histogram
@@ -27,7 +27,7 @@ struct Kernels {
 };
 
 Kernels kernels() {
-  switch (detected_isa()) {
+  switch (active_isa()) {
 #if defined(__x86_64__)
     case Isa::kAvx512:
       return {avx512::collect_range, avx512::count_range};

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+def active_isa() -> str: ...
 def detected_isa() -> str: ...
 def accumulate(
     out: int,

@@ -1,0 +1,211 @@
+"""The public filter: what it takes, what it refuses, and the algebra of filters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import freemerge as fm
+
+BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
+AVAILABLE = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> bool:
+    return float((a.double() - b.double()).norm()) <= tolerance * (float(b.double().norm()) + 1e-3)
+
+
+@AVAILABLE
+def test_in_place_and_returned(backend: str) -> None:
+    x = noise(40, 60)
+    expected = fm.filtered(x, fm.HighPass(0.1), scale=2.0, backend=backend)
+    assert not torch.equal(x, expected)
+    assert fm.filter_(x, fm.HighPass(0.1), scale=2.0, backend=backend) is x
+    assert torch.equal(x, expected)
+
+
+@AVAILABLE
+def test_a_list_of_mixed_shapes_and_dtypes(backend: str) -> None:
+    tensors = [noise(40, 60), noise(40, 60, seed=1), noise(33), noise(3, 8, 9), noise(40, 60, dtype=torch.bfloat16)]
+    single = [fm.filtered(x, fm.HighPass(0.2), backend=backend) for x in tensors]
+    assert fm.filter_(tensors, fm.HighPass(0.2), backend=backend) is tensors
+    assert all(torch.equal(a, b) for a, b in zip(tensors, single, strict=True))
+
+
+@AVAILABLE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides(backend: str, dtype: torch.dtype) -> None:
+    whole = noise(90, 140, dtype=dtype)
+    views = {
+        "rows": lambda x: x[::2],
+        "columns": lambda x: x[:, ::2],
+        "block": lambda x: x[3:70, 5:100],
+        "transposed": lambda x: x.t(),
+        "transposed block": lambda x: x.t()[7:120, 1:80],
+        "column": lambda x: x[:, 7],
+        "one row": lambda x: x[5:6],
+        "permuted batch": lambda x: x.view(10, 9, 140).permute(1, 2, 0),
+    }
+    for name, view in views.items():
+        memory = whole.clone()
+        expected = fm.filtered(view(whole).contiguous(), fm.HighPass(0.1), backend=backend)
+        fm.filter_(view(memory), fm.HighPass(0.1), backend=backend)
+        assert close(view(memory), expected, 1e-6 if dtype == torch.float32 else 5e-3), name
+        untouched = torch.ones_like(whole, dtype=torch.bool)
+        view(untouched).zero_()
+        assert torch.equal(memory[untouched], whole[untouched]), f"{name}: nothing else was written"
+
+
+def test_numpy_and_dlpack() -> None:
+    x = noise(20, 30)
+    expected = fm.filtered(x, fm.HighPass(0.2))
+    array = x.numpy().copy()
+    assert fm.filter_(array, fm.HighPass(0.2)) is array
+    assert np.array_equal(array, expected.numpy())
+
+    class Producer:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+
+        def __dlpack__(self, **options: object) -> object:
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return self.tensor.__dlpack_device__()
+
+    producer = Producer(x.clone())
+    fm.filter_(producer, fm.HighPass(0.2))
+    assert torch.equal(producer.tensor, expected)
+
+
+@AVAILABLE
+def test_parameters_are_updated_outside_autograd(backend: str) -> None:
+    parameter = torch.nn.Parameter(noise(16, 16))
+    expected = fm.filtered(parameter.detach(), fm.HighPass(0.2), backend=backend)
+    fm.filter_(parameter, fm.HighPass(0.2), backend=backend)
+    assert torch.equal(parameter.detach(), expected)
+    assert parameter.grad_fn is None
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 3, dtype=torch.int32), "x must have dtype"),
+        (torch.zeros(3, 3, dtype=torch.complex64), "x must have dtype"),
+        (torch.zeros(()), "x must have at least one axis"),
+        (torch.zeros(0, 3), "x must have at least one axis and one entry"),
+        (torch.zeros(3, 1).expand(3, 4), "x has overlapping memory"),
+        ("tensor", "x must be a tensor"),
+        ([torch.zeros(2, 2), 3], r"x\[1\] must be a tensor"),
+        (torch.zeros(3, 3).to_sparse(), "x must be a dense tensor"),
+        (np.zeros((3, 3)).astype(int), "x must have dtype"),
+    ],
+)
+def test_bad_tensors_are_named(x: object, message: str) -> None:
+    with pytest.raises(fm.ArgumentError, match=message):
+        fm.filter_(x, fm.HighPass(0.1))
+
+
+def test_tensors_that_share_memory_are_refused() -> None:
+    x = noise(8, 8)
+    with pytest.raises(fm.ArgumentError, match="share memory"):
+        fm.filter_([x[:5], x[3:]], fm.HighPass(0.1))
+    fm.filter_([x[:, :4], x[:, 4:]], fm.HighPass(0.1))
+
+
+def test_bad_options_are_named() -> None:
+    x = noise(8, 8)
+    with pytest.raises(fm.ArgumentError, match="response must be"):
+        fm.filter_(x, 0.4)  # type: ignore[arg-type]
+    with pytest.raises(fm.ArgumentError, match="scale must be"):
+        fm.filter_(x, fm.HighPass(0.1), scale=float("nan"))
+    with pytest.raises(fm.ArgumentError, match="backend must be"):
+        fm.filter_(x, fm.HighPass(0.1), backend="mkl")
+    with pytest.raises(fm.ArgumentError, match="mask has shape"):
+        fm.filter_(x, fm.Custom(np.zeros((3, 3))))
+
+
+def test_a_forced_backend_that_cannot_run_says_why() -> None:
+    if fm.backends().get("cuda") is None or fm.backends()["cuda"].available:
+        pytest.skip("needs a build that knows the CUDA backend on a machine without a GPU")
+    with pytest.raises(fm.BackendError, match="cuda"):
+        fm.filter_(noise(8, 8), fm.HighPass(0.1), backend="cuda")
+
+
+def test_explain() -> None:
+    plan = fm.explain((4096, 11008), fm.HighPass(0.05))
+    assert plan.form == "decimated"
+    assert plan.error_bound <= 5e-7
+    assert plan.workspace_bytes < 0.15 * 4 * 4096 * 11008
+    assert "because" in str(plan)
+    assert fm.explain((8, 8), fm.HighPass(0)).form == "identity"
+    assert fm.explain((8, 8), fm.HighPass(9)).form == "scale"
+    assert fm.explain(noise(8, 8, dtype=torch.float64), fm.HighPass(0.3)).dtype == torch.float64
+
+
+sizes = st.integers(1, 70)
+cutoffs = st.floats(0.01, 1.0)
+
+
+@AVAILABLE
+@settings(deadline=None, max_examples=25)
+@given(height=sizes, width=sizes, cutoff=cutoffs, seed=st.integers(0, 99))
+def test_algebra_of_ideal_filters(backend: str, height: int, width: int, cutoff: float, seed: int) -> None:
+    x, y = noise(height, width, seed=seed), noise(height, width, seed=seed + 100)
+    high, low = fm.HighPass(cutoff), fm.LowPass(cutoff)
+    filtered = fm.filtered(x, high, backend=backend)
+    assert close(fm.filtered(filtered, high, backend=backend), filtered, 3e-6), "idempotent"
+    assert close(filtered + fm.filtered(x, low, backend=backend), x, 3e-6), "the two parts make the whole"
+    both = fm.filtered(2 * x - 3 * y, high, backend=backend)
+    assert close(2 * filtered - 3 * fm.filtered(y, high, backend=backend), both, 1e-5), "linear"
+
+
+@AVAILABLE
+@pytest.mark.parametrize("cutoff", [0.02, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bytes_for_any_number_of_threads(backend: str, cutoff: float, dtype: torch.dtype) -> None:
+    x = noise(500, 700, dtype=dtype)
+    batch = noise(5, 64, 96, dtype=dtype)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append([fm.filtered(t, fm.HighPass(cutoff), backend=backend) for t in (x, batch)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@AVAILABLE
+@pytest.mark.parametrize("shape", [(300, 400), (257, 129)])
+def test_a_large_mean_does_not_drown_the_result(backend: str, shape: tuple[int, int]) -> None:
+    """|y| << |V|: the error stays in proportion to the result, as in an exact transform."""
+    signal = noise(*shape, dtype=torch.float64)
+    x = (signal + 300).float()
+    expected = fm.filtered(x.double(), fm.HighPass(0.03), backend="torch")
+    assert close(fm.filtered(x, fm.HighPass(0.03), backend=backend), expected, 2e-5)
+
+
+@AVAILABLE
+def test_larger_shapes_against_float64(backend: str) -> None:
+    for shape, response in (
+        ((768, 768), fm.HighPass(0.05)),
+        ((1009, 1013), fm.HighPass(0.05)),
+        ((1009, 1013), fm.HighPass(0.4)),
+        ((2304, 768), fm.Official(0.7)),
+        ((5000, 96), fm.HighPass(0.02)),
+    ):
+        x = noise(*shape)
+        mask = torch.from_numpy(response.mask(shape))
+        expected = torch.fft.ifft2(mask * torch.fft.fft2(x.double())).real
+        error = (fm.filtered(x, response, backend=backend).double() - expected).norm() / expected.norm()
+        assert error <= 5e-7, (shape, response)

@@ -1,0 +1,180 @@
+"""Masks against their formulas, bin for bin, in Python and in C++."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import freemerge as fm
+from cases import RESPONSES
+from freemerge import _core
+from freemerge.responses import Response, from_config, to_config
+
+OFFICIAL_SHAPES = [(768, 768), (2304, 768), (3072, 768), (51, 33), (1, 768)]
+
+
+def signed(k: int, n: int) -> int:
+    return k if k <= n // 2 else k - n
+
+
+def official_from_the_formula(height: int, width: int, ratio: float) -> np.ndarray:
+    """1[dist <= ratio * min(H, W)] + 1[dist == min(H, W) // 10] around (H//2, W//2), unshifted, symmetrised."""
+    y, x = torch.arange(height)[:, None], torch.arange(width)[None, :]
+    distance = torch.sqrt((y - height // 2) ** 2 + (x - width // 2) ** 2)
+    assert distance.dtype == torch.float32
+    mask = ((distance <= ratio * min(height, width)).double() + (distance == min(height, width) // 10).double()).numpy()
+    mirrored = mask[(-np.arange(height)) % height][:, (-np.arange(width)) % width]
+    return (mask + mirrored) / 2
+
+
+@pytest.mark.parametrize("shape", OFFICIAL_SHAPES)
+@pytest.mark.parametrize("ratio", [0.7, 0.9, 0.6])
+def test_official_mask_bin_for_bin(shape: tuple[int, int], ratio: float) -> None:
+    assert np.array_equal(fm.Official(ratio).mask(shape), official_from_the_formula(*shape, ratio))
+
+
+@pytest.mark.parametrize(
+    ("shape", "removed"),
+    [((768, 768), 113 / 589_824), ((2304, 768), 0.577), ((3072, 768), 0.683), ((50265, 768), 0.981)],
+)
+def test_official_mask_removes_what_was_published(shape: tuple[int, int], removed: float) -> None:
+    assert fm.Official(0.7).removed_fraction(shape) == pytest.approx(removed, rel=1e-12 if shape[0] == 768 else 1e-3)
+
+
+def test_official_ratio_9_removes_nothing_of_a_square() -> None:
+    assert fm.Official(0.9).removed_fraction((768, 768)) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (7, 16), (1, 11), (5, 1)])
+def test_high_pass_is_the_papers_formula(shape: tuple[int, int]) -> None:
+    height, width = shape
+    mask = fm.HighPass(0.3).mask(shape)
+    for k in range(height):
+        for l in range(width):  # noqa: E741
+            radius = math.sqrt(signed(k, height) ** 2 + signed(l, width) ** 2)
+            assert mask[k, l] == (radius >= round(0.3 * min(shape), 9))
+
+
+def test_complements() -> None:
+    for shape in ((31, 20), (8, 8), (1, 9)):
+        assert np.array_equal(fm.LowPass(0.2).mask(shape), 1 - fm.HighPass(0.2).mask(shape))
+        assert np.array_equal(fm.BandStop(0.1, 0.3).mask(shape), 1 - fm.BandPass(0.1, 0.3).mask(shape))
+        assert np.array_equal(
+            fm.BandPass(0.1, 0.3).mask(shape), fm.HighPass(0.1).mask(shape) - fm.HighPass(0.3).mask(shape)
+        )
+        assert np.array_equal(fm.BandGain(0.2, 0.5, 2).mask(shape), np.where(fm.HighPass(0.2).mask(shape) == 1, 2, 0.5))
+
+
+def test_smooth_responses() -> None:
+    shape = (40, 40)
+    butterworth, gaussian = fm.Butterworth(0.25, 3).mask(shape), fm.Gaussian(0.25).mask(shape)
+    assert butterworth[0, 0] == gaussian[0, 0] == 0
+    assert butterworth[10, 0] == pytest.approx(0.5)
+    assert butterworth[0, 20] == pytest.approx(1 / (1 + 0.5**6))
+    assert gaussian[10, 0] == pytest.approx(1 - math.exp(-0.5))
+
+
+def test_units_and_metrics() -> None:
+    assert np.array_equal(fm.HighPass(8, unit="bins").mask((40, 20)), fm.HighPass(0.4).mask((40, 20)))
+    wide = fm.HighPass(0.25, metric="normalized").mask((40, 20))
+    assert wide[10, 0] == wide[0, 5] == 1
+    assert wide[9, 0] == wide[0, 4] == 0
+
+
+def test_a_cutoff_at_a_whole_radius_keeps_it() -> None:
+    assert 0.55 * 100 > 55
+    assert fm.HighPass(0.55).mask((200, 100))[55, 0] == 1
+
+
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_center_removes_means(axis: int) -> None:
+    x = torch.randn(6, 9, dtype=torch.float64)
+    expected = x - x.mean(axis, keepdim=True)
+    torch.testing.assert_close(fm.filtered(x, fm.Center(axis), backend="torch"), expected, rtol=0, atol=1e-12)
+
+
+def test_custom_masks() -> None:
+    shape = (6, 8)
+    array = np.random.default_rng(0).normal(size=shape)
+    symmetrised = fm.Custom(array).mask(shape)
+    mirrored = array[(-np.arange(6)) % 6][:, (-np.arange(8)) % 8]
+    assert np.allclose(symmetrised, (array + mirrored) / 2)
+    assert fm.Custom(array) == fm.Custom(array.copy())
+    assert hash(fm.Custom(array)) == hash(fm.Custom(array.copy()))
+    assert fm.Custom(array) != fm.Custom(array + 1)
+    with pytest.raises(fm.ArgumentError, match=r"mask has shape"):
+        fm.Custom(array).mask((8, 6))
+    with pytest.raises(fm.ArgumentError, match="must be a finite"):
+        fm.Custom([[float("nan")]])
+    with pytest.raises(fm.ArgumentError, match="callable returned shape"):
+        fm.Custom(lambda ky, kx, shape: np.zeros(3)).mask(shape)
+
+
+@pytest.mark.parametrize("response", RESPONSES, ids=str)
+@pytest.mark.parametrize("shape", [(12, 30), (7, 9), (1, 10), (9, 1), (33, 8)])
+def test_derived_facts_agree_with_the_mask(response: Response, shape: tuple[int, int]) -> None:
+    mask = response.mask(shape)
+    half = response.half_mask(shape)
+    assert np.array_equal(half, mask[:, : shape[1] // 2 + 1])
+    mirrored = mask[(-np.arange(shape[0])) % shape[0]][:, (-np.arange(shape[1])) % shape[1]]
+    assert np.allclose(mask, mirrored, atol=1e-15), "symmetrised"
+    assert response.removed_fraction(shape) == pytest.approx(np.mean(1 - np.minimum(np.abs(mask), 1)))
+    for column, gain in enumerate(response.column_gains(shape)):
+        if not math.isnan(gain):
+            assert np.all(half[:, column] == gain)
+    box = response.box(shape)
+    if box is not None:
+        offset = [np.abs(np.array([signed(k, n) for k in range(n)])) for n in shape]
+        offset = [n / 2 - o if at else o for o, n, at in zip(offset, shape, box.nyquist, strict=True)]
+        outside = (offset[0][:, None] >= box.bands[0]) | (offset[1][None, :] >= box.bands[1])
+        assert np.allclose(mask[outside], box.background, atol=1e-8)
+
+
+@pytest.mark.parametrize("response", [r for r in RESPONSES if not isinstance(r, fm.Custom)], ids=str)
+@pytest.mark.parametrize("shape", [(12, 30), (51, 33), (64, 64), (1, 40), (40, 1), (96, 24)])
+def test_the_cpp_mask_is_the_python_mask(response: Response, shape: tuple[int, int]) -> None:
+    native = _core.Mask(**asdict(response.params(shape)))
+    gains = [[native.gain(y, x) for x in range(shape[1] // 2 + 1)] for y in range(shape[0])]
+    exact = not isinstance(response, fm.Butterworth | fm.Gaussian)
+    np.testing.assert_allclose(gains, response.half_mask(shape), rtol=0, atol=0 if exact else 1e-14)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1.5))
+def test_removed_fraction_counts_bins(height: int, width: int, cutoff: float) -> None:
+    mask = fm.HighPass(cutoff).mask((height, width))
+    assert fm.HighPass(cutoff).removed_fraction((height, width)) == pytest.approx(1 - mask.mean())
+
+
+@pytest.mark.parametrize("response", [r for r in RESPONSES if not isinstance(r, fm.Custom)], ids=str)
+def test_repr_is_code_and_config_goes_there_and_back(response: Response) -> None:
+    assert eval(repr(response), {**vars(fm)}) == response
+    assert from_config(to_config(response)) == response
+    assert hash(from_config(to_config(response))) == hash(response)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fm.HighPass(-0.1), "cutoff must be"),
+        (lambda: fm.HighPass(float("nan")), "cutoff must be"),
+        (lambda: fm.HighPass("0.4"), "cutoff must be"),
+        (lambda: fm.HighPass(0.1, unit="hertz"), "unit must be"),
+        (lambda: fm.HighPass(0.1, metric="l1"), "metric must be"),
+        (lambda: fm.HighPass(3, unit="bins", metric="normalized"), "cannot be combined"),
+        (lambda: fm.BandPass(0.3, 0.1), "low must not exceed high"),
+        (lambda: fm.Butterworth(0.1, 0), "order must be"),
+        (lambda: fm.Gaussian(0), "cutoff must be"),
+        (lambda: fm.BandGain(0.1, float("inf"), 1), "low must be"),
+        (lambda: fm.Center(0), "axis must be"),
+        (lambda: fm.Official(relative_to="mean"), "relative_to must be"),
+    ],
+)
+def test_bad_parameters_are_named(make: object, message: str) -> None:
+    with pytest.raises(fm.ArgumentError, match=message):
+        make()  # type: ignore[operator]
