@@ -76,9 +76,9 @@ void check(const Plan& plan, const Matrices& matrices, int threads) {
   require(matrices.row_stride >= plan.mask.width, "row_stride must be at least the width");
   require(threads >= 1, "threads must be at least 1");
   for (const Decimation& axis : {plan.rows, plan.columns}) {
-    require(axis.taps >= kMinTaps && axis.taps <= kMaxTaps, "plan: taps must be between 5 and 9");
+    require(axis.taps >= kMinTaps && axis.taps <= kMaxTaps, "decimation: taps must be between 6 and 9");
   }
-  require(plan.rows.cells % kRowCellsMultiple == 0, "plan: cells of the rows must be a multiple of 32");
+  require(plan.rows.cells % kRowCellsMultiple == 0, "decimation: cells along the height must be a multiple of 32");
 }
 
 }  // namespace

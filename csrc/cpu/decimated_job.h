@@ -45,7 +45,7 @@ struct DecimatedKernels {
 };
 
 // Taps the kernels are compiled for.
-inline constexpr int kMinTaps = 5;
+inline constexpr int kMinTaps = 6;
 inline constexpr int kMaxTaps = 9;
 // Coarse rows come in whole bands of the widest instruction set.
 inline constexpr std::int64_t kRowCellsMultiple = 32;

@@ -21,7 +21,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.flo
 _FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/plan.h
 _TABLE = 5  # MaskKind::kTable in csrc/mask.h
 
-_TAPS = (5, 6, 7, 8, 9)
+_TAPS = (6, 7, 8, 9)
 _CELLS_MULTIPLE = 32
 
 # Measured on one core of a Sapphire Rapids Xeon (AVX-512), ns.

@@ -1,0 +1,198 @@
+// Random decimated filters (shapes, strides, storage types, boxes around DC and Nyquist, windows, batches, threads,
+// instruction sets) against the definition.
+#include <cstring>
+#include <memory>
+
+#include "check.h"
+#include "cpu/decimated.h"
+#include "filter_oracle.h"
+
+namespace freemerge {
+namespace {
+
+using namespace test;
+
+// A window for `samples` samples whose cells exceed the band's width 1.6 times at least, and the error it leaves.
+Decimation random_decimation(Random& random, std::int64_t samples, std::int64_t cells, double& error) {
+  Decimation d;
+  d.cells = cells;
+  d.taps = static_cast<int>(random.integer(kMinTaps, kMaxTaps));
+  d.band = random.integer(1, (cells * 5 / 8 + 1) / 2);
+  d.nyquist = samples % 2 == 0 && random.integer(0, 2) == 0;
+  const double filled = static_cast<double>(2 * d.band - 1) / static_cast<double>(cells);
+  error = 6 * std::exp(-std::acos(-1.0) * d.taps * std::sqrt(1 - filled));
+  return d;
+}
+
+// A high-pass disc inside the box, or any symmetric gains in the box.
+Mask random_mask(Random& random, std::int64_t height, std::int64_t width, const Plan& plan,
+                 std::vector<float>& table) {
+  Mask mask;
+  mask.height = height;
+  mask.width = width;
+  if (!plan.rows.nyquist && !plan.columns.nyquist && random.integer(0, 1) == 0) {
+    mask.edge0 = random.real(0, 1) * static_cast<double>(std::min(plan.rows.band, plan.columns.band));
+    mask.edge1 = static_cast<double>(std::min(plan.rows.band, plan.columns.band));
+    mask.gain0 = random.real(-1, 1);
+    mask.gain1 = random.real(0, 2);
+    mask.gain2 = plan.background;
+    return mask;
+  }
+  const std::int64_t columns = width / 2 + 1;
+  table.assign(static_cast<std::size_t>(height * columns), static_cast<float>(plan.background));
+  const auto set = [&](std::int64_t y, std::int64_t x, float gain) {
+    y = (y + 2 * height) % height;
+    x = (x + 2 * width) % width;
+    if (x < columns) table[static_cast<std::size_t>(y * columns + x)] = gain;
+  };
+  const std::int64_t centre_y = plan.rows.nyquist ? height / 2 : 0;
+  const std::int64_t centre_x = plan.columns.nyquist ? width / 2 : 0;
+  for (std::int64_t a = 1 - plan.rows.band; a < plan.rows.band; ++a) {
+    for (std::int64_t k = 0; k < plan.columns.band; ++k) {
+      if (k == 0 && a < 0) continue;
+      const auto gain = static_cast<float>(random.real(-1, 2));
+      set(centre_y + a, centre_x + k, gain);
+      set(-centre_y - a, -centre_x - k, gain);
+    }
+  }
+  mask.kind = MaskKind::kTable;
+  mask.table = table.data();
+  return mask;
+}
+
+template <typename Storage>
+void test_case(Random& random, DType dtype, const Kernels& kernels, const std::string& name) {
+  const std::int64_t height = random.integer(40, 230), width = random.integer(24, 230);
+  const std::int64_t stride = width + (random.integer(0, 1) == 0 ? 0 : random.integer(1, 40));
+  double row_error = 0, column_error = 0;
+  Plan plan;
+  plan.form = Form::kDecimated;
+  plan.rows = random_decimation(random, height, 32 * random.integer(1, height / 32), row_error);
+  plan.columns = random_decimation(random, width, random.integer(2 * kMaxTaps, width), column_error);
+  plan.background = static_cast<double>(random.integer(0, 2)) / 2;
+  std::vector<float> table;
+  plan.mask = random_mask(random, height, width, plan, table);
+  const double scale = random.integer(0, 1) == 0 ? 1 : random.real(-2, 2);
+  const int threads = static_cast<int>(random.integer(1, 3));
+  const auto axis = [](const Decimation& d) {
+    return std::to_string(d.cells) + "/" + std::to_string(d.taps) + "/" + std::to_string(d.band) +
+           (d.nyquist ? "N" : "");
+  };
+  const std::string label = name + " " + std::to_string(height) + "x" + std::to_string(width) + " stride " +
+                            std::to_string(stride) + " rows " + axis(plan.rows) + " columns " + axis(plan.columns);
+
+  // Each matrix is allocated to the element, so that a sanitizer sees any access outside.
+  const auto size = static_cast<std::size_t>((height - 1) * stride + width);
+  const Storage gap = stored<Storage>(-7);
+  std::vector<std::unique_ptr<Storage[]>> memory;
+  std::vector<std::vector<double>> inputs;
+  Matrices matrices{{}, dtype, stride};
+  for (std::int64_t i = random.integer(1, 3); i > 0; --i) {
+    memory.push_back(std::make_unique<Storage[]>(size));
+    std::fill_n(memory.back().get(), size, gap);
+    std::vector<double> input;
+    for (std::int64_t y = 0; y < height; ++y) {
+      for (std::int64_t x = 0; x < width; ++x) {
+        const Storage value = stored<Storage>(random.normal());
+        memory.back()[static_cast<std::size_t>(y * stride + x)] = value;
+        input.push_back(static_cast<double>(to_float(value)));
+      }
+    }
+    inputs.push_back(std::move(input));
+    matrices.data.push_back(memory.back().get());
+  }
+
+  filter_decimated(plan, matrices, scale, threads, kernels);
+
+  for (std::size_t i = 0; i < inputs.size(); ++i) {
+    const std::vector<double> expected = reference(inputs[i], plan.mask, scale);
+    double difference = 0, input_norm = 0;
+    for (std::int64_t y = 0; y < height; ++y) {
+      for (std::int64_t x = 0; x < (y == height - 1 ? width : stride); ++x) {
+        const Storage found = memory[i][static_cast<std::size_t>(y * stride + x)];
+        if (x >= width) {
+          check(std::memcmp(&found, &gap, sizeof gap) == 0, label + ": gaps between rows are left alone");
+          continue;
+        }
+        const auto index = static_cast<std::size_t>(y * width + x);
+        const double d = static_cast<double>(to_float(found)) -
+                         static_cast<double>(to_float(stored<Storage>(expected[index])));
+        difference += d * d;
+        input_norm += scale * scale * inputs[i][index] * inputs[i][index];
+      }
+    }
+    const double error = std::sqrt(difference / input_norm);
+    const double flips = Precision<Storage>::kSpacing * (0.05 + 2 / std::sqrt(static_cast<double>(height * width)));
+    const double tolerance = 2 * (Precision<Storage>::kError + flips + row_error + column_error);
+    check(error <= tolerance, label + ": error " + std::to_string(error * 1e9) + "e-9");
+  }
+}
+
+// Same bytes whatever the number of threads, and for a batch as for each of its matrices.
+void test_determinism(const Kernels& kernels) {
+  Random random(7);
+  Plan plan;
+  plan.form = Form::kDecimated;
+  plan.mask.height = 401;
+  plan.mask.width = 203;
+  plan.mask.edge0 = plan.mask.edge1 = 20;
+  plan.mask.gain1 = plan.mask.gain2 = plan.background = 1;
+  plan.rows = {96, 8, 20, false};
+  plan.columns = {80, 7, 20, false};
+  std::vector<float> input(401 * 203), first;
+  for (float& x : input) x = static_cast<float>(random.normal());
+  for (const int threads : {1, 2, 3, 7}) {
+    std::vector<float> x = input, y = input;
+    filter_decimated(plan, {{x.data(), y.data()}, DType::kFloat32, 203}, 1.0, threads, kernels);
+    if (first.empty()) first = x;
+    check(x == first && y == first, "results do not depend on the number of threads");
+  }
+}
+
+// What it cannot do is refused before anything is written.
+void test_refusals(const Kernels& kernels) {
+  std::vector<float> x(64 * 64, 1.0f);
+  Plan plan;
+  plan.form = Form::kDecimated;
+  plan.mask.height = plan.mask.width = 64;
+  plan.rows = plan.columns = {32, 7, 4, false};
+  const auto refuses = [&](auto change, DType dtype, std::int64_t stride, const std::string& what) {
+    Plan changed = plan;
+    change(changed);
+    bool thrown = false;
+    try {
+      filter_decimated(changed, {{x.data()}, dtype, stride}, 1.0, 1, kernels);
+    } catch (const std::invalid_argument& error) {
+      thrown = std::string(error.what()).find(what) != std::string::npos;
+    }
+    check(thrown && x == std::vector<float>(64 * 64, 1.0f), "refused: " + what);
+  };
+  refuses([](Plan&) {}, DType::kFloat64, 64, "float64");
+  refuses([](Plan&) {}, DType::kFloat32, 63, "row_stride");
+  refuses([](Plan& p) { p.rows.taps = kMaxTaps + 1; }, DType::kFloat32, 64, "taps");
+  refuses([](Plan& p) { p.rows.cells = 33; }, DType::kFloat32, 64, "multiple");
+  refuses([](Plan& p) { p.columns.cells = 65; }, DType::kFloat32, 64, "samples");
+  refuses([](Plan& p) { p.columns.band = 17; }, DType::kFloat32, 64, "highest frequency");
+}
+
+}  // namespace
+}  // namespace freemerge
+
+int main(int argc, char** argv) {
+  using namespace freemerge;
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa > detected_isa()) continue;
+    const Kernels& table = kernels(isa);
+    const std::string name = isa_name(isa);
+    Random random(static_cast<unsigned>(isa) + 1);
+    for (int i = 0; i < cases; ++i) {
+      test_case<float>(random, DType::kFloat32, table, name + " float32");
+      test_case<bfloat16>(random, DType::kBFloat16, table, name + " bfloat16");
+      test_case<float16>(random, DType::kFloat16, table, name + " float16");
+    }
+    test_determinism(table);
+    test_refusals(table);
+    std::printf("%s: %d cases of each type\n", name.c_str(), cases);
+  }
+}
