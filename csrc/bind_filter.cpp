@@ -72,7 +72,6 @@ void bind_filter(py::module_& m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init(&make_plan), py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("transposed") = false,
            py::arg("background") = 0.0, py::arg("rows") = Decimation{}, py::arg("columns") = Decimation{});
-  m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("filter", &filter, py::call_guard<py::gil_scoped_release>(), py::arg("pointers"), py::arg("dtype"),
         py::arg("plan"), py::arg("row_stride"), py::arg("scale"), py::arg("threads"), py::arg("isa") = py::none());
 }

@@ -24,16 +24,22 @@ Isa active_isa() {
   static const Isa isa = [] {
     const char* const forced = std::getenv("FREEMERGE_ISA");
     if (forced == nullptr || *forced == '\0') return detected_isa();
-    for (const Isa candidate : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-      if (isa_name(candidate) == forced) {
-        require(candidate <= detected_isa(), "FREEMERGE_ISA: this processor has no " + isa_name(candidate));
-        return candidate;
-      }
+    try {
+      const Isa wanted = isa_from_name(forced);
+      require(wanted <= detected_isa(), "this processor has no " + isa_name(wanted));
+      return wanted;
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("FREEMERGE_ISA: ") + error.what());
     }
-    throw std::invalid_argument(std::string("FREEMERGE_ISA: expected avx512, avx2 or baseline, got ") +
-                                forced);
   }();
   return isa;
+}
+
+Isa isa_from_name(const std::string& name) {
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa_name(isa) == name) return isa;
+  }
+  throw std::invalid_argument("isa must be avx512, avx2 or baseline, got " + name);
 }
 
 std::string isa_name(Isa isa) {

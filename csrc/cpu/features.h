@@ -16,4 +16,7 @@ Isa active_isa();
 
 std::string isa_name(Isa isa);
 
+// The inverse; throws std::invalid_argument for a name that isa_name never gives.
+Isa isa_from_name(const std::string& name);
+
 }  // namespace freemerge

@@ -57,13 +57,6 @@ struct Kernels {
 // Throws std::invalid_argument if this build or this processor lacks them.
 const Kernels& kernels(Isa isa);
 
-// Throws std::invalid_argument for a name that isa_name never gives.
-Isa isa_from_name(const std::string& name);
-
-// The instruction set in use: the one named by the environment variable FREEMERGE_ISA (avx512, avx2 or baseline;
-// read once), or else the best this processor has. Throws std::invalid_argument for any other name and for one this processor lacks.
-Isa active_isa();
-
 // Kernels of one type.
 inline const TransformKernels<float>& transform_kernels(const Kernels& k, float) { return k.single_precision; }
 inline const TransformKernels<double>& transform_kernels(const Kernels& k, double) { return k.double_precision; }

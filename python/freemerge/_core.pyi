@@ -62,7 +62,6 @@ def encode_positions(indices: int, wide: bool, count: int) -> tuple[int, int, np
 def decode_positions(
     coding: int, parameter: int, bytes: int, size: int, count: int, n: int, out: int, wide: bool
 ) -> None: ...
-def active_isa() -> str: ...
 
 class Mask:
     """``struct Mask`` of csrc/mask.h. ``table`` is the address of H x (W//2 + 1) floats, for kind 5 only."""
