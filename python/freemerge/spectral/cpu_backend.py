@@ -56,6 +56,8 @@ class CpuBackend:
     def supports(self, plan: Plan) -> str | None:
         if plan.form == "thin":
             return "it has no dense windows"
+        if plan.dtype == torch.float64 and isinstance(plan.response, Custom):
+            return "it takes a custom mask in fp32"
         if plan.form == "decimated":
             if plan.dtype == torch.float64:
                 return "its windowed passes compute in fp32"
