@@ -24,6 +24,7 @@ ERROR_LIMIT = {torch.float32: 5e-7, torch.float64: 1e-12}
 _ROUNDING = {torch.float32: 6e-8, torch.float64: 1e-15}  # of one operation
 _MIN_OVERSAMPLING = 1.5  # below it the window's transform at the band edge is so small that rounding is amplified
 _OVERSAMPLINGS = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+_CACHED_GRID = 1 << 20  # elements of a coarse grid whose FFT runs in cache
 _GRID_SHARE = 0.6  # a coarse grid larger than this share of the matrix is no decimation
 _PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
 _PACKED_BYTES = 16 << 20  # a smaller spectrum gets memory of its own, which is faster than packing it
@@ -114,7 +115,8 @@ class _Request:
                 grid = rows.cells * columns.cells
                 if grid > _GRID_SHARE * height * width:
                     continue
-                cost = 3 * costs.move * height * width + 2 * costs.coarse_fft * grid * math.log2(grid + 1)
+                coarse = 2 * costs.coarse_fft * grid * math.log2(grid + 1) * (2 if grid > _CACHED_GRID else 1)
+                cost = 3 * costs.move * height * width + coarse
                 cost += 2 * (self._fir(height, rows) * height * width + self._fir(width, columns) * rows.cells * width)
                 cost += costs.call * 2 * (rows.cells / max(1, self.traits.extra_taps) + 4)
                 if best is None or cost < best[0]:

@@ -10,23 +10,22 @@ import torch
 class Spectrum(Protocol):
     """The half spectrum of one H x W matrix at a time: written and read by rows, then by columns.
 
-    Columns are counted among those that are kept; a panel is a contiguous complex (H, columns) tensor.
+    Columns are counted among those that are kept; a panel is a complex (H, columns) tensor.
     """
 
     def open(self, x: torch.Tensor) -> None:
         """Start on another matrix."""
 
-    def half(self, row: int, count: int) -> torch.Tensor:
-        """Where the real FFT of rows [row, row + count) belongs, (count, W // 2 + 1); :meth:`put` keeps it."""
-        ...
-
-    def put(self, row: int, count: int) -> None: ...
+    def put(self, row: int, half: torch.Tensor) -> None:
+        """Keep the real FFT of rows from ``row`` on, (rows, W // 2 + 1)."""
 
     def get(self, row: int, count: int) -> torch.Tensor:
         """The half spectrum of rows [row, row + count); columns that are not kept are 0."""
         ...
 
-    def read(self, start: int, stop: int, panel: torch.Tensor) -> None: ...
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """A panel, perhaps a view."""
+        ...
 
     def write(self, start: int, stop: int, panel: torch.Tensor) -> None: ...
 
@@ -42,17 +41,14 @@ class WholeSpectrum:
     def open(self, x: torch.Tensor) -> None:
         pass
 
-    def half(self, row: int, count: int) -> torch.Tensor:
-        return self._kept[row : row + count]
-
-    def put(self, row: int, count: int) -> None:
-        pass
+    def put(self, row: int, half: torch.Tensor) -> None:
+        self._kept[row : row + half.shape[0]] = half
 
     def get(self, row: int, count: int) -> torch.Tensor:
         return self._kept[row : row + count]
 
-    def read(self, start: int, stop: int, panel: torch.Tensor) -> None:
-        panel.copy_(self._kept[:, start:stop])
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self._kept[:, start:stop]
 
     def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
         self._kept[:, start:stop] = panel
@@ -64,24 +60,18 @@ class WholeSpectrum:
 class PrunedSpectrum(WholeSpectrum):
     """Some ranges of columns, in memory of their own."""
 
-    def __init__(
-        self, shape: tuple[int, int], runs: list[tuple[int, int]], block: int, dtype: torch.dtype, device: str
-    ) -> None:
-        self._runs = runs
+    def __init__(self, shape: tuple[int, int], runs: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
+        self._runs, self._bins = runs, shape[1] // 2 + 1
         self._kept = torch.empty(shape[0], sum(stop - start for start, stop in runs), dtype=dtype, device=device)
-        self._half = torch.empty(block, shape[1] // 2 + 1, dtype=dtype, device=device)
 
-    def half(self, row: int, count: int) -> torch.Tensor:
-        return self._half[:count]
-
-    def put(self, row: int, count: int) -> None:
+    def put(self, row: int, half: torch.Tensor) -> None:
         position = 0
         for start, stop in self._runs:
-            self._kept[row : row + count, position : position + stop - start] = self._half[:count, start:stop]
+            self._kept[row : row + half.shape[0], position : position + stop - start] = half[:, start:stop]
             position += stop - start
 
     def get(self, row: int, count: int) -> torch.Tensor:
-        half = self._half[:count].zero_()
+        half = self._kept.new_zeros(count, self._bins)
         position = 0
         for start, stop in self._runs:
             half[:, start:stop] = self._kept[row : row + count, position : position + stop - start]
@@ -92,29 +82,26 @@ class PrunedSpectrum(WholeSpectrum):
 class PackedSpectrum:
     """All columns, in the matrix's own memory: each row holds [DC, (Nyquist if W is even), re 1, im 1, re 2, ...]."""
 
-    def __init__(self, shape: tuple[int, int], block: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         width = shape[1]
+        self._dtype, self._bins = dtype, width // 2 + 1
         self._nyquist = width // 2 if width % 2 == 0 else 0
         self._first = 2 if self._nyquist else 1  # where the interior bins start
         self._interior = (width - 1) // 2
-        self._half = torch.empty(block, width // 2 + 1, dtype=dtype, device=device)
-        self._x = torch.empty(0)
 
     def open(self, x: torch.Tensor) -> None:
         self._x = x
 
-    def half(self, row: int, count: int) -> torch.Tensor:
-        return self._half[:count]
-
-    def put(self, row: int, count: int) -> None:
-        target, parts = self._x[row : row + count], torch.view_as_real(self._half[:count])
+    def put(self, row: int, half: torch.Tensor) -> None:
+        count = half.shape[0]
+        target, parts = self._x[row : row + count], torch.view_as_real(half)
         target[:, 0] = parts[:, 0, 0]
         if self._nyquist:
             target[:, 1] = parts[:, self._nyquist, 0]
         target[:, self._first :] = parts[:, 1 : 1 + self._interior].view(count, 2 * self._interior)
 
     def get(self, row: int, count: int) -> torch.Tensor:
-        half = self._half[:count]
+        half = torch.empty(count, self._bins, dtype=self._dtype, device=self._x.device)
         source, parts = self._x[row : row + count], torch.view_as_real(half)
         parts[:, 0, 0] = source[:, 0]
         parts[:, 0, 1] = 0.0
@@ -124,14 +111,16 @@ class PackedSpectrum:
         parts[:, 1 : 1 + self._interior].view(count, 2 * self._interior).copy_(source[:, self._first :])
         return half
 
-    def read(self, start: int, stop: int, panel: torch.Tensor) -> None:
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        panel = torch.empty(self._x.shape[0], stop - start, dtype=self._dtype, device=self._x.device)
         parts = torch.view_as_real(panel)
         for position, column in self._real_columns(start, stop):
             parts[:, column, 0] = self._x[:, position]
             parts[:, column, 1] = 0.0
         first, last = max(start, 1), min(stop, self._interior + 1)
         if first < last:
-            parts[:, first - start : last - start] = self._bins(first, last)
+            parts[:, first - start : last - start] = self._inner(first, last)
+        return panel
 
     def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
         parts = torch.view_as_real(panel)
@@ -139,14 +128,14 @@ class PackedSpectrum:
             self._x[:, position] = parts[:, column, 0]
         first, last = max(start, 1), min(stop, self._interior + 1)
         if first < last:
-            self._bins(first, last).copy_(parts[:, first - start : last - start])
+            self._inner(first, last).copy_(parts[:, first - start : last - start])
 
     def scale(self, start: int, stop: int, gain: float) -> None:
         for position, _ in self._real_columns(start, stop):
             self._x[:, position] *= gain
         first, last = max(start, 1), min(stop, self._interior + 1)
         if first < last:
-            self._bins(first, last).mul_(gain)
+            self._inner(first, last).mul_(gain)
 
     def _real_columns(self, start: int, stop: int) -> list[tuple[int, int]]:
         """DC and Nyquist if they are among the columns: (position in the row, index in the panel)."""
@@ -155,6 +144,6 @@ class PackedSpectrum:
             real.append((1, self._nyquist - start))
         return real
 
-    def _bins(self, start: int, stop: int) -> torch.Tensor:
+    def _inner(self, start: int, stop: int) -> torch.Tensor:
         floats = self._x[:, self._first + 2 * (start - 1) : self._first + 2 * (stop - 1)]
         return floats.view(floats.shape[0], stop - start, 2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -18,19 +18,20 @@ from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum, WholeSpectrum
 _BLOCK_ELEMENTS = 1 << 17  # rows per FFT call: this many elements
 _PANEL_ELEMENTS = 1 << 17  # columns per FFT call: this many elements, or
 _PANEL_COLUMNS = 16  # at least so many
+_WHOLE_ELEMENTS = 1 << 22  # a full form of at most this size takes one 2-D transform
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Kept columns [start, stop), counted among the kept ones.
+    """Kept columns [start, stop), counted among the kept ones, and their gains over :attr:`Columns.factor`.
 
-    Their gains are ``factor`` (no ``gains``), ``factor`` except where a bool ``gains`` is true (0 there), or
-    ``factor`` times ``gains``, which has shape (stop - start, H).
+    ``gains`` has shape (H, stop - start); where it is bool, a gain is 0 if true and ``constant`` if not. Without it
+    every gain is ``constant``.
     """
 
     start: int
     stop: int
-    factor: float
+    constant: float
     gains: torch.Tensor | None = None
 
 
@@ -40,6 +41,7 @@ class Columns:
 
     runs: list[tuple[int, int]]  #: kept columns, as ranges
     panels: list[Panel]
+    factor: float  #: of all gains, left to the last pass over the rows
 
 
 def _ranges(indices: np.ndarray) -> list[tuple[int, int]]:
@@ -62,15 +64,16 @@ def _columns(plan: Plan) -> Columns:
     position = 0
     for start, stop in _ranges(kept):
         for first, last, varies in _constant_runs(gains[start:stop]):
-            if not varies:
-                panels.append(Panel(position + first, position + last, float(gains[start + first] - offset)))
-                continue
             for column in range(first, last, panel):
                 end = min(column + panel, last)
-                factor, table = _panel_gains(plan, (start + column, start + end), offset)
-                panels.append(Panel(position + column, position + end, factor, table))
+                constant, table = float(gains[start + column] - offset), None
+                if varies:
+                    constant, table = _panel_gains(plan, (start + column, start + end), offset)
+                panels.append(Panel(position + column, position + end, constant, table))
         position += stop - start
-    return Columns(_ranges(kept), panels)
+    factors = {p.constant for p in panels if p.gains is not None}
+    factor = factors.pop() if len(factors) == 1 else 1.0
+    return Columns(_ranges(kept), [replace(p, constant=p.constant / factor) for p in panels], factor)
 
 
 def _constant_runs(gains: np.ndarray) -> Iterator[tuple[int, int, bool]]:
@@ -83,11 +86,11 @@ def _constant_runs(gains: np.ndarray) -> Iterator[tuple[int, int, bool]]:
 
 
 def _panel_gains(plan: Plan, columns: tuple[int, int], offset: float) -> tuple[float, torch.Tensor]:
-    """(factor, gains) of a panel, (columns, H): one byte a bin where the gains are 0 or one other number."""
+    """(constant, gains) of a :class:`Panel`: one byte a bin where the gains are 0 or one other number."""
     height, _ = plan.matrix
     kx = np.arange(*columns, dtype=np.float64)[None, :]
     gains = plan.response.gain(signed_frequencies(height)[:, None], kx, plan.shape) - offset
-    gains = np.ascontiguousarray(np.broadcast_to(gains, (height, kx.size)).T)
+    gains = np.ascontiguousarray(np.broadcast_to(gains, (height, kx.size)))
     levels = np.unique(gains)
     if levels.size == 2 and 0.0 in levels:
         return float(levels[levels != 0.0][0]), torch.tensor(gains == 0.0, device=plan.device)
@@ -96,68 +99,82 @@ def _panel_gains(plan: Plan, columns: tuple[int, int], offset: float) -> tuple[f
 
 def run_columns(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
     (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
+    if plan.form == "full" and not plan.packed and height * width <= _WHOLE_ELEMENTS:
+        _run_whole(plan, matrices, scale)
+        return
     columns, spectrum = _columns(plan), _spectrum(plan)
-    block = _block(plan)
-    rows = torch.empty(block, width, dtype=dtype, device=plan.device)
-    keep = 0.0 if plan.form == "full" else plan.background * scale
+    block = max(1, _BLOCK_ELEMENTS // width)
+    keep, add = (0.0 if plan.form == "full" else plan.background) * scale, columns.factor * scale
     for x in matrices:
         spectrum.open(x)
         for start in range(0, height, block):
-            part = x[start : start + block]
-            source = part if part.dtype == dtype else rows[: part.shape[0]].copy_(part)
-            torch.fft.rfft(source, out=spectrum.half(start, part.shape[0]))
-            spectrum.put(start, part.shape[0])
-        _filter_columns(spectrum, columns.panels, plan)
+            # Without out=: torch's FFTs would only copy a temporary into it.
+            spectrum.put(start, torch.fft.rfft(x[start : start + block].to(dtype)))
+        _filter_columns(spectrum, columns.panels)
         for start in range(0, height, block):
             part = x[start : start + block]
-            result = rows[: part.shape[0]]
-            torch.fft.irfft(spectrum.get(start, part.shape[0]), n=width, out=result)
-            if scale != 1.0:
-                result.mul_(scale)
-            if keep:
-                result.add_(part, alpha=keep)
-            part.copy_(result)
+            result = torch.fft.irfft(spectrum.get(start, part.shape[0]), n=width)
+            if part.dtype == dtype:
+                _combine(part, keep, result, add)
+            else:
+                converted = part.to(dtype)
+                _combine(converted, keep, result, add)
+                part.copy_(converted)
 
 
-def _block(plan: Plan) -> int:
-    height, width = plan.matrix
-    return max(1, min(height, _BLOCK_ELEMENTS // width))
+def _run_whole(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
+    """Full, with the spectrum in memory of its own: forward at once, back by panels and blocks, which is faster."""
+    (height, width), columns = plan.matrix, _columns(plan)
+    block = max(1, _BLOCK_ELEMENTS // width)
+    for x in matrices:
+        spectrum = torch.fft.rfft2(x.to(compute_dtype(plan.dtype)))
+        for p in columns.panels:
+            panel = spectrum[:, p.start : p.stop]
+            _apply(panel, p)
+            if p.gains is not None or p.constant != 0.0:
+                panel.copy_(torch.fft.ifft(panel, dim=0))
+        for start in range(0, height, block):
+            result = torch.fft.irfft(spectrum[start : start + block], n=width)
+            torch.mul(result, columns.factor * scale, out=result)
+            x[start : start + block] = result
 
 
-def _complex(plan: Plan) -> torch.dtype:
-    return torch.complex128 if plan.dtype == torch.float64 else torch.complex64
+def _apply(panel: torch.Tensor, p: Panel) -> None:
+    if p.gains is not None and p.gains.dtype != torch.bool:
+        panel.mul_(p.gains)
+        return
+    if p.gains is not None:
+        panel.masked_fill_(p.gains, 0.0)
+    if p.constant != 1.0:
+        panel.mul_(p.constant)
+
+
+def _combine(x: torch.Tensor, keep: float, z: torch.Tensor, add: float) -> None:
+    """x = keep * x + add * z."""
+    if keep == 0.0:
+        torch.mul(z, add, out=x)
+        return
+    if keep != 1.0:
+        x.mul_(keep)
+    x.add_(z, alpha=add)
 
 
 def _spectrum(plan: Plan) -> Spectrum:
+    dtype = torch.complex128 if plan.dtype == torch.float64 else torch.complex64
     if plan.packed:
-        return PackedSpectrum(plan.matrix, _block(plan), _complex(plan), plan.device)
+        return PackedSpectrum(plan.matrix, dtype)
     if plan.form == "full":
-        return WholeSpectrum(plan.matrix, _complex(plan), plan.device)
-    return PrunedSpectrum(plan.matrix, _columns(plan).runs, _block(plan), _complex(plan), plan.device)
+        return WholeSpectrum(plan.matrix, dtype, plan.device)
+    return PrunedSpectrum(plan.matrix, _columns(plan).runs, dtype, plan.device)
 
 
-def _filter_columns(spectrum: Spectrum, panels: list[Panel], plan: Plan) -> None:
+def _filter_columns(spectrum: Spectrum, panels: list[Panel]) -> None:
     """Apply the gains of every kept column: in place where they are constant, between two column FFTs elsewhere."""
-    height = plan.matrix[0]
-    widest = max((p.stop - p.start for p in panels if p.gains is not None), default=0)
-    flat = torch.empty(3, height * widest, dtype=_complex(plan), device=plan.device)
     for p in panels:
         if p.gains is None:
-            if p.factor != 1.0:
-                spectrum.scale(p.start, p.stop, p.factor)
+            if p.constant != 1.0:
+                spectrum.scale(p.start, p.stop, p.constant)
             continue
-        size = height * (p.stop - p.start)
-        panel = flat[0, :size].view(height, -1)
-        lines, transform = flat[1, :size].view(-1, height), flat[2, :size].view(-1, height)
-        spectrum.read(p.start, p.stop, panel)
-        lines.copy_(panel.t())  # transforms of contiguous lines pay for both transpositions
-        torch.fft.fft(lines, out=transform)
-        if p.gains.dtype == torch.bool:
-            transform.masked_fill_(p.gains, 0.0)
-        else:
-            transform.mul_(p.gains)
-        torch.fft.ifft(transform, out=lines)
-        if p.factor != 1.0:
-            lines.mul_(p.factor)
-        panel.copy_(lines.t())
-        spectrum.write(p.start, p.stop, panel)
+        transform = torch.fft.fft(spectrum.read(p.start, p.stop), dim=0)
+        _apply(transform, p)
+        spectrum.write(p.start, p.stop, torch.fft.ifft(transform, dim=0))

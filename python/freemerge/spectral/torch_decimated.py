@@ -13,10 +13,12 @@ from .plan import Decimation, Plan
 from .planner import compute_dtype
 from .windows import Piece, Window, window_transform
 
-_GATHER_CELLS = {"cpu": 4}  # cells per product on the way down; elsewhere _CELLS
-_SCATTER_CELLS = {"cpu": 12}
+# Cells per product. On a CPU few cells mean less work, and enough of it if the rows are long; elsewhere a launch costs
+# more than the work.
+_CPU_PRODUCT = 1 << 14  # cells x row length, at least 4 cells
+_SCATTER_CELLS = 12
 _CELLS = 64
-_SEGMENT_CELLS = 64  # coarse rows per pass over the columns
+_SEGMENT_ELEMENTS = 1 << 18  # coarse rows per pass over the columns, at least 32 of them
 _COLUMN_CELLS = 32  # cells per product along a row
 _STAGE_ELEMENTS = 1 << 19  # a converted block of rows stays in cache
 
@@ -87,9 +89,11 @@ def _grid(plan: Plan) -> _Grid:
     assert plan.rows is not None
     assert plan.columns is not None
     (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
-    kind = torch.device(plan.device).type
-    scatter = _SCATTER_CELLS.get(kind, _CELLS)
-    rows = _axis(height, plan.rows, _GATHER_CELLS.get(kind, _CELLS), scatter, dtype, plan.device)
+    gather, scatter = _CELLS, _CELLS
+    if torch.device(plan.device).type == "cpu":
+        gather = min(_CELLS, max(4, _CPU_PRODUCT // width))
+        scatter = max(gather, _SCATTER_CELLS)
+    rows = _axis(height, plan.rows, gather, scatter, dtype, plan.device)
     columns = _axis(width, plan.columns, _COLUMN_CELLS, _COLUMN_CELLS, dtype, plan.device)
     gain = torch.tensor(_coarse_gain(plan, plan.rows, plan.columns), dtype=dtype, device=plan.device)
     return _Grid(rows, columns, gain, _extension(plan.rows, plan.device), _extension(plan.columns, plan.device))
@@ -127,8 +131,8 @@ def _segments(products: list[_Product], limit: int) -> list[list[_Product]]:
 def run_decimated(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
     grid, (_, width), dtype = _grid(plan), plan.matrix, compute_dtype(plan.dtype)
     rows, columns = grid.rows, grid.columns
-    down = _segments(rows.gather, _SEGMENT_CELLS)
-    up = _segments(rows.scatter, _SEGMENT_CELLS)
+    cells = max(32, _SEGMENT_ELEMENTS // width)
+    down, up = _segments(rows.gather, cells), _segments(rows.scatter, cells)
     lines = max(max(p.cell1 for p in s) - s[0].cell0 for s in down + up)
     buffer = torch.empty(lines, width, dtype=dtype, device=plan.device)
     coarse = torch.empty(rows.d.cells, columns.d.cells, dtype=dtype, device=plan.device)
