@@ -148,15 +148,6 @@ def test_twin_svd_of_full_rank_restores_the_matrices(vectors: list[TaskVector]) 
     close(twin.vectors[2]["layer.weight"], vectors[2]["layer.weight"].double().numpy())
 
 
-def test_twin_sparse_keeps_the_largest_exclusive_entries(vectors: list[TaskVector]) -> None:
-    shared = rivals.average(vectors)
-    kept = flat(rivals.twin_sparse(vectors, shared, density=0.1)[0])
-    exclusive = flat(vectors[0]) - flat(shared)
-    assert np.count_nonzero(kept) == round(0.1 * exclusive.size)
-    close(kept[kept != 0], exclusive[kept != 0])
-    assert np.abs(exclusive[kept == 0]).max() <= np.abs(kept[kept != 0]).min()
-
-
 def test_inputs_are_not_modified(vectors: list[TaskVector]) -> None:
     before = [flat(vector) for vector in vectors]
     shared = rivals.average(vectors)
@@ -164,5 +155,4 @@ def test_inputs_are_not_modified(vectors: list[TaskVector]) -> None:
         method(vectors)
     rivals.emr(vectors)
     rivals.twin_svd(vectors, shared, 1)
-    rivals.twin_sparse(vectors, shared, 0.5)
     assert all(np.array_equal(flat(vector), old) for vector, old in zip(vectors, before, strict=True))

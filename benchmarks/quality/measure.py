@@ -6,7 +6,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -49,32 +49,40 @@ class Settings:
     test: int
 
 
-def measure(cache: Path, out: Path, settings: Settings, patterns: Sequence[str] = ("*",)) -> dict[str, Any]:
-    """Measure the methods whose names match, write ``results.json`` after each, and return its content.
+def measure(cache: Path, out: Path, settings: Settings, patterns: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure every method on every seed, write ``results.json`` after each, and return its content.
 
-    Results of other methods in an existing file with the same settings are kept.
+    What an existing file with the same settings holds is not measured again, so an interrupted run goes on where it
+    was; ``patterns`` names methods to measure again, and no others.
     """
     results = _start(out, settings)
-    tuned: dict[str, float] = {name: entry["value"] for name, entry in results["methods"].items()}
-    done: dict[str, Measured] = {}
+    done = {name: Measured(**entry) for name, entry in results["methods"].items()}
+    static = [method for method in STATIC if _begin(method, done, patterns)]
+    specific = [method for method in SPECIFIC if _begin(method, done, patterns)]
     for number, seed in enumerate(settings.seeds):
         suite = build(cache, settings.tasks, seed, settings.steps, settings.test)
-        inputs = Inputs(suite.base, dict(zip(suite.names, suite.models, strict=True)))
+        scales = {name: measured.value for name, measured in done.items() if measured.value is not None}
+        inputs = Inputs(suite.base, dict(zip(suite.names, suite.models, strict=True)), scales)
         _reference(suite, results, number)
-        for method in STATIC:
-            wanted = _matches(method.name, patterns)
-            if wanted or method.name in tuned:
-                _static(method, suite, inputs, done if wanted else None, tuned)
-            _save(out, results, done)
-        for specific in SPECIFIC:
-            if _matches(specific.name, patterns):
-                _specific(specific, suite, inputs, done, tuned)
+        for plain in static:
+            if len(done[plain.name].accuracy) == number:
+                _static(plain, suite, inputs, done[plain.name])
+                _save(out, results, done)
+        for method in specific:
+            if len(done[method.name].accuracy) == number:
+                _specific(method, suite, inputs, done[method.name])
                 _save(out, results, done)
     return results
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _begin(method: Static | Specific, done: dict[str, Measured], patterns: Sequence[str]) -> bool:
+    """Whether to measure a method; forgets what is to be measured again."""
+    if patterns and not any(fnmatchcase(method.name, pattern) for pattern in patterns):
+        return False
+    candidates = [str(value) for value in method.candidates] if len(method.candidates) > 1 else []
+    if patterns or method.name not in done or list(done[method.name].tuning) != candidates:
+        done[method.name] = Measured(storage=0.0)
+    return True
 
 
 def _start(out: Path, settings: Settings) -> dict[str, Any]:
@@ -115,7 +123,8 @@ def _processor() -> str:
 
 
 def _save(out: Path, results: dict[str, Any], done: dict[str, Measured]) -> None:
-    results["methods"] |= {name: asdict(measured) for name, measured in done.items()}
+    order = [method.name for method in (*STATIC, *SPECIFIC)]
+    results["methods"] = {name: asdict(done[name]) for name in order if name in done and done[name].accuracy}
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"{RESULTS}.part"
     partial.write_text(json.dumps(results, indent=1) + "\n")
@@ -135,40 +144,25 @@ def _reference(suite: Suite, results: dict[str, Any], number: int) -> None:
     reference["switch_seconds"] = _least(lambda: suite.apply())
 
 
-def _static(
-    method: Static, suite: Suite, inputs: Inputs, done: dict[str, Measured] | None, tuned: dict[str, float]
-) -> None:
-    """Merge, tune the scale if this is the first seed, and measure, unless the method is only a backbone this time."""
+def _static(method: Static, suite: Suite, inputs: Inputs, measured: Measured) -> None:
     count = len(suite.names)
     started = time.process_time()
     unscaled = method.merge(inputs)
-    seconds = time.process_time() - started
-    measured = None if done is None else done.setdefault(method.name, Measured(storage=0.0))
-    if measured is not None and not measured.accuracy:
-        measured.tuning = {
-            str(scale): suite.validate([[_times(unscaled, scale)]] * count)
-            for scale in (method.scales if len(method.scales) > 1 else ())
-        }
-        measured.value = tuned[method.name] = _best(measured.tuning, method.scales)
-    inputs.merged[method.name] = _times(unscaled, tuned[method.name])
-    if measured is not None:
-        measured.merge_seconds = min(measured.merge_seconds, seconds)
-        measured.accuracy.append(suite.accuracies([[inputs.merged[method.name]]] * count, suite.test))
-        _say(method.name, measured)
-
-
-def _specific(
-    method: Specific, suite: Suite, inputs: Inputs, done: dict[str, Measured], tuned: dict[str, float]
-) -> None:
-    measured = done.setdefault(method.name, Measured(storage=0.0))
+    measured.merge_seconds = min(measured.merge_seconds, time.process_time() - started)
     if not measured.accuracy:
-        measured.tuning = {
-            str(value): suite.validate(method.build(inputs, value).parts)
-            for value in (method.values if len(method.values) > 1 else ())
-        }
-        measured.value = tuned[method.name] = _best(measured.tuning, method.values)
+        _tune(measured, method, lambda scale: suite.validate([[_times(unscaled, scale)]] * count))
+    assert measured.value is not None
+    inputs.scales[method.name] = measured.value
+    measured.accuracy.append(suite.accuracies([[_times(unscaled, measured.value)]] * count, suite.test))
+    _say(method.name, measured)
+
+
+def _specific(method: Specific, suite: Suite, inputs: Inputs, measured: Measured) -> None:
+    if not measured.accuracy:
+        _tune(measured, method, lambda value: suite.validate(method.build(inputs, value).parts))
+    assert measured.value is not None
     started = time.process_time()
-    kept = method.build(inputs, tuned[method.name])
+    kept = method.build(inputs, measured.value)
     measured.merge_seconds = min(measured.merge_seconds, time.process_time() - started)
     measured.storage = 100.0 * kept.bytes_per_task / suite.dense_bytes
     measured.accuracy.append(suite.accuracies(kept.parts, suite.test))
@@ -180,6 +174,14 @@ def _specific(
     if kept.experts is not None:
         measured.switch_seconds = _switch_seconds(suite, kept)
     _say(method.name, measured)
+
+
+def _tune(measured: Measured, method: Static | Specific, validate: Callable[[float], float]) -> None:
+    """Choose the method's number on the validation splits; one with a single candidate has nothing to choose."""
+    if len(method.candidates) > 1:
+        measured.tuning = {str(value): validate(value) for value in method.candidates}
+    best = max(measured.tuning, key=lambda value: measured.tuning[value]) if measured.tuning else method.candidates[0]
+    measured.value = float(best)
 
 
 def _switch_seconds(suite: Suite, kept: Kept) -> float:
@@ -194,7 +196,7 @@ def _switch_seconds(suite: Suite, kept: Kept) -> float:
     return _least(switch)
 
 
-def _least(action: Any) -> float:
+def _least(action: Callable[[], None]) -> float:
     times = []
     for _ in range(REPEATS):
         started = time.process_time()
@@ -205,10 +207,6 @@ def _least(action: Any) -> float:
 
 def _times(vector: TaskVector, scale: float) -> TaskVector:
     return {name: scale * tensor for name, tensor in vector.items()}
-
-
-def _best(tuning: dict[str, float], values: Sequence[float]) -> float:
-    return float(max(tuning, key=lambda value: tuning[value])) if tuning else values[0]
 
 
 def _say(name: str, measured: Measured) -> None:

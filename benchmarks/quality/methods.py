@@ -19,29 +19,41 @@ from .rivals import TaskVector
 SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for every method
 UNIT_SCALES = (0.8, 1.0, 1.5, 2.0, 2.5, 3.0)  # of methods whose papers merge at scale 1
 MEAN_SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # of methods whose weights sum to one
+STRONG_SCALES = (3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # of those whose filter removes so much that more is needed
+RELEASED_SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
 MU = (3.0, 5.0, 7.0, 9.0, 12.0, 15.0)
 
 
 @dataclass
 class Inputs:
-    """One seed's weights, and the tuned merged vectors by the name of their method (scale included)."""
+    """One seed's weights, and the tuned scales of the static methods measured so far."""
 
     base: TaskVector
     models: dict[str, TaskVector]
-    merged: dict[str, TaskVector] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    _merged: dict[str, TaskVector] = field(default_factory=dict)
 
     @property
     def vectors(self) -> list[TaskVector]:
         return [{name: model[name] - self.base[name] for name in self.base} for model in self.models.values()]
 
+    def merged(self, name: str) -> TaskVector:
+        """The task vector of a static method, at its tuned scale; kept for the next who asks."""
+        if name not in self._merged:
+            if name not in self.scales:
+                raise SystemExit(f"{name!r} has to be measured first: the experts stand on it")
+            (method,) = [method for method in STATIC if method.name == name]
+            self._merged[name] = {key: self.scales[name] * tensor for key, tensor in method.merge(self).items()}
+        return self._merged[name]
+
 
 @dataclass(frozen=True)
 class Static:
-    """One model for all tasks: theta_0 + scale * merge(inputs), the scale tuned among ``scales``."""
+    """One model for all tasks: theta_0 + scale * merge(inputs), the scale tuned among ``candidates``."""
 
     name: str
     merge: Callable[[Inputs], TaskVector]
-    scales: tuple[float, ...]
+    candidates: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -55,11 +67,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class Specific:
-    """Something kept for each task; ``values`` are the candidates of its one tuned number, if it has one."""
+    """Something kept for each task; ``candidates`` of its one tuned number, if it has one."""
 
     name: str
     build: Callable[[Inputs, float], Kept]
-    values: tuple[float, ...] = (1.0,)
+    candidates: tuple[float, ...] = (1.0,)
     routed: bool = False
 
 
@@ -111,7 +123,7 @@ def emr(inputs: Inputs, _: float) -> Kept:
 
 def twin_svd(rank: int) -> Callable[[Inputs, float], Kept]:
     def build(inputs: Inputs, _: float) -> Kept:
-        result = rivals.twin_svd(inputs.vectors, inputs.merged["Task Arithmetic"], rank)
+        result = rivals.twin_svd(inputs.vectors, inputs.merged("Task Arithmetic"), rank)
         return Kept([[vector] for vector in result.vectors], result.bytes_per_task)
 
     return build
@@ -121,7 +133,7 @@ def twin_sparse(density: float) -> Callable[[Inputs, float], Kept]:
     """Exclusive parts theta_i - theta_shared, the largest entries of the model, in the files of our experts."""
 
     def build(inputs: Inputs, _: float) -> Kept:
-        shared = inputs.merged["Task Arithmetic"]
+        shared = inputs.merged("Task Arithmetic")
         start = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
         experts = extract_experts(start, inputs.models, density=density, scope="model", rescale=1.0, values="fp16")
         return _kept(shared, inputs.base, experts)
@@ -139,7 +151,7 @@ def free(
     """FREE-Merging: experts on a merged backbone. ``rescale="tuned"`` takes mu from the tuned number."""
 
     def build(inputs: Inputs, mu: float) -> Kept:
-        shared = inputs.merged[backbone] if backbone else {name: torch.zeros_like(t) for name, t in inputs.base.items()}
+        shared = inputs.merged(backbone) if backbone else {name: torch.zeros_like(t) for name, t in inputs.base.items()}
         merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
         experts = extract_experts(
             inputs.base,
@@ -172,8 +184,8 @@ def _fr(response: fm.Response) -> fm.Recipe:
     return fm.Recipe(response=response, weights="paper", renormalize="energy")
 
 
-def _fr_at(cutoff: float) -> Static:
-    return Static(f"FR, cutoff {cutoff}", recipe_merge(_fr(fm.HighPass(cutoff))), MEAN_SCALES)
+def _fr_at(cutoff: float, candidates: tuple[float, ...] = MEAN_SCALES) -> Static:
+    return Static(f"FR, cutoff {cutoff}", recipe_merge(_fr(fm.HighPass(cutoff))), candidates)
 
 
 STATIC = (
@@ -187,13 +199,14 @@ STATIC = (
     Static("no filter, weights of FR", recipe_merge(_fr(fm.HighPass(0))), MEAN_SCALES),
     *(_fr_at(cutoff) for cutoff in (0.05, 0.1, 0.2, 0.3)),
     Static("FR-Merging", recipe_merge(fm.Recipe()), MEAN_SCALES),
-    *(_fr_at(cutoff) for cutoff in (0.5, 0.6)),
+    _fr_at(0.5),
+    _fr_at(0.6, STRONG_SCALES),
     Static(
         "FR as released (ViT-8 script)",
         recipe_merge(fm.Recipe(response=fm.Official(0.7), weights="sum", align=True, renormalize=None)),
-        SUM_SCALES,
+        RELEASED_SCALES,
     ),
-    Static("FR, cutoff 0.4, rows and columns permuted", permuted_merge(fm.Recipe()), MEAN_SCALES),
+    Static("FR, cutoff 0.4, rows and columns permuted", permuted_merge(fm.Recipe()), STRONG_SCALES),
     Static("row means removed, nothing else", recipe_merge(_fr(fm.Center(-1))), MEAN_SCALES),
 )
 

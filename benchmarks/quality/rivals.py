@@ -169,12 +169,3 @@ def twin_svd(vectors: Sequence[TaskVector], shared: TaskVector, rank: int) -> Ta
                 count += rank * (sum(tensor.shape))  # singular values go into one of the factors
         specific.append(own)
     return TaskSpecific(specific, 2.0 * count)
-
-
-def twin_sparse(vectors: Sequence[TaskVector], shared: TaskVector, density: float) -> list[TaskVector]:
-    """Twin-Merging with the largest entries of the exclusive part v_i - shared, over the whole model.
-
-    Returns the kept exclusive parts, to be added to ``shared``.
-    """
-    flat = flatten(shared)
-    return [unflatten(keep_largest(flatten(vector) - flat, density), vector) for vector in vectors]

@@ -141,15 +141,25 @@ class Merger:
             return sums
 
         filtered, means = self._filtered(unit)
+        factors = self._alignment(unit, means) if self.recipe.align else [1.0] * len(self.models)
         sums = []
-        for member, member_means in enumerate(means):
-            factors = alignment_factors(member_means) if self.recipe.align else [1.0] * len(self.models)
+        for member in range(len(unit.names)):
             scaled = [factor * weight for factor, weight in zip(factors, weights[member], strict=True)]
             deltas = [task[member] for task in filtered]
             sums.append(elect_and_sum(deltas, scaled) if self.recipe.sign_election else _weighted_sum(deltas, scaled))
         if unit.action == "filter":
             self._renormalize(unit, sums, norm(self._weighted_sums(unit, weights)))
         return sums
+
+    def _alignment(self, unit: Unit, means: Sequence[Sequence[float]]) -> list[float]:
+        """The factor of each model; a stack is aligned as the one matrix it stands for."""
+        sizes = [self.specs[name].numel for name in unit.names]
+        return alignment_factors(
+            [
+                math.fsum(mean * size for mean, size in zip(column, sizes, strict=True)) / max(1, sum(sizes))
+                for column in zip(*means, strict=True)
+            ]
+        )
 
     def _weighted_sums(self, unit: Unit, weights: Sequence[Sequence[float]]) -> list[Tensor]:
         """sum_i lambda_i v_i of each member, unfiltered, in the compute dtype."""

@@ -14,12 +14,16 @@ import yaml
 
 from .errors import ArgumentError
 from .merging import Weights
-from .responses import HighPass, Official, Response, from_config, to_config
+from .responses import HighPass, Response, from_config, to_config
 from .task_vector import Rule, Split, Stack, View
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ComputeDType = Literal["float32", "float64"]
 OutDType = Literal["float32", "float64", "bfloat16", "float16"]
+
+
+_PRESET_FOLDER = Path(__file__).with_name("presets")
+PRESETS = tuple(sorted(file.stem for file in _PRESET_FOLDER.glob("*.yaml")))  # see docs/presets.md
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,12 @@ class Recipe:
 
     @classmethod
     def preset(cls, name: str) -> Recipe:
-        """A published setting by name, see :data:`PRESETS`."""
+        """A published setting by name: one of :data:`PRESETS`, the YAML files in this package's folder ``presets``."""
         if name not in PRESETS:
             raise ArgumentError(
-                f"preset must be one of {', '.join(PRESETS)}, got {name!r}{_did_you_mean(name, PRESETS)}"
+                f"preset must be one of {', '.join(PRESETS)}, got {name!r}{_did_you_mean(str(name), PRESETS)}"
             )
-        return PRESETS[name]
+        return cls.from_yaml(_PRESET_FOLDER / f"{name}.yaml")
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed, validated again."""
@@ -197,29 +201,3 @@ def _view_config(view: View) -> dict[str, Any]:
     if isinstance(view, Stack):
         return {"stack": list(view.patterns)}
     return {"split": view.pattern, "parts": view.parts if isinstance(view.parts, int) else list(view.parts)}
-
-
-# What each released script does, its bugs excepted (see docs/presets.md).
-PRESETS: dict[str, Recipe] = {
-    "paper": Recipe(scale=1.0, renormalize=None),
-    "official-vit8": Recipe(
-        response=Official(0.7),
-        weights="sum",
-        scale=0.7,
-        renormalize=None,
-        align=True,
-        select=(Rule("*mlp*weight*", "filter"), Rule("*attn*weight*", "filter"), Rule("*", "merge")),
-    ),
-    "official-vit30": Recipe(
-        response=Official(0.7),
-        weights="sum",
-        scale=0.15,
-        renormalize=None,
-        select=(Rule("*mlp*weight*", "filter"), Rule("*attn*weight*", "filter"), Rule("*", "merge")),
-    ),
-    "official-roberta": Recipe(response=Official(0.7, relative_to="max"), weights="sum", scale=0.5, renormalize=None),
-    # Every task vector is weighted by 0.8 before the election; the merged one by 1.1.
-    "official-llm": Recipe(
-        response=Official(0.9), weights="sum", scale=0.8 * 1.1, renormalize=None, sign_election=True
-    ),
-}
