@@ -44,8 +44,10 @@ void direct_transform(Complex* data, std::int64_t n, std::int64_t step, int sign
 std::vector<double> reference(const std::vector<double>& x, const Mask& mask, double scale) {
   const std::int64_t height = mask.height, width = mask.width;
   std::vector<Complex> z(x.begin(), x.end());
-  for (std::int64_t y = 0; y < height; ++y) direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, -1);
-  for (std::int64_t k = 0; k < width; ++k) direct_transform(&z[static_cast<std::size_t>(k)], height, width, -1);
+  for (std::int64_t y = 0; y < height; ++y)
+    direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, -1);
+  for (std::int64_t k = 0; k < width; ++k)
+    direct_transform(&z[static_cast<std::size_t>(k)], height, width, -1);
   for (std::int64_t y = 0; y < height; ++y) {
     for (std::int64_t k = 0; k < width; ++k) {
       const bool left = k <= width / 2;
@@ -53,8 +55,10 @@ std::vector<double> reference(const std::vector<double>& x, const Mask& mask, do
           left ? mask_gain(mask, y, k) : mask_gain(mask, (height - y) % height, width - k);
     }
   }
-  for (std::int64_t k = 0; k < width; ++k) direct_transform(&z[static_cast<std::size_t>(k)], height, width, 1);
-  for (std::int64_t y = 0; y < height; ++y) direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, 1);
+  for (std::int64_t k = 0; k < width; ++k)
+    direct_transform(&z[static_cast<std::size_t>(k)], height, width, 1);
+  for (std::int64_t y = 0; y < height; ++y)
+    direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, 1);
   std::vector<double> result;
   for (const Complex value : z) result.push_back(scale * value.real() / static_cast<double>(height * width));
   return result;
@@ -109,7 +113,8 @@ std::int64_t random_side(Random& random) {
   }
 }
 
-// Arithmetic error, and the spacing of the storage type: a result next to a rounding boundary may go the other way.
+// Arithmetic error, and the spacing of the storage type: a result next to a rounding boundary may go the
+// other way.
 template <typename Storage>
 struct Precision;
 template <>
@@ -152,7 +157,8 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   const double scale = random.integer(0, 1) == 0 ? 1 : random.real(-2, 2);
   const int threads = static_cast<int>(random.integer(1, 3));
   const std::string label = name + " " + std::to_string(height) + "x" + std::to_string(width) + " stride " +
-                            std::to_string(stride) + " mask " + std::to_string(static_cast<int>(plan.mask.kind)) +
+                            std::to_string(stride) + " mask " +
+                            std::to_string(static_cast<int>(plan.mask.kind)) +
                             (pruned ? plan.transposed ? " pruned transposed" : " pruned" : " full");
 
   // Each matrix is allocated to the element, so that a sanitizer sees any access outside.
@@ -199,7 +205,8 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
     }
     // Where the filter removes nearly everything, rounding is relative to what it removed.
     const double error = std::sqrt(difference / std::max(norm, 0.1 * input_norm));
-    const double flips = Precision<Storage>::kSpacing * (0.05 + 2 / std::sqrt(static_cast<double>(height * width)));
+    const double flips =
+        Precision<Storage>::kSpacing * (0.05 + 2 / std::sqrt(static_cast<double>(height * width)));
     const double tolerance = Precision<Storage>::kError * (pruned ? 2 : 1) + flips;
     check(error <= tolerance, label + ": error " + std::to_string(error * 1e9) + "e-9");
   }
