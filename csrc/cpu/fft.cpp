@@ -52,8 +52,8 @@ double radix_cost(int radix) {
   }
 }
 
-// Radices of a direct transform in the order of its passes, the cheapest choice; none if a prime factor of n is
-// too large (or n is 1).
+// Radices of a direct transform in the order of its passes, the cheapest choice; none if a prime factor of n
+// is too large (or n is 1).
 std::vector<int> direct_radices(std::int64_t n) {
   std::vector<int> radices;
   std::int64_t composite = 1;
@@ -153,9 +153,12 @@ void append(std::vector<T>& table, std::complex<double> value) {
 }
 
 // exp(-2 pi i k^2 / (2 n)), with the square reduced exactly.
-std::complex<double> chirp_value(std::int64_t k, std::int64_t n) { return unit_root(-(k * k % (2 * n)), 2 * n); }
+std::complex<double> chirp_value(std::int64_t k, std::int64_t n) {
+  return unit_root(-(k * k % (2 * n)), 2 * n);
+}
 
-// Plain double transform of a smooth length, for tables only: out[k] = sum_j in[j * stride] exp(-2 pi i j k / n).
+// Plain double transform of a smooth length, for tables only: out[k] = sum_j in[j * stride] exp(-2 pi i j k /
+// n).
 void reference_transform(const std::complex<double>* in, std::complex<double>* out, std::int64_t n,
                          std::int64_t stride) {
   if (n == 1) {
@@ -223,7 +226,8 @@ void Fft<T>::plan_direct(const std::vector<int>& radices) {
       }
     }
     for (int j = 0; j < radix; ++j) append(root_table, unit_root(j, radix));
-    pass_storage_.push_back({radix, count, span, keep(std::move(twiddle_table)), keep(std::move(root_table))});
+    pass_storage_.push_back(
+        {radix, count, span, keep(std::move(twiddle_table)), keep(std::move(root_table))});
     left = count;
     span *= radix;
   }
@@ -267,7 +271,8 @@ void Fft<T>::plan_bluestein() {
   work = n + m + convolution->work;
 
   std::vector<T> chirp_table;
-  std::vector<std::complex<double>> kernel(static_cast<std::size_t>(m)), spectrum(static_cast<std::size_t>(m));
+  std::vector<std::complex<double>> kernel(static_cast<std::size_t>(m)),
+      spectrum(static_cast<std::size_t>(m));
   for (std::int64_t k = 0; k < n; ++k) {
     const std::complex<double> value = chirp_value(k, n);
     append(chirp_table, value);

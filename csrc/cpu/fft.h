@@ -1,8 +1,9 @@
-// Plans of one-dimensional complex transforms of any length. A plan is immutable and holds no vectors, so every
-// thread and every instruction set shares it; the transforms themselves (fft.inl) work on `lanes` signals at
-// once, one signal per SIMD lane.
+// Plans of one-dimensional complex transforms of any length. A plan is immutable and holds no vectors, so
+// every thread and every instruction set shares it; the transforms themselves (fft.inl) work on `lanes`
+// signals at once, one signal per SIMD lane.
 //
-// Data layout: element e of a batch is 2 * lanes reals, [re of all lanes | im of all lanes], at e * 2 * lanes.
+// Data layout: element e of a batch is 2 * lanes reals, [re of all lanes | im of all lanes], at e * 2 *
+// lanes.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +15,8 @@ namespace freemerge {
 // Largest radix of a direct pass; larger prime factors go through Bluestein.
 inline constexpr int kMaxRadix = 61;
 
-// One Stockham pass: `span` interleaved transforms of length radix * count become radix times as many of length
-// `count`.
+// One Stockham pass: `span` interleaved transforms of length radix * count become radix times as many of
+// length `count`.
 template <typename T>
 struct FftPass {
   int radix;
@@ -51,9 +52,9 @@ class Fft {
   int pass_count = 0;
 
   // kSplit: element j1 + rows.n * j2 of the data, bin k2 + columns.n * k1 at slot rows.n * k2 + k1.
-  const Fft* rows = nullptr;      // over j1
-  const Fft* columns = nullptr;   // over j2
-  const T* twiddles = nullptr;    // kSplit: exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
+  const Fft* rows = nullptr;     // over j1
+  const Fft* columns = nullptr;  // over j2
+  const T* twiddles = nullptr;   // kSplit: exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
 
   // kBluestein
   const Fft* convolution = nullptr;

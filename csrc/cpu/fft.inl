@@ -58,7 +58,8 @@ inline constexpr Halves<T> kInverse{kLanes<T>, 0};
 template <typename T>
 inline constexpr std::int64_t kElement = 2 * kLanes<T>;
 
-// Butterflies ---------------------------------------------------------------------------------------------------
+// Butterflies
+// ---------------------------------------------------------------------------------------------------
 
 template <typename T>
 FM_INLINE void butterfly4(Complex<T>& a, Complex<T>& b, Complex<T>& c, Complex<T>& d) {
@@ -69,8 +70,8 @@ FM_INLINE void butterfly4(Complex<T>& a, Complex<T>& b, Complex<T>& c, Complex<T
   d = plus_i(even1, odd1);
 }
 
-// Odd R: sums and differences of the inputs j and R - j, then real rotations. `roots` holds the roots of unity of
-// order R * Stride.
+// Odd R: sums and differences of the inputs j and R - j, then real rotations. `roots` holds the roots of
+// unity of order R * Stride.
 template <int R, int Stride, typename T>
 FM_INLINE void butterfly_odd(Complex<T> (&a)[R], const T* roots) {
   constexpr int half = (R - 1) / 2;
@@ -102,8 +103,8 @@ FM_INLINE void butterfly_odd(Complex<T> (&a)[R], const T* roots) {
 template <int R, int Stride, typename T>
 FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots);
 
-// R = A * B without common factors (Good and Thomas): input (B i + A j) mod R is element (i, j) of an A x B grid,
-// output k is its bin (k mod A, k mod B), and there are no twiddles.
+// R = A * B without common factors (Good and Thomas): input (B i + A j) mod R is element (i, j) of an A x B
+// grid, output k is its bin (k mod A, k mod B), and there are no twiddles.
 template <int A, int B, int Stride, typename T>
 FM_INLINE void butterfly_coprime(Complex<T> (&a)[A * B], const T* roots) {
   constexpr int R = A * B;
@@ -140,8 +141,9 @@ FM_INLINE void butterfly_square(Complex<T> (&a)[A * A], const T* roots) {
 #pragma GCC unroll 16
     for (int k = 0; k < A; ++k) {
       const T c = roots[2 * Stride * j * k], s = -roots[2 * Stride * j * k + 1];
-      grid[k][j] = j * k == 0 ? column[k]
-                              : Complex<T>{column[k].re * c - column[k].im * s, column[k].re * s + column[k].im * c};
+      grid[k][j] = j * k == 0
+                       ? column[k]
+                       : Complex<T>{column[k].re * c - column[k].im * s, column[k].re * s + column[k].im * c};
     }
   }
 #pragma GCC unroll 16
@@ -194,7 +196,8 @@ FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots) {
   }
 }
 
-// Passes --------------------------------------------------------------------------------------------------------
+// Passes
+// --------------------------------------------------------------------------------------------------------
 
 // Where elements lie: element e at data + e * step.
 template <typename T>
@@ -208,8 +211,8 @@ struct Place {
 // The twiddles between the two halves of a four-step transform are applied by the passes next to them.
 enum class Outer { kNone, kLoad, kStore };
 
-// Several transforms of one plan: `count` of them, `step` reals apart, each with its own n outer twiddles, which
-// lie one after the other.
+// Several transforms of one plan: `count` of them, `step` reals apart, each with its own n outer twiddles,
+// which lie one after the other.
 template <typename T>
 struct Batch {
   std::int64_t count;
@@ -229,10 +232,11 @@ void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> 
 #pragma GCC unroll 16
         for (int j = 0; j < R; ++j) {
           a[j] = halves.load(in.at(from + span * count * j));
-          if constexpr (kOuter == Outer::kLoad) a[j] = times(a[j], batch.outer + 2 * (from + span * count * j));
+          if constexpr (kOuter == Outer::kLoad)
+            a[j] = times(a[j], batch.outer + 2 * (from + span * count * j));
         }
         butterfly<R, 1, T>(a, pass.roots);
-        if (count > 1) {
+        if (p > 0) {  // the twiddles of p = 0 are 1
 #pragma GCC unroll 16
           for (int j = 1; j < R; ++j) a[j] = times(a[j], twiddles + 2 * (j - 1));
         }
@@ -266,7 +270,7 @@ void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves
         };
         const auto output = [&](int k, Complex<T> a) {
           const std::int64_t element = q + span * (radix * p + k);
-          if (count > 1 && k > 0) a = times(a, twiddles + 2 * (k - 1));
+          if (p > 0 && k > 0) a = times(a, twiddles + 2 * (k - 1));
           halves.store(out.at(element), kOuter == Outer::kStore ? times(a, batch.outer + 2 * element) : a);
         };
         const Complex<T> first = input(0);
@@ -347,10 +351,11 @@ void stockham(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halve
   }
 }
 
-// Methods -------------------------------------------------------------------------------------------------------
+// Methods
+// -------------------------------------------------------------------------------------------------------
 
-// In place; outer twiddles go with the first pass's loads or the last one's stores. The last pass reads and writes
-// the same elements in every butterfly, so a single pass needs no work space.
+// In place; outer twiddles go with the first pass's loads or the last one's stores. The last pass reads and
+// writes the same elements in every butterfly, so a single pass needs no work space.
 template <Outer kOuter, typename T>
 void direct(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, Batch<T> batch) {
   if (plan.pass_count == 1) return stockham<kOuter>(plan.passes[0], data, data, halves, batch);
@@ -394,8 +399,8 @@ void ordered(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, Batch
   }
 }
 
-// The four-step method in place, each short transform in the first-level cache: forward is columns, twiddles, rows;
-// inverse the same steps backwards, from the permuted spectrum to natural order.
+// The four-step method in place, each short transform in the first-level cache: forward is columns, twiddles,
+// rows; inverse the same steps backwards, from the permuted spectrum to natural order.
 template <Outer kOuter, typename T>
 void split_columns(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
   const Fft<T>&rows = *plan.rows, &columns = *plan.columns;

@@ -1,5 +1,5 @@
-// The tight loops, one table per instruction set. Everything else (threads, buffers, plans, masks) is compiled
-// once for all of them.
+// The tight loops, one table per instruction set. Everything else (threads, buffers, plans, masks) is
+// compiled once for all of them.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ template <typename T>
 struct TransformKernels {
   int lanes;
 
-  // In place: plan.n elements of `data`, plan.work elements of `work` (an element is 2 * lanes reals, see fft.h;
-  // aligned to 64 bytes). The spectrum is in slots.
+  // In place: plan.n elements of `data`, plan.work elements of `work` (an element is 2 * lanes reals, see
+  // fft.h; aligned to 64 bytes). The spectrum is in slots.
   void (*forward)(const Fft<T>& plan, T* data, T* work);
   void (*inverse)(const Fft<T>& plan, T* data, T* work);
 
@@ -58,8 +58,12 @@ struct Kernels {
 const Kernels& kernels(Isa isa);
 
 // Kernels of one type.
-inline const TransformKernels<float>& transform_kernels(const Kernels& k, float) { return k.single_precision; }
-inline const TransformKernels<double>& transform_kernels(const Kernels& k, double) { return k.double_precision; }
+inline const TransformKernels<float>& transform_kernels(const Kernels& k, float) {
+  return k.single_precision;
+}
+inline const TransformKernels<double>& transform_kernels(const Kernels& k, double) {
+  return k.double_precision;
+}
 inline const auto& signal_kernels(const Kernels& k, float) { return k.float32; }
 inline const auto& signal_kernels(const Kernels& k, double) { return k.float64; }
 inline const auto& signal_kernels(const Kernels& k, freemerge::bfloat16) { return k.bfloat16; }

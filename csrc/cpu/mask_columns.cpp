@@ -129,9 +129,9 @@ void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lan
       cell[j] = table.cell(squared);
       place[j] = table.place(squared);
     }
-    // Neighbouring columns mostly share a cell or lie in two.
-    const auto [low, high] = std::minmax_element(cell, cell + lanes);
-    const std::int32_t first = *low, last = *high;
+    // Columns ascend, but for an edge at the end; neighbours mostly share a cell or lie in two.
+    const std::int32_t end = cell[count - 1];
+    const std::int32_t first = std::min(cell[0], end), last = std::max(cell[std::max(count - 2, 0)], end);
     if (first < 0 || last - first > 4) {
       for (int j = 0; j < lanes; ++j) {
         const double g = gain(columns[std::min(j, count - 1)], row);
@@ -224,9 +224,9 @@ void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, dou
           static_cast<std::int32_t>(std::abs((row == 0 ? 0 : signals_ - row) - signals_ / 2));
       T* const to = out + row * lanes;
       for (int j = 0; j < lanes; ++j) {
-        const int hits = (distance < own.disc[j]) + (distance < own.ring_end[j]) - (distance < own.ring_begin[j]) +
-                         (mirror_distance < mirror.disc[j]) + (mirror_distance < mirror.ring_end[j]) -
-                         (mirror_distance < mirror.ring_begin[j]);
+        const int hits = (distance < own.disc[j]) + (distance < own.ring_end[j]) -
+                         (distance < own.ring_begin[j]) + (mirror_distance < mirror.disc[j]) +
+                         (mirror_distance < mirror.ring_end[j]) - (mirror_distance < mirror.ring_begin[j]);
         to[j] = static_cast<T>(hits) * half - offset;
       }
     }

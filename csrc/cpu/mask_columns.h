@@ -1,6 +1,6 @@
-// A mask seen column by column, as the row-column transforms apply it: which columns of the half spectrum are one
-// number, and the gains of the others. Every gain comes from mask.h; step-like masks are only evaluated near
-// their steps.
+// A mask seen column by column, as the row-column transforms apply it: which columns of the half spectrum are
+// one number, and the gains of the others. Every gain comes from mask.h; step-like masks are only evaluated
+// near their steps.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace freemerge {
 
-// "Column" k: bins 0 <= k <= length / 2 along the axis that is transformed first (W, or H if transposed); each
-// has one gain per bin of the other axis (`signals` bins).
+// "Column" k: bins 0 <= k <= length / 2 along the axis that is transformed first (W, or H if transposed);
+// each has one gain per bin of the other axis (`signals` bins).
 template <typename T>
 class MaskColumns {
  public:
@@ -32,10 +32,12 @@ class MaskColumns {
 
   // out[row * lanes + j] = factor * (gain of columns[j] - background), for 0 <= j < count <= lanes; the other
   // lanes are set to zero.
-  void fill(const std::int32_t* columns, int count, int lanes, double background, double factor, T* out) const;
+  void fill(const std::int32_t* columns, int count, int lanes, double background, double factor,
+            T* out) const;
 
  private:
-  void fill_smooth(const std::int32_t* columns, int count, int lanes, double background, double factor, T* out) const;
+  void fill_smooth(const std::int32_t* columns, int count, int lanes, double background, double factor,
+                   T* out) const;
   double gain(std::int64_t column, std::int64_t row) const;
   void find_steps();
   void find_official_steps();

@@ -1,8 +1,8 @@
-// A smooth radial mask as a table of polynomials in the squared radius, for masks with many bins: mask.h costs a
-// pow or an exp per bin, this a few multiplications.
+// A smooth radial mask as a table of polynomials in the squared radius, for masks with many bins: mask.h
+// costs a pow or an exp per bin, this a few multiplications.
 //
-// Cells have equal widths within each octave, so that a float's top bits are its cell and the rest its place in
-// the cell.
+// Cells have equal widths within each octave, so that a float's top bits are its cell and the rest its place
+// in the cell.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ namespace freemerge {
 
 class RadialTable {
  public:
-  // For squared radii from `least` to `most`, least > 0. Gains are within 2e-8 of mask.h's, relative; where that
-  // would take too many cells, usable() is false.
+  // For squared radii from `least` to `most`, least > 0. Gains are within 2e-8 of mask.h's, relative; where
+  // that would take too many cells, usable() is false.
   RadialTable(const Mask& mask, double least, double most);
 
   bool usable() const { return usable_; }

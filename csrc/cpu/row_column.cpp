@@ -66,12 +66,12 @@ class RowColumnFilter {
       parallel_for(spectrum.groups(), workers, [&](std::int64_t group, int worker) {
         signals_.analyse(*first_, signals, spectrum, group, scratch[worker].batch.data());
       });
-      parallel_for(spectrum.blocks(), workers, [&](std::int64_t block, int worker) {
-        filter_block(spectrum, block, scratch[worker]);
-      });
+      parallel_for(spectrum.blocks(), workers,
+                   [&](std::int64_t block, int worker) { filter_block(spectrum, block, scratch[worker]); });
     }
     parallel_for(spectrum.groups(), workers, [&](std::int64_t group, int worker) {
-      signals_.synthesise(*first_, signals, spectrum, group, background, factor, scratch[worker].batch.data());
+      signals_.synthesise(*first_, signals, spectrum, group, background, factor,
+                          scratch[worker].batch.data());
     });
   }
 
@@ -206,7 +206,8 @@ void check(const Plan& plan, const Matrices& matrices, int threads) {
 
 }  // namespace
 
-void filter_full(const Plan& plan, const Matrices& matrices, double scale, int threads, const Kernels& kernels) {
+void filter_full(const Plan& plan, const Matrices& matrices, double scale, int threads,
+                 const Kernels& kernels) {
   check(plan, matrices, threads);
   visit_dtype(matrices.dtype, [&](auto tag) {
     using Storage = typename decltype(tag)::type;

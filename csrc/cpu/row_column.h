@@ -1,5 +1,5 @@
-// The full and pruned forms of the filter: real transforms along one axis, complex ones along the other for the
-// columns of the half spectrum that need it, the mask, and back.
+// The full and pruned forms of the filter: real transforms along one axis, complex ones along the other for
+// the columns of the half spectrum that need it, the mask, and back.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -20,8 +20,8 @@ void filter_full(const Plan& plan, const Matrices& matrices, double scale, int t
                  const Kernels& kernels);
 
 // The same result where many columns of the mask (rows, if plan.transposed) are equal to plan.background
-// throughout: X becomes scale * (background * X + Re IFFT2((M - background) * FFT2(X))). Only the other columns are
-// transformed both ways; they take 8 bytes per bin of extra memory.
+// throughout: X becomes scale * (background * X + Re IFFT2((M - background) * FFT2(X))). Only the other
+// columns are transformed both ways; they take 8 bytes per bin of extra memory.
 void filter_pruned(const Plan& plan, const Matrices& matrices, double scale, int threads,
                    const Kernels& kernels);
 

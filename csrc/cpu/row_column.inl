@@ -17,7 +17,8 @@ FM_INLINE void transpose_tile(Row row, Put put) {
   for (int i = 0; i < kLanes<T>; ++i) put(i, tile[i]);
 }
 
-// Matrix <-> batch ------------------------------------------------------------------------------------------------
+// Matrix <-> batch
+// ------------------------------------------------------------------------------------------------
 
 template <typename Storage, typename T>
 void load_rows(const Storage* x, std::int64_t stride, std::int64_t rows, std::int64_t length, T* batch) {
@@ -52,7 +53,8 @@ FM_INLINE Vec<T> combine(Vec<T> value, const Storage* old, T background, T facto
   return background == 0 ? value * factor : load(old) * background + value * factor;
 }
 template <typename Storage, typename T>
-FM_INLINE Vec<T> combine_partial(Vec<T> value, const Storage* old, std::int64_t count, T background, T factor) {
+FM_INLINE Vec<T> combine_partial(Vec<T> value, const Storage* old, std::int64_t count, T background,
+                                 T factor) {
   return background == 0 ? value * factor : load_partial(old, count) * background + value * factor;
 }
 
@@ -86,7 +88,8 @@ void store_rows(const T* batch, Storage* x, std::int64_t stride, std::int64_t ro
 
 // Signals are columns: no transpose, the lanes are contiguous already.
 template <typename Storage, typename T>
-void load_columns(const Storage* x, std::int64_t stride, std::int64_t columns, std::int64_t length, T* batch) {
+void load_columns(const Storage* x, std::int64_t stride, std::int64_t columns, std::int64_t length,
+                  T* batch) {
   constexpr int n = kLanes<T>;
   for (std::int64_t e = 0; e < length; ++e) {
     const Storage* from = x + e * stride;
@@ -122,9 +125,10 @@ void store_columns(const T* batch, Storage* x, std::int64_t stride, std::int64_t
   }
 }
 
-// Batch <-> spectrum ----------------------------------------------------------------------------------------------
-// The batch holds Z = A + i B of two real signals; their spectra are 2 A(k) = Z(k) + conj(Z(-k)) and
-// 2 B(k) = -i (Z(k) - conj(Z(-k))). They are kept doubled.
+// Batch <-> spectrum
+// ---------------------------------------------------------------------------------------------- The batch
+// holds Z = A + i B of two real signals; their spectra are 2 A(k) = Z(k) + conj(Z(-k)) and 2 B(k) = -i (Z(k)
+// - conj(Z(-k))). They are kept doubled.
 
 template <typename T>
 void store_full_block(const T* batch, const std::int32_t* low, const std::int32_t* high, T* to,
@@ -249,11 +253,12 @@ bool is_full_block(const Spectrum<T>& spectrum, std::int64_t group, std::int64_t
          !(last && spectrum.edge);
 }
 
-// Kernels -----------------------------------------------------------------------------------------------------------
+// Kernels
+// -----------------------------------------------------------------------------------------------------------
 
 template <typename Storage, typename T>
-void analyse(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum, std::int64_t group,
-             T* scratch) {
+void analyse(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+             std::int64_t group, T* scratch) {
   constexpr int n = kLanes<T>;
   T *const batch = scratch, *const work = scratch + plan.n * kElement<T>;
   const std::int64_t first = group * spectrum.group_size(), count = spectrum.signals_in(group);
@@ -371,8 +376,8 @@ void apply_gains(const Fft<T>& plan, const BlockGains<T>& gains, T* batch) {
   if (k == length - k) multiply(element(k), load(gains.gains + k * n));
 }
 
-// The gains of the edge's lane are complex conjugating ones (see BlockGains): the part that apply_gains leaves
-// out is set aside, then added.
+// The gains of the edge's lane are complex conjugating ones (see BlockGains): the part that apply_gains
+// leaves out is set aside, then added.
 template <typename T>
 void apply_edge_gains(const Fft<T>& plan, const BlockGains<T>& gains, std::int64_t lane, T* batch) {
   constexpr int n = kLanes<T>;
@@ -394,8 +399,8 @@ void apply_edge_gains(const Fft<T>& plan, const BlockGains<T>& gains, std::int64
 }
 
 template <typename T>
-void filter_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block, const BlockGains<T>& gains,
-                  T* scratch) {
+void filter_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
+                  const BlockGains<T>& gains, T* scratch) {
   T *const batch = scratch, *const work = scratch + plan.n * kElement<T>;
   load_block(spectrum, block, batch);
   forward(plan, batch, work);

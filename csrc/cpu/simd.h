@@ -1,5 +1,5 @@
-// One vector abstraction for every instruction set. It is compiled once per instruction set, in a namespace of
-// its own, by the kernels_*.cpp files, which define
+// One vector abstraction for every instruction set. It is compiled once per instruction set, in a namespace
+// of its own, by the kernels_*.cpp files, which define
 //   FREEMERGE_ISA           the namespace (avx512, avx2, baseline)
 //   FREEMERGE_VECTOR_BYTES  the register width
 // Vectors are the compiler's own (GCC and Clang), so + - * / work on them and mix with scalars, and the same
@@ -101,8 +101,7 @@ FM_INLINE FloatVec widen_float16(HalfVec bits) {
   return _mm512_maskz_cvtph_ps(0xffff, bit_cast<__m256i>(bits));
 }
 FM_INLINE HalfVec narrow_float16(FloatVec x) {
-  return bit_cast<HalfVec>(
-      _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return bit_cast<HalfVec>(_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__F16C__)
 FM_INLINE FloatVec widen_float16(HalfVec bits) { return _mm256_cvtph_ps(bit_cast<__m128i>(bits)); }
@@ -133,7 +132,8 @@ FM_INLINE HalfVec narrow_float16(FloatVec x) {
 }
 #endif
 
-// Loads and stores: storage type in memory, arithmetic type in the register, no alignment asked for -----------
+// Loads and stores: storage type in memory, arithmetic type in the register, no alignment asked for
+// -----------
 
 FM_INLINE Vec<float> load(const float* p) { return load_raw<Vec<float>>(p); }
 FM_INLINE Vec<double> load(const double* p) { return load_raw<Vec<double>>(p); }
@@ -208,16 +208,15 @@ FM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // Not into the first level, where rows a multiple of 4 KB apart would evict each other.
 FM_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Transpose ---------------------------------------------------------------------------------------------------
+// Transpose
+// ---------------------------------------------------------------------------------------------------
 
 // One step: blocks of `Distance` lanes of `a` and `b` are exchanged across their common diagonal.
 template <int Distance, typename T, int... Lane>
 FM_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
   constexpr int n = kLanes<T>;
-  const Vec<T> low =
-      __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane - Distance + n : Lane)...);
-  const Vec<T> high =
-      __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane + n : Lane + Distance)...);
+  const Vec<T> low = __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane - Distance + n : Lane)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane + n : Lane + Distance)...);
   a = low;
   b = high;
 }

@@ -1,12 +1,13 @@
-// How a real matrix and its half spectrum lie in memory, for the row-column transforms (full and pruned forms).
+// How a real matrix and its half spectrum lie in memory, for the row-column transforms (full and pruned
+// forms).
 //
-// The matrix is `count` signals of `length` reals: its rows, or its columns when the plan is transposed. Signals
-// are transformed in groups of 2 * lanes, as the real and imaginary parts of `lanes` complex signals.
+// The matrix is `count` signals of `length` reals: its rows, or its columns when the plan is transposed.
+// Signals are transformed in groups of 2 * lanes, as the real and imaginary parts of `lanes` complex signals.
 //
-// The spectrum keeps some of the bins 0 < k < length / 2 of every signal as complex columns, in blocks of `lanes`
-// columns. The two bins that are real, DC and Nyquist, share one column, the edge: DC + i Nyquist; it comes last.
-// With all bins that is exactly `length` reals per signal, so a spectrum fits where its matrix was. For odd
-// lengths there is no Nyquist bin and the very last imaginary part is left out.
+// The spectrum keeps some of the bins 0 < k < length / 2 of every signal as complex columns, in blocks of
+// `lanes` columns. The two bins that are real, DC and Nyquist, share one column, the edge: DC + i Nyquist; it
+// comes last. With all bins that is exactly `length` reals per signal, so a spectrum fits where its matrix
+// was. For odd lengths there is no Nyquist bin and the very last imaginary part is left out.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +30,11 @@ struct Spectrum {
   std::int64_t columns;  // complex columns, the edge included
   std::int64_t width;    // reals per signal: 2 * columns, or one less
   std::int64_t pitch;    // reals from one signal's memory to the next one's
-  bool tiled;  // a group's blocks lie one after the other (column passes read that faster), not signal by signal
+  bool tiled;  // a group's blocks lie one after the other (column passes read that faster), not signal by
+               // signal
   int lanes;
-  // Slots of bins k and length - k for every column; for the edge, those of DC and Nyquist, or -1 where the bin
-  // is not kept.
+  // Slots of bins k and length - k for every column; for the edge, those of DC and Nyquist, or -1 where the
+  // bin is not kept.
   const std::int32_t* low;
   const std::int32_t* high;
   bool edge;

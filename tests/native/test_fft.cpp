@@ -84,7 +84,8 @@ void test_cache() {
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([] {
-      for (std::int64_t n = 1; n <= 64; ++n) check(shared_fft<double>(n)->n == n, "plans from several threads");
+      for (std::int64_t n = 1; n <= 64; ++n)
+        check(shared_fft<double>(n)->n == n, "plans from several threads");
     });
   }
   for (std::thread& thread : threads) thread.join();
@@ -109,8 +110,8 @@ int main() {
     std::vector<std::int64_t> lengths;
     for (std::int64_t n = 1; n <= 300; ++n) lengths.push_back(n);
     // Two-level splits, primes, squares and products of primes too large for a direct pass.
-    for (const std::int64_t n : {307, 384, 768, 1009, 1024, 1792, 2048, 3000, 4489, 4096, 6901, 8192, 10007, 11008,
-                                 13824, 50257, 65536}) {
+    for (const std::int64_t n : {307, 384, 768, 1009, 1024, 1792, 2048, 3000, 4489, 4096, 6901, 8192, 10007,
+                                 11008, 13824, 50257, 65536}) {
       lengths.push_back(n);
     }
     for (const std::int64_t n : lengths) {

@@ -1,5 +1,6 @@
-// Storage conversions of every instruction set against dtype.h, on every 16-bit pattern and on floats around every
-// rounding boundary: a filter that changes nothing (background 1, no column kept) loads, scales and stores.
+// Storage conversions of every instruction set against dtype.h, on every 16-bit pattern and on floats around
+// every rounding boundary: a filter that changes nothing (background 1, no column kept) loads, scales and
+// stores.
 #include <cstring>
 #include <limits>
 
