@@ -62,7 +62,7 @@ def reference_merge(
             lambdas = weights(name)
             terms = [w * v[name] for w, v in zip(lambdas, filtered, strict=True)]
             if recipe.align:
-                means = [mean(v, name) for v in filtered]
+                means = [float(torch.cat([v[n].flatten() for n in unit.names]).abs().mean()) for v in filtered]
                 terms = [t * (max(means) / m if m else 0.0) for t, m in zip(terms, means, strict=True)]
             if recipe.sign_election:
                 elected = torch.sign(sum(terms))

@@ -40,7 +40,8 @@ class Recipe:
         scale: a number, or ``"auto"``: 0.4 K for "paper" and "uniform" weights, 0.4 for "sum", 1 for given numbers.
         renormalize: ``"energy"`` gives every filtered tensor the Frobenius norm back that the weighted sum had before
             the filter, so that one scale suits every cutoff; ``None`` does not.
-        align: scale tensor l of task i by max_j m_jl / m_il, m the mean magnitude after the filter (released code).
+        align: scale tensor l of task i by max_j m_jl / m_il, m the mean magnitude after the filter (released code);
+            tensors that a view stacks are aligned as the one matrix they make.
         sign_election: keep only the entries that agree with the elected sign, TIES-Merging's sum (released LLM script).
         select: ordered rules or (pattern, action) pairs with action "filter", "merge" (unfiltered) or "copy"; the first
             match wins, and tensors that match none follow :func:`freemerge.task_vector.default_action`.
