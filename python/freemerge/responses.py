@@ -552,6 +552,11 @@ class _Transposed(Response):
         return super().column_gains(shape)
 
 
+def has_closed_form(response: Response) -> bool:
+    """Whether :meth:`Response.params` can say it all; other masks travel as arrays."""
+    return isinstance(response.inner if isinstance(response, _Transposed) else response, _ClosedForm)
+
+
 def transposed(response: Response) -> Response:
     """The response for which filtering a transposed matrix is the transposed result of ``response``."""
     return response.inner if isinstance(response, _Transposed) else _Transposed(response)

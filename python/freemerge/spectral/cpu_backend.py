@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import _core
-from ..responses import Custom
+from ..responses import has_closed_form
 from .backend import BackendInfo, Costs, Traits
 from .plan import Decimation, Form, Plan
 
@@ -21,7 +21,7 @@ _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.flo
 _FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/plan.h
 _TABLE = 5  # MaskKind::kTable in csrc/mask.h
 
-_TAPS = (6, 7, 8, 9)
+_TAPS = (5, 6, 7, 8, 9)
 _CELLS_MULTIPLE = 32
 
 # Measured on one core of a Sapphire Rapids Xeon (AVX-512), ns.
@@ -56,8 +56,8 @@ class CpuBackend:
     def supports(self, plan: Plan) -> str | None:
         if plan.form == "thin":
             return "it has no dense windows"
-        if plan.dtype == torch.float64 and isinstance(plan.response, Custom):
-            return "it takes a custom mask in fp32"
+        if plan.form in _FORM_CODES and plan.dtype == torch.float64 and not has_closed_form(plan.response):
+            return "its tables of gains are fp32"
         if plan.form == "decimated":
             if plan.dtype == torch.float64:
                 return "its windowed passes compute in fp32"
@@ -87,7 +87,7 @@ def _native_plan(plan: Plan) -> tuple[_core.Plan, np.ndarray | None]:
     """The plan as the kernels take it, and the mask's table, whose memory it points to."""
     height, width = plan.matrix
     table = None
-    if isinstance(plan.response, Custom):
+    if not has_closed_form(plan.response):
         table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
         mask = _core.Mask(kind=_TABLE, height=height, width=width, table=table.ctypes.data)
     else:

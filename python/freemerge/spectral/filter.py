@@ -163,9 +163,11 @@ def _run(tensors: Sequence[torch.Tensor], response: Response, scale: float, back
             requests[key] = choose(wanted, shape, x.dtype, x.device, backend)
             groups[key] = []
         groups[key].extend(_matrices(x))
-    for key, matrices in groups.items():
-        chosen, plan = requests[key]
-        _run_plan(chosen, plan, matrices, scale)
+    # Only in inference mode does torch let an inference tensor be written.
+    with torch.inference_mode(any(x.is_inference() for x in tensors)):
+        for key, matrices in groups.items():
+            chosen, plan = requests[key]
+            _run_plan(chosen, plan, matrices, scale)
     for x in tensors:
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
