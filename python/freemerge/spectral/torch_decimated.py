@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +23,27 @@ _CELLS = 64
 _SEGMENT_ELEMENTS = 1 << 18  # coarse rows per pass over the columns, at least 32 of them
 _COLUMN_CELLS = 32  # cells per product along a row
 _STAGE_ELEMENTS = 1 << 19  # a converted block of rows stays in cache
+
+
+_cpu_products = threading.Lock()
+
+
+@contextmanager
+def _one_thread(device: str) -> Iterator[None]:
+    """Run CPU products on one thread: the library cuts long sums by thread, so that their rounding would depend on it.
+
+    The thread count is the process's, hence the lock. The native CPU backend has no such limit.
+    """
+    if torch.device(device).type != "cpu":
+        yield
+        return
+    with _cpu_products:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -129,6 +152,11 @@ def _segments(products: list[_Product], limit: int) -> list[list[_Product]]:
 
 
 def run_decimated(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
+    with _one_thread(plan.device):
+        _run(plan, matrices, scale)
+
+
+def _run(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
     grid, (_, width), dtype = _grid(plan), plan.matrix, compute_dtype(plan.dtype)
     rows, columns = grid.rows, grid.columns
     cells = max(32, _SEGMENT_ELEMENTS // width)
