@@ -2,7 +2,7 @@
 
     pytest benchmarks/test_filter.py --benchmark-enable --benchmark-json benchmarks/results/filter.json
 
-Times are process CPU time on one thread, the best of several rounds; ours and torch's rfft2 -> mask -> irfft2 take turns,
+Times are process CPU time on one thread, best of several rounds; ours and torch's rfft2 -> mask -> irfft2 take turns,
 so that their ratio (``extra_info["ratio"]``) survives a noisy machine.
 """
 
