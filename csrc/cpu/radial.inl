@@ -6,8 +6,13 @@
 
 namespace freemerge::FREEMERGE_ISA {
 
-// out[row * lanes + j] = factor * gain(row_squared[row] + column_squared[j]) - offset, for `lanes` columns
-// whose squares ascend, but for the last one's.
+// The cell of a squared radius; the first one also stands for radii below it.
+FM_INLINE std::int32_t radial_cell(const RadialCells& cells, float squared) {
+  const auto cell = static_cast<std::int32_t>(bit_cast<std::uint32_t>(squared) >> cells.shift) - cells.first;
+  return cell < 0 ? 0 : cell;
+}
+
+// out[row * lanes + j] = factor * gain(row_squared[row] + column_squared[j]) - offset, for `lanes` columns.
 inline void radial_gains(const RadialCells& cells, const float* column_squared, const float* row_squared,
                          std::int64_t rows, float factor, float offset, float* out) {
   constexpr int n = kLanes<float>;
