@@ -58,14 +58,12 @@ def evaluate(model: Model, function: ScoreFunction) -> Evaluation:
         return Evaluation(opened.name, _scores(function(weights)))
 
 
-def evaluate_experts(
-    model: Model, experts: str | Path | Mapping[str, Expert], function: ScoreFunction
-) -> Evaluation:
+def evaluate_experts(model: Model, experts: str | Path | Mapping[str, Expert], function: ScoreFunction) -> Evaluation:
     """Score a merged model on each task with that task's expert switched on, as a perfect router would.
 
     ``experts``: a folder of expert files, or experts by name; the function must return a mapping with these names. The
-    weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. What a real router costs has to
-    be measured apart, with :class:`freemerge.RoutedModel`.
+    weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. What a real router
+    costs has to be measured apart, with :class:`freemerge.RoutedModel`.
     """
     with Checkpoint.open(model) as opened:
         weights = {name: opened.read(name).clone() for name in opened.specs}
