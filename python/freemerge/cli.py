@@ -13,7 +13,7 @@ from typing import Any, get_args
 from . import __version__
 from .checkpoint import verify
 from .errors import ArgumentError, FreemergeError, RefusedError
-from .evaluation import evaluate, load_function, table
+from .evaluation import evaluate, evaluate_experts, load_function, table
 from .experts import iter_experts, save_experts
 from .experts.coding import ValueCoding
 from .experts.extract import Rescale, Scope
@@ -87,6 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="checkpoints to score")
     evaluating.add_argument(
         "--function", required=True, metavar="FILE.py:NAME", help="takes a state dict, returns a score or {task: score}"
+    )
+    evaluating.add_argument(
+        "--experts", type=Path, metavar="DIR", help="score each task of the first model with its expert from here, too"
     )
     evaluating.add_argument("--json", action="store_true", help="print the result as JSON")
     evaluating.set_defaults(run=_evaluate)
@@ -204,6 +207,8 @@ def _experts(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     function = load_function(options.function)
     evaluations = [evaluate(model, function) for model in options.models]
+    if options.experts is not None:
+        evaluations.append(evaluate_experts(options.models[0], options.experts, function))
     print(json.dumps(_plain(evaluations)) if options.json else table(evaluations))
     return DONE
 
