@@ -6,6 +6,7 @@ set(FREEMERGE_CUDA_KERNELS
   cuda/decimate_columns.cu
   cuda/decimate_rows.cu
   cuda/lines.cu
+  cuda/sample_mean.cu
   cuda/select.cu
   cuda/sparse.cu)
 set(FREEMERGE_CUDA_HOST

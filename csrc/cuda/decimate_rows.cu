@@ -47,6 +47,8 @@ __global__ void __launch_bounds__(kRowPassThreads) down_rows_kernel(Job<DownRows
   const std::int64_t panel_end = a.cell_begin + a.cell_count;
   const std::int64_t end = begin + job.cells_per_block < panel_end ? begin + job.cells_per_block : panel_end;
 
+  const float center = load(a.centers + blockIdx.z);
+
   float sums[kColumnsPerThread][kTaps] = {};
   for (std::int64_t cell = begin - window.taps + 1; cell < end; ++cell) {
     const std::int64_t start = wrap(cell, window.cells);
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kRowPassThreads) down_rows_kernel(Job<DownRows
 #pragma unroll
       for (int c = 0; c < kColumnsPerThread; ++c) {
         const std::int64_t x = column + c * kRowPassThreads;
-        const float value = x < a.width ? widen(load(matrix + n * row_stride + x)) : 0.0f;
+        const float value = x < a.width ? widen(load(matrix + n * row_stride + x)) - center : 0.0f;
 #pragma unroll
         for (int j = 0; j < kTaps; ++j) sums[c][j] += weights[j] * value;
       }
@@ -85,6 +87,7 @@ __global__ void __launch_bounds__(kRowPassThreads) up_rows_kernel(Job<UpRows> jo
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kColumnsPerBlock + threadIdx.x;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * job.cells_per_block;  // within the panel
   const std::int64_t end = begin + job.cells_per_block < a.cell_count ? begin + job.cells_per_block : a.cell_count;
+  const float constant = a.center_gain * load(a.centers + blockIdx.z);
 
   float coarse[kColumnsPerThread][kTaps] = {};  // coarse rows cell .. cell + kTaps - 1 of this thread's columns
 #pragma unroll
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(kRowPassThreads) up_rows_kernel(Job<UpRows> jo
         T* entry = matrix + n * row_stride + x;
         // A gain of zero must not turn an infinity that is about to be overwritten into NaN.
         const float kept = a.gain == 0.0f ? 0.0f : a.gain * widen(load(entry));
-        store(entry, narrow<T>(kept + sum));
+        store(entry, narrow<T>((kept + constant) + sum));  // the large ones cancel first
       }
     }
   }

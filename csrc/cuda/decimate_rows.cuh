@@ -17,10 +17,11 @@ struct DownRows {
   std::int64_t width;
   std::int64_t cell_begin;
   std::int64_t cell_count;
+  const float* centers;  // a constant for each matrix
   float* panel;
 };
 
-// panel = window^T * matrices
+// panel = window^T * (matrices - centers)
 void down_rows(const DownRows& arguments, cudaStream_t stream);
 
 // Writes the samples that start in cells [cell_begin, cell_begin + cell_count). Their windows reach further, so this
@@ -31,14 +32,16 @@ struct UpRows {
   std::int64_t width;
   std::int64_t cell_begin;
   std::int64_t cell_count;
+  const float* centers;
   const float* panel;
   float gain;
+  float center_gain;
 };
 
-// matrices = gain * matrices + window * panel, rounded to the storage dtype
+// matrices = gain * matrices + center_gain * centers + window * panel, rounded to the storage dtype
 void up_rows(const UpRows& arguments, cudaStream_t stream);
 
-// Coarse rows of all blocks of a pass over `cell_count` cells, their overlap included.
+// How the passes above cut `cell_count` cells into blocks.
 std::int64_t cells_per_block(std::int64_t width, std::int64_t cell_count, int matrices);
 
 }  // namespace freemerge::cuda

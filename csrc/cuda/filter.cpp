@@ -11,6 +11,7 @@
 #include "cuda/heuristics.h"
 #include "cuda/launch_math.h"
 #include "cuda/lines.cuh"
+#include "cuda/sample_mean.cuh"
 #include "error.h"
 
 namespace freemerge::cuda {
@@ -90,10 +91,16 @@ class Decimated {
     panel_rows_ = panel_cells_ + extra;
   }
 
+  // Of a whole group, and of what is left over after the last one: cuFFT may want more for a smaller batch.
   std::size_t workspace() {
-    Arena arena(nullptr);
-    place(arena, group_);
-    return arena.used();
+    std::size_t most = 0;
+    const std::int64_t rest = static_cast<std::int64_t>(job_.matrices.size()) % group_;
+    for (const std::int64_t count : {group_, rest == 0 ? group_ : rest}) {
+      Arena arena(nullptr);
+      place(arena, count);
+      most = std::max(most, arena.used());
+    }
+    return most;
   }
 
   void run(void* workspace) {
@@ -119,6 +126,7 @@ class Decimated {
     grids_ = {arena.take<float>(count * job_.rows.cells * pitch_), job_.rows.cells, job_.columns.cells, pitch_,
               static_cast<int>(count)};
     panel_ = arena.take<float>(count * panel_rows_ * width_);
+    centers_ = arena.take<float>(count);
     const std::size_t work = std::max(cached_fft(key(cufft::kR2C, count), stream_).work_bytes(),
                                       cached_fft(key(cufft::kC2R, count), stream_).work_bytes());
     work_ = arena.take<char>(static_cast<std::int64_t>(work));
@@ -126,20 +134,23 @@ class Decimated {
 
   void run_group(const Matrices& matrices) {
     const Plan& plan = job_.plan;
+    sample_mean({matrices, plan.mask.height, width_, centers_}, stream_);
     for (std::int64_t cell = 0; cell < job_.rows.cells; cell += panel_cells_) {
       const std::int64_t cells = std::min(panel_cells_, job_.rows.cells - cell);
-      down_rows({matrices, job_.rows, width_, cell, cells, panel_}, stream_);
+      down_rows({matrices, job_.rows, width_, cell, cells, centers_, panel_}, stream_);
       down_columns({grids_, job_.columns, panel_, cell, cells}, stream_);
     }
     cached_fft(key(cufft::kR2C, grids_.count), stream_).execute(grids_.data, work_, stream_);
     coarse_mask({grids_, job_.rows, job_.columns, plan.mask, plan.background, job_.scale}, stream_);
     cached_fft(key(cufft::kC2R, grids_.count), stream_).execute(grids_.data, work_, stream_);
     const auto gain = static_cast<float>(job_.scale * plan.background);
+    const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
+    const auto center_gain = static_cast<float>(job_.scale * at_zero);
     for (std::int64_t cell = 0; cell < job_.rows.cells; cell += panel_cells_) {
       const std::int64_t cells = std::min(panel_cells_, job_.rows.cells - cell);
       const std::int64_t reach = padded_taps(job_.rows.taps) - 1;
       up_columns({grids_, job_.columns, panel_, cell, cells + reach}, stream_);
-      up_rows({matrices, job_.rows, width_, cell, cells, panel_, gain}, stream_);
+      up_rows({matrices, job_.rows, width_, cell, cells, centers_, panel_, gain, center_gain}, stream_);
     }
   }
 
@@ -153,6 +164,7 @@ class Decimated {
   std::int64_t panel_rows_;   // and those that their windows reach in addition
   CoarseGrids grids_{};
   float* panel_ = nullptr;
+  float* centers_ = nullptr;
   char* work_ = nullptr;
 };
 
@@ -176,10 +188,16 @@ class Columns {
     if (lines_ > 1) panel_columns_ = fft_batch(key(cufft::kC2C, lines_, 1), panel_columns_, stream);
   }
 
+  // Of a whole group, and of what is left over after the last one: cuFFT may want more for a smaller batch.
   std::size_t workspace() {
-    Arena arena(nullptr);
-    place(arena, group_);
-    return arena.used();
+    std::size_t most = 0;
+    const std::int64_t rest = static_cast<std::int64_t>(job_.matrices.size()) % group_;
+    for (const std::int64_t count : {group_, rest == 0 ? group_ : rest}) {
+      Arena arena(nullptr);
+      place(arena, count);
+      most = std::max(most, arena.used());
+    }
+    return most;
   }
 
   void run(void* workspace) {
