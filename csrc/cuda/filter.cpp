@@ -64,11 +64,11 @@ Matrices slice(const FilterJob& job, std::size_t begin, std::int64_t count) {
   return matrices;
 }
 
-// The largest batch up to `wanted` whose work area is at most two panels (long prime lengths need much more than
-// their data).
+// The largest batch up to `wanted` whose work area is within bounds: long prime lengths need much more than their
+// data.
 std::int64_t fft_batch(FftKey key, std::int64_t wanted, cudaStream_t stream) {
   key.batch = wanted;
-  while (key.batch > 1 && cached_fft(key, stream).work_bytes() > 2 * heuristics::kPanelBytes) key.batch /= 2;
+  while (key.batch > 1 && cached_fft(key, stream).work_bytes() > heuristics::kWorkBytes) key.batch /= 2;
   return key.batch;
 }
 

@@ -10,8 +10,9 @@ namespace freemerge::cuda::heuristics {
 // Matrices of one shape that go through one launch; their addresses travel as kernel arguments (1 KiB of 4 KiB).
 constexpr int kMatricesPerLaunch = 64;  // H100, not measured
 
-// A panel is written by one kernel and read by the next: a third of the L2 keeps it there.
-constexpr std::size_t kPanelBytes = std::size_t{16} << 20;  // H100, not measured
+// A panel is written by one kernel and read by the next; with cuFFT's work area for it, a third of the L2 holds both.
+constexpr std::size_t kPanelBytes = std::size_t{8} << 20;  // H100, not measured
+constexpr std::size_t kWorkBytes = std::size_t{8} << 20;   // H100, not measured
 
 // Coarse grids or spectra of small matrices are batched up to this size.
 constexpr std::size_t kBatchBytes = std::size_t{16} << 20;  // H100, not measured

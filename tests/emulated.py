@@ -1,0 +1,83 @@
+"""Builds the CUDA backend's sources for the CPU, once, and hands out the backend that runs them on CPU tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from freemerge.spectral.cuda_backend import CudaBackend
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "tests" / "emulation"
+
+
+@lru_cache(maxsize=None)
+def build(sanitize: bool = False) -> Path:
+    """The folder with the emulated module, or with the sanitized programs. Skips where it cannot be built."""
+    cmake = shutil.which("cmake", path=_tools())
+    if cmake is None:
+        pytest.skip("the emulation needs cmake, which is not in PATH")
+    if not _cuda_headers():
+        pytest.skip("the emulation needs the headers of the CUDA toolkit: set CUDA_HOME")
+    folder = ROOT / "build" / ("emulation-sanitized" if sanitize else "emulation")
+    configure = [cmake, "-S", str(SOURCE), "-B", str(folder), f"-DFREEMERGE_SANITIZE={'ON' if sanitize else 'OFF'}"]
+    ninja = shutil.which("ninja", path=_tools())
+    if ninja is not None:
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    if not sanitize:
+        import pybind11
+
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    _run(configure)
+    _run([cmake, "--build", str(folder), "--parallel"])
+    return folder
+
+
+@lru_cache(maxsize=None)
+def module() -> ModuleType:
+    """The CUDA module's twin on the CPU."""
+    (file,) = build().glob("_cuda_emulated*.so")
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", file)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@lru_cache(maxsize=None)
+def backend() -> CudaBackend:
+    """The CUDA backend on the emulated module and CPU tensors."""
+    loaded = module()
+    outer = os.environ.get("FREEMERGE_CUFFT")
+    os.environ["FREEMERGE_CUFFT"] = str(build() / "libcufft.so.12")
+    try:
+        emulated = CudaBackend(loaded, "cpu")
+        assert emulated.info().available, emulated.info().reason  # opens the stand-in for cuFFT, for good
+    finally:
+        if outer is None:
+            del os.environ["FREEMERGE_CUFFT"]
+        else:
+            os.environ["FREEMERGE_CUFFT"] = outer
+    return emulated
+
+
+def _tools() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _cuda_headers() -> bool:
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return any(root and (Path(root) / "include" / "cuda_fp16.h").exists() for root in roots)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
