@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from freemerge.cuda import Runtime
 from freemerge.spectral.cuda_backend import CudaBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tests" / "emulation"
 
 
-@lru_cache(maxsize=None)
+@cache
 def build(sanitize: bool = False) -> Path:
     """The folder with the emulated module, or with the sanitized programs. Skips where it cannot be built."""
     cmake = shutil.which("cmake", path=_tools())
@@ -41,32 +43,47 @@ def build(sanitize: bool = False) -> Path:
     return folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def module() -> ModuleType:
     """The CUDA module's twin on the CPU."""
     (file,) = build().glob("_cuda_emulated*.so")
     spec = importlib.util.spec_from_file_location("_cuda_emulated", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
-@lru_cache(maxsize=None)
-def backend() -> CudaBackend:
-    """The CUDA backend on the emulated module and CPU tensors."""
+@cache
+def runtime() -> Runtime:
+    """The emulated module as the package's CUDA runtime, for CPU tensors."""
     loaded = module()
     outer = os.environ.get("FREEMERGE_CUFFT")
     os.environ["FREEMERGE_CUFFT"] = str(build() / "libcufft.so.12")
     try:
-        emulated = CudaBackend(loaded, "cpu")
-        assert emulated.info().available, emulated.info().reason  # opens the stand-in for cuFFT, for good
+        emulated = Runtime(loaded, "cpu")
+        assert emulated.available, emulated.state  # opens the stand-in for cuFFT, for good
     finally:
         if outer is None:
             del os.environ["FREEMERGE_CUFFT"]
         else:
             os.environ["FREEMERGE_CUFFT"] = outer
     return emulated
+
+
+@cache
+def backend() -> CudaBackend:
+    """The CUDA backend on the emulated module and CPU tensors."""
+    return CudaBackend(runtime())
+
+
+def standin_traffic() -> tuple[int, int]:
+    """Bytes that the stand-in for cuFFT has read and written since the last call."""
+    library = ctypes.CDLL(str(build() / "libcufft.so.12"))
+    read, written = ctypes.c_uint64(), ctypes.c_uint64()
+    library.freemerge_standin_traffic(ctypes.byref(read), ctypes.byref(written))
+    return read.value, written.value
 
 
 def _tools() -> str:

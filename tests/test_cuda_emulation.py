@@ -6,8 +6,9 @@ import os
 import subprocess
 from pathlib import Path
 
-import emulated
 import pytest
+
+import emulated
 
 # What the sanitizers or the emulation say about each bug. A race shows in one order of threads or another.
 BUGS = {

@@ -43,6 +43,8 @@ struct Threshold {
 // Rows are cut into chunks of kSelectEntries, one block each.
 struct Job {
   Selection selection;
+  std::int64_t first_row;  // ranked together: `rows` rows from here on
+  std::int64_t rows;
   std::int64_t chunks;    // of a row
   Threshold* thresholds;  // one a row
   Count* histograms;      // rows x kBins
@@ -65,13 +67,14 @@ __device__ Chunk chunk_of_block(const Job& job) {
 }
 
 __device__ float value_at(const Job& job, const Chunk& chunk, std::int64_t column) {
-  return load_wide(job.selection.values, chunk.row * job.selection.columns + column);
+  const std::int64_t i = (job.first_row + chunk.row) * job.selection.columns + column;
+  return __fsub_rn(load_wide(job.selection.model, i), load_wide(job.selection.base, i));
 }
 
 __global__ void __launch_bounds__(kSelectThreads) start_kernel(Job job) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kSelectThreads + threadIdx.x;
-  if (i < job.selection.rows) job.thresholds[i] = {0u, 0u, static_cast<Count>(job.selection.k)};
-  if (i < job.selection.rows * kBins) job.histograms[i] = 0;
+  if (i < job.rows) job.thresholds[i] = {0u, 0u, static_cast<Count>(job.selection.k)};
+  if (i < job.rows * kBins) job.histograms[i] = 0;
 }
 
 // Counts the next digit of the keys that agree with what is known.
@@ -138,8 +141,10 @@ __global__ void __launch_bounds__(kSelectThreads) count_kernel(Job job) {
 // One block a row: counts of a chunk become counts before it.
 __global__ void __launch_bounds__(kSelectThreads) scan_kernel(Job job) {
   Count* scratch = shared_memory<Count>();
-  for (Count* counts : {job.above, job.equal}) {
-    counts += static_cast<std::int64_t>(blockIdx.x) * job.chunks;
+  const std::int64_t row = blockIdx.x;
+  const Threshold threshold = job.thresholds[row];
+  for (const bool over : {true, false}) {
+    Count* counts = (over ? job.above : job.equal) + row * job.chunks;
     Count before = 0;
     for (std::int64_t begin = 0; begin < job.chunks; begin += kSelectThreads) {
       const std::int64_t i = begin + threadIdx.x;
@@ -149,6 +154,10 @@ __global__ void __launch_bounds__(kSelectThreads) scan_kernel(Job job) {
       before += total;
       __syncthreads();
     }
+    if (over && threadIdx.x == 0) {
+      const Count ties = threshold.prefix == 0 ? 0 : threshold.take;
+      store(job.selection.counts + job.first_row + row, static_cast<std::int64_t>(before + ties));
+    }
   }
 }
 
@@ -157,16 +166,17 @@ __global__ void __launch_bounds__(kSelectThreads) write_kernel(Job job) {
   Count* scratch = shared_memory<Count>();
   const Chunk chunk = chunk_of_block(job);
   const Threshold threshold = job.thresholds[chunk.row];
+  const std::int64_t row = job.first_row + chunk.row;
   Count above_before = job.above[blockIdx.x];
   Count equal_before = job.equal[blockIdx.x];
-  std::int64_t* indices = job.selection.indices + chunk.row * job.selection.k;
-  float* kept = job.selection.kept + chunk.row * job.selection.k;
+  std::int64_t* indices = job.selection.indices + row * job.selection.k;
+  float* values = job.selection.values + row * job.selection.k;
   for (std::int64_t begin = chunk.begin; begin < chunk.end; begin += kSelectThreads) {
     const std::int64_t i = begin + threadIdx.x;
     const float value = i < chunk.end ? value_at(job, chunk, i) : 0.0f;
     const unsigned key = key_of(value);
     const bool above = i < chunk.end && key > threshold.prefix;
-    const bool equal = i < chunk.end && key == threshold.prefix;
+    const bool equal = i < chunk.end && key == threshold.prefix && key != 0;
     Count above_total = 0;
     Count equal_total = 0;
     const Count a = above_before + block_prefix_sum(Count{above}, scratch, &above_total);
@@ -175,8 +185,8 @@ __global__ void __launch_bounds__(kSelectThreads) write_kernel(Job job) {
     __syncthreads();
     if (above || (equal && e < threshold.take)) {
       const Count place = a + (e < threshold.take ? e : threshold.take);
-      store(indices + place, i);
-      store(kept + place, value);
+      store(indices + place, row * job.selection.columns + i);
+      store(values + place, value);
     }
     above_before += above_total;
     equal_before += equal_total;
@@ -193,7 +203,7 @@ unsigned grid_size(std::int64_t blocks) {
 }
 
 void select_rows(Job job, cudaStream_t stream) {
-  const std::int64_t rows = job.selection.rows;
+  const std::int64_t rows = job.rows;
   const dim3 threads(kSelectThreads);
   const dim3 per_row(grid_size(rows));
   const dim3 per_chunk(grid_size(rows * job.chunks));
@@ -221,7 +231,8 @@ std::size_t select_scratch(std::int64_t rows, std::int64_t columns) {
 void select(const Selection& selection, void* scratch, cudaStream_t stream) {
   require(selection.rows > 0 && selection.columns > 0, "rows and columns must be positive");
   require(selection.k > 0 && selection.k <= selection.columns, "k must be between 1 and the number of columns");
-  require_storage(selection.values);
+  require_storage(selection.model);
+  require_storage(selection.base);
   Job job{};
   job.chunks = ceil_div(selection.columns, kSelectEntries);
   const auto rows = static_cast<std::size_t>(std::min(selection.rows, heuristics::kSelectRows));
@@ -233,13 +244,9 @@ void select(const Selection& selection, void* scratch, cudaStream_t stream) {
   job.above = reinterpret_cast<Count*>(free);
   free += aligned(rows * static_cast<std::size_t>(job.chunks) * sizeof(Count));
   job.equal = reinterpret_cast<Count*>(free);
-  for (std::int64_t begin = 0; begin < selection.rows; begin += heuristics::kSelectRows) {
-    job.selection = selection;
-    job.selection.rows = std::min(heuristics::kSelectRows, selection.rows - begin);
-    const std::int64_t bytes = begin * selection.columns * (selection.values.dtype == DType::kFloat32 ? 4 : 2);
-    job.selection.values.data = static_cast<char*>(selection.values.data) + bytes;
-    job.selection.indices += begin * selection.k;
-    job.selection.kept += begin * selection.k;
+  job.selection = selection;
+  for (job.first_row = 0; job.first_row < selection.rows; job.first_row += heuristics::kSelectRows) {
+    job.rows = std::min(heuristics::kSelectRows, selection.rows - job.first_row);
     select_rows(job, stream);
   }
 }

@@ -10,18 +10,19 @@
 namespace freemerge::cuda {
 
 struct SparseUpdate {
-  Array weights;                // dense
-  const std::int64_t* indices;  // distinct
-  Array values;
+  Array weights;        // dense
+  const void* indices;  // distinct: int64 if `wide`, else int32
+  bool wide;
   std::int64_t count;
-  float scale;
-  bool replace;  // weights[i] = scale * value instead of weights[i] + scale * value
-  void* saved;   // `count` entries of the weights' dtype: what they were
+  void* saved;  // `count` entries of the weights' dtype: what they were
 };
 
-void sparse_apply(const SparseUpdate& update, cudaStream_t stream);
+// weights[i] = start + scale * value for each index, rounded to float twice and to the weights' dtype once. The start
+// is `origin` (one entry of the weights' dtype for each index), or the weight itself where that is null.
+void sparse_apply(const SparseUpdate& update, const float* values, float scale, const void* origin,
+                  cudaStream_t stream);
 
-// weights[indices[i]] = saved[i]; the update's values are not looked at.
-void sparse_undo(const SparseUpdate& update, cudaStream_t stream);
+// weights[indices[i]] = saved[i]
+void sparse_restore(const SparseUpdate& update, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -290,28 +290,36 @@ void check_selection() {
   const std::size_t rows = 3;
   for (const std::size_t columns : {1u, 255u, 40000u}) {
     for (const std::size_t k : {std::size_t{1}, columns / 100 + 1, columns}) {
-      std::vector<float> values = random_array<float>(rows * columns, 5);
-      for (std::size_t i = 0; i < values.size(); i += 3) values[i] = 1.5f;  // ties
-      Buffer<float> device(values);
+      std::vector<float> model = random_array<float>(rows * columns, 5);
+      std::vector<bfloat16> base = random_array<bfloat16>(rows * columns, 6);
+      for (std::size_t i = 0; i < model.size(); i += 3) model[i] = to_float(base[i]) + 1.5f;       // ties
+      for (std::size_t i = columns; i < 2 * columns; ++i) model[i] = i % 4 ? to_float(base[i]) : 1.0f;  // many zeros
+      std::vector<float> v(model.size());
+      for (std::size_t i = 0; i < v.size(); ++i) v[i] = model[i] - to_float(base[i]);
+      Buffer<float> device_model(model);
+      Buffer<bfloat16> device_base(base);
       Buffer<std::int64_t> indices(rows * k);
-      Buffer<float> kept(rows * k);
+      Buffer<float> values(rows * k);
+      Buffer<std::int64_t> counts(rows);
       const std::size_t bytes = select_scratch(std::int64_t(rows), std::int64_t(columns));
       void* scratch = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-      select({{device.get(), DType::kFloat32}, std::int64_t(rows), std::int64_t(columns), std::int64_t(k),
-              indices.get(), kept.get()},
+      select({{device_model.get(), DType::kFloat32}, {device_base.get(), DType::kBFloat16}, std::int64_t(rows),
+              std::int64_t(columns), std::int64_t(k), indices.get(), values.get(), counts.get()},
              scratch, nullptr);
       std::free(scratch);
       for (std::size_t r = 0; r < rows; ++r) {
-        const float* row = values.data() + r * columns;
-        std::vector<std::int64_t> order(columns);
-        for (std::size_t i = 0; i < columns; ++i) order[i] = std::int64_t(i);
+        std::vector<std::int64_t> order;
+        for (std::size_t i = r * columns; i < (r + 1) * columns; ++i) {
+          if (v[i] != 0.0f) order.push_back(std::int64_t(i));
+        }
+        const auto magnitude = [&](std::int64_t i) { return std::fabs(v[std::size_t(i)]); };
         std::stable_sort(order.begin(), order.end(),
-                         [&](std::int64_t a, std::int64_t b) { return std::fabs(row[a]) > std::fabs(row[b]); });
-        order.resize(k);
+                         [&](std::int64_t a, std::int64_t b) { return magnitude(a) > magnitude(b); });
+        order.resize(std::min(k, order.size()));
         std::sort(order.begin(), order.end());
-        bool same = true;
-        for (std::size_t i = 0; i < k; ++i)
-          same = same && indices[r * k + i] == order[i] && kept[r * k + i] == row[order[i]];
+        bool same = counts[r] == std::int64_t(order.size());
+        for (std::size_t i = 0; same && i < order.size(); ++i)
+          same = indices[r * k + i] == order[i] && values[r * k + i] == v[std::size_t(order[i])];
         expect(same, "selection", double(columns));
       }
     }
@@ -322,17 +330,19 @@ void check_sparse() {
   const std::vector<bfloat16> before = random_array<bfloat16>(1000, 11);
   Buffer<bfloat16> weights(before);
   Buffer<std::int64_t> indices(std::vector<std::int64_t>{3, 500, 999});
+  Buffer<std::int32_t> narrow_indices(std::vector<std::int32_t>{3, 500, 999});
   Buffer<float> values(std::vector<float>{1.0f, -2.0f, 0.5f});
+  Buffer<bfloat16> origin(std::vector<bfloat16>(3, round_to<bfloat16>(3.0f)));
   Buffer<bfloat16> saved(3);
-  SparseUpdate update{{weights.get(), DType::kBFloat16}, indices.get(), {values.get(), DType::kFloat32}, 3, 2.0f,
-                      false, saved.get()};
-  sparse_apply(update, nullptr);
+  const Array array{weights.get(), DType::kBFloat16};
+  const SparseUpdate wide{array, indices.get(), true, 3, saved.get()};
+  sparse_apply(wide, values.get(), 2.0f, nullptr, nullptr);
   expect(weights[500].bits == round_to<bfloat16>(to_float(before[500]) - 4.0f).bits, "sparse add");
-  sparse_undo(update, nullptr);
-  update.replace = true;
-  sparse_apply(update, nullptr);
-  expect(to_float(weights[999]) == 1.0f, "sparse replace");
-  sparse_undo(update, nullptr);
+  sparse_restore(wide, nullptr);
+  const SparseUpdate update{array, narrow_indices.get(), false, 3, saved.get()};
+  sparse_apply(update, values.get(), 2.0f, origin.get(), nullptr);
+  expect(to_float(weights[999]) == 4.0f, "sparse replace");
+  sparse_restore(update, nullptr);
   bool same = true;
   for (std::size_t i = 0; i < before.size(); ++i) same = same && weights[i].bits == before[i].bits;
   expect(same, "undo, bit for bit");

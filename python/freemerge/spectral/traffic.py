@@ -59,7 +59,8 @@ def _matrix_bytes(plan: Plan) -> int:
 
 
 def _decimated(plan: Plan) -> list[Step]:
-    assert plan.rows is not None and plan.columns is not None
+    assert plan.rows is not None
+    assert plan.columns is not None
     matrix = _matrix_bytes(plan)
     _, width = plan.matrix
     panel = plan.rows.cells * width * _FLOAT
@@ -88,8 +89,12 @@ def _by_columns(plan: Plan) -> list[Step]:
     bins = lines * (length // 2 + 1) * _COMPLEX
     spectrum = lines * columns * _COMPLEX
     # Of the four passes over a panel of columns only the first reads and the last writes device memory.
-    transforms = [] if lines == 1 else [Step("cuFFT C2C", "spectrum", spectrum, 0), Step("cuFFT C2C", "panel", 0, spectrum)]
-    inverses = [] if lines == 1 else [Step("cuFFT C2C", "panel", spectrum, 0), Step("cuFFT C2C", "spectrum", 0, spectrum)]
+    transforms = (
+        [] if lines == 1 else [Step("cuFFT C2C", "spectrum", spectrum, 0), Step("cuFFT C2C", "panel", 0, spectrum)]
+    )
+    inverses = (
+        [] if lines == 1 else [Step("cuFFT C2C", "panel", spectrum, 0), Step("cuFFT C2C", "spectrum", 0, spectrum)]
+    )
     mask: Where = "spectrum" if lines == 1 else "panel"
     return [
         Step("pack", "matrix", matrix, 0),
