@@ -28,7 +28,8 @@ Mask to_mask(const py::handle& params, Address table) {
   mask.order = params.attr("order").cast<double>();
   mask.axis = params.attr("axis").cast<int>();
   mask.table = pointer<const float>(table);
-  require((mask.kind == MaskKind::kTable) == (mask.table != nullptr), "a table is for masks of that kind only");
+  require((mask.kind == MaskKind::kTable) == (mask.table != nullptr),
+          "a table is for masks of that kind only");
   return mask;
 }
 
@@ -51,9 +52,11 @@ py::tuple window_tables(std::int64_t samples, const Decimation& decimation) {
   std::vector<float> weights(static_cast<std::size_t>(samples * padded), 0.0f);
   for (std::int64_t n = 0; n < samples; ++n) {
     for (int j = 0; j < taps; ++j)
-      weights[static_cast<std::size_t>(n * padded + j)] = window->weights[static_cast<std::size_t>(n * taps + j)];
+      weights[static_cast<std::size_t>(n * padded + j)] =
+          window->weights[static_cast<std::size_t>(n * taps + j)];
   }
-  return py::make_tuple(to_numpy(window->first), to_numpy(cell), to_numpy(weights), to_numpy(window->transform));
+  return py::make_tuple(to_numpy(window->first), to_numpy(cell), to_numpy(weights),
+                        to_numpy(window->transform));
 }
 
 }  // namespace
@@ -67,12 +70,16 @@ void bind_filter(py::module_& m) {
   m.def("window_tables", &window_tables, py::arg("samples"), py::arg("decimation"));
 
   py::class_<WindowTables>(m, "Window")
-      .def(py::init([](std::int64_t samples, const Decimation& d, Address first, Address cell, Address weights,
-                       Address transform) {
-             return WindowTables{pointer<const std::int64_t>(first), pointer<const std::int32_t>(cell),
-                                 pointer<const float>(weights),      pointer<const double>(transform),
-                                 samples,                            d.cells,
-                                 d.band,                             d.taps,
+      .def(py::init([](std::int64_t samples, const Decimation& d, Address first, Address cell,
+                       Address weights, Address transform) {
+             return WindowTables{pointer<const std::int64_t>(first),
+                                 pointer<const std::int32_t>(cell),
+                                 pointer<const float>(weights),
+                                 pointer<const double>(transform),
+                                 samples,
+                                 d.cells,
+                                 d.band,
+                                 d.taps,
                                  d.nyquist};
            }),
            py::arg("samples"), py::arg("decimation"), py::arg("first"), py::arg("cell"), py::arg("weights"),
@@ -96,19 +103,20 @@ void bind_filter(py::module_& m) {
       .def_static(
           "by_columns",
           [](const py::object& mask, Address table, int dtype, double background, bool transposed,
-             std::int64_t column_begin, std::int64_t column_count) {
+             Address bins, Address place, std::int64_t column_count) {
             FilterJob job{};
             job.plan.form = Form::kPruned;
             job.plan.mask = to_mask(mask, table);
             job.plan.background = background;
             job.plan.transposed = transposed;
             job.dtype = to_dtype(dtype);
-            job.column_begin = column_begin;
+            job.bins = pointer<const std::int32_t>(bins);
+            job.place = pointer<const std::int32_t>(place);
             job.column_count = column_count;
             return job;
           },
           py::arg("mask"), py::arg("table"), py::arg("dtype"), py::arg("background"), py::arg("transposed"),
-          py::arg("column_begin"), py::arg("column_count"))
+          py::arg("bins"), py::arg("place"), py::arg("column_count"))
       .def(
           "workspace",
           [](FilterJob job, std::size_t count, int device, Address stream) {
@@ -119,8 +127,9 @@ void bind_filter(py::module_& m) {
           py::arg("count"), py::arg("device"), py::arg("stream"))
       .def(
           "run",
-          [](FilterJob job, const std::vector<Address>& matrices, const std::vector<std::int64_t>& row_strides,
-             double scale, Address workspace, std::size_t workspace_bytes, int device, Address stream) {
+          [](FilterJob job, const std::vector<Address>& matrices,
+             const std::vector<std::int64_t>& row_strides, double scale, Address workspace,
+             std::size_t workspace_bytes, int device, Address stream) {
             for (const Address matrix : matrices) job.matrices.push_back(pointer<void>(matrix));
             job.row_strides = row_strides;
             job.scale = scale;

@@ -1,10 +1,9 @@
-#include "cuda/kernel.cuh"
-
 #include <algorithm>
 #include <limits>
 
 #include "cuda/accumulate.cuh"
 #include "cuda/heuristics.h"
+#include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
 #include "cuda/reduce.cuh"
 #include "cuda/storage.cuh"
@@ -112,8 +111,9 @@ std::int64_t accumulate_scratch(std::int64_t n, std::int64_t models) {
   return ceil_div(n, kBlockEntries) * std::min<std::int64_t>(models, kModelsPerLaunch);
 }
 
-void accumulate(float* out, const Array& base, const std::vector<Array>& models, const std::vector<double>& weights,
-                std::int64_t n, double* means, double* scratch, cudaStream_t stream) {
+void accumulate(float* out, const Array& base, const std::vector<Array>& models,
+                const std::vector<double>& weights, std::int64_t n, double* means, double* scratch,
+                cudaStream_t stream) {
   require(n > 0, "n must be positive");
   require(!models.empty(), "models must not be empty");
   require(out == nullptr || weights.size() == models.size(), "weights must hold one number per model");
@@ -135,7 +135,8 @@ void accumulate(float* out, const Array& base, const std::vector<Array>& models,
     launch(sum_kernel, Launch("sum", grid, dim3(kSumThreads), kScratchBytes, stream), job);
     const MeanJob mean{scratch, grid.x, n, means + begin};
     launch(mean_kernel,
-           Launch("mean", dim3(static_cast<unsigned>(job.count)), dim3(kSumThreads), kScratchBytes, stream), mean);
+           Launch("mean", dim3(static_cast<unsigned>(job.count)), dim3(kSumThreads), kScratchBytes, stream),
+           mean);
   }
 }
 

@@ -1,5 +1,5 @@
-// One bind function per topic of the CUDA module. Pointers are integers; callers keep the memory alive, and say on
-// which device and stream to work. The GIL is released around native work.
+// One bind function per topic of the CUDA module. Pointers are integers; callers keep the memory alive, and
+// say on which device and stream to work. The GIL is released around native work.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,6 +1,5 @@
-#include "cuda/kernel.cuh"
-
 #include "cuda/coarse_mask.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/mask_gain.cuh"
 
 namespace freemerge::cuda {
@@ -13,7 +12,7 @@ __global__ void __launch_bounds__(kThreads) coarse_mask_kernel(CoarseMask a) {
   const std::int64_t bin = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (bin >= a.grids.rows * half) return;
   const std::int64_t row = bin / half;
-  const std::int64_t dx = bin % half;                                        // offsets from the centre of the band
+  const std::int64_t dx = bin % half;  // offsets from the centre of the band
   const std::int64_t dy = row <= a.grids.rows / 2 ? row : row - a.grids.rows;
   const std::int64_t distance_y = dy < 0 ? -dy : dy;
   float factor = 0.0f;

@@ -17,8 +17,8 @@ struct CoarseMask {
   double scale;
 };
 
-// Multiplies each bin inside the band by scale * (M - background) / (H W phi_rows^2 phi_columns^2), phi being the
-// windows' transforms, and clears the bins outside it.
+// Multiplies each bin inside the band by scale * (M - background) / (H W phi_rows^2 phi_columns^2), phi being
+// the windows' transforms, and clears the bins outside it.
 void coarse_mask(const CoarseMask& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -1,6 +1,5 @@
-#include "cuda/kernel.cuh"
-
 #include "cuda/column_mask.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/mask_gain.cuh"
 
 namespace freemerge::cuda {
@@ -12,7 +11,7 @@ __global__ void __launch_bounds__(kThreads) column_mask_kernel(ColumnMask a) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.columns * a.lines) return;
   const std::int64_t flat = a.column_first + i / a.lines;
-  const std::int64_t across = a.spectrum.column_begin + flat % a.spectrum.column_count;
+  const std::int64_t across = load(a.spectrum.bins + flat % a.spectrum.column_count);
   const std::int64_t along = i % a.lines;
   const double gain = a.transposed ? gain_at(a.mask, across, along) : gain_at(a.mask, along, across);
   const double size = static_cast<double>(a.mask.height) * static_cast<double>(a.mask.width);

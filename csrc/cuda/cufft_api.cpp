@@ -19,17 +19,19 @@ using namespace freemerge::cuda::cufft;
 // C enums and ints pass alike; everything else must be the same type.
 template <typename Real, typename Mirror>
 constexpr bool same_argument =
-    std::is_same_v<Real, Mirror> || (std::is_enum_v<Real> && sizeof(Real) == sizeof(Mirror) && std::is_same_v<Mirror, int>);
+    std::is_same_v<Real, Mirror> ||
+    (std::is_enum_v<Real> && sizeof(Real) == sizeof(Mirror) && std::is_same_v<Mirror, int>);
 
 template <typename Real, typename Mirror>
 struct SameAbi;
 
 template <typename R, typename... A, typename S, typename... B>
 struct SameAbi<R (*)(A...), S (*)(B...)> {
-  static constexpr bool value = sizeof...(A) == sizeof...(B) && same_argument<R, S> && (same_argument<A, B> && ...);
+  static constexpr bool value =
+      sizeof...(A) == sizeof...(B) && same_argument<R, S> && (same_argument<A, B> && ...);
 };
 
-#define FM_SAME_ABI(name)                                                 \
+#define FM_SAME_ABI(name) \
   static_assert(SameAbi<decltype(&cufft##name), decltype(Api::name)>::value, "cufft" #name " has changed")
 FM_SAME_ABI(Create);
 FM_SAME_ABI(Destroy);

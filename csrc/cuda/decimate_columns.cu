@@ -1,6 +1,5 @@
-#include "cuda/kernel.cuh"
-
 #include "cuda/decimate_columns.cuh"
+#include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
 
 namespace freemerge::cuda {
@@ -15,8 +14,8 @@ constexpr int kDownChunk = 64;  // samples in shared memory at a time
 constexpr int kDownPitch = kLanes + 1;
 constexpr int kCellsPerThread = kDownCells / kWarps;
 
-// The samples that start in one cell. Cells below 0 and beyond the last are copies of the grid, and so are their
-// samples: position n on the endless line is sample n - shift.
+// The samples that start in one cell. Cells below 0 and beyond the last are copies of the grid, and so are
+// their samples: position n on the endless line is sample n - shift.
 struct CellSamples {
   std::int64_t begin;
   std::int64_t end;

@@ -1,7 +1,6 @@
-#include "cuda/kernel.cuh"
-
 #include "cuda/decimate_rows.cuh"
 #include "cuda/heuristics.h"
+#include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
 #include "cuda/storage.cuh"
 
@@ -33,8 +32,9 @@ __device__ void load_weights(const WindowTables& window, std::int64_t sample, fl
   }
 }
 
-// Each thread owns kColumnsPerThread columns and walks down the rows. sums[.][j] belongs to coarse row `cell + j`;
-// when the last sample that starts in `cell` is in, sums[.][0] is final and the registers move up by one.
+// Each thread owns kColumnsPerThread columns and walks down the rows. sums[.][j] belongs to coarse row `cell
+// + j`; when the last sample that starts in `cell` is in, sums[.][0] is final and the registers move up by
+// one.
 template <typename T, int kTaps>
 __global__ void __launch_bounds__(kRowPassThreads) down_rows_kernel(Job<DownRows> job) {
   const DownRows& a = job.pass;
@@ -86,10 +86,12 @@ __global__ void __launch_bounds__(kRowPassThreads) up_rows_kernel(Job<UpRows> jo
   const float* panel = a.panel + static_cast<std::int64_t>(blockIdx.z) * panel_rows * a.width;
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kColumnsPerBlock + threadIdx.x;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * job.cells_per_block;  // within the panel
-  const std::int64_t end = begin + job.cells_per_block < a.cell_count ? begin + job.cells_per_block : a.cell_count;
+  const std::int64_t end =
+      begin + job.cells_per_block < a.cell_count ? begin + job.cells_per_block : a.cell_count;
   const float constant = a.center_gain * load(a.centers + blockIdx.z);
 
-  float coarse[kColumnsPerThread][kTaps] = {};  // coarse rows cell .. cell + kTaps - 1 of this thread's columns
+  float coarse[kColumnsPerThread][kTaps] =
+      {};  // coarse rows cell .. cell + kTaps - 1 of this thread's columns
 #pragma unroll
   for (int c = 0; c < kColumnsPerThread; ++c) {
     const std::int64_t x = column + c * kRowPassThreads;

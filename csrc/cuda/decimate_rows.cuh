@@ -9,8 +9,8 @@
 
 namespace freemerge::cuda {
 
-// A panel is a run of coarse rows [cell_begin, cell_begin + cell_count) of all matrices, W floats each, dense:
-// panel[matrix][cell - cell_begin][column].
+// A panel is a run of coarse rows [cell_begin, cell_begin + cell_count) of all matrices, W floats each,
+// dense: panel[matrix][cell - cell_begin][column].
 struct DownRows {
   Matrices matrices;
   WindowTables window;
@@ -24,8 +24,8 @@ struct DownRows {
 // panel = window^T * (matrices - centers)
 void down_rows(const DownRows& arguments, cudaStream_t stream);
 
-// Writes the samples that start in cells [cell_begin, cell_begin + cell_count). Their windows reach further, so this
-// panel has padded_taps - 1 coarse rows more, wrapped around the end of the grid.
+// Writes the samples that start in cells [cell_begin, cell_begin + cell_count). Their windows reach further,
+// so this panel has padded_taps - 1 coarse rows more, wrapped around the end of the grid.
 struct UpRows {
   Matrices matrices;
   WindowTables window;

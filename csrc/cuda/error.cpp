@@ -10,13 +10,20 @@ std::string describe(const std::string& operation, const std::string& reason, co
 }
 
 const char* cufft_result_name(int result) {
-  static const char* const names[] = {"CUFFT_SUCCESS",           "CUFFT_INVALID_PLAN",
-                                      "CUFFT_ALLOC_FAILED",      "CUFFT_INVALID_TYPE",
-                                      "CUFFT_INVALID_VALUE",     "CUFFT_INTERNAL_ERROR",
-                                      "CUFFT_EXEC_FAILED",       "CUFFT_SETUP_FAILED",
-                                      "CUFFT_INVALID_SIZE",      "CUFFT_UNALIGNED_DATA",
-                                      "CUFFT_INCOMPLETE_PARAMETER_LIST", "CUFFT_INVALID_DEVICE",
-                                      "CUFFT_PARSE_ERROR",       "CUFFT_NO_WORKSPACE"};
+  static const char* const names[] = {"CUFFT_SUCCESS",
+                                      "CUFFT_INVALID_PLAN",
+                                      "CUFFT_ALLOC_FAILED",
+                                      "CUFFT_INVALID_TYPE",
+                                      "CUFFT_INVALID_VALUE",
+                                      "CUFFT_INTERNAL_ERROR",
+                                      "CUFFT_EXEC_FAILED",
+                                      "CUFFT_SETUP_FAILED",
+                                      "CUFFT_INVALID_SIZE",
+                                      "CUFFT_UNALIGNED_DATA",
+                                      "CUFFT_INCOMPLETE_PARAMETER_LIST",
+                                      "CUFFT_INVALID_DEVICE",
+                                      "CUFFT_PARSE_ERROR",
+                                      "CUFFT_NO_WORKSPACE"};
   const bool known = result >= 0 && result < static_cast<int>(sizeof names / sizeof *names);
   return known ? names[result] : "cuFFT error";
 }

@@ -1,5 +1,5 @@
-// cuFFT plans for in-place batched transforms, cached for each thread and device. Work areas are the caller's, taken
-// for one call: a plan holds none.
+// cuFFT plans for in-place batched transforms, cached for each thread and device. Work areas are the
+// caller's, taken for one call: a plan holds none.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -34,8 +34,8 @@ class Fft {
 
   std::size_t work_bytes() const { return work_bytes_; }
 
-  // `direction` matters for complex transforms only: cufft::kForward or kInverse, both unnormalised. `work` has at
-  // least work_bytes(), and nothing else uses it until the stream has got past this call.
+  // `direction` matters for complex transforms only: cufft::kForward or kInverse, both unnormalised. `work`
+  // has at least work_bytes(), and nothing else uses it until the stream has got past this call.
   void execute(void* data, void* work, cudaStream_t stream, int direction = cufft::kForward) const;
 
  private:
@@ -44,9 +44,9 @@ class Fft {
   std::size_t work_bytes_ = 0;
 };
 
-// The calling thread's plan for `key`, made if needed; valid until the thread asks for the next one. Plans used while
-// `stream` records a graph stay for the life of the thread, because the graph refers to them; making one at that time
-// is an error (run once before capture).
+// The calling thread's plan for `key`, made if needed; valid until the thread asks for the next one. Plans
+// used while `stream` records a graph stay for the life of the thread, because the graph refers to them;
+// making one at that time is an error (run once before capture).
 const Fft& cached_fft(const FftKey& key, cudaStream_t stream);
 
 // Destroys the calling thread's plans.

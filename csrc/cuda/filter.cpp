@@ -64,8 +64,8 @@ Matrices slice(const FilterJob& job, std::size_t begin, std::int64_t count) {
   return matrices;
 }
 
-// The largest batch up to `wanted` whose work area is within bounds: long prime lengths need much more than their
-// data.
+// The largest batch up to `wanted` whose work area is within bounds: long prime lengths need much more than
+// their data.
 std::int64_t fft_batch(FftKey key, std::int64_t wanted, cudaStream_t stream) {
   key.batch = wanted;
   while (key.batch > 1 && cached_fft(key, stream).work_bytes() > heuristics::kWorkBytes) key.batch /= 2;
@@ -84,8 +84,8 @@ class Decimated {
     group_ = fit(heuristics::kBatchBytes, std::max(coarse_bytes, (job.rows.cells + extra) * row_bytes), 1,
                  std::min<std::int64_t>(kMatricesPerLaunch, limit()));
     const std::int64_t rows = std::min(job.rows.cells, kMaxPanelRows);
-    panel_cells_ = fit(heuristics::kPanelBytes, group_ * row_bytes, std::min(rows, heuristics::kMinCellsPerBlock + extra),
-                       rows + extra) -
+    panel_cells_ = fit(heuristics::kPanelBytes, group_ * row_bytes,
+                       std::min(rows, heuristics::kMinCellsPerBlock + extra), rows + extra) -
                    extra;
     panel_cells_ = std::max<std::int64_t>(panel_cells_, 1);
     panel_rows_ = panel_cells_ + extra;
@@ -123,8 +123,8 @@ class Decimated {
   }
 
   void place(Arena& arena, std::int64_t count) {
-    grids_ = {arena.take<float>(count * job_.rows.cells * pitch_), job_.rows.cells, job_.columns.cells, pitch_,
-              static_cast<int>(count)};
+    grids_ = {arena.take<float>(count * job_.rows.cells * pitch_), job_.rows.cells, job_.columns.cells,
+              pitch_, static_cast<int>(count)};
     panel_ = arena.take<float>(count * panel_rows_ * width_);
     centers_ = arena.take<float>(count);
     const std::size_t work = std::max(cached_fft(key(cufft::kR2C, count), stream_).work_bytes(),
@@ -168,7 +168,8 @@ class Decimated {
   char* work_ = nullptr;
 };
 
-// y = background * x + z, z being what the mask makes of some columns of the spectrum; all of them in the full form.
+// y = background * x + z, z being what the mask makes of some columns of the spectrum; all of them in the
+// full form.
 class Columns {
  public:
   Columns(const FilterJob& job, cudaStream_t stream)
@@ -222,7 +223,8 @@ class Columns {
   }
 
   void place(Arena& arena, std::int64_t count) {
-    spectrum_ = {arena.take<float2>(count * job_.column_count * lines_), job_.column_begin, job_.column_count};
+    spectrum_ = {arena.take<float2>(count * job_.column_count * lines_), job_.bins, job_.place,
+                 job_.column_count};
     const std::int64_t most = std::min(stage_lines_, count * lines_);
     stage_ = {arena.take<float>(most * pitch_), length_, pitch_, lines_, 0, 0};
     std::size_t work = 0;
@@ -257,7 +259,8 @@ class Columns {
       cached_fft(key(cufft::kC2C, lines_, count), stream_).execute(columns, work_, stream_, direction);
     };
     transform(cufft::kForward);
-    column_mask({spectrum_, lines_, begin, count, plan.mask, transposed_, plan.background, job_.scale}, stream_);
+    column_mask({spectrum_, lines_, begin, count, plan.mask, transposed_, plan.background, job_.scale},
+                stream_);
     transform(cufft::kInverse);
   }
 
@@ -304,10 +307,11 @@ void check_job(const FilterJob& job) {
     require(job.rows.taps <= kMaxTaps && job.columns.taps <= kMaxTaps, "windows have at most 12 taps");
     return;
   }
-  require(plan.form == Form::kPruned || plan.form == Form::kFull, "the form must be decimated, pruned or full");
+  require(plan.form == Form::kPruned || plan.form == Form::kFull,
+          "the form must be decimated, pruned or full");
   const std::int64_t half = (plan.transposed ? mask.height : mask.width) / 2 + 1;
-  require(job.column_begin >= 0 && job.column_count > 0 && job.column_begin + job.column_count <= half,
-          "the columns must lie within the half spectrum");
+  require(job.column_count > 0 && job.column_count <= half,
+          "the columns must be some of the half spectrum's");
 }
 
 template <typename Visit>

@@ -18,13 +18,7 @@ namespace freemerge::cuda {
 struct Launch {
   Launch(const char* name_, dim3 grid_, dim3 block_, std::size_t shared_, cudaStream_t stream_,
          const char* file_ = __builtin_FILE(), int line_ = __builtin_LINE())
-      : name(name_),
-        grid(grid_),
-        block(block_),
-        shared(shared_),
-        stream(stream_),
-        file(file_),
-        line(line_) {}
+      : name(name_), grid(grid_), block(block_), shared(shared_), stream(stream_), file(file_), line(line_) {}
 
   const char* name;
   dim3 grid;
@@ -49,7 +43,7 @@ void launch(void (*kernel)(Arguments), const Launch& how, const Arguments& argum
   };
   if (!emulation::run_grid(how.grid, how.block, how.shared, thread, &call)) emulation::refuse_launch();
 #else
-  kernel<<<how.grid, how.block, how.shared, how.stream>>>(arguments);
+  kernel<<<how.grid, how.block, how.shared, how.stream> > >(arguments);
 #endif
   check(cudaGetLastError(), (std::string("launch of ") + how.name).c_str(), how.file, how.line);
 }

@@ -1,5 +1,4 @@
 #include "cuda/kernel.cuh"
-
 #include "cuda/launch_math.h"
 #include "cuda/lines.cuh"
 #include "cuda/storage.cuh"
@@ -7,8 +6,8 @@
 namespace freemerge::cuda {
 namespace {
 
-// All four kernels move 32 x 32 tiles through shared memory, so that both sides are read and written along their
-// contiguous axis. The tiles of a launch are numbered along the lines first.
+// All four kernels move 32 x 32 tiles through shared memory, so that both sides are read and written along
+// their contiguous axis. The tiles of a launch are numbered along the lines first.
 constexpr int kTile = 32;
 constexpr int kWarps = 8;
 constexpr int kPitch = kTile + 1;
@@ -28,10 +27,11 @@ unsigned tile_count(std::int64_t lines, std::int64_t columns) {
   return static_cast<unsigned>(ceil_div(lines, kTile) * ceil_div(columns, kTile));
 }
 
-// Calls visit(line, column, shared element) for each element of the tile; consecutive threads take consecutive
-// columns, or lines if `along_lines`.
+// Calls visit(line, column, shared element) for each element of the tile; consecutive threads take
+// consecutive columns, or lines if `along_lines`.
 template <typename Visit>
-__device__ void for_each(const Tile& tile, std::int64_t lines, std::int64_t columns, bool along_lines, Visit visit) {
+__device__ void for_each(const Tile& tile, std::int64_t lines, std::int64_t columns, bool along_lines,
+                         Visit visit) {
   const int lane = static_cast<int>(threadIdx.x);
   for (int i = static_cast<int>(threadIdx.y); i < kTile; i += kWarps) {
     const int l = along_lines ? lane : i;
@@ -60,18 +60,20 @@ __global__ void __launch_bounds__(kTile* kWarps) pack_kernel(LineCopy a) {
              shared[at] = widen(load(matrix_entry<T>(a, line, sample)));
            });
   __syncthreads();
-  for_each(tile, a.stage.line_count, a.stage.length, false, [&](std::int64_t line, std::int64_t sample, int at) {
-    store(a.stage.data + line * a.stage.pitch + sample, shared[at]);
-  });
+  for_each(tile, a.stage.line_count, a.stage.length, false,
+           [&](std::int64_t line, std::int64_t sample, int at) {
+             store(a.stage.data + line * a.stage.pitch + sample, shared[at]);
+           });
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kTile* kWarps) unpack_kernel(LineCopy a) {
   float* shared = shared_memory<float>();
   const Tile tile = tile_of_block(a.stage.length);
-  for_each(tile, a.stage.line_count, a.stage.length, false, [&](std::int64_t line, std::int64_t sample, int at) {
-    shared[at] = load(a.stage.data + line * a.stage.pitch + sample);
-  });
+  for_each(tile, a.stage.line_count, a.stage.length, false,
+           [&](std::int64_t line, std::int64_t sample, int at) {
+             shared[at] = load(a.stage.data + line * a.stage.pitch + sample);
+           });
   __syncthreads();
   for_each(tile, a.stage.line_count, a.stage.length, a.transposed,
            [&](std::int64_t line, std::int64_t sample, int at) {
@@ -97,7 +99,7 @@ __global__ void __launch_bounds__(kTile* kWarps) gather_kernel(SpectrumCopy a) {
   const Tile tile = tile_of_block(a.spectrum.column_count);
   for_each(tile, a.stage.line_count, a.spectrum.column_count, false,
            [&](std::int64_t line, std::int64_t column, int at) {
-             shared[at] = load(stage_bin(a.stage, line, a.spectrum.column_begin + column));
+             shared[at] = load(stage_bin(a.stage, line, load(a.spectrum.bins + column)));
            });
   __syncthreads();
   for_each(tile, a.stage.line_count, a.spectrum.column_count, true,
@@ -111,9 +113,8 @@ __global__ void __launch_bounds__(kTile* kWarps) scatter_kernel(SpectrumCopy a) 
   const std::int64_t bins = a.stage.length / 2 + 1;
   const Tile tile = tile_of_block(bins);
   for_each(tile, a.stage.line_count, bins, true, [&](std::int64_t line, std::int64_t bin, int at) {
-    const std::int64_t column = bin - a.spectrum.column_begin;
-    const bool kept = column >= 0 && column < a.spectrum.column_count;
-    shared[at] = kept ? load(spectrum_entry(a, line, column)) : make_float2(0.0f, 0.0f);
+    const std::int64_t column = load(a.spectrum.place + bin);
+    shared[at] = column >= 0 ? load(spectrum_entry(a, line, column)) : make_float2(0.0f, 0.0f);
   });
   __syncthreads();
   for_each(tile, a.stage.line_count, bins, false, [&](std::int64_t line, std::int64_t bin, int at) {
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(kTile* kWarps) scatter_kernel(SpectrumCopy a) 
 template <typename Element>
 Launch tiles(const char* name, std::int64_t lines, std::int64_t columns, cudaStream_t stream,
              const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  return Launch(name, dim3(tile_count(lines, columns)), dim3(kTile, kWarps), kTile * kPitch * sizeof(Element), stream,
-                file, line);
+  return Launch(name, dim3(tile_count(lines, columns)), dim3(kTile, kWarps), kTile * kPitch * sizeof(Element),
+                stream, file, line);
 }
 
 }  // namespace
@@ -144,12 +145,14 @@ void unpack(const LineCopy& arguments, cudaStream_t stream) {
 
 void gather(const SpectrumCopy& arguments, cudaStream_t stream) {
   launch(gather_kernel,
-         tiles<float2>("gather", arguments.stage.line_count, arguments.spectrum.column_count, stream), arguments);
+         tiles<float2>("gather", arguments.stage.line_count, arguments.spectrum.column_count, stream),
+         arguments);
 }
 
 void scatter(const SpectrumCopy& arguments, cudaStream_t stream) {
   launch(scatter_kernel,
-         tiles<float2>("scatter", arguments.stage.line_count, arguments.stage.length / 2 + 1, stream), arguments);
+         tiles<float2>("scatter", arguments.stage.line_count, arguments.stage.length / 2 + 1, stream),
+         arguments);
 }
 
 }  // namespace freemerge::cuda

@@ -1,6 +1,6 @@
-// The general form's way between matrices, lines and spectrum. A line is a row of a matrix, or a column if the
-// plan is transposed: what the real transforms run along. A stage holds a run of lines of all matrices (flattened:
-// matrix * lines + line), `pitch` floats each, for in-place real transforms.
+// The general form's way between matrices, lines and spectrum. A line is a row of a matrix, or a column if
+// the plan is transposed: what the real transforms run along. A stage holds a run of lines of all matrices
+// (flattened: matrix * lines + line), `pitch` floats each, for in-place real transforms.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -33,11 +33,12 @@ void pack(const LineCopy& arguments, cudaStream_t stream);
 // matrices = gain * matrices + stage, rounded to the storage dtype
 void unpack(const LineCopy& arguments, cudaStream_t stream);
 
-// The columns [column_begin, column_begin + column_count) of the half spectra, each one contiguous:
-// spectrum[matrix][column - column_begin][line].
+// Some columns of the half spectra, each one contiguous: spectrum[matrix][i][line] is bin bins[i] of that
+// line.
 struct Spectrum {
   float2* data;
-  std::int64_t column_begin;
+  const std::int32_t* bins;   // column_count, ascending
+  const std::int32_t* place;  // for each bin of a line, its i, or -1
   std::int64_t column_count;
 };
 

@@ -9,7 +9,8 @@
 
 namespace freemerge::cuda {
 
-// Up to kMatricesPerLaunch matrices as a kernel argument. Columns are contiguous, rows `row_stride` entries apart.
+// Up to kMatricesPerLaunch matrices as a kernel argument. Columns are contiguous, rows `row_stride` entries
+// apart.
 struct Matrices {
   void* data[heuristics::kMatricesPerLaunch];
   std::int64_t row_stride[heuristics::kMatricesPerLaunch];

@@ -7,8 +7,8 @@ namespace freemerge::cuda {
 
 constexpr int kWarpSize = 32;
 
-// The sum over all threads, in thread 0. `scratch` is shared memory for one value a warp; the block must be a whole
-// number of warps and synchronise before `scratch` is used again.
+// The sum over all threads, in thread 0. `scratch` is shared memory for one value a warp; the block must be a
+// whole number of warps and synchronise before `scratch` is used again.
 template <typename T>
 __device__ T block_sum(T value, T* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;

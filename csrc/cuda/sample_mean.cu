@@ -1,5 +1,4 @@
 #include "cuda/kernel.cuh"
-
 #include "cuda/reduce.cuh"
 #include "cuda/sample_mean.cuh"
 #include "cuda/storage.cuh"

@@ -1,4 +1,5 @@
-// The constant that a filter takes out of a matrix first, where a large mean would drown a small result in rounding.
+// The constant that a filter takes out of a matrix first, where a large mean would drown a small result in
+// rounding.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,9 +1,8 @@
-#include "cuda/kernel.cuh"
-
 #include <algorithm>
 #include <limits>
 
 #include "cuda/heuristics.h"
+#include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
 #include "cuda/reduce.cuh"
 #include "cuda/select.cuh"
@@ -32,8 +31,8 @@ __device__ unsigned key_of(float value) {
 #endif
 }
 
-// What is known of a row's k-th largest key: its leading digits, and how many entries to take among those that share
-// them. After the last digit, `prefix` is that key itself.
+// What is known of a row's k-th largest key: its leading digits, and how many entries to take among those
+// that share them. After the last digit, `prefix` is that key itself.
 struct Threshold {
   unsigned prefix;
   unsigned known;  // bits of the key that `prefix` fixes
@@ -86,7 +85,8 @@ __global__ void __launch_bounds__(kSelectThreads) histogram_kernel(Job job) {
   __syncthreads();
   for (std::int64_t i = chunk.begin + threadIdx.x; i < chunk.end; i += kSelectThreads) {
     const unsigned key = key_of(value_at(job, chunk, i));
-    if ((key & threshold.known) == threshold.prefix) atomicAdd(&bins[key >> shift_of(job.digit) & (kBins - 1)], 1u);
+    if ((key & threshold.known) == threshold.prefix)
+      atomicAdd(&bins[key >> shift_of(job.digit) & (kBins - 1)], 1u);
   }
   __syncthreads();
   for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kSelectThreads) {
@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kSelectThreads) scan_kernel(Job job) {
   }
 }
 
-// Entries over the threshold are kept, and the first `take` at it; kept entries before an entry give its place.
+// Entries over the threshold are kept, and the first `take` at it; kept entries before an entry give its
+// place.
 __global__ void __launch_bounds__(kSelectThreads) write_kernel(Job job) {
   Count* scratch = shared_memory<Count>();
   const Chunk chunk = chunk_of_block(job);
@@ -211,7 +212,8 @@ void select_rows(Job job, cudaStream_t stream) {
   const dim3 clearing(grid_size(ceil_div(rows * kBins, kSelectThreads)));
   launch(start_kernel, Launch("select_start", clearing, threads, 0, stream), job);
   for (job.digit = 0; job.digit < kDigits; ++job.digit) {
-    launch(histogram_kernel, Launch("select_histogram", per_chunk, threads, kBins * sizeof(unsigned), stream), job);
+    launch(histogram_kernel, Launch("select_histogram", per_chunk, threads, kBins * sizeof(unsigned), stream),
+           job);
     launch(pick_kernel, Launch("select_pick", per_row, threads, sums, stream), job);
   }
   launch(count_kernel, Launch("select_count", per_chunk, threads, sums, stream), job);
@@ -230,7 +232,8 @@ std::size_t select_scratch(std::int64_t rows, std::int64_t columns) {
 
 void select(const Selection& selection, void* scratch, cudaStream_t stream) {
   require(selection.rows > 0 && selection.columns > 0, "rows and columns must be positive");
-  require(selection.k > 0 && selection.k <= selection.columns, "k must be between 1 and the number of columns");
+  require(selection.k > 0 && selection.k <= selection.columns,
+          "k must be between 1 and the number of columns");
   require_storage(selection.model);
   require_storage(selection.base);
   Job job{};

@@ -1,4 +1,5 @@
-// The k entries of largest magnitude, exactly: a radix select on the bits of |v|, ties going to the lower index.
+// The k entries of largest magnitude, exactly: a radix select on the bits of |v|, ties going to the lower
+// index.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +11,7 @@
 namespace freemerge::cuda {
 
 struct Selection {
-  Array model;            // v = model - base, float; rows x columns, contiguous
+  Array model;  // v = model - base, float; rows x columns, contiguous
   Array base;
   std::int64_t rows;
   std::int64_t columns;

@@ -1,7 +1,6 @@
-#include "cuda/kernel.cuh"
-
 #include <limits>
 
+#include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
 #include "cuda/sparse.cuh"
 #include "cuda/storage.cuh"
@@ -43,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) restore_kernel(SparseUpdate update) 
   store(static_cast<T*>(update.weights.data) + index_at(update, i), saved);
 }
 
-Launch one_thread_each(const char* name, std::int64_t count, cudaStream_t stream, const char* file = __builtin_FILE(),
-                       int line = __builtin_LINE()) {
+Launch one_thread_each(const char* name, std::int64_t count, cudaStream_t stream,
+                       const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   const std::int64_t blocks = ceil_div(count, kThreads);
   require(count > 0 && blocks <= std::numeric_limits<int>::max(), "count must be positive and not too large");
   return Launch(name, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, file, line);
@@ -62,8 +61,8 @@ void sparse_apply(const SparseUpdate& update, const float* values, float scale, 
 
 void sparse_restore(const SparseUpdate& update, cudaStream_t stream) {
   visit_storage(update.weights.dtype, [&](auto tag) {
-    launch(restore_kernel<typename decltype(tag)::type>, one_thread_each("sparse_restore", update.count, stream),
-           update);
+    launch(restore_kernel<typename decltype(tag)::type>,
+           one_thread_each("sparse_restore", update.count, stream), update);
   });
 }
 

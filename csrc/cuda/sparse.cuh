@@ -17,8 +17,9 @@ struct SparseUpdate {
   void* saved;  // `count` entries of the weights' dtype: what they were
 };
 
-// weights[i] = start + scale * value for each index, rounded to float twice and to the weights' dtype once. The start
-// is `origin` (one entry of the weights' dtype for each index), or the weight itself where that is null.
+// weights[i] = start + scale * value for each index, rounded to float twice and to the weights' dtype once.
+// The start is `origin` (one entry of the weights' dtype for each index), or the weight itself where that is
+// null.
 void sparse_apply(const SparseUpdate& update, const float* values, float scale, const void* origin,
                   cudaStream_t stream);
 

@@ -1,6 +1,7 @@
 // A stand-in for libcufft on the CPU: the calls freemerge makes, any length, double precision inside.
 // It is stricter than the real library: it wants a work area and fills it with NaN, destroys the input of
-// complex-to-real transforms, and refuses layouts, alignments and sequences of calls that the real one may survive.
+// complex-to-real transforms, and refuses layouts, alignments and sequences of calls that the real one may
+// survive.
 #include <algorithm>
 #include <cmath>
 #include <complex>
@@ -99,12 +100,14 @@ class Transform {
     chirp_.resize(at(n_));
     for (Index i = 0; i < n_; ++i) {
       // i * i mod 2n keeps the angle small, hence accurate.
-      const auto square = static_cast<Index>(static_cast<unsigned __int128>(i) * static_cast<unsigned __int128>(i) %
-                                             static_cast<unsigned __int128>(2 * n_));
+      const auto square =
+          static_cast<Index>(static_cast<unsigned __int128>(i) * static_cast<unsigned __int128>(i) %
+                             static_cast<unsigned __int128>(2 * n_));
       chirp_[at(i)] = std::polar(1.0, -kPi * double(square) / double(n_));
     }
     kernel_.assign(at(padded_), 0.0);
-    for (Index i = 0; i < n_; ++i) kernel_[at(i)] = kernel_[at((padded_ - i) % padded_)] = std::conj(chirp_[at(i)]);
+    for (Index i = 0; i < n_; ++i)
+      kernel_[at(i)] = kernel_[at((padded_ - i) % padded_)] = std::conj(chirp_[at(i)]);
     Transform(padded_).run(kernel_, false);
   }
 
@@ -168,8 +171,9 @@ Index product(const std::vector<Index>& v) {
   return p;
 }
 
-int make(int handle, int rank, const Index* n, const Index* inembed, Index istride, Index idist, const Index* onembed,
-         Index ostride, Index odist, int type, Index batch, std::size_t* work_size, bool keep) {
+int make(int handle, int rank, const Index* n, const Index* inembed, Index istride, Index idist,
+         const Index* onembed, Index ostride, Index odist, int type, Index batch, std::size_t* work_size,
+         bool keep) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = plans.find(handle);
   if (found == plans.end() || found->second.made) return kInvalidPlan;
@@ -190,7 +194,8 @@ int make(int handle, int rank, const Index* n, const Index* inembed, Index istri
     if (plan.in.embed[i] < in_shape[i] || plan.out.embed[i] < out_shape[i]) return kInvalidValue;
   }
   if (istride < 1 || ostride < 1 || (batch > 1 && (idist < 1 || odist < 1))) return kInvalidValue;
-  if (rank == 1 && batch > 1 && istride == 1 && (idist < in_shape[0] || odist < out_shape[0])) return kInvalidValue;
+  if (rank == 1 && batch > 1 && istride == 1 && (idist < in_shape[0] || odist < out_shape[0]))
+    return kInvalidValue;
   plan.type = type;
   plan.batch = batch;
   Index longest = 1;
@@ -218,9 +223,11 @@ void transform_columns(const Plan& plan, Signal& data, bool inverse) {
     for (Index outer = 0; outer < total; outer += pitch * length) {
       for (Index inner = 0; inner < pitch; ++inner) {
         if (inner % row_length >= columns) continue;
-        for (Index i = 0; i < length; ++i) line[std::size_t(i)] = data[std::size_t(outer + inner + i * pitch)];
+        for (Index i = 0; i < length; ++i)
+          line[std::size_t(i)] = data[std::size_t(outer + inner + i * pitch)];
         transform.run(line, inverse);
-        for (Index i = 0; i < length; ++i) data[std::size_t(outer + inner + i * pitch)] = line[std::size_t(i)];
+        for (Index i = 0; i < length; ++i)
+          data[std::size_t(outer + inner + i * pitch)] = line[std::size_t(i)];
       }
     }
     pitch *= length;
@@ -238,7 +245,9 @@ void transform_rows(const Plan& plan, Signal& data, bool inverse) {
   }
 }
 
-Complex get(const float* data, Index element) { return {double(data[2 * element]), double(data[2 * element + 1])}; }
+Complex get(const float* data, Index element) {
+  return {double(data[2 * element]), double(data[2 * element + 1])};
+}
 
 void put(float* data, Index element, Complex value) {
   data[2 * element] = static_cast<float>(value.real());
@@ -251,8 +260,10 @@ int execute(int handle, float* in, float* out, int type, bool inverse) {
   if (found == plans.end() || !found->second.made) return kInvalidPlan;
   const Plan& plan = found->second;
   if (plan.type != type || !in || !out) return kInvalidValue;
-  if (reinterpret_cast<std::uintptr_t>(in) % 8 || reinterpret_cast<std::uintptr_t>(out) % 8) return kUnalignedData;
-  if (plan.auto_allocation || (plan.work_size > 0 && !plan.work)) return kExecFailed;  // memory nobody promised
+  if (reinterpret_cast<std::uintptr_t>(in) % 8 || reinterpret_cast<std::uintptr_t>(out) % 8)
+    return kUnalignedData;
+  if (plan.auto_allocation || (plan.work_size > 0 && !plan.work))
+    return kExecFailed;  // memory nobody promised
   std::memset(plan.work, 0xff, plan.work_size);
 
   const Index length = plan.n.back();
@@ -351,13 +362,15 @@ FM_EXPORT int cufftSetStream(int handle, void*) {
 FM_EXPORT int cufftMakePlanMany64(int handle, int rank, Index* n, Index* inembed, Index istride, Index idist,
                                   Index* onembed, Index ostride, Index odist, int type, Index batch,
                                   std::size_t* work_size) {
-  return make(handle, rank, n, inembed, istride, idist, onembed, ostride, odist, type, batch, work_size, true);
+  return make(handle, rank, n, inembed, istride, idist, onembed, ostride, odist, type, batch, work_size,
+              true);
 }
 
 FM_EXPORT int cufftGetSizeMany64(int handle, int rank, Index* n, Index* inembed, Index istride, Index idist,
                                  Index* onembed, Index ostride, Index odist, int type, Index batch,
                                  std::size_t* work_size) {
-  return make(handle, rank, n, inembed, istride, idist, onembed, ostride, odist, type, batch, work_size, false);
+  return make(handle, rank, n, inembed, istride, idist, onembed, ostride, odist, type, batch, work_size,
+              false);
 }
 
 FM_EXPORT int cufftExecR2C(int handle, float* in, void* out) {

@@ -1,10 +1,10 @@
 // The part of the CUDA runtime that host code calls, on ordinary memory. One device; every stream is in order
 // with the host, so there is nothing to wait for.
+#include "emulation/runtime.h"
+
 #include <cuda_runtime_api.h>
 
 #include <cstring>
-
-#include "emulation/runtime.h"
 
 namespace {
 

@@ -251,7 +251,7 @@ std::vector<Traffic>& ranges() {
   return list;
 }
 
-void count(const void* address, std::size_t bytes, std::uint64_t Traffic::*counter) {
+void count(const void* address, std::size_t bytes, std::uint64_t Traffic::* counter) {
   const char* begin = static_cast<const char*>(address);
   for (Traffic& range : ranges()) {
     if (begin >= range.begin && begin < range.end) range.*counter += bytes;

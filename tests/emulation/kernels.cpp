@@ -1,5 +1,6 @@
-// The filter and the other device operations against plain float64 loops, on buffers without a byte to spare: run
-// under AddressSanitizer and UBSan. `kernels CUFFT_STAND_IN` prints "ok" if everything agrees, in every thread order.
+// The filter and the other device operations against plain float64 loops, on buffers without a byte to spare:
+// run under AddressSanitizer and UBSan. `kernels CUFFT_STAND_IN` prints "ok" if everything agrees, in every
+// thread order.
 #include <algorithm>
 #include <cmath>
 #include <complex>
@@ -85,8 +86,7 @@ std::vector<double> reference(const std::vector<double>& x, const Mask& mask, do
     for (std::size_t k = 0; k < columns; ++k) {
       for (std::size_t r = 0; r < rows; ++r) {
         Complex sum = 0.0;
-        for (std::size_t n = 0; n < columns; ++n)
-          sum += in[r * columns + n] * roots[k * n % columns];
+        for (std::size_t n = 0; n < columns; ++n) sum += in[r * columns + n] * roots[k * n % columns];
         out[k * rows + r] = sum;
       }
     }
@@ -130,7 +130,8 @@ struct DeviceWindow {
         weights[static_cast<std::size_t>(n * padded + j)] =
             j < d.taps ? host->weights[static_cast<std::size_t>(n * d.taps + j)] : 0.0f;
     }
-    tables = {first.get(), cell.get(), weights.get(), transform.get(), samples, d.cells, d.band, d.taps, d.nyquist};
+    tables = {first.get(), cell.get(), weights.get(), transform.get(), samples,
+              d.cells,     d.band,     d.taps,        d.nyquist};
   }
 
   std::shared_ptr<const Window> host;
@@ -195,7 +196,11 @@ void check_filters() {
   const Shape shapes[] = {{48, 56, 56}, {37, 41, 45}, {1, 50, 50}, {33, 64, 70}};
   for (const Shape& s : shapes) {
     const double edge = 0.1 * double(std::max(s.height, s.width));
+    const std::size_t most = std::size_t(std::max(s.height, s.width) / 2 + 1);
+    Buffer<std::int32_t> all(most);  // every column, each at its own place
+    for (std::size_t i = 0; i < most; ++i) all[i] = static_cast<std::int32_t>(i);
     FilterJob full{};
+    full.bins = full.place = all.get();
     full.plan.form = Form::kFull;
     full.plan.mask = high_pass(s, edge);
     full.column_count = s.width / 2 + 1;
@@ -208,6 +213,10 @@ void check_filters() {
     pruned.plan.transposed = false;
     pruned.plan.background = 1.0;
     pruned.column_count = std::min<std::int64_t>(s.width / 2 + 1, static_cast<std::int64_t>(std::ceil(edge)));
+    Buffer<std::int32_t> place(std::size_t(s.width / 2 + 1));
+    for (std::size_t i = 0; i < place.size(); ++i)
+      place[i] = std::int64_t(i) < pruned.column_count ? static_cast<std::int32_t>(i) : -1;
+    pruned.place = place.get();
     check_storage(pruned, s, "pruned");
   }
   for (const bool nyquist : {false, true}) {
@@ -257,13 +266,14 @@ void check_sums() {
     Buffer<double> means(models.size());
     Buffer<double> scratch(static_cast<std::size_t>(
         accumulate_scratch(static_cast<std::int64_t>(n), static_cast<std::int64_t>(models.size()))));
-    accumulate(out.get(), {base.get(), DType::kBFloat16}, arrays, weights, static_cast<std::int64_t>(n), means.get(),
-               scratch.get(), nullptr);
+    accumulate(out.get(), {base.get(), DType::kBFloat16}, arrays, weights, static_cast<std::int64_t>(n),
+               means.get(), scratch.get(), nullptr);
     bool same = true;
     for (std::size_t i = 0; i < n; ++i) {
       float sum = 0.0f;
       for (std::size_t m = 0; m < models.size(); ++m) {
-        const float product = static_cast<float>(weights[m]) * (to_float((*models[m])[i]) - to_float(base[i]));
+        const float product =
+            static_cast<float>(weights[m]) * (to_float((*models[m])[i]) - to_float(base[i]));
         sum = m == 0 ? product : sum + product;
       }
       same = same && sum == out[i];
@@ -275,8 +285,8 @@ void check_sums() {
 
     Buffer<float> delta(random_array<float>(n, 99));
     Buffer<float16> rounded(n);
-    add_round({rounded.get(), DType::kFloat16}, {base.get(), DType::kBFloat16}, {delta.get(), DType::kFloat32}, 0.3,
-              static_cast<std::int64_t>(n), nullptr);
+    add_round({rounded.get(), DType::kFloat16}, {base.get(), DType::kBFloat16},
+              {delta.get(), DType::kFloat32}, 0.3, static_cast<std::int64_t>(n), nullptr);
     bool exact = true;
     for (std::size_t i = 0; i < n; ++i) {
       const float want = to_float(base[i]) + 0.3f * delta[i];
@@ -292,8 +302,9 @@ void check_selection() {
     for (const std::size_t k : {std::size_t{1}, columns / 100 + 1, columns}) {
       std::vector<float> model = random_array<float>(rows * columns, 5);
       std::vector<bfloat16> base = random_array<bfloat16>(rows * columns, 6);
-      for (std::size_t i = 0; i < model.size(); i += 3) model[i] = to_float(base[i]) + 1.5f;       // ties
-      for (std::size_t i = columns; i < 2 * columns; ++i) model[i] = i % 4 ? to_float(base[i]) : 1.0f;  // many zeros
+      for (std::size_t i = 0; i < model.size(); i += 3) model[i] = to_float(base[i]) + 1.5f;  // ties
+      for (std::size_t i = columns; i < 2 * columns; ++i)
+        model[i] = i % 4 ? to_float(base[i]) : 1.0f;  // many zeros
       std::vector<float> v(model.size());
       for (std::size_t i = 0; i < v.size(); ++i) v[i] = model[i] - to_float(base[i]);
       Buffer<float> device_model(model);
@@ -303,8 +314,14 @@ void check_selection() {
       Buffer<std::int64_t> counts(rows);
       const std::size_t bytes = select_scratch(std::int64_t(rows), std::int64_t(columns));
       void* scratch = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-      select({{device_model.get(), DType::kFloat32}, {device_base.get(), DType::kBFloat16}, std::int64_t(rows),
-              std::int64_t(columns), std::int64_t(k), indices.get(), values.get(), counts.get()},
+      select({{device_model.get(), DType::kFloat32},
+              {device_base.get(), DType::kBFloat16},
+              std::int64_t(rows),
+              std::int64_t(columns),
+              std::int64_t(k),
+              indices.get(),
+              values.get(),
+              counts.get()},
              scratch, nullptr);
       std::free(scratch);
       for (std::size_t r = 0; r < rows; ++r) {

@@ -1,17 +1,18 @@
-// Mistakes that CUDA code makes, one by one: `seeded_bugs NAME` must fail, and say why, on an emulation that bites.
-#include "cuda/kernel.cuh"
-
+// Mistakes that CUDA code makes, one by one: `seeded_bugs NAME` must fail, and say why, on an emulation that
+// bites.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 
+#include "cuda/kernel.cuh"
+
 extern "C" {
 int cufftCreate(int*);
 int cufftSetAutoAllocation(int, int);
 int cufftSetWorkArea(int, void*);
-int cufftMakePlanMany64(int, int, long long*, long long*, long long, long long, long long*, long long, long long, int,
-                        long long, std::size_t*);
+int cufftMakePlanMany64(int, int, long long*, long long*, long long, long long, long long*, long long,
+                        long long, int, long long, std::size_t*);
 int cufftExecR2C(int, float*, void*);
 int cufftExecC2R(int, void*, float*);
 }
@@ -110,13 +111,15 @@ int wrong(const char* what) {
 int run_sum(void (*kernel)(Job)) {
   const std::unique_ptr<float[]> data(new float[32]);
   for (int i = 0; i < 32; ++i) data[std::size_t(i)] = static_cast<float>(i);
-  freemerge::cuda::launch(kernel, Launch("sum", dim3(1), dim3(32), 32 * sizeof(float), nullptr), Job{data.get(), 32});
+  freemerge::cuda::launch(kernel, Launch("sum", dim3(1), dim3(32), 32 * sizeof(float), nullptr),
+                          Job{data.get(), 32});
   return data[0] == 496.0f ? 0 : wrong("not 496");
 }
 
 int run_plain(void (*kernel)(Job), std::size_t shared = 0, unsigned threads = 32) {
   const std::unique_ptr<float[]> data(new float[32]());
-  freemerge::cuda::launch(kernel, Launch("bug", dim3(1), dim3(threads), shared, nullptr), Job{data.get(), 32});
+  freemerge::cuda::launch(kernel, Launch("bug", dim3(1), dim3(threads), shared, nullptr),
+                          Job{data.get(), 32});
   return 0;
 }
 
@@ -141,8 +144,8 @@ struct Fft {
     cufftCreate(&handle);
     cufftSetAutoAllocation(handle, 0);
     const long long in = distance > 0 ? distance : (forward ? real : complex);
-    const int result = cufftMakePlanMany64(handle, 1, &n, embeds ? (forward ? &real : &complex) : nullptr, 1, in,
-                                           embeds ? (forward ? &complex : &real) : nullptr, 1,
+    const int result = cufftMakePlanMany64(handle, 1, &n, embeds ? (forward ? &real : &complex) : nullptr, 1,
+                                           in, embeds ? (forward ? &complex : &real) : nullptr, 1,
                                            forward ? complex : real, type, 2, &work_bytes);
     if (result == 0) {
       work.reset(new char[work_bytes]);
@@ -172,7 +175,8 @@ int run_fft(const char* name) {
     cufftSetWorkArea(fft.handle, nullptr);
     return refused(cufftExecR2C(fft.handle, fft.data, fft.data));
   }
-  if (!std::strcmp(name, "fft_unaligned")) return refused(cufftExecR2C(fft.handle, fft.data + 1, fft.data + 1));
+  if (!std::strcmp(name, "fft_unaligned"))
+    return refused(cufftExecR2C(fft.handle, fft.data + 1, fft.data + 1));
   if (!std::strcmp(name, "fft_work_area_too_small")) {
     fft.work.reset(new char[fft.work_bytes - 1]);
     cufftSetWorkArea(fft.handle, fft.work.get());

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from threading import Lock
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..cuda import DTYPES, RUNTIME, Runtime, Stream
@@ -91,6 +91,7 @@ class CudaBackend:
             costs=_COSTS,
             taps=(8, 10, _MAX_TAPS),
             transposes=True,
+            streams=True,
             workspace=self.workspace_bytes,
             centers=True,
         )
@@ -163,11 +164,16 @@ class CudaBackend:
             mask = plan.response.params(plan.shape)
             native = self._runtime.module.Filter.decimated(mask, code, plan.background, rows, columns)
             return _Prepared(native, row_tables + column_tables)
-        begin, count, background = columns_to_transform(plan)
+        columns, background = columns_to_transform(plan)
+        place = np.full((plan.matrix[0] if plan.transposed else plan.matrix[1]) // 2 + 1, -1, dtype=np.int32)
+        place[columns] = np.arange(columns.size)
+        bins, places = _upload(columns, plan.device), _upload(place, plan.device)
         mask, tables = self._mask(plan.response, plan.shape, plan.device)
-        address = tables[0].data_ptr() if tables else 0
-        native = self._runtime.module.Filter.by_columns(mask, address, code, background, plan.transposed, begin, count)
-        return _Prepared(native, tables)
+        native = self._runtime.module.Filter.by_columns(
+            mask, tables[0].data_ptr() if tables else 0, code, background, plan.transposed,
+            bins.data_ptr(), places.data_ptr(), columns.size,
+        )  # fmt: skip
+        return _Prepared(native, (bins, places, *tables))
 
     def _window(self, n: int, d: Decimation, device: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
         native = self._runtime.module.Decimation(d.cells, d.taps, d.band, d.nyquist)
@@ -193,25 +199,18 @@ class CudaBackend:
         return MaskParams(_TABLE_MASK, height, width), tables
 
 
-def columns_to_transform(plan: Plan) -> tuple[int, int, float]:
-    """First column and number of columns of the half spectrum that a pruned or full plan transforms, and the gain of
-    the others."""
+def columns_to_transform(plan: Plan) -> tuple[npt.NDArray[np.int32], float]:
+    """The columns of the half spectrum that a pruned or full plan transforms, and the gain of the others."""
     height, width = plan.matrix
     if plan.form == "full":
-        return 0, (height if plan.transposed else width) // 2 + 1, 0.0
-    return _varying_columns(plan.response, plan.shape, plan.transposed, plan.background)
-
-
-@lru_cache(maxsize=_CACHED_FILTERS)
-def _varying_columns(
-    response: Response, shape: tuple[int, ...], transpose: bool, background: float
-) -> tuple[int, int, float]:
-    if transpose:
+        return np.arange((height if plan.transposed else width) // 2 + 1, dtype=np.int32), 0.0
+    response, shape = plan.response, plan.shape
+    if plan.transposed:
         response, shape = transposed(response), (shape[-1], shape[-2])
-    (varying,) = np.nonzero(response.column_gains(shape) != background)
-    return int(varying[0]), int(varying[-1] - varying[0]) + 1, background
+    (varying,) = np.nonzero(response.column_gains(shape) != plan.background)
+    return varying.astype(np.int32), plan.background
 
 
-def _upload(array: np.ndarray, device: str) -> torch.Tensor:
+def _upload(array: npt.NDArray[Any], device: str) -> torch.Tensor:
     # Waits for the copy, so that any stream may read the table afterwards.
     return torch.from_numpy(np.ascontiguousarray(array)).to(device, copy=True)

@@ -83,11 +83,11 @@ def _decimated(plan: Plan) -> list[Step]:
 def _by_columns(plan: Plan) -> list[Step]:
     height, width = plan.matrix
     lines, length = (width, height) if plan.transposed else (height, width)
-    _, columns, background = columns_to_transform(plan)
+    columns, background = columns_to_transform(plan)
     matrix = _matrix_bytes(plan)
     stage = lines * length * _FLOAT
     bins = lines * (length // 2 + 1) * _COMPLEX
-    spectrum = lines * columns * _COMPLEX
+    spectrum = lines * columns.size * _COMPLEX
     # Of the four passes over a panel of columns only the first reads and the last writes device memory.
     transforms = (
         [] if lines == 1 else [Step("cuFFT C2C", "spectrum", spectrum, 0), Step("cuFFT C2C", "panel", 0, spectrum)]
