@@ -206,7 +206,9 @@ def _run_rows(backend: Backend, plan: Plan, matrices: list[torch.Tensor], scale:
     storage needs none of it: its entries are rounded more coarsely than the filter rounds.
     """
     means = [0.0] * len(matrices)
-    if plan.form in ("decimated", "thin") and plan.dtype in (torch.float32, torch.float64):
+    traits = backend.traits(torch.device(plan.device))
+    centers = traits is not None and traits.centers
+    if not centers and plan.form in ("decimated", "thin") and plan.dtype in (torch.float32, torch.float64):
         means = [_dominant_mean(x) for x in matrices]
     for x, mean in zip(matrices, means, strict=True):
         if mean:
