@@ -43,7 +43,7 @@ void launch(void (*kernel)(Arguments), const Launch& how, const Arguments& argum
   };
   if (!emulation::run_grid(how.grid, how.block, how.shared, thread, &call)) emulation::refuse_launch();
 #else
-  kernel<<<how.grid, how.block, how.shared, how.stream> > >(arguments);
+  kernel<<<how.grid, how.block, how.shared, how.stream>>>(arguments);
 #endif
   check(cudaGetLastError(), (std::string("launch of ") + how.name).c_str(), how.file, how.line);
 }
