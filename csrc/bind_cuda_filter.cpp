@@ -62,30 +62,31 @@ py::tuple window_tables(std::int64_t samples, const Decimation& decimation) {
 }  // namespace
 
 void bind_filter(py::module_& m) {
-  py::class_<Decimation>(m, "Decimation")
-      .def(py::init([](std::int64_t cells, int taps, std::int64_t band, bool nyquist) {
-             return Decimation{cells, taps, band, nyquist};
-           }),
-           py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist"));
-  m.def("window_tables", &window_tables, py::arg("samples"), py::arg("decimation"));
+  m.def(
+      "window_tables",
+      [](std::int64_t samples, std::int64_t cells, int taps, std::int64_t band, bool nyquist) {
+        return window_tables(samples, {cells, taps, band, nyquist});
+      },
+      py::arg("samples"), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist"));
 
-  py::class_<WindowTables>(m, "Window")
-      .def(py::init([](std::int64_t samples, const Decimation& d, Address first, Address cell,
-                       Address weights, Address transform) {
+  // Local to the module: its emulated twin registers the same types.
+  py::class_<WindowTables>(m, "Window", py::module_local())
+      .def(py::init([](std::int64_t samples, std::int64_t cells, int taps, std::int64_t band, bool nyquist,
+                       Address first, Address cell, Address weights, Address transform) {
              return WindowTables{pointer<const std::int64_t>(first),
                                  pointer<const std::int32_t>(cell),
                                  pointer<const float>(weights),
                                  pointer<const double>(transform),
                                  samples,
-                                 d.cells,
-                                 d.band,
-                                 d.taps,
-                                 d.nyquist};
+                                 cells,
+                                 band,
+                                 taps,
+                                 nyquist};
            }),
-           py::arg("samples"), py::arg("decimation"), py::arg("first"), py::arg("cell"), py::arg("weights"),
-           py::arg("transform"));
+           py::arg("samples"), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist"),
+           py::arg("first"), py::arg("cell"), py::arg("weights"), py::arg("transform"));
 
-  py::class_<FilterJob>(m, "Filter")
+  py::class_<FilterJob>(m, "Filter", py::module_local())
       .def_static(
           "decimated",
           [](const py::object& mask, int dtype, double background, const WindowTables& rows,

@@ -10,7 +10,7 @@ namespace freemerge::cuda {
 namespace py = pybind11;
 
 void bind_emulation(py::module_& m) {
-  py::enum_<emulation::Order>(m, "Order")
+  py::enum_<emulation::Order>(m, "Order", py::module_local())
       .value("forward", emulation::Order::kForward)
       .value("reverse", emulation::Order::kReverse)
       .value("random", emulation::Order::kRandom);

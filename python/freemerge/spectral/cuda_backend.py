@@ -59,7 +59,7 @@ class _Cache(Generic[Key, Value]):
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A native filter and the device memory it points into."""
+    """A native filter and the device memory it points into; no filter where the gain is the background throughout."""
 
     native: Any
     tables: tuple[torch.Tensor, ...]
@@ -108,21 +108,21 @@ class CudaBackend:
 
     def workspace_bytes(self, plan: Plan) -> int:
         """Device memory that :meth:`run` takes beside the matrices, at most, for any number of them."""
-        if plan.form in ("identity", "scale"):
-            return 0
-        return self._workspace(plan, 0)
+        stream = self._runtime.stream(torch.device(plan.device))
+        native = self._prepared(plan, stream).native
+        return int(native.workspace(0, stream.device, stream.handle)) if native is not None else 0
 
     def run(self, plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
-        if plan.form in ("identity", "scale"):
-            factor = scale * plan.background
-            for x in matrices if factor != 1.0 else ():
-                x.mul_(factor) if factor else x.zero_()
-            return
         if not matrices:
             return
         stream = self._runtime.stream(torch.device(plan.device))
         prepared = self._prepared(plan, stream)
-        needed = self._workspace(plan, len(matrices))
+        if prepared.native is None:
+            factor = scale * plan.background
+            for x in matrices if factor != 1.0 else ():
+                x.mul_(factor) if factor else x.zero_()
+            return
+        needed: int = prepared.native.workspace(len(matrices), stream.device, stream.handle)
         workspace = torch.empty(needed, dtype=torch.uint8, device=plan.device)
         prepared.native.run(
             [x.data_ptr() for x in matrices], [x.stride(0) for x in matrices], scale,
@@ -136,11 +136,6 @@ class CudaBackend:
 
     # --- executing a plan -----------------------------------------------------------------------------------------
 
-    def _workspace(self, plan: Plan, count: int) -> int:
-        stream = self._runtime.stream(torch.device(plan.device))
-        bytes_needed: int = self._prepared(plan, stream).native.workspace(count, stream.device, stream.handle)
-        return bytes_needed
-
     def _prepared(self, plan: Plan, stream: Stream) -> _Prepared:
         if not self._runtime.available:
             raise BackendError(f"backend cuda is not available: {self._runtime.state[0]}")
@@ -152,6 +147,8 @@ class CudaBackend:
         return self._filters.get(key, lambda: self._prepare(plan, stream), pin=stream.capturing)
 
     def _prepare(self, plan: Plan, stream: Stream) -> _Prepared:
+        if plan.form in ("identity", "scale"):
+            return _Prepared(None, ())
         if stream.capturing:
             raise BackendError("backend cuda cannot upload tables while a graph is recorded; run the same call before")
         code = DTYPE_CODES[plan.dtype]
@@ -165,6 +162,8 @@ class CudaBackend:
             native = self._runtime.module.Filter.decimated(mask, code, plan.background, rows, columns)
             return _Prepared(native, row_tables + column_tables)
         columns, background = columns_to_transform(plan)
+        if not columns.size:
+            return _Prepared(None, ())
         place = np.full((plan.matrix[0] if plan.transposed else plan.matrix[1]) // 2 + 1, -1, dtype=np.int32)
         place[columns] = np.arange(columns.size)
         bins, places = _upload(columns, plan.device), _upload(place, plan.device)
@@ -176,12 +175,12 @@ class CudaBackend:
         return _Prepared(native, (bins, places, *tables))
 
     def _window(self, n: int, d: Decimation, device: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        native = self._runtime.module.Decimation(d.cells, d.taps, d.band, d.nyquist)
+        module, window = self._runtime.module, (n, d.cells, d.taps, d.band, d.nyquist)
         tables = self._tables.get(
-            (n, d, device),
-            lambda: tuple(_upload(array, device) for array in self._runtime.module.window_tables(n, native)),
+            (window, device),
+            lambda: tuple(_upload(array, device) for array in module.window_tables(*window)),
         )
-        return self._runtime.module.Window(n, native, *(table.data_ptr() for table in tables)), tables
+        return module.Window(*window, *(table.data_ptr() for table in tables)), tables
 
     def _mask(
         self, response: Response, shape: tuple[int, ...], device: str

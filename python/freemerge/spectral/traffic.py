@@ -47,7 +47,7 @@ def traffic(plan: Plan) -> Traffic:
     """The traffic of a decimated, pruned or full plan; of the others, that of reading and writing the matrix."""
     if plan.form == "decimated":
         return Traffic(plan, tuple(_decimated(plan)))
-    if plan.form in ("pruned", "full"):
+    if plan.form in ("pruned", "full") and columns_to_transform(plan)[0].size:
         return Traffic(plan, tuple(_by_columns(plan)))
     moved = 0 if plan.form == "identity" else _matrix_bytes(plan)
     return Traffic(plan, (Step("scale", "matrix", moved, moved),))
