@@ -9,6 +9,7 @@ one thread they are wall time.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import freemerge.experts as fx
@@ -26,6 +28,7 @@ from freemerge import _core
 from freemerge.accumulate import abs_means, add_round, task_vector_sum
 from freemerge.experts import coding
 from freemerge.experts.selection import select_largest
+from freemerge.native import DTYPE_CODES
 
 Row = dict[str, Any]
 
@@ -73,7 +76,7 @@ def selection(shape: tuple[int, int], dtype: torch.dtype, density: float = 0.01)
     theirs = model.flatten().abs().topk(k)
     assert torch.equal(ours.values.abs().sort().values, theirs.values.float().sort().values)
     assert select_largest(model, zero, per_row, by_row=True).indices.numel() == per_row * shape[0]
-    plain = model.data_ptr(), coding_code(dtype), 0, 0  # the kernel on the tensor itself, as torch.topk has it
+    plain = model.data_ptr(), DTYPE_CODES[dtype], 0, 0  # the kernel on the tensor itself, as torch.topk has it
     threads = torch.get_num_threads()
     row = {
         "what": "select",
@@ -89,12 +92,6 @@ def selection(shape: tuple[int, int], dtype: torch.dtype, density: float = 0.01)
         f"{name}_ratio": row[name.replace("select", "topk")] / row[name] for name in list(row)[2:] if "sel" in name
     }
     return {**row, **ratios}
-
-
-def coding_code(dtype: torch.dtype) -> int:
-    from freemerge.native import DTYPE_CODES
-
-    return DTYPE_CODES[dtype]
 
 
 def codec(values: coding.ValueCoding, density: float = 0.01) -> Row:
@@ -144,20 +141,34 @@ def switching(dtype: torch.dtype) -> Row:
         with bank.active(names[next(turn) % 8]):
             pass
 
+    def reload(path: Path) -> None:
+        model.load_state_dict(load_file(path))
+
+    def reload_cold(path: Path) -> float:
+        """Wall time, in milliseconds, of a read that the page cache cannot serve."""
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        reload(path)
+        return 1e3 * (time.perf_counter() - start)
+
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "state.pt"
-        torch.save(state, path)
-        reloading = best(lambda: model.load_state_dict(torch.load(path, weights_only=True)), 5)
+        path = Path(folder) / "state.safetensors"
+        save_file(state, path)
+        warm, cold = best(lambda: reload(path), 7), min(reload_cold(path) for _ in range(3))
     switching, copying = best(switch, 50), best(lambda: model.load_state_dict(state), 10)
     return {
         "what": "switch",
         "parameters": sum(value.numel() for value in state.values()),
         "entries": experts["t0"].entries,
         "switch_on_and_off": switching,
-        "load_state_dict": copying,
-        "read_and_load_state_dict": reloading,
-        "ratio_to_load": copying / switching,
-        "ratio_to_read_and_load": reloading / switching,
+        "load_state_dict_from_memory": copying,
+        "reload_from_page_cache": warm,
+        "reload_from_disk_wall": cold,
+        "ratio_to_memory": copying / switching,
+        "ratio_to_page_cache": warm / switching,
+        "ratio_to_disk": cold / switching,
     }
 
 
@@ -169,19 +180,19 @@ def main(out: str) -> None:
         rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in described.items()})
         print(json.dumps(rows[-1]), flush=True)
 
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for values in coding.VALUE_CODINGS:
+        record(codec(values), shape=(4096, 11008))
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        torch.manual_seed(0)
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
-            for shape in ((768, 768), (4096, 4096), (4096, 11008)):
+            for shape in ((768, 768), (4096, 11008)):
                 record(selection(shape, dtype), shape=shape, dtype=name)
             for count in (1, 8):
                 record(accumulate((4096, 4096), dtype, count), shape=(4096, 4096), dtype=name)
             record(switching(dtype), dtype=name)
-    torch.set_num_threads(1)
-    for values in coding.VALUE_CODINGS:
-        record(codec(values), shape=(4096, 11008))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     machine = {"processor": cpu_name(), "isa": _core.active_isa(), "torch": torch.__version__, "commit": commit}
     Path(out).write_text(json.dumps({"machine": machine, "results": rows}, indent=1) + "\n", encoding="utf-8")

@@ -40,9 +40,21 @@ Mask make_mask(int kind, std::int64_t height, std::int64_t width, double unit_y,
                std::uintptr_t table) {
   require(kind >= 0 && kind <= static_cast<int>(MaskKind::kTable), "kind must be between 0 and 5");
   require(height >= 1 && width >= 1, "height and width must be at least 1");
-  require((kind == static_cast<int>(MaskKind::kTable)) == (table != 0), "table goes with kind 5, and only with it");
-  return {static_cast<MaskKind>(kind), height, width, unit_y, unit_x, edge0, edge1, gain0, gain1, gain2, order,
-          axis,                        reinterpret_cast<const float*>(table)};
+  require((kind == static_cast<int>(MaskKind::kTable)) == (table != 0),
+          "table goes with kind 5, and only with it");
+  return {static_cast<MaskKind>(kind),
+          height,
+          width,
+          unit_y,
+          unit_x,
+          edge0,
+          edge1,
+          gain0,
+          gain1,
+          gain2,
+          order,
+          axis,
+          reinterpret_cast<const float*>(table)};
 }
 
 Plan make_plan(int form, const Mask& mask, bool transposed, double background, const Decimation& rows,
@@ -69,11 +81,12 @@ void bind_filter(py::module_& m) {
              return Decimation{cells, taps, band, nyquist};
            }),
            py::kw_only(), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist") = false);
-  py::class_<Plan>(m, "Plan")
-      .def(py::init(&make_plan), py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("transposed") = false,
-           py::arg("background") = 0.0, py::arg("rows") = Decimation{}, py::arg("columns") = Decimation{});
+  py::class_<Plan>(m, "Plan").def(py::init(&make_plan), py::kw_only(), py::arg("form"), py::arg("mask"),
+                                  py::arg("transposed") = false, py::arg("background") = 0.0,
+                                  py::arg("rows") = Decimation{}, py::arg("columns") = Decimation{});
   m.def("filter", &filter, py::call_guard<py::gil_scoped_release>(), py::arg("pointers"), py::arg("dtype"),
-        py::arg("plan"), py::arg("row_stride"), py::arg("scale"), py::arg("threads"), py::arg("isa") = py::none());
+        py::arg("plan"), py::arg("row_stride"), py::arg("scale"), py::arg("threads"),
+        py::arg("isa") = py::none());
 }
 
 }  // namespace freemerge

@@ -1,4 +1,4 @@
-"""The one list of shapes, dtypes and responses, for the tests of every backend and for the benchmarks."""
+"""The one list of shapes, dtypes and responses for the tests of every backend."""
 
 from __future__ import annotations
 
@@ -60,9 +60,3 @@ RESPONSES: tuple[fm.Response, ...] = (
     fm.Official(0.6, relative_to="max"),
     fm.Custom(lambda ky, kx, shape: 1.0 / (1.0 + 0.1 * np.abs(ky - 2 * kx))),
 )
-
-# The shapes that performance is reported on.
-VIT = ((768, 768), (2304, 768), (3072, 768), (768, 3072))
-LLAMA = ((4096, 4096), (1024, 4096), (4096, 11008), (14336, 4096), (5120, 13824))
-VOCABULARY = ((50257, 768), (151936, 896), (32000, 4096))
-AWKWARD = ((1009, 1013), (50265, 768))

@@ -11,8 +11,8 @@ PACKAGE = Path(freemerge.__file__).parent
 
 # A module may import from those on lower levels (and from its own folder, one way).
 LEVELS = [
-    {"errors", "_core"},
-    {"responses", "native", "progress"},
+    {"errors", "_core", "_cuda"},
+    {"responses", "native", "progress", "cuda"},
     {"accumulate", "merging", "spectral", "checkpoint"},
     {"task_vector"},
     {"recipe", "inspection"},

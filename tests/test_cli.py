@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,17 @@ def test_a_recipe_file(files: list[str], tmp_path: Path) -> None:
     assert torch.equal(merged(tmp_path / "out")["a.weight"], fm.merge(files[0], files[1:], recipe)["a.weight"])
 
 
+def test_a_cutoff_keeps_the_kind_of_response(files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(fm.Recipe(fm.Gaussian(0.1)).to_yaml())
+    assert run("merge", *files, "-o", tmp_path / "a", "--recipe", tmp_path / "recipe.yaml", "--cutoff", 0.3) == 0
+    assert torch.equal(
+        merged(tmp_path / "a")["a.weight"], fm.merge(files[0], files[1:], fm.Recipe(fm.Gaussian(0.3)))["a.weight"]
+    )
+    assert run("merge", *files, "-o", tmp_path / "b", "--preset", "official-roberta", "--cutoff", 0.3) == 0
+    recipe = fm.Recipe.preset("official-roberta").replace(response=fm.HighPass(0.3))
+    assert torch.equal(merged(tmp_path / "b")["a.weight"], fm.merge(files[0], files[1:], recipe)["a.weight"])
+
+
 def test_json_output_is_json_alone(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("merge", *files, "-o", tmp_path / "out", "--json") == 0
     captured = capsys.readouterr()
@@ -134,6 +147,50 @@ def test_exit_codes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--weights", "foo", "expected paper, uniform, sum, or numbers"),
+        ("--weights", "0.5;0.5", "expected paper, uniform, sum, or numbers"),
+        ("--scale", "big", "expected auto or a number, got 'big'"),
+        ("--max-shard-size", "infGB", "expected a size such as"),
+        ("--max-shard-size", "5GiB", "expected a size such as"),
+        ("--max-shard-size", "5G", "expected a size such as"),
+    ],
+)
+def test_misspelt_values(
+    option: str, value: str, message: str, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run("merge", *files, "-o", "never", option, value)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_what_the_merge_would(files: list[str], tmp_path: Path) -> None:
+    assert run("merge", *files, "-o", files[0], "--force", "--dry-run") == 3
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert run("merge", *files, "-o", tmp_path / "full", "--dry-run") == 3
+
+
+def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("merge", *files, "-o", tmp_path / ("x" * 300)) == 1
+    assert "File name too long" in capsys.readouterr().err
+    assert run("merge", "x" * 300, *files, "-o", tmp_path / "out") == 1
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_a_reader_that_stops_early_is_no_error_message(files: list[str]) -> None:
+    command = [sys.executable, "-c", "from freemerge.cli import main; raise SystemExit(main())", "inspect", *files]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
 def test_interruption(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -179,6 +236,14 @@ def test_evaluate(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_backends_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("backends") == 0
     assert "torch    available" in capsys.readouterr().out
+
+
+def test_the_demo_keeps_out_of_a_directory_in_use(files: list[str], tmp_path: Path) -> None:
+    before = Path(files[0]).read_bytes()
+    assert run("demo", "--keep", tmp_path) == 3
+    assert run("demo", "--keep", files[0]) == 3
+    assert Path(files[0]).read_bytes() == before
+    assert run("demo", "--seed", -1) == 2
 
 
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import freemerge as fm
-from freemerge.evaluation import Evaluation, evaluate, load_function, sweep, table
+from freemerge.evaluation import Evaluation, evaluate, evaluate_experts, load_function, sweep, table
+from freemerge.experts import extract_experts, save_experts
 
 UNFILTERED = fm.Recipe(response=fm.HighPass(0), weights="sum", renormalize=None)
 
@@ -38,6 +39,21 @@ def test_a_single_number_is_a_score() -> None:
 def test_a_function_that_returns_no_numbers_is_refused(returned: object) -> None:
     with pytest.raises(fm.ArgumentError, match="function must return"):
         evaluate({"w": torch.ones(1)}, lambda weights: returned)  # type: ignore[arg-type, return-value]
+
+
+def test_experts_are_scored_on_their_own_tasks(tmp_path: Path) -> None:
+    base = {"w": torch.zeros(4, 4)}
+    models = {"near": {"w": torch.full((4, 4), 1.0)}, "far": {"w": torch.full((4, 4), 3.0)}}
+    experts = extract_experts(base, models, density=0.99, rescale=1.0, values="fp32")
+    merged = {"w": torch.zeros(4, 4)}
+    evaluation = evaluate_experts(merged, experts, distances)
+    # 15 of the 16 entries are kept, so what is missing is one entry's distance to each task's target.
+    assert evaluation.scores == {"near": pytest.approx(-1.0), "far": pytest.approx(-3.0)}
+    assert torch.equal(merged["w"], torch.zeros(4, 4))
+    save_experts(experts.items(), tmp_path / "experts")
+    assert evaluate_experts(merged, tmp_path / "experts", distances).scores == evaluation.scores
+    with pytest.raises(fm.ArgumentError, match="no score for the expert 'near'"):
+        evaluate_experts(merged, experts, lambda weights: {"other": 1.0})
 
 
 def test_a_sweep_finds_the_scale() -> None:

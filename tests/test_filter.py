@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,38 @@ def test_parameters_are_updated_outside_autograd(backend: str) -> None:
     fm.filter_(parameter, fm.HighPass(0.2), backend=backend)
     assert torch.equal(parameter.detach(), expected)
     assert parameter.grad_fn is None
+
+
+@dataclass(frozen=True)
+class Diagonal(fm.Response):
+    """A user's own response: a gain and nothing else."""
+
+    def gain(self, ky: np.ndarray, kx: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return 1 / (1 + 0.1 * (ky - kx) ** 2)
+
+
+@AVAILABLE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("response", [fm.Custom(np.random.default_rng(0).random((20, 31))), Diagonal()], ids=type)
+def test_masks_without_a_closed_form(backend: str, dtype: torch.dtype, response: fm.Response) -> None:
+    if backend == "cpu" and dtype == torch.float64:
+        with pytest.raises(fm.BackendError, match="tables of gains are fp32"):
+            fm.filtered(noise(20, 31, dtype=dtype), response, backend=backend)
+        return
+    mask = torch.from_numpy(response.mask((20, 31)))
+    for x in (noise(20, 31, dtype=dtype), noise(31, 20, dtype=dtype).t()):
+        expected = torch.fft.ifft2(mask * torch.fft.fft2(x.double())).real
+        fm.filter_(x, response, backend=backend)
+        assert close(x, expected, 5e-7 if dtype == torch.float32 else 1e-14)
+
+
+@AVAILABLE
+@pytest.mark.parametrize("response", [fm.HighPass(0), fm.HighPass(0.05), fm.HighPass(0.3)], ids=str)
+def test_inference_tensors(backend: str, response: fm.Response) -> None:
+    with torch.inference_mode():
+        x = noise(60, 70)
+    expected = fm.filtered(x.clone(), response, scale=2.0, backend=backend)
+    assert torch.equal(fm.filter_(x, response, scale=2.0, backend=backend), expected)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,28 @@ import numpy as np
 import pytest
 import torch
 
+import emulated
 import freemerge as fm
 from cases import DTYPES, RESPONSES, SHAPES
+from freemerge.spectral.backend import Backend
 from freemerge.spectral.dispatch import BACKENDS
 from freemerge.spectral.planner import candidates
 from oracle import oracle_filter
 
-DEVICES = {"cpu": "cpu", "torch": "cpu", "cuda": "cuda"}
+BACKEND_NAMES = [*(known.name for known in BACKENDS), "cuda-emulated"]
+DEVICES = {"cuda": torch.device("cuda")}
 TOLERANCE = {torch.float64: 2e-13, torch.float32: 6e-7, torch.bfloat16: 6e-7, torch.float16: 6e-7}
+
+
+def backend_by_name(name: str) -> Backend:
+    """The backend, if it can run on this machine. The emulated one runs the CUDA backend's sources on CPU tensors."""
+    if name == "cuda-emulated":
+        return emulated.backend()
+    backend = next(known for known in BACKENDS if known.name == name)
+    info = backend.info()
+    if not info.available:
+        pytest.skip(f"backend {name}: {info.reason}")
+    return backend
 
 
 @lru_cache(maxsize=64)
@@ -58,14 +72,13 @@ def requests() -> Iterator[tuple[fm.Response, tuple[int, ...], torch.dtype]]:
                     yield response, shape, dtype
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("name", BACKEND_NAMES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_plan_agrees_with_the_oracle(backend: object, shape: tuple[int, ...]) -> None:
-    info = backend.info()
-    if not info.available:
-        pytest.skip(f"backend {backend.name}: {info.reason}")
-    device = torch.device(DEVICES[backend.name])
+def test_every_plan_agrees_with_the_oracle(name: str, shape: tuple[int, ...]) -> None:
+    backend = backend_by_name(name)
+    device = DEVICES.get(name, torch.device("cpu"))
     traits = backend.traits(device)
+    assert traits is not None
     ran = 0
     for response, requested, dtype in requests():
         if requested != shape or dtype not in traits.dtypes:
@@ -84,17 +97,17 @@ def test_every_plan_agrees_with_the_oracle(backend: object, shape: tuple[int, ..
     assert ran >= len(RESPONSES), "every response has at least one plan"
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_every_form_is_exercised(backend: object) -> None:
-    info = backend.info()
-    if not info.available:
-        pytest.skip(f"backend {backend.name}: {info.reason}")
-    traits = backend.traits(torch.device(DEVICES[backend.name]))
+@pytest.mark.parametrize("name", BACKEND_NAMES)
+def test_every_form_is_exercised(name: str) -> None:
+    backend = backend_by_name(name)
+    device = DEVICES.get(name, torch.device("cpu"))
+    traits = backend.traits(device)
+    assert traits is not None
     forms = {
         plan.form
         for response, shape, dtype in requests()
         if dtype in traits.dtypes
-        for plan in candidates(response, shape[-2:], dtype, DEVICES[backend.name], backend.name, traits)
+        for plan in candidates(response, shape[-2:], dtype, str(device), backend.name, traits)
         if backend.supports(plan) is None
     }
     assert forms >= traits.forms - {"identity", "scale"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -256,11 +258,99 @@ def test_a_copied_tensor_may_differ_or_be_missing() -> None:
         ([], None, "models must hold at least one"),
         ("model", None, "models must be a list"),
         (["a", "b"], fm.Recipe(weights=[1.0]), "weights has 1 numbers for 2 models"),
+        (["a"], {"scale": 1}, "recipe must be a Recipe, got dict"),
     ],
 )
 def test_bad_arguments(models: list[str], recipe: fm.Recipe | None, message: str) -> None:
     with pytest.raises(fm.ArgumentError, match=message):
         fm.merge({"w": torch.zeros(2, 2)}, models, recipe)
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def tied_models(tmp_path: Path) -> tuple[Tensor, Tensor]:
+    """A base file with a copy of the embeddings as its head, and a model file that leaves the head out."""
+    generator = torch.Generator().manual_seed(0)
+    embed = torch.randn(50, 16, generator=generator)
+    tuned = embed + 0.1 * torch.randn(50, 16, generator=generator)
+    save_file({EMBED: embed, HEAD: embed.clone()}, tmp_path / "base.safetensors")
+    save_file({EMBED: tuned}, tmp_path / "model.safetensors")
+    return embed, tuned
+
+
+@pytest.mark.parametrize("action", ["filter", "merge", "copy"])
+def test_a_head_that_one_file_copies_and_another_leaves_out(action: str, tmp_path: Path) -> None:
+    embed, tuned = tied_models(tmp_path)
+    recipe = fm.Recipe(select=[(EMBED, action)])
+    paths = tmp_path / "base.safetensors", [tmp_path / "model.safetensors"]
+    fm.merge_checkpoints(*paths, tmp_path / "out.safetensors", recipe, progress=False)
+    expected = fm.merge({EMBED: embed}, [{EMBED: tuned}], recipe)[EMBED]
+    for merged in (fm.merge(*paths, recipe), load_file(tmp_path / "out.safetensors")):
+        assert sorted(merged) == [HEAD, EMBED], "the names that the base's config promises"
+        assert torch.equal(merged[EMBED], expected)
+        assert torch.equal(merged[HEAD], expected)
+
+
+def test_what_is_tied_in_memory_is_copied_together(tmp_path: Path) -> None:
+    embed, _ = tied_models(tmp_path)
+    base = {EMBED: embed, HEAD: embed}
+    merged = fm.merge(base, [tmp_path / "model.safetensors"], fm.Recipe(select=[(EMBED, "copy")]))
+    assert merged[HEAD] is merged[EMBED]
+    assert torch.equal(merged[EMBED], embed)
+
+
+def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
+    base, models = random_models(1)
+    earlier = tmp_path / "earlier"
+    fm.merge_checkpoints(base, models, earlier, progress=False)
+    save_file(models[0], earlier / "mine.safetensors")
+    for source in ("mine.safetensors", "model.safetensors"):
+        with pytest.raises(fm.RefusedError, match="holds an input of this merge"):
+            fm.merge_checkpoints(base, [earlier / source], earlier, force=True, progress=False)
+    assert (earlier / "mine.safetensors").exists()
+
+
+def test_inspection_checks_the_output_too(tmp_path: Path) -> None:
+    base, models = random_models(1)
+    fm.inspect(base, models, out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    with pytest.raises(fm.RefusedError):
+        fm.inspect(base, models, out=tmp_path / "out")
+
+
+def test_empty_tensors_are_merged_to_empty_ones(tmp_path: Path) -> None:
+    base, models = random_models(2)
+    for state in (base, *models):
+        state |= {"none": torch.zeros(0, 8), "nobody": torch.zeros(0), "experts.none": torch.zeros(2, 0, 32)}
+    assert fm.merge(base, models)["none"].shape == (0, 8)
+    assert fm.merge(base, models, fm.Recipe(select=[("none", "filter")], align=True))["none"].shape == (0, 8)
+    fm.merge_checkpoints(base, models, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "recipe", "message"),
+    [
+        (1e5, fm.Recipe(out_dtype="float16"), "merged model at scale 0.4 in float16: tensor 'w'"),
+        (1.0, fm.Recipe(scale=1e300), r"scale 1e\+300 in float32: tensor 'w'"),
+        (1e5, fm.Recipe(select=[("w", "copy")], out_dtype="float16"), "tensor 'w' does not fit into float16"),
+    ],
+)
+def test_a_result_out_of_range_is_an_error(value: float, recipe: fm.Recipe, message: str, tmp_path: Path) -> None:
+    base, model = {"w": torch.full((4,), value)}, {"w": torch.full((4,), 1.1 * value)}
+    with pytest.raises(fm.CheckpointError, match=message):
+        fm.merge_checkpoints(base, [model], tmp_path / "out", recipe, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_custom_mask_is_identified_in_the_manifest(tmp_path: Path) -> None:
+    base, model = {"w": torch.zeros(6, 8)}, {"w": torch.ones(6, 8)}
+    fm.merge_checkpoints(base, [model], tmp_path / "out", fm.Recipe(fm.Custom(np.ones((6, 8)))), progress=False)
+    recipe = json.loads((tmp_path / "out" / "freemerge.json").read_text())["recipe"]
+    assert recipe["response"]["type"] == "Custom"
+    assert recipe["response"]["mask"].startswith("array (6, 8), blake2b ")
 
 
 # Real checkpoints

@@ -183,8 +183,10 @@ def test_the_table_says_what_was_measured(results: dict[str, Any]) -> None:
     assert "| FREE, 1 % | 79.0 | 89.0 |" in report.by_task(results)
 
 
-def test_one_seed_has_no_spread() -> None:
+def test_one_seed_has_no_spread_and_an_unfinished_row_says_so(results: dict[str, Any]) -> None:
     assert report.mean_and_spread([[1.0, 3.0]]) == (2.0, 0.0)
+    del results["methods"]["weight average"]["accuracy"][1]
+    assert "| weight average |  | 65.0 (of 1 seed) | 0 |" in report.table(results)
 
 
 def test_report_files(results: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import freemerge as fm
@@ -83,6 +84,22 @@ def test_errors_name_the_field(changes: dict[str, object], message: str) -> None
         ("response: {type: HighPass}\n", "HighPass"),
         ("- 1\n", "must be a mapping"),
         ("a: [\n", "recipe.yaml"),
+        ("scale: 1\nscale: 2\n", "'scale' is given twice"),
+        ("response: {type: HighPass, cutoff: 0.1, cutoff: 0.2}\n", "'cutoff' is given twice"),
+        ("response: {type: [HighPass], cutoff: 0.1}\n", "response must be a mapping with type"),
+        ('response: {type: HighPass, cutoff: "0.1"}\n', "cutoff must be a finite number >= 0"),
+        ("response: {type: HighPass, cutoff: true}\n", "cutoff must be a finite number >= 0"),
+        ("response: {type: BandGain, cutoff: 0.1, low: a, high: 1}\n", "low must be a finite number, got 'a'"),
+        ("preset: 5\n", "preset must be one of"),
+        ("preset: [paper]\n", "preset must be one of"),
+        (f"scale: {'1' * 400}\n", "scale must be"),
+        ("select: [{pattern: 5, action: merge}]\n", "select: a pattern must be a string"),
+        ("views: [{stack: 5}]\n", "views: a stack is a list of patterns"),
+        ("views: [{stack: [1, 2]}]\n", "views: a stack is a list of patterns"),
+        ("views: [{split: 3, parts: 2}]\n", "views: a pattern must be a string"),
+        ("views: [{split: w, parts: null}]\n", "views: parts must be"),
+        ("views: [{split: w, parts: true}]\n", "views: parts must be"),
+        ("[" * 5000, "nested too deeply"),
     ],
 )
 def test_bad_files_name_the_file_and_the_field(text: str, message: str, tmp_path: Path) -> None:
@@ -114,3 +131,10 @@ def test_the_default_is_the_documented_one() -> None:
     assert (recipe.weights, recipe.stats, recipe.scope, recipe.scale) == ("paper", "raw", "model", "auto")
     assert recipe.renormalize == "energy"
     assert fm.Recipe.preset("paper") == recipe.replace(scale=1.0, renormalize=None)
+
+
+def test_numbers_from_numpy_are_plain_numbers(tmp_path: Path) -> None:
+    recipe = fm.Recipe(fm.HighPass(np.float64(0.25)), weights=list(np.ones(2, np.float32)), scale=np.float64(0.5))
+    assert repr(recipe.response) == repr(fm.HighPass(0.25))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert fm.Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe

@@ -15,9 +15,10 @@ def mean_and_spread(runs: list[list[float]]) -> tuple[float, float]:
     return fmean(means), stdev(means) if len(means) > 1 else 0.0
 
 
-def _cell(runs: list[list[float]]) -> str:
+def _cell(runs: list[list[float]], seeds: int) -> str:
     mean, spread = mean_and_spread(runs)
-    return f"{mean:.1f} ± {spread:.1f}" if len(runs) > 1 else f"{mean:.1f}"
+    cell = f"{mean:.1f} ± {spread:.1f}" if len(runs) > 1 else f"{mean:.1f}"
+    return cell if len(runs) == seeds else f"{cell} (of {len(runs)} seed{'s' * (len(runs) > 1)})"
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -27,6 +28,7 @@ def _milliseconds(seconds: float | None) -> str:
 def table(results: dict[str, Any]) -> str:
     """Every method, one row, and the routed ones again in a table of their own."""
     reference, methods, settings = results["reference"], results["methods"], results["settings"]
+    seeds = len(settings["seeds"])
     lines = [
         f"{len(settings['tasks'])} tasks ({', '.join(settings['tasks'])}), seeds {settings['seeds']}, "
         f"{settings['steps']} fine-tuning steps, at most {settings['test']} test texts a task. Accuracy in percent, "
@@ -36,14 +38,14 @@ def table(results: dict[str, Any]) -> str:
         "",
         "| method | tuned | accuracy | stored % | merge s | switch ms |",
         "|---|---|---|---|---|---|",
-        f"| pretrained | | {_cell(reference['pretrained'])} | | | |",
-        f"| individual | | {_cell(reference['individual'])} | 100 | | |",
+        f"| pretrained | | {_cell(reference['pretrained'], seeds)} | | | |",
+        f"| individual | | {_cell(reference['individual'], seeds)} | 100 | | |",
     ]
     for name, entry in methods.items():
         tuned = f"{entry['value']:g}" if entry["tuning"] else ""
         stored = f"{entry['storage']:.2f}" if entry["storage"] else "0"
         lines.append(
-            f"| {name} | {tuned} | {_cell(entry['accuracy'])} | {stored} "
+            f"| {name} | {tuned} | {_cell(entry['accuracy'], seeds)} | {stored} "
             f"| {entry['merge_seconds']:.1f} | {_milliseconds(entry['switch_seconds'])} |"
         )
     routed = {name: entry for name, entry in methods.items() if entry["routed"]}
@@ -59,7 +61,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         for name, entry in routed.items():
             keys = ("accuracy", "routed", "routed_head", "wrong_expert")
-            lines.append(f"| {name} | " + " | ".join(_cell(entry[key]) for key in keys) + " |")
+            lines.append(f"| {name} | " + " | ".join(_cell(entry[key], seeds) for key in keys) + " |")
     return "\n".join(lines) + "\n"
 
 

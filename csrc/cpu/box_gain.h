@@ -1,5 +1,5 @@
-// What the decimated filter multiplies its coarse spectrum with: the mask's departure from the background over
-// the box of frequencies it keeps, with the windows' transforms divided out.
+// What the decimated filter multiplies its coarse spectrum with: the mask's departure from the background
+// over the box of frequencies it keeps, with the windows' transforms divided out.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace freemerge {
 
-// Frequencies are offsets (a, k) from the centre of the box: |a| < rows.band down, 0 <= k < columns.band along.
-// gain(a, k) = departure(a, k) * row_factor[|a|] * column_factor[k].
+// Frequencies are offsets (a, k) from the centre of the box: |a| < rows.band down, 0 <= k < columns.band
+// along. gain(a, k) = departure(a, k) * row_factor[|a|] * column_factor[k].
 struct BoxGain {
   std::int64_t band;   // of the rows
   std::int64_t pitch;  // columns.band rounded up to whole vectors; factors beyond the band are zero

@@ -15,7 +15,8 @@ class LruCache {
  public:
   explicit LruCache(std::size_t capacity) : capacity_(capacity) {}
 
-  // The value of `key`; `build()` makes it outside the lock, so two threads may build the same value once each.
+  // The value of `key`; `build()` makes it outside the lock, so two threads may build the same value once
+  // each.
   template <typename Build>
   std::shared_ptr<const Value> get(const Key& key, Build&& build) {
     if (auto found = find(key)) return found;

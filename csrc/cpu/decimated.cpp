@@ -13,7 +13,8 @@ namespace {
 // Everything of a job that its matrices share.
 class DecimatedFilter {
  public:
-  DecimatedFilter(const Plan& plan, DType dtype, std::int64_t stride, double scale, const DecimatedKernels& kernels)
+  DecimatedFilter(const Plan& plan, DType dtype, std::int64_t stride, double scale,
+                  const DecimatedKernels& kernels)
       : kernels_(kernels),
         rows_(window_for(plan.mask.height, plan.rows)),
         columns_(window_for(plan.mask.width, plan.columns)),
@@ -78,7 +79,8 @@ void check(const Plan& plan, const Matrices& matrices, int threads) {
   for (const Decimation& axis : {plan.rows, plan.columns}) {
     require(axis.taps >= kMinTaps && axis.taps <= kMaxTaps, "decimation: taps must be between 6 and 9");
   }
-  require(plan.rows.cells % kRowCellsMultiple == 0, "decimation: cells along the height must be a multiple of 32");
+  require(plan.rows.cells % kRowCellsMultiple == 0,
+          "decimation: cells along the height must be a multiple of 32");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The decimated form of the filter, for masks that are constant outside a small box of frequencies around DC or
-// Nyquist: y = scale * (background * x + correction), where the correction's spectrum lies in the box.
+// The decimated form of the filter, for masks that are constant outside a small box of frequencies around DC
+// or Nyquist: y = scale * (background * x + correction), where the correction's spectrum lies in the box.
 #pragma once
 
 #include "cpu/kernels.h"

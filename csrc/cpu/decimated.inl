@@ -103,14 +103,15 @@ inline void sweep_cells(const DecimatedJob& job, Ring ring, std::int64_t first, 
   }
 }
 
-// Coarse spectrum -----------------------------------------------------------------------------------------------
+// Coarse spectrum
+// -----------------------------------------------------------------------------------------------
 
 FM_INLINE float* spectrum_at(const DecimatedJob& job, std::int64_t block, std::int64_t row) {
   return job.spectrum + (block * job.rows.cells + row) * kElement<float>;
 }
 
-// z holds the transform of A + iB for two groups of real rows; the box's columns of both go to the spectrum, rows
-// to elements, twice as large as they are.
+// z holds the transform of A + iB for two groups of real rows; the box's columns of both go to the spectrum,
+// rows to elements, twice as large as they are.
 inline void split_band(const DecimatedJob& job, const float* z, std::int64_t band) {
   const Fft<float>& plan = *job.row_fft;
   for (std::int64_t k0 = 0, block = 0; k0 < job.columns.band; k0 += kGroup, ++block) {
@@ -165,10 +166,12 @@ inline void join_band(const DecimatedJob& job, std::int64_t band, float* z) {
     kForward<float>.store(z + kElement<float> * slot_of(plan, k), Complex<float>{});
 }
 
-// Stages --------------------------------------------------------------------------------------------------------
+// Stages
+// --------------------------------------------------------------------------------------------------------
 
 using GatherRows = void (*)(float* const*, std::int64_t, Taper, std::int64_t, float*, std::int64_t);
-using InterpolateRows = void (*)(const float*, std::int64_t, Taper, std::int64_t, std::int64_t, float* const*);
+using InterpolateRows = void (*)(const float*, std::int64_t, Taper, std::int64_t, std::int64_t,
+                                 float* const*);
 
 template <int... Index>
 FM_INLINE GatherRows gather_rows_by_taps(int taps, std::integer_sequence<int, Index...>) {
@@ -181,7 +184,8 @@ FM_INLINE InterpolateRows interpolate_rows_by_taps(int taps, std::integer_sequen
   return table[taps - kMinTaps];
 }
 
-inline void gather_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band, float* scratch) {
+inline void gather_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
+                         float* scratch) {
   const Ring ring = ring_in(job, scratch);
   float* const z = transform_in(job, scratch);
   const Passes passes = column_passes(job);
@@ -268,7 +272,8 @@ struct BlockGain {
   }
 };
 
-inline void respond_blocks(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block, float* scratch) {
+inline void respond_blocks(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block,
+                           float* scratch) {
   const Fft<float>& plan = *job.column_fft;
   for (std::int64_t block = first_block; block < last_block; ++block) {
     float* const column = spectrum_at(job, block, 0);
@@ -290,6 +295,6 @@ inline void respond_blocks(const DecimatedJob& job, std::int64_t first_block, st
 }
 
 inline constexpr DecimatedKernels kDecimatedKernels = {static_cast<int>(kGroup), scratch_floats, gather_bands,
-                                                        respond_blocks, interpolate_bands};
+                                                       respond_blocks, interpolate_bands};
 
 }  // namespace freemerge::FREEMERGE_ISA

@@ -1,6 +1,7 @@
 // What the kernels of the decimated filter work on, and their three stages:
 //
-//   gather       down columns and along rows, windowed FIR onto the coarse grid; transform the coarse rows and keep
+//   gather       down columns and along rows, windowed FIR onto the coarse grid; transform the coarse rows
+//   and keep
 //                the box's columns
 //   respond      transform those columns, multiply by the mask's departure from c, and back
 //   interpolate  transform the coarse rows back, the adjoint FIR along rows and columns, and the one write
@@ -41,7 +42,8 @@ struct DecimatedKernels {
   std::int64_t (*scratch_floats)(const DecimatedJob& job);
   void (*gather)(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band, float* scratch);
   void (*respond)(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block, float* scratch);
-  void (*interpolate)(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band, float* scratch);
+  void (*interpolate)(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
+                      float* scratch);
 };
 
 // Taps the kernels are compiled for.

@@ -1,9 +1,9 @@
-// The windowed FIR passes of the decimated filter, compiled once per instruction set. Down columns the SIMD lanes
-// are neighbouring columns; along rows they are neighbouring coarse rows, transposed on the way.
+// The windowed FIR passes of the decimated filter, compiled once per instruction set. Down columns the SIMD
+// lanes are neighbouring columns; along rows they are neighbouring coarse rows, transposed on the way.
 //
 // Every pass walks the cells of a window in order with one register accumulator per tap. Passing to the next
-// cell shifts the accumulators by one coarse point, so each coarse point is summed over its samples in ascending
-// order: the same bits wherever a walk starts and however it is cut into sweeps.
+// cell shifts the accumulators by one coarse point, so each coarse point is summed over its samples in
+// ascending order: the same bits wherever a walk starts and however it is cut into sweeps.
 #pragma once
 
 #include "cpu/simd.h"
@@ -93,10 +93,11 @@ struct Panel {
 
 FM_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
-// Down columns: coarse[cell + j] += weight[n][j] * sample[n]. The coarse row after a sweep's last cell must be
-// there to be written; it starts the next sweep at zero.
+// Down columns: coarse[cell + j] += weight[n][j] * sample[n]. The coarse row after a sweep's last cell must
+// be there to be written; it starts the next sweep at zero.
 template <int Taps, int Vectors, typename Storage, typename Lanes>
-FM_INLINE void gather_panel(const Samples<Storage>& samples, Taper taper, Sweep sweep, std::int64_t x, Lanes lanes) {
+FM_INLINE void gather_panel(const Samples<Storage>& samples, Taper taper, Sweep sweep, std::int64_t x,
+                            Lanes lanes) {
   Panel<Taps, Vectors> sums;
   sums.load(sweep.rows, x);
   std::int64_t n = sweep.begin;
@@ -184,10 +185,12 @@ void interpolate_sweep(const Samples<Storage>& samples, Taper taper, Sweep sweep
   for (; x + step <= samples.width; x += step)
     interpolate_panel<Taps, kPanelVectors<Taps>>(samples, taper, sweep, x, AllLanes{});
   for (; x < samples.width; x += kLanes<float>)
-    interpolate_panel<Taps, 1>(samples, taper, sweep, x, FirstLanes{smaller(samples.width - x, kLanes<float>)});
+    interpolate_panel<Taps, 1>(samples, taper, sweep, x,
+                               FirstLanes{smaller(samples.width - x, kLanes<float>)});
 }
 
-// Along rows ----------------------------------------------------------------------------------------------------
+// Along rows
+// ----------------------------------------------------------------------------------------------------
 
 // Columns transposed at a time: a block of kLanes x kRowBlock values stays in L1.
 inline constexpr std::int64_t kRowBlock = 8 * kLanes<float>;
@@ -204,7 +207,8 @@ FM_INLINE void load_transposed(float* const* rows, std::int64_t begin, std::int6
   }
 }
 
-FM_INLINE void store_transposed(float* const* rows, std::int64_t begin, std::int64_t count, const float* block) {
+FM_INLINE void store_transposed(float* const* rows, std::int64_t begin, std::int64_t count,
+                                const float* block) {
   for (std::int64_t x = 0; x < count; x += kLanes<float>) {
     FloatVec tile[kLanes<float>];
 #pragma GCC unroll 16
@@ -215,7 +219,8 @@ FM_INLINE void store_transposed(float* const* rows, std::int64_t begin, std::int
   }
 }
 
-// kLanes coarse rows of `width` samples each become kLanes lanes of `cells` coarse points, `pitch` floats apart.
+// kLanes coarse rows of `width` samples each become kLanes lanes of `cells` coarse points, `pitch` floats
+// apart.
 template <int Taps>
 void gather_rows(float* const* rows, std::int64_t width, Taper taper, std::int64_t cells, float* out,
                  std::int64_t pitch) {
@@ -251,8 +256,8 @@ void gather_rows(float* const* rows, std::int64_t width, Taper taper, std::int64
 
 // The adjoint: coarse points back to the samples of kLanes rows.
 template <int Taps>
-void interpolate_rows(const float* in, std::int64_t pitch, Taper taper, std::int64_t cells, std::int64_t width,
-                      float* const* rows) {
+void interpolate_rows(const float* in, std::int64_t pitch, Taper taper, std::int64_t cells,
+                      std::int64_t width, float* const* rows) {
   float block[kRowBlock * kLanes<float>];
   FloatVec coarse[Taps];
 #pragma GCC unroll 16

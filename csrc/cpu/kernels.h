@@ -8,6 +8,7 @@
 #include "cpu/decimated_job.h"
 #include "cpu/features.h"
 #include "cpu/fft.h"
+#include "cpu/radial_table.h"
 #include "cpu/spectrum.h"
 #include "dtype.h"
 
@@ -45,6 +46,9 @@ struct SignalKernels {
 };
 
 struct Kernels {
+  // Gains of a smooth mask; see radial.inl.
+  void (*radial_gains)(const RadialCells& cells, const float* column_squared, const float* row_squared,
+                       std::int64_t rows, float factor, float offset, float* out);
   DecimatedKernels decimated;
   TransformKernels<float> single_precision;
   TransformKernels<double> double_precision;

@@ -1,6 +1,7 @@
 // The table of one instruction set; see kernels.h. Each kernels_*.cpp includes this once.
 #include "cpu/decimated.inl"
 #include "cpu/kernels.h"
+#include "cpu/radial.inl"
 #include "cpu/row_column.inl"
 
 namespace freemerge::FREEMERGE_ISA {
@@ -25,8 +26,8 @@ constexpr SignalKernels<Storage, Arithmetic<Storage>> signal_table() {
 }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {kDecimatedKernels,      transform_table<float>(), transform_table<double>(),
-                          signal_table<float>(),  signal_table<double>(),   signal_table<bfloat16>(),
-                          signal_table<float16>()};
+const Kernels kKernels = {
+    radial_gains,          kDecimatedKernels,      transform_table<float>(), transform_table<double>(),
+    signal_table<float>(), signal_table<double>(), signal_table<bfloat16>(), signal_table<float16>()};
 
 }  // namespace freemerge::FREEMERGE_ISA

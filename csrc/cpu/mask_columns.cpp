@@ -26,8 +26,9 @@ std::int32_t settle(std::int32_t start, std::int64_t limit, const Inside& inside
 }  // namespace
 
 template <typename T>
-MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed)
-    : mask_(mask),
+MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed, const Kernels& kernels)
+    : kernels_(&kernels),
+      mask_(mask),
       transposed_(transposed),
       length_(transposed ? mask.height : mask.width),
       signals_(transposed ? mask.width : mask.height) {
@@ -114,36 +115,15 @@ void MaskColumns<T>::tabulate() {
 template <typename T>
 void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lanes, double background,
                                  double factor, T* out) const {
-  const RadialTable& table = *radial_;
-  const auto scale = static_cast<float>(factor), offset = static_cast<float>(factor * background);
-  float column_squared[kMaxLanes] = {}, place[kMaxLanes];
-  std::int32_t cell[kMaxLanes];
-  for (int j = 0; j < lanes; ++j) {
-    column_squared[j] = column_squared_[static_cast<std::size_t>(columns[std::min(j, count - 1)])];
-  }
-  for (std::int64_t row = 0; row < rows(); ++row) {
-    const float row_squared = row_squared_[static_cast<std::size_t>(row)];
-    T* const to = out + row * lanes;
+  if constexpr (std::is_same_v<T, float>) {
+    float column_squared[kMaxLanes];
     for (int j = 0; j < lanes; ++j) {
-      const float squared = row_squared + column_squared[j];
-      cell[j] = table.cell(squared);
-      place[j] = table.place(squared);
+      column_squared[j] = column_squared_[static_cast<std::size_t>(columns[std::min(j, count - 1)])];
     }
-    // Columns ascend, but for an edge at the end; neighbours mostly share a cell or lie in two.
-    const std::int32_t end = cell[count - 1];
-    const std::int32_t first = std::min(cell[0], end), last = std::max(cell[std::max(count - 2, 0)], end);
-    if (first < 0 || last - first > 4) {
-      for (int j = 0; j < lanes; ++j) {
-        const double g = gain(columns[std::min(j, count - 1)], row);
-        to[j] = static_cast<T>(factor * (g - background));
-      }
-      continue;
-    }
-    for (std::int32_t current = first; current <= last; ++current) {
-      for (int j = 0; j < lanes; ++j) {
-        const float g = table.gain(current, place[j]) * scale - offset;
-        to[j] = cell[j] == current ? static_cast<T>(g) : to[j];
-      }
+    kernels_->radial_gains(radial_->cells(), column_squared, row_squared_.data(), rows(),
+                           static_cast<float>(factor), static_cast<float>(factor * background), out);
+    for (int j = 0; j < count; ++j) {  // the table begins beyond the origin
+      if (columns[j] == 0) out[j] = static_cast<float>(factor * (gain(0, 0) - background));
     }
   }
 }

@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/radial_table.h"
+#include "cpu/kernels.h"
 #include "mask.h"
 
 namespace freemerge {
@@ -17,7 +17,7 @@ namespace freemerge {
 template <typename T>
 class MaskColumns {
  public:
-  MaskColumns(const Mask& mask, bool transposed);
+  MaskColumns(const Mask& mask, bool transposed, const Kernels& kernels);
 
   std::int64_t length() const { return length_; }
   std::int64_t signals() const { return signals_; }
@@ -43,6 +43,7 @@ class MaskColumns {
   void find_official_steps();
   void tabulate();
 
+  const Kernels* kernels_;
   Mask mask_;
   bool transposed_;
   std::int64_t length_, signals_;

@@ -1,8 +1,16 @@
 #include "cpu/radial_table.h"
 
+#include <algorithm>
 #include <cmath>
 
+#include "dtype.h"
+
 namespace freemerge {
+namespace {
+
+constexpr int kNodes = RadialCells::kNodes;
+
+}  // namespace
 
 RadialTable::RadialTable(const Mask& mask, double least, double most) {
   constexpr double kPi = 3.14159265358979323846;
@@ -11,9 +19,14 @@ RadialTable::RadialTable(const Mask& mask, double least, double most) {
   }
   for (int cells_per_octave_log2 = 3; cells_per_octave_log2 <= 7 && !usable_; ++cells_per_octave_log2) {
     shift_ = 23 - cells_per_octave_log2;
-    scale_ = std::ldexp(1.0f, -shift_);
     usable_ = fit(mask, least, most);
   }
+}
+
+RadialCells RadialTable::cells() const {
+  RadialCells cells{shift_, first_, {}, coefficients_.data()};
+  std::copy_n(node_, kNodes, cells.node);
+  return cells;
 }
 
 bool RadialTable::fit(const Mask& mask, double least, double most) {

@@ -8,10 +8,18 @@
 #include <cstdint>
 #include <vector>
 
-#include "dtype.h"
 #include "mask.h"
 
 namespace freemerge {
+
+// Plain data, as the kernel takes it (radial.inl).
+struct RadialCells {
+  static constexpr int kNodes = 6;
+  int shift;                  // bits of a float below its cell number
+  std::int32_t first;         // number of the first cell
+  float node[kNodes];         // within a cell, from 0 to 1
+  const float* coefficients;  // per cell, of Newton's form of the interpolating polynomial
+};
 
 class RadialTable {
  public:
@@ -20,32 +28,15 @@ class RadialTable {
   RadialTable(const Mask& mask, double least, double most);
 
   bool usable() const { return usable_; }
-
-  std::int32_t cell(float squared) const {
-    return static_cast<std::int32_t>(float_bits(squared) >> shift_) - first_;
-  }
-  // Within the cell, from 0 to 1.
-  float place(float squared) const {
-    const std::uint32_t rest = float_bits(squared) & ((1u << shift_) - 1u);
-    return static_cast<float>(static_cast<std::int32_t>(rest)) * scale_;
-  }
-  // Newton's form of the interpolating polynomial.
-  float gain(std::int32_t cell, float place) const {
-    const float* const c = &coefficients_[static_cast<std::size_t>(cell) * kNodes];
-    float value = c[kNodes - 1];
-    for (int i = kNodes - 2; i >= 0; --i) value = value * (place - node_[i]) + c[i];
-    return value;
-  }
+  RadialCells cells() const;
 
  private:
-  static constexpr int kNodes = 6;
   bool fit(const Mask& mask, double least, double most);
 
   bool usable_ = false;
   int shift_ = 0;
-  float scale_ = 0;
   std::int32_t first_ = 0;
-  float node_[kNodes] = {};
+  float node_[RadialCells::kNodes] = {};
   std::vector<float> coefficients_;
 };
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "error.h"
 
@@ -11,101 +12,166 @@ namespace {
 constexpr int kMaxParameter = 40;
 constexpr int kMaxGroups = 9;  // 63 bits of LEB128
 
-using Gaps = std::vector<std::uint64_t>;
-
-template <typename Index>
-Gaps gaps_between(const Index* positions, std::int64_t count) {
-  Gaps gaps(static_cast<std::size_t>(count));
-  std::int64_t previous = -1;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const auto position = static_cast<std::int64_t>(positions[i]);
-    require(position > previous, "positions must be strictly ascending and not negative");
-    gaps[static_cast<std::size_t>(i)] = static_cast<std::uint64_t>(position - previous - 1);
-    previous = position;
-  }
-  return gaps;
-}
-
 std::uint64_t bytes_for(std::uint64_t bits) { return (bits + 7) / 8; }
 
-std::uint64_t quotient_sum(const Gaps& gaps, int parameter) {
+// The gaps between ascending positions, computed where they are used: the passes over them are bound by
+// memory.
+template <typename Index>
+class Gaps {
+ public:
+  using Gap = std::make_unsigned_t<Index>;
+
+  Gaps(const Index* positions, std::int64_t count) : positions_(positions), count_(count) {
+    bool ascending = count == 0 || positions[0] >= 0;
+    for (std::int64_t i = 1; i < count; ++i) ascending &= positions[i] > positions[i - 1];
+    require(ascending, "positions must be strictly ascending and not negative");
+  }
+
+  std::uint64_t size() const { return static_cast<std::uint64_t>(count_); }
+
+  std::uint64_t sum() const {
+    return count_ == 0 ? 0 : static_cast<std::uint64_t>(positions_[count_ - 1] - (count_ - 1));
+  }
+
+  template <typename Visit>
+  void for_each(const Visit& visit) const {
+    if (count_ > 0) visit(static_cast<Gap>(positions_[0]));
+    for (std::int64_t i = 1; i < count_; ++i) visit(static_cast<Gap>(positions_[i] - positions_[i - 1] - 1));
+  }
+
+ private:
+  const Index* positions_;
+  std::int64_t count_;
+};
+
+template <typename Index>
+std::uint64_t quotient_sum(const Gaps<Index>& gaps, int parameter) {
+  if (parameter >= 8 * static_cast<int>(sizeof(Index))) return 0;
   std::uint64_t sum = 0;
-  for (const std::uint64_t gap : gaps) sum += gap >> parameter;
+  gaps.for_each([&](auto gap) { sum += gap >> parameter; });
   return sum;
 }
 
-std::uint64_t rice_bits(const Gaps& gaps, int parameter) {
-  return quotient_sum(gaps, parameter) + gaps.size() * static_cast<std::uint64_t>(parameter + 1);
+struct RiceCode {
+  int parameter;
+  std::uint64_t quotients;  // their sum
+  std::uint64_t bits;
+};
+
+template <typename Index>
+RiceCode rice_code(const Gaps<Index>& gaps, int parameter) {
+  const std::uint64_t quotients = quotient_sum(gaps, parameter);
+  return {parameter, quotients, quotients + gaps.size() * static_cast<std::uint64_t>(parameter + 1)};
 }
 
-// The smallest parameter of least size. The size is convex in the parameter, so walking downhill finds it.
-int best_parameter(const Gaps& gaps) {
-  const std::uint64_t mean = quotient_sum(gaps, 0) / std::max<std::uint64_t>(1, gaps.size());
-  int best = 0;
-  while (best < kMaxParameter && (mean >> (best + 1)) != 0) ++best;
-  std::uint64_t size = rice_bits(gaps, best);
-  for (int next = best - 1; next >= 0; --next) {
-    const std::uint64_t bits = rice_bits(gaps, next);
-    if (bits > size) break;
-    best = next;
-    size = bits;
+// The code of least size with the smallest parameter. The size is convex in the parameter, so walking
+// downhill from a guess finds it.
+template <typename Index>
+RiceCode best_code(const Gaps<Index>& gaps) {
+  const std::uint64_t mean = gaps.sum() / std::max<std::uint64_t>(1, gaps.size());
+  int guess = 0;
+  while (guess < kMaxParameter && (mean >> (guess + 1)) != 0) ++guess;
+  RiceCode best = rice_code(gaps, guess);
+  for (int next = guess - 1; next >= 0; --next) {
+    const RiceCode code = rice_code(gaps, next);
+    if (code.bits > best.bits) break;
+    best = code;
   }
-  for (int next = best + 1; next <= kMaxParameter; ++next) {
-    const std::uint64_t bits = rice_bits(gaps, next);
-    if (bits >= size) break;
-    best = next;
-    size = bits;
+  if (best.parameter < guess) return best;
+  for (int next = guess + 1; next <= kMaxParameter; ++next) {
+    const RiceCode code = rice_code(gaps, next);
+    if (code.bits >= best.bits) break;
+    best = code;
   }
   return best;
 }
 
-std::uint64_t byte_gap_size(const Gaps& gaps) {
-  std::uint64_t size = 0;
-  for (const std::uint64_t gap : gaps) {
-    for (std::uint64_t rest = gap; rest >= 128; rest >>= 7) ++size;
-    ++size;
+template <typename Index>
+std::uint64_t byte_gap_size(const Gaps<Index>& gaps) {
+  std::uint64_t size = gaps.size();
+  for (int bits = 7; bits < 8 * static_cast<int>(sizeof(Index)); bits += 7) {
+    std::uint64_t longer = 0;
+    gaps.for_each([&](auto gap) { longer += (gap >> bits) != 0; });
+    if (longer == 0) break;
+    size += longer;
   }
   return size;
 }
 
+// Appends bits to zeroed bytes, least significant first. The bytes must have room for the last whole word.
+class BitWriter {
+ public:
+  explicit BitWriter(std::uint8_t* bytes) : out_(bytes) {}
+
+  void put(std::uint64_t value, int width) {
+    if (width > 32) {
+      put(value & 0xffffffffu, 32);
+      value >>= 32;
+      width -= 32;
+    }
+    pending_ |= value << bits_;
+    bits_ += width;
+    if (bits_ >= 32) {
+      std::memcpy(out_, &pending_, 4);
+      out_ += 4;
+      pending_ >>= 32;
+      bits_ -= 32;
+    }
+  }
+
+  void flush() { std::memcpy(out_, &pending_, 4); }
+
+ private:
+  std::uint8_t* out_;
+  std::uint64_t pending_ = 0;
+  int bits_ = 0;
+};
+
+constexpr std::size_t kSlack = 8;  // bytes a BitWriter may write beyond its last bit
+
 // All remainders, `parameter` bits each, then all quotients in unary: zeros ended by a one. Least significant
 // bit first; each of the two streams fills whole bytes.
-std::vector<std::uint8_t> write_rice(const Gaps& gaps, int parameter) {
+template <typename Index>
+std::vector<std::uint8_t> write_rice(const Gaps<Index>& gaps, const RiceCode& code) {
+  const int parameter = code.parameter;
   const std::uint64_t remainder_bytes = bytes_for(gaps.size() * static_cast<std::uint64_t>(parameter));
-  const std::uint64_t unary_bits = quotient_sum(gaps, parameter) + gaps.size();
-  std::vector<std::uint8_t> bytes(remainder_bytes + bytes_for(unary_bits));
+  const std::uint64_t unary_bytes = bytes_for(code.quotients + gaps.size());
+  std::vector<std::uint8_t> bytes(remainder_bytes + unary_bytes + kSlack);
   const std::uint64_t mask = (std::uint64_t{1} << parameter) - 1;
-  std::uint64_t pending = 0;
-  int pending_bits = 0;
-  std::uint8_t* out = bytes.data();
-  std::uint8_t* unary = bytes.data() + remainder_bytes;
-  std::uint64_t one = 0;
-  for (const std::uint64_t gap : gaps) {
-    pending |= (gap & mask) << pending_bits;
-    pending_bits += parameter;  // at most 7 + 40
-    for (; pending_bits >= 8; pending_bits -= 8, pending >>= 8) *out++ = static_cast<std::uint8_t>(pending);
-    one += gap >> parameter;
-    unary[one / 8] = static_cast<std::uint8_t>(unary[one / 8] | 1u << (one % 8));
-    ++one;
-  }
-  if (pending_bits > 0) *out = static_cast<std::uint8_t>(pending);
+  BitWriter remainders(bytes.data());
+  gaps.for_each([&](auto gap) { remainders.put(gap & mask, parameter); });
+  remainders.flush();
+  BitWriter unary(bytes.data() + remainder_bytes);  // overwrites the slack of the remainders
+  gaps.for_each([&](std::uint64_t gap) {
+    std::uint64_t zeros = gap >> parameter;
+    for (; zeros >= 32; zeros -= 32) unary.put(0, 32);
+    unary.put(std::uint64_t{1} << zeros, static_cast<int>(zeros) + 1);
+  });
+  unary.flush();
+  bytes.resize(remainder_bytes + unary_bytes);
   return bytes;
 }
 
 // Each gap in LEB128: seven bits a byte, least significant first, the high bit set on all but the last.
-std::vector<std::uint8_t> write_byte_gaps(const Gaps& gaps, std::uint64_t size) {
+template <typename Index>
+std::vector<std::uint8_t> write_byte_gaps(const Gaps<Index>& gaps, std::uint64_t size) {
   std::vector<std::uint8_t> bytes;
   bytes.reserve(size);
-  for (std::uint64_t gap : gaps) {
+  gaps.for_each([&](std::uint64_t gap) {
     for (; gap >= 128; gap >>= 7) bytes.push_back(static_cast<std::uint8_t>(gap | 128u));
     bytes.push_back(static_cast<std::uint8_t>(gap));
-  }
+  });
   return bytes;
 }
 
-std::uint64_t load_word(const std::uint8_t* bytes, std::size_t size, std::size_t at) {
+// The eight bytes at `at`, or as many as there are.
+inline std::uint64_t load_word(const std::uint8_t* bytes, std::size_t size, std::size_t at) {
   std::uint64_t word = 0;
-  if (at < size) std::memcpy(&word, bytes + at, std::min<std::size_t>(8, size - at));
+  if (at + 8 <= size) {
+    std::memcpy(&word, bytes + at, 8);
+  } else if (at < size) {
+    std::memcpy(&word, bytes + at, size - at);
+  }
   return word;
 }
 
@@ -187,16 +253,24 @@ void decode(PositionCoding coding, int parameter, const std::uint8_t* bytes, std
 
 }  // namespace
 
-CodedPositions encode_positions(Indices positions) {
-  const Gaps gaps = positions.wide
-                        ? gaps_between(static_cast<const std::int64_t*>(positions.data), positions.count)
-                        : gaps_between(static_cast<const std::int32_t*>(positions.data), positions.count);
-  const int parameter = best_parameter(gaps);
+namespace {
+
+template <typename Index>
+CodedPositions encode(const Index* positions, std::int64_t count) {
+  const Gaps<Index> gaps(positions, count);
+  const RiceCode code = best_code(gaps);
   const std::uint64_t byte_size = byte_gap_size(gaps);
-  const std::uint64_t rice_size = bytes_for(gaps.size() * static_cast<std::uint64_t>(parameter)) +
-                                  bytes_for(quotient_sum(gaps, parameter) + gaps.size());
+  const std::uint64_t rice_size = bytes_for(gaps.size() * static_cast<std::uint64_t>(code.parameter)) +
+                                  bytes_for(code.quotients + gaps.size());
   if (byte_size < rice_size) return {PositionCoding::kBytes, 0, write_byte_gaps(gaps, byte_size)};
-  return {PositionCoding::kRice, parameter, write_rice(gaps, parameter)};
+  return {PositionCoding::kRice, code.parameter, write_rice(gaps, code)};
+}
+
+}  // namespace
+
+CodedPositions encode_positions(Indices positions) {
+  if (positions.wide) return encode(static_cast<const std::int64_t*>(positions.data), positions.count);
+  return encode(static_cast<const std::int32_t*>(positions.data), positions.count);
 }
 
 void decode_positions(PositionCoding coding, int parameter, const std::uint8_t* bytes, std::size_t size,

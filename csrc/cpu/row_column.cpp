@@ -23,7 +23,7 @@ class RowColumnFilter {
                   std::int64_t row_stride, const Kernels& kernels)
       : transforms_(transform_kernels(kernels, T{})),
         signals_(signal_kernels(kernels, Storage{})),
-        mask_(mask, transposed),
+        mask_(mask, transposed, kernels),
         transposed_(transposed),
         background_(background),
         scale_(scale),

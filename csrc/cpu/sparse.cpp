@@ -9,7 +9,7 @@ namespace freemerge {
 namespace {
 
 constexpr std::int64_t kBlock = 1 << 14;     // entries per task
-constexpr std::int64_t kPrefetchAhead = 24;  // entries; each is a cache miss of its own
+constexpr std::int64_t kPrefetchAhead = 32;  // entries; each is a cache miss of its own
 
 template <typename Visit>
 void visit_indices(const Indices& indices, const Visit& visit) {

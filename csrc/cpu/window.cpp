@@ -59,7 +59,8 @@ Window build_window(std::int64_t samples, const Decimation& d) {
       std::copy_n(weights - period * d.taps, d.taps, weights);
       continue;
     }
-    const double position = static_cast<double>(n * d.cells) / static_cast<double>(samples) + (odd ? 0.5 : 0.0);
+    const double position =
+        static_cast<double>(n * d.cells) / static_cast<double>(samples) + (odd ? 0.5 : 0.0);
     for (int j = 0; j < d.taps; ++j) {
       const double t = (position - static_cast<double>(left + j)) * 2.0 / d.taps;
       const double z = 1.0 - t * t;

@@ -22,7 +22,8 @@ struct Taper {
 };
 
 struct Window {
-  // Samples first[c] .. first[c + 1] - 1, at least one, touch the coarse points c .. c + taps - 1 (modulo cells).
+  // Samples first[c] .. first[c + 1] - 1, at least one, touch the coarse points c .. c + taps - 1 (modulo
+  // cells).
   std::vector<std::int64_t> first;  // cells + 1 entries
   std::vector<float> weights;       // samples x taps; negated at odd samples when centred at Nyquist
   std::vector<double> transform;    // phi's transform at frequency k, 0 <= k < band
@@ -30,8 +31,8 @@ struct Window {
   Taper taper() const { return {first.data(), weights.data()}; }
 };
 
-// Requires 2 * (band - 1) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; the coarse origin is arbitrary,
-// which a shift-invariant filter does not see. Cached; safe to call from several threads.
+// Requires 2 * (band - 1) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; the coarse origin is
+// arbitrary, which a shift-invariant filter does not see. Cached; safe to call from several threads.
 std::shared_ptr<const Window> window_for(std::int64_t samples, const Decimation& decimation);
 
 }  // namespace freemerge

@@ -1,7 +1,7 @@
 """Task vectors v_i = theta_i - theta_0 in one pass over the stored weights: weighted sum, mean |v_i|, add and round.
 
-Two backends compute the same formulas: the native kernel (``"cpu"``) and torch ops (``"torch"``, any device). They
-round in the same places (each product, then each sum, model after model, no fused multiply-add), so the tensors they
+Native kernels (``"cpu"``, ``"cuda"``) and torch ops (``"torch"``, any device) compute the same formulas. They round in
+the same places (each product, then each sum, model after model, no fused multiply-add), so the tensors they
 return are the same bytes; the means, float64 sums in another order, agree to about 1e-12.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import _core
+from . import _core, cuda
 from .errors import ArgumentError
 from .native import dtype_code, runs_native
 
@@ -63,6 +63,14 @@ def add_round(
     elif out.shape != base.shape or out.dtype != dtype or not out.is_contiguous():
         raise ArgumentError(f"out must be a contiguous {dtype} tensor of shape {tuple(base.shape)}")
     codes = [dtype_code(out, "dtype"), dtype_code(base, "base"), dtype_code(delta, "delta")]
+    if cuda.RUNTIME.runs(backend, (base, delta, out)):
+        base, delta, stream = base.contiguous(), delta.contiguous(), cuda.RUNTIME.stream(base.device)
+        if out.numel():
+            cuda.RUNTIME.module.add_round(
+                out.data_ptr(), codes[0], base.data_ptr(), codes[1], delta.data_ptr(), codes[2], scale, out.numel(),
+                stream.device, stream.handle,
+            )  # fmt: skip
+        return out
     if runs_native(backend, (base, delta, out)):
         base, delta = base.contiguous(), delta.contiguous()
         _core.add_round(
@@ -113,6 +121,8 @@ def _sum_and_means(
         out = torch.empty(base.shape if weights is not None else (0,), dtype=compute, device=base.device)
     elif out.shape != base.shape or out.dtype != compute or not out.is_contiguous():
         raise ArgumentError(f"out must be a contiguous {compute} tensor of shape {tuple(base.shape)}")
+    if cuda.RUNTIME.runs(backend, (base, *models)) and base.numel():
+        return out, _sum_on_device(base.contiguous(), [model.contiguous() for model in models], codes, weights, out)
     if runs_native(backend, (base, *models)):
         base, models = base.contiguous(), [model.contiguous() for model in models]
         means = _core.accumulate(
@@ -133,6 +143,22 @@ def _sum_and_means(
                 target = out.view(-1)[begin:end]
                 target.copy_(v) if i == 0 else target.add_(v)
     return out, [float(total) / max(1, base.numel()) for total in sums]
+
+
+def _sum_on_device(
+    base: torch.Tensor, models: list[torch.Tensor], codes: list[int], weights: list[float] | None, out: torch.Tensor
+) -> list[float]:
+    """The sum into ``out``, unless there are no weights, and the means."""
+    module, stream, n = cuda.RUNTIME.module, cuda.RUNTIME.stream(base.device), base.numel()
+    scratch = torch.empty(module.accumulate_scratch(n, len(models)), dtype=torch.float64, device=base.device)
+    means = torch.empty(len(models), dtype=torch.float64, device=base.device)
+    module.accumulate(
+        out.data_ptr() if weights is not None else 0, base.data_ptr(), codes[0],
+        [model.data_ptr() for model in models], codes[1:], weights or [], n, means.data_ptr(), scratch.data_ptr(),
+        stream.device, stream.handle,
+    )  # fmt: skip
+    result: list[float] = means.tolist()
+    return result
 
 
 def _compute_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:

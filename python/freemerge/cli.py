@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, get_args
 from . import __version__
 from .checkpoint import verify
 from .errors import ArgumentError, FreemergeError, RefusedError
-from .evaluation import evaluate, load_function, table
+from .evaluation import evaluate, evaluate_experts, load_function, table
 from .experts import iter_experts, save_experts
 from .experts.coding import ValueCoding
 from .experts.extract import Rescale, Scope
@@ -23,6 +24,7 @@ from .recipe import DTYPES, PRESETS, Recipe
 from .responses import HighPass
 from .spectral.dispatch import backends
 
+_SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -30,13 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 refused, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
     except ArgumentError as error:
         return _complain(error, USAGE)
     except RefusedError as error:
         return _complain(error, REFUSED)
     except FreemergeError as error:
         return _complain(error, FAILED)
+    except BrokenPipeError:  # whoever read the output has seen enough; the flush at exit must not complain again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else error, FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted; nothing was changed", INTERRUPTED)
 
@@ -88,6 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument(
         "--function", required=True, metavar="FILE.py:NAME", help="takes a state dict, returns a score or {task: score}"
     )
+    evaluating.add_argument(
+        "--experts", type=Path, metavar="DIR", help="score each task of the first model with its expert from here, too"
+    )
     evaluating.add_argument("--json", action="store_true", help="print the result as JSON")
     evaluating.set_defaults(run=_evaluate)
 
@@ -118,8 +130,15 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
     parser.add_argument("--preset", choices=list(PRESETS), help="start from a published setting")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="start from a recipe in YAML")
-    parser.add_argument("--cutoff", type=float, metavar="F", help="high-pass cutoff as a fraction of the shorter side")
-    parser.add_argument("--weights", type=_weights, metavar="W", help="paper, uniform, sum, or numbers: 0.5,0.3,0.2")
+    parser.add_argument(
+        "--cutoff",
+        type=float,
+        metavar="F",
+        help="cutoff of the recipe's response; of a high-pass, as a fraction of the shorter side, if that has none",
+    )
+    parser.add_argument(
+        "--weights", type=_weights, metavar="W", help="paper, uniform, sum, or one number a model: --weights=0.5,0.3"
+    )
     parser.add_argument("--stats", choices=("raw", "filtered"))
     parser.add_argument("--scope", choices=("model", "tensor"))
     parser.add_argument("--scale", type=_scale, metavar="S", help="auto or a number")
@@ -144,7 +163,10 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         if getattr(options, name) is not None
     }
     if options.cutoff is not None:
-        changes["response"] = HighPass(options.cutoff)
+        has_cutoff = any(field.name == "cutoff" for field in dataclasses.fields(recipe.response))
+        changes["response"] = (
+            dataclasses.replace(recipe.response, cutoff=options.cutoff) if has_cutoff else HighPass(options.cutoff)  # type: ignore[call-arg]
+        )
     if options.renormalize is not None:
         changes["renormalize"] = None if options.renormalize == "none" else options.renormalize
     if options.select is not None:
@@ -154,7 +176,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _merge(options: argparse.Namespace) -> int:
     if options.dry_run:
-        return _inspect(options)
+        checks = {"out": options.out, "force": options.force, "max_shard_bytes": options.max_shard_size}
+        return _inspect(options, **checks)
     report = merge_checkpoints(
         options.base,
         options.models,
@@ -172,8 +195,8 @@ def _merge(options: argparse.Namespace) -> int:
     return DONE
 
 
-def _inspect(options: argparse.Namespace) -> int:
-    inspection = inspect(options.base, options.models, _recipe(options), backend=options.backend)
+def _inspect(options: argparse.Namespace, **checks: Any) -> int:
+    inspection = inspect(options.base, options.models, _recipe(options), backend=options.backend, **checks)
     if options.json:
         print(json.dumps(_plain(inspection)))
     else:
@@ -204,6 +227,8 @@ def _experts(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     function = load_function(options.function)
     evaluations = [evaluate(model, function) for model in options.models]
+    if options.experts is not None:
+        evaluations.append(evaluate_experts(options.models[0], options.experts, function))
     print(json.dumps(_plain(evaluations)) if options.json else table(evaluations))
     return DONE
 
@@ -275,15 +300,22 @@ def _plain(value: Any) -> Any:
 def _weights(text: str) -> str | tuple[float, ...]:
     if text in ("paper", "uniform", "sum"):
         return text
-    return tuple(float(number) for number in text.split(","))
+    return tuple(_number(number, "paper, uniform, sum, or numbers as in 0.5,0.3,0.2") for number in text.split(","))
 
 
 def _scale(text: str) -> str | float:
-    return text if text == "auto" else float(text)
+    return text if text == "auto" else _number(text, "auto or a number")
 
 
 def _rescale(text: str) -> str | float:
-    return text if text in get_args(Rescale) else float(text)
+    return text if text in get_args(Rescale) else _number(text, f"{', '.join(get_args(Rescale))} or a number")
+
+
+def _number(text: str, expected: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
 
 
 def _rule(text: str) -> tuple[str, str]:
@@ -294,7 +326,9 @@ def _rule(text: str) -> tuple[str, str]:
 
 
 def _size(text: str) -> int:
-    for suffix, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if text.upper().endswith(suffix):
-            return int(float(text[: -len(suffix)]) * factor)
-    return int(text)
+    number = text.upper()
+    unit = next((unit for unit in _SIZES if number.endswith(unit)), "")
+    try:
+        return int(float(number.removesuffix(unit)) * _SIZES.get(unit, 1))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 2GB, got {text!r}") from None

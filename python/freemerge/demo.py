@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import FreemergeError
+from .errors import ArgumentError, FreemergeError, RefusedError
 from .experts import ExpertBank, RoutedModel, Router, iter_experts, save_experts
 from .experts.extract import Rescale
 from .pipeline import merge_checkpoints
@@ -145,7 +145,14 @@ def fine_tune(data: Digits, base: Mapping[str, Tensor], name: str, seed: int) ->
 
 
 def run_demo(seed: int = 0, keep: Path | None = None) -> dict[str, dict[str, float]]:
-    """Train, merge and score; print a table of accuracies and return it as method -> task -> percentage."""
+    """Train, merge and score; print a table of accuracies and return it as method -> task -> percentage.
+
+    ``keep``: a new or empty directory for the checkpoints, else RefusedError.
+    """
+    if not 0 <= seed < 1 << 32:
+        raise ArgumentError(f"seed must be at least 0 and less than 2**32, got {seed}")
+    if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
+        raise RefusedError(f"{keep} exists and is not an empty directory")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # layers this small only lose time to more
     try:

@@ -19,3 +19,16 @@ class BackendError(FreemergeError, RuntimeError):
 
 class RefusedError(FreemergeError, RuntimeError):
     """The operation would overwrite or lose something and was not started."""
+
+
+class CudaError(BackendError):
+    """A call of the CUDA runtime or of cuFFT, or a kernel launch, failed.
+
+    ``operation`` names it, ``code`` is the cudaError_t or cufftResult (0 if there is none), ``file`` and ``line`` say
+    where in the native sources it was issued.
+    """
+
+    operation: str = ""
+    code: int = 0
+    file: str = ""
+    line: int = 0

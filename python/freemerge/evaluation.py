@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import ArgumentError
+from .experts import Expert, ExpertBank
 from .pipeline import Model, merge
 from .recipe import Recipe
 
@@ -55,6 +56,26 @@ def evaluate(model: Model, function: ScoreFunction) -> Evaluation:
     with Checkpoint.open(model) as opened:
         weights = {name: opened.read(name) for name in opened.specs}
         return Evaluation(opened.name, _scores(function(weights)))
+
+
+def evaluate_experts(model: Model, experts: str | Path | Mapping[str, Expert], function: ScoreFunction) -> Evaluation:
+    """Score a merged model on each task with that task's expert switched on, as a perfect router would.
+
+    ``experts``: a folder of expert files, or experts by name; the function must return a mapping with these names. The
+    weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. What a real router
+    costs has to be measured apart, with :class:`freemerge.RoutedModel`.
+    """
+    with Checkpoint.open(model) as opened:
+        weights = {name: opened.read(name).clone() for name in opened.specs}
+        bank = ExpertBank(weights, experts) if isinstance(experts, Mapping) else ExpertBank.load(weights, experts)
+        scores = {}
+        for task in bank:
+            with bank.active(task):
+                found = _scores(function(weights))
+            if task not in found:
+                raise ArgumentError(f"the function returned no score for the expert {task!r}, only {', '.join(found)}")
+            scores[task] = found[task]
+        return Evaluation(f"{opened.name} with experts", scores)
 
 
 def sweep(

@@ -28,7 +28,8 @@ class Merger:
 
     Attributes:
         units: what is merged together, in the order of the tensors' names.
-        tied: second name -> first name of tensors that share memory (in-memory sources only).
+        tied: second name -> first name of the base's tensors that are one tensor of the model; they follow the first.
+        written: the names that an output file holds: second names only where the base's files hold a copy of their own.
         scale: the global scale, a number.
         energy_factors: for each renormalised tensor the factor it got, filled in as units are merged.
         on_read: called with the unit after each time it has been read.
@@ -36,8 +37,13 @@ class Merger:
 
     def __init__(self, base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe, backend: str = "auto") -> None:
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
-        comparison = compare(base, models, merged=lambda name: not taken_from_base(name, recipe.select))
-        self.tied = {name: first for name, first in base.tied.items() if first in comparison.names}
+
+        def takes_part(name: str) -> bool:
+            return not taken_from_base(base.tied.get(name, name), recipe.select)
+
+        comparison = compare(base, models, merged=takes_part)
+        self.tied = {name: first for name, first in (base.tied | comparison.tied).items() if name in base.specs}
+        self.written = [name for name in base.specs if name not in base.tied]
         self.specs = {name: spec for name, spec in base.specs.items() if name not in self.tied}
         self.units = plan_units(self.specs, recipe.select, recipe.views)
         self.scale = merging_scale(recipe.scale, recipe.weights, len(self.models))
@@ -52,7 +58,7 @@ class Merger:
 
     def out_spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""
-        spec = self.specs[name]
+        spec = self.base.specs[name]
         wanted = self.recipe.out_dtype
         return spec.with_dtype(DTYPES[wanted]) if wanted is not None and spec.dtype in MERGEABLE else spec
 
@@ -69,7 +75,7 @@ class Merger:
             decisions += decide(unit, self.specs, self.recipe.response, dtype, self.backend)
         passes = 2 if self.needs_statistics_pass else 1
         read = passes * sum(self.read_bytes(unit) for unit in self.units)
-        written = sum(self.out_spec(name).nbytes for name in self.specs)
+        written = sum(self.out_spec(name).nbytes for name in self.written)
         return Inspection(tuple(decisions), tuple(warnings(decisions)), read, written, passes)
 
     def weights(self) -> list[float] | None:
@@ -82,14 +88,24 @@ class Merger:
         return self._weights
 
     def merged(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
-        """The merged tensors of a unit, new ones in their output dtype."""
+        """The merged tensors of a unit, new ones in their output dtype, under every name of :attr:`written`."""
+        for name, tensor in self._merged(unit):
+            yield name, tensor
+            copies = (second for second, first in self.tied.items() if first == name and second in self.written)
+            yield from ((second, tensor) for second in copies)
+        self.on_read(unit)
+
+    def _merged(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
         if unit.action == "copy":
             for name in unit.names:
                 yield name, self._copied(name, must_agree=unit.must_agree)
-        else:
-            for name, delta in zip(unit.names, self._combined(unit), strict=True):
-                yield name, add_round(self.base.read(name), delta, self.scale, self.out_spec(name).dtype)
-        self.on_read(unit)
+            return
+        for name, delta in zip(unit.names, self._combined(unit), strict=True):
+            spec = self.out_spec(name)
+            merged = add_round(self.base.read(name), delta, self.scale, spec.dtype)
+            # Finite inputs can still leave the range of float16, or of anything at a large scale.
+            check_finite(name, merged, f"merged model at scale {self.scale:g} in {spec.dtype_name}")
+            yield name, merged
 
     # Statistics
 
@@ -124,7 +140,11 @@ class Merger:
         if must_agree:
             for model in self.models:
                 require_equal(name, base, model.read(name), model.label)
-        return base.to(self.out_spec(name).dtype, copy=True, memory_format=torch.contiguous_format)
+        spec = self.out_spec(name)
+        copied = base.to(spec.dtype, copy=True, memory_format=torch.contiguous_format)
+        if copied.dtype != base.dtype and int(copied.isinf().sum()) != int(base.isinf().sum()):
+            raise CheckpointError(f"{self.base.origin(name)}: tensor {name!r} does not fit into {spec.dtype_name}")
+        return copied
 
     def _combined(self, unit: Unit) -> list[Tensor]:
         """sum_i lambda_i G_i for each member: filtered, aligned, elected and renormalised as the recipe says."""

@@ -21,10 +21,10 @@ def dtype_code(tensor: torch.Tensor, name: str) -> int:
 
 
 def runs_native(backend: str, tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether the native CPU kernels run: always for "cpu", never for "torch", on CPU tensors for "auto"."""
-    if backend not in ("auto", "cpu", "torch"):
-        raise ArgumentError(f"backend must be 'auto', 'cpu' or 'torch', got {backend!r}")
+    """Whether the native CPU kernels run: always for "cpu", on CPU tensors for "auto", else never."""
+    if backend not in ("auto", "cpu", "cuda", "torch"):
+        raise ArgumentError(f"backend must be 'auto', 'cpu', 'cuda' or 'torch', got {backend!r}")
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
     if backend == "cpu" and not on_cpu:
         raise ArgumentError("backend 'cpu' needs CPU tensors")
-    return on_cpu and backend != "torch"
+    return on_cpu and backend in ("auto", "cpu")

@@ -24,7 +24,7 @@ from .errors import ArgumentError, RefusedError
 from .inspection import Decision, Inspection
 from .merger import Merger
 from .progress import Progress
-from .recipe import DTYPES, Recipe
+from .recipe import DTYPES, Recipe, to_yaml
 from .task_vector import Unit
 
 Model = Source
@@ -65,7 +65,7 @@ def merge(
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
         merged = {name: tensor for unit in merger.units for name, tensor in merger.merged(unit)}
-        merged.update({name: merged[first] for name, first in merger.tied.items()})
+        merged |= {name: merged[first] for name, first in merger.tied.items()}
         return {name: merged[name] for name in merger.base.specs}
 
 
@@ -98,12 +98,8 @@ def merge_checkpoints(
     """
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
-        for source in (merger.base, *merger.models):
-            if source.path is not None and source.path.resolve() == Path(out).resolve():
-                raise RefusedError(f"{out} is an input of this merge; write somewhere else")
         inspection = merger.inspect()
-        specs = [merger.out_spec(name) for name in merger.specs]
-        writer = CheckpointWriter(out, specs, max_shard_bytes=max_shard_bytes, force=force)
+        writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models)))
         bar = stack.enter_context(Progress(inspection.read_bytes, enabled=progress))
 
@@ -122,14 +118,29 @@ def merge_checkpoints(
     return Report(writer.out, None if weights is None else tuple(weights), merger.scale, inspection)
 
 
-def inspect(base: Model, models: Sequence[Model], recipe: Recipe | None = None, *, backend: str = "auto") -> Inspection:
-    """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data."""
+def inspect(
+    base: Model,
+    models: Sequence[Model],
+    recipe: Recipe | None = None,
+    *,
+    backend: str = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Inspection:
+    """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
+
+    With ``out``, check also that :func:`merge_checkpoints` could write there; raises what that would raise.
+    """
     with ExitStack() as stack:
-        return _open(stack, base, models, recipe, backend).inspect()
+        merger = _open(stack, base, models, recipe, backend)
+        if out is not None:
+            _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
+        return merger.inspect()
 
 
 def _open(stack: ExitStack, base: Model, models: Sequence[Model], recipe: Recipe | None, backend: str) -> Merger:
-    recipe = Recipe() if recipe is None else recipe
+    recipe = _checked_recipe(recipe)
     if isinstance(models, str | Path | Mapping | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")
     if not models:
@@ -139,6 +150,26 @@ def _open(stack: ExitStack, base: Model, models: Sequence[Model], recipe: Recipe
     opened = stack.enter_context(Checkpoint.open(base))
     sources = [stack.enter_context(open_model(model, opened)) for model in models]
     return Merger(opened, sources, recipe, backend)
+
+
+def _checked_recipe(recipe: object) -> Recipe:
+    if recipe is None:
+        return Recipe()
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError(f"recipe must be a Recipe, got {type(recipe).__name__}")
+    return recipe
+
+
+def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: bool) -> CheckpointWriter:
+    """The writer of the output, which is refused where writing it would replace or delete an input."""
+    target = Path(out).resolve()
+    for source in (merger.base, *merger.models):
+        for path in (source.path, *source.files):
+            if path is not None and target in (path.resolve(), *path.resolve().parents):
+                verb = "is" if target == path.resolve() else "holds"
+                raise RefusedError(f"{out} {verb} an input of this merge ({path}); write somewhere else")
+    specs = [merger.out_spec(name) for name in merger.written]
+    return CheckpointWriter(out, specs, max_shard_bytes=max_shard_bytes, force=force)
 
 
 def _carry_over(merger: Merger, writer: CheckpointWriter) -> None:
@@ -157,12 +188,12 @@ def _describe(merger: Merger, writer: CheckpointWriter, hashes: InputHashes, ins
         title="Merged model",
         base=merger.base.name,
         models=[model.name for model in merger.models],
-        recipe=recipe.to_yaml(),
+        recipe=to_yaml(recipe.to_record()),
     )
     (writer.directory / "README.md").write_text(card, encoding="utf-8")
     weights = merger.weights()
     writer.manifest = build_manifest(
-        recipe={**recipe.to_config(), "measured": {"weights": weights, "scale": merger.scale}},
+        recipe={**recipe.to_record(), "measured": {"weights": weights, "scale": merger.scale}},
         inputs=hashes.records(),
         tensors={decision.name: _record(decision, merger) for decision in inspection.decisions},
         backend=", ".join(sorted({decision.backend for decision in inspection.decisions if decision.backend})),

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import yaml
 
 from .errors import ArgumentError
 from .merging import Weights
-from .responses import HighPass, Response, from_config, to_config
+from .responses import HighPass, Response, finite_number, from_config, to_config, to_record
 from .task_vector import Rule, Split, Stack, View
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,8 +70,7 @@ class Recipe:
         _set(self, "weights", _weights(self.weights))
         _check_choice("stats", self.stats, ("raw", "filtered"))
         _check_choice("scope", self.scope, ("model", "tensor"))
-        if self.scale != "auto" and not _is_finite(self.scale):
-            raise ArgumentError(f"scale must be 'auto' or a finite number, got {self.scale!r}")
+        _set(self, "scale", _scale(self.scale))
         _check_choice("renormalize", self.renormalize, (None, "energy"))
         for name in ("align", "sign_election"):
             if not isinstance(getattr(self, name), bool):
@@ -90,7 +88,7 @@ class Recipe:
     @classmethod
     def preset(cls, name: str) -> Recipe:
         """A published setting by name: one of :data:`PRESETS`, the YAML files in this package's folder ``presets``."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ArgumentError(
                 f"preset must be one of {', '.join(PRESETS)}, got {name!r}{_did_you_mean(str(name), PRESETS)}"
             )
@@ -102,8 +100,15 @@ class Recipe:
 
     def to_config(self) -> dict[str, Any]:
         """The recipe as plain data for YAML or JSON. A custom response cannot be written down: ArgumentError."""
+        return self._config(to_config(self.response))
+
+    def to_record(self) -> dict[str, Any]:
+        """:meth:`to_config` for a manifest: a custom response is identified instead of refused."""
+        return self._config(to_record(self.response))
+
+    def _config(self, response: dict[str, object]) -> dict[str, Any]:
         config: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        config["response"] = to_config(self.response)
+        config["response"] = response
         if isinstance(self.weights, tuple):
             config["weights"] = list(self.weights)
         config["select"] = [{"pattern": rule.pattern, "action": rule.action} for rule in self.select]
@@ -130,25 +135,48 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML text."""
-        return yaml.safe_dump(self.to_config(), sort_keys=False)
+        return to_yaml(self.to_config())
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises ArgumentError naming the file."""
         try:
-            return cls.from_config(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+            return cls.from_config(yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader))
         except OSError as error:
             raise ArgumentError(f"recipe {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError, ArgumentError) as error:
             raise ArgumentError(f"recipe {path}: {error}") from None
+        except RecursionError:
+            raise ArgumentError(f"recipe {path}: nested too deeply") from None
 
 
 def _set(recipe: Recipe, name: str, value: object) -> None:
     object.__setattr__(recipe, name, value)
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def to_yaml(config: Mapping[str, object]) -> str:
+    """Plain data as YAML text, in its own order."""
+    return yaml.safe_dump(dict(config), sort_keys=False)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without the silent choice among equal keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ArgumentError(f"{key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _scale(scale: object) -> Literal["auto"] | float:
+    if scale == "auto":
+        return "auto"
+    number = finite_number(scale)
+    if number is None:
+        raise ArgumentError(f"scale must be 'auto' or a finite number, got {scale!r}")
+    return number
 
 
 def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, object]) -> str:
@@ -168,13 +196,14 @@ def _sequence(name: str, value: object) -> Sequence[Any]:
 
 
 def _weights(weights: object) -> Weights:
-    if weights in ("paper", "uniform", "sum"):
-        return weights
+    if isinstance(weights, str) and weights in get_args(get_args(Weights)[0]):
+        return cast(Weights, weights)
     if isinstance(weights, str) or not isinstance(weights, Sequence) or not weights:
         raise ArgumentError(f"weights must be 'paper', 'uniform', 'sum' or a list of numbers, got {weights!r}")
-    if not all(_is_finite(weight) for weight in weights):
+    numbers = tuple(number for number in map(finite_number, weights) if number is not None)
+    if len(numbers) < len(weights):
         raise ArgumentError(f"weights must be finite numbers, got {list(weights)!r}")
-    return tuple(float(weight) for weight in weights)
+    return numbers
 
 
 def _rule(rule: object) -> Rule:
@@ -191,10 +220,9 @@ def _view(view: object) -> View:
     if isinstance(view, Stack | Split):
         return view
     if isinstance(view, Mapping) and set(view) == {"stack"}:
-        return Stack(tuple(view["stack"]))
+        return Stack(view["stack"])
     if isinstance(view, Mapping) and set(view) == {"split", "parts"}:
-        parts = view["parts"]
-        return Split(view["split"], parts if isinstance(parts, int) else tuple(parts))
+        return Split(view["split"], view["parts"])
     raise ArgumentError(f"views: expected {{stack: [patterns]}} or {{split: pattern, parts: n}}, got {view!r}")
 
 

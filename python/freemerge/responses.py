@@ -14,6 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -69,9 +70,24 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[-2], shape[-1]
 
 
-def _check_positive(name: str, value: float, *, allow_zero: bool = True) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-        raise ArgumentError(f"{name} must be a finite number {'>=' if allow_zero else '>'} 0, got {value!r}")
+def finite_number(value: object) -> float | None:
+    """A finite real number as a Python float, which prints and serialises as one; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _set_number(response: Response, name: str, *, least: float = -math.inf, above: float = -math.inf) -> None:
+    """Check a field of a response and make it a Python float."""
+    number = finite_number(getattr(response, name))
+    if number is None or number < least or number <= above:
+        bound = f" >= {least:g}" if math.isfinite(least) else f" > {above:g}" if math.isfinite(above) else ""
+        raise ArgumentError(f"{name} must be a finite number{bound}, got {getattr(response, name)!r}")
+    object.__setattr__(response, name, number)
 
 
 @dataclass(frozen=True)
@@ -227,7 +243,7 @@ class _SingleCutoff(_Steps):
     _gains: ClassVar[tuple[float, float]]
 
     def __post_init__(self) -> None:
-        _check_positive("cutoff", self.cutoff)
+        _set_number(self, "cutoff", least=0)
         _check_measure(self.unit, self.metric)
 
     def _steps(self) -> tuple[float, float, float, float, float]:
@@ -278,8 +294,8 @@ class _TwoCutoffs(_Steps):
     _gains: ClassVar[tuple[float, float, float]]
 
     def __post_init__(self) -> None:
-        _check_positive("low", self.low)
-        _check_positive("high", self.high)
+        _set_number(self, "low", least=0)
+        _set_number(self, "high", least=0)
         if self.low > self.high:
             raise ArgumentError(f"low must not exceed high, got low={self.low!r} and high={self.high!r}")
         _check_measure(self.unit, self.metric)
@@ -316,11 +332,10 @@ class BandGain(_Steps):
     metric: Metric = field(default="bins", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_positive("cutoff", self.cutoff)
+        _set_number(self, "cutoff", least=0)
+        _set_number(self, "low")
+        _set_number(self, "high")
         _check_measure(self.unit, self.metric)
-        for name, value in (("low", self.low), ("high", self.high)):
-            if not math.isfinite(value):
-                raise ArgumentError(f"{name} must be a finite gain, got {value!r}")
 
     def _steps(self) -> tuple[float, float, float, float, float]:
         return self.cutoff, self.cutoff, self.low, self.high, self.high
@@ -339,8 +354,8 @@ class Butterworth(_Radial):
     metric: Metric = field(default="bins", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_positive("cutoff", self.cutoff)
-        _check_positive("order", self.order, allow_zero=False)
+        _set_number(self, "cutoff", least=0)
+        _set_number(self, "order", above=0)
         _check_measure(self.unit, self.metric)
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
@@ -363,7 +378,7 @@ class Gaussian(_Radial):
     metric: Metric = field(default="bins", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_positive("cutoff", self.cutoff, allow_zero=False)
+        _set_number(self, "cutoff", above=0)
         _check_measure(self.unit, self.metric)
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
@@ -424,7 +439,7 @@ class Official(_ClosedForm):
     relative_to: Literal["min", "max"] = field(default="min", kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_positive("ratio", self.ratio)
+        _set_number(self, "ratio", least=0)
         if self.relative_to not in ("min", "max"):
             raise ArgumentError(f"relative_to must be 'min' or 'max', got {self.relative_to!r}")
 
@@ -485,7 +500,11 @@ class Custom(Response):
             object.__setattr__(self, "_array", None)
             object.__setattr__(self, "_key", (mask,))
             return
-        array = np.array(mask, dtype=np.float64)
+        try:
+            array = np.array(mask)
+            array = array.astype(np.float64, casting="same_kind" if array.dtype.kind == "c" else "unsafe")
+        except (TypeError, ValueError):
+            raise ArgumentError(f"mask must be a callable or an array of real numbers, got {mask!r}") from None
         if array.ndim not in (1, 2) or array.size == 0 or not np.isfinite(array).all():
             raise ArgumentError(f"mask must be a finite vector or matrix, got shape {array.shape}")
         array.flags.writeable = False
@@ -502,6 +521,17 @@ class Custom(Response):
 
     def __hash__(self) -> int:
         return hash(self._key)
+
+    @property
+    def identity(self) -> str:
+        """The mask's shape and hash, or the callable's name."""
+        if self._function is not None:
+            return (
+                f"{self._function.__module__}.{getattr(self._function, '__qualname__', type(self._function).__name__)}"
+            )
+        shape, digest = self._key
+        assert isinstance(digest, bytes)
+        return f"array {shape}, blake2b {digest.hex()}"
 
     def __repr__(self) -> str:
         inner = self._function if self._array is None else self._array.tolist()
@@ -576,17 +606,28 @@ def to_config(response: Response) -> dict[str, object]:
     return {"type": name, **{f.name: getattr(response, f.name) for f in fields(response)}}
 
 
+def to_record(response: Response) -> dict[str, object]:
+    """For manifests: :func:`to_config`, or what identifies a response that cannot be written down."""
+    if type(response).__name__ in RESPONSES:
+        return to_config(response)
+    return {
+        "type": type(response).__name__,
+        "mask": response.identity if isinstance(response, Custom) else repr(response),
+    }
+
+
 def from_config(config: object) -> Response:
     """The inverse of :func:`to_config`."""
-    if not isinstance(config, dict) or config.get("type") not in RESPONSES:
+    kind = config.get("type") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(kind, str) or kind not in RESPONSES:
         raise ArgumentError(f"response must be a mapping with type one of {', '.join(RESPONSES)}, got {config!r}")
     options = {key: value for key, value in config.items() if key != "type"}
-    cls = RESPONSES[config["type"]]
+    cls = RESPONSES[kind]
     known = [f.name for f in fields(cls)]
     for key in options:
         if key not in known:
-            raise ArgumentError(f"response {config['type']} has no option {key!r}; it takes {', '.join(known)}")
+            raise ArgumentError(f"response {kind} has no option {key!r}; it takes {', '.join(known)}")
     try:
         return cls(**options)
     except TypeError as error:
-        raise ArgumentError(f"response {config['type']}: {error}") from None
+        raise ArgumentError(f"response {kind}: {error}") from None

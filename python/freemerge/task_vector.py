@@ -17,6 +17,11 @@ Action = Literal["filter", "merge", "copy"]
 SMALLEST_STACKED_SIDE = 16  # a 3-D weight with a shorter side is a convolution kernel, not a stack of matrices
 
 
+def _check_pattern(field: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ArgumentError(f"{field}: a pattern must be a string, got {pattern!r}")
+
+
 @dataclass(frozen=True)
 class Stack:
     """Filter several tensors as one matrix, their rows one below the other, for instance separate q, k and v.
@@ -28,7 +33,10 @@ class Stack:
     patterns: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "patterns", tuple(self.patterns))
+        if isinstance(self.patterns, (list, tuple)):
+            object.__setattr__(self, "patterns", tuple(self.patterns))
+        if not isinstance(self.patterns, tuple) or not all(isinstance(pattern, str) for pattern in self.patterns):
+            raise ArgumentError(f"views: a stack is a list of patterns, got {self.patterns!r}")
         if len(self.patterns) < 2 or any(pattern.count("*") != 1 for pattern in self.patterns):
             raise ArgumentError(f"views: a stack needs at least two patterns with one '*' each, got {self.patterns!r}")
 
@@ -44,11 +52,12 @@ class Split:
     parts: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.parts, int):
+        _check_pattern("views", self.pattern)
+        if isinstance(self.parts, (list, tuple)):
             object.__setattr__(self, "parts", tuple(self.parts))
-        sizes = (self.parts,) if isinstance(self.parts, int) else self.parts
-        if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-            raise ArgumentError(f"views: parts must be positive integers, got {self.parts!r}")
+        sizes = self.parts if isinstance(self.parts, tuple) else (self.parts,)
+        if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+            raise ArgumentError(f"views: parts must be a positive integer or a list of them, got {self.parts!r}")
 
     def rows(self, name: str, height: int) -> tuple[int, ...]:
         """Rows of each part of the tensor ``name``, which has ``height`` rows."""
@@ -74,6 +83,7 @@ class Rule:
     action: Action
 
     def __post_init__(self) -> None:
+        _check_pattern("select", self.pattern)
         if self.action not in get_args(Action):
             raise ArgumentError(f"select: action must be one of {', '.join(get_args(Action))}, got {self.action!r}")
 
@@ -101,10 +111,13 @@ def taken_from_base(name: str, select: Sequence[Rule]) -> bool:
 def default_action(spec: TensorSpec) -> Action:
     """Matrices (and stacks of matrices, as mixture-of-experts weights) are filtered; other floats are merged.
 
-    One-dimensional tensors and convolution kernels are merged unfiltered; integer and other buffers are copied.
+    One-dimensional and empty tensors and convolution kernels are merged unfiltered; integer and other buffers are
+    copied.
     """
     if spec.dtype not in MERGEABLE:
         return "copy"
+    if not spec.numel:
+        return "merge"
     if len(spec.shape) == 2:
         return "filter"
     if len(spec.shape) == 3 and min(spec.shape[1:]) >= SMALLEST_STACKED_SIDE:
@@ -144,7 +157,7 @@ def _action(spec: TensorSpec, rule: Rule | None) -> Action:
         if rule.pattern == spec.name:
             raise ArgumentError(f"select: {spec.name} has dtype {spec.dtype}, which can only be copied")
         return "copy"
-    return rule.action if spec.shape else "merge"
+    return rule.action if spec.shape and spec.numel else "merge"
 
 
 def _resolve_views(

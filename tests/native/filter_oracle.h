@@ -1,5 +1,5 @@
-// A filter by its definition, for the native tests: DFTs of the rows and columns as plain sums in double precision,
-// masks bin by bin, and back. And random numbers to feed it.
+// A filter by its definition, for the native tests: DFTs of the rows and columns as plain sums in double
+// precision, masks bin by bin, and back. And random numbers to feed it.
 #pragma once
 
 #include <cmath>
@@ -46,8 +46,10 @@ inline void direct_transform(Complex* data, std::int64_t n, std::int64_t step, i
 inline std::vector<double> reference(const std::vector<double>& x, const Mask& mask, double scale) {
   const std::int64_t height = mask.height, width = mask.width;
   std::vector<Complex> z(x.begin(), x.end());
-  for (std::int64_t y = 0; y < height; ++y) direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, -1);
-  for (std::int64_t k = 0; k < width; ++k) direct_transform(&z[static_cast<std::size_t>(k)], height, width, -1);
+  for (std::int64_t y = 0; y < height; ++y)
+    direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, -1);
+  for (std::int64_t k = 0; k < width; ++k)
+    direct_transform(&z[static_cast<std::size_t>(k)], height, width, -1);
   for (std::int64_t y = 0; y < height; ++y) {
     for (std::int64_t k = 0; k < width; ++k) {
       const bool left = k <= width / 2;
@@ -55,14 +57,17 @@ inline std::vector<double> reference(const std::vector<double>& x, const Mask& m
           left ? mask_gain(mask, y, k) : mask_gain(mask, (height - y) % height, width - k);
     }
   }
-  for (std::int64_t k = 0; k < width; ++k) direct_transform(&z[static_cast<std::size_t>(k)], height, width, 1);
-  for (std::int64_t y = 0; y < height; ++y) direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, 1);
+  for (std::int64_t k = 0; k < width; ++k)
+    direct_transform(&z[static_cast<std::size_t>(k)], height, width, 1);
+  for (std::int64_t y = 0; y < height; ++y)
+    direct_transform(&z[static_cast<std::size_t>(y * width)], width, 1, 1);
   std::vector<double> result;
   for (const Complex value : z) result.push_back(scale * value.real() / static_cast<double>(height * width));
   return result;
 }
 
-// Arithmetic error, and the spacing of the storage type: a result next to a rounding boundary may go the other way.
+// Arithmetic error, and the spacing of the storage type: a result next to a rounding boundary may go the
+// other way.
 template <typename Storage>
 struct Precision;
 template <>

@@ -1,5 +1,5 @@
-// Random decimated filters (shapes, strides, storage types, boxes around DC and Nyquist, windows, batches, threads,
-// instruction sets) against the definition.
+// Random decimated filters (shapes, strides, storage types, boxes around DC and Nyquist, windows, batches,
+// threads, instruction sets) against the definition.
 #include <cstring>
 #include <memory>
 
@@ -12,7 +12,8 @@ namespace {
 
 using namespace test;
 
-// A window for `samples` samples whose cells exceed the band's width 1.6 times at least, and the error it leaves.
+// A window for `samples` samples whose cells exceed the band's width 1.6 times at least, and the error it
+// leaves.
 Decimation random_decimation(Random& random, std::int64_t samples, std::int64_t cells, double& error) {
   Decimation d;
   d.cells = cells;
@@ -79,7 +80,8 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
            (d.nyquist ? "N" : "");
   };
   const std::string label = name + " " + std::to_string(height) + "x" + std::to_string(width) + " stride " +
-                            std::to_string(stride) + " rows " + axis(plan.rows) + " columns " + axis(plan.columns);
+                            std::to_string(stride) + " rows " + axis(plan.rows) + " columns " +
+                            axis(plan.columns);
 
   // Each matrix is allocated to the element, so that a sanitizer sees any access outside.
   const auto size = static_cast<std::size_t>((height - 1) * stride + width);
@@ -122,7 +124,8 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
       }
     }
     const double error = std::sqrt(difference / input_norm);
-    const double flips = Precision<Storage>::kSpacing * (0.05 + 2 / std::sqrt(static_cast<double>(height * width)));
+    const double flips =
+        Precision<Storage>::kSpacing * (0.05 + 2 / std::sqrt(static_cast<double>(height * width)));
     const double tolerance = 2 * (Precision<Storage>::kError + flips + row_error + column_error);
     check(error <= tolerance, label + ": error " + std::to_string(error * 1e9) + "e-9");
   }

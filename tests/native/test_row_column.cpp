@@ -75,7 +75,8 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   const double scale = random.integer(0, 1) == 0 ? 1 : random.real(-2, 2);
   const int threads = static_cast<int>(random.integer(1, 3));
   const std::string label = name + " " + std::to_string(height) + "x" + std::to_string(width) + " stride " +
-                            std::to_string(stride) + " mask " + std::to_string(static_cast<int>(plan.mask.kind)) +
+                            std::to_string(stride) + " mask " +
+                            std::to_string(static_cast<int>(plan.mask.kind)) +
                             (pruned ? plan.transposed ? " pruned transposed" : " pruned" : " full");
 
   // Each matrix is allocated to the element, so that a sanitizer sees any access outside.
@@ -122,7 +123,8 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
     }
     // Where the filter removes nearly everything, rounding is relative to what it removed.
     const double error = std::sqrt(difference / std::max(norm, 0.1 * input_norm));
-    const double flips = Precision<Storage>::kSpacing * (0.05 + 2 / std::sqrt(static_cast<double>(height * width)));
+    const double flips =
+        Precision<Storage>::kSpacing * (0.05 + 2 / std::sqrt(static_cast<double>(height * width)));
     const double tolerance = Precision<Storage>::kError * (pruned ? 2 : 1) + flips;
     check(error <= tolerance, label + ": error " + std::to_string(error * 1e9) + "e-9");
   }

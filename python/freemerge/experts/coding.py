@@ -175,7 +175,7 @@ def values_from_bytes(coding: ValueCoding, data: Bytes, indices: torch.Tensor, w
     scale_dtype = torch.bfloat16 if coding == "int8" else torch.float32
     scale_count = 0
     if count and coding in ("int8", "sign"):
-        scale_count = int(_filled_row(indices, width)[-1]) + 1 if coding == "int8" else 1
+        scale_count = int(np.count_nonzero(_row_starts(indices, width))) if coding == "int8" else 1
     dtype = _FLOATS.get(coding, torch.int8)
     scale_bytes = scale_count * scale_dtype.itemsize
     value_bytes = (count + 7) // 8 if coding == "sign" else count * dtype.itemsize
@@ -210,9 +210,13 @@ def _from_raw(data: Bytes, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(data.copy()).view(dtype) if data.size else torch.empty(0, dtype=dtype)
 
 
+def _row_starts(indices: torch.Tensor, width: int) -> npt.NDArray[np.bool_]:
+    """Which entries are the first of their row."""
+    row = indices.numpy() // max(1, width)
+    starts: npt.NDArray[np.bool_] = np.concatenate([np.ones(min(1, row.size), np.bool_), row[1:] != row[:-1]])
+    return starts
+
+
 def _filled_row(indices: torch.Tensor, width: int) -> torch.Tensor:
     """For each entry, the number of its row among the rows that hold entries (int64)."""
-    row = torch.div(indices.long(), max(1, width), rounding_mode="floor")
-    starts = torch.ones_like(row)
-    starts[1:] = (row[1:] != row[:-1]).long()
-    return starts.cumsum(0) - 1
+    return torch.from_numpy(np.cumsum(_row_starts(indices, width)) - 1)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .. import _core
+from .. import _core, cuda
 from ..accumulate import task_vector_sum
 from ..errors import ArgumentError
 from ..native import dtype_code, runs_native
@@ -49,6 +49,8 @@ def select_largest(
     if k < 0:
         raise ArgumentError(f"k must not be negative, got {k}")
     rows, width = rows_of(model.shape) if by_row else (1, model.numel())
+    if k > 0 and width > 0 and cuda.RUNTIME.runs(backend, (model, base)):
+        return _on_device(model.contiguous(), base.contiguous(), rows, width, min(k, width))
     if runs_native(backend, (model, base)):
         return _native(model, base, _core.select_largest, rows, width, k)
     v = _difference(model, base).reshape(rows, width)
@@ -118,6 +120,20 @@ def _native(model: torch.Tensor, base: torch.Tensor, kernel: _Kernel, *options: 
     model, base = model.contiguous(), base.contiguous()
     indices, values = kernel(*_pointers(model, base), *options, torch.get_num_threads())
     return Selection(torch.from_numpy(indices), torch.from_numpy(values))
+
+
+def _on_device(model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Selection:
+    module, device, stream = cuda.RUNTIME.module, model.device, cuda.RUNTIME.stream(model.device)
+    indices = torch.empty(rows, k, dtype=torch.int64, device=device)
+    values = torch.empty(rows, k, dtype=torch.float32, device=device)
+    counts = torch.empty(rows, 1, dtype=torch.int64, device=device)
+    scratch = torch.empty(module.select_scratch(rows, width), dtype=torch.uint8, device=device)
+    module.select(
+        *_pointers(model, base), rows, width, k, indices.data_ptr(), values.data_ptr(), counts.data_ptr(),
+        scratch.data_ptr(), stream.device, stream.handle,
+    )  # fmt: skip
+    kept = torch.arange(k, device=device) < counts
+    return Selection(indices[kept].cpu(), values[kept].cpu())
 
 
 def _pointers(model: torch.Tensor, base: torch.Tensor) -> tuple[int, int, int, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import _core
+from .. import _core, cuda
 from ..native import dtype_code, runs_native
 
 
@@ -34,7 +34,14 @@ class Undo:
 
     def restore(self) -> None:
         """Put the former values back, bit for bit."""
-        if runs_native(self.backend, (self.memory,)):
+        if self.indices.numel() and cuda.RUNTIME.runs(self.backend, (self.memory,)):
+            stream = cuda.RUNTIME.stream(self.memory.device)
+            cuda.RUNTIME.module.sparse_restore(
+                self.memory.data_ptr(), dtype_code(self.memory, "weights"), *_pointer(self.indices),
+                self.saved.data_ptr(), stream.device, stream.handle,
+            )  # fmt: skip
+            _mark_changed(self.memory)
+        elif runs_native(self.backend, (self.memory,)):
             _core.sparse_restore(
                 self.memory.data_ptr(), dtype_code(self.memory, "weights"), self.memory.numel(),
                 *_pointer(self.indices), self.saved.data_ptr(), torch.get_num_threads(),
@@ -61,7 +68,14 @@ def apply_(
     indices = memory_indices(weights, update.indices)
     saved = torch.empty(indices.numel(), dtype=memory.dtype, device=memory.device)
     code = dtype_code(memory, "weights")
-    if runs_native(backend, (memory, indices)):
+    if indices.numel() and cuda.RUNTIME.runs(backend, (memory,)):
+        stream = cuda.RUNTIME.stream(memory.device)
+        cuda.RUNTIME.module.sparse_apply(
+            memory.data_ptr(), code, *_pointer(indices), update.values.data_ptr(), scale,
+            origin.data_ptr() if origin is not None else 0, saved.data_ptr(), stream.device, stream.handle,
+        )  # fmt: skip
+        _mark_changed(memory)
+    elif runs_native(backend, (memory, indices)):
         _core.sparse_apply(
             memory.data_ptr(), code, memory.numel(), *_pointer(indices), update.values.data_ptr(), scale,
             origin.data_ptr() if origin is not None else 0, saved.data_ptr(), torch.get_num_threads(),

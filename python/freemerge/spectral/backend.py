@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,6 +39,9 @@ class Traits:
     extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
     transposes: bool = False  #: has the transposed variants of pruned and full
     packs: bool = False  #: full keeps the spectrum in the matrix's own memory (fp32, fp64)
+    streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
+    centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
+    workspace: Callable[[Plan], int] | None = None  #: exact bytes for a plan, instead of the planner's estimate
 
 
 @dataclass(frozen=True)

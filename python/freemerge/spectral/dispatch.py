@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -10,12 +11,13 @@ from ..errors import ArgumentError, BackendError
 from ..responses import Response
 from .backend import Backend, BackendInfo
 from .cpu_backend import CpuBackend
+from .cuda_backend import CudaBackend
 from .plan import Plan
 from .planner import candidates
 from .torch_backend import TorchBackend
 
 #: In order of preference: "auto" takes the first that can run.
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), TorchBackend())
+BACKENDS: tuple[Backend, ...] = (CudaBackend(), CpuBackend(), TorchBackend())
 
 _CACHED_PLANS = 512
 
@@ -70,6 +72,8 @@ def _first_supported(
     for plan in candidates(response, shape, dtype, device, backend.name, traits):
         refusal = backend.supports(plan)
         if refusal is None:
+            if traits.workspace is not None:
+                plan = replace(plan, workspace_bytes=traits.workspace(plan))
             return plan.because(refusals), ""
         refusals.append(f"form {plan.form}: {refusal}")
     return None, "; ".join(refusals) or f"has no form for {response!r} at {' x '.join(map(str, shape))}"

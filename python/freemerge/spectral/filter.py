@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 
 from ..errors import ArgumentError
-from ..responses import Response, transposed
+from ..responses import Response, finite_number, transposed
 from .backend import Backend
 from .dispatch import choose
 from .memory import internal_overlap, overlapping_pair
@@ -57,7 +57,7 @@ def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "au
     if isinstance(x, (list, tuple)):
         copies = [_copy(item, f"x[{i}]") for i, item in enumerate(x)]
         filter_(copies, response, scale=scale, backend=backend)
-        return type(x)(copies)
+        return cast(T, copies if isinstance(x, list) else tuple(copies))
     copied: T = _copy(x, "x")
     return filter_(copied, response, scale=scale, backend=backend)
 
@@ -103,9 +103,10 @@ def _checked_response(response: object) -> Response:
 
 
 def _checked_scale(scale: object) -> float:
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    number = finite_number(scale)
+    if number is None:
         raise ArgumentError(f"scale must be a finite number, got {scale!r}")
-    return float(scale)
+    return number
 
 
 def _tensor(item: Any, name: str) -> torch.Tensor:
@@ -206,7 +207,9 @@ def _run_rows(backend: Backend, plan: Plan, matrices: list[torch.Tensor], scale:
     storage needs none of it: its entries are rounded more coarsely than the filter rounds.
     """
     means = [0.0] * len(matrices)
-    if plan.form in ("decimated", "thin") and plan.dtype in (torch.float32, torch.float64):
+    traits = backend.traits(torch.device(plan.device))
+    centers = traits is not None and traits.centers
+    if not centers and plan.form in ("decimated", "thin") and plan.dtype in (torch.float32, torch.float64):
         means = [_dominant_mean(x) for x in matrices]
     for x, mean in zip(matrices, means, strict=True):
         if mean:

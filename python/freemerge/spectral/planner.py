@@ -181,7 +181,8 @@ class _Request:
             work = pruned_size + blocks
             yield cost, replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
         if "full" in traits.forms:
-            cost = 6 * costs.move * height * width + base + down * height * int(np.count_nonzero(np.isnan(gains)))
+            moves, transformed = (2, gains.size) if traits.streams else (6, int(np.count_nonzero(np.isnan(gains))))
+            cost = moves * costs.move * height * width + base + down * height * transformed
             work = blocks if packed else size + blocks
             moved = (6 if packed else 2) * self.nbytes
             yield cost, replace(common, form="full", packed=packed, bytes_moved=moved, workspace_bytes=work)

@@ -1,0 +1,23 @@
+# The CUDA backend, relative to csrc/; the emulation of the tests compiles the same files.
+set(FREEMERGE_CUDA_KERNELS
+  cuda/accumulate.cu
+  cuda/coarse_mask.cu
+  cuda/column_mask.cu
+  cuda/decimate_columns.cu
+  cuda/decimate_rows.cu
+  cuda/lines.cu
+  cuda/sample_mean.cu
+  cuda/select.cu
+  cuda/sparse.cu)
+set(FREEMERGE_CUDA_HOST
+  cpu/window.cpp
+  cuda/cufft_api.cpp
+  cuda/error.cpp
+  cuda/fft.cpp
+  cuda/filter.cpp)
+set(FREEMERGE_CUDA_BINDINGS
+  bind_cuda_device.cpp
+  bind_cuda_experts.cpp
+  bind_cuda_filter.cpp
+  bind_cuda_vectors.cpp
+  cuda_module.cpp)

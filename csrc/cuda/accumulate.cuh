@@ -1,0 +1,28 @@
+// Task vectors v_i = theta_i - theta_0 on the device: the same formulas and roundings as cpu/accumulate.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cuda/array.h"
+
+namespace freemerge::cuda {
+
+// Doubles that accumulate() needs as scratch.
+std::int64_t accumulate_scratch(std::int64_t n, std::int64_t models);
+
+// out[j] = sum_i weights[i] * v_i[j] (float; null for the means alone), and means[i] = mean_j |v_i[j]|.
+// Products are rounded before they are added, model after model. The means are double sums in an order that
+// only n fixes. `out` must not overlap the inputs.
+void accumulate(float* out, const Array& base, const std::vector<Array>& models,
+                const std::vector<double>& weights, std::int64_t n, double* means, double* scratch,
+                cudaStream_t stream);
+
+// out[j] = base[j] + scale * delta[j], product and sum rounded to float, then to out's dtype. `out` may be
+// `base` or `delta` itself.
+void add_round(const Array& out, const Array& base, const Array& delta, double scale, std::int64_t n,
+               cudaStream_t stream);
+
+}  // namespace freemerge::cuda

@@ -1,0 +1,46 @@
+#include "cuda/coarse_mask.cuh"
+#include "cuda/kernel.cuh"
+#include "cuda/mask_gain.cuh"
+
+namespace freemerge::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads) coarse_mask_kernel(CoarseMask a) {
+  const std::int64_t half = a.grids.columns / 2 + 1;
+  const std::int64_t bin = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (bin >= a.grids.rows * half) return;
+  const std::int64_t row = bin / half;
+  const std::int64_t dx = bin % half;  // offsets from the centre of the band
+  const std::int64_t dy = row <= a.grids.rows / 2 ? row : row - a.grids.rows;
+  const std::int64_t distance_y = dy < 0 ? -dy : dy;
+  float factor = 0.0f;
+  const bool inside = distance_y < a.rows.band && dx < a.columns.band;
+  if (inside) {
+    const std::int64_t y = wrap(dy + (a.rows.nyquist ? a.mask.height / 2 : 0), a.mask.height);
+    const std::int64_t x = dx + (a.columns.nyquist ? a.mask.width / 2 : 0);
+    const double window = load(a.rows.transform + distance_y) * load(a.columns.transform + dx);
+    const double size = static_cast<double>(a.mask.height) * static_cast<double>(a.mask.width);
+    factor = static_cast<float>(a.scale * (gain_at(a.mask, y, x) - a.background) / (size * window * window));
+  }
+  for (int i = 0; i < a.grids.count; ++i) {
+    float2* value = reinterpret_cast<float2*>(a.grids.data + (i * a.grids.rows + row) * a.grids.pitch) + dx;
+    if (inside) {
+      const float2 old = load(value);
+      store(value, make_float2(old.x * factor, old.y * factor));
+    } else {
+      store(value, make_float2(0.0f, 0.0f));
+    }
+  }
+}
+
+}  // namespace
+
+void coarse_mask(const CoarseMask& arguments, cudaStream_t stream) {
+  const std::int64_t bins = arguments.grids.rows * (arguments.grids.columns / 2 + 1);
+  const dim3 grid(static_cast<unsigned>(ceil_div(bins, kThreads)));
+  launch(coarse_mask_kernel, Launch("coarse_mask", grid, dim3(kThreads), 0, stream), arguments);
+}
+
+}  // namespace freemerge::cuda

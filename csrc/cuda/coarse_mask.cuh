@@ -1,0 +1,24 @@
+// The mask of the decimated form, on the spectra of the coarse grids.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/decimate_columns.cuh"
+#include "mask.h"
+
+namespace freemerge::cuda {
+
+struct CoarseMask {
+  CoarseGrids grids;  // holding half spectra: rows x (columns / 2 + 1) complex numbers each
+  WindowTables rows;
+  WindowTables columns;
+  Mask mask;
+  double background;
+  double scale;
+};
+
+// Multiplies each bin inside the band by scale * (M - background) / (H W phi_rows^2 phi_columns^2), phi being
+// the windows' transforms, and clears the bins outside it.
+void coarse_mask(const CoarseMask& arguments, cudaStream_t stream);
+
+}  // namespace freemerge::cuda

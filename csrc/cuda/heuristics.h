@@ -1,0 +1,45 @@
+// Every tuning number of the CUDA backend. None has been measured: they follow from the traffic model for an
+// H100 SXM (132 multiprocessors, 50 MB of L2, 3.35 TB/s) and wait for benchmarks/gpu_suite.sh on real
+// hardware.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace freemerge::cuda::heuristics {
+
+// Matrices of one shape that go through one launch; their addresses travel as kernel arguments (1 KiB of 4
+// KiB).
+constexpr int kMatricesPerLaunch = 64;  // H100, not measured
+
+// A panel is written by one kernel and read by the next; with cuFFT's work area for it, a third of the L2
+// holds both.
+constexpr std::size_t kPanelBytes = std::size_t{8} << 20;  // H100, not measured
+constexpr std::size_t kWorkBytes = std::size_t{8} << 20;   // H100, not measured
+
+// Coarse grids or spectra of small matrices are batched up to this size.
+constexpr std::size_t kBatchBytes = std::size_t{16} << 20;  // H100, not measured
+
+// Windowed passes down the rows: threads of a block (each takes kColumnsPerThread columns) and cells of a
+// block. A block reads (taps - 1) / cells more rows than it owns; fewer cells give more blocks to fill the
+// device.
+constexpr int kRowPassThreads = 128;            // H100, not measured
+constexpr int kColumnsPerThread = 2;            // H100, not measured
+constexpr std::int64_t kMaxCellsPerBlock = 64;  // H100, not measured
+constexpr std::int64_t kMinCellsPerBlock = 8;   // H100, not measured
+constexpr std::int64_t kBlocksWanted = 528;     // four blocks on each of 132 multiprocessors; not measured
+
+// Entries of one block of the fused sum: kSumThreads threads hold kSumEntries each in registers. Their
+// product also fixes the order in which |v| is summed: changing it changes the last bits of E|v|.
+constexpr int kSumThreads = 256;  // H100, not measured
+constexpr int kSumEntries = 8;    // H100, not measured
+
+// Selection: threads of a block, entries that it ranks.
+constexpr int kSelectThreads = 256;             // H100, not measured
+constexpr std::int64_t kSelectEntries = 16384;  // H100, not measured
+constexpr std::int64_t kSelectRows = 1024;  // rows ranked at a time (16 KiB of scratch each); not measured
+
+// cuFFT plans kept for each thread.
+constexpr std::size_t kPlansCached = 64;
+
+}  // namespace freemerge::cuda::heuristics

@@ -1,0 +1,20 @@
+// Index arithmetic shared by host and device.
+#pragma once
+
+#include <cstdint>
+
+#include "mask.h"
+
+namespace freemerge::cuda {
+
+FM_HOST_DEVICE inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// i modulo n, in 0 .. n - 1, for an i that is at most a few turns away: a 64-bit division costs a GPU a
+// hundred instructions.
+FM_HOST_DEVICE inline std::int64_t wrap(std::int64_t i, std::int64_t n) {
+  while (i < 0) i += n;
+  while (i >= n) i -= n;
+  return i;
+}
+
+}  // namespace freemerge::cuda

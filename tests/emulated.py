@@ -1,0 +1,100 @@
+"""Builds the CUDA backend's sources for the CPU, once, and hands out the backend that runs them on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from freemerge.cuda import Runtime
+from freemerge.spectral.cuda_backend import CudaBackend
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "tests" / "emulation"
+
+
+@cache
+def build(sanitize: bool = False) -> Path:
+    """The folder with the emulated module, or with the sanitized programs. Skips where it cannot be built."""
+    cmake = shutil.which("cmake", path=_tools())
+    if cmake is None:
+        pytest.skip("the emulation needs cmake, which is not in PATH")
+    if not _cuda_headers():
+        pytest.skip("the emulation needs the headers of the CUDA toolkit: set CUDA_HOME")
+    folder = ROOT / "build" / ("emulation-sanitized" if sanitize else "emulation")
+    configure = [cmake, "-S", str(SOURCE), "-B", str(folder), f"-DFREEMERGE_SANITIZE={'ON' if sanitize else 'OFF'}"]
+    ninja = shutil.which("ninja", path=_tools())
+    if ninja is not None:
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    if not sanitize:
+        import pybind11
+
+        configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    _run(configure)
+    _run([cmake, "--build", str(folder), "--parallel"])
+    return folder
+
+
+@cache
+def module() -> ModuleType:
+    """The CUDA module's twin on the CPU."""
+    (file,) = build().glob("_cuda_emulated*.so")
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", file)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@cache
+def runtime() -> Runtime:
+    """The emulated module as the package's CUDA runtime, for CPU tensors."""
+    loaded = module()
+    outer = os.environ.get("FREEMERGE_CUFFT")
+    os.environ["FREEMERGE_CUFFT"] = str(build() / "libcufft.so.12")
+    try:
+        emulated = Runtime(loaded, "cpu")
+        assert emulated.available, emulated.state  # opens the stand-in for cuFFT, for good
+    finally:
+        if outer is None:
+            del os.environ["FREEMERGE_CUFFT"]
+        else:
+            os.environ["FREEMERGE_CUFFT"] = outer
+    return emulated
+
+
+@cache
+def backend() -> CudaBackend:
+    """The CUDA backend on the emulated module and CPU tensors."""
+    return CudaBackend(runtime())
+
+
+def standin_traffic() -> tuple[int, int]:
+    """Bytes that the stand-in for cuFFT has read and written since the last call."""
+    library = ctypes.CDLL(str(build() / "libcufft.so.12"))
+    read, written = ctypes.c_uint64(), ctypes.c_uint64()
+    library.freemerge_standin_traffic(ctypes.byref(read), ctypes.byref(written))
+    return read.value, written.value
+
+
+def _tools() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _cuda_headers() -> bool:
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return any(root and (Path(root) / "include" / "cuda_fp16.h").exists() for root in roots)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

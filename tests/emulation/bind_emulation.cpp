@@ -1,0 +1,33 @@
+// Switches of the emulation that only tests touch; the module is otherwise the real one.
+#include <pybind11/stl.h>
+
+#include "cuda/bindings.h"
+#include "emulation/runtime.h"
+#include "emulation/scheduler.h"
+
+namespace freemerge::cuda {
+
+namespace py = pybind11;
+
+void bind_emulation(py::module_& m) {
+  py::enum_<emulation::Order>(m, "Order", py::module_local())
+      .value("forward", emulation::Order::kForward)
+      .value("reverse", emulation::Order::kReverse)
+      .value("random", emulation::Order::kRandom);
+  m.def("set_order", &emulation::set_order, py::arg("order"));
+  m.def("set_capturing", &emulation::set_capturing, py::arg("capturing"));
+  m.def("set_device_count_error", &emulation::set_device_count_error, py::arg("code"));
+  m.def(
+      "watch", [](Address begin, std::size_t bytes) { emulation::watch(pointer<const void>(begin), bytes); },
+      py::arg("begin"), py::arg("bytes"));
+  m.def("watched", [] {
+    emulation::Traffic ranges[16];
+    const int count = emulation::watched(ranges, 16);
+    py::list list;
+    for (int i = 0; i < count; ++i) list.append(py::make_tuple(ranges[i].loaded, ranges[i].stored));
+    return list;
+  });
+  m.def("unwatch_all", &emulation::unwatch_all);
+}
+
+}  // namespace freemerge::cuda

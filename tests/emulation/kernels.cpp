@@ -1,0 +1,383 @@
+// The filter and the other device operations against plain float64 loops, on buffers without a byte to spare:
+// run under AddressSanitizer and UBSan. `kernels CUFFT_STAND_IN` prints "ok" if everything agrees, in every
+// thread order.
+#include <algorithm>
+#include <cmath>
+#include <complex>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cpu/window.h"
+#include "cuda/accumulate.cuh"
+#include "cuda/cufft_api.h"
+#include "cuda/error.h"
+#include "cuda/filter.h"
+#include "cuda/select.cuh"
+#include "cuda/sparse.cuh"
+#include "dtype.h"
+#include "emulation/scheduler.h"
+
+namespace {
+
+using namespace freemerge;
+using namespace freemerge::cuda;
+
+int failures = 0;
+
+void expect(bool condition, const char* what, double value = 0.0) {
+  if (condition) return;
+  std::printf("FAILED: %s (%g)\n", what, value);
+  ++failures;
+}
+
+// A device buffer: exactly the bytes asked for.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(std::size_t count) : data_(static_cast<T*>(std::malloc(count * sizeof(T)))), count_(count) {
+    std::memset(static_cast<void*>(data_), 0xff, count * sizeof(T));
+  }
+  explicit Buffer(const std::vector<T>& values) : Buffer(values.size()) {
+    std::copy(values.begin(), values.end(), data_);
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* get() { return data_; }
+  std::size_t size() const { return count_; }
+  T& operator[](std::size_t i) { return data_[i]; }
+
+ private:
+  T* data_;
+  std::size_t count_;
+};
+
+struct Shape {
+  std::int64_t height;
+  std::int64_t width;
+  std::int64_t row_stride;
+};
+
+Mask high_pass(const Shape& s, double edge) {
+  Mask mask;
+  mask.height = s.height;
+  mask.width = s.width;
+  mask.edge0 = mask.edge1 = edge;
+  mask.gain0 = 0.0;
+  mask.gain1 = mask.gain2 = 1.0;
+  return mask;
+}
+
+// y = scale * Re(idft(M * dft(x))), separable sums in float64.
+std::vector<double> reference(const std::vector<double>& x, const Mask& mask, double scale) {
+  const auto h = static_cast<std::size_t>(mask.height);
+  const auto w = static_cast<std::size_t>(mask.width);
+  using Complex = std::complex<double>;
+  const auto transform = [](std::vector<Complex> in, std::size_t rows, std::size_t columns, double sign) {
+    std::vector<Complex> out(rows * columns);  // transposed
+    std::vector<Complex> roots(columns);
+    for (std::size_t n = 0; n < columns; ++n)
+      roots[n] = std::polar(1.0, sign * 2.0 * M_PI * double(n) / double(columns));
+    for (std::size_t k = 0; k < columns; ++k) {
+      for (std::size_t r = 0; r < rows; ++r) {
+        Complex sum = 0.0;
+        for (std::size_t n = 0; n < columns; ++n) sum += in[r * columns + n] * roots[k * n % columns];
+        out[k * rows + r] = sum;
+      }
+    }
+    return out;
+  };
+  std::vector<Complex> spectrum(x.begin(), x.end());
+  spectrum = transform(transform(spectrum, h, w, -1.0), w, h, -1.0);
+  for (std::size_t k = 0; k < h; ++k) {
+    for (std::size_t l = 0; l < w; ++l) {
+      const bool half = l <= w / 2;
+      const auto ky = static_cast<std::int64_t>(half ? k : (h - k) % h);
+      const auto kx = static_cast<std::int64_t>(half ? l : w - l);
+      spectrum[k * w + l] *= scale * mask_gain(mask, ky, kx) / double(h * w);
+    }
+  }
+  spectrum = transform(transform(spectrum, h, w, 1.0), w, h, 1.0);
+  std::vector<double> y(x.size());
+  std::transform(spectrum.begin(), spectrum.end(), y.begin(), [](const Complex& c) { return c.real(); });
+  return y;
+}
+
+template <typename T>
+double wide(T x) {
+  return static_cast<double>(to_float(x));
+}
+
+struct DeviceWindow {
+  DeviceWindow(std::int64_t samples, const Decimation& d)
+      : host(window_for(samples, d)),
+        first(host->first),
+        cell(static_cast<std::size_t>(samples)),
+        weights(static_cast<std::size_t>(samples * padded_taps(d.taps))),
+        transform(host->transform) {
+    for (std::size_t c = 0; c + 1 < host->first.size(); ++c) {
+      for (std::int64_t n = host->first[c]; n < host->first[c + 1]; ++n)
+        cell[static_cast<std::size_t>(n)] = static_cast<std::int32_t>(c);
+    }
+    const int padded = padded_taps(d.taps);
+    for (std::int64_t n = 0; n < samples; ++n) {
+      for (int j = 0; j < padded; ++j)
+        weights[static_cast<std::size_t>(n * padded + j)] =
+            j < d.taps ? host->weights[static_cast<std::size_t>(n * d.taps + j)] : 0.0f;
+    }
+    tables = {first.get(), cell.get(), weights.get(), transform.get(), samples,
+              d.cells,     d.band,     d.taps,        d.nyquist};
+  }
+
+  std::shared_ptr<const Window> host;
+  Buffer<std::int64_t> first;
+  Buffer<std::int32_t> cell;
+  Buffer<float> weights;
+  Buffer<double> transform;
+  WindowTables tables;
+};
+
+// Two matrices of one shape, through filter().
+template <typename T>
+void check_filter(FilterJob job, const Shape& s, DType dtype, double tolerance, const char* what) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  const auto entries = static_cast<std::size_t>((s.height - 1) * s.row_stride + s.width);
+  std::vector<std::unique_ptr<Buffer<T>>> matrices;
+  std::vector<std::vector<double>> expected;
+  job.dtype = dtype;
+  job.scale = 1.25;
+  for (int m = 0; m < 2; ++m) {
+    matrices.push_back(std::make_unique<Buffer<T>>(entries));
+    std::vector<double> x;
+    for (std::int64_t r = 0; r < s.height; ++r) {
+      for (std::int64_t c = 0; c < s.width; ++c) {
+        T& entry = (*matrices.back())[static_cast<std::size_t>(r * s.row_stride + c)];
+        entry = round_to<T>(normal(random));
+        x.push_back(wide(entry));
+      }
+    }
+    expected.push_back(reference(x, job.plan.mask, job.scale));
+    job.matrices.push_back(matrices.back()->get());
+    job.row_strides.push_back(s.row_stride);
+  }
+  const std::size_t bytes = filter_workspace(job, nullptr);
+  void* workspace = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  filter(job, workspace, bytes, nullptr);
+  std::free(workspace);
+  for (std::size_t m = 0; m < 2; ++m) {
+    double error = 0.0;
+    double norm = 0.0;
+    for (std::int64_t r = 0; r < s.height; ++r) {
+      for (std::int64_t c = 0; c < s.width; ++c) {
+        const double want = expected[m][static_cast<std::size_t>(r * s.width + c)];
+        const double got = wide((*matrices[m])[static_cast<std::size_t>(r * s.row_stride + c)]);
+        error += (got - want) * (got - want);
+        norm += want * want;
+      }
+    }
+    const double relative = std::sqrt(error / norm);
+    expect(relative <= tolerance, what, relative);
+  }
+}
+
+void check_storage(const FilterJob& job, const Shape& s, const char* what) {
+  check_filter<float>(job, s, DType::kFloat32, 1e-6, what);
+  check_filter<bfloat16>(job, s, DType::kBFloat16, 4e-3, what);
+  check_filter<float16>(job, s, DType::kFloat16, 5e-4, what);
+}
+
+void check_filters() {
+  const Shape shapes[] = {{48, 56, 56}, {37, 41, 45}, {1, 50, 50}, {33, 64, 70}};
+  for (const Shape& s : shapes) {
+    const double edge = 0.1 * double(std::max(s.height, s.width));
+    const std::size_t most = std::size_t(std::max(s.height, s.width) / 2 + 1);
+    Buffer<std::int32_t> all(most);  // every column, each at its own place
+    for (std::size_t i = 0; i < most; ++i) all[i] = static_cast<std::int32_t>(i);
+    FilterJob full{};
+    full.bins = full.place = all.get();
+    full.plan.form = Form::kFull;
+    full.plan.mask = high_pass(s, edge);
+    full.column_count = s.width / 2 + 1;
+    check_storage(full, s, "full");
+    full.plan.transposed = true;
+    full.column_count = s.height / 2 + 1;
+    check_storage(full, s, "full, transposed");
+    FilterJob pruned = full;
+    pruned.plan.form = Form::kPruned;
+    pruned.plan.transposed = false;
+    pruned.plan.background = 1.0;
+    pruned.column_count = std::min<std::int64_t>(s.width / 2 + 1, static_cast<std::int64_t>(std::ceil(edge)));
+    Buffer<std::int32_t> place(std::size_t(s.width / 2 + 1));
+    for (std::size_t i = 0; i < place.size(); ++i)
+      place[i] = std::int64_t(i) < pruned.column_count ? static_cast<std::int32_t>(i) : -1;
+    pruned.place = place.get();
+    check_storage(pruned, s, "pruned");
+  }
+  for (const bool nyquist : {false, true}) {
+    for (const int taps : {7, 10}) {
+      const Shape s{96, 130, 131};
+      const Decimation rows{24, taps, 5, nyquist};
+      const Decimation columns{30, taps, 5, nyquist};
+      const DeviceWindow row_window(s.height, rows);
+      const DeviceWindow column_window(s.width, columns);
+      FilterJob job{};
+      job.plan.form = Form::kDecimated;
+      job.plan.mask = high_pass(s, 4.5);
+      if (nyquist) {  // a disc around Nyquist
+        job.plan.mask.kind = MaskKind::kOfficial;
+        job.plan.mask.edge0 = 4.0;
+        job.plan.mask.edge1 = -1.0;
+      }
+      job.plan.background = nyquist ? 0.0 : 1.0;
+      job.rows = row_window.tables;
+      job.columns = column_window.tables;
+      check_storage(job, s, nyquist ? "decimated around Nyquist" : "decimated");
+    }
+  }
+}
+
+template <typename T>
+std::vector<T> random_array(std::size_t n, unsigned seed) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<T> values(n);
+  for (T& value : values) value = round_to<T>(normal(random));
+  return values;
+}
+
+void check_sums() {
+  for (const std::size_t n : {1u, 2047u, 5000u}) {
+    Buffer<bfloat16> base(random_array<bfloat16>(n, 1));
+    std::vector<std::unique_ptr<Buffer<float16>>> models;
+    std::vector<Array> arrays;
+    std::vector<double> weights;
+    for (unsigned m = 0; m < 18; ++m) {
+      models.push_back(std::make_unique<Buffer<float16>>(random_array<float16>(n, 2 + m)));
+      arrays.push_back({models.back()->get(), DType::kFloat16});
+      weights.push_back(0.1 * (m + 1));
+    }
+    Buffer<float> out(n);
+    Buffer<double> means(models.size());
+    Buffer<double> scratch(static_cast<std::size_t>(
+        accumulate_scratch(static_cast<std::int64_t>(n), static_cast<std::int64_t>(models.size()))));
+    accumulate(out.get(), {base.get(), DType::kBFloat16}, arrays, weights, static_cast<std::int64_t>(n),
+               means.get(), scratch.get(), nullptr);
+    bool same = true;
+    for (std::size_t i = 0; i < n; ++i) {
+      float sum = 0.0f;
+      for (std::size_t m = 0; m < models.size(); ++m) {
+        const float product =
+            static_cast<float>(weights[m]) * (to_float((*models[m])[i]) - to_float(base[i]));
+        sum = m == 0 ? product : sum + product;
+      }
+      same = same && sum == out[i];
+    }
+    expect(same, "weighted sum, bit for bit");
+    double mean = 0.0;
+    for (std::size_t i = 0; i < n; ++i) mean += std::fabs(wide((*models[17])[i]) - wide(base[i]));
+    expect(std::fabs(means[17] - mean / double(n)) <= 1e-6 * mean / double(n), "mean |v|", means[17]);
+
+    Buffer<float> delta(random_array<float>(n, 99));
+    Buffer<float16> rounded(n);
+    add_round({rounded.get(), DType::kFloat16}, {base.get(), DType::kBFloat16},
+              {delta.get(), DType::kFloat32}, 0.3, static_cast<std::int64_t>(n), nullptr);
+    bool exact = true;
+    for (std::size_t i = 0; i < n; ++i) {
+      const float want = to_float(base[i]) + 0.3f * delta[i];
+      exact = exact && round_to<float16>(want).bits == rounded[i].bits;
+    }
+    expect(exact, "add and round, bit for bit");
+  }
+}
+
+void check_selection() {
+  const std::size_t rows = 3;
+  for (const std::size_t columns : {1u, 255u, 40000u}) {
+    for (const std::size_t k : {std::size_t{1}, columns / 100 + 1, columns}) {
+      std::vector<float> model = random_array<float>(rows * columns, 5);
+      std::vector<bfloat16> base = random_array<bfloat16>(rows * columns, 6);
+      for (std::size_t i = 0; i < model.size(); i += 3) model[i] = to_float(base[i]) + 1.5f;  // ties
+      for (std::size_t i = columns; i < 2 * columns; ++i)
+        model[i] = i % 4 ? to_float(base[i]) : 1.0f;  // many zeros
+      std::vector<float> v(model.size());
+      for (std::size_t i = 0; i < v.size(); ++i) v[i] = model[i] - to_float(base[i]);
+      Buffer<float> device_model(model);
+      Buffer<bfloat16> device_base(base);
+      Buffer<std::int64_t> indices(rows * k);
+      Buffer<float> values(rows * k);
+      Buffer<std::int64_t> counts(rows);
+      const std::size_t bytes = select_scratch(std::int64_t(rows), std::int64_t(columns));
+      void* scratch = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+      select({{device_model.get(), DType::kFloat32},
+              {device_base.get(), DType::kBFloat16},
+              std::int64_t(rows),
+              std::int64_t(columns),
+              std::int64_t(k),
+              indices.get(),
+              values.get(),
+              counts.get()},
+             scratch, nullptr);
+      std::free(scratch);
+      for (std::size_t r = 0; r < rows; ++r) {
+        std::vector<std::int64_t> order;
+        for (std::size_t i = r * columns; i < (r + 1) * columns; ++i) {
+          if (v[i] != 0.0f) order.push_back(std::int64_t(i));
+        }
+        const auto magnitude = [&](std::int64_t i) { return std::fabs(v[std::size_t(i)]); };
+        std::stable_sort(order.begin(), order.end(),
+                         [&](std::int64_t a, std::int64_t b) { return magnitude(a) > magnitude(b); });
+        order.resize(std::min(k, order.size()));
+        std::sort(order.begin(), order.end());
+        bool same = counts[r] == std::int64_t(order.size());
+        for (std::size_t i = 0; same && i < order.size(); ++i)
+          same = indices[r * k + i] == order[i] && values[r * k + i] == v[std::size_t(order[i])];
+        expect(same, "selection", double(columns));
+      }
+    }
+  }
+}
+
+void check_sparse() {
+  const std::vector<bfloat16> before = random_array<bfloat16>(1000, 11);
+  Buffer<bfloat16> weights(before);
+  Buffer<std::int64_t> indices(std::vector<std::int64_t>{3, 500, 999});
+  Buffer<std::int32_t> narrow_indices(std::vector<std::int32_t>{3, 500, 999});
+  Buffer<float> values(std::vector<float>{1.0f, -2.0f, 0.5f});
+  Buffer<bfloat16> origin(std::vector<bfloat16>(3, round_to<bfloat16>(3.0f)));
+  Buffer<bfloat16> saved(3);
+  const Array array{weights.get(), DType::kBFloat16};
+  const SparseUpdate wide{array, indices.get(), true, 3, saved.get()};
+  sparse_apply(wide, values.get(), 2.0f, nullptr, nullptr);
+  expect(weights[500].bits == round_to<bfloat16>(to_float(before[500]) - 4.0f).bits, "sparse add");
+  sparse_restore(wide, nullptr);
+  const SparseUpdate update{array, narrow_indices.get(), false, 3, saved.get()};
+  sparse_apply(update, values.get(), 2.0f, origin.get(), nullptr);
+  expect(to_float(weights[999]) == 4.0f, "sparse replace");
+  sparse_restore(update, nullptr);
+  bool same = true;
+  for (std::size_t i = 0; i < before.size(); ++i) same = same && weights[i].bits == before[i].bits;
+  expect(same, "undo, bit for bit");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) return 2;
+  setenv("FREEMERGE_CUFFT", argv[1], 1);
+  for (const emulation::Order order :
+       {emulation::Order::kForward, emulation::Order::kReverse, emulation::Order::kRandom}) {
+    emulation::set_order(order);
+    check_filters();
+    check_sums();
+    check_selection();
+    check_sparse();
+  }
+  if (failures == 0) std::puts("ok");
+  return failures != 0;
+}
