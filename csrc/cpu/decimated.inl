@@ -88,7 +88,7 @@ FM_INLINE Passes column_passes(const DecimatedJob& job) {
 inline void sweep_cells(const DecimatedJob& job, Ring ring, std::int64_t first, std::int64_t last,
                         void (*pass)(const DecimatedJob&, Sweep), std::int64_t storage_bytes) {
   const std::int64_t most = job.stride * storage_bytes % 4096 == 0 ? 10 : 16;
-  float* rows[kGroup + kMaxTaps];
+  float* rows[kGroup + 2 * kMaxTaps];
   for (std::int64_t i = 0; i < last - first + job.rows.taps; ++i) rows[i] = ring.row(first + i);
   const std::int64_t wrap = first < 0 ? job.rows.cells : 0;
   const std::int64_t* starts = job.row_taper.first + wrap;
@@ -227,10 +227,11 @@ inline void interpolate_bands(const DecimatedJob& job, std::int64_t first_band, 
     for (std::int64_t i = 0; i < kGroup; ++i) rows[i] = ring.row(row + i);
     interpolate(z + half * kGroup, kElement<float>, job.column_taper, job.columns.cells, job.width, rows);
   };
-  // The cells of a group also need the first taps - 1 rows of the group after it.
+  // Cells also need the taps - 1 rows after them, which are never more than a band.
+  static_assert(kMaxTaps - 1 <= kBand);
   std::int64_t row = last_band * kBand;
   coarse_band(row == job.rows.cells ? 0 : last_band);
-  coarse_rows(row, 0);
+  for (std::int64_t half = 0; half * kGroup < job.rows.taps - 1; ++half) coarse_rows(row + half * kGroup, half);
   for (std::int64_t band = last_band; band-- > first_band;) {
     coarse_band(band);
     for (std::int64_t half = 2; half-- > 0;) {
