@@ -231,7 +231,8 @@ inline void interpolate_bands(const DecimatedJob& job, std::int64_t first_band, 
   static_assert(kMaxTaps - 1 <= kBand);
   std::int64_t row = last_band * kBand;
   coarse_band(row == job.rows.cells ? 0 : last_band);
-  for (std::int64_t half = 0; half * kGroup < job.rows.taps - 1; ++half) coarse_rows(row + half * kGroup, half);
+  for (std::int64_t half = 0; half * kGroup < job.rows.taps - 1; ++half)
+    coarse_rows(row + half * kGroup, half);
   for (std::int64_t band = last_band; band-- > first_band;) {
     coarse_band(band);
     for (std::int64_t half = 2; half-- > 0;) {
