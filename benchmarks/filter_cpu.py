@@ -206,7 +206,8 @@ def main(out: Path) -> None:
         print(
             f"{row['shape'][0]:6}x{row['shape'][1]:<6} {row['response']:16} {row['dtype']:9} {row['threads']} "
             f"{row['plan'].split()[0]:10} {row['ms']:8.2f} ms  torch x{row['ratio']:5.1f} "
-            f"tuned x{row['ratio_tuned']:5.1f}  floor x{row['floor_ratio']:4.2f}  error {row['error']:.1e}  extra {row['extra_mb']:6.1f} MB "
+            f"tuned x{row['ratio_tuned']:5.1f} "
+            f"  floor x{row['floor_ratio']:4.2f}  error {row['error']:.1e}  extra {row['extra_mb']:6.1f} MB "
             f"({row['extra_percent']:.1f} %)",
             flush=True,
         )
