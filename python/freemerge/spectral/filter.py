@@ -165,7 +165,7 @@ def _run(tensors: Sequence[torch.Tensor], response: Response, scale: float, back
             groups[key] = []
         groups[key].extend(_matrices(x))
     # Only in inference mode does torch let an inference tensor be written.
-    with torch.inference_mode(any(x.is_inference() for x in tensors)):
+    with torch.inference_mode() if any(x.is_inference() for x in tensors) else torch.no_grad():
         for key, matrices in groups.items():
             chosen, plan = requests[key]
             _run_plan(chosen, plan, matrices, scale)
