@@ -97,7 +97,7 @@ class Window:
             high = math.floor((cell1 - 1 + half) * n / d.cells) + 1
             ranges = [(0, n)] if not d.taps or high - low >= n else list(_wrap(low, high, n))
             for first, (sample0, sample1) in enumerate(ranges):
-                weights = self._weights(cell0, cell1, sample0, sample1)
+                weights = self._weights(cell0, cell1, sample0, sample1, wraps=True)
                 pieces.append(Piece(cell0, cell1, sample0, sample1, weights, first == 0))
         return pieces
 
@@ -108,25 +108,29 @@ class Window:
         """
         n, d = self._n, self._d
         if not d.taps:
-            return [Piece(0, d.cells, 0, n, self._weights(0, d.cells, 0, n))]
+            return [Piece(0, d.cells, 0, n, self._weights(0, d.cells, 0, n, wraps=True))]
         pieces = []
         step = max(1, round(block * n / d.cells))
         for sample0 in range(0, n, step):
             sample1 = min(sample0 + step, n)
             cell0 = math.ceil(sample0 * d.cells / n - d.taps / 2)
             cell1 = math.floor((sample1 - 1) * d.cells / n + d.taps / 2) + 1
-            pieces.append(Piece(cell0, cell1, sample0, sample1, self._weights(cell0, cell1, sample0, sample1)))
+            weights = self._weights(cell0, cell1, sample0, sample1, wraps=False)
+            pieces.append(Piece(cell0, cell1, sample0, sample1, weights))
         return pieces
 
-    def _weights(self, cell0: int, cell1: int, sample0: int, sample1: int) -> Array:
+    def _weights(self, cell0: int, cell1: int, sample0: int, sample1: int, *, wraps: bool) -> Array:
+        """phi between the cells and samples; ``wraps`` takes the shorter way around the axis."""
         n, d = self._n, self._d
         period = n * d.cells
-        key = ((sample0 * d.cells - cell0 * n) % period, cell1 - cell0, sample1 - sample0, sample0 % 2 * d.nyquist)
+        offset = sample0 * d.cells - cell0 * n
+        key = (offset % period if wraps else offset, cell1 - cell0, sample1 - sample0, sample0 % 2 * d.nyquist, wraps)
         if key not in self._shared:
             samples = np.arange(sample0, sample1, dtype=np.int64)
             distance = samples[None, :] * d.cells - np.arange(cell0, cell1, dtype=np.int64)[:, None] * n
-            distance = (distance + period // 2) % period - period // 2  # integers: no rounding however long the axis
-            weights = _kernel(d, distance / n)
+            if wraps:
+                distance = (distance + period // 2) % period - period // 2
+            weights = _kernel(d, distance / n)  # of integers up to here: no rounding, however long the axis
             if d.nyquist:
                 weights *= 1.0 - 2.0 * (samples % 2)
             self._shared[key] = weights

@@ -1,0 +1,111 @@
+"""The planner's promises: sizes, error bounds, and what it does when a form is out of reach."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import freemerge as fm
+from freemerge.spectral.plan import Decimation
+from freemerge.spectral.planner import ERROR_LIMIT, _smooth
+from freemerge.spectral.windows import Window, window_transform
+
+
+def is_smooth(n: int) -> bool:
+    for prime in (2, 3, 5):
+        while n % prime == 0:
+            n //= prime
+    return n == 1
+
+
+@given(st.integers(1, 5000), st.sampled_from([1, 2, 16, 32]))
+def test_smooth_sizes_are_the_smallest(minimum: int, multiple: int) -> None:
+    size = _smooth(minimum, multiple)
+    smaller = range(multiple * math.ceil(minimum / multiple), size, multiple)
+    assert size >= minimum
+    assert is_smooth(size // multiple)
+    assert not any(is_smooth(n // multiple) for n in smaller)
+
+
+def dense(n: int, d: Decimation, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices that the products of a window add up to, on the way down and back."""
+    window = Window(n, d)
+    down, up = np.zeros((d.cells, n)), np.zeros((d.cells, n))
+    for p in window.gather(block):
+        down[p.cell0 : p.cell1, p.sample0 : p.sample1] += p.weights
+    for p in window.scatter(block):
+        for cell in range(p.cell0, p.cell1):
+            up[cell % d.cells, p.sample0 : p.sample1] += p.weights[cell - p.cell0]
+    return down, up
+
+
+@pytest.mark.parametrize("nyquist", [False, True])
+@pytest.mark.parametrize(
+    ("n", "cells", "taps", "band"), [(64, 24, 6, 5), (97, 30, 9, 8), (210, 36, 7, 9), (50, 9, 0, 5)]
+)
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_windows_are_one_operator_however_they_are_cut(
+    n: int, cells: int, taps: int, band: int, nyquist: bool, block: int
+) -> None:
+    if nyquist and n % 2:
+        pytest.skip("no Nyquist bin")
+    d = Decimation(cells, taps, band, nyquist)
+    down, up = dense(n, d, block)
+    np.testing.assert_allclose(down, up, rtol=0, atol=1e-15)
+    # Cell transforms are phihat times sample transforms, offset by offset.
+    x = np.random.default_rng(0).normal(size=n)
+    offsets = np.arange(1 - band, band)
+    samples = np.fft.fft(x)[(offsets + (n // 2 if nyquist else 0)) % n]
+    coarse = np.fft.fft(down @ x)[offsets % cells] / window_transform(d, offsets.astype(float))
+    assert np.abs(coarse - samples).max() < (1e-3 if taps else 1e-12) * np.linalg.norm(x) * math.sqrt(n)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "cutoff"), [((768, 768), 0.05), ((513, 2048), 0.2), ((1009, 640), 0.1)])
+def test_the_error_bound_holds_for_the_worst_input(
+    backend: str, dtype: torch.dtype, shape: tuple[int, int], cutoff: float
+) -> None:
+    """All energy at the frequency that aliases onto the edge of the band, which the filter must leave alone."""
+    plan = fm.explain(shape, fm.HighPass(cutoff), dtype=dtype, backend=backend)
+    assert plan.error_bound <= ERROR_LIMIT[dtype]
+    if plan.rows is None or not plan.rows.taps:
+        pytest.skip(f"planned as {plan.form}, which has no aliases")
+    alias = (plan.rows.band - 1 - plan.rows.cells) % shape[0]
+    rows = torch.arange(shape[0], dtype=torch.float64)[:, None]
+    tone = torch.cos(2 * math.pi * alias / shape[0] * rows).expand(shape).to(dtype).contiguous()
+    tone /= tone.norm()
+    y = fm.filtered(tone, fm.HighPass(cutoff), backend=backend)
+    mask = torch.from_numpy(fm.HighPass(cutoff).mask(shape))
+    exact = torch.fft.ifft2(mask * torch.fft.fft2(tone.double())).real
+    assert float((y.double() - exact).norm()) <= plan.error_bound
+
+
+def test_a_lowered_matmul_precision_rules_out_products() -> None:
+    precision = torch.get_float32_matmul_precision()
+    shape, response = (768, 768), fm.HighPass(0.05)
+    assert fm.explain(shape, response, backend="torch").form == "decimated"
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert fm.explain(shape, response, backend="torch").form == "pruned"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_torch_products_give_the_same_bytes_for_any_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    x = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(fm.filtered(x, fm.HighPass(0.01), backend="torch"))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
