@@ -85,6 +85,7 @@ def test_functions_by_reference(tmp_path: Path) -> None:
     for reference, message in (
         ("size", "FILE.py:NAME"),
         (":size", "FILE.py:NAME"),
+        ("..package:size", "FILE.py:NAME"),
         (f"{file}:absent", "no function 'absent'"),
         (f"{file}:number", "no function 'number'"),
         (f"{tmp_path / 'absent.py'}:size", "no file"),

@@ -109,7 +109,8 @@ def load_function(reference: str) -> ScoreFunction:
     Raises ArgumentError if there is no such file, module or function.
     """
     place, separator, name = reference.rpartition(":")
-    if not separator or not place or not name:
+    relative = place.startswith(".") and not place.endswith(".py")
+    if not separator or not place or not name or relative:
         raise ArgumentError(f"function must be FILE.py:NAME or MODULE:NAME, got {reference!r}")
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
