@@ -89,7 +89,7 @@ def test_every_plan_agrees_with_the_formula(shape: tuple[int, ...], response: Re
         want = 1.5 * reference_filter(x, response)
         for plan in plans(x, response):
             y = x.clone()
-            emulated.backend().run(plan, [y.view(-1, shape[-1])], 1.5)
+            emulated.backend().run(plan, [y.view(1, -1, shape[-1])], 1.5)
             assert relative_error(y, want, x) < TOLERANCE[dtype], f"{plan}"
 
 
@@ -104,8 +104,8 @@ def test_half_precision_is_the_rounded_float32_result(dtype: torch.dtype) -> Non
     x = matrix(128, 200, dtype=dtype)
     for form in ("decimated", "pruned"):
         got, wide = x.clone(), x.float()
-        emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [got], 1.0)
-        emulated.backend().run(plan_of_form(wide, HIGH_PASS, form), [wide], 1.0)
+        emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [got[None]], 1.0)
+        emulated.backend().run(plan_of_form(wide, HIGH_PASS, form), [wide[None]], 1.0)
         assert torch.equal(got, wide.to(dtype))
 
 
@@ -116,7 +116,7 @@ def test_the_order_of_threads_and_repetition_change_no_bit(form: Form) -> None:
     for order in ("forward", "reverse", "random", "random"):
         module.set_order(getattr(module.Order, order))
         y = x.clone()
-        emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [y], 1.0)
+        emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [y[None]], 1.0)
         results.append(y)
     assert all(torch.equal(results[0], y) for y in results)
 
@@ -126,9 +126,9 @@ def test_a_batch_is_its_matrices_one_by_one(form: Form) -> None:
     batch = matrix(70, 24, 40)  # more than one launch takes
     plan = plan_of_form(batch, fm.HighPass(0.1), form)
     together, alone = batch.clone(), batch.clone()
-    emulated.backend().run(plan, list(together), 1.0)
+    emulated.backend().run(plan, [together], 1.0)
     for x in alone:
-        emulated.backend().run(plan, [x], 1.0)
+        emulated.backend().run(plan, [x[None]], 1.0)
     assert torch.equal(together, alone)
 
 
@@ -157,8 +157,8 @@ def test_rows_more_than_two_to_the_31_entries_apart(form: Form) -> None:
     x.copy_(dense)
     response = fm.HighPass(0.1)
     plan = plan_of_form(dense, response, form)
-    emulated.backend().run(plan, [x], 1.0)
-    emulated.backend().run(plan, [dense], 1.0)
+    emulated.backend().run(plan, [x[None]], 1.0)
+    emulated.backend().run(plan, [dense[None]], 1.0)
     assert torch.equal(x, dense)
 
 
@@ -167,7 +167,7 @@ def test_large_primes(shape: tuple[int, int]) -> None:
     x = matrix(*shape)
     for plan in plans(x, HIGH_PASS):
         y = x.clone()
-        emulated.backend().run(plan, [y], 1.0)
+        emulated.backend().run(plan, [y[None]], 1.0)
         assert relative_error(y, reference_filter(x, HIGH_PASS), x) < 1e-6, f"{plan}"
 
 
@@ -175,7 +175,7 @@ def test_a_dominant_mean_keeps_its_accuracy() -> None:
     x = matrix(128, 200) + 1000.0
     want = reference_filter(x, HIGH_PASS)
     y = x.clone()
-    emulated.backend().run(plan_of_form(x, HIGH_PASS, "decimated"), [y], 1.0)
+    emulated.backend().run(plan_of_form(x, HIGH_PASS, "decimated"), [y[None]], 1.0)
     assert float((y - want).norm() / want.norm()) < 1e-4  # float32 alone holds 1000 to 3e-5
 
 
@@ -192,10 +192,10 @@ def test_memory_stays_within_what_explain_promised(form: Form, monkeypatch: pyte
         batch = matrix(count, *shape)
         plan = plan_of_form(batch, HIGH_PASS, form)
         promised = emulated.backend().workspace_bytes(plan)
-        emulated.backend().run(plan, list(batch), 1.0)  # makes the tables
+        emulated.backend().run(plan, [batch], 1.0)  # makes the tables
         taken.clear()
         monkeypatch.setattr(torch, "empty", record)
-        emulated.backend().run(plan, list(batch), 1.0)
+        emulated.backend().run(plan, [batch], 1.0)
         monkeypatch.setattr(torch, "empty", empty)
         assert len(taken) == 1
         assert taken[0] <= promised
@@ -232,20 +232,22 @@ def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
     module.set_capturing(True)
     try:
         with pytest.raises(CudaError, match="run the same call once before the capture"):
-            emulated.backend().run(plan, [x], 1.0)
+            emulated.backend().run(plan, [x[None]], 1.0)
         module.set_capturing(False)
-        emulated.backend().run(plan, [x.clone()], 1.0)
+        emulated.backend().run(plan, [x.clone()[None]], 1.0)
         module.set_capturing(True)
-        emulated.backend().run(plan, [x], 1.0)
+        emulated.backend().run(plan, [x[None]], 1.0)
     finally:
         module.set_capturing(False)
     kept = module.fft_cache_size()
     for height in range(60, 160):
-        emulated.backend().run(plan_of_form(matrix(height, 30), fm.Butterworth(0.3), "full"), [matrix(height, 30)], 1.0)
+        emulated.backend().run(
+            plan_of_form(matrix(height, 30), fm.Butterworth(0.3), "full"), [matrix(height, 30)[None]], 1.0
+        )
     assert module.fft_cache_size() == 64
     module.set_capturing(True)
     try:
-        emulated.backend().run(plan, [x], 1.0)  # its plans outlived a hundred others
+        emulated.backend().run(plan, [x[None]], 1.0)  # its plans outlived a hundred others
     finally:
         module.set_capturing(False)
     assert kept >= 3
@@ -268,7 +270,7 @@ def test_errors_carry_operation_and_place() -> None:
     info = CudaBackend(without_driver).info()
     assert info.reason.startswith("no usable GPU or driver")
     with pytest.raises(BackendError, match="no usable GPU or driver"):
-        CudaBackend(without_driver).run(plan_of_form(matrix(9, 9), HIGH_PASS, "pruned"), [matrix(9, 9)], 1.0)
+        CudaBackend(without_driver).run(plan_of_form(matrix(9, 9), HIGH_PASS, "pruned"), [matrix(9, 9)[None]], 1.0)
 
 
 def test_what_it_cannot_do_it_refuses() -> None:
@@ -347,9 +349,9 @@ def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: Form, dt
     module, x = emulated.module(), matrix(256, 320, dtype=dtype)
     plan = plan_of_form(x, HIGH_PASS, form)
     model = traffic(plan)
-    emulated.backend().run(plan, [x], 1.0)
+    emulated.backend().run(plan, [x[None]], 1.0)
     module.watch(x.data_ptr(), x.numel() * x.element_size())
-    emulated.backend().run(plan, [x], 1.0)
+    emulated.backend().run(plan, [x[None]], 1.0)
     ((loaded, stored),) = module.watched()
     module.unwatch_all()
     steps = [step for step in model.steps if step.where == "matrix"]
@@ -365,10 +367,10 @@ def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: Form, dt
 def test_the_traffic_model_counts_panels_and_spectra_exactly(form: Form) -> None:
     module, x = emulated.module(), matrix(96, 130)
     plan = plan_of_form(x, HIGH_PASS, form)
-    emulated.backend().run(plan, [x], 1.0)
+    emulated.backend().run(plan, [x[None]], 1.0)
     emulated.standin_traffic()
     module.watch(0, (1 << 63) - 1)
-    emulated.backend().run(plan, [x], 1.0)
+    emulated.backend().run(plan, [x[None]], 1.0)
     ((loaded, stored),) = module.watched()
     module.unwatch_all()
     fft_read, fft_written = emulated.standin_traffic()

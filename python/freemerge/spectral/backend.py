@@ -35,6 +35,7 @@ class Traits:
     dtypes: frozenset[torch.dtype]
     costs: Costs
     taps: tuple[int, ...]  #: window widths it has kernels for
+    dense: bool = False  #: an axis of the decimated form may have dense windows, or be left as it is
     cells_multiple: int = 1  #: coarse sizes are this times 2^a 3^b 5^c
     extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
     transposes: bool = False  #: has the transposed variants of pruned and full
@@ -72,11 +73,23 @@ class Backend(Protocol):
         """None if :meth:`run` can execute the plan, else the reason, as the rest of a sentence after its name."""
         ...
 
-    def run(self, plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
-        """Filter each matrix in place and multiply it by ``scale``.
+    def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+        """Filter each matrix of each batch [B, H, W] in place and multiply it by ``scale``.
 
         All matrices have shape ``plan.matrix``, dtype ``plan.dtype``, are on ``plan.device``, share no memory, and
-        have unit column stride (``stride(1) == 1``); the row stride is any number >= W. Arithmetic is at least fp32.
-        Results must not depend on the number of threads.
+        have unit column stride (``stride(-1) == 1``); the row stride is any number >= W, and so is the batch's.
+        Arithmetic is at least fp32. Results must not depend on the number of threads.
         """
         ...
+
+
+def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """Where each matrix of the batches starts, and its row stride in elements."""
+    pointers: list[int] = []
+    strides: list[int] = []
+    for x in batches:
+        count, step = x.shape[0], x.stride(0) * x.element_size()
+        first = x.data_ptr()
+        pointers.extend(first + i * step for i in range(count))
+        strides.extend([x.stride(1) if x.shape[1] > 1 else x.shape[2]] * count)
+    return pointers, strides

@@ -14,7 +14,7 @@ import torch
 
 from .. import _core
 from ..responses import has_closed_form
-from .backend import BackendInfo, Costs, Traits
+from .backend import BackendInfo, Costs, Traits, addresses
 from .plan import Decimation, Form, Plan
 
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -68,16 +68,16 @@ class CpuBackend:
                 return f"its coarse rows come in groups of {_CELLS_MULTIPLE}"
         return None
 
-    def run(self, plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
+    def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
         if plan.form in ("identity", "scale"):
             factor = scale * (plan.background if plan.form == "scale" else 1.0)
-            for x in matrices:
+            for x in batches:
                 x.mul_(factor)
             return
         native, _table = _native_plan(plan)
         by_stride: dict[int, list[int]] = {}
-        for x in matrices:
-            by_stride.setdefault(x.stride(0) if x.shape[0] > 1 else x.shape[1], []).append(x.data_ptr())
+        for pointer, stride in zip(*addresses(batches), strict=True):
+            by_stride.setdefault(stride, []).append(pointer)
         for stride, pointers in by_stride.items():
             _core.filter(pointers, _DTYPE_CODES[plan.dtype], native, stride, scale, torch.get_num_threads())
 

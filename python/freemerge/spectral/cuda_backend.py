@@ -16,7 +16,7 @@ from ..cuda import DTYPES, RUNTIME, Runtime, Stream
 from ..errors import BackendError
 from ..native import DTYPE_CODES
 from ..responses import MaskParams, Response, matrix_shape, transposed
-from .backend import BackendInfo, Costs, Traits
+from .backend import BackendInfo, Costs, Traits, addresses
 from .plan import Decimation, Form, Plan
 
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "pruned", "full"))
@@ -112,21 +112,21 @@ class CudaBackend:
         native = self._prepared(plan, stream).native
         return int(native.workspace(0, stream.device, stream.handle)) if native is not None else 0
 
-    def run(self, plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
-        if not matrices:
+    def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+        if not batches:
             return
         stream = self._runtime.stream(torch.device(plan.device))
         prepared = self._prepared(plan, stream)
         if prepared.native is None:
             factor = scale * plan.background
-            for x in matrices if factor != 1.0 else ():
+            for x in batches if factor != 1.0 else ():
                 x.mul_(factor) if factor else x.zero_()
             return
-        needed: int = prepared.native.workspace(len(matrices), stream.device, stream.handle)
+        pointers, strides = addresses(batches)
+        needed: int = prepared.native.workspace(len(pointers), stream.device, stream.handle)
         workspace = torch.empty(needed, dtype=torch.uint8, device=plan.device)
         prepared.native.run(
-            [x.data_ptr() for x in matrices], [x.stride(0) for x in matrices], scale,
-            workspace.data_ptr(), needed, stream.device, stream.handle,
+            pointers, strides, scale, workspace.data_ptr(), needed, stream.device, stream.handle,
         )  # fmt: skip
         if self._runtime.device_type == "cuda":
             # A table dropped from the cache must not be reused before this stream is done with it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ from .torch_backend import TorchBackend
 BACKENDS: tuple[Backend, ...] = (CudaBackend(), CpuBackend(), TorchBackend())
 
 _CACHED_PLANS = 512
+_LARGE_BATCH = 16  # matrices beyond which a batch's size changes no plan
 
 
 def backends() -> dict[str, BackendInfo]:
@@ -30,27 +32,34 @@ def backends() -> dict[str, BackendInfo]:
 def choose(
     response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, backend: str
 ) -> tuple[Backend, Plan]:
-    """The backend and plan for one matrix shape; plans are cached.
+    """The backend and plan for each matrix of a tensor's shape; plans are cached.
 
     Raises :class:`ArgumentError` for an unknown backend name, and :class:`BackendError` if a backend asked for by name
     cannot run the request.
     """
-    if backend != "auto" and backend not in (known.name for known in BACKENDS):
-        names = ", ".join(repr(known.name) for known in BACKENDS)
-        raise ArgumentError(f"backend must be 'auto' or one of {names}, got {backend!r}")
-    return _choose(response, shape, dtype, str(device), backend, torch.get_float32_matmul_precision())
+    count = 1 if len(shape) < 3 else min(math.prod(shape[:-2]), _LARGE_BATCH)
+    return _choose(response, shape[-2:], count, dtype, device, backend, torch.get_float32_matmul_precision())
 
 
 @lru_cache(maxsize=_CACHED_PLANS)
 def _choose(
-    response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str, precision: str
+    response: Response,
+    shape: tuple[int, ...],
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    precision: str,
 ) -> tuple[Backend, Plan]:
     del precision  # part of the key: traits depend on it
+    if backend != "auto" and backend not in (known.name for known in BACKENDS):
+        names = ", ".join(repr(known.name) for known in BACKENDS)
+        raise ArgumentError(f"backend must be 'auto' or one of {names}, got {backend!r}")
     refusals: list[str] = []
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):
             continue
-        plan, refusal = _first_supported(candidate, response, shape, dtype, device)
+        plan, refusal = _first_supported(candidate, response, shape, count, dtype, device)
         if plan is not None:
             return candidate, plan.because(refusals)
         refusals.append(f"backend {candidate.name} {refusal}")
@@ -58,18 +67,23 @@ def _choose(
 
 
 def _first_supported(
-    backend: Backend, response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: str
+    backend: Backend,
+    response: Response,
+    shape: tuple[int, ...],
+    count: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Plan | None, str]:
     info = backend.info()
     if not info.available:
         return None, f"is not available: {info.reason}"
-    traits = backend.traits(torch.device(device))
+    traits = backend.traits(device)
     if traits is None:
         return None, f"does not run on device {device}"
     if dtype not in traits.dtypes:
         return None, f"has no kernels for {dtype}"
     refusals: list[str] = []
-    for plan in candidates(response, shape, dtype, device, backend.name, traits):
+    for plan in candidates(response, shape, dtype, str(device), backend.name, traits, count):
         refusal = backend.supports(plan)
         if refusal is None:
             if traits.workspace is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -20,6 +22,7 @@ T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SAMPLE = (16, 64)  # rows and columns of the sample that estimates a matrix's mean
+_SMALL = 1 << 14  # elements
 _BLOCK = 1 << 15  # elements per partial sum of energy(): fixed, so that the result does not depend on threads
 
 
@@ -82,7 +85,7 @@ def explain(
         raise ArgumentError(f"x must have at least one axis and no empty one, got shape {shape}")
     if dtype not in _DTYPES:
         raise ArgumentError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    return choose(_checked_response(response), shape[-2:], dtype, torch.device(device), backend)[1]
+    return choose(_checked_response(response), shape, dtype, torch.device(device), backend)[1]
 
 
 def energy(x: torch.Tensor) -> float:
@@ -149,78 +152,81 @@ def _copy(item: Any, name: str) -> Any:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-@torch.no_grad()
 def _run(tensors: Sequence[torch.Tensor], response: Response, scale: float, backend: str) -> None:
-    groups: dict[tuple[object, ...], list[torch.Tensor]] = {}
-    requests: dict[tuple[object, ...], tuple[Backend, Plan]] = {}
+    work: dict[Plan, tuple[Backend, list[torch.Tensor]]] = {}
     for x in tensors:
-        turned = x.ndim > 1 and x.stride(-1) != 1 and x.shape[-1] > 1 and x.stride(-2) == 1
-        if turned:
-            x = x.transpose(-1, -2)
-        shape = tuple(x.shape[-2:])
-        key: tuple[object, ...] = (turned, shape, x.dtype, x.device)
-        if key not in groups:
-            wanted = transposed(response) if turned else response
-            requests[key] = choose(wanted, shape, x.dtype, x.device, backend)
-            groups[key] = []
-        groups[key].extend(_matrices(x))
-    # Only in inference mode does torch let an inference tensor be written.
-    with torch.inference_mode() if any(x.is_inference() for x in tensors) else torch.no_grad():
-        for key, matrices in groups.items():
-            chosen, plan = requests[key]
-            _run_plan(chosen, plan, matrices, scale)
+        matrix, wanted = x, response
+        if x.ndim > 1 and x.stride(-1) != 1 and x.stride(-2) == 1 and x.shape[-1] > 1:
+            matrix, wanted = x.transpose(-1, -2), transposed(response)
+        chosen, plan = choose(wanted, tuple(matrix.shape), x.dtype, x.device, backend)
+        work.setdefault(plan, (chosen, []))[1].extend(_batches(matrix))
+    with _writable(tensors):
+        for plan, (chosen, batches) in work.items():
+            _run_plan(chosen, plan, batches, scale)
     for x in tensors:
         if not x.is_inference():
             torch.autograd.graph.increment_version(x)
 
 
-def _matrices(x: torch.Tensor) -> list[torch.Tensor]:
-    if x.ndim == 1:
-        return [x.unsqueeze(0)]
-    matrices = [x]
-    while matrices[0].ndim > 2:
-        matrices = [part for matrix in matrices for part in matrix.unbind(0)]
-    return matrices
+def _writable(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
+    """Only in inference mode may an inference tensor be written, and only without grad a leaf that requires it."""
+    if any(x.is_inference() for x in tensors):
+        return torch.inference_mode()
+    return torch.no_grad() if any(x.requires_grad for x in tensors) else nullcontext()
 
 
-def _run_plan(backend: Backend, plan: Plan, matrices: Iterable[torch.Tensor], scale: float) -> None:
-    height, width = plan.matrix
-    in_place, strided = [], []
-    for matrix in matrices:
-        if width == 1:
-            matrix = matrix.as_strided((height, 1), (matrix.stride(0), 1))
-        if matrix.stride(1) == 1:
-            in_place.append(matrix)
-        else:
-            strided.append(matrix)
-    _run_rows(backend, plan, in_place, scale)
-    for matrix in strided:  # no axis is contiguous: one matrix at a time is copied out and back
-        copy = matrix.contiguous()
-        _run_rows(backend, plan, [copy], scale)
-        matrix.copy_(copy)
+def _batches(x: torch.Tensor) -> list[torch.Tensor]:
+    """Views [B, H, W] of all matrices of ``x``: one, unless its strides cannot be written with one batch axis."""
+    if x.ndim < 3:
+        return [x.view(1, 1, -1) if x.ndim == 1 else x.unsqueeze(0)]
+    if x.ndim == 3:
+        return [x]
+    leading = [(size, stride) for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True) if size > 1]
+    if all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(leading)):
+        step = leading[-1][1] if leading else x.shape[-2] * x.shape[-1]
+        size, stride = (math.prod(x.shape[:-2]), *x.shape[-2:]), (step, *x.stride()[-2:])
+        return [x.as_strided(size, stride)]
+    return [batch for part in x.unbind(0) for batch in _batches(part)]
 
 
-def _run_rows(backend: Backend, plan: Plan, matrices: list[torch.Tensor], scale: float) -> None:
+def _run_plan(backend: Backend, plan: Plan, batches: Iterable[torch.Tensor], scale: float) -> None:
+    in_place: list[torch.Tensor] = []
+    strided: list[torch.Tensor] = []
+    for batch in batches:
+        if batch.shape[2] == 1 and batch.stride(2) != 1:
+            batch = batch.as_strided(batch.shape, (batch.stride(0), batch.stride(1), 1))
+        (in_place if batch.stride(2) == 1 else strided).append(batch)
+    if in_place:
+        _run_rows(backend, plan, in_place, scale)
+    for batch in strided:  # no axis is contiguous: one matrix at a time is copied out and back
+        for matrix in batch.unbind(0):
+            copy = matrix.contiguous()
+            _run_rows(backend, plan, [copy.unsqueeze(0)], scale)
+            matrix.copy_(copy)
+
+
+def _run_rows(backend: Backend, plan: Plan, batches: list[torch.Tensor], scale: float) -> None:
     """Run a plan; where a large mean would drown a small result in rounding, subtract it first.
 
-    A constant passes the filter on its own, as M(0, 0) times itself, so any constant may be taken out exactly. 16-bit
-    storage needs none of it: its entries are rounded more coarsely than the filter rounds.
+    A constant passes the filter on its own, as M(0, 0) times itself, so any constant may be taken out exactly. The
+    forms made of FFTs need none of it, nor do small matrices, whose sums are short, nor 16-bit storage: its entries are
+    rounded more coarsely than the filter rounds.
     """
-    means = [0.0] * len(matrices)
-    traits = backend.traits(torch.device(plan.device))
-    centers = traits is not None and traits.centers
-    if not centers and plan.form in ("decimated", "thin") and plan.dtype in (torch.float32, torch.float64):
-        means = [_dominant_mean(x) for x in matrices]
-    for x, mean in zip(matrices, means, strict=True):
-        if mean:
-            x.sub_(mean)
-    backend.run(plan, matrices, scale)
-    if any(means):
+    centered: list[tuple[torch.Tensor, float]] = []
+    windowed = plan.form == "decimated" or (plan.form == "thin" and math.prod(plan.matrix) > _SMALL)
+    if windowed and plan.dtype in (torch.float32, torch.float64):
+        traits = backend.traits(torch.device(plan.device))
+        if traits is not None and not traits.centers:
+            means = ((x, _dominant_mean(x)) for batch in batches for x in batch.unbind(0))
+            centered = [(x, mean) for x, mean in means if mean]
+    for x, mean in centered:
+        x.sub_(mean)
+    backend.run(plan, batches, scale)
+    if centered:
         zero = np.zeros((1, 1))
         gain = scale * float(plan.response.gain(zero, zero, plan.shape)[0, 0])
-        for x, mean in zip(matrices, means, strict=True):
-            if mean and gain:
-                x.add_(gain * mean)
+        for x, mean in centered if gain else ():
+            x.add_(gain * mean)
 
 
 def _dominant_mean(x: torch.Tensor) -> float:

@@ -10,6 +10,8 @@ import torch
 
 def internal_overlap(x: torch.Tensor) -> bool:
     """Whether two indices of ``x`` may address one element (expanded tensors, sliding windows)."""
+    if x.is_contiguous():
+        return False
     reach = 0  # of the faster axes, in elements
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
         if stride <= reach:

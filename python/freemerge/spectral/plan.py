@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ class Plan:
     scale     M is one constant: y = background * x
     decimated y = background * x + z, where the spectrum of z lies in a box: windows down to a coarse grid,
               a small FFT, and back by the transposed windows
-    thin      the same with dense (Dirichlet) windows on both axes: plain matrix products
+    thin      the same by products with cosines and sines, for M(k, l) = M(k, -l)
     pruned    y = background * x + z, where z lives on the spectrum's columns whose gain is not background
     full      row FFTs, column FFTs, mask, and back
     ========= ==========================================================================================
@@ -68,6 +69,16 @@ class Plan:
     workspace_bytes: int = 0
     bytes_moved: int = 0
     error_bound: float = 0.0
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Tables are cached by plan: a small filter must not pay for hashing every field each time.
+        return hash(
+            (self.backend, self.form, self.shape, self.dtype, self.device, self.response, self.rows, self.columns)
+        )
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -26,6 +26,8 @@ _MIN_OVERSAMPLING = 1.5  # below it the window's transform at the band edge is s
 _OVERSAMPLINGS = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _CACHED_GRID = 1 << 20  # elements of a coarse grid whose FFT runs in cache
 _GRID_SHARE = 0.6  # a coarse grid larger than this share of the matrix is no decimation
+_THIN_PRODUCTS = 512  # multiply-adds per element at most
+_THIN_BLOCK = 1 << 19  # elements of a matrix that one round of products takes
 _PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
 _PACKED_BYTES = 16 << 20  # a smaller spectrum gets memory of its own, which is faster than packing it
 
@@ -36,10 +38,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def candidates(
-    response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: str, backend: str, traits: Traits
+    response: Response,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    backend: str,
+    traits: Traits,
+    count: int = 1,
 ) -> list[Plan]:
-    """Every plan that ``traits`` allow, cheapest first. Empty if the backend has no form for this response."""
-    request = _Request(response, shape, dtype, device, backend, traits)
+    """Every plan that ``traits`` allow, cheapest first. Empty if the backend has no form for this response.
+
+    ``count`` is the number of matrices of this shape in one tensor.
+    """
+    request = _Request(response, shape, dtype, device, backend, traits, count)
     constant = request.constant_gain()
     if constant is not None:
         form: tuple[str, ...] = ("identity", "scale") if constant == 1.0 else ("scale",)
@@ -65,6 +76,7 @@ class _Request:
     device: str
     backend: str
     traits: Traits
+    count: int
 
     @property
     def plan(self) -> Plan:
@@ -96,6 +108,10 @@ class _Request:
             decimated = self._decimated(box)
             if decimated is not None:
                 yield decimated
+        if "thin" in self.traits.forms:
+            thin = self._thin(box)
+            if thin is not None:
+                yield thin
         yield from self._by_columns(transpose=False)
         if self.traits.transposes and len(self.shape) > 1:
             yield from self._by_columns(transpose=True)
@@ -107,6 +123,8 @@ class _Request:
         best: tuple[float, Plan] | None = None
         for rows, row_error in self._axis(height, band_y, nyquist_y):
             for columns, column_error in self._axis(width, band_x, nyquist_x):
+                if not (rows.taps or columns.taps):
+                    continue  # the thin form does that
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
                 error = math.sqrt(2) * math.hypot(row_error.alias, column_error.alias)
                 error += 2 * _ROUNDING[dtype] * math.sqrt(row_error.amplification * column_error.amplification) ** 0.5
@@ -118,12 +136,11 @@ class _Request:
                 coarse = 2 * costs.coarse_fft * grid * math.log2(grid + 1) * (2 if grid > _CACHED_GRID else 1)
                 cost = 3 * costs.move * height * width + coarse
                 cost += 2 * (self._fir(height, rows) * height * width + self._fir(width, columns) * rows.cells * width)
-                cost += costs.call * 2 * (rows.cells / max(1, self.traits.extra_taps) + 4)
+                cost += costs.call * 2 * ((rows.cells + columns.cells) / max(1, self.traits.extra_taps) + 4)
                 if best is None or cost < best[0]:
-                    thin = not (rows.taps or columns.taps) and "thin" in self.traits.forms
                     best = cost, replace(
                         self.plan,
-                        form="thin" if thin else "decimated",
+                        form="decimated",
                         background=box.background,
                         rows=rows,
                         columns=columns,
@@ -133,14 +150,45 @@ class _Request:
                     )  # fmt: skip
         return best
 
+    def _thin(self, box: Box | None) -> tuple[float, Plan] | None:
+        """Dense products with the cosines and sines of the box, or of all frequencies, where the mask allows it."""
+        (height, width), costs = matrix_shape(self.shape), self.traits.costs
+        if box is None:
+            box = Box(0.0, (height // 2 + 1, width // 2 + 1))
+        rows, columns = (
+            Decimation(min(n, 2 * band - 1), 0, min(band, n // 2 + 1), nyquist)
+            for n, band, nyquist in zip((height, width), box.bands, box.nyquist, strict=True)
+        )
+        products = 2 * columns.cells * height * (width + rows.cells)
+        if products > _THIN_PRODUCTS * height * width or not self._mirrored(rows, columns):
+            return None
+        steps = (3 if height == 1 else 5) * max(1.0 / self.count, height * width / _THIN_BLOCK)
+        plan = replace(
+            self.plan,
+            form="thin",
+            background=box.background,
+            rows=rows,
+            columns=columns,
+            bytes_moved=self.nbytes * (3 if box.background else 2),
+            workspace_bytes=compute_dtype(self.dtype).itemsize * columns.cells * (min(height, 4096) + 2 * rows.cells),
+        )
+        return 3 * costs.move * height * width + costs.dense * products + costs.call * steps, plan
+
+    def _mirrored(self, rows: Decimation, columns: Decimation) -> bool:
+        """Whether M(k, l) = M(k, -l) on the box, so that products of cosines and sines are eigenvectors."""
+        height, width = matrix_shape(self.shape)
+        ky, kx = thin_bins(height, rows)[:, None], thin_bins(width, columns)[None, :]
+        gain, shape = self.response.gain, self.shape
+        return bool(np.array_equal(gain(ky, kx, shape), gain(ky, -kx, shape)))
+
     def _axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
         """Ways to reduce one axis: for each oversampling, the two narrowest windows that are accurate enough."""
         traits, exact = self.traits, WindowError(0.0, 1.0)
         if 2 * band - 1 >= n:
-            if "thin" in traits.forms:
+            if traits.dense:
                 yield Decimation(n, 0, n // 2 + 1), exact  # the whole axis: nothing to reduce
             return
-        if "thin" in traits.forms:
+        if traits.dense:
             yield Decimation(_smooth(2 * band - 1, 1), 0, band, nyquist), exact
         limit = ERROR_LIMIT[compute_dtype(self.dtype)] / 2
         for sigma in _OVERSAMPLINGS:
@@ -170,6 +218,7 @@ class _Request:
         varying = int(np.count_nonzero(gains != background))
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
         base = 2 * costs.row_fft * height * width * _fft_factor(width) * (1.5 if transpose else 1.0)
+        steps = 5 if height == 1 else 8  # on a small matrix
         down = 2 * costs.column_fft * _fft_factor(height)
         size = dtype.itemsize * height * (width + 2)
         pruned_size = 2 * dtype.itemsize * height * varying
@@ -177,15 +226,19 @@ class _Request:
         packed = traits.packs and self.dtype == dtype and size > _PACKED_BYTES
         common = replace(self.plan, background=background, transposed=transpose)
         if "pruned" in traits.forms and varying < gains.size and (not packed or pruned_size <= _PRUNED_SHARE * size):
-            cost = 3 * costs.move * height * width + base + down * height * varying
+            cost = 3 * costs.move * height * width + base + down * height * varying + steps * costs.call
             work = pruned_size + blocks
             yield cost, replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
         if "full" in traits.forms:
-            moves, transformed = (2, gains.size) if traits.streams else (6, int(np.count_nonzero(np.isnan(gains))))
+            moves = 6 if packed else 2
+            transformed = gains.size if traits.streams else int(np.count_nonzero(np.isnan(gains)))
             cost = moves * costs.move * height * width + base + down * height * transformed
+            cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together
             work = blocks if packed else size + blocks
-            moved = (6 if packed else 2) * self.nbytes
-            yield cost, replace(common, form="full", packed=packed, bytes_moved=moved, workspace_bytes=work)
+            yield (
+                cost,
+                replace(common, form="full", packed=packed, bytes_moved=moves * self.nbytes, workspace_bytes=work),
+            )
 
 
 def background_gain(column_gains: np.ndarray) -> float:
@@ -195,6 +248,12 @@ def background_gain(column_gains: np.ndarray) -> float:
         return 0.0
     values, counts = np.unique(constant, return_counts=True)
     return float(values[np.argmax(counts)])
+
+
+def thin_bins(n: int, d: Decimation) -> np.ndarray:
+    """The frequencies of a thin axis without their signs: the first ones, or the last ones, of 0 .. n // 2."""
+    offsets = np.arange(d.band, dtype=np.float64)
+    return n // 2 - offsets if d.nyquist else offsets
 
 
 @lru_cache(maxsize=4096)
@@ -215,8 +274,16 @@ def _smooth(minimum: int, multiple: int) -> int:
 
 def _fft_factor(n: int) -> float:
     """log2 n, with the price of lengths that have a large prime factor."""
-    rest = n
-    for prime in (2, 3, 5, 7, 11, 13):
-        while rest % prime == 0:
-            rest //= prime
-    return math.log2(n + 1) * (1.0 if rest == 1 else 3.0)
+    return math.log2(n + 1) * (1.0 if largest_prime(n) <= 13 else 3.0)
+
+
+@lru_cache(maxsize=4096)
+def largest_prime(n: int) -> int:
+    """The largest prime factor of n; 1 for 1."""
+    largest, divisor = 1, 2
+    while divisor * divisor <= n:
+        if n % divisor == 0:
+            largest, n = divisor, n // divisor
+        else:
+            divisor += 1
+    return max(largest, n)

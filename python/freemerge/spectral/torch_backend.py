@@ -6,7 +6,7 @@ into those buffers (``out=``), which saves page faults.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,6 +14,7 @@ from .backend import BackendInfo, Costs, Traits
 from .plan import Form, Plan
 from .torch_columns import run_columns
 from .torch_decimated import run_decimated
+from .torch_thin import run_thin
 
 # Measured on one core of a Sapphire Rapids Xeon with MKL, ns; benchmarks/test_filter.py shows the outcome.
 _CPU_COSTS = Costs(move=0.25, tap=0.04, dense=0.02, row_fft=0.18, column_fft=0.45, coarse_fft=0.2, call=6000.0)
@@ -41,6 +42,7 @@ class TorchBackend:
             dtypes=_DTYPES,
             costs=_CPU_COSTS if cpu else _OTHER_COSTS,
             taps=tuple(range(6, 21)),
+            dense=exact,
             extra_taps=8 if cpu else 64,
             packs=True,
         )
@@ -50,19 +52,27 @@ class TorchBackend:
             return f"has no arithmetic for {plan.dtype}"
         return "has no transposed forms" if plan.transposed else None
 
-    def run(self, plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
-        with torch.autocast(torch.device(plan.device).type, enabled=False):
-            if plan.form == "identity":
-                _scale(matrices, scale)
-            elif plan.form == "scale":
-                _scale(matrices, scale * plan.background)
-            elif plan.form in ("decimated", "thin"):
-                run_decimated(plan, matrices, scale)
-            else:
-                run_columns(plan, matrices, scale)
+    def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+        device = plan.device.partition(":")[0]
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                _RUN[plan.form](plan, batches, scale)
+        else:
+            _RUN[plan.form](plan, batches, scale)
 
 
-def _scale(matrices: Iterable[torch.Tensor], factor: float) -> None:
+def _scale(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    factor = scale * plan.background
     if factor != 1.0:
-        for x in matrices:
+        for x in batches:
             x.mul_(factor) if factor else x.zero_()
+
+
+_RUN: dict[Form, Callable[[Plan, Sequence[torch.Tensor], float], None]] = {
+    "identity": _scale,
+    "scale": _scale,
+    "decimated": run_decimated,
+    "thin": run_thin,
+    "pruned": run_columns,
+    "full": run_columns,
+}

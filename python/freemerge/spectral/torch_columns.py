@@ -12,13 +12,14 @@ import torch
 
 from ..responses import signed_frequencies
 from .plan import Plan
-from .planner import compute_dtype
+from .planner import compute_dtype, largest_prime
 from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum, WholeSpectrum
 
 _BLOCK_ELEMENTS = 1 << 17  # rows per FFT call: this many elements
 _PANEL_ELEMENTS = 1 << 17  # columns per FFT call: this many elements, or
 _PANEL_COLUMNS = 16  # at least so many
-_WHOLE_ELEMENTS = 1 << 22  # a full form of at most this size takes one 2-D transform
+_SMALL_ELEMENTS = 1 << 16  # a matrix that is not worth blocks of its own
+_NUMPY_PRIME = 13  # NumPy's FFT is slow at lengths with larger factors
 
 
 @dataclass(frozen=True)
@@ -97,36 +98,62 @@ def _panel_gains(plan: Plan, columns: tuple[int, int], offset: float) -> tuple[f
     return 1.0, torch.tensor(gains, dtype=compute_dtype(plan.dtype), device=plan.device)
 
 
-def run_columns(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
-    (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
-    if plan.form == "full" and not plan.packed and height * width <= _WHOLE_ELEMENTS:
-        _run_whole(plan, matrices, scale)
-        return
-    columns, spectrum = _columns(plan), _spectrum(plan)
-    block = max(1, _BLOCK_ELEMENTS // width)
-    keep, add = (0.0 if plan.form == "full" else plan.background) * scale, columns.factor * scale
-    for x in matrices:
-        spectrum.open(x)
-        for start in range(0, height, block):
-            # Without out=: torch's FFTs would only copy a temporary into it.
-            spectrum.put(start, torch.fft.rfft(x[start : start + block].to(dtype)))
-        _filter_columns(spectrum, columns.panels)
-        for start in range(0, height, block):
-            part = x[start : start + block]
-            result = torch.fft.irfft(spectrum.get(start, part.shape[0]), n=width)
-            if part.dtype == dtype:
-                _combine(part, keep, result, add)
-            else:
-                converted = part.to(dtype)
-                _combine(converted, keep, result, add)
-                part.copy_(converted)
+def run_columns(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    if plan.form == "full" and plan.matrix[0] == 1:
+        _run_vectors(plan, batches, scale)
+    elif plan.form == "full" and not plan.packed and plan.matrix[0] * plan.matrix[1] <= _SMALL_ELEMENTS:
+        _run_small(plan, batches, scale)
+    elif plan.form == "full" and not plan.packed:
+        _run_whole(plan, batches, scale)
+    else:
+        _run_blocks(plan, batches, scale)
 
 
-def _run_whole(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
+@lru_cache(maxsize=32)
+def _vector_gains(plan: Plan, scale: float) -> torch.Tensor:
+    gains = plan.response.half_mask(plan.shape) * scale
+    return torch.tensor(gains, dtype=compute_dtype(plan.dtype), device=plan.device)
+
+
+def _run_vectors(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    """Rows of length W that are matrices of their own. On a CPU, NumPy's FFT costs less to set up than torch's."""
+    gains, width = _vector_gains(plan, scale), plan.matrix[1]
+    in_numpy = plan.device == "cpu" and largest_prime(width) <= _NUMPY_PRIME
+    for batch in batches:
+        rows = batch.squeeze(1)
+        if in_numpy and rows.dtype == gains.dtype:
+            values = rows.numpy()
+            spectrum = np.fft.rfft(values)
+            spectrum *= gains.numpy()
+            values[:] = np.fft.irfft(spectrum, width)
+        else:
+            half = torch.fft.rfft(rows.to(gains.dtype))
+            half.mul_(gains)
+            rows.copy_(torch.fft.irfft(half, n=width))
+
+
+@lru_cache(maxsize=32)
+def _small_gains(plan: Plan) -> torch.Tensor:
+    """(H, W // 2 + 1, 2): once for the real and once for the imaginary part, as one real product is faster."""
+    gains = plan.response.half_mask(plan.shape)[:, :, None].repeat(2, axis=2)
+    return torch.tensor(gains, dtype=compute_dtype(plan.dtype), device=plan.device)
+
+
+def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    """Full, in as few steps as there can be, for as many matrices at a time as fit the cache."""
+    (height, width), gains = plan.matrix, _small_gains(plan)
+    group = max(1, _BLOCK_ELEMENTS // (height * width))
+    for x in (part for batch in batches for part in batch.split(group)):
+        spectrum = torch.fft.rfft2(x.to(gains.dtype))
+        torch.view_as_real(spectrum).mul_(gains)
+        _combine(x, 0.0, torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2), n=width), scale)
+
+
+def _run_whole(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     """Full, with the spectrum in memory of its own: forward at once, back by panels and blocks, which is faster."""
     (height, width), columns = plan.matrix, _columns(plan)
     block = max(1, _BLOCK_ELEMENTS // width)
-    for x in matrices:
+    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
         spectrum = torch.fft.rfft2(x.to(compute_dtype(plan.dtype)))
         for p in columns.panels:
             panel = spectrum[:, p.start : p.stop]
@@ -135,8 +162,25 @@ def _run_whole(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> No
                 panel.copy_(torch.fft.ifft(panel, dim=0))
         for start in range(0, height, block):
             result = torch.fft.irfft(spectrum[start : start + block], n=width)
-            torch.mul(result, columns.factor * scale, out=result)
-            x[start : start + block] = result
+            _combine(x[start : start + block], 0.0, result, columns.factor * scale)
+
+
+def _run_blocks(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    """Pruned, or full in place: real FFTs of row blocks to and from the spectrum, panels of columns in between."""
+    (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
+    columns, spectrum = _columns(plan), _spectrum(plan)
+    block = max(1, _BLOCK_ELEMENTS // width)
+    keep, add = (0.0 if plan.form == "full" else plan.background) * scale, columns.factor * scale
+    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
+        spectrum.open(x)
+        for start in range(0, height, block):
+            # Without out=: torch's FFTs would only copy a temporary into it.
+            spectrum.put(start, torch.fft.rfft(x[start : start + block].to(dtype)))
+        _filter_columns(spectrum, columns.panels)
+        for start in range(0, height, block):
+            part = x[start : start + block]
+            result = torch.fft.irfft(spectrum.get(start, part.shape[0]), n=width)
+            _combine(part, keep, result, add)
 
 
 def _apply(panel: torch.Tensor, p: Panel) -> None:
@@ -150,13 +194,16 @@ def _apply(panel: torch.Tensor, p: Panel) -> None:
 
 
 def _combine(x: torch.Tensor, keep: float, z: torch.Tensor, add: float) -> None:
-    """x = keep * x + add * z."""
-    if keep == 0.0:
+    """x = keep * x + add * z in z's dtype, rounded once; z is overwritten."""
+    if x.dtype != z.dtype:
+        z.mul_(add)
+        x.copy_(z.add_(x, alpha=keep) if keep else z)
+    elif keep == 0.0:
         torch.mul(z, add, out=x)
-        return
-    if keep != 1.0:
-        x.mul_(keep)
-    x.add_(z, alpha=add)
+    else:
+        if keep != 1.0:
+            x.mul_(keep)
+        x.add_(z, alpha=add)
 
 
 def _spectrum(plan: Plan) -> Spectrum:

@@ -1,10 +1,8 @@
-"""The torch backend's decimated and thin forms: block-banded windows as matrix products, and a coarse FFT."""
+"""The torch backend's decimated form: block-banded windows as matrix products, and a coarse FFT."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +11,7 @@ import torch
 
 from .plan import Decimation, Plan
 from .planner import compute_dtype
+from .torch_products import one_thread
 from .windows import Piece, Window, window_transform
 
 # Cells per product. On a CPU few cells mean less work, and enough of it if the rows are long; elsewhere a launch costs
@@ -25,45 +24,12 @@ _COLUMN_CELLS = 32  # cells per product along a row
 _STAGE_ELEMENTS = 1 << 19  # a converted block of rows stays in cache
 
 
-_cpu_products = threading.Lock()
-
-
-@contextmanager
-def _one_thread(device: str) -> Iterator[None]:
-    """Run CPU products on one thread: the library cuts long sums by thread, so that their rounding would depend on it.
-
-    The thread count is the process's, hence the lock. The native CPU backend has no such limit.
-    """
-    if torch.device(device).type != "cpu":
-        yield
-        return
-    with _cpu_products:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-@dataclass(frozen=True)
-class _Product:
-    """Cells [cell0, cell1) from samples [sample0, sample1), or back, by one matrix; None for an axis left as it is."""
-
-    cell0: int
-    cell1: int
-    sample0: int
-    sample1: int
-    weights: torch.Tensor | None
-    first: bool
-
-
 @dataclass(frozen=True)
 class _Axis:
     n: int
     d: Decimation
-    gather: list[_Product]  #: weights (cells, samples)
-    scatter: list[_Product]  #: weights (samples, cells); cells are counted from -taps
+    gather: list[Piece]
+    scatter: list[Piece]
 
     @property
     def margin(self) -> int:
@@ -74,29 +40,18 @@ class _Axis:
 class _Grid:
     rows: _Axis
     columns: _Axis
-    gain: torch.Tensor  #: (cells, cells // 2 + 1): mask - background over phihat^2 and the transforms' lengths
+    gain: torch.Tensor  #: (cells, columns with a gain): mask - background over phihat^2 and the transforms' lengths
     row_index: torch.Tensor | None  #: periodic extension of the coarse grid by the margins
     column_index: torch.Tensor | None
 
 
 def _axis(n: int, d: Decimation, gather: int, scatter: int, dtype: torch.dtype, device: str) -> _Axis:
     if d.cells == n and not d.taps:
-        whole = _Product(0, n, 0, n, None, True)
-        blocks = [_Product(i, min(i + 256, n), i, min(i + 256, n), None, True) for i in range(0, n, 256)]
+        whole = Piece(0, n, 0, n, None)
+        blocks = [Piece(i, min(i + 256, n), i, min(i + 256, n), None) for i in range(0, n, 256)]
         return _Axis(n, d, blocks, [whole] if n <= 256 else blocks)
-    window = Window(n, d)
-    shared: dict[int, torch.Tensor] = {}
-
-    def tensor(piece: Piece, transpose: bool) -> _Product:
-        if id(piece.weights) not in shared:
-            weights = piece.weights.T if transpose else piece.weights
-            shared[id(piece.weights)] = torch.tensor(np.ascontiguousarray(weights), dtype=dtype, device=device)
-        weights_on_device = shared[id(piece.weights)]
-        return _Product(piece.cell0, piece.cell1, piece.sample0, piece.sample1, weights_on_device, piece.first)
-
-    gathers = [tensor(piece, False) for piece in window.gather(gather if d.taps else d.cells)]
-    shared = {}
-    return _Axis(n, d, gathers, [tensor(piece, True) for piece in window.scatter(scatter)])
+    window = Window(n, d, dtype, device)
+    return _Axis(n, d, window.gather(gather if d.taps else d.cells), window.scatter(scatter))
 
 
 def _frequencies(n: int, d: Decimation, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,20 +73,22 @@ def _grid(plan: Plan) -> _Grid:
         scatter = max(gather, _SCATTER_CELLS)
     rows = _axis(height, plan.rows, gather, scatter, dtype, plan.device)
     columns = _axis(width, plan.columns, _COLUMN_CELLS, _COLUMN_CELLS, dtype, plan.device)
-    gain = torch.tensor(_coarse_gain(plan, plan.rows, plan.columns), dtype=dtype, device=plan.device)
+    gain = _coarse_gain(plan, plan.rows, plan.columns)
     return _Grid(rows, columns, gain, _extension(plan.rows, plan.device), _extension(plan.columns, plan.device))
 
 
-def _coarse_gain(plan: Plan, rows: Decimation, columns: Decimation) -> np.ndarray:
+def _coarse_gain(plan: Plan, rows: Decimation, columns: Decimation) -> torch.Tensor:
     height, width = plan.matrix
     offset_y, bin_y = _frequencies(height, rows, rows.cells)
-    offset_x, bin_x = _frequencies(width, columns, columns.cells // 2 + 1)
-    gain = plan.response.gain(bin_y[:, None], bin_x[None, :], plan.shape) - plan.background
+    offset_x, bin_x = _frequencies(width, columns, min(columns.band, columns.cells // 2 + 1))
     weight_y = rows.cells / (height * window_transform(rows, offset_y) ** 2)
     weight_x = columns.cells / (width * window_transform(columns, offset_x) ** 2)
     weight_y[np.abs(offset_y) >= rows.band] = 0.0
-    weight_x[np.abs(offset_x) >= columns.band] = 0.0
-    result: np.ndarray = gain * weight_y[:, None] * weight_x[None, :]
+    result = torch.empty(rows.cells, weight_x.size, dtype=compute_dtype(plan.dtype), device=plan.device)
+    for start in range(0, rows.cells, _CELLS):  # the arithmetic is float64: a block at a time
+        block = slice(start, start + _CELLS)
+        gain = plan.response.gain(bin_y[block, None], bin_x[None, :], plan.shape) - plan.background
+        result[block] = torch.from_numpy(gain * weight_y[block, None] * weight_x[None, :])
     return result
 
 
@@ -139,9 +96,9 @@ def _extension(d: Decimation, device: str) -> torch.Tensor | None:
     return (torch.arange(-d.taps, d.cells + d.taps, device=device) % d.cells) if d.taps else None
 
 
-def _segments(products: list[_Product], limit: int) -> list[list[_Product]]:
+def _segments(products: list[Piece], limit: int) -> list[list[Piece]]:
     """Consecutive products whose cells span at most ``limit`` (or one product)."""
-    segments: list[list[_Product]] = []
+    segments: list[list[Piece]] = []
     for product in products:
         # The second half of a block that wraps around stays with the first.
         if segments and (not product.first or product.cell1 - segments[-1][0].cell0 <= limit):
@@ -151,40 +108,47 @@ def _segments(products: list[_Product], limit: int) -> list[list[_Product]]:
     return segments
 
 
-def run_decimated(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
-    with _one_thread(plan.device):
-        _run(plan, matrices, scale)
+def run_decimated(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    with one_thread(plan.device):
+        _run(plan, batches, scale)
 
 
-def _run(plan: Plan, matrices: Sequence[torch.Tensor], scale: float) -> None:
+def _run(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     grid, (_, width), dtype = _grid(plan), plan.matrix, compute_dtype(plan.dtype)
     rows, columns = grid.rows, grid.columns
     cells = max(32, _SEGMENT_ELEMENTS // width)
     down, up = _segments(rows.gather, cells), _segments(rows.scatter, cells)
     lines = max(max(p.cell1 for p in s) - s[0].cell0 for s in down + up)
     buffer = torch.empty(lines, width, dtype=dtype, device=plan.device)
-    coarse = torch.empty(rows.d.cells, columns.d.cells, dtype=dtype, device=plan.device)
-    for x in matrices:
+    coarse = torch.empty(lines, columns.d.cells, dtype=dtype, device=plan.device)
+    spectrum = torch.empty(rows.d.cells, grid.gain.shape[1], dtype=dtype.to_complex(), device=plan.device)
+    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
         for segment in down:
             _gather_rows(segment, x, buffer)
             cell0, cell1 = segment[0].cell0, segment[-1].cell1
-            _gather_columns(columns, buffer[: cell1 - cell0], coarse[cell0:cell1])
-        spectrum = torch.fft.rfft2(coarse)
-        spectrum.mul_(grid.gain)
-        correction = torch.fft.irfft2(spectrum, s=coarse.shape)
-        del spectrum
-        if grid.row_index is not None:
-            correction = correction.index_select(0, grid.row_index)
-        if grid.column_index is not None:
-            correction = correction.index_select(1, grid.column_index)
+            _gather_columns(columns, buffer[: cell1 - cell0], coarse[: cell1 - cell0])
+            spectrum[cell0:cell1] = torch.fft.rfft(coarse[: cell1 - cell0])[:, : spectrum.shape[1]]
+        for start in range(0, spectrum.shape[1], _CELLS):
+            panel = slice(start, start + _CELLS)
+            transform = torch.fft.fft(spectrum[:, panel], dim=0)
+            transform.mul_(grid.gain[:, panel])
+            spectrum[:, panel] = torch.fft.ifft(transform, dim=0)
         for segment in up:
             cell0, cell1 = segment[0].cell0, max(p.cell1 for p in segment)
-            lines_of = correction[cell0 + rows.margin : cell1 + rows.margin]
-            _scatter_columns(columns, lines_of, buffer[: cell1 - cell0])
+            lines_of = _rows_of(spectrum, cell0 + rows.margin, cell1 + rows.margin, grid.row_index)
+            correction = torch.fft.irfft(lines_of, n=columns.d.cells)
+            if grid.column_index is not None:
+                correction = correction.index_select(1, grid.column_index)
+            _scatter_columns(columns, correction, buffer[: cell1 - cell0])
             _scatter_rows(segment, buffer, x, plan.background * scale, scale)
 
 
-def _gather_rows(segment: list[_Product], x: torch.Tensor, out: torch.Tensor) -> None:
+def _rows_of(grid: torch.Tensor, start: int, stop: int, index: torch.Tensor | None) -> torch.Tensor:
+    """Rows [start, stop) of the periodically extended grid."""
+    return grid[start:stop] if index is None else grid.index_select(0, index[start:stop])
+
+
+def _gather_rows(segment: list[Piece], x: torch.Tensor, out: torch.Tensor) -> None:
     base = segment[0].cell0
     for run in _runs(segment):
         start, stop = run[0].sample0, max(p.sample1 for p in run)
@@ -195,9 +159,9 @@ def _gather_rows(segment: list[_Product], x: torch.Tensor, out: torch.Tensor) ->
                 _product(target, p.weights, block, 0.0 if p.first else 1.0, 1.0)
 
 
-def _runs(segment: list[_Product]) -> list[list[_Product]]:
+def _runs(segment: list[Piece]) -> list[list[Piece]]:
     """The products of a segment by the range of rows they read: one that wraps around reads both ends of the axis."""
-    runs: list[list[_Product]] = []
+    runs: list[list[Piece]] = []
     for p in sorted(segment, key=lambda p: (not p.first, p.sample0)):
         if runs and p.first and p.sample0 <= max(q.sample1 for q in runs[-1]):
             runs[-1].append(p)
@@ -221,7 +185,7 @@ def _column_blocks(rows: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _scatter_rows(segment: list[_Product], lines: torch.Tensor, x: torch.Tensor, keep: float, scale: float) -> None:
+def _scatter_rows(segment: list[Piece], lines: torch.Tensor, x: torch.Tensor, keep: float, scale: float) -> None:
     base = segment[0].cell0
     for p in segment:
         source, target = lines[p.cell0 - base : p.cell1 - base], x[p.sample0 : p.sample1]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from .plan import Decimation
 
@@ -69,25 +70,35 @@ def _profile(d: Decimation, offset: int) -> float:
 
 @dataclass(frozen=True)
 class Piece:
-    """One product: cells [cell0, cell1) from samples [sample0, sample1), or back. ``first`` starts a sum."""
+    """One product: cells [cell0, cell1) from samples [sample0, sample1), or back. ``first`` starts a sum.
+
+    ``weights`` is None for an axis left as it is.
+    """
 
     cell0: int
     cell1: int
     sample0: int
     sample1: int
-    weights: Array  #: (cells, samples)
+    weights: torch.Tensor | None
     first: bool = True
 
 
 class Window:
-    """The weights of one decimated axis of ``n`` samples, cut into blocks; equal blocks share one array."""
+    """The weights of one decimated axis of ``n`` samples, cut into blocks; equal blocks share one tensor.
 
-    def __init__(self, n: int, d: Decimation) -> None:
+    They are computed in float64, a block at a time, and kept as ``dtype`` on ``device``.
+    """
+
+    def __init__(self, n: int, d: Decimation, dtype: torch.dtype = torch.float64, device: str = "cpu") -> None:
         self._n, self._d = n, d
-        self._shared: dict[tuple[int, ...], Array] = {}
+        self._dtype, self._device = dtype, device
+        self._shared: dict[tuple[int, ...], torch.Tensor] = {}
 
     def gather(self, block: int) -> list[Piece]:
-        """Products that fill all cells, ``block`` cells at a time; a block that wraps around takes two."""
+        """Products that fill all cells, ``block`` cells at a time; a block that wraps around takes two.
+
+        Weights have shape (cells, samples).
+        """
         n, d = self._n, self._d
         pieces: list[Piece] = []
         for cell0 in range(0, d.cells, block):
@@ -97,43 +108,51 @@ class Window:
             high = math.floor((cell1 - 1 + half) * n / d.cells) + 1
             ranges = [(0, n)] if not d.taps or high - low >= n else list(_wrap(low, high, n))
             for first, (sample0, sample1) in enumerate(ranges):
-                weights = self._weights(cell0, cell1, sample0, sample1, wraps=True)
+                weights = self._weights(cell0, cell1, sample0, sample1, gathers=True)
                 pieces.append(Piece(cell0, cell1, sample0, sample1, weights, first == 0))
         return pieces
 
     def scatter(self, block: int) -> list[Piece]:
         """Products that fill all samples, about ``block`` cells at a time.
 
-        Cells are numbered past both ends, -taps <= cell < cells + taps: the grid is extended periodically.
+        Cells are numbered past both ends, -taps <= cell < cells + taps: the grid is extended periodically. Weights have
+        shape (samples, cells).
         """
         n, d = self._n, self._d
         if not d.taps:
-            return [Piece(0, d.cells, 0, n, self._weights(0, d.cells, 0, n, wraps=True))]
+            return [Piece(0, d.cells, 0, n, self._weights(0, d.cells, 0, n, gathers=False))]
         pieces = []
         step = max(1, round(block * n / d.cells))
         for sample0 in range(0, n, step):
             sample1 = min(sample0 + step, n)
             cell0 = math.ceil(sample0 * d.cells / n - d.taps / 2)
             cell1 = math.floor((sample1 - 1) * d.cells / n + d.taps / 2) + 1
-            weights = self._weights(cell0, cell1, sample0, sample1, wraps=False)
+            weights = self._weights(cell0, cell1, sample0, sample1, gathers=False)
             pieces.append(Piece(cell0, cell1, sample0, sample1, weights))
         return pieces
 
-    def _weights(self, cell0: int, cell1: int, sample0: int, sample1: int, *, wraps: bool) -> Array:
-        """phi between the cells and samples; ``wraps`` takes the shorter way around the axis."""
+    def _weights(self, cell0: int, cell1: int, sample0: int, sample1: int, *, gathers: bool) -> torch.Tensor:
+        """phi between the cells and samples; gathering takes the shorter way around the axis."""
         n, d = self._n, self._d
         period = n * d.cells
         offset = sample0 * d.cells - cell0 * n
-        key = (offset % period if wraps else offset, cell1 - cell0, sample1 - sample0, sample0 % 2 * d.nyquist, wraps)
+        key = (
+            offset % period if gathers else offset,
+            cell1 - cell0,
+            sample1 - sample0,
+            sample0 % 2 * d.nyquist,
+            gathers,
+        )
         if key not in self._shared:
             samples = np.arange(sample0, sample1, dtype=np.int64)
             distance = samples[None, :] * d.cells - np.arange(cell0, cell1, dtype=np.int64)[:, None] * n
-            if wraps:
+            if gathers:
                 distance = (distance + period // 2) % period - period // 2
             weights = _kernel(d, distance / n)  # of integers up to here: no rounding, however long the axis
             if d.nyquist:
                 weights *= 1.0 - 2.0 * (samples % 2)
-            self._shared[key] = weights
+            weights = np.ascontiguousarray(weights if gathers else weights.T)
+            self._shared[key] = torch.tensor(weights, dtype=self._dtype, device=self._device)
         return self._shared[key]
 
 

@@ -1,0 +1,32 @@
+"""Matrix products of the torch backend, the same for any number of threads."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+_lock = threading.Lock()
+
+
+class one_thread:
+    """Run CPU products on one thread: the library cuts long sums by thread, so that their rounding would depend on it.
+
+    The thread count is the process's, hence the lock. The native CPU backend has no such limit.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cpu = device.startswith("cpu")
+
+    def __enter__(self) -> None:
+        if self._cpu:
+            _lock.acquire()
+            self._threads = torch.get_num_threads()
+            if self._threads != 1:
+                torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        if self._cpu:
+            if self._threads != 1:
+                torch.set_num_threads(self._threads)
+            _lock.release()

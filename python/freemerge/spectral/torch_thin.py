@@ -1,0 +1,107 @@
+"""The torch backend's thin form: cosines and sines as dense products, without an FFT.
+
+The cosine and sine of a frequency pair (k, -k) span an invariant space of every filter with M(k, l) = M(k, -l), so in
+the products of both axes' bases such a filter is one gain per entry: y = background * x + B_y' (G * (B_y x B_x')) B_x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from .plan import Decimation, Plan
+from .planner import compute_dtype, thin_bins
+from .torch_products import one_thread
+
+_BLOCK_ELEMENTS = 1 << 19  # of small matrices taken together, or of rows converted to the compute dtype at a time
+
+
+@dataclass(frozen=True)
+class _Tables:
+    basis_y: torch.Tensor  #: (r, H)
+    basis_x: torch.Tensor  #: (q, W)
+    gain: torch.Tensor  #: (r, q), with the background taken off
+    transposed_y: torch.Tensor
+    transposed_x: torch.Tensor
+
+
+@lru_cache(maxsize=32)
+def _tables(plan: Plan) -> _Tables:
+    assert plan.rows is not None
+    assert plan.columns is not None
+    height, width = plan.matrix
+    (bins_y, basis_y), (bins_x, basis_x) = _basis(height, plan.rows), _basis(width, plan.columns)
+    gain = plan.response.gain(bins_y[:, None], bins_x[None, :], plan.shape) - plan.background
+    gain = np.broadcast_to(gain, (bins_y.size, bins_x.size))
+    dtype = compute_dtype(plan.dtype)
+    y, x, g = (torch.tensor(np.ascontiguousarray(a), dtype=dtype, device=plan.device) for a in (basis_y, basis_x, gain))
+    return _Tables(y, x, g, y.t().contiguous(), x.t().contiguous())
+
+
+def _basis(n: int, d: Decimation) -> tuple[np.ndarray, np.ndarray]:
+    """The bin of each basis vector, and the orthonormal vectors as rows."""
+    bins = thin_bins(n, d)
+    paired = bins[(bins > 0) & (2 * bins != n)]
+    samples = np.arange(n, dtype=np.int64)
+
+    def angle(k: np.ndarray) -> np.ndarray:
+        # The product is reduced as an integer: no rounding, however long the axis.
+        return 2 * math.pi / n * (k.astype(np.int64)[:, None] * samples % n)
+
+    scale = np.where(np.isin(bins, paired), math.sqrt(2 / n), math.sqrt(1 / n))
+    vectors = np.concatenate([np.cos(angle(bins)) * scale[:, None], np.sin(angle(paired)) * math.sqrt(2 / n)])
+    return np.concatenate([bins, paired]), vectors
+
+
+def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    tables, keep, (height, width) = _tables(plan), plan.background * scale, plan.matrix
+    with one_thread(plan.device):
+        for batch in batches:
+            dense = batch.stride(1) == width or height == 1
+            if plan.dtype != tables.gain.dtype:
+                for x in batch.unbind(0):
+                    _filter_converted(x, tables, keep, scale)
+            elif batch.shape[0] == 1 or not dense or batch.stride(0) != height * width:
+                for x in batch.unbind(0):
+                    _filter(x, tables, keep, scale)
+            else:
+                for part in batch.split(max(1, _BLOCK_ELEMENTS // (height * width))):
+                    _filter_batch(part, tables, keep, scale)
+
+
+def _filter(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:
+    lines = torch.mm(x, t.transposed_x)
+    if x.shape[0] == 1:
+        lines.mul_(t.gain)
+    else:
+        lines = torch.mm(t.transposed_y, torch.mm(t.basis_y, lines).mul_(t.gain))
+    torch.addmm(x, lines, t.basis_x, beta=keep, alpha=scale, out=x)
+
+
+def _filter_batch(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:
+    """The same for adjacent matrices, in as few products."""
+    (count, height, width), (r, q) = x.shape, t.gain.shape
+    rows = x.view(count * height, width)
+    lines = torch.mm(rows, t.transposed_x).view(count, height, q)
+    spectrum = torch.bmm(t.basis_y.expand(count, r, height), lines).mul_(t.gain)
+    lines = torch.bmm(t.transposed_y.expand(count, height, r), spectrum)
+    torch.addmm(rows, lines.view(count * height, q), t.basis_x, beta=keep, alpha=scale, out=rows)
+
+
+def _filter_converted(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:
+    """The same for another storage dtype, a block of rows at a time."""
+    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
+    spectrum = torch.zeros_like(t.gain)
+    for start in range(0, x.shape[0], step):
+        block = slice(start, start + step)
+        spectrum.addmm_(t.basis_y[:, block], torch.mm(x[block].to(t.gain.dtype), t.transposed_x))
+    spectrum.mul_(t.gain)
+    for start in range(0, x.shape[0], step):
+        block = slice(start, start + step)
+        lines = torch.mm(t.transposed_y[block], spectrum)
+        x[block] = torch.addmm(x[block].to(t.gain.dtype), lines, t.basis_x, beta=keep, alpha=scale)
