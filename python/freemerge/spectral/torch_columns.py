@@ -143,7 +143,7 @@ def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> Non
     """Full, in as few steps as there can be, for as many matrices at a time as fit the cache."""
     (height, width), gains = plan.matrix, _small_gains(plan)
     group = max(1, _BLOCK_ELEMENTS // (height * width))
-    for x in (part for batch in batches for part in batch.split(group)):
+    for x in (batch[i : i + group] for batch in batches for i in range(0, batch.shape[0], group)):
         spectrum = torch.fft.rfft2(x.to(gains.dtype))
         torch.view_as_real(spectrum).mul_(gains)
         _combine(x, 0.0, torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2), n=width), scale)

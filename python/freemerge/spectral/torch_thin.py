@@ -60,6 +60,7 @@ def _basis(n: int, d: Decimation) -> tuple[np.ndarray, np.ndarray]:
 
 def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     tables, keep, (height, width) = _tables(plan), plan.background * scale, plan.matrix
+    group = max(1, _BLOCK_ELEMENTS // (height * width))
     with one_thread(plan.device):
         for batch in batches:
             dense = batch.stride(1) == width or height == 1
@@ -70,8 +71,8 @@ def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
                 for x in batch.unbind(0):
                     _filter(x, tables, keep, scale)
             else:
-                for part in batch.split(max(1, _BLOCK_ELEMENTS // (height * width))):
-                    _filter_batch(part, tables, keep, scale)
+                for start in range(0, batch.shape[0], group):
+                    _filter_batch(batch[start : start + group], tables, keep, scale)
 
 
 def _filter(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:
