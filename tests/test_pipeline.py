@@ -163,7 +163,16 @@ def test_a_filter_that_removes_everything_gives_the_base_back() -> None:
     assert torch.equal(result["embed.weight"], base["embed.weight"])
 
 
-@pytest.mark.parametrize(("recipe", "per_tensor"), [(fm.Recipe(), 1), (fm.Recipe(align=True), 8)])
+@pytest.mark.parametrize(
+    ("recipe", "per_tensor"),
+    [
+        (fm.Recipe(), 1),
+        (fm.Recipe(stats="filtered"), 9),
+        (fm.Recipe(align=True), 8),
+        (fm.Recipe(stats="filtered", scope="tensor"), 8),
+        (fm.Recipe(stats="filtered", scope="tensor", align=True), 8),
+    ],
+)
 def test_linearity_saves_filters(recipe: fm.Recipe, per_tensor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base, models = random_models(8)
     filtered: list[int] = []
@@ -176,6 +185,21 @@ def test_linearity_saves_filters(recipe: fm.Recipe, per_tensor: int, monkeypatch
     fm.merge(base, models, recipe)
     matrices = sum(unit.action == "filter" for unit in plan_units(Checkpoint.open(base).specs))
     assert sum(filtered) == matrices * per_tensor
+
+
+def test_the_backend_is_checked_where_nothing_is_filtered() -> None:
+    base = {"norm.weight": torch.ones(4)}
+    with pytest.raises(fm.ArgumentError, match="'spam'"):
+        fm.merge(base, [base], backend="spam")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_buffers_that_cannot_be_merged_are_compared_by_their_bytes(dtype: torch.dtype) -> None:
+    buffer = torch.tensor([float("nan"), 1.0]).to(dtype)
+    base = {"weight": torch.randn(4, 4), "buffer": buffer}
+    assert "buffer" in fm.merge(base, [{"weight": torch.randn(4, 4), "buffer": buffer.clone()}])
+    with pytest.raises(fm.CheckpointError, match="buffer"):
+        fm.merge(base, [{"weight": torch.randn(4, 4), "buffer": torch.zeros(2).to(dtype)}])
 
 
 def test_modules_and_tied_weights() -> None:

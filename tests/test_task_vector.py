@@ -19,6 +19,7 @@ SHAPES = {
     "layer.experts.weight": (3, 16, 32),
     "conv.weight": (8, 3, 3, 3),
     "conv1d.weight": (32, 32, 3),
+    "pos_conv_embed.weight": (64, 16, 32),
     "logit_scale": (),
 }
 SPECS = {name: TensorSpec(name, shape, torch.float32) for name, shape in SHAPES.items()}
@@ -40,6 +41,7 @@ def test_defaults_by_rank_and_dtype() -> None:
         "layer.experts.weight": "filter",
         "conv.weight": "merge",
         "conv1d.weight": "merge",
+        "pos_conv_embed.weight": "merge",
         "logit_scale": "merge",
         "position_ids": "copy",
     }

@@ -137,7 +137,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
         help="cutoff of the recipe's response; of a high-pass, as a fraction of the shorter side, if that has none",
     )
     parser.add_argument(
-        "--weights", type=_weights, metavar="W", help="paper, uniform, sum, or one number a model: --weights=0.5,0.3"
+        "--weights", type=_weights, metavar="W", help="paper, uniform, sum, or one number a model: --weights=-0.1,0.3"
     )
     parser.add_argument("--stats", choices=("raw", "filtered"))
     parser.add_argument("--scope", choices=("model", "tensor"))

@@ -13,10 +13,10 @@ from statistics import fmean
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Source
 from .errors import ArgumentError
 from .experts import Expert, ExpertBank
-from .pipeline import Model, merge
+from .pipeline import merge
 from .recipe import Recipe
 
 Scores = dict[str, float]
@@ -43,7 +43,7 @@ class Sweep:
     evaluations: tuple[Evaluation, ...]
 
 
-def evaluate(model: Model, function: ScoreFunction) -> Evaluation:
+def evaluate(model: Source, function: ScoreFunction) -> Evaluation:
     """Score one model.
 
     Args:
@@ -58,7 +58,7 @@ def evaluate(model: Model, function: ScoreFunction) -> Evaluation:
         return Evaluation(opened.name, _scores(function(weights)))
 
 
-def evaluate_experts(model: Model, experts: str | Path | Mapping[str, Expert], function: ScoreFunction) -> Evaluation:
+def evaluate_experts(model: Source, experts: str | Path | Mapping[str, Expert], function: ScoreFunction) -> Evaluation:
     """Score a merged model on each task with that task's expert switched on, as a perfect router would.
 
     ``experts``: a folder of expert files, or experts by name; the function must return a mapping with these names. The
@@ -79,8 +79,8 @@ def evaluate_experts(model: Model, experts: str | Path | Mapping[str, Expert], f
 
 
 def sweep(
-    base: Model,
-    models: Sequence[Model],
+    base: Source,
+    models: Sequence[Source],
     recipe: Recipe,
     scales: Sequence[float],
     function: ScoreFunction,

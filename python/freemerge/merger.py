@@ -19,6 +19,7 @@ from .errors import CheckpointError
 from .inspection import Decision, Inspection, decide, warnings
 from .merging import alignment_factors, elect_and_sum, energy_factor, merging_scale, merging_weights
 from .recipe import DTYPES, Recipe
+from .spectral.dispatch import check_backend
 from .spectral.filter import filter_
 from .task_vector import Unit, filtered_matrices, plan_units, require_equal, taken_from_base, unstack
 
@@ -36,6 +37,7 @@ class Merger:
     """
 
     def __init__(self, base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe, backend: str = "auto") -> None:
+        check_backend(backend)
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
 
         def takes_part(name: str) -> bool:
@@ -149,11 +151,9 @@ class Merger:
     def _combined(self, unit: Unit) -> list[Tensor]:
         """sum_i lambda_i G_i for each member: filtered, aligned, elected and renormalised as the recipe says."""
         common = self.weights()
-        weights = (
-            [common] * len(unit.names) if common else [merging_weights("paper", m) for m in self._unit_means(unit)]
-        )
-        if self.recipe.linear:
-            sums = self._weighted_sums(unit, weights)
+        filtered_statistics = self.recipe.stats == "filtered" and unit.action == "filter"
+        if self.recipe.linear and (common is not None or not filtered_statistics):
+            sums = self._weighted_sums(unit, self._unit_weights(unit, common))
             if unit.action == "filter":
                 before = norm(sums)
                 self._filter(unit, sums)
@@ -161,6 +161,7 @@ class Merger:
             return sums
 
         filtered, means = self._filtered(unit)
+        weights = self._unit_weights(unit, common, means if filtered_statistics else None)
         factors = self._alignment(unit, means) if self.recipe.align else [1.0] * len(self.models)
         sums = []
         for member in range(len(unit.names)):
@@ -170,6 +171,14 @@ class Merger:
         if unit.action == "filter":
             self._renormalize(unit, sums, norm(self._weighted_sums(unit, weights)))
         return sums
+
+    def _unit_weights(
+        self, unit: Unit, common: list[float] | None, means: list[list[float]] | None = None
+    ) -> list[list[float]]:
+        """lambda_i for each member, from its own ``means`` (measured if not given) where there are no common ones."""
+        if common is not None:
+            return [common] * len(unit.names)
+        return [merging_weights("paper", member) for member in means or self._unit_means(unit)]
 
     def _alignment(self, unit: Unit, means: Sequence[Sequence[float]]) -> list[float]:
         """The factor of each model; a stack is aligned as the one matrix it stands for."""

@@ -59,6 +59,7 @@ def alignment_factors(means: Sequence[float]) -> list[float]:
 def elect_and_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Sum of the weighted deltas that agree with the elected sign, elementwise (TIES-Merging, election by sum).
 
+    Where the weighted sum is exactly zero no sign is elected, and the result is zero.
     ``deltas``: K tensors of one shape and dtype, float32 or float64; they are not modified. Returns a new tensor.
     """
     total = torch.zeros_like(deltas[0])

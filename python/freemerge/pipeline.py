@@ -27,8 +27,6 @@ from .progress import Progress
 from .recipe import DTYPES, Recipe, to_yaml
 from .task_vector import Unit
 
-Model = Source
-
 
 @dataclass(frozen=True)
 class Report:
@@ -41,7 +39,7 @@ class Report:
 
 
 def merge(
-    base: Model, models: Sequence[Model], recipe: Recipe | None = None, *, backend: str = "auto"
+    base: Source, models: Sequence[Source], recipe: Recipe | None = None, *, backend: str = "auto"
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models of one base in memory: ``theta_0 + scale * sum_i lambda_i filter(theta_i - theta_0)``.
 
@@ -70,8 +68,8 @@ def merge(
 
 
 def merge_checkpoints(
-    base: Model,
-    models: Sequence[Model],
+    base: Source,
+    models: Sequence[Source],
     out: str | Path,
     recipe: Recipe | None = None,
     *,
@@ -119,8 +117,8 @@ def merge_checkpoints(
 
 
 def inspect(
-    base: Model,
-    models: Sequence[Model],
+    base: Source,
+    models: Sequence[Source],
     recipe: Recipe | None = None,
     *,
     backend: str = "auto",
@@ -139,7 +137,7 @@ def inspect(
         return merger.inspect()
 
 
-def _open(stack: ExitStack, base: Model, models: Sequence[Model], recipe: Recipe | None, backend: str) -> Merger:
+def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Recipe | None, backend: str) -> Merger:
     recipe = _checked_recipe(recipe)
     if isinstance(models, str | Path | Mapping | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")

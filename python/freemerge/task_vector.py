@@ -111,8 +111,8 @@ def taken_from_base(name: str, select: Sequence[Rule]) -> bool:
 def default_action(spec: TensorSpec) -> Action:
     """Matrices (and stacks of matrices, as mixture-of-experts weights) are filtered; other floats are merged.
 
-    One-dimensional and empty tensors and convolution kernels are merged unfiltered; integer and other buffers are
-    copied.
+    One-dimensional and empty tensors and convolution kernels (3-D ones have a short side, or "conv" in their name) are
+    merged unfiltered; integer and other buffers are copied.
     """
     if spec.dtype not in MERGEABLE:
         return "copy"
@@ -120,7 +120,8 @@ def default_action(spec: TensorSpec) -> Action:
         return "merge"
     if len(spec.shape) == 2:
         return "filter"
-    if len(spec.shape) == 3 and min(spec.shape[1:]) >= SMALLEST_STACKED_SIDE:
+    stacked = len(spec.shape) == 3 and min(spec.shape[1:]) >= SMALLEST_STACKED_SIDE
+    if stacked and "conv" not in spec.name.lower():
         return "filter"
     return "merge"
 
@@ -221,9 +222,13 @@ def unstack(matrices: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
         delta.copy_(rows)
 
 
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
 def require_equal(name: str, base: Tensor, model: Tensor, source: str) -> None:
-    """Raise CheckpointError unless a tensor that cannot be merged is the same in the base and in a model."""
-    if base.dtype != model.dtype or not torch.equal(base, model):
+    """Raise CheckpointError unless a tensor that cannot be merged has the same bytes in the base and in a model."""
+    if base.dtype != model.dtype or not torch.equal(_bytes(base), _bytes(model)):
         raise CheckpointError(
             f"{source}: tensor {name} ({base.dtype}) cannot be merged and differs from the base's; "
             f"select it with action 'copy' to take the base's"

@@ -69,7 +69,9 @@ def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
         # A NaN anywhere makes both NaN: one pass without a mask in memory, many times faster than isfinite().all().
         low, high = torch.aminmax(values)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise CheckpointError(f"{source}: tensor {name!r} holds NaN or infinity")
+            raise CheckpointError(
+                f"{source}: tensor {name!r} holds NaN or infinity (a buffer such as a mask can be selected to 'copy')"
+            )
 
 
 def _tied_names(everyone: Sequence[Checkpoint]) -> dict[str, str]:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from .. import _core
+from ..native import DTYPE_CODES
 from ..responses import has_closed_form
 from .backend import BackendInfo, Costs, Traits, addresses
 from .plan import Decimation, Form, Plan
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/plan.h
 _TABLE = 5  # MaskKind::kTable in csrc/mask.h
 
@@ -45,7 +45,7 @@ class CpuBackend:
             return None
         return Traits(
             forms=frozenset(("identity", "scale", *_FORM_CODES)),
-            dtypes=frozenset(_DTYPE_CODES),
+            dtypes=frozenset(DTYPE_CODES),
             costs=_COSTS,
             taps=_TAPS,
             cells_multiple=_CELLS_MULTIPLE,
@@ -79,7 +79,7 @@ class CpuBackend:
         for pointer, stride in zip(*addresses(batches), strict=True):
             by_stride.setdefault(stride, []).append(pointer)
         for stride, pointers in by_stride.items():
-            _core.filter(pointers, _DTYPE_CODES[plan.dtype], native, stride, scale, torch.get_num_threads())
+            _core.filter(pointers, DTYPE_CODES[plan.dtype], native, stride, scale, torch.get_num_threads())
 
 
 @lru_cache(maxsize=64)

@@ -41,6 +41,13 @@ def choose(
     return _choose(response, shape[-2:], count, dtype, device, backend, torch.get_float32_matmul_precision())
 
 
+def check_backend(backend: str) -> None:
+    """Raise :class:`ArgumentError` for a name that no backend has."""
+    if backend != "auto" and backend not in (known.name for known in BACKENDS):
+        names = ", ".join(repr(known.name) for known in BACKENDS)
+        raise ArgumentError(f"backend must be 'auto' or one of {names}, got {backend!r}")
+
+
 @lru_cache(maxsize=_CACHED_PLANS)
 def _choose(
     response: Response,
@@ -52,9 +59,7 @@ def _choose(
     precision: str,
 ) -> tuple[Backend, Plan]:
     del precision  # part of the key: traits depend on it
-    if backend != "auto" and backend not in (known.name for known in BACKENDS):
-        names = ", ".join(repr(known.name) for known in BACKENDS)
-        raise ArgumentError(f"backend must be 'auto' or one of {names}, got {backend!r}")
+    check_backend(backend)
     refusals: list[str] = []
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):

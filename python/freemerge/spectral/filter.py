@@ -23,7 +23,6 @@ T = TypeVar("T")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SAMPLE = (16, 64)  # rows and columns of the sample that estimates a matrix's mean
 _SMALL = 1 << 14  # elements
-_BLOCK = 1 << 15  # elements per partial sum of energy(): fixed, so that the result does not depend on threads
 
 
 def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
@@ -86,17 +85,6 @@ def explain(
     if dtype not in _DTYPES:
         raise ArgumentError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     return choose(_checked_response(response), shape, dtype, torch.device(device), backend)[1]
-
-
-def energy(x: torch.Tensor) -> float:
-    """Sum of squares of all entries, accumulated in float64 over fixed blocks: the same for any number of threads."""
-    flat = x.detach().reshape(-1)
-    whole = flat.numel() // _BLOCK * _BLOCK
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norms = [torch.linalg.vector_norm(flat[whole:], dtype=dtype).reshape(1)]
-    if whole:
-        norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, _BLOCK), dim=1, dtype=dtype))
-    return math.fsum(torch.cat(norms).double().square().tolist())
 
 
 def _checked_response(response: object) -> Response:
