@@ -155,7 +155,7 @@ def torch_fft(x: torch.Tensor, response: Response) -> Callable[[], torch.Tensor]
 
 
 def relative_error(y: torch.Tensor, x: torch.Tensor, response: Response) -> float:
-    """||y - exact|| / ||exact||, the exact result in float64: by torch.fft, or by the full form, which works in place."""
+    """Relative L2 error, against float64: by torch.fft, or by the full form where that would not fit into memory."""
     exact = fm.filter_(x.double(), response) if x.numel() > HUGE else torch_fft(x.double(), response)()
     norm = torch.linalg.vector_norm(exact)
     return float(torch.linalg.vector_norm(exact.sub_(y)) / norm)

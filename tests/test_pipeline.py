@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -426,6 +427,8 @@ def test_a_sharded_bf16_llama(tied: bool, preset: str, tmp_path: Path) -> None:
     assert ("lm_head.weight" in merged) != tied
     for name, tensor in expected.items():
         assert_rounded(merged[name], tensor, states[0][name], allowed=round(2e-4 * tensor.numel()))
+    exact = fm.merge(base, models, replace(recipe, compute_dtype="float64"))
+    assert all(torch.equal(exact[name], tensor.to(torch.bfloat16)) for name, tensor in expected.items())
     assert any(not torch.equal(merged[name], states[0][name]) for name in merged)
     assert report.inspection.passes == (2 if preset == "paper" else 1)
 
