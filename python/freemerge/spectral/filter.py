@@ -158,9 +158,13 @@ def _run(tensors: Sequence[torch.Tensor], response: Response, scale: float, back
 
 def _writable(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
     """Only in inference mode may an inference tensor be written, and only without grad a leaf that requires it."""
-    if any(x.is_inference() for x in tensors):
-        return torch.inference_mode()
-    return torch.no_grad() if any(x.requires_grad for x in tensors) else nullcontext()
+    for x in tensors:
+        if x.is_inference():
+            return torch.inference_mode()
+    for x in tensors:
+        if x.requires_grad:
+            return torch.no_grad()
+    return nullcontext()
 
 
 def _batches(x: torch.Tensor) -> list[torch.Tensor]:

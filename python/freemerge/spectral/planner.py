@@ -27,6 +27,7 @@ _OVERSAMPLINGS = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _CACHED_GRID = 1 << 20  # elements of a coarse grid whose FFT runs in cache
 _GRID_SHARE = 0.6  # a coarse grid larger than this share of the matrix is no decimation
 _THIN_PRODUCTS = 512  # multiply-adds per element at most
+_FLAT_ELEMENTS = 1 << 17  # of the matrix that does both axes at once
 _THIN_BLOCK = 1 << 19  # elements of a matrix that one round of products takes
 _PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
 _PACKED_BYTES = 16 << 20  # a smaller spectrum gets memory of its own, which is faster than packing it
@@ -162,7 +163,8 @@ class _Request:
         products = 2 * columns.cells * height * (width + rows.cells)
         if products > _THIN_PRODUCTS * height * width or not self._mirrored(rows, columns):
             return None
-        steps = (3 if height == 1 else 5) * max(1.0 / self.count, height * width / _THIN_BLOCK)
+        steps = 2 if thin_is_flat((height, width), rows, columns) else 5
+        rounds = max(1.0 / self.count, height * width / _THIN_BLOCK)
         plan = replace(
             self.plan,
             form="thin",
@@ -172,7 +174,7 @@ class _Request:
             bytes_moved=self.nbytes * (3 if box.background else 2),
             workspace_bytes=compute_dtype(self.dtype).itemsize * columns.cells * (min(height, 4096) + 2 * rows.cells),
         )
-        return 3 * costs.move * height * width + costs.dense * products + costs.call * steps, plan
+        return 3 * costs.move * height * width + costs.dense * products + costs.call * steps * rounds, plan
 
     def _mirrored(self, rows: Decimation, columns: Decimation) -> bool:
         """Whether M(k, l) = M(k, -l) on the box, so that products of cosines and sines are eigenvectors."""
@@ -248,6 +250,11 @@ def background_gain(column_gains: np.ndarray) -> float:
         return 0.0
     values, counts = np.unique(constant, return_counts=True)
     return float(values[np.argmax(counts)])
+
+
+def thin_is_flat(shape: tuple[int, int], rows: Decimation, columns: Decimation) -> bool:
+    """Whether the bases of both axes make one small matrix, for a product with the matrix as one vector."""
+    return math.prod(shape) * rows.cells * columns.cells <= _FLAT_ELEMENTS
 
 
 def thin_bins(n: int, d: Decimation) -> np.ndarray:

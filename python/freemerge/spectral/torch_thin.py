@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .plan import Decimation, Plan
-from .planner import compute_dtype, thin_bins
+from .planner import compute_dtype, thin_bins, thin_is_flat
 from .torch_products import one_thread
 
 _BLOCK_ELEMENTS = 1 << 19  # of small matrices taken together, or of rows converted to the compute dtype at a time
@@ -28,6 +28,7 @@ class _Tables:
     gain: torch.Tensor  #: (r, q), with the background taken off
     transposed_y: torch.Tensor
     transposed_x: torch.Tensor
+    flat: tuple[torch.Tensor, torch.Tensor] | None  #: both axes' bases in one, (HW, rq) with gains, and (rq, HW)
 
 
 @lru_cache(maxsize=32)
@@ -39,8 +40,15 @@ def _tables(plan: Plan) -> _Tables:
     gain = plan.response.gain(bins_y[:, None], bins_x[None, :], plan.shape) - plan.background
     gain = np.broadcast_to(gain, (bins_y.size, bins_x.size))
     dtype = compute_dtype(plan.dtype)
-    y, x, g = (torch.tensor(np.ascontiguousarray(a), dtype=dtype, device=plan.device) for a in (basis_y, basis_x, gain))
-    return _Tables(y, x, g, y.t().contiguous(), x.t().contiguous())
+
+    def tensor(a: np.ndarray) -> torch.Tensor:
+        return torch.tensor(np.ascontiguousarray(a), dtype=dtype, device=plan.device)
+
+    flat = None
+    if thin_is_flat(plan.matrix, plan.rows, plan.columns):
+        both = np.kron(basis_y, basis_x)
+        flat = tensor((both * gain.reshape(-1, 1)).T), tensor(both)
+    return _Tables(tensor(basis_y), tensor(basis_x), tensor(gain), tensor(basis_y.T), tensor(basis_x.T), flat)
 
 
 def _basis(n: int, d: Decimation) -> tuple[np.ndarray, np.ndarray]:
@@ -63,25 +71,25 @@ def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     group = max(1, _BLOCK_ELEMENTS // (height * width))
     with one_thread(plan.device):
         for batch in batches:
-            dense = batch.stride(1) == width or height == 1
+            count = batch.shape[0]
+            dense = (height == 1 or batch.stride(1) == width) and (count == 1 or batch.stride(0) == height * width)
             if plan.dtype != tables.gain.dtype:
                 for x in batch.unbind(0):
                     _filter_converted(x, tables, keep, scale)
-            elif batch.shape[0] == 1 or not dense or batch.stride(0) != height * width:
+            elif dense and tables.flat is not None:
+                rows, (down, up) = batch.view(count, height * width), tables.flat
+                torch.addmm(rows, torch.mm(rows, down), up, beta=keep, alpha=scale, out=rows)
+            elif dense and count > 1:
+                for start in range(0, count, group):
+                    _filter_batch(batch[start : start + group], tables, keep, scale)
+            else:
                 for x in batch.unbind(0):
                     _filter(x, tables, keep, scale)
-            else:
-                for start in range(0, batch.shape[0], group):
-                    _filter_batch(batch[start : start + group], tables, keep, scale)
 
 
 def _filter(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:
-    lines = torch.mm(x, t.transposed_x)
-    if x.shape[0] == 1:
-        lines.mul_(t.gain)
-    else:
-        lines = torch.mm(t.transposed_y, torch.mm(t.basis_y, lines).mul_(t.gain))
-    torch.addmm(x, lines, t.basis_x, beta=keep, alpha=scale, out=x)
+    spectrum = torch.mm(t.basis_y, torch.mm(x, t.transposed_x)).mul_(t.gain)
+    torch.addmm(x, torch.mm(t.transposed_y, spectrum), t.basis_x, beta=keep, alpha=scale, out=x)
 
 
 def _filter_batch(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:
