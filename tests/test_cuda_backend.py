@@ -315,6 +315,19 @@ def test_selection_is_exact(k: int, by_row: bool) -> None:
     assert torch.equal(got.values, want.values)
 
 
+@pytest.mark.parametrize("k", [100, 9000, 40000])
+def test_zeros_of_every_chunk_are_left_out(k: int) -> None:
+    v = matrix(40000)  # ranked in three chunks
+    v[torch.arange(40000) % 4 > 0] = 0.0
+    v[1::8] = -0.0
+    v[::12] = 2.5  # ties
+    got = select_largest(v, torch.zeros(40000), k, backend="cuda")
+    want = select_largest(v, torch.zeros(40000), k, backend="torch")
+    assert len(want.indices) == min(k, 10000)
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.values, want.values)
+
+
 def test_selection_ranks_nan_above_infinity() -> None:
     v = torch.tensor([1.0, float("inf"), float("nan"), -3.0])
     assert select_largest(v, torch.zeros(4), 2, backend="cuda").indices.tolist() == [1, 2]

@@ -32,7 +32,7 @@ __device__ unsigned key_of(float value) {
 }
 
 // What is known of a row's k-th largest key: its leading digits, and how many entries to take among those
-// that share them. After the last digit, `prefix` is that key itself.
+// that share them. After the last digit, `prefix` is that key itself; none are taken if it is zero.
 struct Threshold {
   unsigned prefix;
   unsigned known;  // bits of the key that `prefix` fixes
@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kSelectThreads) pick_kernel(Job job) {
     const int shift = shift_of(job.digit);
     threshold.prefix |= static_cast<unsigned>(bin) << shift;
     threshold.known |= static_cast<unsigned>(kBins - 1) << shift & 0x7fffffffu;
-    threshold.take = take - before;
+    const bool zero = job.digit == kDigits - 1 && threshold.prefix == 0;
+    threshold.take = zero ? 0 : take - before;
   }
   __syncthreads();
   for (int b = 0; b < kEach; ++b) histogram[top - b] = 0;
@@ -154,10 +155,8 @@ __global__ void __launch_bounds__(kSelectThreads) scan_kernel(Job job) {
       before += total;
       __syncthreads();
     }
-    if (over && threadIdx.x == 0) {
-      const Count ties = threshold.prefix == 0 ? 0 : threshold.take;
-      store(job.selection.counts + job.first_row + row, static_cast<std::int64_t>(before + ties));
-    }
+    if (over && threadIdx.x == 0)
+      store(job.selection.counts + job.first_row + row, static_cast<std::int64_t>(before + threshold.take));
   }
 }
 
@@ -177,7 +176,7 @@ __global__ void __launch_bounds__(kSelectThreads) write_kernel(Job job) {
     const float value = i < chunk.end ? value_at(job, chunk, i) : 0.0f;
     const unsigned key = key_of(value);
     const bool above = i < chunk.end && key > threshold.prefix;
-    const bool equal = i < chunk.end && key == threshold.prefix && key != 0;
+    const bool equal = i < chunk.end && key == threshold.prefix;
     Count above_total = 0;
     Count equal_total = 0;
     const Count a = above_before + block_prefix_sum(Count{above}, scratch, &above_total);
