@@ -1,4 +1,4 @@
-// Included first by every .cu file: CUDA itself or its emulation, and one way to launch a kernel.
+// For every .cu file: CUDA itself or its emulation, and one way to launch a kernel.
 #pragma once
 
 #if defined(FREEMERGE_EMULATION)

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <vector>
@@ -41,9 +42,16 @@ Index smallest_factor(Index n) {
   return n;
 }
 
-// Forward transform of any length: mixed radix, Bluestein where a prime factor is large.
+// Transforms of any length: mixed radix, Bluestein where a prime factor is large.
 class Transform {
  public:
+  static const Transform& of(Index n) {  // the caller holds the mutex
+    static std::map<Index, std::unique_ptr<Transform>> made;
+    std::unique_ptr<Transform>& transform = made[n];
+    if (!transform) transform = std::make_unique<Transform>(n);
+    return *transform;
+  }
+
   explicit Transform(Index n) : n_(n), roots_(static_cast<std::size_t>(n)) {
     for (Index i = 0; i < n; ++i) roots_[at(i)] = std::polar(1.0, -2.0 * kPi * double(i) / double(n));
     Index rest = n;
@@ -83,6 +91,14 @@ class Transform {
     const Index p = smallest_factor(m);
     const Index q = m / p;
     for (Index j = 0; j < p; ++j) recurse(in + j * stride, stride * p, scratch + j * q, out + j * q, q);
+    if (p == 2) {
+      for (Index k = 0; k < q; ++k) {
+        const Complex odd = scratch[q + k] * roots_[at(n_ / m * k)];
+        out[k] = scratch[k] + odd;
+        out[q + k] = scratch[k] - odd;
+      }
+      return;
+    }
     Complex term[kLargestDirectPrime];
     for (Index k = 0; k < q; ++k) {
       for (Index j = 0; j < p; ++j) term[j] = scratch[j * q + k] * roots_[at(n_ / m * j * k)];
@@ -108,11 +124,11 @@ class Transform {
     kernel_.assign(at(padded_), 0.0);
     for (Index i = 0; i < n_; ++i)
       kernel_[at(i)] = kernel_[at((padded_ - i) % padded_)] = std::conj(chirp_[at(i)]);
-    Transform(padded_).run(kernel_, false);
+    Transform::of(padded_).run(kernel_, false);
   }
 
   void bluestein(Signal& x) const {
-    const Transform power_of_two(padded_);
+    const Transform& power_of_two = Transform::of(padded_);
     Signal y(at(padded_));
     for (Index i = 0; i < n_; ++i) y[at(i)] = x[at(i)] * chirp_[at(i)];
     power_of_two.run(y, false);
@@ -218,7 +234,7 @@ void transform_columns(const Plan& plan, Signal& data, bool inverse) {
   const Index columns = plan.type == kC2C ? row_length : row_length / 2 + 1;
   for (std::size_t d = plan.n.size() - 1; d-- > 0;) {
     const Index length = plan.n[d];
-    const Transform transform(length);
+    const Transform& transform = Transform::of(length);
     Signal line(static_cast<std::size_t>(length));
     for (Index outer = 0; outer < total; outer += pitch * length) {
       for (Index inner = 0; inner < pitch; ++inner) {
@@ -236,7 +252,7 @@ void transform_columns(const Plan& plan, Signal& data, bool inverse) {
 
 void transform_rows(const Plan& plan, Signal& data, bool inverse) {
   const auto length = static_cast<std::size_t>(plan.n.back());
-  const Transform transform(plan.n.back());
+  const Transform& transform = Transform::of(plan.n.back());
   Signal line(length);
   for (std::size_t start = 0; start < data.size(); start += length) {
     std::copy_n(data.begin() + static_cast<std::ptrdiff_t>(start), length, line.begin());

@@ -1,4 +1,4 @@
-// What CUDA C++ adds to C++, for kernels compiled as plain C++. Include before any other header of a kernel.
+// What CUDA C++ adds to C++, for kernels compiled as plain C++.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -49,7 +49,6 @@ class Scheduler {
   void run_threads(Worker& worker);
 
   Worker& running() { return *running_; }
-  bool is_running() const { return running_ != nullptr; }
   uint3 block_index() const { return block_index_; }
   void* shared() { return shared_.get(); }
   void wait_for_block();
@@ -57,6 +56,7 @@ class Scheduler {
 
  private:
   void run_block();
+  void resume(Worker* worker);
   void start_remaining_threads(std::vector<Worker*>& idle);
   void release_complete_warps();
   void release_complete_block();
@@ -137,6 +137,12 @@ void Scheduler::exchange(unsigned mask, const void* mine, void* all, std::size_t
   arrive_at_warp(mask);  // nobody writes its next value before everybody has read this one
 }
 
+void Scheduler::resume(Worker* worker) {
+  running_ = worker;
+  running_indices = &worker->indices;
+  worker->fiber.resume();
+}
+
 void Scheduler::start_remaining_threads(std::vector<Worker*>& idle) {
   while (next_ < sequence_.size()) {
     if (idle.empty()) {
@@ -146,8 +152,7 @@ void Scheduler::start_remaining_threads(std::vector<Worker*>& idle) {
     Worker* worker = idle.back();
     idle.pop_back();
     worker->wait = Wait::kNothing;
-    running_ = worker;
-    worker->fiber.resume();
+    resume(worker);
     (worker->thread >= 0 ? live_ : idle).push_back(worker);
   }
 }
@@ -196,8 +201,7 @@ void Scheduler::run_block() {
         continue;
       }
       moved = true;
-      running_ = worker;
-      worker->fiber.resume();
+      resume(worker);
       if (worker->thread >= 0) {
         ++i;
       } else {
@@ -262,7 +266,8 @@ void count(const void* address, std::size_t bytes, std::uint64_t Traffic::* coun
 
 void set_order(Order order) { scheduler().order = order; }
 
-const ThreadIndices& current() { return scheduler().running().indices; }
+const ThreadIndices* running_indices = nullptr;
+bool watching = false;
 
 int lane() { return scheduler().running().thread % kWarp; }
 
@@ -288,6 +293,7 @@ bool run_grid(dim3 grid, dim3 block, std::size_t shared, void (*body)(void*), vo
 void watch(const void* begin, std::size_t bytes) {
   const char* first = static_cast<const char*>(begin);
   ranges().push_back({first, first + bytes, 0, 0});
+  watching = true;
 }
 
 int watched(Traffic* out, int capacity) {
@@ -296,10 +302,13 @@ int watched(Traffic* out, int capacity) {
   return n;
 }
 
-void unwatch_all() { ranges().clear(); }
+void unwatch_all() {
+  ranges().clear();
+  watching = false;
+}
 
-void count_load(const void* address, std::size_t bytes) { count(address, bytes, &Traffic::loaded); }
+void count_watched_load(const void* address, std::size_t bytes) { count(address, bytes, &Traffic::loaded); }
 
-void count_store(const void* address, std::size_t bytes) { count(address, bytes, &Traffic::stored); }
+void count_watched_store(const void* address, std::size_t bytes) { count(address, bytes, &Traffic::stored); }
 
 }  // namespace freemerge::emulation

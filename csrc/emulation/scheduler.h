@@ -23,7 +23,8 @@ struct ThreadIndices {
 };
 
 // For kernels: the running thread.
-const ThreadIndices& current();
+extern const ThreadIndices* running_indices;
+inline const ThreadIndices& current() { return *running_indices; }
 int lane();
 void sync_block();
 // Every lane in `mask` gives `size` <= 16 bytes; all receive the 32 slots (those of absent lanes are stale).
@@ -46,7 +47,16 @@ struct Traffic {
 void watch(const void* begin, std::size_t bytes);  // starts counting in one more range
 int watched(Traffic* ranges, int capacity);        // the counts so far
 void unwatch_all();
-void count_load(const void* address, std::size_t bytes);
-void count_store(const void* address, std::size_t bytes);
+extern bool watching;
+void count_watched_load(const void* address, std::size_t bytes);
+void count_watched_store(const void* address, std::size_t bytes);
+
+inline void count_load(const void* address, std::size_t bytes) {
+  if (watching) count_watched_load(address, bytes);
+}
+
+inline void count_store(const void* address, std::size_t bytes) {
+  if (watching) count_watched_store(address, bytes);
+}
 
 }  // namespace freemerge::emulation
