@@ -10,14 +10,23 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export CUDAARCHS=${CUDAARCHS:-90}
 
-environment() { # a virtual environment that sees the packages of $base
+environment() { # a virtual environment that sees the packages of $base, and a source tree that nobody has built in
+  mkdir "$work/$1-source"
+  tar --exclude=./build --exclude=./.git -cf - . | tar -xf - -C "$work/$1-source"
+  source=$work/$1-source
   "$base" -m venv "$work/$1"
   "$base" -c 'import sys; print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' > "$work/paths"
   cp "$work/paths" "$("$work/$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
   python=$work/$1/bin/python
 }
 
-install() { "$python" -m pip install --quiet --no-build-isolation --no-deps --force-reinstall -v . > "$work/log" 2>&1; }
+install() { # [COMMAND...] to run pip under
+  "$@" "$python" -m pip install --no-build-isolation --no-deps --no-cache-dir -v "$source" > "$work/log" 2>&1
+}
+
+must_install() {
+  install "$@" || { tail -n 60 "$work/log" >&2; exit 1; }
+}
 
 # What the installed package says of its CUDA backend; run outside the source tree.
 reason() { (cd "$work" && "$python" -c 'import freemerge; print(freemerge.backends()["cuda"].reason)'); }
@@ -32,25 +41,26 @@ expect() { # text pattern
 no_nvcc() {
   environment no_nvcc
   nvcc=$(command -v nvcc || true)
+  hidden=
   mkdir "$work/empty"
   : > "$work/nothing"
   for toolkit in /usr/local/cuda /usr/local/cuda-*; do
-    [ -d "$toolkit" ] && hidden="${hidden:-} $(readlink -f "$toolkit")"
+    [ -d "$toolkit" ] && hidden="$hidden $(readlink -f "$toolkit")"
   done
   # In a mount namespace of its own: nothing outside sees it.
-  hidden=${hidden:-} nvcc=$nvcc empty=$work/empty nothing=$work/nothing python=$python log=$work/log \
-    unshare --mount sh -c '
+  export hidden nvcc empty="$work/empty" nothing="$work/nothing"
+  must_install unshare --mount sh -c '
       for toolkit in $hidden; do mount --bind "$empty" "$toolkit"; done
       [ -z "$nvcc" ] || mount --bind "$nothing" "$nvcc"
       unset CUDA_HOME CUDA_PATH CUDACXX
-      "$python" -m pip install --quiet --no-build-isolation --no-deps --force-reinstall -v . > "$log" 2>&1'
+      "$@"' hiding
   expect "$(cat "$work/log")" 'freemerge: building without CUDA'
   expect "$(reason)" 'this freemerge was built without CUDA; install the CUDA toolkit'
 }
 
 nvcc_without_cufft() {
   environment nvcc_without_cufft
-  FREEMERGE_CUDA=ON install
+  FREEMERGE_CUDA=ON must_install
   expect "$(cat "$work/log")" 'freemerge: building with CUDA'
   (cd "$work" && "$python" -c 'import freemerge._cuda')
   case $(reason) in
@@ -63,7 +73,7 @@ nvcc_without_cufft() {
 nvcc_with_cufft() {
   environment nvcc_with_cufft
   "$python" -m pip install --quiet --no-deps nvidia-cufft==12.0.0.61
-  FREEMERGE_CUDA=ON install
+  FREEMERGE_CUDA=ON must_install
   expect "$(cat "$work/log")" 'freemerge: checking the cuFFT declarations against'
   found=$(cd "$work" && "$python" -c '
 from freemerge import _cuda, cuda
@@ -76,7 +86,7 @@ broken_nvcc() {
   mkdir "$work/broken"
   printf '#!/bin/sh\nexit 1\n' > "$work/broken/nvcc"
   chmod +x "$work/broken/nvcc"
-  (unset CUDA_HOME CUDA_PATH CUDACXX; PATH=$work/broken:$PATH install)
+  (unset CUDA_HOME CUDA_PATH CUDACXX; PATH=$work/broken:$PATH must_install)
   expect "$(cat "$work/log")" 'freemerge: building without CUDA'
   expect "$(reason)" 'this freemerge was built without CUDA'
   if (unset CUDA_HOME CUDA_PATH CUDACXX; export FREEMERGE_CUDA=ON; PATH=$work/broken:$PATH install); then

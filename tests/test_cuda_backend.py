@@ -201,6 +201,17 @@ def test_memory_stays_within_what_explain_promised(form: Form, monkeypatch: pyte
         assert taken[0] <= promised
 
 
+@pytest.mark.parametrize("shape", [(96, 130), (60, 25600), (400, 3001), (1, 65537), (2048, 2048)], ids=str)
+def test_no_number_of_matrices_needs_more_than_promised(shape: tuple[int, int]) -> None:
+    x = torch.empty(shape)
+    for response in (HIGH_PASS, fm.Butterworth(0.3)):
+        for plan in plans(x, response):
+            promised = emulated.backend().workspace_bytes(plan)
+            native = emulated.backend()._prepared(plan, emulated.runtime().stream(x.device)).native
+            needed = [native.workspace(count, 0, 0) for count in (*range(1, 20), 63, 64, 65, 127, 200)]
+            assert max(needed) <= promised, f"{needed}\n{plan}"
+
+
 def test_explain_promises_the_general_form_a_spectrum_and_panels() -> None:
     panels = (16 + 8 + 8) << 20  # batches of small spectra, a stage of lines, cuFFT's work area
     for shape in [(96, 130), (2048, 2048)]:

@@ -41,6 +41,7 @@ class Arena {
   }
 
   std::size_t used() const { return used_; }
+  void* rest() const { return memory_ ? memory_ + used_ : nullptr; }
 
  private:
   char* memory_;
@@ -64,25 +65,47 @@ Matrices slice(const FilterJob& job, std::size_t begin, std::int64_t count) {
   return matrices;
 }
 
-// The largest batch up to `wanted` whose work area is within bounds: long prime lengths need much more than
-// their data.
-std::int64_t fft_batch(FftKey key, std::int64_t wanted, cudaStream_t stream) {
-  key.batch = wanted;
-  while (key.batch > 1 && cached_fft(key, stream).work_bytes() > heuristics::kWorkBytes) key.batch /= 2;
-  return key.batch;
+using FftKeys = std::vector<FftKey>;
+
+// The work area that these transforms can share, at some batch size.
+std::size_t fft_work(const FftKeys& keys, std::int64_t batch, cudaStream_t stream) {
+  std::size_t most = 0;
+  for (FftKey key : keys) {
+    key.batch = batch;
+    most = std::max(most, cached_fft(key, stream).work_bytes());
+  }
+  return most;
+}
+
+// No batch that in_batches() makes needs more: long prime lengths want many times their data, and cuFFT does
+// not promise that fewer transforms want less.
+std::size_t fft_work_bound(const FftKeys& keys, cudaStream_t stream) {
+  return std::max(heuristics::kWorkBytes, fft_work(keys, 1, stream));
+}
+
+// Visits [0, total) in batches of at most `step`, smaller where the work area would pass its bound.
+template <typename Visit>
+void in_batches(const FftKeys& keys, std::int64_t total, std::int64_t step, cudaStream_t stream,
+                Visit visit) {
+  for (std::int64_t begin = 0; begin < total;) {
+    std::int64_t count = std::min(step, total - begin);
+    while (count > 1 && fft_work(keys, count, stream) > heuristics::kWorkBytes) count /= 2;
+    visit(begin, count);
+    begin += count;
+  }
 }
 
 // y = background * x + z, z being the coarse grid's correction, interpolated.
 class Decimated {
  public:
-  Decimated(const FilterJob& job, cudaStream_t stream)
-      : job_(job), stream_(stream), device_(current_device()), width_(job.plan.mask.width) {
+  Decimated(const FilterJob& job, std::int64_t count, cudaStream_t stream)
+      : job_(job), count_(count), stream_(stream), device_(current_device()), width_(job.plan.mask.width) {
     const std::int64_t extra = padded_taps(job.rows.taps) - 1;
     pitch_ = 2 * (job.columns.cells / 2 + 1);
     const std::int64_t coarse_bytes = 4 * job.rows.cells * pitch_;
     const std::int64_t row_bytes = 4 * width_;
     group_ = fit(heuristics::kBatchBytes, std::max(coarse_bytes, (job.rows.cells + extra) * row_bytes), 1,
-                 std::min<std::int64_t>(kMatricesPerLaunch, limit()));
+                 std::min<std::int64_t>(kMatricesPerLaunch, count));
     const std::int64_t rows = std::min(job.rows.cells, kMaxPanelRows);
     panel_cells_ = fit(heuristics::kPanelBytes, group_ * row_bytes,
                        std::min(rows, heuristics::kMinCellsPerBlock + extra), rows + extra) -
@@ -91,49 +114,50 @@ class Decimated {
     panel_rows_ = panel_cells_ + extra;
   }
 
-  // Of a whole group, and of what is left over after the last one: cuFFT may want more for a smaller batch.
-  std::size_t workspace() {
+  std::size_t buffer_bytes() {
+    Arena arena(nullptr);
+    place(arena);
+    return arena.used();
+  }
+
+  std::size_t work_bytes() const {
     std::size_t most = 0;
-    const std::int64_t rest = static_cast<std::int64_t>(job_.matrices.size()) % group_;
-    for (const std::int64_t count : {group_, rest == 0 ? group_ : rest}) {
-      Arena arena(nullptr);
-      place(arena, count);
-      most = std::max(most, arena.used());
-    }
+    in_groups(
+        [&](std::int64_t, std::int64_t count) { most = std::max(most, fft_work(keys(), count, stream_)); });
     return most;
   }
 
+  std::size_t work_bound() const { return fft_work_bound(keys(), stream_); }
+
   void run(void* workspace) {
-    for (std::size_t begin = 0; begin < job_.matrices.size(); begin += static_cast<std::size_t>(group_)) {
-      Arena arena(workspace);
-      const auto left = static_cast<std::int64_t>(job_.matrices.size() - begin);
-      const std::int64_t count = std::min(group_, left);
-      place(arena, count);
-      run_group(slice(job_, begin, count));
-    }
+    Arena arena(workspace);
+    place(arena);
+    in_groups([&](std::int64_t begin, std::int64_t count) { run_group(slice(job_, begin, count)); });
   }
 
  private:
-  std::int64_t limit() const {
-    return job_.matrices.empty() ? kMatricesPerLaunch : static_cast<std::int64_t>(job_.matrices.size());
-  }
-
   FftKey key(cufft::Type type, std::int64_t batch) const {
     return {device_, type, job_.rows.cells, job_.columns.cells, batch};
   }
 
-  void place(Arena& arena, std::int64_t count) {
-    grids_ = {arena.take<float>(count * job_.rows.cells * pitch_), job_.rows.cells, job_.columns.cells,
-              pitch_, static_cast<int>(count)};
-    panel_ = arena.take<float>(count * panel_rows_ * width_);
-    centers_ = arena.take<float>(count);
-    const std::size_t work = std::max(cached_fft(key(cufft::kR2C, count), stream_).work_bytes(),
-                                      cached_fft(key(cufft::kC2R, count), stream_).work_bytes());
-    work_ = arena.take<char>(static_cast<std::int64_t>(work));
+  FftKeys keys() const { return {key(cufft::kR2C, 1), key(cufft::kC2R, 1)}; }
+
+  template <typename Visit>
+  void in_groups(Visit visit) const {
+    in_batches(keys(), count_, group_, stream_, visit);
+  }
+
+  void place(Arena& arena) {
+    grids_ = {arena.take<float>(group_ * job_.rows.cells * pitch_), job_.rows.cells, job_.columns.cells,
+              pitch_, static_cast<int>(group_)};
+    panel_ = arena.take<float>(group_ * panel_rows_ * width_);
+    centers_ = arena.take<float>(group_);
+    work_ = arena.rest();
   }
 
   void run_group(const Matrices& matrices) {
     const Plan& plan = job_.plan;
+    grids_.count = matrices.count;
     sample_mean({matrices, plan.mask.height, width_, centers_}, stream_);
     for (std::int64_t cell = 0; cell < job_.rows.cells; cell += panel_cells_) {
       const std::int64_t cells = std::min(panel_cells_, job_.rows.cells - cell);
@@ -155,6 +179,7 @@ class Decimated {
   }
 
   const FilterJob& job_;
+  std::int64_t count_;  // matrices
   cudaStream_t stream_;
   int device_;
   std::int64_t width_;
@@ -165,79 +190,87 @@ class Decimated {
   CoarseGrids grids_{};
   float* panel_ = nullptr;
   float* centers_ = nullptr;
-  char* work_ = nullptr;
+  void* work_ = nullptr;
 };
 
 // y = background * x + z, z being what the mask makes of some columns of the spectrum; all of them in the
 // full form.
 class Columns {
  public:
-  Columns(const FilterJob& job, cudaStream_t stream)
-      : job_(job), stream_(stream), device_(current_device()), transposed_(job.plan.transposed) {
+  Columns(const FilterJob& job, std::int64_t count, cudaStream_t stream)
+      : job_(job),
+        count_(count),
+        stream_(stream),
+        device_(current_device()),
+        transposed_(job.plan.transposed) {
     const Mask& mask = job.plan.mask;
     length_ = transposed_ ? mask.height : mask.width;
     lines_ = transposed_ ? mask.width : mask.height;
     pitch_ = 2 * (length_ / 2 + 1);
-    const std::int64_t limit =
-        job.matrices.empty() ? kMatricesPerLaunch : static_cast<std::int64_t>(job.matrices.size());
     group_ = fit(heuristics::kBatchBytes, 8 * job.column_count * lines_, 1,
-                 std::min<std::int64_t>(kMatricesPerLaunch, limit));
+                 std::min<std::int64_t>(kMatricesPerLaunch, count));
     stage_lines_ = fit(heuristics::kPanelBytes, 4 * pitch_, 1, group_ * lines_);
-    stage_lines_ = std::min(fft_batch(key(cufft::kR2C, length_, 1), stage_lines_, stream),
-                            fft_batch(key(cufft::kC2R, length_, 1), stage_lines_, stream));
     panel_columns_ = fit(heuristics::kPanelBytes, 8 * lines_, 1, group_ * job.column_count);
-    if (lines_ > 1) panel_columns_ = fft_batch(key(cufft::kC2C, lines_, 1), panel_columns_, stream);
   }
 
-  // Of a whole group, and of what is left over after the last one: cuFFT may want more for a smaller batch.
-  std::size_t workspace() {
+  std::size_t buffer_bytes() {
+    Arena arena(nullptr);
+    place(arena);
+    return arena.used();
+  }
+
+  std::size_t work_bytes() const {
     std::size_t most = 0;
-    const std::int64_t rest = static_cast<std::int64_t>(job_.matrices.size()) % group_;
-    for (const std::int64_t count : {group_, rest == 0 ? group_ : rest}) {
-      Arena arena(nullptr);
-      place(arena, count);
-      most = std::max(most, arena.used());
-    }
+    in_groups([&](std::int64_t, std::int64_t count) {
+      in_stages(count, [&](std::int64_t, std::int64_t batch) {
+        most = std::max(most, fft_work(line_keys(), batch, stream_));
+      });
+      in_panels(count, [&](std::int64_t, std::int64_t batch) {
+        most = std::max(most, fft_work(column_keys(), batch, stream_));
+      });
+    });
     return most;
   }
 
+  std::size_t work_bound() const {
+    return std::max(fft_work_bound(line_keys(), stream_), fft_work_bound(column_keys(), stream_));
+  }
+
   void run(void* workspace) {
-    for (std::size_t begin = 0; begin < job_.matrices.size(); begin += static_cast<std::size_t>(group_)) {
-      Arena arena(workspace);
-      const auto left = static_cast<std::int64_t>(job_.matrices.size() - begin);
-      const std::int64_t count = std::min(group_, left);
-      place(arena, count);
-      run_group(slice(job_, begin, count));
-    }
+    Arena arena(workspace);
+    place(arena);
+    in_groups([&](std::int64_t begin, std::int64_t count) { run_group(slice(job_, begin, count)); });
   }
 
  private:
-  FftKey key(cufft::Type type, std::int64_t length, std::int64_t batch) const {
-    return {device_, type, 0, length, batch};
+  FftKey key(cufft::Type type, std::int64_t length) const { return {device_, type, 0, length, 1}; }
+
+  FftKeys line_keys() const { return {key(cufft::kR2C, length_), key(cufft::kC2R, length_)}; }
+
+  FftKeys column_keys() const {  // a column of one entry is its own spectrum
+    return lines_ > 1 ? FftKeys{key(cufft::kC2C, lines_)} : FftKeys{};
   }
 
-  // Visits [0, total) in steps, the last one shorter.
   template <typename Visit>
-  static void in_steps(std::int64_t total, std::int64_t step, Visit visit) {
-    for (std::int64_t begin = 0; begin < total; begin += step) visit(begin, std::min(step, total - begin));
+  void in_groups(Visit visit) const {
+    in_batches({}, count_, group_, stream_, visit);
   }
 
-  void place(Arena& arena, std::int64_t count) {
-    spectrum_ = {arena.take<float2>(count * job_.column_count * lines_), job_.bins, job_.place,
+  template <typename Visit>
+  void in_stages(std::int64_t matrices, Visit visit) const {
+    in_batches(line_keys(), matrices * lines_, stage_lines_, stream_, visit);
+  }
+
+  template <typename Visit>
+  void in_panels(std::int64_t matrices, Visit visit) const {
+    in_batches(column_keys(), matrices * job_.column_count, panel_columns_, stream_, visit);
+  }
+
+  void place(Arena& arena) {
+    spectrum_ = {arena.take<float2>(group_ * job_.column_count * lines_), job_.bins, job_.place,
                  job_.column_count};
-    const std::int64_t most = std::min(stage_lines_, count * lines_);
-    stage_ = {arena.take<float>(most * pitch_), length_, pitch_, lines_, 0, 0};
-    std::size_t work = 0;
-    in_steps(count * lines_, stage_lines_, [&](std::int64_t, std::int64_t batch) {
-      for (const cufft::Type type : {cufft::kR2C, cufft::kC2R})
-        work = std::max(work, cached_fft(key(type, length_, batch), stream_).work_bytes());
-    });
-    if (lines_ > 1) {
-      in_steps(count * job_.column_count, panel_columns_, [&](std::int64_t, std::int64_t batch) {
-        work = std::max(work, cached_fft(key(cufft::kC2C, lines_, batch), stream_).work_bytes());
-      });
-    }
-    work_ = arena.take<char>(static_cast<std::int64_t>(work));
+    stage_ = {arena.take<float>(stage_lines_ * pitch_), length_, pitch_, lines_, 0, 0};
+    work_ = arena.rest();
   }
 
   Stage stage(std::int64_t begin, std::int64_t count) const {
@@ -247,41 +280,37 @@ class Columns {
     return part;
   }
 
-  void transform_lines(cufft::Type type, std::int64_t count) {
-    cached_fft(key(type, length_, count), stream_).execute(stage_.data, work_, stream_);
+  void transform(FftKey key, std::int64_t batch, void* data, int direction = cufft::kForward) {
+    key.batch = batch;
+    cached_fft(key, stream_).execute(data, work_, stream_, direction);
   }
 
   void filter_columns(std::int64_t begin, std::int64_t count) {
     const Plan& plan = job_.plan;
     float2* columns = spectrum_.data + begin * lines_;
-    const auto transform = [&](int direction) {
-      if (lines_ == 1) return;  // its own spectrum
-      cached_fft(key(cufft::kC2C, lines_, count), stream_).execute(columns, work_, stream_, direction);
-    };
-    transform(cufft::kForward);
+    for (const FftKey& key : column_keys()) transform(key, count, columns);
     column_mask({spectrum_, lines_, begin, count, plan.mask, transposed_, plan.background, job_.scale},
                 stream_);
-    transform(cufft::kInverse);
+    for (const FftKey& key : column_keys()) transform(key, count, columns, cufft::kInverse);
   }
 
   void run_group(const Matrices& matrices) {
-    const std::int64_t lines = matrices.count * lines_;
-    in_steps(lines, stage_lines_, [&](std::int64_t begin, std::int64_t count) {
+    in_stages(matrices.count, [&](std::int64_t begin, std::int64_t count) {
       pack({matrices, transposed_, stage(begin, count), 1.0f}, stream_);
-      transform_lines(cufft::kR2C, count);
+      transform(key(cufft::kR2C, length_), count, stage_.data);
       gather({stage(begin, count), spectrum_}, stream_);
     });
-    in_steps(matrices.count * job_.column_count, panel_columns_,
-             [&](std::int64_t begin, std::int64_t count) { filter_columns(begin, count); });
+    in_panels(matrices.count, [&](std::int64_t begin, std::int64_t count) { filter_columns(begin, count); });
     const auto gain = static_cast<float>(job_.scale * job_.plan.background);
-    in_steps(lines, stage_lines_, [&](std::int64_t begin, std::int64_t count) {
+    in_stages(matrices.count, [&](std::int64_t begin, std::int64_t count) {
       scatter({stage(begin, count), spectrum_}, stream_);
-      transform_lines(cufft::kC2R, count);
+      transform(key(cufft::kC2R, length_), count, stage_.data);
       unpack({matrices, transposed_, stage(begin, count), gain}, stream_);
     });
   }
 
   const FilterJob& job_;
+  std::int64_t count_;  // matrices
   cudaStream_t stream_;
   int device_;
   bool transposed_;
@@ -293,7 +322,7 @@ class Columns {
   std::int64_t panel_columns_;  // columns at a time
   Spectrum spectrum_{};
   Stage stage_{};
-  char* work_ = nullptr;
+  void* work_ = nullptr;
 };
 
 void check_job(const FilterJob& job) {
@@ -314,28 +343,43 @@ void check_job(const FilterJob& job) {
           "the columns must be some of the half spectrum's");
 }
 
+// Calls visit(executor) with what runs the plan on `count` matrices.
 template <typename Visit>
-decltype(auto) with_executor(const FilterJob& job, cudaStream_t stream, Visit visit) {
-  check_job(job);
+decltype(auto) with_executor(const FilterJob& job, std::int64_t count, cudaStream_t stream, Visit visit) {
   if (job.plan.form == Form::kDecimated) {
-    Decimated executor(job, stream);
+    Decimated executor(job, count, stream);
     return visit(executor);
   }
-  Columns executor(job, stream);
+  Columns executor(job, count, stream);
   return visit(executor);
+}
+
+std::size_t bytes_for(const FilterJob& job, cudaStream_t stream) {
+  return with_executor(job, static_cast<std::int64_t>(job.matrices.size()), stream,
+                       [](auto& executor) { return executor.buffer_bytes() + executor.work_bytes(); });
+}
+
+// Fewer matrices may need more: panels fill their budget differently.
+std::size_t bytes_for_any_number(const FilterJob& job, cudaStream_t stream) {
+  std::size_t most = 0;
+  for (std::int64_t count = 1; count <= kMatricesPerLaunch; ++count) {
+    most = std::max(most, with_executor(job, count, stream, [](auto& e) { return e.buffer_bytes(); }));
+  }
+  return most + with_executor(job, 1, stream, [](auto& executor) { return executor.work_bound(); });
 }
 
 }  // namespace
 
 std::size_t filter_workspace(const FilterJob& job, cudaStream_t stream) {
-  return with_executor(job, stream, [](auto& executor) { return executor.workspace(); });
+  check_job(job);
+  return job.matrices.empty() ? bytes_for_any_number(job, stream) : bytes_for(job, stream);
 }
 
 void filter(const FilterJob& job, void* workspace, std::size_t workspace_bytes, cudaStream_t stream) {
-  with_executor(job, stream, [&](auto& executor) {
-    require(executor.workspace() <= workspace_bytes, "the workspace is too small");
-    executor.run(workspace);
-  });
+  check_job(job);
+  require(bytes_for(job, stream) <= workspace_bytes, "the workspace is too small");
+  with_executor(job, static_cast<std::int64_t>(job.matrices.size()), stream,
+                [&](auto& executor) { executor.run(workspace); });
 }
 
 }  // namespace freemerge::cuda
