@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import emulated
 import freemerge as fm
 from freemerge import cuda
 from freemerge.accumulate import abs_means, add_round, task_vector_sum
+from freemerge.checkpoint import TensorSpec
 from freemerge.errors import ArgumentError, BackendError, CudaError
 from freemerge.experts.selection import select_largest
 from freemerge.experts.sparse import SparseVector, apply_
@@ -22,8 +25,10 @@ from freemerge.spectral import dispatch
 from freemerge.spectral.cuda_backend import CudaBackend
 from freemerge.spectral.plan import Form, Plan
 from freemerge.spectral.planner import candidates
+from freemerge.spectral.torch_backend import TorchBackend
 from freemerge.spectral.traffic import traffic
-from reference import reference_filter
+from freemerge.task_vector import plan_units
+from reference import reference_filter, reference_merge
 
 HIGH_PASS = fm.HighPass(0.05)
 RESPONSES = [
@@ -359,9 +364,101 @@ def test_sparse_updates_are_undone_bit_for_bit(dtype: torch.dtype, index_dtype: 
         assert torch.equal(weights, before)
 
 
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def models_of(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    shapes = {"a.weight": (48, 64), "b.weight": (70, 30), "norm.weight": (24,)}
+    base = {name: matrix(*shape, dtype=dtype) for name, shape in shapes.items()}
+    models = [
+        {name: (x.double() + 0.1 * matrix(*x.shape, seed=seed)).to(dtype) for name, x in base.items()}
+        for seed in (1, 2, 3)
+    ]
+    return base, models
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merge_does_all_its_arithmetic_on_the_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = emulated.module(), Counter[str]()
+    for name in ("accumulate", "add_round"):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *values, name=name, kernel=kernel: calls.update([name]) or kernel(*values)
+        )
+    base, models = models_of(dtype)
+    recipe = fm.Recipe(response=HIGH_PASS, renormalize=None)
+    merged = fm.merge(base, models, recipe, backend="cuda")
+    specs = {name: TensorSpec(name, tuple(x.shape), x.dtype) for name, x in base.items()}
+    want = reference_merge(base, models, recipe, plan_units(specs, recipe.select, recipe.views))
+    for name, x in merged.items():
+        assert x.dtype == dtype
+        assert relative_error(x, want[name], base[name]) < TOLERANCE[dtype]
+    assert calls["accumulate"] >= len(base)
+    assert calls["add_round"] == len(base)
+
+
+def test_a_merge_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = emulated.module()
+    monkeypatch.setattr(cuda, "RUNTIME", cuda.Runtime(module, "cpu"))
+    module.set_device_count_error(100)  # cudaErrorNoDevice
+    try:
+        with pytest.raises(BackendError, match="no usable GPU or driver: cudaGetDeviceCount failed: cudaErrorNoDevice"):
+            fm.merge(*models_of(torch.float32), backend="cuda")
+    finally:
+        module.set_device_count_error(0)
+
+
+def test_float64_is_refused_with_the_reason_and_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"backend cuda has no kernels for torch\.float64"):
+        fm.merge(*models_of(torch.float64), backend="cuda")
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, TorchBackend()))
+    dispatch._choose.cache_clear()
+    plan = fm.explain((64, 48), HIGH_PASS, dtype=torch.float64)
+    assert plan.backend == "torch"
+    assert "backend cuda has no kernels for torch.float64" in plan.reason
+
+
+def test_a_cpu_tensor_starts_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Untouchable(ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise AssertionError(f"{name} was asked for")
+
+    on_gpu = CudaBackend(cuda.Runtime(Untouchable("_cuda"), "cuda"))
+    monkeypatch.setattr(dispatch, "BACKENDS", (on_gpu, TorchBackend()))
+    dispatch._choose.cache_clear()
+    assert "backend cuda does not run on device cpu" in fm.explain((64, 48), HIGH_PASS).reason
+
+
 def test_forcing_the_backend_on_what_it_does_not_take() -> None:
     with pytest.raises(ArgumentError, match="float32, bfloat16 or float16"):
         task_vector_sum(matrix(4).double(), [matrix(4)], [1.0], backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_reads_every_model_once_and_writes_once(dtype: torch.dtype) -> None:
+    n, module = 5001, emulated.module()
+    base, models, out = matrix(n, dtype=dtype), [matrix(n, dtype=dtype, seed=i) for i in (1, 2, 3)], torch.empty(n)
+    for tensor in (base, *models, out):
+        module.watch(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    task_vector_sum(base, models, [0.2, 0.3, 0.5], out=out, backend="cuda")
+    stored = n * dtype.itemsize
+    assert module.watched() == [(stored, 0)] * 4 + [(0, 4 * n)]
+    module.unwatch_all()
+    module.watch(base.data_ptr(), stored)
+    module.watch(out.data_ptr(), 4 * n)
+    add_round(base, out, 0.7, dtype, out=base, backend="cuda")
+    assert module.watched() == [(stored, stored), (4 * n, 0)]
+    module.unwatch_all()
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    x, elsewhere = matrix(8), torch.empty(8, device="meta")
+    with pytest.raises(ArgumentError, match="out must be"):
+        task_vector_sum(x, [x], [1.0], out=elsewhere)
+    with pytest.raises(ArgumentError, match="out must be"):
+        add_round(x, x, 1.0, torch.float32, out=elsewhere)
+    with pytest.raises(ArgumentError, match="update must be on the device of the weights"):
+        apply_(x, SparseVector(torch.empty(1, dtype=torch.int64, device="meta"), torch.ones(1)), 1.0)
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------

@@ -116,6 +116,18 @@ def test_more_than_two_to_the_31_entries() -> None:
     assert abs(float(x[-1].float().mean())) < 0.01 + 0.1 * abs(float(mean))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_merge_runs_on_the_gpu_and_returns_to_the_base(device: str) -> None:
+    base = {"a.weight": matrix(300, 512, dtype=torch.bfloat16).to(device), "b.bias": matrix(40).to(device)}
+    models = [{name: x + 0.01 * (i + 1) for name, x in base.items()} for i in range(3)]
+    merged = fm.merge(base, models, backend="cuda")
+    on_cpu = [{name: x.cpu() for name, x in state.items()} for state in (base, *models)]
+    want = fm.merge(on_cpu[0], on_cpu[1:], backend="torch")
+    for name, x in merged.items():
+        assert x.device.type == device
+        assert torch.allclose(x.cpu().float(), want[name].float(), rtol=8e-3, atol=1e-6)
+
+
 def test_sums_selection_and_sparse_updates_are_those_of_torch() -> None:
     base, models = matrix(1000, 1001, dtype=torch.bfloat16), [matrix(1000, 1001, seed=i) for i in (1, 2, 3)]
     total, means = task_vector_sum(base, models, [0.2, 0.3, 0.5], backend="cuda")

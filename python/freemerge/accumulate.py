@@ -60,8 +60,8 @@ def add_round(
     _check_shapes(base, [("delta", delta)])
     if out is None:
         out = torch.empty(base.shape, dtype=dtype, device=base.device)
-    elif out.shape != base.shape or out.dtype != dtype or not out.is_contiguous():
-        raise ArgumentError(f"out must be a contiguous {dtype} tensor of shape {tuple(base.shape)}")
+    else:
+        _check_out(out, base, dtype)
     codes = [dtype_code(out, "dtype"), dtype_code(base, "base"), dtype_code(delta, "delta")]
     if cuda.RUNTIME.runs(backend, (base, delta, out)):
         base, delta, stream = base.contiguous(), delta.contiguous(), cuda.RUNTIME.stream(base.device)
@@ -96,8 +96,8 @@ def _square_sum(tensor: torch.Tensor, backend: str) -> float:
     if runs_native(backend, (tensor,)):
         tensor = tensor.contiguous()
         return _core.square_sum(tensor.data_ptr(), code, tensor.numel(), torch.get_num_threads())
-    sums = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for _, chunk in enumerate_chunks(tensor.reshape(-1))]
-    return math.fsum(float(total) ** 2 for total in sums)
+    norms = [torch.linalg.vector_norm(chunk, dtype=torch.float64) for _, chunk in enumerate_chunks(tensor.reshape(-1))]
+    return math.fsum(torch.stack(norms).square().tolist()) if norms else 0.0  # waits for a device once
 
 
 def enumerate_chunks(flat: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
@@ -119,8 +119,8 @@ def _sum_and_means(
     compute = _compute_dtype([base, *models])
     if out is None:
         out = torch.empty(base.shape if weights is not None else (0,), dtype=compute, device=base.device)
-    elif out.shape != base.shape or out.dtype != compute or not out.is_contiguous():
-        raise ArgumentError(f"out must be a contiguous {compute} tensor of shape {tuple(base.shape)}")
+    else:
+        _check_out(out, base, compute)
     if cuda.RUNTIME.runs(backend, (base, *models)) and base.numel():
         return out, _sum_on_device(base.contiguous(), [model.contiguous() for model in models], codes, weights, out)
     if runs_native(backend, (base, *models)):
@@ -163,6 +163,11 @@ def _sum_on_device(
 
 def _compute_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _check_out(out: torch.Tensor, base: torch.Tensor, dtype: torch.dtype) -> None:
+    if out.shape != base.shape or out.dtype != dtype or out.device != base.device or not out.is_contiguous():
+        raise ArgumentError(f"out must be a contiguous {dtype} tensor of shape {tuple(base.shape)} on {base.device}")
 
 
 def _check_shapes(base: torch.Tensor, others: Sequence[tuple[str, torch.Tensor]]) -> None:

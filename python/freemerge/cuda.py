@@ -52,6 +52,11 @@ class Runtime:
         """Whether the kernels can run on this machine."""
         return not self.state[0]
 
+    def require(self) -> None:
+        """Raise :class:`BackendError`, which says why, if the kernels cannot run on this machine."""
+        if not self.available:
+            raise BackendError(f"backend cuda is not available: {self.state[0]}")
+
     def runs(self, backend: str, tensors: Iterable[torch.Tensor]) -> bool:
         """Whether device kernels run: always for "cuda", on device tensors of their dtypes for "auto".
 
@@ -63,8 +68,7 @@ class Runtime:
         fit = all(tensor.device.type == self.device_type and tensor.dtype in DTYPES for tensor in tensors)
         if backend == "auto":
             return fit and self.available
-        if not self.available:
-            raise BackendError(f"backend cuda is not available: {self.state[0]}")
+        self.require()
         if not fit:
             raise ArgumentError("backend 'cuda' needs float32, bfloat16 or float16 tensors on a GPU")
         return True
@@ -74,7 +78,9 @@ class Runtime:
         if self.device_type != "cuda":
             return Stream(0, 0, False)
         index = torch.cuda.current_device() if device.index is None else device.index
-        return Stream(index, torch.cuda.current_stream(index).cuda_stream, torch.cuda.is_current_stream_capturing())
+        with torch.cuda.device(index):
+            capturing = torch.cuda.is_current_stream_capturing()
+        return Stream(index, torch.cuda.current_stream(index).cuda_stream, capturing)
 
     def _unavailable(self, details: dict[str, str]) -> str:
         try:

@@ -49,11 +49,16 @@ class Inspection:
 
 
 def decide(
-    unit: Unit, specs: Mapping[str, TensorSpec], response: Response, dtype: torch.dtype, backend: str
+    unit: Unit,
+    specs: Mapping[str, TensorSpec],
+    response: Response,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
 ) -> Iterator[Decision]:
-    """The decisions about the members of one unit, which is filtered in arithmetic of ``dtype``."""
+    """The decisions about the members of one unit, which is filtered on ``device`` in arithmetic of ``dtype``."""
     shapes = _filtered_shapes(unit, specs) if unit.action == "filter" else ()
-    plan = explain(shapes[0], response, dtype=dtype, backend=backend) if shapes else None
+    plan = explain(shapes[0], response, dtype=dtype, device=device, backend=backend) if shapes else None
     for name in unit.names:
         spec = specs[name]
         yield Decision(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import cuda
 from .accumulate import abs_means, add_round, norm, task_vector_sum
 from .checkpoint import MERGEABLE, Checkpoint, TensorSpec
 from .checkpoint.compare import check_finite, compare
@@ -39,6 +40,8 @@ class Merger:
     def __init__(self, base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe, backend: str = "auto") -> None:
         check_backend(backend)
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
+        if backend == "cuda":
+            cuda.RUNTIME.require()
 
         def takes_part(name: str) -> bool:
             return not taken_from_base(base.tied.get(name, name), recipe.select)
@@ -74,7 +77,8 @@ class Merger:
         decisions: list[Decision] = []
         for unit in self.units:
             dtype = self._compute_dtype(unit.names[0])
-            decisions += decide(unit, self.specs, self.recipe.response, dtype, self.backend)
+            device = self._device(unit.names[0])
+            decisions += decide(unit, self.specs, self.recipe.response, dtype, device, self.backend)
         passes = 2 if self.needs_statistics_pass else 1
         read = passes * sum(self.read_bytes(unit) for unit in self.units)
         written = sum(self.out_spec(name).nbytes for name in self.written)
@@ -104,10 +108,10 @@ class Merger:
             return
         for name, delta in zip(unit.names, self._combined(unit), strict=True):
             spec = self.out_spec(name)
-            merged = add_round(self.base.read(name), delta, self.scale, spec.dtype)
+            merged = add_round(self.base.read(name).to(delta.device), delta, self.scale, spec.dtype)
             # Finite inputs can still leave the range of float16, or of anything at a large scale.
             check_finite(name, merged, f"merged model at scale {self.scale:g} in {spec.dtype_name}")
-            yield name, merged
+            yield name, merged.to(self.base.device(name))
 
     # Statistics
 
@@ -141,7 +145,7 @@ class Merger:
         base = self.base.read(name)
         if must_agree:
             for model in self.models:
-                require_equal(name, base, model.read(name), model.label)
+                require_equal(name, base, model.read(name).to(base.device), model.label)
         spec = self.out_spec(name)
         copied = base.to(spec.dtype, copy=True, memory_format=torch.contiguous_format)
         if copied.dtype != base.dtype and int(copied.isinf().sum()) != int(base.isinf().sum()):
@@ -234,11 +238,19 @@ class Merger:
         stored = [source.specs[name].dtype for source in (self.base, *self.models) if name in source.specs]
         return torch.float64 if torch.float64 in stored else DTYPES[self.recipe.compute_dtype]
 
+    def _device(self, name: str) -> torch.device:
+        """Where a tensor is merged: where the base holds it, unless a GPU is asked for."""
+        device = self.base.device(name)
+        if self.backend == "cuda" and device.type != cuda.RUNTIME.device_type:
+            return torch.device(cuda.RUNTIME.device_type)
+        return device
+
     def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        base = self.base.read(name)
+        device = self._device(name)
+        base = self.base.read(name).to(device)
         if self._compute_dtype(name) == torch.float64:
             base = base.double()  # arithmetic follows the widest input
-        return base, [model.read(name) for model in self.models]
+        return base, [model.read(name).to(device) for model in self.models]
 
     def _checked(self, name: str, means: list[float]) -> list[float]:
         """A non-finite mean |theta_i - theta_0| betrays a non-finite value; find out whose it is."""

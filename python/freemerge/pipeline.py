@@ -48,11 +48,13 @@ def merge(
         models: K >= 1 of the same, with the base's tensor names and shapes, or directories of LoRA or IA3 adapters
             that PEFT trained on the base.
         recipe: how to merge; the default is FR-Merging with settings that suit most models, see :class:`Recipe`.
-        backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`).
+        backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`). With "cuda" each
+            tensor is merged on the GPU wherever it is read from; otherwise it is merged where the base holds it.
 
     Returns:
         A new state dict with the base's names, shapes and (unless ``recipe.out_dtype``) dtypes. Inputs are not
-        modified and no returned tensor shares memory with them; names tied in the base are tied in the result.
+        modified and no returned tensor shares memory with them; names tied in the base are tied in the result. Tensors
+        are on the base's device.
 
     Raises:
         ArgumentError, CheckpointError: a bad recipe, mismatched or non-finite inputs; the message names the tensor.

@@ -77,6 +77,10 @@ class Checkpoint(ABC):
             raise ArgumentError(f"{name} has shape {shape}: there are no rows {start}:{stop}")
         return self.read(name)[start:stop]
 
+    def device(self, name: str) -> torch.device:
+        """Where :meth:`read` returns a tensor: files are read on the CPU."""
+        return torch.device("cpu")
+
     def origin(self, name: str) -> str:
         """Where a tensor comes from, for messages: its file, or the label of a source in memory."""
         return self.label
@@ -106,6 +110,9 @@ class _InMemory(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         return self._state[name]
+
+    def device(self, name: str) -> torch.device:
+        return self._state[name].device
 
     def close(self) -> None:
         self._state = {}

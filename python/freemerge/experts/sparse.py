@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import _core, cuda
+from ..errors import ArgumentError
 from ..native import dtype_code, runs_native
 
 
@@ -65,6 +66,8 @@ def apply_(
     dtype of the weights. Arithmetic is float32 (float64 for float64 weights), rounded once to the weights' dtype.
     """
     memory = flat_memory(weights)
+    if any(tensor.device != memory.device for tensor in (update.indices, update.values)):
+        raise ArgumentError(f"update must be on the device of the weights, {memory.device}")
     indices = memory_indices(weights, update.indices)
     saved = torch.empty(indices.numel(), dtype=memory.dtype, device=memory.device)
     code = dtype_code(memory, "weights")

@@ -137,8 +137,7 @@ class CudaBackend:
     # --- executing a plan -----------------------------------------------------------------------------------------
 
     def _prepared(self, plan: Plan, stream: Stream) -> _Prepared:
-        if not self._runtime.available:
-            raise BackendError(f"backend cuda is not available: {self._runtime.state[0]}")
+        self._runtime.require()
         key = (
             plan.form, plan.shape, plan.dtype, plan.device, plan.response, plan.background, plan.transposed, plan.rows,
             plan.columns,

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ArgumentError, BackendError
 from ..responses import Response
-from .backend import Backend, BackendInfo
+from .backend import Backend, BackendInfo, Traits
 from .cpu_backend import CpuBackend
 from .cuda_backend import CudaBackend
 from .plan import Plan
@@ -64,7 +64,17 @@ def _choose(
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):
             continue
-        plan, refusal = _first_supported(candidate, response, shape, count, dtype, device)
+        traits = candidate.traits(device)
+        # To ask whether a backend can run may start a GPU's driver: not for a tensor that it could not take anyway.
+        if traits is not None or backend != "auto":
+            info = candidate.info()
+            if not info.available:
+                refusals.append(f"backend {candidate.name} is not available: {info.reason}")
+                continue
+        if traits is None:
+            refusals.append(f"backend {candidate.name} does not run on device {device}")
+            continue
+        plan, refusal = _first_supported(candidate, traits, response, shape, count, dtype, device)
         if plan is not None:
             return candidate, plan.because(refusals)
         refusals.append(f"backend {candidate.name} {refusal}")
@@ -73,18 +83,13 @@ def _choose(
 
 def _first_supported(
     backend: Backend,
+    traits: Traits,
     response: Response,
     shape: tuple[int, ...],
     count: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Plan | None, str]:
-    info = backend.info()
-    if not info.available:
-        return None, f"is not available: {info.reason}"
-    traits = backend.traits(device)
-    if traits is None:
-        return None, f"does not run on device {device}"
     if dtype not in traits.dtypes:
         return None, f"has no kernels for {dtype}"
     refusals: list[str] = []
