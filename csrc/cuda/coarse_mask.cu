@@ -20,9 +20,10 @@ __global__ void __launch_bounds__(kThreads) coarse_mask_kernel(CoarseMask a) {
   if (inside) {
     const std::int64_t y = wrap(dy + (a.rows.nyquist ? a.mask.height / 2 : 0), a.mask.height);
     const std::int64_t x = dx + (a.columns.nyquist ? a.mask.width / 2 : 0);
+    const double gain = gain_at(a.mask, y, x);  // before the rest: little must survive its calls in registers
     const double window = load(a.rows.transform + distance_y) * load(a.columns.transform + dx);
     const double size = static_cast<double>(a.mask.height) * static_cast<double>(a.mask.width);
-    factor = static_cast<float>(a.scale * (gain_at(a.mask, y, x) - a.background) / (size * window * window));
+    factor = static_cast<float>(a.scale * (gain - a.background) / (size * window * window));
   }
   for (int i = 0; i < a.grids.count; ++i) {
     float2* value = reinterpret_cast<float2*>(a.grids.data + (i * a.grids.rows + row) * a.grids.pitch) + dx;
