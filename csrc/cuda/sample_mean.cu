@@ -7,21 +7,22 @@ namespace freemerge::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kSampleRows = 16;
-constexpr std::int64_t kSampleColumns = 64;
+constexpr int kSampleRows = 16;
+constexpr int kSampleColumns = 64;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) sample_mean_kernel(SampleMean a) {
   double* scratch = shared_memory<double>();
   const T* matrix = static_cast<const T*>(a.matrices.data[blockIdx.x]);
-  const std::int64_t rows = a.height < kSampleRows ? a.height : kSampleRows;
-  const std::int64_t columns = a.width < kSampleColumns ? a.width : kSampleColumns;
+  const int rows = a.height < kSampleRows ? static_cast<int>(a.height) : kSampleRows;
+  const int columns = a.width < kSampleColumns ? static_cast<int>(a.width) : kSampleColumns;
+  const std::int64_t row_step = a.height / rows * a.matrices.row_stride[blockIdx.x];
+  const std::int64_t column_step = a.width / columns;
   double sum = 0.0;
   double squares = 0.0;
-  for (std::int64_t i = threadIdx.x; i < rows * columns; i += kThreads) {
-    const std::int64_t y = i / columns * (a.height / rows);
-    const std::int64_t x = i % columns * (a.width / columns);
-    const double value = static_cast<double>(widen(load(matrix + y * a.matrices.row_stride[blockIdx.x] + x)));
+  for (int i = static_cast<int>(threadIdx.x); i < rows * columns; i += kThreads) {
+    const double value =
+        static_cast<double>(widen(load(matrix + i / columns * row_step + i % columns * column_step)));
     sum += value;
     squares += value * value;
   }
