@@ -1,5 +1,6 @@
 #include "cuda/column_mask.cuh"
 #include "cuda/kernel.cuh"
+#include "cuda/launch_math.h"
 #include "cuda/mask_gain.cuh"
 
 namespace freemerge::cuda {
@@ -10,9 +11,9 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads) column_mask_kernel(ColumnMask a) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= a.columns * a.lines) return;
-  const std::int64_t flat = a.column_first + i / a.lines;
-  const std::int64_t across = load(a.spectrum.bins + flat % a.spectrum.column_count);
-  const std::int64_t along = i % a.lines;
+  const auto [column, along] = split(i, a.lines);
+  const Split place = split(a.column_first + column, a.spectrum.column_count);
+  const std::int64_t across = load(a.spectrum.bins + place.remainder);
   const double gain = a.transposed ? gain_at(a.mask, across, along) : gain_at(a.mask, along, across);
   const double size = static_cast<double>(a.mask.height) * static_cast<double>(a.mask.width);
   const auto factor = static_cast<float>(a.scale * (gain - a.background) / size);

@@ -207,6 +207,8 @@ class Columns {
     length_ = transposed_ ? mask.height : mask.width;
     lines_ = transposed_ ? mask.width : mask.height;
     pitch_ = 2 * (length_ / 2 + 1);
+    // Kernels split the numbers of lines and columns of several matrices, or of a panel, in 32 bits.
+    static_assert(heuristics::kBatchBytes >> 32 == 0 && heuristics::kPanelBytes >> 32 == 0);
     group_ = fit(heuristics::kBatchBytes, 8 * job.column_count * lines_, 1,
                  std::min<std::int64_t>(kMatricesPerLaunch, count));
     stage_lines_ = fit(heuristics::kPanelBytes, 4 * pitch_, 1, group_ * lines_);

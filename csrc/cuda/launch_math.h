@@ -17,4 +17,16 @@ FM_HOST_DEVICE inline std::int64_t wrap(std::int64_t i, std::int64_t n) {
   return i;
 }
 
+struct Split {
+  std::int64_t quotient;
+  std::int64_t remainder;
+};
+
+// i = quotient * n + remainder, for an i that is less than n or fits 32 bits: see above.
+FM_HOST_DEVICE inline Split split(std::int64_t i, std::int64_t n) {
+  if (i < n) return {0, i};
+  const auto quotient = static_cast<std::uint32_t>(i) / static_cast<std::uint32_t>(n);
+  return {quotient, i - quotient * n};
+}
+
 }  // namespace freemerge::cuda

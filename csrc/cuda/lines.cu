@@ -18,9 +18,8 @@ struct Tile {
 };
 
 __device__ Tile tile_of_block(std::int64_t columns) {
-  const std::int64_t across = ceil_div(columns, kTile);
-  const auto block = static_cast<std::int64_t>(blockIdx.x);
-  return {block / across * kTile, block % across * kTile};
+  const Split tile = split(blockIdx.x, ceil_div(columns, kTile));
+  return {tile.quotient * kTile, tile.remainder * kTile};
 }
 
 unsigned tile_count(std::int64_t lines, std::int64_t columns) {
@@ -43,10 +42,8 @@ __device__ void for_each(const Tile& tile, std::int64_t lines, std::int64_t colu
 
 template <typename T>
 __device__ T* matrix_entry(const LineCopy& a, std::int64_t line, std::int64_t sample) {
-  const std::int64_t flat = a.stage.line_begin + line;
-  const std::int64_t matrix = flat / a.stage.lines;
+  const auto [matrix, within] = split(a.stage.line_begin + line, a.stage.lines);
   const std::int64_t stride = a.matrices.row_stride[matrix];
-  const std::int64_t within = flat % a.stage.lines;
   return static_cast<T*>(a.matrices.data[matrix]) +
          (a.transposed ? sample * stride + within : within * stride + sample);
 }
@@ -85,9 +82,8 @@ __global__ void __launch_bounds__(kTile* kWarps) unpack_kernel(LineCopy a) {
 }
 
 __device__ float2* spectrum_entry(const SpectrumCopy& a, std::int64_t line, std::int64_t column) {
-  const std::int64_t flat = a.stage.line_begin + line;
-  const std::int64_t matrix = flat / a.stage.lines;
-  return a.spectrum.data + (matrix * a.spectrum.column_count + column) * a.stage.lines + flat % a.stage.lines;
+  const auto [matrix, within] = split(a.stage.line_begin + line, a.stage.lines);
+  return a.spectrum.data + (matrix * a.spectrum.column_count + column) * a.stage.lines + within;
 }
 
 __device__ float2* stage_bin(const Stage& stage, std::int64_t line, std::int64_t bin) {
