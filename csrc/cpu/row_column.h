@@ -21,7 +21,8 @@ void filter_full(const Plan& plan, const Matrices& matrices, double scale, int t
 
 // The same result where many columns of the mask (rows, if plan.transposed) are equal to plan.background
 // throughout: X becomes scale * (background * X + Re IFFT2((M - background) * FFT2(X))). Only the other
-// columns are transformed both ways; they take 8 bytes per bin of extra memory.
+// columns are transformed both ways; they take 8 bytes per bin of extra memory. Throws
+// std::invalid_argument unless at least one column is.
 void filter_pruned(const Plan& plan, const Matrices& matrices, double scale, int threads,
                    const Kernels& kernels);
 

@@ -86,17 +86,18 @@ class CpuBackend:
 def _native_plan(plan: Plan) -> tuple[_core.Plan, np.ndarray | None]:
     """The plan as the kernels take it, and the mask's table, whose memory it points to."""
     height, width = plan.matrix
-    table = None
+    table, background = None, plan.background
     if not has_closed_form(plan.response):
         table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
         mask = _core.Mask(kind=_TABLE, height=height, width=width, table=table.ctypes.data)
+        background = float(np.float32(background))  # as the table has it
     else:
         mask = _core.Mask(**asdict(plan.response.params(plan.shape)))
     native = _core.Plan(
         form=_FORM_CODES[plan.form],
         mask=mask,
         transposed=plan.transposed,
-        background=plan.background,
+        background=background,
         rows=_native_decimation(plan.rows),
         columns=_native_decimation(plan.columns),
     )
