@@ -228,8 +228,10 @@ void filter_full(const Plan& plan, const Matrices& matrices, double scale, int t
   check(plan, matrices, threads);
   visit_dtype(matrices.dtype, [&](auto tag) {
     using Storage = typename decltype(tag)::type;
-    constexpr bool in_place = std::is_same_v<Storage, ArithmeticOf<Storage>>;
-    filter_all(RowColumnFilter<Storage>(plan.mask, false, 0.0, scale, in_place, matrices.row_stride, kernels),
+    constexpr bool fits = std::is_same_v<Storage, ArithmeticOf<Storage>>;
+    require(!plan.packed || (fits && !plan.transposed), "packed goes with float32 or float64 rows");
+    filter_all(RowColumnFilter<Storage>(plan.mask, plan.transposed, 0.0, scale, plan.packed,
+                                        matrices.row_stride, kernels),
                matrices, threads);
   });
 }

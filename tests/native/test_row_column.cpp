@@ -98,7 +98,7 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   const std::vector<double> gains = constant_gains(plan.mask, plan.transposed);
   const bool pruned = !gains.empty() && random.integer(0, 2) > 0;
   plan.form = pruned ? Form::kPruned : Form::kFull;
-  plan.transposed &= pruned;
+  plan.packed = !pruned && !plan.transposed && sizeof(Storage) >= 4 && random.integer(0, 1) == 0;
   if (pruned) {
     plan.background =
         gains[static_cast<std::size_t>(random.integer(0, static_cast<std::int64_t>(gains.size()) - 1))];
@@ -108,7 +108,10 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   const std::string label = name + " " + std::to_string(height) + "x" + std::to_string(width) + " stride " +
                             std::to_string(stride) + " mask " +
                             std::to_string(static_cast<int>(plan.mask.kind)) +
-                            (pruned ? plan.transposed ? " pruned transposed" : " pruned" : " full");
+                            (pruned        ? " pruned"
+                             : plan.packed ? " packed"
+                                           : " full") +
+                            (plan.transposed ? " transposed" : "");
 
   // Each matrix is allocated to the element, so that a sanitizer sees any access outside.
   const auto size = static_cast<std::size_t>((height - 1) * stride + width);
@@ -166,6 +169,7 @@ void test_determinism(const Kernels& kernels) {
   Random random(7);
   Plan plan;
   plan.form = Form::kFull;
+  plan.packed = true;
   plan.mask.height = 150;
   plan.mask.width = 203;
   plan.mask.edge0 = 40;

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from ..errors import ArgumentError, BackendError
-from ..responses import Response
+from ..responses import Response, matrix_shape
 from .backend import Backend, BackendInfo
 from .cpu_backend import CpuBackend
 from .cuda_backend import CudaBackend
@@ -63,6 +63,9 @@ def _choose(
     refusals: list[str] = []
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):
+            continue
+        if backend == "auto" and candidate.name == "cpu" and matrix_shape(shape)[0] == 1:
+            refusals.append("backend cpu is slow on a single row, which fills one SIMD lane of its transforms")
             continue
         plan, refusal = _first_supported(candidate, response, shape, count, dtype, device)
         if plan is not None:
