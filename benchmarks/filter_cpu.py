@@ -343,7 +343,7 @@ def main(out: Path) -> None:
             print(
                 f"{shape[0]:6}x{shape[1]:<6}{row['response']:17}{row['dtype']:9} {row['threads']} {row['form']:10}"
                 f"{row['ms']:9.2f} ms  torch x{row['ratio']:<6.1f}floor x{row['floor_ratio']:<6.2f}"
-                f"error {row.get('error', math.nan):.1e}  extra {row['extra_mb']:.1f} MB ({row['extra_percent']:.1f} %)",
+                f"error {row.get('error', math.nan):.1e}  extra {row['extra_mb']:.1f} MB, {row['extra_percent']:.1f} %",
                 flush=True,
             )
     shorter = [
