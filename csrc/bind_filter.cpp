@@ -57,10 +57,10 @@ Mask make_mask(int kind, std::int64_t height, std::int64_t width, double unit_y,
           reinterpret_cast<const float*>(table)};
 }
 
-Plan make_plan(int form, const Mask& mask, bool transposed, double background, const Decimation& rows,
-               const Decimation& columns) {
+Plan make_plan(int form, const Mask& mask, bool transposed, bool packed, double background,
+               const Decimation& rows, const Decimation& columns) {
   require(form >= 0 && form <= static_cast<int>(Form::kFull), "form must be between 0 and 3");
-  return {static_cast<Form>(form), mask, transposed, background, rows, columns};
+  return {static_cast<Form>(form), mask, transposed, packed, background, rows, columns};
 }
 
 }  // namespace
@@ -82,8 +82,9 @@ void bind_filter(py::module_& m) {
            }),
            py::kw_only(), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist") = false);
   py::class_<Plan>(m, "Plan").def(py::init(&make_plan), py::kw_only(), py::arg("form"), py::arg("mask"),
-                                  py::arg("transposed") = false, py::arg("background") = 0.0,
-                                  py::arg("rows") = Decimation{}, py::arg("columns") = Decimation{});
+                                  py::arg("transposed") = false, py::arg("packed") = false,
+                                  py::arg("background") = 0.0, py::arg("rows") = Decimation{},
+                                  py::arg("columns") = Decimation{});
   m.def("filter", &filter, py::call_guard<py::gil_scoped_release>(), py::arg("pointers"), py::arg("dtype"),
         py::arg("plan"), py::arg("row_stride"), py::arg("scale"), py::arg("threads"),
         py::arg("isa") = py::none());

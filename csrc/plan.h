@@ -27,7 +27,9 @@ struct Decimation {
 struct Plan {
   Form form = Form::kScale;
   Mask mask;
-  bool transposed = false;  // kPruned: treat columns as rows (column classes are taken along the other axis)
+  // kPruned, kFull: treat columns as rows (column classes are taken along the other axis)
+  bool transposed = false;
+  bool packed = false;  // kFull: the spectrum is kept in the matrix's own memory; not with transposed
   double background =
       0.0;  // gain outside the box (kDecimated) or of the constant columns (kPruned), or everywhere (kScale)
   Decimation rows;     // along H

@@ -131,34 +131,44 @@ void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lan
 template <typename T>
 std::optional<double> MaskColumns<T>::constant(std::int64_t column) const {
   const auto index = static_cast<std::size_t>(column);
+  if (rows() == 1) return gain(column, 0);
   switch (mask_.kind) {
     case MaskKind::kSteps: {
       const std::int32_t inner = inner_[index], outer = std::max(inner, outer_[index]);
-      std::vector<double> gains;
-      if (inner > 0) gains.push_back(mask_.gain0);
-      if (outer > inner) gains.push_back(mask_.gain1);
-      if (rows() > outer) gains.push_back(mask_.gain2);
-      const bool equal = std::all_of(gains.begin(), gains.end(), [&](double g) { return g == gains[0]; });
+      double gains[3] = {};
+      int zones = 0;
+      if (inner > 0) gains[zones++] = mask_.gain0;
+      if (outer > inner) gains[zones++] = mask_.gain1;
+      if (rows() > outer) gains[zones++] = mask_.gain2;
+      const bool equal = std::all_of(gains, gains + zones, [&](double g) { return g == gains[0]; });
       return equal ? std::optional<double>(gains[0]) : std::nullopt;
     }
     case MaskKind::kOfficial: {
-      const auto empty = [&](const OfficialSteps& s) {
-        return s.disc[index] == 0 && s.ring_begin[index] == s.ring_end[index];
-      };
-      const auto full = [&](const OfficialSteps& s) {
-        return s.disc[index] > signals_ / 2 && s.ring_begin[index] == s.ring_end[index];
-      };
-      if (empty(own_) && empty(mirror_)) return 0.0;
-      if (full(own_) && full(mirror_)) return 1.0;
-      return std::nullopt;
+      double sum = 0;
+      for (const OfficialSteps* steps : {&own_, &mirror_}) {
+        const bool full = steps->disc[index] > signals_ / 2;
+        if (steps->ring_begin[index] != steps->ring_end[index]) return std::nullopt;
+        if (!full && steps->disc[index] != 0) return std::nullopt;
+        sum += full ? 1.0 : 0.0;
+      }
+      return sum / 2;
     }
     case MaskKind::kCenter:
       if ((mask_.axis == 1) != transposed_) return column == 0 ? 0.0 : 1.0;
       return std::nullopt;
+    case MaskKind::kTable: {
+      const double first = gain(column, 0);
+      for (std::int64_t row = 1; row < rows(); ++row) {
+        if (gain(column, row) != first) return std::nullopt;
+      }
+      return first;
+    }
     case MaskKind::kButterworth:
-    case MaskKind::kGaussian:
-    case MaskKind::kTable:
-      break;
+    case MaskKind::kGaussian: {  // both rise along the column, until rounding can tell them from 1 no more
+      const double least = gain(column, 0);
+      if (least < 1 - 1e-12 || gain(column, rows() - 1) != least) return std::nullopt;
+      return least;
+    }
   }
   return std::nullopt;
 }

@@ -1,5 +1,7 @@
 #include "cpu/row_column.h"
 
+#include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "cpu/buffer.h"
@@ -32,6 +34,13 @@ class RowColumnFilter {
         first_(shared_fft<T>(mask_.length())),
         second_(shared_fft<T>(mask_.signals())) {
     keep_columns();
+  }
+
+  // Whether some column's gain is the background throughout, but for the rounding of a gain.
+  bool prunes() const {
+    return std::any_of(constants_.begin(), constants_.end(), [&](const std::optional<double>& gain) {
+      return gain && std::abs(*gain - background_) <= 1e-6;
+    });
   }
 
   // Blocks of the longest loop over one matrix.
@@ -81,7 +90,10 @@ class RowColumnFilter {
   // Keeps the columns that differ from the background somewhere; the edge goes last.
   void keep_columns() {
     const std::int64_t length = mask_.length();
-    const auto needed = [&](std::int64_t column) { return mask_.constant(column) != background_; };
+    for (std::int64_t column = 0; column <= length / 2; ++column) {
+      constants_.push_back(mask_.constant(column));
+    }
+    const auto needed = [&](std::int64_t column) { return constant(column) != background_; };
     const auto keep = [&](std::int64_t column, std::int64_t low, std::int64_t high) {
       columns_.push_back(static_cast<std::int32_t>(column));
       low_.push_back(static_cast<std::int32_t>(low));
@@ -109,22 +121,26 @@ class RowColumnFilter {
     spectrum_.tiled = !in_place_ || row_stride_ == length;
   }
 
+  // The gain of a column if it is one number.
+  std::optional<double> constant(std::int64_t column) const {
+    return constants_[static_cast<std::size_t>(column)];
+  }
+
   // The gain of all columns of a block if it is one number.
-  std::optional<double> constant(std::int64_t block) const {
+  std::optional<double> block_constant(std::int64_t block) const {
     const std::int64_t begin = block * spectrum_.lanes, end = begin + spectrum_.columns_in(block);
-    const std::optional<double> gain = mask_.constant(columns_[static_cast<std::size_t>(begin)]);
+    const std::optional<double> gain = constant(columns_[static_cast<std::size_t>(begin)]);
     for (std::int64_t i = begin + 1; i < end; ++i) {
-      if (mask_.constant(columns_[static_cast<std::size_t>(i)]) != gain) return std::nullopt;
+      if (constant(columns_[static_cast<std::size_t>(i)]) != gain) return std::nullopt;
     }
-    if (spectrum_.edge && nyquist_ && end == spectrum_.columns &&
-        mask_.constant(mask_.length() / 2) != gain) {
+    if (spectrum_.edge && nyquist_ && end == spectrum_.columns && constant(mask_.length() / 2) != gain) {
       return std::nullopt;
     }
     return gain;
   }
 
   void filter_block(const Spectrum<T>& spectrum, std::int64_t block, const Scratch& scratch) const {
-    if (const std::optional<double> gain = constant(block)) {
+    if (const std::optional<double> gain = block_constant(block)) {
       const T correction = static_cast<T>(*gain - background_);
       if (correction != T{1}) transforms_.scale_block(spectrum, block, correction);
       return;
@@ -165,6 +181,7 @@ class RowColumnFilter {
   const bool in_place_;
   const std::int64_t row_stride_;
   const std::shared_ptr<const Fft<T>> first_, second_;
+  std::vector<std::optional<double>> constants_;  // of every column
   std::vector<std::int32_t> columns_, low_, high_;
   bool dc_ = false, nyquist_ = false;
   Spectrum<T> spectrum_{};
@@ -211,8 +228,10 @@ void filter_full(const Plan& plan, const Matrices& matrices, double scale, int t
   check(plan, matrices, threads);
   visit_dtype(matrices.dtype, [&](auto tag) {
     using Storage = typename decltype(tag)::type;
-    constexpr bool in_place = std::is_same_v<Storage, ArithmeticOf<Storage>>;
-    filter_all(RowColumnFilter<Storage>(plan.mask, false, 0.0, scale, in_place, matrices.row_stride, kernels),
+    constexpr bool fits = std::is_same_v<Storage, ArithmeticOf<Storage>>;
+    require(!plan.packed || (fits && !plan.transposed), "packed goes with float32 or float64 rows");
+    filter_all(RowColumnFilter<Storage>(plan.mask, plan.transposed, 0.0, scale, plan.packed,
+                                        matrices.row_stride, kernels),
                matrices, threads);
   });
 }
@@ -222,9 +241,11 @@ void filter_pruned(const Plan& plan, const Matrices& matrices, double scale, int
   check(plan, matrices, threads);
   visit_dtype(matrices.dtype, [&](auto tag) {
     using Storage = typename decltype(tag)::type;
-    filter_all(RowColumnFilter<Storage>(plan.mask, plan.transposed, plan.background, scale, false,
-                                        matrices.row_stride, kernels),
-               matrices, threads);
+    const RowColumnFilter<Storage> filter(plan.mask, plan.transposed, plan.background, scale, false,
+                                          matrices.row_stride, kernels);
+    // Corrections to some other number would cancel most of background * X, and with it digits of the result.
+    require(filter.prunes(), "background must be the gain of a whole column of the mask");
+    filter_all(filter, matrices, threads);
   });
 }
 

@@ -100,6 +100,7 @@ class Plan:
         form: int,
         mask: Mask,
         transposed: bool = False,
+        packed: bool = False,
         background: float = 0.0,
         rows: Decimation = ...,
         columns: Decimation = ...,

@@ -24,6 +24,8 @@ class Costs:
     row_fft: float  #: one element and one factor of two of a real FFT along contiguous rows
     column_fft: float  #: one complex element and one factor of two of an FFT down columns, mask included
     coarse_fft: float  #: one element and one factor of two of the real 2-D FFT of a coarse grid
+    spectrum: float = 0.0  #: keep one real number of a spectrum from the row FFTs to their inverses
+    transposed: float = 1.5  #: factor of row_fft where it runs down the columns
     call: float = 0.0  #: fixed cost of a form with many small steps
 
 
@@ -39,7 +41,7 @@ class Traits:
     cells_multiple: int = 1  #: coarse sizes are this times 2^a 3^b 5^c
     extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
     transposes: bool = False  #: has the transposed variants of pruned and full
-    packs: bool = False  #: full keeps the spectrum in the matrix's own memory (fp32, fp64)
+    packs: int | None = None  #: full keeps a spectrum of more bytes in the matrix's own memory (fp32, fp64)
     streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
     centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
     workspace: Callable[[Plan], int] | None = None  #: exact bytes for a plan, instead of the planner's estimate

@@ -30,7 +30,7 @@ _THIN_PRODUCTS = 512  # multiply-adds per element at most
 _FLAT_ELEMENTS = 1 << 17  # of the matrix that does both axes at once
 _THIN_BLOCK = 1 << 19  # elements of a matrix that one round of products takes
 _PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
-_PACKED_BYTES = 16 << 20  # a smaller spectrum gets memory of its own, which is faster than packing it
+_SMALL_BYTES = 16 << 20  # a spectrum that may always have memory of its own
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -219,22 +219,26 @@ class _Request:
         background = background_gain(gains)
         varying = int(np.count_nonzero(gains != background))
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
-        base = 2 * costs.row_fft * height * width * _fft_factor(width) * (1.5 if transpose else 1.0)
+        base = 2 * costs.row_fft * height * width * _fft_factor(width) * (costs.transposed if transpose else 1.0)
         steps = 5 if height == 1 else 8  # on a small matrix
         down = 2 * costs.column_fft * _fft_factor(height)
         size = dtype.itemsize * height * (width + 2)
         pruned_size = 2 * dtype.itemsize * height * varying
         blocks = dtype.itemsize * (3 * width + 6 * height) * 16
-        packed = traits.packs and self.dtype == dtype and size > _PACKED_BYTES
+        packs = traits.packs is not None and self.dtype == dtype
+        packed = packs and not transpose and size > (traits.packs or 0)
         common = replace(self.plan, background=background, transposed=transpose)
-        if "pruned" in traits.forms and varying < gains.size and (not packed or pruned_size <= _PRUNED_SHARE * size):
+        large = packs and size > _SMALL_BYTES
+        if "pruned" in traits.forms and varying < gains.size and (not large or pruned_size <= _PRUNED_SHARE * size):
             cost = 3 * costs.move * height * width + base + down * height * varying + steps * costs.call
+            cost += 2 * costs.spectrum * height * varying
             work = pruned_size + blocks
             yield cost, replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
-        if "full" in traits.forms:
-            moves = 6 if packed else 2
+        if "full" in traits.forms and not (large and transpose):
+            moves = 6 if packed and large else 2
             transformed = gains.size if traits.streams else int(np.count_nonzero(np.isnan(gains)))
             cost = moves * costs.move * height * width + base + down * height * transformed
+            cost += 2 * costs.spectrum * height * int(np.count_nonzero(gains))  # NaN, a gain that varies, counts
             cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together
             work = blocks if packed else size + blocks
             yield (
