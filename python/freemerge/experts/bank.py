@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, CheckpointError
 from .deltas import forward_deltas
 from .expert import Expert
-from .sparse import SparseVector, apply_, weighted_sum
+from .sparse import SparseVector, Update, apply_, weighted_sum
 
 Combine = Literal["add", "replace"]
 
@@ -86,13 +86,15 @@ class ExpertBank(Mapping[str, Expert]):
             raise ArgumentError(f"combine must be 'add' or 'replace', got {combine!r}")
         if combine == "replace" and self._base is None:
             raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
-        with self._lock, ExitStack() as undo:
+        with self._lock:
+            updates = []
             for name in self._touched(weights):
                 tensor = self._tensor(name)
-                update, scale = self._update(name, tensor, weights)
-                origin = self._origin(name, tensor, update, weights) if combine == "replace" else None
-                undo.callback(apply_(tensor, update, scale, origin=origin).restore)
-            yield
+                entries, scale = self._update(name, tensor, weights)
+                origin = self._origin(name, tensor, entries, weights) if combine == "replace" else None
+                updates.append(Update(tensor, entries, scale, origin))
+            with apply_(updates):
+                yield
 
     @contextmanager
     def deltas(self, experts: Sequence[str | Mapping[str, float] | None]) -> Iterator[None]:
