@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class ExpertBank(Mapping[str, Expert]):
         for task, weight in weights.items():
             if task not in self._experts:
                 raise ArgumentError(f"experts: no expert {task!r}; the bank has {', '.join(map(repr, self._experts))}")
-            if not torch.isfinite(torch.tensor(weight)):
+            if not math.isfinite(weight):
                 raise ArgumentError(f"experts: the weight of {task!r} must be finite, got {weight}")
         return {task: weight for task, weight in weights.items() if weight != 0}
 
@@ -164,20 +165,28 @@ class ExpertBank(Mapping[str, Expert]):
         return cached
 
     def _tensor(self, name: str) -> Tensor:
-        """The model's tensor as it is now: a module may have been moved or converted since."""
-        if isinstance(self._model, nn.Module):
-            owner, _, attribute = name.rpartition(".")
-            found = getattr(self._model.get_submodule(owner), attribute)
-            assert isinstance(found, Tensor)
-            return found
-        return self._model[name]
+        """The model's tensor as it is now: a module may have been moved or converted since. KeyError if it has none.
+
+        Only what a module holds counts: what it computes, as a parametrized weight, cannot be changed in place.
+        """
+        if not isinstance(self._model, nn.Module):
+            return self._model[name]
+        place, _, attribute = name.rpartition(".")
+        try:
+            owner = self._model.get_submodule(place)
+        except AttributeError:
+            raise KeyError(name) from None
+        for held in (owner._parameters.get(attribute), owner._buffers.get(attribute)):
+            if held is not None:
+                return held
+        raise KeyError(name)
 
     def _check(self, task: str, expert: Expert) -> None:
         memory: dict[int, str] = {}
         for name, kept in expert.tensors.items():
             try:
                 tensor = self._tensor(name)
-            except (AttributeError, KeyError, AssertionError):
+            except KeyError:
                 raise ArgumentError(f"experts: {task!r} has an entry {name!r}, which the model lacks") from None
             if tuple(tensor.shape) != kept.shape:
                 raise ArgumentError(
