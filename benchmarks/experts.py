@@ -1,9 +1,9 @@
 """Speed of everything an expert goes through: accumulate, select, code, switch. Each answer is checked, then timed.
 
-    python benchmarks/experts.py benchmarks/results/experts.json
+    python benchmarks/experts.py benchmarks/results/experts.json [THREADS...]
 
-Times are the least process CPU time of several runs, in milliseconds, on the number of threads given; with more than
-one thread they are wall time.
+Times are the least process CPU time of several runs, in milliseconds, on one thread, or on each of the numbers of
+threads given; with more than one they are wall time, for a machine that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def switched_lines(expert: fx.Expert, dtype: torch.dtype) -> int:
     return sum(torch.unique_consecutive(tensor.indices // per_line).numel() for tensor in expert.tensors.values())
 
 
-def main(out: str) -> None:
+def main(out: str, *threads: str) -> None:
     rows: list[Row] = []
 
     def record(row: Row, **about: object) -> None:
@@ -202,8 +202,8 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     for values in coding.VALUE_CODINGS:
         record(codec(values), shape=(4096, 11008))
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    for number in threads or ("1",):
+        torch.set_num_threads(int(number))
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             for shape in ((768, 768), (4096, 11008)):
@@ -225,4 +225,4 @@ def cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
