@@ -1,9 +1,9 @@
 """Speed of everything an expert goes through: accumulate, select, code, switch. Each answer is checked, then timed.
 
-    python benchmarks/experts.py benchmarks/results/experts.json
+    python benchmarks/experts.py benchmarks/results/experts.json [THREADS...]
 
-Times are the least process CPU time of several runs, in milliseconds, on the number of threads given; with more than
-one thread they are wall time.
+Times are the least process CPU time of several runs, in milliseconds, on one thread, or on each of the numbers of
+threads given; with more than one they are wall time, for a machine that has nothing else to do.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from freemerge.experts.selection import select_largest
 from freemerge.native import DTYPE_CODES
 
 Row = dict[str, Any]
+CACHE_LINE = 64  # bytes
 
 
 def best(work: Callable[[], object], repeats: int = 7) -> float:
@@ -97,7 +98,8 @@ def selection(shape: tuple[int, int], dtype: torch.dtype, density: float = 0.01)
 def codec(values: coding.ValueCoding, density: float = 0.01) -> Row:
     shape = (4096, 11008)
     base, model = torch.zeros(shape), torch.randn(shape)
-    tensor = fx.extract_experts({"w": base}, {"t": {"w": model}}, density=density, values=values)["t"].tensors["w"]
+    expert = fx.extract_experts({"w": base}, {"t": {"w": model}}, density=density, values=values)["t"]
+    tensor = expert.tensors["w"]
     count = tensor.indices.numel()
     positions, raw = coding.encode_positions(tensor.indices), coding.values_to_bytes(tensor.coded)
     assert torch.equal(coding.decode_positions(positions, count, tensor.numel), tensor.indices)
@@ -111,7 +113,10 @@ def codec(values: coding.ValueCoding, density: float = 0.01) -> Row:
         indices = coding.decode_positions(positions, count, tensor.numel)
         coding.values_from_bytes(values, raw, indices, shape[1])
 
-    encoding, decoding = best(encode), best(decode)
+    encoding, decoding = best(encode, 20), best(decode, 20)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "expert.safetensors"
+        saving, loading = best(lambda: expert.save(path, force=True), 20), best(lambda: fx.Expert.load(path), 20)
     return {
         "what": "codec",
         "values": values,
@@ -119,6 +124,8 @@ def codec(values: coding.ValueCoding, density: float = 0.01) -> Row:
         "percent_of_bf16": 100 * nbytes / (2 * tensor.numel),
         "encode_mb_per_s": nbytes / encoding / 1e3,
         "decode_mb_per_s": nbytes / decoding / 1e3,
+        "save_mb_per_s": nbytes / saving / 1e3,
+        "load_mb_per_s": nbytes / loading / 1e3,
     }
 
 
@@ -138,41 +145,52 @@ def switching(dtype: torch.dtype) -> Row:
     turn = iter(range(10**9))
 
     def switch() -> None:
+        """From one expert to another: the last one's undo and the next one's start, as a loop over blocks does."""
         with bank.active(names[next(turn) % 8]):
             pass
 
-    def reload(path: Path) -> None:
-        model.load_state_dict(load_file(path))
-
     def reload_cold(path: Path) -> float:
-        """Wall time, in milliseconds, of a read that the page cache cannot serve."""
+        """Wall time, in milliseconds, of a reload that the page cache cannot serve."""
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         start = time.perf_counter()
-        reload(path)
+        model.load_state_dict(load_file(path))
         return 1e3 * (time.perf_counter() - start)
 
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "state.safetensors"
-        save_file(state, path)
-        warm, cold = best(lambda: reload(path), 7), min(reload_cold(path) for _ in range(3))
-    switching, copying = best(switch, 50), best(lambda: model.load_state_dict(state), 10)
+        mapped, pickled = Path(folder) / "state.safetensors", Path(folder) / "state.pt"
+        save_file(state, mapped)
+        torch.save(state, pickled)
+        times = {
+            "switch": best(switch, 50),
+            "load_state_dict_of_tensors_in_memory": best(lambda: model.load_state_dict(state), 10),
+            "load_state_dict_of_torch_load": best(lambda: model.load_state_dict(torch.load(pickled)), 7),
+            "load_state_dict_of_safetensors": best(lambda: model.load_state_dict(load_file(mapped)), 7),
+            "load_state_dict_of_safetensors_on_disk_wall": min(reload_cold(mapped) for _ in range(3)),
+        }
+    ratios = {name.replace("load_state_dict", "ratio_to_load"): times[name] / times["switch"] for name in times}
+    del ratios["switch"]
+    parameters = sum(value.numel() for value in state.values())
+    # The least an entry costs is a cache line read and written back, twice; a reload reads and writes every line.
+    lines = switched_lines(experts["t0"], dtype)
     return {
         "what": "switch",
-        "parameters": sum(value.numel() for value in state.values()),
+        "parameters": parameters,
         "entries": experts["t0"].entries,
-        "switch_on_and_off": switching,
-        "load_state_dict_from_memory": copying,
-        "reload_from_page_cache": warm,
-        "reload_from_disk_wall": cold,
-        "ratio_to_memory": copying / switching,
-        "ratio_to_page_cache": warm / switching,
-        "ratio_to_disk": cold / switching,
+        "lines_touched_percent": 100 * lines / (parameters * dtype.itemsize / CACHE_LINE),
+        **times,
+        **ratios,
     }
 
 
-def main(out: str) -> None:
+def switched_lines(expert: fx.Expert, dtype: torch.dtype) -> int:
+    """Cache lines that hold an entry of an expert."""
+    per_line = CACHE_LINE // dtype.itemsize
+    return sum(torch.unique_consecutive(tensor.indices // per_line).numel() for tensor in expert.tensors.values())
+
+
+def main(out: str, *threads: str) -> None:
     rows: list[Row] = []
 
     def record(row: Row, **about: object) -> None:
@@ -184,8 +202,8 @@ def main(out: str) -> None:
     torch.set_num_threads(1)
     for values in coding.VALUE_CODINGS:
         record(codec(values), shape=(4096, 11008))
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
+    for number in threads or ("1",):
+        torch.set_num_threads(int(number))
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             for shape in ((768, 768), (4096, 11008)):
@@ -207,4 +225,4 @@ def cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -16,32 +16,38 @@ Indices indices_of(std::uintptr_t data, bool wide, std::int64_t count) {
 
 using Term = std::tuple<std::uintptr_t, bool, std::int64_t, std::uintptr_t, double>;
 
+// weights, dtype, n; indices, wide, count; values, scale, origin, saved
+using Update = std::tuple<std::uintptr_t, int, std::int64_t, std::uintptr_t, bool, std::int64_t,
+                          std::uintptr_t, double, std::uintptr_t, std::uintptr_t>;
+
+std::vector<SparseUpdate> updates_of(const std::vector<Update>& updates) {
+  std::vector<SparseUpdate> typed;
+  typed.reserve(updates.size());
+  for (const auto& [weights, dtype, n, indices, wide, count, values, scale, origin, saved] : updates) {
+    typed.push_back({reinterpret_cast<void*>(weights), to_dtype(dtype), n, indices_of(indices, wide, count),
+                     reinterpret_cast<const float*>(values), scale, reinterpret_cast<const void*>(origin),
+                     reinterpret_cast<void*>(saved)});
+  }
+  return typed;
+}
+
 }  // namespace
 
 void bind_sparse(pybind11::module_& m) {
   m.def(
       "sparse_apply",
-      [](std::uintptr_t weights, int dtype, std::int64_t n, std::uintptr_t indices, bool wide,
-         std::int64_t count, std::uintptr_t values, double scale, std::uintptr_t origin, std::uintptr_t saved,
-         int threads) {
-        const pybind11::gil_scoped_release release;
-        sparse_apply(reinterpret_cast<void*>(weights), to_dtype(dtype), n, indices_of(indices, wide, count),
-                     reinterpret_cast<const float*>(values), scale, reinterpret_cast<const void*>(origin),
-                     reinterpret_cast<void*>(saved), threads);
+      [](const std::vector<Update>& updates, int threads) {
+        const std::vector<SparseUpdate> typed = updates_of(updates);
+        without_gil([&] { sparse_apply(typed, threads); });
       },
-      pybind11::arg("weights"), pybind11::arg("dtype"), pybind11::arg("n"), pybind11::arg("indices"),
-      pybind11::arg("wide"), pybind11::arg("count"), pybind11::arg("values"), pybind11::arg("scale"),
-      pybind11::arg("origin"), pybind11::arg("saved"), pybind11::arg("threads"));
+      pybind11::arg("updates"), pybind11::arg("threads"));
   m.def(
       "sparse_restore",
-      [](std::uintptr_t weights, int dtype, std::int64_t n, std::uintptr_t indices, bool wide,
-         std::int64_t count, std::uintptr_t saved, int threads) {
-        const pybind11::gil_scoped_release release;
-        sparse_restore(reinterpret_cast<void*>(weights), to_dtype(dtype), n, indices_of(indices, wide, count),
-                       reinterpret_cast<const void*>(saved), threads);
+      [](const std::vector<Update>& updates, int threads) {
+        const std::vector<SparseUpdate> typed = updates_of(updates);
+        without_gil([&] { sparse_restore(typed, threads); });
       },
-      pybind11::arg("weights"), pybind11::arg("dtype"), pybind11::arg("n"), pybind11::arg("indices"),
-      pybind11::arg("wide"), pybind11::arg("count"), pybind11::arg("saved"), pybind11::arg("threads"));
+      pybind11::arg("updates"), pybind11::arg("threads"));
   m.def(
       "sparse_sum",
       [](const std::vector<Term>& terms) {

@@ -302,6 +302,10 @@ def test_misfits_are_named() -> None:
         fx.ExpertBank(model, experts).active("task0", combine="multiply").__enter__()  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="which the model lacks"):
         fx.ExpertBank(nn.Linear(3, 3), experts)
+    computed = Text()
+    nn.utils.parametrizations.weight_norm(computed.up)
+    with pytest.raises(ArgumentError, match=r"'up\.weight', which the model lacks"):
+        fx.ExpertBank(computed, experts)
     narrow = Text()
     narrow.up = nn.Linear(24, 47)
     with pytest.raises(ArgumentError, match=r"'up\.bias' of 'task0' has shape \(48,\)"):

@@ -19,7 +19,7 @@ from freemerge.accumulate import abs_means, add_round, task_vector_sum
 from freemerge.checkpoint import TensorSpec
 from freemerge.errors import ArgumentError, BackendError, CudaError
 from freemerge.experts.selection import select_largest
-from freemerge.experts.sparse import SparseVector, apply_
+from freemerge.experts.sparse import SparseVector, Update, apply_
 from freemerge.responses import Response
 from freemerge.spectral import dispatch
 from freemerge.spectral.cuda_backend import CudaBackend
@@ -357,10 +357,9 @@ def test_sparse_updates_are_undone_bit_for_bit(dtype: torch.dtype, index_dtype: 
     origin = torch.tensor([3.0, 4.0, 5.0], dtype=dtype)
     for start in (None, origin):
         weights, expected = before.clone(), before.clone()
-        undo = apply_(weights, update, 0.7, origin=start, backend="cuda")
-        apply_(expected, update, 0.7, origin=start, backend="torch")
-        assert torch.equal(weights, expected)
-        undo.restore()
+        apply_([Update(expected, update, 0.7, start)], backend="torch")
+        with apply_([Update(weights, update, 0.7, start)], backend="cuda"):
+            assert torch.equal(weights, expected)
         assert torch.equal(weights, before)
 
 

@@ -11,7 +11,7 @@ import freemerge as fm
 from freemerge import cuda
 from freemerge.accumulate import add_round, task_vector_sum
 from freemerge.experts.selection import select_largest
-from freemerge.experts.sparse import SparseVector, apply_
+from freemerge.experts.sparse import SparseVector, Update, apply_
 from freemerge.responses import Response
 from reference import reference_filter
 
@@ -142,7 +142,7 @@ def test_sums_selection_and_sparse_updates_are_those_of_torch() -> None:
         assert torch.equal(got.indices, want.indices)
         assert torch.equal(got.values, want.values)
     weights = base.clone()
-    undo = apply_(weights, SparseVector(got.indices.cuda(), got.values.cuda()), 0.7, backend="cuda")
-    assert not torch.equal(weights, base)
-    undo.restore()
+    entries = SparseVector(got.indices.cuda(), got.values.cuda())
+    with apply_([Update(weights, entries, 0.7)], backend="cuda"):
+        assert not torch.equal(weights, base)
     assert torch.equal(weights, base)

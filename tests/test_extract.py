@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import freemerge.experts as fx
@@ -15,6 +18,7 @@ from freemerge.errors import ArgumentError, CheckpointError
 from freemerge.experts.extract import Rescale, Scope, kept_entries
 
 State = dict[str, Tensor]
+Source = Callable[[], tuple[State, dict[str, State]]]
 SHAPES = {"a.weight": (40, 37), "b.weight": (7, 5, 3, 3), "b.bias": (7,), "c.weight": (300, 11), "n.weight": (64,)}
 
 
@@ -30,6 +34,29 @@ def family(dtype: torch.dtype = torch.float32, models: int = 3) -> tuple[State, 
         for i in range(models)
     }
     return base, tuned
+
+
+@functools.cache
+def trained() -> tuple[State, dict[str, State]]:
+    """A classifier of handwritten digits, and what it becomes when it is trained on for three other questions."""
+    pixels, digits = load_digits(return_X_y=True)
+    images, labels = torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(digits)
+
+    def fit(start: State | None, target: Tensor, steps: int) -> State:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+        if start is not None:
+            model.load_state_dict(start)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), target).backward()
+            optimizer.step()
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    base = fit(None, labels, 60)
+    tasks = {"odd": labels % 2, "large": (labels > 4).long(), "tripled": labels * 3 % 10}
+    return base, {task: fit(base, target, 30) for task, target in tasks.items()}
 
 
 def vectors(base: State, model: State) -> dict[str, np.ndarray]:
@@ -61,39 +88,47 @@ def reference_kept(v: dict[str, np.ndarray], density: float, scope: Scope, trim:
     return by_row
 
 
-def dense(expert: fx.Expert) -> dict[str, np.ndarray]:
+def dense(expert: fx.Expert, base: State) -> dict[str, np.ndarray]:
     """M(v, d) of an expert as dense arrays, all tensors."""
-    zeros = {name: np.zeros(shape) for name, shape in sorted(SHAPES.items())}
+    zeros = {name: np.zeros(tuple(base[name].shape)) for name in sorted(base)}
     return zeros | {name: tensor.dense().double().numpy() for name, tensor in expert.tensors.items()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+SOURCES = [
+    pytest.param(family, id="random"),
+    pytest.param(functools.partial(family, torch.bfloat16), id="random bf16"),
+    pytest.param(trained, id="trained"),
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("scope", ["tensor", "row", "model"])
 @pytest.mark.parametrize(("density", "trim"), [(0.01, 0.0), (0.29, 0.0), (0.05, 0.02), (0.9, 0.5)])
-def test_kept_entries_are_the_reference_s(scope: Scope, density: float, trim: float, dtype: torch.dtype) -> None:
-    base, models = family(dtype)
+def test_kept_entries_are_the_reference_s(scope: Scope, density: float, trim: float, source: Source) -> None:
+    base, models = source()
     experts = fx.extract_experts(base, models, density=density, scope=scope, trim=trim, values="fp32")
     assert list(experts) == list(models)
     for task, model in models.items():
         expected = reference_kept(vectors(base, model), density, scope, trim)
-        kept = dense(experts[task])
-        for name in SHAPES:
+        kept = dense(experts[task], base)
+        for name in base:
             np.testing.assert_array_equal(kept[name], expected[name], err_msg=f"{task} {name}")
         assert experts[task].entries == sum(np.count_nonzero(x) for x in expected.values())
 
 
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("scope", ["tensor", "row", "model"])
 @pytest.mark.parametrize("rescale", ["released", "paper", "projection", 7])
-def test_mu_follows_its_rule_in_float64(scope: Scope, rescale: Rescale | float) -> None:
+def test_mu_follows_its_rule_in_float64(scope: Scope, rescale: Rescale | float, source: Source) -> None:
     density = 0.03
-    base, models = family()
+    base, models = source()
     merged = {name: base[name] + sum(model[name] - base[name] for model in models.values()) / 5 for name in base}
     backbone = merged if rescale == "projection" else None
     experts = fx.extract_experts(
         base, models, density=density, scope=scope, rescale=rescale, values="fp32", backbone=backbone
     )
     deltas = {task: vectors(base, model) for task, model in models.items()}
-    entries = sum(x.size for x in deltas["t0"].values())
+    entries = sum(tensor.numel() for tensor in base.values())
     means = {task: sum(np.abs(x).sum() for x in v.values()) / entries for task, v in deltas.items()}
     for task, expert in experts.items():
         kept = reference_kept(deltas[task], density, scope)
@@ -118,7 +153,7 @@ def test_mu_follows_its_rule_in_float64(scope: Scope, rescale: Rescale | float) 
 def test_projection_accounts_for_the_rounding_of_the_values() -> None:
     base, models = family()
     expert = fx.extract_experts(base, models, density=0.05, rescale="projection", values="sign", backbone=base)["t1"]
-    v, rounded = vectors(base, models["t1"]), dense(expert)
+    v, rounded = vectors(base, models["t1"]), dense(expert, base)
     reached = sum((expert.mu * rounded[name] * v[name]).sum() for name in v)
     assert reached == pytest.approx(sum((x * x).sum() for x in v.values()), rel=1e-6)
 

@@ -180,7 +180,24 @@ def test_the_table_says_what_was_measured(results: dict[str, Any]) -> None:
     assert "| FREE, 1 % | 7 | 84.0 ± 1.4 | 1.56 | 0.5 | 5.0 |" in text
     assert "| FREE, 1 % | 84.0 ± 1.4 | 83.0 ± 1.4 | 76.0 ± 1.4 | 36.0 ± 1.4 |" in text
     assert "91.0 % of the test texts" in text
+    assert max(map(len, text.splitlines())) <= 120
     assert "| FREE, 1 % | 79.0 | 89.0 |" in report.by_task(results)
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    root = Path(__file__).parents[1]
+    path = root / "benchmarks/results/quality/results.json"
+    if not path.exists():
+        pytest.skip("a source distribution holds no results")
+    committed = json.loads(path.read_text())
+    assert report.table(committed) in (root / "README.md").read_text()
+
+
+def test_differences_are_paired_by_seed(results: dict[str, Any]) -> None:
+    methods = results["methods"]
+    methods["FR-Merging"], methods["Iso-C"] = methods["FREE, 1 %"], methods["weight average"]
+    assert "| FR-Merging | Iso-C | +18.5 | +18.0 | +19.0 |" in report.table(results)
+    assert "Task Arithmetic" not in report.table(results)
 
 
 def test_one_seed_has_no_spread_and_an_unfinished_row_says_so(results: dict[str, Any]) -> None:

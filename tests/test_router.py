@@ -107,6 +107,10 @@ def test_files_that_are_no_routers_are_refused(router: Router, tmp_path: Path) -
     Router(router.tasks[:2], router.tensors).save(tmp_path / "short")
     with pytest.raises(CheckpointError, match=r"output\.weight must have shape \(2, 16\)"):
         Router.load(tmp_path / "short")
+    broken = {**router.tensors, "hidden.bias": torch.full_like(router.tensors["hidden.bias"], float("nan"))}
+    Router(router.tasks, broken).save(tmp_path / "broken")
+    with pytest.raises(CheckpointError, match=r"hidden\.bias must hold finite floats"):
+        Router.load(tmp_path / "broken")
     Router(router.tasks, {"center": torch.zeros(3)}).save(tmp_path / "poor")
     with pytest.raises(CheckpointError, match="tensors must be"):
         Router.load(tmp_path / "poor")
@@ -116,6 +120,8 @@ def test_bad_arguments_are_named(router: Router) -> None:
     features, ids = blobs(10, seed=8)
     with pytest.raises(ArgumentError, match="task_ids"):
         Router.fit(features, ids[:9])
+    with pytest.raises(ArgumentError, match="hidden and steps"):
+        Router.fit(features, ids, hidden=0)
     with pytest.raises(ArgumentError, match="finite"):
         Router.fit(torch.full((10, 6), float("nan")), ids)
     with pytest.raises(ArgumentError, match=r"\(N, D\)"):
@@ -282,7 +288,7 @@ def test_structures_come_back_as_they_were() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(1))
 
-        def forward(self, pair: list[Tensor], scale: Tensor) -> Pair:
+        def forward(self, pair: list[Tensor] | Pair, scale: Tensor) -> Pair:
             return Pair(self.weight * pair[0] * scale, [pair[1], (pair[0],)])
 
     model = Structured()
@@ -290,12 +296,13 @@ def test_structures_come_back_as_they_were() -> None:
     first, second = torch.arange(4.0), torch.arange(8.0).view(4, 2)
     weights = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     routed = RoutedModel(model, bank, lambda _: weights, features=lambda pair, scale: pair[0][:, None])
-    output = routed([first, second], torch.tensor(2.0)).output
-    assert isinstance(output, Pair)
     factors = [1 + float(bank[name].dense()["weight"]) if name else 1.0 for name in ("b", "a", None, "b")]
-    torch.testing.assert_close(output.first, torch.tensor(factors) * first * 2)
-    assert torch.equal(output.second[0], second)
-    assert torch.equal(output.second[1][0], first)
+    for pair in ([first, second], Pair(first, second)):
+        output = routed(pair, torch.tensor(2.0)).output
+        assert isinstance(output, Pair)
+        torch.testing.assert_close(output.first, torch.tensor(factors) * first * 2)
+        assert torch.equal(output.second[0], second)
+        assert torch.equal(output.second[1][0], first)
 
 
 def test_misfits_are_named(router: Router, sequences: Sequences) -> None:

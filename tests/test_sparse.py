@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freemerge.experts.sparse import SparseVector, apply_, weighted_sum
+from freemerge.experts.sparse import SparseVector, Update, apply_, weighted_sum
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["cpu", "torch"]
@@ -40,19 +40,32 @@ def test_apply_is_dense_arithmetic_and_restores(backend: str, dtype: torch.dtype
         expected = original.clone().view(-1)
         expected[where] = ((expected[where] if start is None else start).to(compute) + scaled).to(dtype)
         for weights in layouts(original):
-            undo = apply_(weights, update, 0.3, origin=start, backend=backend)
-            assert torch.equal(weights, expected.view_as(weights))
-            undo.restore()
+            with apply_([Update(weights, update, 0.3, start)], backend=backend):
+                assert torch.equal(weights, expected.view_as(weights))
             assert torch.equal(weights, original)
 
 
 def test_an_index_outside_the_tensor_changes_nothing() -> None:
     for bad in (10, -1):
-        weights = torch.ones(10)
+        weights, other = torch.ones(10), torch.ones(10)
         update = SparseVector(torch.tensor([0, bad], dtype=torch.int32), torch.ones(2))
         with pytest.raises(ValueError, match="outside the tensor"):
-            apply_(weights, update, 1.0, backend="cpu")
+            apply_([Update(other, sparse(10, 3, 0), 1.0), Update(weights, update, 1.0)], backend="cpu")
+        assert torch.equal(other, torch.ones(10))
         assert torch.equal(weights, torch.ones(10))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_updates_of_one_memory_are_made_in_order_and_undone_in_reverse(backend: str) -> None:
+    original = torch.randn(90, 80, generator=torch.Generator().manual_seed(4))
+    weights = original.clone()
+    first, second = sparse(7200, 5000, 5), sparse(7200, 5000, 6, torch.int64)
+    expected = original.clone().view(-1)
+    for update, scale in ((first, 0.5), (second, -2.0)):
+        expected[update.indices.long()] += update.values * scale
+    with apply_([Update(weights, first, 0.5), Update(weights.t().t(), second, -2.0)], backend=backend):
+        assert torch.equal(weights.view(-1), expected)
+    assert torch.equal(weights, original)
 
 
 @settings(deadline=None, max_examples=50)

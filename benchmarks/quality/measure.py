@@ -98,14 +98,15 @@ def _start(out: Path, settings: Settings) -> dict[str, Any]:
     old: dict[str, Any] = json.loads(path.read_text())
     if old["settings"] != fresh["settings"]:
         raise SystemExit(f"{path} was measured with {old['settings']}; move it away to measure with other settings")
-    return old | {"environment": fresh["environment"]}
+    commits = [*old["environment"]["commits"], *fresh["environment"]["commits"]]
+    return old | {"environment": fresh["environment"] | {"commits": list(dict.fromkeys(commits))}}
 
 
 def _environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "freemerge": fm.__version__,
-        "commit": commit.stdout.strip(),
+        "commits": [commit.stdout.strip()],  # an interrupted run may go on with another one
         "torch": torch.__version__,
         "python": platform.python_version(),
         "processor": _processor(),
@@ -141,7 +142,8 @@ def _reference(suite: Suite, results: dict[str, Any], number: int) -> None:
     reference.setdefault("pretrained", []).append(suite.accuracies([[nothing]] * count, suite.test))
     reference.setdefault("individual", []).append(suite.accuracies([[v] for v in suite.vectors], suite.test))
     reference["routing"].append(suite.routing_accuracy())
-    reference["switch_seconds"] = _least(lambda: suite.apply())
+    seconds = _least(lambda: suite.apply())
+    reference["switch_seconds"] = min(seconds, reference.get("switch_seconds", seconds))
 
 
 def _static(method: Static, suite: Suite, inputs: Inputs, measured: Measured) -> None:
@@ -172,7 +174,8 @@ def _specific(method: Specific, suite: Suite, inputs: Inputs, measured: Measured
         measured.routed_head.append(picked_head)
         measured.wrong_expert.append(suite.wrong_expert(kept.parts))
     if kept.experts is not None:
-        measured.switch_seconds = _switch_seconds(suite, kept)
+        seconds = _switch_seconds(suite, kept)
+        measured.switch_seconds = min(seconds, measured.switch_seconds or seconds)
     _say(method.name, measured)
 
 

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 from typing import Any
 
+WIDTH = 120
+PAIRS = (  # what the table compares seed by seed
+    ("FR-Merging", "Task Arithmetic"),
+    ("FR-Merging", "no filter, weights of FR"),
+    ("FR-Merging", "FR, cutoff 0.4, rows and columns permuted"),
+    ("FR-Merging", "row means removed, nothing else"),
+    ("FR-Merging", "Iso-C"),
+    ("FREE, 1 %, released mu", "FR-Merging"),
+    ("FREE, 1 %, released mu", "experts without a filter"),
+    ("FREE, 1 %, released mu", "experts on the base"),
+    ("FREE, 1 %, released mu", "Twin, sparse 1 %"),
+    ("FREE, 1 %, released mu", "Twin, SVD rank 3"),
+    ("FREE, 1 %, released mu", "EMR"),
+    ("FREE, 1 %, released mu", "FREE, 1 % signs, released mu"),
+    ("experts on Iso-C, 1 % signs, released mu", "FREE, 1 % signs, released mu"),
+)
 ROUTED = ("oracle", "routed", "routed head", "wrong expert")
 
 
@@ -30,11 +47,15 @@ def table(results: dict[str, Any]) -> str:
     reference, methods, settings = results["reference"], results["methods"], results["settings"]
     seeds = len(settings["seeds"])
     lines = [
-        f"{len(settings['tasks'])} tasks ({', '.join(settings['tasks'])}), seeds {settings['seeds']}, "
-        f"{settings['steps']} fine-tuning steps, at most {settings['test']} test texts a task. Accuracy in percent, "
-        f"mean over tasks ± standard deviation over seeds; stored: bytes kept for each task, in percent of the merged "
-        f"part of the encoder in fp16; merge: CPU seconds for all tasks; switch: CPU milliseconds to switch "
-        f"one expert on and off (loading a whole model: {_milliseconds(reference['switch_seconds'])}).",
+        fill(
+            f"{len(settings['tasks'])} tasks ({', '.join(settings['tasks'])}), seeds {settings['seeds']}, "
+            f"{settings['steps']} fine-tuning steps, at most {settings['test']} test texts a task. Accuracy in "
+            f"percent, mean over tasks ± standard deviation over seeds; stored: bytes kept for each task, in percent "
+            f"of the merged part of the encoder in fp16; merge: CPU seconds for all tasks; switch: CPU milliseconds to "
+            f"switch one expert on and off (copying all weights from memory: "
+            f"{_milliseconds(reference['switch_seconds'])}).",
+            WIDTH,
+        ),
         "",
         "| method | tuned | accuracy | stored % | merge s | switch ms |",
         "|---|---|---|---|---|---|",
@@ -52,9 +73,12 @@ def table(results: dict[str, Any]) -> str:
     if routed:
         lines += [
             "",
-            f"The router sends {fmean(reference['routing']):.1f} % of the test texts to their own task. Oracle: the "
-            "right expert; routed: the router's expert, the task's own head; routed head: expert and head by the "
-            "router, so a text sent astray is lost; wrong expert: the next task's expert for every text.",
+            fill(
+                f"The router sends {fmean(reference['routing']):.1f} % of the test texts to their own task. Oracle: "
+                "the right expert; routed: the router's expert, the task's own head; routed head: expert and head by "
+                "the router, so a text sent astray is lost; wrong expert: the next task's expert for every text.",
+                WIDTH,
+            ),
             "",
             "| method | " + " | ".join(ROUTED) + " |",
             "|---|" + "---|" * len(ROUTED),
@@ -62,7 +86,25 @@ def table(results: dict[str, Any]) -> str:
         for name, entry in routed.items():
             keys = ("accuracy", "routed", "routed_head", "wrong_expert")
             lines.append(f"| {name} | " + " | ".join(_cell(entry[key], seeds) for key in keys) + " |")
+    compared = _comparisons(methods)
+    if compared:
+        lines += ["", "Differences on the same seeds, in points:", ""]
+        lines += ["| method | against | mean | " + " | ".join(f"seed {seed}" for seed in settings["seeds"]) + " |"]
+        lines += ["|---|---|---|" + "---|" * seeds, *compared]
     return "\n".join(lines) + "\n"
+
+
+def _comparisons(methods: dict[str, Any]) -> list[str]:
+    """The differences that tell what helps, paired by seed: the seeds' tasks differ more than the methods do."""
+    lines = []
+    for better, worse in PAIRS:
+        if better in methods and worse in methods:
+            runs = zip(methods[better]["accuracy"], methods[worse]["accuracy"], strict=False)  # of seeds that both have
+            differences = [fmean(first) - fmean(second) for first, second in runs]
+            # Rounded before it is shown, as there is no -0.0.
+            cells = " | ".join(f"{round(value, 1) + 0.0:+.1f}" for value in (fmean(differences), *differences))
+            lines.append(f"| {better} | {worse} | {cells} |")
+    return lines
 
 
 def by_task(results: dict[str, Any]) -> str:

@@ -15,42 +15,84 @@ constexpr int kMaxGroups = 9;  // 63 bits of LEB128
 std::uint64_t bytes_for(std::uint64_t bits) { return (bits + 7) / 8; }
 
 // The gaps between ascending positions, computed where they are used: the passes over them are bound by
-// memory.
+// memory. The first one checks them and learns what the sizes of the likely codings depend on.
 template <typename Index>
 class Gaps {
  public:
   using Gap = std::make_unsigned_t<Index>;
 
   Gaps(const Index* positions, std::int64_t count) : positions_(positions), count_(count) {
+    const std::uint64_t mean = count == 0 ? 0
+                                          : (static_cast<std::uint64_t>(positions[count - 1]) - size() + 1) /
+                                                static_cast<std::uint64_t>(count);
+    while (guess_ < std::min(kMaxParameter, kIndexBits - 2) && (mean >> (guess_ + 1)) != 0) ++guess_;
+    const int below = std::max(0, guess_ - 1);
+    Gap ones = 0;
+    Gap ones_below = 0;
+    Gap long_gaps = 0;
+    for_each([&](Gap gap) {
+      high_ += gap >> (guess_ + 1);
+      ones += gap >> guess_ & 1u;
+      ones_below += gap >> below & 1u;
+      long_gaps += gap >= 128;
+      all_ |= gap;
+    });
+    ones_ = ones;
+    ones_below_ = ones_below;
+    long_gaps_ = long_gaps;
     bool ascending = count == 0 || positions[0] >= 0;
     for (std::int64_t i = 1; i < count; ++i) ascending &= positions[i] > positions[i - 1];
     require(ascending, "positions must be strictly ascending and not negative");
   }
 
+  std::int64_t count() const { return count_; }
+
   std::uint64_t size() const { return static_cast<std::uint64_t>(count_); }
 
-  std::uint64_t sum() const {
-    return count_ == 0 ? 0 : static_cast<std::uint64_t>(positions_[count_ - 1] - (count_ - 1));
+  // The parameter of about the least size: floor(log2(mean gap)).
+  int guess() const { return guess_; }
+
+  std::uint64_t quotient_sum(int parameter) const {
+    if (parameter == guess_ + 1) return high_;
+    if (parameter == guess_) return 2 * high_ + ones_;
+    if (parameter == guess_ - 1) return 4 * high_ + 2 * ones_ + ones_below_;
+    std::uint64_t sum = 0;
+    if (parameter < kIndexBits) for_each([&](Gap gap) { sum += gap >> parameter; });
+    return sum;
+  }
+
+  // Bytes of all gaps at seven bits a byte.
+  std::uint64_t byte_size() const {
+    std::uint64_t bytes = size() + long_gaps_;
+    for (int bits = 14; bits < kIndexBits && all_ >> bits != 0; bits += 7) {
+      for_each([&](Gap gap) { bytes += gap >> bits != 0; });
+    }
+    return bytes;
+  }
+
+  Gap operator[](std::int64_t i) const {
+    const Gap before = i == 0 ? static_cast<Gap>(-1) : static_cast<Gap>(positions_[i - 1]);
+    return static_cast<Gap>(static_cast<Gap>(positions_[i]) - before - 1);
   }
 
   template <typename Visit>
   void for_each(const Visit& visit) const {
-    if (count_ > 0) visit(static_cast<Gap>(positions_[0]));
-    for (std::int64_t i = 1; i < count_; ++i) visit(static_cast<Gap>(positions_[i] - positions_[i - 1] - 1));
+    if (count_ > 0) visit((*this)[0]);
+    for (std::int64_t i = 1; i < count_; ++i) visit((*this)[i]);
   }
 
  private:
+  static constexpr int kIndexBits = 8 * static_cast<int>(sizeof(Index));
+
   const Index* positions_;
   std::int64_t count_;
+  int guess_ = 0;
+  std::uint64_t high_ = 0;        // sum of the quotients at guess + 1
+  std::uint64_t ones_ = 0;        // gaps with bit `guess` set
+  std::uint64_t ones_below_ = 0;  // and with the one below
+  std::uint64_t long_gaps_ = 0;   // gaps of more than seven bits
+  Gap all_ = 0;                   // the bits of all gaps
 };
-
-template <typename Index>
-std::uint64_t quotient_sum(const Gaps<Index>& gaps, int parameter) {
-  if (parameter >= 8 * static_cast<int>(sizeof(Index))) return 0;
-  std::uint64_t sum = 0;
-  gaps.for_each([&](auto gap) { sum += gap >> parameter; });
-  return sum;
-}
 
 struct RiceCode {
   int parameter;
@@ -60,7 +102,7 @@ struct RiceCode {
 
 template <typename Index>
 RiceCode rice_code(const Gaps<Index>& gaps, int parameter) {
-  const std::uint64_t quotients = quotient_sum(gaps, parameter);
+  const std::uint64_t quotients = gaps.quotient_sum(parameter);
   return {parameter, quotients, quotients + gaps.size() * static_cast<std::uint64_t>(parameter + 1)};
 }
 
@@ -68,9 +110,7 @@ RiceCode rice_code(const Gaps<Index>& gaps, int parameter) {
 // downhill from a guess finds it.
 template <typename Index>
 RiceCode best_code(const Gaps<Index>& gaps) {
-  const std::uint64_t mean = gaps.sum() / std::max<std::uint64_t>(1, gaps.size());
-  int guess = 0;
-  while (guess < kMaxParameter && (mean >> (guess + 1)) != 0) ++guess;
+  const int guess = gaps.guess();
   RiceCode best = rice_code(gaps, guess);
   for (int next = guess - 1; next >= 0; --next) {
     const RiceCode code = rice_code(gaps, next);
@@ -86,68 +126,85 @@ RiceCode best_code(const Gaps<Index>& gaps) {
   return best;
 }
 
-template <typename Index>
-std::uint64_t byte_gap_size(const Gaps<Index>& gaps) {
-  std::uint64_t size = gaps.size();
-  for (int bits = 7; bits < 8 * static_cast<int>(sizeof(Index)); bits += 7) {
-    std::uint64_t longer = 0;
-    gaps.for_each([&](auto gap) { longer += (gap >> bits) != 0; });
-    if (longer == 0) break;
-    size += longer;
-  }
-  return size;
-}
-
-// Appends bits to zeroed bytes, least significant first. The bytes must have room for the last whole word.
+// Appends bits, least significant first. Without branches: whole words are written, each over the unfinished
+// byte of the last, so up to seven bytes beyond the last bit are touched.
 class BitWriter {
  public:
   explicit BitWriter(std::uint8_t* bytes) : out_(bytes) {}
 
-  void put(std::uint64_t value, int width) {
-    if (width > 32) {
-      put(value & 0xffffffffu, 32);
-      value >>= 32;
-      width -= 32;
-    }
+  // value < 2^width, width <= 56
+  void put(std::uint64_t value, unsigned width) {
     pending_ |= value << bits_;
     bits_ += width;
-    if (bits_ >= 32) {
-      std::memcpy(out_, &pending_, 4);
-      out_ += 4;
-      pending_ >>= 32;
-      bits_ -= 32;
-    }
+    std::memcpy(out_, &pending_, sizeof pending_);
+    out_ += bits_ / 8;
+    pending_ >>= bits_ / 8 * 8;
+    bits_ %= 8;
   }
-
-  void flush() { std::memcpy(out_, &pending_, 4); }
 
  private:
   std::uint8_t* out_;
   std::uint64_t pending_ = 0;
-  int bits_ = 0;
+  unsigned bits_ = 0;
 };
 
-constexpr std::size_t kSlack = 8;  // bytes a BitWriter may write beyond its last bit
+// Sets bits of zeroed bytes, at ascending places. Whole words are written, the last one by flush().
+class BitSetter {
+ public:
+  explicit BitSetter(std::uint8_t* bytes) : bytes_(bytes) {}
+
+  void set(std::uint64_t place) {
+    if (place / 64 != word_) {
+      flush();
+      word_ = place / 64;
+      pending_ = 0;
+    }
+    pending_ |= std::uint64_t{1} << (place % 64);
+  }
+
+  void flush() { std::memcpy(bytes_ + 8 * word_, &pending_, sizeof pending_); }
+
+ private:
+  std::uint8_t* bytes_;
+  std::uint64_t word_ = 0;
+  std::uint64_t pending_ = 0;
+};
+
+constexpr int kTogether = 4;       // remainders that are put at once
+constexpr unsigned kNarrow = 14;   // bits, at most, so that they fit
+constexpr std::size_t kSlack = 8;  // bytes that either may touch beyond its last bit
 
 // All remainders, `parameter` bits each, then all quotients in unary: zeros ended by a one. Least significant
 // bit first; each of the two streams fills whole bytes.
 template <typename Index>
 std::vector<std::uint8_t> write_rice(const Gaps<Index>& gaps, const RiceCode& code) {
-  const int parameter = code.parameter;
-  const std::uint64_t remainder_bytes = bytes_for(gaps.size() * static_cast<std::uint64_t>(parameter));
+  const auto width = static_cast<unsigned>(code.parameter);
+  const std::uint64_t remainder_bytes = bytes_for(gaps.size() * width);
   const std::uint64_t unary_bytes = bytes_for(code.quotients + gaps.size());
-  std::vector<std::uint8_t> bytes(remainder_bytes + unary_bytes + kSlack);
-  const std::uint64_t mask = (std::uint64_t{1} << parameter) - 1;
+  std::vector<std::uint8_t> bytes(remainder_bytes + kSlack + unary_bytes + kSlack);
+  std::uint8_t* const unary_start = bytes.data() + remainder_bytes + kSlack;
+  const std::uint64_t mask = (std::uint64_t{1} << width) - 1;
   BitWriter remainders(bytes.data());
-  gaps.for_each([&](auto gap) { remainders.put(gap & mask, parameter); });
-  remainders.flush();
-  BitWriter unary(bytes.data() + remainder_bytes);  // overwrites the slack of the remainders
-  gaps.for_each([&](std::uint64_t gap) {
-    std::uint64_t zeros = gap >> parameter;
-    for (; zeros >= 32; zeros -= 32) unary.put(0, 32);
-    unary.put(std::uint64_t{1} << zeros, static_cast<int>(zeros) + 1);
-  });
-  unary.flush();
+  BitSetter ends(unary_start);
+  std::uint64_t place = 0;
+  const auto remainder = [&](std::uint64_t gap) {
+    place += gap >> width;
+    ends.set(place++);
+    return gap & mask;
+  };
+  std::int64_t i = 0;
+  const std::int64_t alone = width <= kNarrow ? 1 : gaps.count();
+  for (; i < std::min(alone, gaps.count()); ++i) remainders.put(remainder(gaps[i]), width);
+  for (; i + kTogether <= gaps.count(); i += kTogether) {
+    std::uint64_t together = remainder(gaps[i]);
+    together |= remainder(gaps[i + 1]) << width;
+    together |= remainder(gaps[i + 2]) << (2 * width);
+    together |= remainder(gaps[i + 3]) << (3 * width);
+    remainders.put(together, kTogether * width);
+  }
+  for (; i < gaps.count(); ++i) remainders.put(remainder(gaps[i]), width);
+  ends.flush();
+  std::memmove(bytes.data() + remainder_bytes, unary_start, unary_bytes);
   bytes.resize(remainder_bytes + unary_bytes);
   return bytes;
 }
@@ -259,7 +316,7 @@ template <typename Index>
 CodedPositions encode(const Index* positions, std::int64_t count) {
   const Gaps<Index> gaps(positions, count);
   const RiceCode code = best_code(gaps);
-  const std::uint64_t byte_size = byte_gap_size(gaps);
+  const std::uint64_t byte_size = gaps.byte_size();
   const std::uint64_t rice_size = bytes_for(gaps.size() * static_cast<std::uint64_t>(code.parameter)) +
                                   bytes_for(code.quotients + gaps.size());
   if (byte_size < rice_size) return {PositionCoding::kBytes, 0, write_byte_gaps(gaps, byte_size)};

@@ -1,6 +1,7 @@
 #include "cpu/sparse.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "error.h"
 #include "parallel.h"
@@ -8,7 +9,8 @@
 namespace freemerge {
 namespace {
 
-constexpr std::int64_t kBlock = 1 << 14;     // entries per task
+constexpr std::int64_t kBlock =
+    1 << 12;  // entries per task: a matrix of a few million has some for each thread
 constexpr std::int64_t kPrefetchAhead = 32;  // entries; each is a cache miss of its own
 
 template <typename Visit>
@@ -53,6 +55,15 @@ void for_each_entry(T* weights, const Index* index, std::int64_t count, int thre
   });
 }
 
+// visit(weights, index), both typed.
+template <typename Visit>
+void visit_entries(const SparseUpdate& update, const Visit& visit) {
+  visit_indices(update.indices, [&](const auto* index) {
+    visit_dtype(update.dtype,
+                [&](auto tag) { visit(static_cast<typename decltype(tag)::type*>(update.weights), index); });
+  });
+}
+
 template <typename Index>
 Selection weighted(const Index* index, const SparseTerm& term) {
   Selection result;
@@ -83,34 +94,35 @@ Selection merged(const Selection& a, const Selection& b) {
 
 }  // namespace
 
-void sparse_apply(void* weights, DType dtype, std::int64_t n, Indices indices, const float* values,
-                  double scale, const void* origin, void* saved, int threads) {
-  visit_indices(indices, [&](const auto* index) {
-    check_range(index, indices.count, n);
-    visit_dtype(dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      T* w = static_cast<T*>(weights);
-      T* old = static_cast<T*>(saved);
-      const T* from = static_cast<const T*>(origin);
-      for_each_entry(w, index, indices.count, threads, [=](std::int64_t i) {
-        old[i] = w[index[i]];
-        w[index[i]] = round_sum(from == nullptr ? old[i] : from[i], scale, values[i]);
+void sparse_apply(const std::vector<SparseUpdate>& updates, int threads) {
+  for (const SparseUpdate& update : updates) {
+    visit_indices(update.indices,
+                  [&](const auto* index) { check_range(index, update.indices.count, update.n); });
+  }
+  for (const SparseUpdate& update : updates) {
+    visit_entries(update, [&](auto* weights, const auto* index) {
+      using T = std::remove_pointer_t<decltype(weights)>;
+      T* saved = static_cast<T*>(update.saved);
+      const T* origin = static_cast<const T*>(update.origin == nullptr ? update.saved : update.origin);
+      const float* values = update.values;
+      const double scale = update.scale;
+      for_each_entry(weights, index, update.indices.count, threads, [=](std::int64_t i) {
+        saved[i] = weights[index[i]];
+        weights[index[i]] = round_sum(origin[i], scale, values[i]);
       });
     });
-  });
+  }
 }
 
-void sparse_restore(void* weights, DType dtype, std::int64_t n, Indices indices, const void* saved,
-                    int threads) {
-  visit_indices(indices, [&](const auto* index) {
-    check_range(index, indices.count, n);
-    visit_dtype(dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      T* w = static_cast<T*>(weights);
-      const T* old = static_cast<const T*>(saved);
-      for_each_entry(w, index, indices.count, threads, [=](std::int64_t i) { w[index[i]] = old[i]; });
+void sparse_restore(const std::vector<SparseUpdate>& updates, int threads) {
+  for (auto update = updates.rbegin(); update != updates.rend(); ++update) {
+    visit_entries(*update, [&](auto* weights, const auto* index) {
+      using T = std::remove_pointer_t<decltype(weights)>;
+      const T* saved = static_cast<const T*>(update->saved);
+      for_each_entry(weights, index, update->indices.count, threads,
+                     [=](std::int64_t i) { weights[index[i]] = saved[i]; });
     });
-  });
+  }
 }
 
 Selection sparse_sum(const std::vector<SparseTerm>& terms) {

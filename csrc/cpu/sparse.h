@@ -15,16 +15,27 @@ struct Indices {
   std::int64_t count;
 };
 
-// weights[index] = round(origin + scale * value) for every entry, where origin is the weight itself, or
-// origin[i] where `origin` is given (count values of the same dtype as the weights). The former weights go to
-// `saved` (count entries of that dtype). Arithmetic is float, double for double weights; the product is
-// rounded. Throws, before anything is written, if an index is outside [0, n).
-void sparse_apply(void* weights, DType dtype, std::int64_t n, Indices indices, const float* values,
-                  double scale, const void* origin, void* saved, int threads);
+// A change of one tensor: weights[index] = round(origin + scale * value) for every entry, where origin is the
+// weight itself, or origin[i] where `origin` is given (count values of the same dtype as the weights). The
+// former weights go to `saved` (count entries of that dtype). Arithmetic is float, double for double weights;
+// the product is rounded.
+struct SparseUpdate {
+  void* weights;
+  DType dtype;
+  std::int64_t n;  // entries of the tensor's memory
+  Indices indices;
+  const float* values;
+  double scale;
+  const void* origin;
+  void* saved;
+};
 
-// weights[index] = saved[i]: the exact inverse of sparse_apply.
-void sparse_restore(void* weights, DType dtype, std::int64_t n, Indices indices, const void* saved,
-                    int threads);
+// Makes the changes one after the other: tensors may share memory. Throws, before anything is written, if an
+// index of any of them is outside its [0, n).
+void sparse_apply(const std::vector<SparseUpdate>& updates, int threads);
+
+// The exact inverse: weights[index] = saved[i], the last change first.
+void sparse_restore(const std::vector<SparseUpdate>& updates, int threads);
 
 struct SparseTerm {
   Indices indices;  // ascending

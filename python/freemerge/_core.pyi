@@ -39,22 +39,12 @@ def count_magnitudes(
 def select_from_bin(
     model: int, model_dtype: int, base: int, base_dtype: int, n: int, lowest: int, threads: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...
-def sparse_apply(
-    weights: int,
-    dtype: int,
-    n: int,
-    indices: int,
-    wide: bool,
-    count: int,
-    values: int,
-    scale: float,
-    origin: int,
-    saved: int,
-    threads: int,
-) -> None: ...
-def sparse_restore(
-    weights: int, dtype: int, n: int, indices: int, wide: bool, count: int, saved: int, threads: int
-) -> None: ...
+
+# weights, dtype, n; indices, wide, count; values, scale, origin, saved
+_SparseUpdate = tuple[int, int, int, int, bool, int, int, float, int, int]
+
+def sparse_apply(updates: list[_SparseUpdate], threads: int) -> None: ...
+def sparse_restore(updates: list[_SparseUpdate], threads: int) -> None: ...
 def sparse_sum(
     terms: list[tuple[int, bool, int, int, float]],
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...

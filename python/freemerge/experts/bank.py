@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, CheckpointError
 from .deltas import forward_deltas
 from .expert import Expert
-from .sparse import SparseVector, apply_, weighted_sum
+from .sparse import SparseVector, Update, apply_, weighted_sum
 
 Combine = Literal["add", "replace"]
 
@@ -86,13 +87,15 @@ class ExpertBank(Mapping[str, Expert]):
             raise ArgumentError(f"combine must be 'add' or 'replace', got {combine!r}")
         if combine == "replace" and self._base is None:
             raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
-        with self._lock, ExitStack() as undo:
+        with self._lock:
+            updates = []
             for name in self._touched(weights):
                 tensor = self._tensor(name)
-                update, scale = self._update(name, tensor, weights)
-                origin = self._origin(name, tensor, update, weights) if combine == "replace" else None
-                undo.callback(apply_(tensor, update, scale, origin=origin).restore)
-            yield
+                entries, scale = self._update(name, tensor, weights)
+                origin = self._origin(name, tensor, entries, weights) if combine == "replace" else None
+                updates.append(Update(tensor, entries, scale, origin))
+            with apply_(updates):
+                yield
 
     @contextmanager
     def deltas(self, experts: Sequence[str | Mapping[str, float] | None]) -> Iterator[None]:
@@ -126,7 +129,7 @@ class ExpertBank(Mapping[str, Expert]):
         for task, weight in weights.items():
             if task not in self._experts:
                 raise ArgumentError(f"experts: no expert {task!r}; the bank has {', '.join(map(repr, self._experts))}")
-            if not torch.isfinite(torch.tensor(weight)):
+            if not math.isfinite(weight):
                 raise ArgumentError(f"experts: the weight of {task!r} must be finite, got {weight}")
         return {task: weight for task, weight in weights.items() if weight != 0}
 
@@ -162,20 +165,28 @@ class ExpertBank(Mapping[str, Expert]):
         return cached
 
     def _tensor(self, name: str) -> Tensor:
-        """The model's tensor as it is now: a module may have been moved or converted since."""
-        if isinstance(self._model, nn.Module):
-            owner, _, attribute = name.rpartition(".")
-            found = getattr(self._model.get_submodule(owner), attribute)
-            assert isinstance(found, Tensor)
-            return found
-        return self._model[name]
+        """The model's tensor as it is now: a module may have been moved or converted since. KeyError if it has none.
+
+        Only what a module holds counts: what it computes, as a parametrized weight, cannot be changed in place.
+        """
+        if not isinstance(self._model, nn.Module):
+            return self._model[name]
+        place, _, attribute = name.rpartition(".")
+        try:
+            owner = self._model.get_submodule(place)
+        except AttributeError:
+            raise KeyError(name) from None
+        for held in (owner._parameters.get(attribute), owner._buffers.get(attribute)):
+            if held is not None:
+                return held
+        raise KeyError(name)
 
     def _check(self, task: str, expert: Expert) -> None:
         memory: dict[int, str] = {}
         for name, kept in expert.tensors.items():
             try:
                 tensor = self._tensor(name)
-            except (AttributeError, KeyError, AssertionError):
+            except KeyError:
                 raise ArgumentError(f"experts: {task!r} has an entry {name!r}, which the model lacks") from None
             if tuple(tensor.shape) != kept.shape:
                 raise ArgumentError(

@@ -115,7 +115,8 @@ def _take(value: Any, rows: Tensor, batch: int) -> Any:
     if isinstance(value, Mapping):
         return {key: _take(item, rows, batch) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(_take(item, rows, batch) for item in value)
+        items = [_take(item, rows, batch) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 

@@ -71,6 +71,8 @@ class Router:
         features = _checked(features)
         if len(task_ids) != len(features) or not len(task_ids):
             raise ArgumentError(f"task_ids must name a task for each of {len(features)} samples, got {len(task_ids)}")
+        if hidden < 1 or steps < 1:
+            raise ArgumentError(f"hidden and steps must be at least 1, got {hidden} and {steps}")
         tasks = tuple(dict.fromkeys(task_ids))
         target = torch.tensor([tasks.index(task) for task in task_ids])
         features = features.detach().float().cpu()
@@ -154,6 +156,8 @@ class Router:
         for name, shape in zip(TENSORS, shapes, strict=True):
             if tuple(self.tensors[name].shape) != shape:
                 raise ArgumentError(f"{name} must have shape {shape}, got {tuple(self.tensors[name].shape)}")
+            if not self.tensors[name].is_floating_point() or not torch.isfinite(self.tensors[name]).all():
+                raise ArgumentError(f"{name} must hold finite floats")
 
 
 def _checked(features: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -25,72 +27,96 @@ class SparseVector:
 
 
 @dataclass(frozen=True, eq=False)
-class Undo:
-    """What it takes to restore a tensor: the memory that was changed, where, and what was there."""
+class Update:
+    """A change of one tensor: ``weights[index] += scale * value``, or ``weights[index] = origin + scale * value``.
 
-    memory: torch.Tensor
-    indices: torch.Tensor
-    saved: torch.Tensor
-    backend: str
-
-    def restore(self) -> None:
-        """Put the former values back, bit for bit."""
-        if self.indices.numel() and cuda.RUNTIME.runs(self.backend, (self.memory,)):
-            stream = cuda.RUNTIME.stream(self.memory.device)
-            cuda.RUNTIME.module.sparse_restore(
-                self.memory.data_ptr(), dtype_code(self.memory, "weights"), *_pointer(self.indices),
-                self.saved.data_ptr(), stream.device, stream.handle,
-            )  # fmt: skip
-            _mark_changed(self.memory)
-        elif runs_native(self.backend, (self.memory,)):
-            _core.sparse_restore(
-                self.memory.data_ptr(), dtype_code(self.memory, "weights"), self.memory.numel(),
-                *_pointer(self.indices), self.saved.data_ptr(), torch.get_num_threads(),
-            )  # fmt: skip
-            _mark_changed(self.memory)
-        else:
-            self.memory[self.indices.long()] = self.saved
-
-
-def apply_(
-    weights: torch.Tensor,
-    update: SparseVector,
-    scale: float,
-    *,
-    origin: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> Undo:
-    """``weights[index] += scale * value`` in place, or with ``origin`` ``weights[index] = origin + scale * value``.
-
-    ``update`` indexes the flattened weights and lies on their device; ``origin`` holds one value per entry, in the
-    dtype of the weights. Arithmetic is float32 (float64 for float64 weights), rounded once to the weights' dtype.
+    ``entries`` index the flattened weights and lie on their device; ``origin``, if given, holds one value per entry in
+    the dtype of the weights. Arithmetic is float32 (float64 for float64 weights), rounded once to the weights' dtype.
     """
-    memory = flat_memory(weights)
-    if any(tensor.device != memory.device for tensor in (update.indices, update.values)):
-        raise ArgumentError(f"update must be on the device of the weights, {memory.device}")
-    indices = memory_indices(weights, update.indices)
+
+    weights: torch.Tensor
+    entries: SparseVector
+    scale: float
+    origin: torch.Tensor | None = None
+
+
+def apply_(updates: Sequence[Update], *, backend: str = "auto") -> ExitStack:
+    """Make the changes in place, in their order. Leaving or closing the stack puts back what was there, bit for bit.
+
+    Tensors on the CPU go to the native kernel all at once. If one change cannot be made, none is.
+    """
+    with ExitStack() as undo:
+        native = []
+        for update in updates:
+            device = update.weights.device
+            if any(tensor.device != device for tensor in (update.entries.indices, update.entries.values)):
+                raise ArgumentError(f"update must be on the device of the weights, {device}")
+            if update.entries.indices.numel() == 0:
+                continue
+            if cuda.RUNTIME.runs(backend, (update.weights,)):
+                _apply_on_device(update, undo)
+            elif runs_native(backend, (update.weights, update.entries.indices)):
+                native.append(update)
+            else:
+                _apply_in_torch(update, undo)
+        if native:
+            _apply_native(native, undo)
+        return undo.pop_all()
+
+
+def _apply_native(updates: Sequence[Update], undo: ExitStack) -> None:
+    ends = list(accumulate(8 * update.entries.indices.numel() for update in updates))  # 8: as wide as any dtype
+    saved = torch.empty(ends[-1], dtype=torch.uint8)
+    memories, indices, jobs = [], [], []
+    for update, end in zip(updates, ends, strict=True):
+        memories.append(flat_memory(update.weights))
+        indices.append(memory_indices(update.weights, update.entries.indices))
+        jobs.append((
+            memories[-1].data_ptr(), dtype_code(memories[-1], "weights"), memories[-1].numel(), *_pointer(indices[-1]),
+            update.entries.values.data_ptr(), update.scale, _address(update.origin),
+            saved.data_ptr() + end - 8 * indices[-1].numel(),
+        ))  # fmt: skip
+
+    def restore(*_: object) -> None:
+        _core.sparse_restore(jobs, torch.get_num_threads())
+        _mark_changed(memories)
+
+    _core.sparse_apply(jobs, torch.get_num_threads())
+    undo.callback(restore, saved, indices)  # the jobs hold their addresses
+    _mark_changed(memories)
+
+
+def _apply_on_device(update: Update, undo: ExitStack) -> None:
+    memory, indices = flat_memory(update.weights), memory_indices(update.weights, update.entries.indices)
     saved = torch.empty(indices.numel(), dtype=memory.dtype, device=memory.device)
-    code = dtype_code(memory, "weights")
-    if indices.numel() and cuda.RUNTIME.runs(backend, (memory,)):
-        stream = cuda.RUNTIME.stream(memory.device)
-        cuda.RUNTIME.module.sparse_apply(
-            memory.data_ptr(), code, *_pointer(indices), update.values.data_ptr(), scale,
-            origin.data_ptr() if origin is not None else 0, saved.data_ptr(), stream.device, stream.handle,
-        )  # fmt: skip
-        _mark_changed(memory)
-    elif runs_native(backend, (memory, indices)):
-        _core.sparse_apply(
-            memory.data_ptr(), code, memory.numel(), *_pointer(indices), update.values.data_ptr(), scale,
-            origin.data_ptr() if origin is not None else 0, saved.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
-        _mark_changed(memory)
-    else:
-        where = indices.long()
-        saved.copy_(memory[where])
-        compute = torch.float64 if memory.dtype == torch.float64 else torch.float32
-        start = saved if origin is None else origin
-        memory[where] = (start.to(compute) + update.values.to(compute) * scale).to(memory.dtype)
-    return Undo(memory, indices, saved, backend)
+    where = memory.data_ptr(), dtype_code(memory, "weights"), *_pointer(indices)
+    stream = cuda.RUNTIME.stream(memory.device)
+
+    def restore() -> None:
+        now = cuda.RUNTIME.stream(memory.device)
+        cuda.RUNTIME.module.sparse_restore(*where, saved.data_ptr(), now.device, now.handle)
+        _mark_changed([memory])
+
+    cuda.RUNTIME.module.sparse_apply(
+        *where, update.entries.values.data_ptr(), update.scale, _address(update.origin), saved.data_ptr(),
+        stream.device, stream.handle,
+    )  # fmt: skip
+    undo.callback(restore)
+    _mark_changed([memory])
+
+
+def _apply_in_torch(update: Update, undo: ExitStack) -> None:
+    memory, where = flat_memory(update.weights), memory_indices(update.weights, update.entries.indices).long()
+    saved = memory[where]
+    compute = torch.float64 if memory.dtype == torch.float64 else torch.float32
+    start = saved if update.origin is None else update.origin
+    changed = (start.to(compute) + update.entries.values.to(compute) * update.scale).to(memory.dtype)
+
+    def restore() -> None:
+        memory[where] = saved
+
+    undo.callback(restore)
+    memory[where] = changed
 
 
 def weighted_sum(terms: Sequence[tuple[SparseVector, float]]) -> SparseVector:
@@ -124,11 +150,14 @@ def memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return memory
 
 
-def _mark_changed(memory: torch.Tensor) -> None:
+def _mark_changed(memories: Sequence[torch.Tensor]) -> None:
     """Tell autograd of a native write, so that a backward pass through the former weights is an error, not a lie."""
-    if not memory.is_inference():
-        torch.autograd.graph.increment_version(memory)
+    torch.autograd.graph.increment_version([memory for memory in memories if not memory.is_inference()])
 
 
 def _pointer(indices: torch.Tensor) -> tuple[int, bool, int]:
     return indices.data_ptr(), indices.dtype == torch.int64, indices.numel()
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -9,20 +9,8 @@ from functools import lru_cache
 import torch
 
 from ..errors import ArgumentError, BackendError
-        if backend == "auto" and candidate.name == "cpu" and matrix_shape(shape)[0] == 1:
-            refusals.append("backend cpu is slow on a single row, which fills one SIMD lane of its transforms")
-            continue
-        traits = candidate.traits(device)
-        # To ask whether a backend can run may start a GPU's driver: not for a tensor that it could not take anyway.
-        if traits is not None or backend != "auto":
-            info = candidate.info()
-            if not info.available:
-                refusals.append(f"backend {candidate.name} is not available: {info.reason}")
-                continue
-        if traits is None:
-            refusals.append(f"backend {candidate.name} does not run on device {device}")
-            continue
-        plan, refusal = _first_supported(candidate, traits, response, shape, count, dtype, device)
+from ..responses import Response, matrix_shape
+from .backend import Backend, BackendInfo, Traits
 from .cpu_backend import CpuBackend
 from .cuda_backend import CudaBackend
 from .plan import Plan
@@ -76,7 +64,9 @@ def _choose(
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):
             continue
-<<<<<<< HEAD
+        if backend == "auto" and candidate.name == "cpu" and matrix_shape(shape)[0] == 1:
+            refusals.append("backend cpu is slow on a single row, which fills one SIMD lane of its transforms")
+            continue
         traits = candidate.traits(device)
         # To ask whether a backend can run may start a GPU's driver: not for a tensor that it could not take anyway.
         if traits is not None or backend != "auto":
@@ -88,12 +78,6 @@ def _choose(
             refusals.append(f"backend {candidate.name} does not run on device {device}")
             continue
         plan, refusal = _first_supported(candidate, traits, response, shape, count, dtype, device)
-=======
-        if backend == "auto" and candidate.name == "cpu" and matrix_shape(shape)[0] == 1:
-            refusals.append("backend cpu is slow on a single row, which fills one SIMD lane of its transforms")
-            continue
-        plan, refusal = _first_supported(candidate, response, shape, count, dtype, device)
->>>>>>> cpu3
         if plan is not None:
             return candidate, plan.because(refusals)
         refusals.append(f"backend {candidate.name} {refusal}")
