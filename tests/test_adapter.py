@@ -69,6 +69,17 @@ def test_lora_by_the_formula(config: dict[str, Any], scale: float, tmp_path: Pat
     assert all(torch.equal(model[name], base[name]) for name in base if name != "up.weight")
 
 
+def test_lowered_precision_does_not_reach_adapters(tmp_path: Path) -> None:
+    base, folder = base_weights(), lora(tmp_path / "adapter")
+    expected, precision = read(folder, base), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu"):
+            assert torch.equal(read(folder, base)["up.weight"], expected["up.weight"])
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def test_a_task_vector_survives_a_bfloat16_base(tmp_path: Path) -> None:
     base = base_weights(torch.bfloat16)
     folder = lora(tmp_path / "adapter")
@@ -144,6 +155,11 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     for number, (tensors, config, message) in enumerate(cases):
         folder = write(tmp_path / str(number), tensors, **{"peft_type": "LORA", "lora_alpha": 8} | config)
         with pytest.raises(fm.CheckpointError, match=message):
+            open_model(folder, base)
+    for config in ({"lora_alpha": None}, {"lora_alpha": "high"}, {"alpha_pattern": {"(": 1}}):
+        tensors = {"up.lora_A.weight": a, "up.lora_B.weight": b}
+        folder = write(tmp_path / f"{config}", tensors, peft_type="LORA", **config)
+        with pytest.raises(fm.CheckpointError, match=r"adapter_config\.json: lora_alpha or alpha_pattern of up"):
             open_model(folder, base)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(fm.CheckpointError, match=r"adapter_config\.json"):

@@ -135,7 +135,7 @@ def test_inference_tensors(backend: str, response: fm.Response) -> None:
         (torch.zeros(3, 3, dtype=torch.complex64), "x must have dtype"),
         (torch.zeros(()), "x must have at least one axis"),
         (torch.zeros(0, 3), "x must have at least one axis and one entry"),
-        (torch.zeros(3, 1).expand(3, 4), "x has overlapping memory"),
+        (torch.zeros(3, 1).expand(3, 4), "x may overlap itself"),
         ("tensor", "x must be a tensor"),
         ([torch.zeros(2, 2), 3], r"x\[1\] must be a tensor"),
         (torch.zeros(3, 3).to_sparse(), "x must be a dense tensor"),
@@ -160,10 +160,26 @@ def test_bad_options_are_named() -> None:
         fm.filter_(x, 0.4)  # type: ignore[arg-type]
     with pytest.raises(fm.ArgumentError, match="scale must be"):
         fm.filter_(x, fm.HighPass(0.1), scale=float("nan"))
+    with pytest.raises(fm.ArgumentError, match="scale must be"):
+        fm.filter_(x, fm.HighPass(0.1), scale=1e39)
     with pytest.raises(fm.ArgumentError, match="backend must be"):
         fm.filter_(x, fm.HighPass(0.1), backend="mkl")
+    with pytest.raises(fm.ArgumentError, match="backend must be"):
+        fm.filter_([], fm.HighPass(0.1), backend="mkl")
+    with pytest.raises(fm.ArgumentError, match="whole numbers"):
+        fm.explain((4.7, 5), fm.HighPass(0.1))  # type: ignore[arg-type]
+    with pytest.raises(fm.ArgumentError, match="shape of whole numbers"):
+        fm.explain(3, fm.HighPass(0.1))  # type: ignore[arg-type]
     with pytest.raises(fm.ArgumentError, match="mask has shape"):
         fm.filter_(x, fm.Custom(np.zeros((3, 3))))
+
+
+@AVAILABLE
+@pytest.mark.parametrize(("cutoff", "scale"), [(9.0, 1.0), (0.4, 0.0), (0.05, 0.0)])
+def test_nothing_is_left_of_what_is_multiplied_by_zero(backend: str, cutoff: float, scale: float) -> None:
+    x = noise(64, 48)
+    x[3, 4] = float("nan")
+    assert not fm.filtered(x, fm.HighPass(cutoff), scale=scale, backend=backend).any()
 
 
 def test_a_forced_backend_that_cannot_run_says_why() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import freemerge as fm
+from freemerge.spectral.dispatch import BACKENDS
 from freemerge.spectral.plan import Decimation
-from freemerge.spectral.planner import ERROR_LIMIT, _smooth
+from freemerge.spectral.planner import ERROR_LIMIT, _smooth, candidates
 from freemerge.spectral.windows import Window, window_transform
 
 
@@ -68,6 +71,33 @@ def test_windows_are_one_operator_however_they_are_cut(
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("kind", ["constant", "ramp", "tone"])
+@pytest.mark.parametrize("shape", [(1, 1000), (1, 1024), (1, 16384), (1000, 3), (64, 64), (16384, 4), (200, 64)])
+def test_every_plan_keeps_its_bound_on_inputs_that_add_up(backend: str, kind: str, shape: tuple[int, int]) -> None:
+    """Noise hides the rounding of long sums; what is all at low frequencies does not."""
+    height, width = shape
+    y, x = torch.arange(height, dtype=torch.float64)[:, None], torch.arange(width, dtype=torch.float64)[None, :]
+    signal = {
+        "constant": torch.ones(shape, dtype=torch.float64),
+        "ramp": y / height + x / width,
+        "tone": torch.cos(2 * math.pi * y / height) + torch.cos(4 * math.pi * x / width),
+    }[kind]
+    matrix = (signal + 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).float()
+    response = fm.HighPass(3, unit="bins")
+    mask = torch.from_numpy(response.mask(shape))
+    exact = torch.fft.ifft2(mask * torch.fft.fft2(matrix.double())).real
+    chosen = next(known for known in BACKENDS if known.name == backend)
+    traits = chosen.traits(torch.device("cpu"))
+    assert traits is not None
+    for plan in candidates(response, shape, torch.float32, "cpu", backend, traits):
+        if chosen.supports(plan) is None:
+            result = matrix.clone()
+            chosen.run(plan, [result[None]], 1.0)
+            error = float((result.double() - exact).norm() / matrix.double().norm())
+            assert error <= max(plan.error_bound, 5e-7), plan
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("shape", "cutoff"), [((768, 768), 0.05), ((513, 2048), 0.2), ((1009, 640), 0.1)])
 def test_the_error_bound_holds_for_the_worst_input(
@@ -97,6 +127,18 @@ def test_a_lowered_matmul_precision_rules_out_products() -> None:
         assert fm.explain(shape, response, backend="torch").form in ("pruned", "full")
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def test_the_newer_way_to_lower_the_precision_is_seen_too() -> None:
+    script = (
+        "import torch, freemerge as fm; torch.backends.mkldnn.matmul.fp32_precision = 'bf16';"
+        "x = torch.randn(768, 768); fm.filter_(x, fm.HighPass(0.05), backend='torch');"
+        "print(fm.explain(x, fm.HighPass(0.05), backend='torch').form)"
+    )
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has only the older way")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() in ("pruned", "full"), run.stderr
 
 
 def test_torch_products_give_the_same_bytes_for_any_number_of_threads() -> None:

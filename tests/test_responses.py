@@ -114,6 +114,9 @@ def test_custom_masks() -> None:
         fm.Custom([[float("nan")]])
     with pytest.raises(fm.ArgumentError, match="callable returned shape"):
         fm.Custom(lambda ky, kx, shape: np.zeros(3)).mask(shape)
+    for wrong in (1 + 2j, float("nan"), "one"):
+        with pytest.raises(fm.ArgumentError, match="mask callable must return finite real"):
+            fm.Custom(lambda ky, kx, shape, gain=wrong: np.full((ky * kx).shape, gain)).mask(shape)
 
 
 @pytest.mark.parametrize("response", RESPONSES, ids=str)

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else error, FAILED)
     except KeyboardInterrupt:
-        return _complain("interrupted; nothing was changed", INTERRUPTED)
+        return _complain("interrupted; no output was written", INTERRUPTED)
 
 
 def _complain(error: object, code: int) -> int:

@@ -34,7 +34,7 @@ class Merger:
         written: the names that an output file holds: second names only where the base's files hold a copy of their own.
         scale: the global scale, a number.
         energy_factors: for each renormalised tensor the factor it got, filled in as units are merged.
-        on_read: called with the unit after each time it has been read.
+        on_read: called with a unit and the bytes just read of it, after each pass over it.
     """
 
     def __init__(self, base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe, backend: str = "auto") -> None:
@@ -53,7 +53,7 @@ class Merger:
         self.units = plan_units(self.specs, recipe.select, recipe.views)
         self.scale = merging_scale(recipe.scale, recipe.weights, len(self.models))
         self.energy_factors: dict[str, float] = {}
-        self.on_read: Callable[[Unit], None] = lambda unit: None
+        self.on_read: Callable[[Unit, int], None] = lambda unit, read_bytes: None
         self._weights: list[float] | None = None
 
     @property
@@ -67,8 +67,11 @@ class Merger:
         wanted = self.recipe.out_dtype
         return spec.with_dtype(DTYPES[wanted]) if wanted is not None and spec.dtype in MERGEABLE else spec
 
-    def read_bytes(self, unit: Unit) -> int:
-        """Bytes of tensor data that one pass reads for a unit."""
+    def _merge_bytes(self, unit: Unit) -> int:
+        """Bytes of tensor data that merging a unit reads, statistics of the whole model apart."""
+        return self._unit_bytes(unit) * (2 if unit.action != "copy" and self._reads_twice(unit) else 1)
+
+    def _unit_bytes(self, unit: Unit) -> int:
         sources = (self.base,) if taken_from_base(unit.names[0], self.recipe.select) else (self.base, *self.models)
         return sum(source.specs[name].nbytes for name in unit.names for source in sources)
 
@@ -80,7 +83,9 @@ class Merger:
             device = self._device(unit.names[0])
             decisions += decide(unit, self.specs, self.recipe.response, dtype, device, self.backend)
         passes = 2 if self.needs_statistics_pass else 1
-        read = passes * sum(self.read_bytes(unit) for unit in self.units)
+        read = sum(self._merge_bytes(unit) for unit in self.units)
+        if self.needs_statistics_pass:
+            read += sum(self._unit_bytes(unit) for unit in self.units if unit.action != "copy")
         written = sum(self.out_spec(name).nbytes for name in self.written)
         return Inspection(tuple(decisions), tuple(warnings(decisions)), read, written, passes)
 
@@ -99,7 +104,7 @@ class Merger:
             yield name, tensor
             copies = (second for second, first in self.tied.items() if first == name and second in self.written)
             yield from ((second, tensor) for second in copies)
-        self.on_read(unit)
+        self.on_read(unit, self._merge_bytes(unit))
 
     def _merged(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
         if unit.action == "copy":
@@ -120,18 +125,19 @@ class Merger:
         totals: list[list[float]] = [[] for _ in self.models]
         count = 0
         for unit in self.units:
-            if unit.action != "copy":
-                for name, means in zip(unit.names, self._unit_means(unit), strict=True):
-                    weight = 1 if self.recipe.stats == "filtered" else self.specs[name].numel
-                    count += weight
-                    for total, mean in zip(totals, means, strict=True):
-                        total.append(mean * weight)
-            self.on_read(unit)
+            if unit.action == "copy":
+                continue
+            for name, means in zip(unit.names, self._unit_means(unit), strict=True):
+                weight = 1 if self.recipe.stats == "filtered" else self.specs[name].numel
+                count += weight
+                for total, mean in zip(totals, means, strict=True):
+                    total.append(mean * weight)
+            self.on_read(unit, self._unit_bytes(unit))
         return [math.fsum(total) / max(1, count) for total in totals]
 
     def _unit_means(self, unit: Unit) -> list[list[float]]:
         """For each member, the mean magnitude of each model's task vector, raw or filtered as the recipe says."""
-        if self.recipe.stats == "filtered" and unit.action == "filter":
+        if self._filtered_statistics(unit):
             return self._filtered(unit)[1]
         means = []
         for name in unit.names:
@@ -155,26 +161,40 @@ class Merger:
     def _combined(self, unit: Unit) -> list[Tensor]:
         """sum_i lambda_i G_i for each member: filtered, aligned, elected and renormalised as the recipe says."""
         common = self.weights()
-        filtered_statistics = self.recipe.stats == "filtered" and unit.action == "filter"
-        if self.recipe.linear and (common is not None or not filtered_statistics):
+        if self._linear(unit):
             sums = self._weighted_sums(unit, self._unit_weights(unit, common))
             if unit.action == "filter":
-                before = norm(sums)
+                before = norm(sums) if self.recipe.renormalize is not None else 0.0
                 self._filter(unit, sums)
                 self._renormalize(unit, sums, before)
             return sums
 
         filtered, means = self._filtered(unit)
-        weights = self._unit_weights(unit, common, means if filtered_statistics else None)
+        weights = self._unit_weights(unit, common, means if self._filtered_statistics(unit) else None)
         factors = self._alignment(unit, means) if self.recipe.align else [1.0] * len(self.models)
         sums = []
         for member in range(len(unit.names)):
             scaled = [factor * weight for factor, weight in zip(factors, weights[member], strict=True)]
             deltas = [task[member] for task in filtered]
             sums.append(elect_and_sum(deltas, scaled) if self.recipe.sign_election else _weighted_sum(deltas, scaled))
-        if unit.action == "filter":
+        if unit.action == "filter" and self.recipe.renormalize is not None:
             self._renormalize(unit, sums, norm(self._weighted_sums(unit, weights)))
         return sums
+
+    def _filtered_statistics(self, unit: Unit) -> bool:
+        return self.recipe.stats == "filtered" and unit.action == "filter"
+
+    def _reads_twice(self, unit: Unit) -> bool:
+        """Whether merging a unit reads it twice: for weights of its own, or for the norm of an unfiltered sum."""
+        own_weights = self.recipe.weights == "paper" and self.recipe.scope == "tensor"
+        if own_weights and not self._filtered_statistics(unit):
+            return True
+        return not self._linear(unit) and unit.action == "filter" and self.recipe.renormalize is not None
+
+    def _linear(self, unit: Unit) -> bool:
+        """Whether the sum of a unit's task vectors can be filtered in their stead."""
+        own_weights = self.recipe.weights == "paper" and self.recipe.scope == "tensor"
+        return self.recipe.linear and not (own_weights and self._filtered_statistics(unit))
 
     def _unit_weights(
         self, unit: Unit, common: list[float] | None, means: list[list[float]] | None = None
@@ -206,10 +226,14 @@ class Merger:
 
     def _filtered(self, unit: Unit) -> tuple[list[list[Tensor]], list[list[float]]]:
         """G_i of each model and member, and mean |G_i| of each member and model. Holds K copies of the unit."""
+        bases = [self._read_base(name) for name in unit.names]
         filtered = []
-        for index in range(len(self.models)):
-            one_hot = [float(model == index) for model in range(len(self.models))]
-            deltas = self._weighted_sums(unit, [one_hot] * len(unit.names))
+        for model in self.models:
+            deltas = []
+            for name, base in zip(unit.names, bases, strict=True):
+                delta, mean = task_vector_sum(base, [model.read(name).to(base.device)], [1.0])
+                self._checked(name, mean)
+                deltas.append(delta)
             if unit.action == "filter":
                 self._filter(unit, deltas)
             filtered.append(deltas)
@@ -246,11 +270,12 @@ class Merger:
         return device
 
     def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        device = self._device(name)
-        base = self.base.read(name).to(device)
-        if self._compute_dtype(name) == torch.float64:
-            base = base.double()  # arithmetic follows the widest input
-        return base, [model.read(name).to(device) for model in self.models]
+        base = self._read_base(name)
+        return base, [model.read(name).to(base.device) for model in self.models]
+
+    def _read_base(self, name: str) -> Tensor:
+        base = self.base.read(name).to(self._device(name))
+        return base.double() if self._compute_dtype(name) == torch.float64 else base  # arithmetic follows the widest
 
     def _checked(self, name: str, means: list[float]) -> list[float]:
         """A non-finite mean |theta_i - theta_0| betrays a non-finite value; find out whose it is."""

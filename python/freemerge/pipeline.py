@@ -103,8 +103,8 @@ def merge_checkpoints(
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models)))
         bar = stack.enter_context(Progress(inspection.read_bytes, enabled=progress))
 
-        def advance(unit: Unit) -> None:
-            bar.advance(merger.read_bytes(unit), len(unit.names))
+        def advance(unit: Unit, read_bytes: int) -> None:
+            bar.advance(read_bytes, len(unit.names))
 
         merger.on_read = advance
         merger.weights()  # the statistics pass, if there is one, meets every non-finite value before a byte is written

@@ -551,7 +551,10 @@ class Custom(Response):
         # The mirror image of a Nyquist bin is itself: hand the callable the stored sign.
         ky = np.where(2 * ky == -height, -ky, ky)
         kx = np.where(2 * kx == -width, -kx, kx)
-        called = np.asarray(self._function(ky, kx, shape), dtype=np.float64)
+        called = np.asarray(self._function(ky, kx, shape))
+        if called.dtype.kind not in "fiub" or not np.isfinite(called).all():
+            raise ArgumentError(f"the mask callable must return finite real numbers, got {called.dtype} {called!r}")
+        called = called.astype(np.float64)
         try:
             return np.broadcast_to(called, np.broadcast_shapes(ky.shape, kx.shape))
         except ValueError:

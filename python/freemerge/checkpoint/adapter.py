@@ -103,13 +103,15 @@ class AdaptedCheckpoint(Checkpoint):
                     f"{self.files[1]}: {module} has lora_A {shapes[0]} and lora_B {shapes[1]}, which do not make up "
                     f"the base's {name} {expected}"
                 )
-            scale = _scale(config, module, shapes[0][0])
+            scale = _scale(config, self.files[0], module, shapes[0][0])
             self._changes[name] = self._lora(pair["A"], pair["B"], scale, turned)
 
     def _lora(self, key_a: str, key_b: str, scale: float, turned: bool) -> Callable[[Tensor], Tensor]:
         def apply(weight: Tensor) -> Tensor:
-            a, b = self._file.read(key_a).to(weight.dtype), self._file.read(key_b).to(weight.dtype)
-            return torch.addmm(weight, a.T, b.T, alpha=scale) if turned else torch.addmm(weight, b, a, alpha=scale)
+            # In float64, which autocast and lowered matmul precisions leave alone.
+            a, b = self._file.read(key_a).double(), self._file.read(key_b).double()
+            change = a.T @ b.T if turned else b @ a
+            return change.mul_(scale).add_(weight).to(weight.dtype)
 
         return apply
 
@@ -170,10 +172,13 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _scale(config: Mapping[str, Any], path: Path, module: str, rank: int) -> float:
     """lora_alpha / r of one module; the file's own rank is what counts."""
-    alpha = _pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    try:
+        alpha = float(_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha")))
+    except (TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"{path}: lora_alpha or alpha_pattern of {module}: {error}") from None
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -23,6 +23,8 @@ def check_target(out: Path, *, single_file: bool, force: bool) -> None:
     ``force`` replaces only what was clearly meant: a file by a file, or a directory that has a freemerge manifest by a
     directory. Replacing a directory deletes all of it, so a mistyped ``-o .`` must not be able to.
     """
+    if out == Path():  # an empty name, too
+        raise RefusedError("the current directory cannot be the output; name a new one")
     if not out.exists():
         return
     if single_file != out.is_file():

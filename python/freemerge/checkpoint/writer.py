@@ -220,6 +220,8 @@ def write_json(path: Path, content: object) -> None:
 
 def _check_room(out: Path, nbytes: int) -> None:
     existing = next(parent for parent in out.parents if parent.exists())
+    if not existing.is_dir():
+        raise CheckpointError(f"cannot write {out}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write {out}: {existing} is not writable")
     free = shutil.disk_usage(existing).free

@@ -95,3 +95,10 @@ def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
         pointers.extend(first + i * step for i in range(count))
         strides.extend([x.stride(1) if x.shape[1] > 1 else x.shape[2]] * count)
     return pointers, strides
+
+
+def multiply_(batches: Sequence[torch.Tensor], factor: float) -> None:
+    """The filter whose gain is one constant; a gain of 0 clears even what is not finite."""
+    if factor != 1.0:
+        for x in batches:
+            x.mul_(factor) if factor else x.zero_()

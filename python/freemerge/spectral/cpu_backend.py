@@ -15,7 +15,7 @@ import torch
 from .. import _core
 from ..native import DTYPE_CODES
 from ..responses import has_closed_form
-from .backend import BackendInfo, Costs, Traits, addresses
+from .backend import BackendInfo, Costs, Traits, addresses, multiply_
 from .plan import Decimation, Form, Plan
 
 _FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/plan.h
@@ -72,9 +72,7 @@ class CpuBackend:
 
     def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
         if plan.form in ("identity", "scale"):
-            factor = scale * (plan.background if plan.form == "scale" else 1.0)
-            for x in batches:
-                x.mul_(factor)
+            multiply_(batches, scale * plan.background)
             return
         native, _table = _native_plan(plan)
         by_stride: dict[int, list[int]] = {}

@@ -16,7 +16,7 @@ from ..cuda import DTYPES, RUNTIME, Runtime, Stream
 from ..errors import BackendError
 from ..native import DTYPE_CODES
 from ..responses import MaskParams, Response, matrix_shape, transposed
-from .backend import BackendInfo, Costs, Traits, addresses
+from .backend import BackendInfo, Costs, Traits, addresses, multiply_
 from .plan import Decimation, Form, Plan
 
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "pruned", "full"))
@@ -118,9 +118,7 @@ class CudaBackend:
         stream = self._runtime.stream(torch.device(plan.device))
         prepared = self._prepared(plan, stream)
         if prepared.native is None:
-            factor = scale * plan.background
-            for x in batches if factor != 1.0 else ():
-                x.mul_(factor) if factor else x.zero_()
+            multiply_(batches, scale * plan.background)
             return
         pointers, strides = addresses(batches)
         needed: int = prepared.native.workspace(len(pointers), stream.device, stream.handle)

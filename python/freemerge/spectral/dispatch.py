@@ -16,6 +16,7 @@ from .cuda_backend import CudaBackend
 from .plan import Plan
 from .planner import candidates
 from .torch_backend import TorchBackend
+from .torch_products import exact_products
 
 #: In order of preference: "auto" takes the first that can run.
 BACKENDS: tuple[Backend, ...] = (CudaBackend(), CpuBackend(), TorchBackend())
@@ -38,7 +39,7 @@ def choose(
     cannot run the request.
     """
     count = 1 if len(shape) < 3 else min(math.prod(shape[:-2]), _LARGE_BATCH)
-    return _choose(response, shape[-2:], count, dtype, device, backend, torch.get_float32_matmul_precision())
+    return _choose(response, shape[-2:], count, dtype, device, backend, exact_products())
 
 
 def check_backend(backend: str) -> None:
@@ -56,9 +57,9 @@ def _choose(
     dtype: torch.dtype,
     device: torch.device,
     backend: str,
-    precision: str,
+    exact: bool,
 ) -> tuple[Backend, Plan]:
-    del precision  # part of the key: traits depend on it
+    del exact  # part of the key: traits depend on it
     check_backend(backend)
     refusals: list[str] = []
     for candidate in BACKENDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -13,8 +14,8 @@ import torch
 
 from ..errors import ArgumentError
 from ..responses import Response, finite_number, transposed
-from .backend import Backend
-from .dispatch import choose
+from .backend import Backend, multiply_
+from .dispatch import check_backend, choose
 from .memory import internal_overlap, overlapping_pair
 from .plan import Plan
 
@@ -23,6 +24,7 @@ T = TypeVar("T")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SAMPLE = (16, 64)  # rows and columns of the sample that estimates a matrix's mean
 _SMALL = 1 << 14  # elements
+_FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
@@ -37,20 +39,21 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
         backend: "auto", or the name of a backend of :func:`freemerge.backends` that must do it.
 
     Arithmetic is fp64 for fp64 and fp32 for the rest, whose results are rounded once. A leaf that requires grad is
-    updated as an optimizer does, outside autograd. A non-finite entry spreads over its whole matrix, as in any Fourier
-    filter; nothing here looks for one. The result does not depend on the number of threads.
+    updated as an optimizer does, outside autograd. A non-finite entry spreads over its matrix, or over as much of it as
+    the filter's gains mix with it; nothing here looks for one. The result does not depend on the number of threads.
 
     Raises:
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
+    check_backend(backend)
     items = list(x) if isinstance(x, (list, tuple)) else [x]
     names = [f"x[{i}]" for i in range(len(items))] if isinstance(x, (list, tuple)) else ["x"]
     tensors = [_tensor(item, name) for item, name in zip(items, names, strict=True)]
     pair = overlapping_pair(tensors)
     if pair is not None:
         raise ArgumentError(f"{names[pair[0]]} and {names[pair[1]]} share memory; each would be filtered twice")
-    _run(tensors, _checked_response(response), _checked_scale(scale), backend)
+    _run(tensors, _checked_response(response), _checked_scale(scale, tensors), backend)
     return x
 
 
@@ -79,7 +82,10 @@ def explain(
     if isinstance(x, torch.Tensor):
         shape, dtype, device = tuple(x.shape), x.dtype, x.device
     else:
-        shape = tuple(int(n) for n in x)
+        try:
+            shape = tuple(operator.index(n) for n in x)
+        except TypeError:
+            raise ArgumentError(f"x must be a tensor or a shape of whole numbers, got {x!r}") from None
     if not shape or min(shape) < 1:
         raise ArgumentError(f"x must have at least one axis and no empty one, got shape {shape}")
     if dtype not in _DTYPES:
@@ -93,10 +99,10 @@ def _checked_response(response: object) -> Response:
     return response
 
 
-def _checked_scale(scale: object) -> float:
+def _checked_scale(scale: object, tensors: Iterable[torch.Tensor]) -> float:
     number = finite_number(scale)
-    if number is None:
-        raise ArgumentError(f"scale must be a finite number, got {scale!r}")
+    if number is None or (abs(number) > _FLOAT_MAX and any(x.dtype != torch.float64 for x in tensors)):
+        raise ArgumentError(f"scale must be a finite number in the arithmetic of the tensors, got {scale!r}")
     return number
 
 
@@ -112,7 +118,7 @@ def _tensor(item: Any, name: str) -> torch.Tensor:
     if x.requires_grad and not x.is_leaf:
         raise ArgumentError(f"{name} is part of an autograd graph, which the filter would break; pass {name}.detach()")
     if internal_overlap(x):
-        raise ArgumentError(f"{name} has overlapping memory (strides {x.stride()}); pass {name}.contiguous()")
+        raise ArgumentError(f"{name} may overlap itself in memory (strides {x.stride()}); pass {name}.contiguous()")
     return x
 
 
@@ -127,7 +133,10 @@ def _as_tensor(item: Any, name: str) -> torch.Tensor:
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"{name} cannot be used as a tensor: {error}") from None
     if hasattr(item, "__dlpack__"):
-        return torch.utils.dlpack.from_dlpack(item)
+        try:
+            return torch.utils.dlpack.from_dlpack(item)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise ArgumentError(f"{name} cannot be used as a tensor: {error}") from None
     raise ArgumentError(f"{name} must be a tensor, a NumPy array or a DLPack producer, got {type(item).__name__}")
 
 
@@ -181,7 +190,10 @@ def _batches(x: torch.Tensor) -> list[torch.Tensor]:
     return [batch for part in x.unbind(0) for batch in _batches(part)]
 
 
-def _run_plan(backend: Backend, plan: Plan, batches: Iterable[torch.Tensor], scale: float) -> None:
+def _run_plan(backend: Backend, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    if not scale:
+        multiply_(batches, 0.0)
+        return
     in_place: list[torch.Tensor] = []
     strided: list[torch.Tensor] = []
     for batch in batches:

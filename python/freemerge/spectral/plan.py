@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -61,7 +61,7 @@ class Plan:
     device: str
     response: Response
     background: float
-    reason: str
+    reason: str = field(compare=False)
     transposed: bool = False
     packed: bool = False
     rows: Decimation | None = None

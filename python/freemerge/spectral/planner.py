@@ -26,6 +26,7 @@ _MIN_OVERSAMPLING = 1.5  # below it the window's transform at the band edge is s
 _OVERSAMPLINGS = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _CACHED_GRID = 1 << 20  # elements of a coarse grid whose FFT runs in cache
 _GRID_SHARE = 0.6  # a coarse grid larger than this share of the matrix is no decimation
+_THIN_AXIS = 512  # samples at most
 _THIN_PRODUCTS = 512  # multiply-adds per element at most
 _FLAT_ELEMENTS = 1 << 17  # of the matrix that does both axes at once
 _THIN_BLOCK = 1 << 19  # elements of a matrix that one round of products takes
@@ -161,9 +162,13 @@ class _Request:
             for n, band, nyquist in zip((height, width), box.bands, box.nyquist, strict=True)
         )
         products = 2 * columns.cells * height * (width + rows.cells)
-        if products > _THIN_PRODUCTS * height * width or not self._mirrored(rows, columns):
+        # Products add up in one long chain, whose rounding would grow with a long axis.
+        flat = thin_is_flat((height, width), rows, columns)
+        if (max(height, width) > _THIN_AXIS and not flat) or products > _THIN_PRODUCTS * height * width:
             return None
-        steps = 2 if thin_is_flat((height, width), rows, columns) else 5
+        if not self._mirrored(rows, columns):
+            return None
+        steps = 4 if flat else 5
         rounds = max(1.0 / self.count, height * width / _THIN_BLOCK)
         plan = replace(
             self.plan,
@@ -172,6 +177,7 @@ class _Request:
             rows=rows,
             columns=columns,
             bytes_moved=self.nbytes * (3 if box.background else 2),
+            error_bound=ERROR_LIMIT[compute_dtype(self.dtype)],
             workspace_bytes=compute_dtype(self.dtype).itemsize * columns.cells * (min(height, 4096) + 2 * rows.cells),
         )
         return 3 * costs.move * height * width + costs.dense * products + costs.call * steps * rounds, plan

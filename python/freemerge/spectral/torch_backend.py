@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .backend import BackendInfo, Costs, Traits
+from .backend import BackendInfo, Costs, Traits, multiply_
 from .plan import Form, Plan
 from .torch_columns import run_columns
 from .torch_decimated import run_decimated
+from .torch_products import exact_products
 from .torch_thin import run_thin
 
 # Measured on one core of a Sapphire Rapids Xeon with MKL, ns; benchmarks/test_filter.py shows the outcome.
@@ -35,7 +36,7 @@ class TorchBackend:
 
     def traits(self, device: torch.device) -> Traits:
         # A lowered matmul precision (TF32, bf16) would break the error bound of every form made of products.
-        exact = torch.get_float32_matmul_precision() == "highest"
+        exact = exact_products()
         cpu = device.type == "cpu"
         return Traits(
             forms=_FORMS if exact else _EXACT,
@@ -62,10 +63,7 @@ class TorchBackend:
 
 
 def _scale(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    factor = scale * plan.background
-    if factor != 1.0:
-        for x in batches:
-            x.mul_(factor) if factor else x.zero_()
+    multiply_(batches, scale * plan.background)
 
 
 _RUN: dict[Form, Callable[[Plan, Sequence[torch.Tensor], float], None]] = {

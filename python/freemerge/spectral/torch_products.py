@@ -6,13 +6,22 @@ import threading
 
 import torch
 
-_lock = threading.Lock()
+_lock = threading.RLock()
+
+
+def exact_products() -> bool:
+    """Whether products of float32 matrices are computed in float32, as far as torch can tell."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by torch's newer interface, for some operation or device
+        return False
 
 
 class one_thread:
     """Run CPU products on one thread: the library cuts long sums by thread, so that their rounding would depend on it.
 
-    The thread count is the process's, hence the lock. The native CPU backend has no such limit.
+    The thread count is the process's, hence the lock; a Python thread that starts meanwhile keeps the one thread. The
+    native CPU backend has no such limit.
     """
 
     def __init__(self, device: str) -> None:

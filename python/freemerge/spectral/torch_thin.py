@@ -28,7 +28,8 @@ class _Tables:
     gain: torch.Tensor  #: (r, q), with the background taken off
     transposed_y: torch.Tensor
     transposed_x: torch.Tensor
-    flat: tuple[torch.Tensor, torch.Tensor] | None  #: both axes' bases in one, (HW, rq) with gains, and (rq, HW)
+    #: Both axes' bases in one: (HW, rq) with the gains, in float64 as its sums are long, and (rq, HW).
+    flat: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @lru_cache(maxsize=32)
@@ -47,7 +48,8 @@ def _tables(plan: Plan) -> _Tables:
     flat = None
     if thin_is_flat(plan.matrix, plan.rows, plan.columns):
         both = np.kron(basis_y, basis_x)
-        flat = tensor((both * gain.reshape(-1, 1)).T), tensor(both)
+        down = torch.tensor(np.ascontiguousarray((both * gain.reshape(-1, 1)).T), device=plan.device)
+        flat = down, tensor(both)
     return _Tables(tensor(basis_y), tensor(basis_x), tensor(gain), tensor(basis_y.T), tensor(basis_x.T), flat)
 
 
@@ -78,7 +80,8 @@ def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
                     _filter_converted(x, tables, keep, scale)
             elif dense and tables.flat is not None:
                 rows, (down, up) = batch.view(count, height * width), tables.flat
-                torch.addmm(rows, torch.mm(rows, down), up, beta=keep, alpha=scale, out=rows)
+                spectrum = torch.mm(rows.double(), down).to(rows.dtype)
+                torch.addmm(rows, spectrum, up, beta=keep, alpha=scale, out=rows)
             elif dense and count > 1:
                 for start in range(0, count, group):
                     _filter_batch(batch[start : start + group], tables, keep, scale)
