@@ -58,6 +58,10 @@ def parse(text: str) -> fm.Response:
 
 def seconds(work: Callable[[], object]) -> float:
     """CPU time of the thread that worked longest; threads that wait must not spin (OMP_WAIT_POLICY)."""
+    if torch.get_num_threads() == 1:  # one call, so that small works are not drowned
+        start = time.process_time()
+        work()
+        return time.process_time() - start
     before = thread_seconds()
     work()
     return max(after - before.get(thread, 0.0) for thread, after in thread_seconds().items())
@@ -103,8 +107,9 @@ def baseline(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class Timer:
     """Least CPU time of a few works, in milliseconds, taken in turns so that a busy moment meets them all."""
 
-    def __init__(self, large: bool) -> None:
-        self.rounds, self.budget = (4, 0.0) if large else (4, 3.0)
+    def __init__(self, elements: int) -> None:
+        self.small = elements < 1 << 22
+        self.rounds, self.budget = 2 if elements > 10**8 else 4, 3.0 if self.small else 0.0
 
     def __call__(self, **works: Callable[[], object]) -> dict[str, float]:
         least = dict.fromkeys(works, math.inf)
@@ -120,8 +125,7 @@ def run_shape(shape: tuple[int, int]) -> list[Row]:
     """All filters of one shape in this process."""
     original = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     fm.filter_(torch.zeros(64, 64), fm.HighPass(0.05))  # what is loaded once is no filter's memory
-    large = original.numel() > 1 << 22
-    timer = Timer(large)
+    timer = Timer(original.numel())
     rows = [run_filter(text, original, timer) for text in responses(shape)]
     if shape in MAIN:
         rows.append(run_filter("HighPass(0.05)", original.bfloat16(), timer))
@@ -130,10 +134,10 @@ def run_shape(shape: tuple[int, int]) -> list[Row]:
     for threads in sorted({row["threads"] for row in rows}):
         torch.set_num_threads(threads)
         x, mask = original.clone(), torch.ones(shape[0], shape[1] // 2 + 1)
-        times = Timer(large)(torch=lambda x=x, mask=mask: baseline(x, mask), sum=x.sum, scale=lambda x=x: x.mul_(1.0))
+        times = timer(torch=lambda x=x, mask=mask: baseline(x, mask), sum=x.sum, scale=lambda x=x: x.mul_(1.0))
         for row in rows:
             if row["threads"] == threads:
-                row["torch_ms"] = times["torch"]
+                row.setdefault("torch_ms", times["torch"])
                 row["floor_ms"] = times["sum"] + times["scale"]
                 row["ratio"] = row["torch_ms"] / row["ms"]
                 row["floor_ratio"] = row["ms"] / row["floor_ms"]
@@ -162,7 +166,11 @@ def run_filter(text: str, original: torch.Tensor, timer: Timer, threads: int = 1
         if not torch.equal(x, fm.filtered(original, response)):
             raise AssertionError(f"{text} on {tuple(x.shape)} depends on the number of threads")
         torch.set_num_threads(threads)
-    row["ms"] = timer(ours=lambda: fm.filter_(x, response))["ours"]
+    works: dict[str, Callable[[], object]] = {"ms": lambda: fm.filter_(x, response)}
+    if timer.small:  # beside the filter: a small baseline takes little time, and a busy machine shifts it much
+        wide, mask = original.float(), torch.ones(x.shape[0], x.shape[1] // 2 + 1)
+        works["torch_ms"] = lambda: baseline(wide, mask)
+    row |= timer(**works)
     row["gb_per_s"] = 3 * x.numel() * x.element_size() / row["ms"] / 1e6
     return row
 
@@ -186,7 +194,7 @@ def check(original: torch.Tensor, result: torch.Tensor, response: fm.Response) -
 def run_times(shape: tuple[int, int]) -> list[Row]:
     """Times alone, on the instruction set that the environment names."""
     torch.set_num_threads(1)
-    x, timer = torch.randn(shape), Timer(math.prod(shape) > 1 << 22)
+    x, timer = torch.randn(shape), Timer(math.prod(shape))
     return [
         {
             "shape": list(shape), "response": text, "isa": _core.active_isa(),
@@ -200,7 +208,7 @@ def run_tuned(shape: tuple[int, int]) -> float:
     """Milliseconds of the baseline in this process, whose allocator the environment has tuned."""
     torch.set_num_threads(1)
     x, mask = torch.randn(shape), torch.ones(shape[0], shape[1] // 2 + 1)
-    return Timer(x.numel() > 1 << 22)(torch=lambda: baseline(x, mask))["torch"]
+    return Timer(x.numel())(torch=lambda: baseline(x, mask))["torch"]
 
 
 def run_merge(shape: tuple[int, int], count: int = 8) -> Row:
@@ -232,7 +240,7 @@ def run_merge(shape: tuple[int, int], count: int = 8) -> Row:
     wrong = float((found != exact.bfloat16()).double().mean())  # where float32 falls on the other side of a tie
     if wrong > 1e-3 or float((found.double() - exact).abs().max() / exact.abs().max()) > 2**-8:
         raise AssertionError(f"merge: {wrong:.1e} of the entries are not the rounded float64 result")
-    times = Timer(large=True)(ours=ours, torch=in_torch)
+    times = Timer(math.prod(shape))(ours=ours, torch=in_torch)
     return {
         "shape": list(shape), "models": count, "dtype": "bfloat16", "ms": times["ours"], "torch_ms": times["torch"],
         "ratio": times["torch"] / times["ours"], "entries_rounded_otherwise_than_float64": wrong,
@@ -248,7 +256,7 @@ def run_select(shape: tuple[int, int]) -> Row:
     expected = torch.topk(model.abs().view(-1), count).values
     if not torch.equal(found.values.float().abs().sort(descending=True).values, expected):
         raise AssertionError("selection differs from torch.topk")
-    times = Timer(large=True)(
+    times = Timer(math.prod(shape))(
         ours=lambda: select_largest(model, base, count), torch=lambda: torch.topk(model.abs().view(-1), count)
     )
     return {"shape": list(shape), "count": count, "ms": times["ours"], "torch_ms": times["torch"],
