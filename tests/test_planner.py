@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import freemerge as fm
+from freemerge.spectral.cpu_backend import CpuBackend
 from freemerge.spectral.dispatch import BACKENDS
 from freemerge.spectral.plan import Decimation
 from freemerge.spectral.planner import ERROR_LIMIT, _smooth, candidates
@@ -153,3 +155,42 @@ def test_torch_products_give_the_same_bytes_for_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("shape", [(4096,), (1, 768), (3, 1, 768)])
+def test_single_rows_are_left_to_torch(shape: tuple[int, ...]) -> None:
+    plan = fm.explain(shape, fm.HighPass(0.05))
+    assert plan.backend == "torch"
+    assert "single row" in plan.reason
+    assert fm.explain(shape, fm.HighPass(0.05), backend="cpu").backend == "cpu"
+    assert fm.explain((2, 768), fm.HighPass(0.05)).backend == "cpu"
+
+
+@pytest.mark.parametrize("shape", [(150, 203), (203, 150), (96, 64)])
+@pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.Butterworth(0.2), fm.Official(0.7)], ids=repr)
+def test_every_candidate_of_the_cpu_gives_the_result(shape: tuple[int, int], response: fm.Response) -> None:
+    backend = CpuBackend()
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor(response.half_mask(shape))
+    expected = torch.fft.irfft2(torch.fft.rfft2(x.double()) * mask, s=shape)
+    plans = candidates(response, shape, x.dtype, "cpu", "cpu", traits)
+    assert {(plan.form, plan.transposed) for plan in plans} >= {("full", False), ("full", True)}
+    for plan in plans:
+        if backend.supports(plan) is None:
+            result = x.clone()
+            backend.run(plan, [result.unsqueeze(0)], 1.0)
+            assert (result - expected).norm() <= 5e-7 * x.norm(), plan
+
+
+def test_a_background_that_no_column_has_is_refused() -> None:
+    backend = CpuBackend()
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    plans = candidates(fm.HighPass(0.4), (64, 64), torch.float32, "cpu", "cpu", traits)
+    pruned = next(plan for plan in plans if plan.form == "pruned")
+    x = torch.ones(64, 64)
+    with pytest.raises(ValueError, match="background"):
+        backend.run(replace(pruned, background=0.5), [x.unsqueeze(0)], 1.0)
+    assert torch.equal(x, torch.ones(64, 64))

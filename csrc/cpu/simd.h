@@ -182,9 +182,11 @@ FM_INLINE Vec<double> load_partial(const double* p, std::int64_t count) {
 FM_INLINE HalfVec load_half_partial(const void* p, std::int64_t count) {
   return load_raw_partial<HalfVec>(static_cast<const std::uint16_t*>(p), count);
 }
-template <typename T>
-FM_INLINE void store_partial(T* p, Vec<T> v, std::int64_t count) {
-  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(T));
+FM_INLINE void store_partial(float* p, Vec<float> v, std::int64_t count) {
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(float));
+}
+FM_INLINE void store_partial(double* p, Vec<double> v, std::int64_t count) {
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(double));
 }
 FM_INLINE void store_half_partial(void* p, HalfVec v, std::int64_t count) {
   __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * sizeof(std::uint16_t));
