@@ -57,8 +57,9 @@ class Scheduler {
  private:
   void run_block();
   void resume(Worker* worker);
-  void start_remaining_threads(std::vector<Worker*>& idle);
-  void release_complete_warps();
+  void start_threads();
+  bool run_warp(std::size_t warp);
+  void release_complete_collectives(std::size_t warp);
   void release_complete_block();
   void arrive_at_warp(unsigned mask);
   void permute(std::vector<std::size_t>& sequence, std::size_t n);
@@ -71,8 +72,9 @@ class Scheduler {
   std::size_t shared_size_ = 0;
   std::unique_ptr<unsigned char[]> shared_;
   std::vector<std::unique_ptr<Worker>> pool_;
-  std::vector<Worker*> live_;
-  std::vector<std::size_t> sequence_;  // threads in starting order
+  std::vector<std::vector<Worker*>> warps_;  // threads that have started and not exited
+  std::size_t live_ = 0;                     // how many
+  std::vector<std::size_t> sequence_;        // threads in starting order
   std::size_t next_ = 0;
   std::vector<char> finished_;
   std::vector<unsigned char> slots_;  // kSlot bytes a thread
@@ -143,71 +145,86 @@ void Scheduler::resume(Worker* worker) {
   worker->fiber.resume();
 }
 
-void Scheduler::start_remaining_threads(std::vector<Worker*>& idle) {
+void Scheduler::start_threads() {
+  std::vector<Worker*> idle;
+  for (const auto& worker : pool_) idle.push_back(worker.get());
   while (next_ < sequence_.size()) {
     if (idle.empty()) {
       pool_.push_back(std::make_unique<Worker>());
       idle.push_back(pool_.back().get());
     }
     Worker* worker = idle.back();
-    idle.pop_back();
     worker->wait = Wait::kNothing;
     resume(worker);
-    (worker->thread >= 0 ? live_ : idle).push_back(worker);
+    if (worker->thread < 0) continue;  // all the threads it ran have exited
+    idle.pop_back();
+    warps_[static_cast<std::size_t>(worker->thread / kWarp)].push_back(worker);
+    ++live_;
   }
 }
 
-void Scheduler::release_complete_warps() {
-  for (Worker* worker : live_) {
+void Scheduler::release_complete_collectives(std::size_t warp) {
+  for (Worker* worker : warps_[warp]) {
     if (worker->wait != Wait::kWarp) continue;
-    const int warp = worker->thread / kWarp;
-    unsigned& arrived = arrived_[static_cast<std::size_t>(warp)];
+    unsigned& arrived = arrived_[warp];
     const unsigned mask = worker->mask;
     if ((arrived & mask) != mask) continue;
     arrived &= ~mask;
-    for (Worker* other : live_) {
-      if (other->wait != Wait::kWarp || other->thread / kWarp != warp) continue;
-      if (!(mask >> (other->thread % kWarp) & 1u)) continue;
+    for (Worker* other : warps_[warp]) {
+      if (other->wait != Wait::kWarp || !(mask >> (other->thread % kWarp) & 1u)) continue;
       if (other->mask != mask) die("warp collective: lanes passed different masks");
       other->wait = Wait::kNothing;
     }
   }
 }
 
+// Runs every thread of a warp that can go on; false if none can.
+bool Scheduler::run_warp(std::size_t warp) {
+  release_complete_collectives(warp);
+  std::vector<Worker*>& threads = warps_[warp];
+  bool moved = false;
+  for (std::size_t i = 0; i < threads.size();) {
+    Worker* worker = threads[i];
+    if (worker->wait == Wait::kNothing) {
+      moved = true;
+      resume(worker);
+      if (worker->thread < 0) {
+        threads.erase(threads.begin() + static_cast<std::ptrdiff_t>(i));
+        --live_;
+        continue;
+      }
+    }
+    ++i;
+  }
+  return moved;
+}
+
+// A barrier counts the threads that still run: CUDA lets the others have exited.
 void Scheduler::release_complete_block() {
-  // A barrier counts the threads that still run: CUDA lets the others have exited.
-  const bool all = std::all_of(live_.begin(), live_.end(), [](Worker* w) { return w->wait == Wait::kBlock; });
-  if (!all) return;
-  for (Worker* worker : live_) worker->wait = Wait::kNothing;
+  for (const std::vector<Worker*>& warp : warps_) {
+    if (std::any_of(warp.begin(), warp.end(), [](Worker* w) { return w->wait != Wait::kBlock; })) return;
+  }
+  for (const std::vector<Worker*>& warp : warps_) {
+    for (Worker* worker : warp) worker->wait = Wait::kNothing;
+  }
 }
 
 void Scheduler::run_block() {
   next_ = 0;
-  live_.clear();
+  live_ = 0;
+  for (std::vector<Worker*>& warp : warps_) warp.clear();
   std::fill(finished_.begin(), finished_.end(), char{0});
   std::fill(arrived_.begin(), arrived_.end(), 0u);
   std::memset(shared_.get(), 0xff, shared_size_);  // NaN
-  std::vector<Worker*> idle;
-  for (const auto& worker : pool_) idle.push_back(worker.get());
-  start_remaining_threads(idle);
-  while (!live_.empty()) {
-    release_complete_warps();
+  start_threads();
+  std::vector<std::size_t> order_of_warps;
+  while (live_ > 0) {
     release_complete_block();
     bool moved = false;
-    for (std::size_t i = 0; i < live_.size();) {
-      Worker* worker = live_[i];
-      if (worker->wait != Wait::kNothing) {
-        ++i;
-        continue;
-      }
-      moved = true;
-      resume(worker);
-      if (worker->thread >= 0) {
-        ++i;
-      } else {
-        live_.erase(live_.begin() + static_cast<std::ptrdiff_t>(i));
-        idle.push_back(worker);
-      }
+    // One warp goes as far as it can before the next: CUDA does not promise that they keep in step.
+    permute(order_of_warps, warps_.size());
+    for (const std::size_t warp : order_of_warps) {
+      while (run_warp(warp)) moved = true;
     }
     if (!moved) die("deadlock: a barrier or warp collective that not every thread reaches");
   }
@@ -234,6 +251,7 @@ bool Scheduler::run(dim3 grid, dim3 block, std::size_t shared, void (*body)(void
   finished_.assign(threads, 0);
   slots_.assign(threads * kSlot, 0);
   arrived_.assign((threads + kWarp - 1) / kWarp, 0);
+  warps_.resize(arrived_.size());
   const std::size_t blocks = static_cast<std::size_t>(grid.x) * grid.y * grid.z;
   std::vector<std::size_t> block_sequence;
   permute(block_sequence, blocks);
