@@ -1,4 +1,4 @@
-"""The merge of algorithm.md written down plainly in float64: one model after the other, no linearity, complex FFTs."""
+"""The merges of the paper and the released scripts, written down plainly in float64: one model after the other, no linearity, complex FFTs."""
 
 from __future__ import annotations
 

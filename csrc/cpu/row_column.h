@@ -10,10 +10,11 @@ namespace freemerge {
 
 // In place, every matrix X becomes scale * Re IFFT2(M * FFT2(X)), for any mask M.
 //
-// Arithmetic is float (double for float64) and the result is rounded once. If plan.packed, float32 and float64
-// matrices keep their spectrum in their own memory; the extra memory is a few batches of signals per thread.
-// Else it takes 8 bytes (16 for float64) per bin that M does not zero, up to the size of the matrix in the
-// arithmetic type. A spectrum of bfloat16 or float16 never fits: correctly rounded results need it in float.
+// Arithmetic is float (double for float64) and the result is rounded once. If plan.packed, float32 and
+// float64 matrices keep their spectrum in their own memory; the extra memory is a few batches of signals per
+// thread. Else it takes 8 bytes (16 for float64) per bin that M does not zero, up to the size of the matrix
+// in the arithmetic type. A spectrum of bfloat16 or float16 never fits: correctly rounded results need it in
+// float.
 //
 // plan.transposed: real transforms run along the columns. Results do not depend on `threads`. Throws
 // std::invalid_argument before anything is written.
