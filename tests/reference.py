@@ -1,4 +1,4 @@
-"""The merges of the paper and the released scripts, written down plainly in float64: one model after the other, no linearity, complex FFTs."""
+"""Merges by the paper and the released scripts, plain and in float64: no linearity, complex FFTs."""
 
 from __future__ import annotations
 
