@@ -457,7 +457,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
     with pytest.raises(ArgumentError, match="out must be"):
         add_round(x, x, 1.0, torch.float32, out=elsewhere)
     with pytest.raises(ArgumentError, match="update must be on the device of the weights"):
-        apply_(x, SparseVector(torch.empty(1, dtype=torch.int64, device="meta"), torch.ones(1)), 1.0)
+        apply_([Update(x, SparseVector(torch.empty(1, dtype=torch.int64, device="meta"), torch.ones(1)), 1.0)])
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------
