@@ -2,9 +2,9 @@
 
     pytest benchmarks/test_filter.py --benchmark-enable --report benchmarks/results/filter.json
 
-Before every timed round the baseline, ``irfft2(rfft2(x) * mask)`` with a ready-made mask, runs once, so that both see
-the same machine; times are the least process CPU time. Without --benchmark-enable the answers of the smaller shapes are
-checked and nothing is timed.
+Rows measured again (with ``-k``) replace those of an existing report. Before every timed round the baseline,
+``irfft2(rfft2(x) * mask)`` with a ready-made mask, runs once, so that both see the same machine; times are the least
+process CPU time. Without --benchmark-enable the answers of the smaller shapes are checked and nothing is timed.
 """
 
 from __future__ import annotations
@@ -53,15 +53,24 @@ def report(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     yield rows
     path = request.config.getoption("--report")
     if rows and path:
-        text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
+        old = json.loads(Path(path).read_text(encoding="utf-8"))["rows"] if Path(path).exists() else []
+        table = {row_key(row): row for row in (*old, *rows)}
+        text = json.dumps({"machine": machine(), "rows": list(table.values())}, indent=1)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def row_key(row: dict[str, Any]) -> tuple[object, ...]:
+    return (*row["shape"], row["dtype"], row["response"], row["backend"])
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "processor": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown"),
         "system": platform.platform(),
@@ -69,7 +78,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "backends": {name: info.details for name, info in fm.backends().items() if info.available},
         "threads": 1,
-        "commit": git.stdout.strip(),
     }
 
 
@@ -115,6 +123,7 @@ def test_filter(
         return
     seconds, moved = benchmark.stats.stats.min, 3 * size * dtype.itemsize
     row = {
+        "commit": commit(),
         "shape": shape,
         "dtype": str(dtype)[6:],
         "response": repr(response),
