@@ -21,7 +21,7 @@ environment() { # a virtual environment that sees the packages of $base, and a s
 }
 
 install() { # [COMMAND...] to run pip under
-  "$@" "$python" -m pip install --no-deps --no-cache-dir -v "$source" > "$work/log" 2>&1
+  "$@" "$python" -m pip install --no-build-isolation --no-deps --no-cache-dir -v "$source" > "$work/log" 2>&1
 }
 
 must_install() {
