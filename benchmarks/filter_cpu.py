@@ -13,7 +13,6 @@ merge of eight models and the selection of an expert's entries. About eight minu
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -31,6 +30,7 @@ import freemerge as fm
 from freemerge import _core
 from freemerge.accumulate import add_round, task_vector_sum
 from freemerge.experts.selection import select_largest
+from peak_memory import peak_growth
 
 Row = dict[str, Any]
 
@@ -70,23 +70,6 @@ def seconds(work: Callable[[], object]) -> float:
 def thread_seconds() -> dict[int, float]:
     threads = [int(name) for name in os.listdir("/proc/self/task")]
     return {thread: time.clock_gettime(~thread << 3 | 6) for thread in threads}  # Linux's clock of one thread
-
-
-def status(field: str) -> int:
-    """A memory field of this process, in bytes (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
-
-
-def peak_growth(work: Callable[[], object]) -> int:
-    """Bytes by which the resident set grew while the work ran."""
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator kept would hide what the work takes
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    work()
-    return max(0, status("VmHWM") - before)
 
 
 def released(x: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,13 @@ process CPU time. Without --benchmark-enable the answers of the smaller shapes a
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import math
 import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import freemerge as fm
 from freemerge.responses import Response
 from freemerge.spectral.dispatch import BACKENDS
+from peak_memory import peak_growth
 
 VIT = [(768, 768), (2304, 768), (3072, 768), (768, 3072)]
 LLAMA = [(1024, 4096), (4096, 4096)]
@@ -64,6 +64,7 @@ def row_key(row: dict[str, Any]) -> tuple[object, ...]:
     return (*row["shape"], row["dtype"], row["response"], row["backend"])
 
 
+@cache
 def commit() -> str:
     return subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
 
@@ -105,7 +106,7 @@ def test_filter(
         pytest.skip("large shapes are checked where they are timed")
     original = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     x = original.clone()
-    used = extra_memory(lambda: fm.filter_(x, response, backend=backend))
+    used = peak_growth(lambda: fm.filter_(x, response, backend=backend))
     error = relative_error(x, original, response)
     assert error <= TOLERANCE[dtype]
 
@@ -168,22 +169,3 @@ def relative_error(y: torch.Tensor, x: torch.Tensor, response: Response) -> floa
     exact = fm.filter_(x.double(), response) if x.numel() > HUGE else torch_fft(x.double(), response)()
     norm = torch.linalg.vector_norm(exact)
     return float(torch.linalg.vector_norm(exact.sub_(y)) / norm)
-
-
-def extra_memory(work: Callable[[], object]) -> int:
-    """Peak growth of the resident memory during the first call, tables included; 0 where it cannot be told."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    gc.collect()
-    if not reset.exists():
-        work()
-        return 0
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that is still resident would hide what is taken
-    reset.write_text("5")
-    before = resident(status)
-    work()
-    return max(0, resident(status) - before)
-
-
-def resident(status: Path) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024

@@ -91,7 +91,7 @@ class Merger:
 
     def weights(self) -> list[float] | None:
         """lambda_i over the whole model, measured on first use; None where every tensor has its own."""
-        if self.recipe.weights == "paper" and self.recipe.scope == "tensor":
+        if self._own_weights:
             return None
         if self._weights is None:
             means = self._model_means() if self.needs_statistics_pass else [0.0] * len(self.models)
@@ -181,20 +181,23 @@ class Merger:
             self._renormalize(unit, sums, norm(self._weighted_sums(unit, weights)))
         return sums
 
+    @property
+    def _own_weights(self) -> bool:
+        """Whether every tensor has weights of its own."""
+        return self.recipe.weights == "paper" and self.recipe.scope == "tensor"
+
     def _filtered_statistics(self, unit: Unit) -> bool:
         return self.recipe.stats == "filtered" and unit.action == "filter"
 
     def _reads_twice(self, unit: Unit) -> bool:
         """Whether merging a unit reads it twice: for weights of its own, or for the norm of an unfiltered sum."""
-        own_weights = self.recipe.weights == "paper" and self.recipe.scope == "tensor"
-        if own_weights and not self._filtered_statistics(unit):
+        if self._own_weights and not self._filtered_statistics(unit):
             return True
         return not self._linear(unit) and unit.action == "filter" and self.recipe.renormalize is not None
 
     def _linear(self, unit: Unit) -> bool:
         """Whether the sum of a unit's task vectors can be filtered in their stead."""
-        own_weights = self.recipe.weights == "paper" and self.recipe.scope == "tensor"
-        return self.recipe.linear and not (own_weights and self._filtered_statistics(unit))
+        return self.recipe.linear and not (self._own_weights and self._filtered_statistics(unit))
 
     def _unit_weights(
         self, unit: Unit, common: list[float] | None, means: list[list[float]] | None = None

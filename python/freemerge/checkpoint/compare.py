@@ -60,18 +60,25 @@ def compare(
     return Comparison(names, tied, mixed)
 
 
-def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
-    """Raise CheckpointError, naming source and tensor, if a float tensor holds a NaN or an infinity."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity."""
+    if tensor.numel() == 0:
+        return True
     for block in torch.split(tensor.reshape(-1), _FINITE_BLOCK):
         values = block if block.dtype in MERGEABLE else block.float()
         # A NaN anywhere makes both NaN: one pass without a mask in memory, many times faster than isfinite().all().
         low, high = torch.aminmax(values)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            raise CheckpointError(
-                f"{source}: tensor {name!r} holds NaN or infinity (a buffer such as a mask can be selected to 'copy')"
-            )
+            return False
+    return True
+
+
+def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
+    """Raise CheckpointError, naming source and tensor, if a float tensor holds a NaN or an infinity."""
+    if tensor.is_floating_point() and not all_finite(tensor):
+        raise CheckpointError(
+            f"{source}: tensor {name!r} holds NaN or infinity (a buffer such as a mask can be selected to 'copy')"
+        )
 
 
 def _tied_names(everyone: Sequence[Checkpoint]) -> dict[str, str]:

@@ -54,6 +54,7 @@ class CpuBackend:
             cells_multiple=_CELLS_MULTIPLE,
             transposes=True,
             packs=0,
+            slow_rows="it fills one SIMD lane of its transforms",
         )
 
     def supports(self, plan: Plan) -> str | None:

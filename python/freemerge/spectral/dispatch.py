@@ -21,6 +21,7 @@ from .torch_products import exact_products
 #: In order of preference: "auto" takes the first that can run.
 BACKENDS: tuple[Backend, ...] = (CudaBackend(), CpuBackend(), TorchBackend())
 
+_NAMES = ("auto", *(backend.name for backend in BACKENDS))
 _CACHED_PLANS = 512
 _LARGE_BATCH = 16  # matrices beyond which a batch's size changes no plan
 
@@ -44,7 +45,7 @@ def choose(
 
 def check_backend(backend: str) -> None:
     """Raise :class:`ArgumentError` for a name that no backend has."""
-    if backend != "auto" and backend not in (known.name for known in BACKENDS):
+    if backend not in _NAMES:
         names = ", ".join(repr(known.name) for known in BACKENDS)
         raise ArgumentError(f"backend must be 'auto' or one of {names}, got {backend!r}")
 
@@ -65,9 +66,6 @@ def _choose(
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):
             continue
-        if backend == "auto" and candidate.name == "cpu" and matrix_shape(shape)[0] == 1:
-            refusals.append("backend cpu is slow on a single row, which fills one SIMD lane of its transforms")
-            continue
         traits = candidate.traits(device)
         # To ask whether a backend can run may start a GPU's driver: not for a tensor that it could not take anyway.
         if traits is not None or backend != "auto":
@@ -77,6 +75,9 @@ def _choose(
                 continue
         if traits is None:
             refusals.append(f"backend {candidate.name} does not run on device {device}")
+            continue
+        if backend == "auto" and traits.slow_rows and matrix_shape(shape)[0] == 1:
+            refusals.append(f"backend {candidate.name} is slow on a single row: {traits.slow_rows}")
             continue
         plan, refusal = _first_supported(candidate, traits, response, shape, count, dtype, device)
         if plan is not None:

@@ -162,8 +162,8 @@ class _Request:
             for n, band, nyquist in zip((height, width), box.bands, box.nyquist, strict=True)
         )
         products = 2 * columns.cells * height * (width + rows.cells)
-        # Products add up in one long chain, whose rounding would grow with a long axis.
         flat = thin_is_flat((height, width), rows, columns)
+        # Products add up in one long chain, whose rounding would grow with a long axis.
         if (max(height, width) > _THIN_AXIS and not flat) or products > _THIN_PRODUCTS * height * width:
             return None
         if not self._mirrored(rows, columns):
@@ -178,7 +178,7 @@ class _Request:
             columns=columns,
             bytes_moved=self.nbytes * (3 if box.background else 2),
             error_bound=ERROR_LIMIT[compute_dtype(self.dtype)],
-            workspace_bytes=compute_dtype(self.dtype).itemsize * columns.cells * (min(height, 4096) + 2 * rows.cells),
+            workspace_bytes=compute_dtype(self.dtype).itemsize * columns.cells * (height + 2 * rows.cells),
         )
         return 3 * costs.move * height * width + costs.dense * products + costs.call * steps * rounds, plan
 

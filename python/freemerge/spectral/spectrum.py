@@ -32,37 +32,15 @@ class Spectrum(Protocol):
     def scale(self, start: int, stop: int, gain: float) -> None: ...
 
 
-class WholeSpectrum:
-    """All columns, in memory of their own."""
-
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-        self._kept = torch.empty(shape[0], shape[1] // 2 + 1, dtype=dtype, device=device)
-
-    def open(self, x: torch.Tensor) -> None:
-        pass
-
-    def put(self, row: int, half: torch.Tensor) -> None:
-        self._kept[row : row + half.shape[0]] = half
-
-    def get(self, row: int, count: int) -> torch.Tensor:
-        return self._kept[row : row + count]
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        return self._kept[:, start:stop]
-
-    def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
-        self._kept[:, start:stop] = panel
-
-    def scale(self, start: int, stop: int, gain: float) -> None:
-        self._kept[:, start:stop] *= gain
-
-
-class PrunedSpectrum(WholeSpectrum):
+class PrunedSpectrum:
     """Some ranges of columns, in memory of their own."""
 
     def __init__(self, shape: tuple[int, int], runs: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
         self._runs, self._bins = runs, shape[1] // 2 + 1
         self._kept = torch.empty(shape[0], sum(stop - start for start, stop in runs), dtype=dtype, device=device)
+
+    def open(self, x: torch.Tensor) -> None:
+        pass
 
     def put(self, row: int, half: torch.Tensor) -> None:
         position = 0
@@ -77,6 +55,15 @@ class PrunedSpectrum(WholeSpectrum):
             half[:, start:stop] = self._kept[row : row + count, position : position + stop - start]
             position += stop - start
         return half
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self._kept[:, start:stop]
+
+    def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
+        self._kept[:, start:stop] = panel
+
+    def scale(self, start: int, stop: int, gain: float) -> None:
+        self._kept[:, start:stop] *= gain
 
 
 class PackedSpectrum:

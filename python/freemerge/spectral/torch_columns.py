@@ -13,7 +13,7 @@ import torch
 from ..responses import signed_frequencies
 from .plan import Plan
 from .planner import compute_dtype, largest_prime
-from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum, WholeSpectrum
+from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum
 
 _BLOCK_ELEMENTS = 1 << 17  # rows per FFT call: this many elements
 _PANEL_ELEMENTS = 1 << 17  # columns per FFT call: this many elements, or
@@ -210,8 +210,6 @@ def _spectrum(plan: Plan) -> Spectrum:
     dtype = torch.complex128 if plan.dtype == torch.float64 else torch.complex64
     if plan.packed:
         return PackedSpectrum(plan.matrix, dtype)
-    if plan.form == "full":
-        return WholeSpectrum(plan.matrix, dtype, plan.device)
     return PrunedSpectrum(plan.matrix, _columns(plan).runs, dtype, plan.device)
 
 

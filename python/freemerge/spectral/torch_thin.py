@@ -18,7 +18,7 @@ from .plan import Decimation, Plan
 from .planner import compute_dtype, thin_bins, thin_is_flat
 from .torch_products import one_thread
 
-_BLOCK_ELEMENTS = 1 << 19  # of small matrices taken together, or of rows converted to the compute dtype at a time
+_BLOCK_ELEMENTS = 1 << 19  # of matrices taken together
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
             dense = (height == 1 or batch.stride(1) == width) and (count == 1 or batch.stride(0) == height * width)
             if plan.dtype != tables.gain.dtype:
                 for x in batch.unbind(0):
-                    _filter_converted(x, tables, keep, scale)
+                    converted = x.to(tables.gain.dtype)
+                    _filter(converted, tables, keep, scale)
+                    x.copy_(converted)
             elif dense and tables.flat is not None:
                 rows, (down, up) = batch.view(count, height * width), tables.flat
                 spectrum = torch.mm(rows.double(), down).to(rows.dtype)
@@ -103,17 +105,3 @@ def _filter_batch(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> Non
     spectrum = torch.bmm(t.basis_y.expand(count, r, height), lines).mul_(t.gain)
     lines = torch.bmm(t.transposed_y.expand(count, height, r), spectrum)
     torch.addmm(rows, lines.view(count * height, q), t.basis_x, beta=keep, alpha=scale, out=rows)
-
-
-def _filter_converted(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:
-    """The same for another storage dtype, a block of rows at a time."""
-    step = max(1, _BLOCK_ELEMENTS // x.shape[1])
-    spectrum = torch.zeros_like(t.gain)
-    for start in range(0, x.shape[0], step):
-        block = slice(start, start + step)
-        spectrum.addmm_(t.basis_y[:, block], torch.mm(x[block].to(t.gain.dtype), t.transposed_x))
-    spectrum.mul_(t.gain)
-    for start in range(0, x.shape[0], step):
-        block = slice(start, start + step)
-        lines = torch.mm(t.transposed_y[block], spectrum)
-        x[block] = torch.addmm(x[block].to(t.gain.dtype), lines, t.basis_x, beta=keep, alpha=scale)
