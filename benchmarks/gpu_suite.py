@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import freemerge as fm
 from freemerge import cuda
 from freemerge.accumulate import add_round, task_vector_sum
 from freemerge.responses import Response
+
+from .experts import switching
 
 SHAPES = [
     (768, 768), (2304, 768), (3072, 768), (768, 3072), (4096, 4096), (1024, 4096), (14336, 4096), (5120, 13824),
@@ -31,8 +34,11 @@ REPEATS = 15
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
-def reference(x: torch.Tensor, response: Response) -> torch.Tensor:
-    mask = torch.from_numpy(response.half_mask(tuple(x.shape[-2:])).copy()).to(x.device)
+def half_mask(response: Response, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(response.half_mask(shape[-2:]).astype("float32"))
+
+
+def reference(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(x.double()) * mask, s=x.shape[-2:])
 
 
@@ -83,16 +89,15 @@ def rotation(shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [x, *(x.clone() for _ in range(min(63, max(1, 4 * l2 // x.nbytes))))]
 
 
-def measure(shape: tuple[int, ...], response: Response, dtype: torch.dtype) -> dict[str, Any]:
+def measure(shape: tuple[int, ...], response: Response, mask: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
     inputs = rotation(shape, dtype)
     x = inputs[0]
-    want = reference(x, response)
+    want = reference(x, mask)
     error = float((fm.filtered(x, response, backend="cuda").double() - want).norm() / want.norm().clamp(min=1e-30))
     del want
     if error > TOLERANCE[dtype]:
         sys.exit(f"wrong result: {shape} {response!r} {dtype}: relative error {error:.1e}")
     plan = fm.explain(x, response, backend="cuda")
-    mask = torch.from_numpy(response.half_mask(tuple(shape[-2:])).copy()).float().cuda()
     ours = median_ms(lambda t: fm.filter_(t, response, backend="cuda"), inputs)
     row: dict[str, Any] = {
         "shape": list(shape), "dtype": str(dtype)[6:], "response": repr(response), "form": plan.form, "error": error,
@@ -105,6 +110,34 @@ def measure(shape: tuple[int, ...], response: Response, dtype: torch.dtype) -> d
     if len(shape) == 2 and isinstance(response, fm.Official):
         row["released_ms"] = median_ms(lambda t: released_filter(t, response.ratio), inputs)
     return row
+
+
+def merging(response: Response, count: int = 8, shape: tuple[int, int] = (4096, 11008)) -> dict[str, Any]:
+    """The merge of one bf16 tensor of eight models, beside the same in torch ops."""
+    base = torch.randn(shape, device="cuda").bfloat16()
+    models = [(base.float() + 0.01 * torch.randn(shape, device="cuda")).bfloat16() for _ in range(count)]
+    mask = half_mask(response, shape).cuda()
+
+    def in_torch(base: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(shape, device="cuda")
+        for model in models:
+            total += (model.float() - base.float()) / count
+        return (base.float() + torch_filter(total, mask)).bfloat16()
+
+    def ours(base: torch.Tensor) -> torch.Tensor:
+        total, _ = task_vector_sum(base, models, [1 / count] * count, backend="cuda")
+        fm.filter_(total, response, backend="cuda")
+        return add_round(base, total, 1.0, torch.bfloat16, backend="cuda")
+
+    want = in_torch(base)
+    different = float((ours(base) != want).double().mean())
+    if different > 2e-4:
+        sys.exit(f"wrong result: merge with {response!r}: {different:.1e} of the entries differ from torch's")
+    return {
+        "models": count, "shape": list(shape), "dtype": "bfloat16", "response": repr(response),
+        "different": different, "ms": median_ms(ours, [base, base]), "torch_ms": median_ms(in_torch, [base, base]),
+        "read_ms": median_ms(lambda _: [model.view(torch.int32).sum() for model in models], [base, base]),
+    }  # fmt: skip
 
 
 def sanitize() -> None:
@@ -152,14 +185,19 @@ def main() -> None:
         sanitize()
         return
     rows = []
-    for dtype in TOLERANCE:
-        for shape in [*SHAPES, (BATCH, 768, 768)]:
-            for response in RESPONSES:
-                rows.append(measure(shape, response, dtype))
-                torch.cuda.empty_cache()
+    for shape in [*SHAPES, (BATCH, 768, 768)]:
+        with ThreadPoolExecutor() as pool:  # masks of large matrices take seconds
+            masks = list(pool.map(lambda response: half_mask(response, shape), RESPONSES))  # noqa: B023
+        for response, mask in zip(RESPONSES, masks, strict=True):
+            rows += [measure(shape, response, mask.cuda(), dtype) for dtype in TOLERANCE]
+            torch.cuda.empty_cache()
+    merges = [merging(response) for response in (fm.HighPass(0.05), fm.HighPass(0.4))]
+    switches = [{"dtype": str(dtype)[6:], **switching(dtype, "cuda")} for dtype in TOLERANCE]
+    results = {"machine": machine(), "results": rows, "merge": merges, "switch": switches}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "results": rows}, indent=1) + "\n", encoding="utf-8")
+    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print_table(rows)
+    print("", *(json.dumps(row) for row in merges + switches), sep="\n")
     print(f"\nwritten to {options.out}")
 
 
