@@ -60,7 +60,7 @@ set_target_properties(freemerge_cuda_kernels PROPERTIES CUDA_STANDARD 17 CUDA_ST
 target_compile_options(freemerge_cuda_kernels PRIVATE -lineinfo -Werror=all-warnings
   "SHELL:-Xptxas -v,-warn-spills,-Werror" "SHELL:-Xcompiler -Wall,-Wextra")
 # A fused multiply-add in the mask would move bins that lie exactly on a cutoff.
-set_source_files_properties(csrc/cuda/coarse_mask.cu csrc/cuda/column_mask.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
+set_source_files_properties(csrc/cuda/coarse_mask.cu csrc/cuda/column_filter.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
 
 pybind11_add_module(_cuda MODULE ${FREEMERGE_CUDA_BINDINGS} ${FREEMERGE_CUDA_HOST})
 target_compile_definitions(_cuda PRIVATE FREEMERGE_CUDA_MODULE=_cuda)

@@ -2,9 +2,10 @@
 set(FREEMERGE_CUDA_KERNELS
   cuda/accumulate.cu
   cuda/coarse_mask.cu
-  cuda/column_mask.cu
+  cuda/column_filter.cu
   cuda/decimate_columns.cu
   cuda/decimate_rows.cu
+  cuda/interpolate.cu
   cuda/lines.cu
   cuda/sample_mean.cu
   cuda/select.cu

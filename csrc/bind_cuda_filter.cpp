@@ -1,8 +1,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "cpu/window.h"
 #include "cuda/bindings.h"
+#include "cuda/column_filter.cuh"
 #include "cuda/filter.h"
 
 namespace freemerge::cuda {
@@ -38,25 +41,44 @@ py::array_t<T> to_numpy(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-// The tables of one axis, for upload: first, cell, weights (padded to the width of a kernel) and transform.
-py::tuple window_tables(std::int64_t samples, const Decimation& decimation) {
+// The tables of one axis, for upload: first, cell, weights, start, gathered and transform of WindowTables.
+py::tuple window_tables(std::int64_t samples, const Decimation& decimation, int padded) {
   const auto window = window_for(samples, decimation);
   const int taps = decimation.taps;
-  const int padded = padded_taps(taps);
+  const std::int64_t cells = decimation.cells;
+  const auto first = [&](std::int64_t cell) {  // cells below 0 are the last ones, a turn earlier
+    const bool turn = cell < 0;
+    return window->first[static_cast<std::size_t>(turn ? cell + cells : cell)] - (turn ? samples : 0);
+  };
+  std::int64_t reach = 0;
+  for (std::int64_t c = 0; c < cells; ++c) reach = std::max(reach, first(c + 1) - first(c - taps + 1));
   std::vector<std::int32_t> cell(static_cast<std::size_t>(samples));
-  for (std::int64_t c = 0; c < decimation.cells; ++c) {
-    for (std::int64_t n = window->first[static_cast<std::size_t>(c)];
-         n < window->first[static_cast<std::size_t>(c + 1)]; ++n)
-      cell[static_cast<std::size_t>(n)] = static_cast<std::int32_t>(c);
-  }
+  std::vector<std::int32_t> start(static_cast<std::size_t>(cells));
   std::vector<float> weights(static_cast<std::size_t>(samples * padded), 0.0f);
-  for (std::int64_t n = 0; n < samples; ++n) {
-    for (int j = 0; j < taps; ++j)
-      weights[static_cast<std::size_t>(n * padded + j)] =
-          window->weights[static_cast<std::size_t>(n * taps + j)];
+  std::vector<float> gathered(static_cast<std::size_t>(reach * cells), 0.0f);
+  for (std::int64_t c = 0; c < cells; ++c)
+    start[static_cast<std::size_t>(c)] = static_cast<std::int32_t>(first(c - taps + 1));
+  for (std::int64_t c = 0; c < cells; ++c) {
+    for (std::int64_t n = first(c); n < first(c + 1); ++n) {
+      cell[static_cast<std::size_t>(n)] = static_cast<std::int32_t>(c);
+      for (int j = 0; j < taps; ++j) {
+        const float weight = window->weights[static_cast<std::size_t>(n * taps + j)];
+        weights[static_cast<std::size_t>(n * padded + j)] = weight;
+        const std::int64_t target = c + j < cells ? c + j : c + j - cells;
+        const std::int64_t turned = c + j < cells ? n : n - samples;
+        const std::int64_t place = turned - start[static_cast<std::size_t>(target)];
+        gathered[static_cast<std::size_t>(place * cells + target)] = weight;
+      }
+    }
   }
-  return py::make_tuple(to_numpy(window->first), to_numpy(cell), to_numpy(weights),
-                        to_numpy(window->transform));
+  return py::make_tuple(to_numpy(window->first), to_numpy(cell), to_numpy(weights), to_numpy(start),
+                        to_numpy(gathered), to_numpy(window->transform));
+}
+
+void set_matrices(FilterJob& job, const std::vector<Address>& matrices,
+                  const std::vector<std::int64_t>& row_strides) {
+  for (const Address matrix : matrices) job.matrices.push_back(pointer<void>(matrix));
+  job.row_strides = row_strides;
 }
 
 }  // namespace
@@ -64,27 +86,51 @@ py::tuple window_tables(std::int64_t samples, const Decimation& decimation) {
 void bind_filter(py::module_& m) {
   m.def(
       "window_tables",
-      [](std::int64_t samples, std::int64_t cells, int taps, std::int64_t band, bool nyquist) {
-        return window_tables(samples, {cells, taps, band, nyquist});
+      [](std::int64_t samples, std::int64_t cells, int taps, std::int64_t band, bool nyquist, int padded) {
+        require(padded >= taps && padded <= kMaxTaps, "padded must be at least taps and at most 12");
+        return window_tables(samples, {cells, taps, band, nyquist}, padded);
       },
-      py::arg("samples"), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist"));
+      py::arg("samples"), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist"),
+      py::arg("padded"));
+  m.def("padded_taps", &padded_taps, py::arg("taps"));
+  m.def(
+      "column_filter_takes",
+      [](std::int64_t height, int device, Address stream) {
+        return on_stream(device, stream, [&](cudaStream_t) { return column_filter_takes(height); });
+      },
+      py::arg("height"), py::arg("device"), py::arg("stream"));
 
   // Local to the module: its emulated twin registers the same types.
   py::class_<WindowTables>(m, "Window", py::module_local())
       .def(py::init([](std::int64_t samples, std::int64_t cells, int taps, std::int64_t band, bool nyquist,
-                       Address first, Address cell, Address weights, Address transform) {
+                       int padded, std::int64_t reach, Address first, Address cell, Address weights,
+                       Address start, Address gathered, Address transform) {
              return WindowTables{pointer<const std::int64_t>(first),
                                  pointer<const std::int32_t>(cell),
                                  pointer<const float>(weights),
+                                 pointer<const std::int32_t>(start),
+                                 pointer<const float>(gathered),
                                  pointer<const double>(transform),
                                  samples,
                                  cells,
                                  band,
+                                 reach,
                                  taps,
+                                 padded,
                                  nyquist};
            }),
            py::arg("samples"), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist"),
-           py::arg("first"), py::arg("cell"), py::arg("weights"), py::arg("transform"));
+           py::arg("padded"), py::arg("reach"), py::arg("first"), py::arg("cell"), py::arg("weights"),
+           py::arg("start"), py::arg("gathered"), py::arg("transform"))
+      .def_static(
+          "whole",
+          [](std::int64_t samples) {
+            WindowTables window{};
+            window.samples = window.cells = samples;
+            window.band = samples / 2 + 1;
+            return window;
+          },
+          py::arg("samples"));
 
   py::class_<FilterJob>(m, "Filter", py::module_local())
       .def_static(
@@ -102,37 +148,31 @@ void bind_filter(py::module_& m) {
           },
           py::arg("mask"), py::arg("dtype"), py::arg("background"), py::arg("rows"), py::arg("columns"))
       .def_static(
-          "by_columns",
-          [](const py::object& mask, Address table, int dtype, double background, bool transposed,
-             Address bins, Address place, std::int64_t column_count) {
+          "full",
+          [](const py::object& mask, Address table, int dtype, Address gains, Address roots) {
             FilterJob job{};
-            job.plan.form = Form::kPruned;
+            job.plan.form = Form::kFull;
             job.plan.mask = to_mask(mask, table);
-            job.plan.background = background;
-            job.plan.transposed = transposed;
             job.dtype = to_dtype(dtype);
-            job.bins = pointer<const std::int32_t>(bins);
-            job.place = pointer<const std::int32_t>(place);
-            job.column_count = column_count;
+            job.gains = pointer<const float>(gains);
+            job.roots = pointer<const float2>(roots);
             return job;
           },
-          py::arg("mask"), py::arg("table"), py::arg("dtype"), py::arg("background"), py::arg("transposed"),
-          py::arg("bins"), py::arg("place"), py::arg("column_count"))
+          py::arg("mask"), py::arg("table"), py::arg("dtype"), py::arg("gains"), py::arg("roots"))
       .def(
           "workspace",
-          [](FilterJob job, std::size_t count, int device, Address stream) {
-            job.matrices.resize(count);
-            job.row_strides.resize(count);
+          [](FilterJob job, const std::vector<Address>& matrices,
+             const std::vector<std::int64_t>& row_strides, int device, Address stream) {
+            set_matrices(job, matrices, row_strides);
             return on_stream(device, stream, [&](cudaStream_t s) { return filter_workspace(job, s); });
           },
-          py::arg("count"), py::arg("device"), py::arg("stream"))
+          py::arg("matrices"), py::arg("row_strides"), py::arg("device"), py::arg("stream"))
       .def(
           "run",
           [](FilterJob job, const std::vector<Address>& matrices,
              const std::vector<std::int64_t>& row_strides, double scale, Address workspace,
              std::size_t workspace_bytes, int device, Address stream) {
-            for (const Address matrix : matrices) job.matrices.push_back(pointer<void>(matrix));
-            job.row_strides = row_strides;
+            set_matrices(job, matrices, row_strides);
             job.scale = scale;
             on_stream(device, stream,
                       [&](cudaStream_t s) { filter(job, pointer<void>(workspace), workspace_bytes, s); });

@@ -54,6 +54,18 @@ FM_HOST_DEVICE inline double official_gain(const Mask& m, std::int64_t bin_y, st
          (distance == static_cast<float>(m.edge1) ? 1.0 : 0.0);
 }
 
+// sqrt(squared) < edge, to the last bit; the root is taken only where the squares are too close to tell.
+FM_HOST_DEVICE inline bool is_below(double squared, double edge) {
+  const double edge_squared = edge * edge;
+  if (squared < edge_squared * (1.0 - 4e-15)) return true;
+  if (squared > edge_squared * (1.0 + 4e-15)) return false;
+  return std::sqrt(squared) < edge;
+}
+
+FM_HOST_DEVICE inline bool is_smooth(MaskKind kind) {
+  return kind == MaskKind::kButterworth || kind == MaskKind::kGaussian;
+}
+
 // Gains that depend smoothly on the squared radius (kButterworth, kGaussian).
 FM_HOST_DEVICE inline double smooth_gain(const Mask& m, double squared) {
   if (m.kind == MaskKind::kGaussian) {
@@ -78,12 +90,9 @@ FM_HOST_DEVICE inline double mask_gain(const Mask& m, std::int64_t bin_y, std::i
   const double fy = m.unit_y * signed_frequency(bin_y, m.height);
   const double fx = m.unit_x * signed_frequency(bin_x, m.width);
   const double squared = fy * fy + fx * fx;
-  if (m.kind == MaskKind::kButterworth || m.kind == MaskKind::kGaussian) {
-    return smooth_gain(m, squared);
-  }
-  const double radius = std::sqrt(squared);
-  if (radius < m.edge0) return m.gain0;
-  return radius < m.edge1 ? m.gain1 : m.gain2;
+  if (is_smooth(m.kind)) return smooth_gain(m, squared);
+  if (is_below(squared, m.edge0)) return m.gain0;
+  return is_below(squared, m.edge1) ? m.gain1 : m.gain2;
 }
 
 }  // namespace freemerge

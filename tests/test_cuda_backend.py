@@ -72,8 +72,8 @@ def plans(x: torch.Tensor, response: Response) -> list[Plan]:
     return [plan for plan in found if backend.supports(plan) is None]
 
 
-def plan_of_form(x: torch.Tensor, response: Response, form: Form, *, transpose: bool = False) -> Plan:
-    return next(plan for plan in plans(x, response) if plan.form == form and plan.transposed == transpose)
+def plan_of_form(x: torch.Tensor, response: Response, form: Form) -> Plan:
+    return next(plan for plan in plans(x, response) if plan.form == form)
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor) -> float:
@@ -100,21 +100,22 @@ def test_every_plan_agrees_with_the_formula(shape: tuple[int, ...], response: Re
 
 def test_all_forms_were_tried() -> None:
     forms = {plan.form for r in RESPONSES for plan in plans(matrix(128, 200), r)}
-    assert forms == {"decimated", "pruned", "full"}
-    assert any(plan.transposed for r in RESPONSES for plan in plans(matrix(40, 240), r))
+    assert forms == {"decimated", "full"}
+    whole = [plan for r in RESPONSES for plan in plans(matrix(240, 40), r) if plan.columns and not plan.columns.taps]
+    assert whole, "no columns axis was left as it is"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_the_rounded_float32_result(dtype: torch.dtype) -> None:
     x = matrix(128, 200, dtype=dtype)
-    for form in ("decimated", "pruned"):
+    for form in ("decimated", "full"):
         got, wide = x.clone(), x.float()
         emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [got[None]], 1.0)
         emulated.backend().run(plan_of_form(wide, HIGH_PASS, form), [wide[None]], 1.0)
         assert torch.equal(got, wide.to(dtype))
 
 
-@pytest.mark.parametrize("form", ["decimated", "pruned", "full"])
+@pytest.mark.parametrize("form", ["decimated", "full"])
 def test_the_order_of_threads_and_repetition_change_no_bit(form: Form) -> None:
     x, module = matrix(96, 130), emulated.module()
     results = []
@@ -126,7 +127,7 @@ def test_the_order_of_threads_and_repetition_change_no_bit(form: Form) -> None:
     assert all(torch.equal(results[0], y) for y in results)
 
 
-@pytest.mark.parametrize("form", ["decimated", "pruned", "full"])
+@pytest.mark.parametrize("form", ["decimated", "full"])
 def test_a_batch_is_its_matrices_one_by_one(form: Form) -> None:
     batch = matrix(70, 24, 40)  # more than one launch takes
     plan = plan_of_form(batch, fm.HighPass(0.1), form)
@@ -149,7 +150,7 @@ def test_strided_matrices_are_filtered_in_place() -> None:
     assert torch.equal(storage[untouched], outside[untouched])
 
 
-@pytest.mark.parametrize("form", ["decimated", "pruned", "full"])
+@pytest.mark.parametrize("form", ["decimated", "full"])
 def test_rows_more_than_two_to_the_31_entries_apart(form: Form) -> None:
     rows, width = 24, 30
     stride = (1 << 31) // 8 + 1  # the last rows begin beyond 2^31 entries
@@ -184,7 +185,7 @@ def test_a_dominant_mean_keeps_its_accuracy() -> None:
     assert float((y - want).norm() / want.norm()) < 1e-4  # float32 alone holds 1000 to 3e-5
 
 
-@pytest.mark.parametrize("form", ["decimated", "pruned", "full"])
+@pytest.mark.parametrize("form", ["decimated", "full"])
 def test_memory_stays_within_what_explain_promised(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     empty = torch.empty
@@ -213,20 +214,25 @@ def test_no_number_of_matrices_needs_more_than_promised(shape: tuple[int, int]) 
         for plan in plans(x, response):
             promised = emulated.backend().workspace_bytes(plan)
             native = emulated.backend()._prepared(plan, emulated.runtime().stream(x.device)).native
-            needed = [native.workspace(count, 0, 0) for count in (*range(1, 20), 63, 64, 65, 127, 200)]
+            entry = 4 * math.prod(shape)
+            needed = [
+                native.workspace([4096 + i * step for i in range(count)], [shape[1]] * count, 0, 0)
+                for count in (*range(1, 20), 63, 64, 65, 127, 200)
+                for step in (entry, 2 * entry, entry + 4)  # one run, runs of their own, misaligned for cuFFT
+            ]
             assert max(needed) <= promised, f"{needed}\n{plan}"
 
 
 def test_explain_promises_the_general_form_a_spectrum_and_panels() -> None:
-    panels = (16 + 8 + 8) << 20  # batches of small spectra, a stage of lines, cuFFT's work area
+    panels = (16 + 16) << 20  # batches of small spectra, cuFFT's work area
     for shape in [(96, 130), (2048, 2048)]:
         plan = fm.explain(shape, fm.Butterworth(0.3), backend="cuda")
         assert plan.form == "full"
         matrix_bytes = 4 * shape[0] * shape[1]
-        assert plan.workspace_bytes <= matrix_bytes + 8 * shape[0] + panels
+        assert plan.workspace_bytes <= matrix_bytes + 8 * 4 * shape[0] + panels
     small = fm.explain((4096, 4096), HIGH_PASS, backend="cuda")
     assert small.form == "decimated"
-    assert small.workspace_bytes < 0.3 * 4 * 4096 * 4096
+    assert small.workspace_bytes < 0.35 * 4 * 4096 * 4096
 
 
 def test_the_plan_cache_is_bounded() -> None:
@@ -266,7 +272,7 @@ def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
         emulated.backend().run(plan, [x[None]], 1.0)  # its plans outlived a hundred others
     finally:
         module.set_capturing(False)
-    assert kept >= 3
+    assert kept >= 2
 
 
 def test_errors_carry_operation_and_place() -> None:
@@ -286,12 +292,12 @@ def test_errors_carry_operation_and_place() -> None:
     info = CudaBackend(without_driver).info()
     assert info.reason.startswith("no usable GPU or driver")
     with pytest.raises(BackendError, match="no usable GPU or driver"):
-        CudaBackend(without_driver).run(plan_of_form(matrix(9, 9), HIGH_PASS, "pruned"), [matrix(9, 9)[None]], 1.0)
+        CudaBackend(without_driver).run(plan_of_form(matrix(9, 9), HIGH_PASS, "full"), [matrix(9, 9)[None]], 1.0)
 
 
 def test_what_it_cannot_do_it_refuses() -> None:
     x = matrix(64, 64)
-    plan = plan_of_form(x, HIGH_PASS, "pruned")
+    plan = plan_of_form(x, HIGH_PASS, "full")
     assert emulated.backend().supports(replace(plan, form="thin")) is not None
     assert emulated.backend().supports(replace(plan, dtype=torch.float64)) is not None
     with pytest.raises(BackendError, match="has no kernels for"):
@@ -464,7 +470,7 @@ def test_tensors_of_two_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["decimated", "pruned", "full"])
+@pytest.mark.parametrize("form", ["decimated", "full"])
 def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: Form, dtype: torch.dtype) -> None:
     module, x = emulated.module(), matrix(256, 320, dtype=dtype)
     plan = plan_of_form(x, HIGH_PASS, form)
@@ -475,18 +481,19 @@ def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: Form, dt
     ((loaded, stored),) = module.watched()
     module.unwatch_all()
     steps = [step for step in model.steps if step.where == "matrix"]
-    assert stored == sum(step.written for step in steps)
+    assert stored == sum(step.written for step in steps if "cuFFT" not in step.name)
     read = sum(step.read for step in steps)
-    if form == "decimated":  # neighbouring blocks share rows, and a sample of each matrix gives its mean
-        assert read <= loaded <= 2.5 * read
-    else:
-        assert loaded == read
+    # cuFFT's own reads and writes of a float matrix are counted apart; a sample of each matrix gives its mean.
+    by_cufft = sum(step.read for step in steps if "cuFFT" in step.name)
+    sampled = 16 * 64 * dtype.itemsize if form == "decimated" else 0
+    assert read - by_cufft <= loaded <= read - by_cufft + sampled
 
 
-@pytest.mark.parametrize("form", ["pruned", "full"])
-def test_the_traffic_model_counts_panels_and_spectra_exactly(form: Form) -> None:
-    module, x = emulated.module(), matrix(96, 130)
-    plan = plan_of_form(x, HIGH_PASS, form)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("height", [96, 97])  # columns of the fused kernel, and of cuFFT
+def test_the_traffic_model_counts_panels_and_spectra_exactly(height: int, dtype: torch.dtype) -> None:
+    module, x = emulated.module(), matrix(height, 130, dtype=dtype)
+    plan = plan_of_form(x, HIGH_PASS, "full")
     emulated.backend().run(plan, [x[None]], 1.0)
     emulated.standin_traffic()
     module.watch(0, (1 << 63) - 1)
@@ -497,7 +504,5 @@ def test_the_traffic_model_counts_panels_and_spectra_exactly(form: Form) -> None
     steps = traffic(plan).steps
     assert fft_read == sum(step.read for step in steps if "cuFFT" in step.name)
     assert fft_written == sum(step.written for step in steps if "cuFFT" in step.name)
-    tables = 4 * (x.shape[1] // 2 + 1) * x.shape[0] * 3  # at most one column number for each bin, in three kernels
-    expected = sum(step.read for step in steps if "cuFFT" not in step.name)
-    assert expected <= loaded <= expected + tables
+    assert loaded >= sum(step.read for step in steps if "cuFFT" not in step.name)  # and tables, from L1
     assert stored == sum(step.written for step in steps if "cuFFT" not in step.name)

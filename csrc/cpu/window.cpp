@@ -35,10 +35,16 @@ double kaiser_beta(const Decimation& d) {
 
 std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
+// The leftmost coarse point within reach of sample n. With an odd number of taps, half a cell of shift keeps
+// every support inside taps + cells - 1 points.
+std::int64_t leftmost(std::int64_t n, std::int64_t samples, const Decimation& d) {
+  const std::int64_t doubled = 2 * n * d.cells + (d.taps % 2 != 0 ? samples : 0) - d.taps * samples;
+  return floor_div(doubled, 2 * samples) + 1;
+}
+
 Window build_window(std::int64_t samples, const Decimation& d) {
   const double beta = kaiser_beta(d);
   const double peak = bessel_i0(beta);
-  // With an odd number of taps, half a cell of shift keeps every support inside taps + cells - 1 points.
   const bool odd = d.taps % 2 != 0;
 
   Window window;
@@ -46,12 +52,10 @@ Window build_window(std::int64_t samples, const Decimation& d) {
   window.weights.resize(static_cast<std::size_t>(samples * d.taps));
   // Positions are n * cells / samples exactly: their fractions repeat with this period.
   const std::int64_t period = samples / std::gcd(samples, d.cells);
+  const std::int64_t origin = leftmost(0, samples, d);
   std::int64_t cell = -1;
-  std::int64_t origin = 0;  // leftmost coarse point of sample 0
   for (std::int64_t n = 0; n < samples; ++n) {
-    const std::int64_t doubled = 2 * n * d.cells + (odd ? samples : 0) - d.taps * samples;
-    const std::int64_t left = floor_div(doubled, 2 * samples) + 1;
-    if (n == 0) origin = left;
+    const std::int64_t left = leftmost(n, samples, d);
     if (left - origin != cell) window.first[static_cast<std::size_t>(++cell)] = n;
 
     float* weights = window.weights.data() + n * d.taps;
@@ -86,6 +90,10 @@ Window build_window(std::int64_t samples, const Decimation& d) {
 using Key = std::tuple<std::int64_t, std::int64_t, int, std::int64_t, bool>;
 
 }  // namespace
+
+std::int64_t first_cell(std::int64_t n, std::int64_t samples, const Decimation& d) {
+  return leftmost(n, samples, d) - leftmost(0, samples, d);
+}
 
 std::shared_ptr<const Window> window_for(std::int64_t samples, const Decimation& d) {
   require(samples > 0 && d.band > 0, "decimation: samples and band must be positive");

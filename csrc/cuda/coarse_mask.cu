@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda/coarse_mask.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/mask_gain.cuh"
@@ -7,12 +9,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) coarse_mask_kernel(CoarseMask a) {
-  const std::int64_t half = a.grids.columns / 2 + 1;
-  const std::int64_t bin = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (bin >= a.grids.rows * half) return;
-  const std::int64_t row = bin / half;
-  const std::int64_t dx = bin % half;  // offsets from the centre of the band
+// `row` and `dx` are offsets from the centre of the band.
+__device__ void mask_bin(const CoarseMask& a, std::int64_t row, std::int64_t dx) {
   const std::int64_t dy = row <= a.grids.rows / 2 ? row : row - a.grids.rows;
   const std::int64_t distance_y = dy < 0 ? -dy : dy;
   float factor = 0.0f;
@@ -21,7 +19,8 @@ __global__ void __launch_bounds__(kThreads) coarse_mask_kernel(CoarseMask a) {
     const std::int64_t y = wrap(dy + (a.rows.nyquist ? a.mask.height / 2 : 0), a.mask.height);
     const std::int64_t x = dx + (a.columns.nyquist ? a.mask.width / 2 : 0);
     const double gain = gain_at(a.mask, y, x);  // before the rest: little must survive its calls in registers
-    const double window = load(a.rows.transform + distance_y) * load(a.columns.transform + dx);
+    const double window =
+        load(a.rows.transform + distance_y) * (a.columns.whole() ? 1.0 : load(a.columns.transform + dx));
     const double size = static_cast<double>(a.mask.height) * static_cast<double>(a.mask.width);
     factor = static_cast<float>(a.scale * (gain - a.background) / (size * window * window));
   }
@@ -36,11 +35,17 @@ __global__ void __launch_bounds__(kThreads) coarse_mask_kernel(CoarseMask a) {
   }
 }
 
+__global__ void __launch_bounds__(kThreads) coarse_mask_kernel(CoarseMask a) {
+  const std::int64_t dx = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (dx > a.grids.columns / 2) return;
+  for (std::int64_t row = blockIdx.y; row < a.grids.rows; row += gridDim.y) mask_bin(a, row, dx);
+}
+
 }  // namespace
 
 void coarse_mask(const CoarseMask& arguments, cudaStream_t stream) {
-  const std::int64_t bins = arguments.grids.rows * (arguments.grids.columns / 2 + 1);
-  const dim3 grid(static_cast<unsigned>(ceil_div(bins, kThreads)));
+  const dim3 grid(static_cast<unsigned>(ceil_div(arguments.grids.columns / 2 + 1, kThreads)),
+                  static_cast<unsigned>(std::min<std::int64_t>(arguments.grids.rows, 65535)));
   launch(coarse_mask_kernel, Launch("coarse_mask", grid, dim3(kThreads), 0, stream), arguments);
 }
 

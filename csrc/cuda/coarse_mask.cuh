@@ -11,7 +11,7 @@ namespace freemerge::cuda {
 struct CoarseMask {
   CoarseGrids grids;  // holding half spectra: rows x (columns / 2 + 1) complex numbers each
   WindowTables rows;
-  WindowTables columns;
+  WindowTables columns;  // or a whole axis, which has no window to undo
   Mask mask;
   double background;
   double scale;

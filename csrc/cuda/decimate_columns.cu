@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda/decimate_columns.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
@@ -5,130 +7,140 @@
 namespace freemerge::cuda {
 namespace {
 
-constexpr int kLanes = 32;
-constexpr int kWarps = 8;
+constexpr int kLanes = 32;  // neighbouring coarse columns
+constexpr int kWarps = 8;   // they share the samples of a column
+constexpr int kRows = kWarps;
+constexpr int kSegment = 1024;  // samples in shared memory at a time
+constexpr int kStaged = 8;      // samples that a lane brings there together
+constexpr int kSumThreads = 256;
 
-// Down: a warp's lanes are 32 coarse rows, so that the weights of a sample are the same for all of them.
-constexpr int kDownCells = 32;  // coarse columns of a block
-constexpr int kDownChunk = 64;  // samples in shared memory at a time
-constexpr int kDownPitch = kLanes + 1;
-constexpr int kCellsPerThread = kDownCells / kWarps;
-
-// The samples that start in one cell. Cells below 0 and beyond the last are copies of the grid, and so are
-// their samples: position n on the endless line is sample n - shift.
-struct CellSamples {
-  std::int64_t begin;
-  std::int64_t end;
-  std::int64_t shift;
-};
-
-__device__ CellSamples samples_of(const WindowTables& window, std::int64_t cell) {
-  std::int64_t shift = 0;
-  for (; cell < 0; cell += window.cells) shift -= window.samples;
-  for (; cell >= window.cells; cell -= window.cells) shift += window.samples;
-  return {load(window.first + cell) + shift, load(window.first + cell + 1) + shift, shift};
+// Calls visit(partial row) for each one that coarse row `cell` is the sum of, in a fixed order.
+template <typename Visit>
+__device__ void for_each_partial(const DownColumns& a, std::int64_t cell, Visit visit) {
+  const RowChunks& chunks = a.chunks;
+  const float* panel = a.partials + static_cast<std::int64_t>(blockIdx.z) * (chunks.end - chunks.begin) *
+                                        chunks.reach * chunks.pitch;
+  const std::int64_t least = cell - a.rows.taps + 1;  // the first cell whose samples touch this one
+  // Cells below 0 are the last ones, a turn earlier.
+  for (int turn = least < 0 ? 1 : 0; turn >= 0; --turn) {
+    const std::int64_t low = turn ? least + a.rows.cells : (least < 0 ? 0 : least);
+    const std::int64_t high = turn ? a.rows.cells : cell + 1;
+    std::int64_t chunk = split(load(a.rows.first + low), chunks.rows).quotient;
+    std::int64_t last = split(load(a.rows.first + high) - 1, chunks.rows).quotient;
+    if (chunk < chunks.begin) chunk = chunks.begin;
+    if (last >= chunks.end) last = chunks.end - 1;
+    for (; chunk <= last; ++chunk) {
+      const std::int64_t place = cell + turn * a.rows.cells - load(a.rows.cell + chunk * chunks.rows);
+      visit(panel + ((chunk - chunks.begin) * chunks.reach + place) * chunks.pitch);
+    }
+  }
 }
 
-__global__ void __launch_bounds__(kLanes* kWarps) down_columns_kernel(ColumnPass a) {
-  float* tile = shared_memory<float>();  // tile[sample][row]
-  const WindowTables& window = a.window;
+__device__ float* grid_entry(const DownColumns& a, std::int64_t cell, std::int64_t column) {
+  return a.grids.data + (static_cast<std::int64_t>(blockIdx.z) * a.grids.rows + cell) * a.grids.pitch +
+         column;
+}
+
+__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(DownColumns a) {
+  const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (column >= a.grids.columns) return;
+  for (std::int64_t i = blockIdx.y; i < a.row_count; i += gridDim.y) {
+    const std::int64_t cell = wrap(a.row_begin + i, a.grids.rows);
+    float sum = 0.0f;
+    for_each_partial(a, cell, [&](const float* row) { sum += load(row + column); });
+    float* entry = grid_entry(a, cell, column);
+    store(entry, load(entry) + sum);
+  }
+}
+
+// A sample of the endless line, at most one turn away.
+__device__ int one_turn(int sample, int samples) {
+  return sample < 0 ? sample + samples : (sample < samples ? sample : sample - samples);
+}
+
+// A skipped entry every 32 keeps equally spaced lanes in different banks.
+__device__ int padded_place(int sample) { return sample + sample / 32; }
+
+// Brings samples [begin, end) of a coarse row to shared memory.
+__device__ void stage_row(const DownColumns& a, std::int64_t cell, int begin, int end, float* line) {
+  const auto samples = static_cast<int>(a.columns.samples);
+  for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kLanes * kStaged) {
+    float staged[kStaged] = {};
+    for_each_partial(a, cell, [&](const float* row) {
+#pragma unroll
+      for (int i = 0; i < kStaged; ++i) {
+        const int sample = first + i * kLanes;
+        if (sample < end) staged[i] += load(row + one_turn(sample, samples));
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < kStaged; ++i) {
+      if (first + i * kLanes < end) line[padded_place(first + i * kLanes - begin)] = staged[i];
+    }
+  }
+}
+
+// Each warp brings one coarse row; then lanes are coarse columns, and the warps share the samples of a column
+// among them.
+__global__ void __launch_bounds__(kLanes* kWarps, 2) down_columns_kernel(DownColumns a) {
+  float* shared = shared_memory<float>();
+  const WindowTables& window = a.columns;
   const int lane = static_cast<int>(threadIdx.x);
   const int warp = static_cast<int>(threadIdx.y);
-  const std::int64_t row_begin = static_cast<std::int64_t>(blockIdx.y) * kLanes;
-  const std::int64_t cell_begin = static_cast<std::int64_t>(blockIdx.x) * kDownCells;
-  const std::int64_t cell_end =
-      cell_begin + kDownCells < window.cells ? cell_begin + kDownCells : window.cells;
-  const float* panel = a.panel + static_cast<std::int64_t>(blockIdx.z) * a.row_count * window.samples;
-  const int pitch = padded_taps(window.taps);
+  const std::int64_t first_column = static_cast<std::int64_t>(blockIdx.x) * kLanes;
+  const std::int64_t last_column =
+      first_column + kLanes < window.cells ? first_column + kLanes - 1 : window.cells - 1;
+  const std::int64_t column = first_column + lane < window.cells ? first_column + lane : last_column;
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.y) * kRows + warp;
+  const std::int64_t cell = wrap(a.row_begin + row, a.grids.rows);
+  const int start = load(window.start + column);
+  const int reach = static_cast<int>(window.reach);
+  const int span_begin = load(window.start + first_column);
+  const int span_end = load(window.start + last_column) + reach;
+  const int pitch = padded_place(kSegment);
 
-  float sums[kCellsPerThread] = {};
-  const std::int64_t samples_end = samples_of(window, cell_end - 1).end;
-  for (std::int64_t chunk = samples_of(window, cell_begin - window.taps + 1).begin; chunk < samples_end;
-       chunk += kDownChunk) {
-    for (int r = warp; r < kLanes; r += kWarps) {
-      for (int s = lane; s < kDownChunk; s += kLanes) {
-        const bool inside = row_begin + r < a.row_count && chunk + s < samples_end;
-        const std::int64_t sample = wrap(chunk + s, window.samples);
-        tile[s * kDownPitch + r] = inside ? load(panel + (row_begin + r) * window.samples + sample) : 0.0f;
-      }
-    }
+  float sums[kRows] = {};
+  for (int segment = span_begin; segment < span_end; segment += kSegment) {
+    const int segment_end = segment + kSegment < span_end ? segment + kSegment : span_end;
+    if (row < a.row_count) stage_row(a, cell, segment, segment_end, shared + warp * pitch);
     __syncthreads();
-    const std::int64_t chunk_end = chunk + kDownChunk < samples_end ? chunk + kDownChunk : samples_end;
-    for (int i = 0; i < kCellsPerThread; ++i) {
-      const std::int64_t cell = cell_begin + warp + i * kWarps;
-      if (cell >= cell_end) continue;
-      for (int j = window.taps - 1; j >= 0; --j) {  // samples that start j cells before this one
-        const CellSamples group = samples_of(window, cell - j);
-        const std::int64_t begin = group.begin > chunk ? group.begin : chunk;
-        const int count = static_cast<int>((group.end < chunk_end ? group.end : chunk_end) - begin);
-        const float* weight = window.weights + (begin - group.shift) * pitch + j;
-        const float* value = tile + (begin - chunk) * kDownPitch + lane;
-        for (int n = 0; n < count; ++n) sums[i] += load(weight + n * pitch) * value[n * kDownPitch];
-      }
+    const int begin = segment > start ? segment - start : 0;
+    const int end = segment_end - start < reach ? segment_end - start : reach;
+#pragma unroll 4
+    for (int k = begin + warp; k < end; k += kWarps) {
+      const float weight = load(window.gathered + k * window.cells + column);
+      const float* value = shared + padded_place(start + k - segment);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) sums[r] += weight * value[r * pitch];
     }
     __syncthreads();
   }
-  const std::int64_t row = row_begin + lane;
-  if (row >= a.row_count) return;
-  float* grid = a.grids.data + (static_cast<std::int64_t>(blockIdx.z) * a.grids.rows +
-                                wrap(a.row_begin + row, a.grids.rows)) *
-                                   a.grids.pitch;
-  for (int i = 0; i < kCellsPerThread; ++i) {
-    const std::int64_t cell = cell_begin + warp + i * kWarps;
-    if (cell < cell_end) store(grid + cell, sums[i]);
-  }
-}
-
-// Up: a thread owns one sample, keeps its weights in registers and serves kUpRows coarse rows.
-constexpr int kUpThreads = 256;
-constexpr int kUpRows = 16;
-
-template <int kTaps>
-__global__ void __launch_bounds__(kUpThreads) up_columns_kernel(ColumnPass a) {
-  const WindowTables& window = a.window;
-  const std::int64_t sample = static_cast<std::int64_t>(blockIdx.x) * kUpThreads + threadIdx.x;
-  if (sample >= window.samples) return;
-  float weights[kTaps];
-  std::int64_t columns[kTaps];
-  const std::int64_t cell = load(window.cell + sample);
 #pragma unroll
-  for (int j = 0; j < kTaps; ++j) {
-    weights[j] = load(window.weights + sample * kTaps + j);
-    columns[j] = wrap(cell + j, window.cells);
-  }
-  const float* grid = a.grids.data + static_cast<std::int64_t>(blockIdx.z) * a.grids.rows * a.grids.pitch;
-  float* panel = a.panel + static_cast<std::int64_t>(blockIdx.z) * a.row_count * window.samples;
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * kUpRows;
-  const std::int64_t end = begin + kUpRows < a.row_count ? begin + kUpRows : a.row_count;
-  for (std::int64_t row = begin; row < end; ++row) {
-    const float* line = grid + wrap(a.row_begin + row, a.grids.rows) * a.grids.pitch;
-    float sum = 0.0f;
+  for (int r = 0; r < kRows; ++r) shared[(r * kWarps + warp) * kLanes + lane] = sums[r];
+  __syncthreads();
+  if (row >= a.row_count || first_column + lane >= window.cells) return;
+  float sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kTaps; ++j) sum += weights[j] * load(line + columns[j]);
-    store(panel + row * window.samples + sample, sum);
-  }
+  for (int w = 0; w < kWarps; ++w) sum += shared[(warp * kWarps + w) * kLanes + lane];
+  float* entry = grid_entry(a, cell, column);
+  store(entry, load(entry) + sum);
 }
 
 }  // namespace
 
-void down_columns(const ColumnPass& arguments, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(arguments.window.cells, kDownCells)),
-                  static_cast<unsigned>(ceil_div(arguments.row_count, kLanes)),
-                  static_cast<unsigned>(arguments.grids.count));
-  const std::size_t shared = kDownChunk * kDownPitch * sizeof(float);
-  launch(down_columns_kernel, Launch("down_columns", grid, dim3(kLanes, kWarps), shared, stream), arguments);
-}
-
-void up_columns(const ColumnPass& arguments, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(arguments.window.samples, kUpThreads)),
-                  static_cast<unsigned>(ceil_div(arguments.row_count, kUpRows)),
-                  static_cast<unsigned>(arguments.grids.count));
-  const Launch how("up_columns", grid, dim3(kUpThreads), 0, stream);
-  if (padded_taps(arguments.window.taps) == 8) {
-    launch(up_columns_kernel<8>, how, arguments);
-  } else {
-    launch(up_columns_kernel<12>, how, arguments);
+void down_columns(const DownColumns& arguments, cudaStream_t stream) {
+  const auto matrices = static_cast<unsigned>(arguments.grids.count);
+  if (arguments.columns.whole()) {
+    const dim3 grid(static_cast<unsigned>(ceil_div(arguments.grids.columns, kSumThreads)),
+                    static_cast<unsigned>(std::min<std::int64_t>(arguments.row_count, 65535)), matrices);
+    launch(sum_partials_kernel, Launch("sum_partials", grid, dim3(kSumThreads), 0, stream), arguments);
+    return;
   }
+  const dim3 grid(static_cast<unsigned>(ceil_div(arguments.columns.cells, kLanes)),
+                  static_cast<unsigned>(ceil_div(arguments.row_count, kRows)), matrices);
+  const std::size_t floats = std::max(kRows * (kSegment + kSegment / 32), kRows * kWarps * kLanes);
+  launch(down_columns_kernel,
+         Launch("down_columns", grid, dim3(kLanes, kWarps), floats * sizeof(float), stream), arguments);
 }
 
 }  // namespace freemerge::cuda

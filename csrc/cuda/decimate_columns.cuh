@@ -1,11 +1,11 @@
-// Windowed passes along the columns axis: W samples down to coarse columns, and back.
+// Down along the columns axis: partial coarse rows of W samples to the coarse grid.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "cuda/matrices.h"
+#include "cuda/decimate_rows.cuh"
 
 namespace freemerge::cuda {
 
@@ -18,18 +18,17 @@ struct CoarseGrids {
   int count;
 };
 
-struct ColumnPass {
+struct DownColumns {
   CoarseGrids grids;
-  WindowTables window;
-  float* panel;            // panel[matrix][row - row_begin][W samples], dense
-  std::int64_t row_begin;  // coarse rows of the panel; they wrap around the end of the grid
+  WindowTables rows;
+  WindowTables columns;  // or a whole axis: the coarse rows are the grid's
+  RowChunks chunks;
+  const float* partials;
+  std::int64_t row_begin;  // the coarse rows that these chunks touch; they wrap around the end of the grid
   std::int64_t row_count;
 };
 
-// Rows of the grids = panel * window
-void down_columns(const ColumnPass& arguments, cudaStream_t stream);
-
-// panel = rows of the grids * window^T
-void up_columns(const ColumnPass& arguments, cudaStream_t stream);
+// grids += window^T * (the sum of the partial rows of each coarse row). The grids start from zero.
+void down_columns(const DownColumns& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -19,12 +19,6 @@ struct Entry {
 // Most recently used first.
 thread_local std::list<Entry> cache;
 
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  return status != cudaStreamCaptureStatusNone;
-}
-
 void evict_oldest() {
   for (auto entry = std::prev(cache.end()); entry != cache.begin(); --entry) {
     if (entry->pinned) continue;
@@ -35,6 +29,12 @@ void evict_oldest() {
 
 }  // namespace
 
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 Fft::Fft(const FftKey& key) : type_(key.type) {
   const cufft::Api& api = cufft::api();
   check_cufft(api.Create(&handle_), "cufftCreate");
@@ -42,12 +42,17 @@ Fft::Fft(const FftKey& key) : type_(key.type) {
     check_cufft(api.SetAutoAllocation(handle_, 0), "cufftSetAutoAllocation");
     const int rank = key.rows == 0 ? 1 : 2;
     const cufft::Size rows = key.rows == 0 ? 1 : key.rows;
-    const cufft::Size half = key.length / 2 + 1;
     // Explicit embeds: with a null one cuFFT would ignore all strides.
     cufft::Size n[2] = {rows, key.length};
-    cufft::Size real[2] = {rows, 2 * half};
-    cufft::Size complex[2] = {rows, key.type == cufft::kC2C ? key.length : half};
+    cufft::Size real[2] = {rows, key.real_pitch};
+    cufft::Size complex[2] = {rows, key.complex_pitch};
     const int first = 2 - rank;  // a single axis is the last entry of each
+    if (key.type == cufft::kC2C) {
+      check_cufft(api.MakePlanMany64(handle_, 1, n + 1, n + 1, key.complex_pitch, 1, n + 1, key.complex_pitch,
+                                     1, key.type, key.batch, &work_bytes_),
+                  "cufftMakePlanMany64");
+      return;
+    }
     cufft::Size* in = key.type == cufft::kR2C ? real : complex;
     cufft::Size* out = key.type == cufft::kC2R ? real : complex;
     check_cufft(api.MakePlanMany64(handle_, rank, n + first, in + first, 1, rows * in[1], out + first, 1,
@@ -61,23 +66,21 @@ Fft::Fft(const FftKey& key) : type_(key.type) {
 
 Fft::~Fft() { cufft::api().Destroy(handle_); }
 
-void Fft::execute(void* data, void* work, cudaStream_t stream, int direction) const {
+void Fft::execute(void* in, void* out, void* work, cudaStream_t stream, int direction) const {
   const cufft::Api& api = cufft::api();
   check_cufft(api.SetStream(handle_, stream), "cufftSetStream");
   check_cufft(api.SetWorkArea(handle_, work), "cufftSetWorkArea");
-  auto* real = static_cast<float*>(data);
-  auto* complex = static_cast<float2*>(data);
   if (type_ == cufft::kR2C) {
-    check_cufft(api.ExecR2C(handle_, real, complex), "cufftExecR2C");
+    check_cufft(api.ExecR2C(handle_, static_cast<float*>(in), static_cast<float2*>(out)), "cufftExecR2C");
   } else if (type_ == cufft::kC2R) {
-    check_cufft(api.ExecC2R(handle_, complex, real), "cufftExecC2R");
+    check_cufft(api.ExecC2R(handle_, static_cast<float2*>(in), static_cast<float*>(out)), "cufftExecC2R");
   } else {
-    check_cufft(api.ExecC2C(handle_, complex, complex, direction), "cufftExecC2C");
+    check_cufft(api.ExecC2C(handle_, static_cast<float2*>(in), static_cast<float2*>(out), direction),
+                "cufftExecC2C");
   }
 }
 
-const Fft& cached_fft(const FftKey& key, cudaStream_t stream) {
-  const bool capturing = is_capturing(stream);
+const Fft& cached_fft(const FftKey& key, bool capturing) {
   for (auto entry = cache.begin(); entry != cache.end(); ++entry) {
     if (!(entry->key == key)) continue;
     entry->pinned = entry->pinned || capturing;

@@ -1,4 +1,4 @@
-// cuFFT plans for in-place batched transforms, cached for each thread and device. Work areas are the
+// cuFFT plans for batched transforms, cached for each thread and device. Work areas are the
 // caller's, taken for one call: a plan holds none.
 #pragma once
 
@@ -10,18 +10,20 @@
 
 namespace freemerge::cuda {
 
-// Plain data, compared field by field. Real transforms are padded in place: a line of n floats has room for
-// n / 2 + 1 complex numbers. Complex lines are dense. Batch entries follow one another.
+// Plain data, compared field by field. A real transform runs along lines, or over `rows` of them in two
+// dimensions; batch entries follow one another. A complex one runs down the columns of lines.
 struct FftKey {
   int device;
   cufft::Type type;
-  cufft::Size rows;    // 0: one-dimensional
-  cufft::Size length;  // of the contiguous axis
+  cufft::Size rows;    // of one two-dimensional transform; 0: one-dimensional
+  cufft::Size length;  // samples of a line, or of a column
   cufft::Size batch;
+  cufft::Size real_pitch;     // floats from line to line
+  cufft::Size complex_pitch;  // complex numbers from line to line
 
   bool operator==(const FftKey& other) const {
     return device == other.device && type == other.type && rows == other.rows && length == other.length &&
-           batch == other.batch;
+           batch == other.batch && real_pitch == other.real_pitch && complex_pitch == other.complex_pitch;
   }
 };
 
@@ -34,9 +36,10 @@ class Fft {
 
   std::size_t work_bytes() const { return work_bytes_; }
 
-  // `direction` matters for complex transforms only: cufft::kForward or kInverse, both unnormalised. `work`
-  // has at least work_bytes(), and nothing else uses it until the stream has got past this call.
-  void execute(void* data, void* work, cudaStream_t stream, int direction = cufft::kForward) const;
+  // Unnormalised; in place where `in` is `out`. Real results overwrite their spectra. `direction` matters for
+  // complex transforms only: cufft::kForward or kInverse. `work` has at least work_bytes(), and nothing else
+  // uses it until the stream has got past this call.
+  void execute(void* in, void* out, void* work, cudaStream_t stream, int direction = cufft::kForward) const;
 
  private:
   cufft::Handle handle_ = 0;
@@ -44,10 +47,13 @@ class Fft {
   std::size_t work_bytes_ = 0;
 };
 
+// Whether a stream records a graph.
+bool is_capturing(cudaStream_t stream);
+
 // The calling thread's plan for `key`, made if needed; valid until the thread asks for the next one. Plans
-// used while `stream` records a graph stay for the life of the thread, because the graph refers to them;
-// making one at that time is an error (run once before capture).
-const Fft& cached_fft(const FftKey& key, cudaStream_t stream);
+// used while a graph is recorded (`capturing`) stay for the life of the thread, because the graph refers to
+// them; making one at that time is an error (run once before capture).
+const Fft& cached_fft(const FftKey& key, bool capturing);
 
 // Destroys the calling thread's plans.
 void clear_fft_cache();

@@ -2,13 +2,15 @@
 
 #include <algorithm>
 
+#include "cpu/window.h"
 #include "cuda/coarse_mask.cuh"
-#include "cuda/column_mask.cuh"
+#include "cuda/column_filter.cuh"
 #include "cuda/decimate_columns.cuh"
 #include "cuda/decimate_rows.cuh"
 #include "cuda/error.h"
 #include "cuda/fft.h"
 #include "cuda/heuristics.h"
+#include "cuda/interpolate.cuh"
 #include "cuda/launch_math.h"
 #include "cuda/lines.cuh"
 #include "cuda/sample_mean.cuh"
@@ -20,7 +22,8 @@ namespace {
 using heuristics::kMatricesPerLaunch;
 
 constexpr std::size_t kAlignment = 256;
-constexpr std::int64_t kMaxPanelRows = std::int64_t{1} << 19;  // keeps every grid axis below 65536 blocks
+constexpr std::int64_t kMaxBlocks = 65535;  // of a grid, along the rows of a matrix
+constexpr std::int64_t kBinsPerSector = 4;  // complex numbers of the 32 bytes that memory moves at once
 
 int current_device() {
   int device = 0;
@@ -67,51 +70,63 @@ Matrices slice(const FilterJob& job, std::size_t begin, std::int64_t count) {
 
 using FftKeys = std::vector<FftKey>;
 
-// The work area that these transforms can share, at some batch size.
-std::size_t fft_work(const FftKeys& keys, std::int64_t batch, cudaStream_t stream) {
-  std::size_t most = 0;
-  for (FftKey key : keys) {
+// Where and how a job runs.
+struct Context {
+  cudaStream_t stream;
+  int device;
+  bool capturing;
+
+  const Fft& fft(FftKey key, std::int64_t batch) const {
     key.batch = batch;
-    most = std::max(most, cached_fft(key, stream).work_bytes());
+    return cached_fft(key, capturing);
   }
-  return most;
-}
 
-// No batch that in_batches() makes needs more: long prime lengths want many times their data, and cuFFT does
-// not promise that fewer transforms want less.
-std::size_t fft_work_bound(const FftKeys& keys, cudaStream_t stream) {
-  return std::max(heuristics::kWorkBytes, fft_work(keys, 1, stream));
-}
-
-// Visits [0, total) in batches of at most `step`, smaller where the work area would pass its bound.
-template <typename Visit>
-void in_batches(const FftKeys& keys, std::int64_t total, std::int64_t step, cudaStream_t stream,
-                Visit visit) {
-  for (std::int64_t begin = 0; begin < total;) {
-    std::int64_t count = std::min(step, total - begin);
-    while (count > 1 && fft_work(keys, count, stream) > heuristics::kWorkBytes) count /= 2;
-    visit(begin, count);
-    begin += count;
+  // The work area that these transforms can share, at some batch size.
+  std::size_t fft_work(const FftKeys& keys, std::int64_t batch) const {
+    std::size_t most = 0;
+    for (const FftKey& key : keys) most = std::max(most, fft(key, batch).work_bytes());
+    return most;
   }
-}
+
+  // No batch that in_batches() makes needs more: long prime lengths want many times their data, and cuFFT
+  // does not promise that fewer transforms want less.
+  std::size_t fft_work_bound(const FftKeys& keys, std::size_t limit) const {
+    return keys.empty() ? 0 : std::max(limit, fft_work(keys, 1));
+  }
+
+  // Visits [0, total) in batches of at most `step`, smaller where the work area would pass its limit.
+  template <typename Visit>
+  void in_batches(const FftKeys& keys, std::int64_t total, std::int64_t step, std::size_t limit,
+                  Visit visit) const {
+    for (std::int64_t begin = 0; begin < total;) {
+      std::int64_t count = std::min(step, total - begin);
+      while (count > 1 && fft_work(keys, count) > limit) count /= 2;
+      visit(begin, count);
+      begin += count;
+    }
+  }
+};
+
+Context context_of(cudaStream_t stream) { return {stream, current_device(), is_capturing(stream)}; }
 
 // y = background * x + z, z being the coarse grid's correction, interpolated.
 class Decimated {
  public:
-  Decimated(const FilterJob& job, std::int64_t count, cudaStream_t stream)
-      : job_(job), count_(count), stream_(stream), device_(current_device()), width_(job.plan.mask.width) {
-    const std::int64_t extra = padded_taps(job.rows.taps) - 1;
+  Decimated(const FilterJob& job, std::int64_t count, const Context& context)
+      : job_(job), context_(context), count_(count), width_(job.plan.mask.width) {
+    const std::int64_t height = job.plan.mask.height;
     pitch_ = 2 * (job.columns.cells / 2 + 1);
-    const std::int64_t coarse_bytes = 4 * job.rows.cells * pitch_;
-    const std::int64_t row_bytes = 4 * width_;
-    group_ = fit(heuristics::kBatchBytes, std::max(coarse_bytes, (job.rows.cells + extra) * row_bytes), 1,
-                 std::min<std::int64_t>(kMatricesPerLaunch, count));
-    const std::int64_t rows = std::min(job.rows.cells, kMaxPanelRows);
-    panel_cells_ = fit(heuristics::kPanelBytes, group_ * row_bytes,
-                       std::min(rows, heuristics::kMinCellsPerBlock + extra), rows + extra) -
-                   extra;
-    panel_cells_ = std::max<std::int64_t>(panel_cells_, 1);
-    panel_rows_ = panel_cells_ + extra;
+    const std::int64_t most = std::min<std::int64_t>(kMatricesPerLaunch, count);
+    const std::int64_t rows = height * ceil_div(width_, 64) * most / heuristics::kWarpsWanted;
+    chunks_.rows = std::max(
+        {std::min(rows, heuristics::kMaxChunkRows), heuristics::kMinChunkRows, ceil_div(height, kMaxBlocks)});
+    chunks_.rows = heuristics::kAhead * ceil_div(chunks_.rows, heuristics::kAhead);
+    chunks_.reach = ceil_div((chunks_.rows - 1) * job.rows.cells, height) + job.rows.taps;
+    chunks_.pitch = 2 * ceil_div(width_, 2);
+    chunk_count_ = ceil_div(height, chunks_.rows);
+    const std::int64_t chunk_bytes = 4 * chunks_.reach * chunks_.pitch;
+    group_ = fit(heuristics::kBatchBytes, chunk_count_ * chunk_bytes, 1, most);
+    panel_chunks_ = fit(heuristics::kPanelBytes, group_ * chunk_bytes, 1, chunk_count_);
   }
 
   std::size_t buffer_bytes() {
@@ -123,11 +138,11 @@ class Decimated {
   std::size_t work_bytes() const {
     std::size_t most = 0;
     in_groups(
-        [&](std::int64_t, std::int64_t count) { most = std::max(most, fft_work(keys(), count, stream_)); });
+        [&](std::int64_t, std::int64_t count) { most = std::max(most, context_.fft_work(keys(), count)); });
     return most;
   }
 
-  std::size_t work_bound() const { return fft_work_bound(keys(), stream_); }
+  std::size_t work_bound() const { return context_.fft_work_bound(keys(), work_limit()); }
 
   void run(void* workspace) {
     Arena arena(workspace);
@@ -136,83 +151,89 @@ class Decimated {
   }
 
  private:
-  FftKey key(cufft::Type type, std::int64_t batch) const {
-    return {device_, type, job_.rows.cells, job_.columns.cells, batch};
+  FftKey key(cufft::Type type) const {
+    return {context_.device, type, job_.rows.cells, job_.columns.cells, 1, pitch_, pitch_ / 2};
   }
 
-  FftKeys keys() const { return {key(cufft::kR2C, 1), key(cufft::kC2R, 1)}; }
+  FftKeys keys() const { return {key(cufft::kR2C), key(cufft::kC2R)}; }
+
+  std::size_t work_limit() const {
+    return static_cast<std::size_t>(2 * group_ * 4 * job_.rows.cells * pitch_);
+  }
 
   template <typename Visit>
   void in_groups(Visit visit) const {
-    in_batches(keys(), count_, group_, stream_, visit);
+    context_.in_batches(keys(), count_, group_, work_limit(), visit);
   }
 
   void place(Arena& arena) {
     grids_ = {arena.take<float>(group_ * job_.rows.cells * pitch_), job_.rows.cells, job_.columns.cells,
               pitch_, static_cast<int>(group_)};
-    panel_ = arena.take<float>(group_ * panel_rows_ * width_);
+    partials_ = arena.take<float>(group_ * panel_chunks_ * chunks_.reach * chunks_.pitch);
     centers_ = arena.take<float>(group_);
     work_ = arena.rest();
   }
 
+  void transform(cufft::Type type) {
+    context_.fft(key(type), grids_.count).execute(grids_.data, grids_.data, work_, context_.stream);
+  }
+
   void run_group(const Matrices& matrices) {
     const Plan& plan = job_.plan;
+    const cudaStream_t stream = context_.stream;
     grids_.count = matrices.count;
-    sample_mean({matrices, plan.mask.height, width_, centers_}, stream_);
-    for (std::int64_t cell = 0; cell < job_.rows.cells; cell += panel_cells_) {
-      const std::int64_t cells = std::min(panel_cells_, job_.rows.cells - cell);
-      down_rows({matrices, job_.rows, width_, cell, cells, centers_, panel_}, stream_);
-      down_columns({grids_, job_.columns, panel_, cell, cells}, stream_);
-    }
-    cached_fft(key(cufft::kR2C, grids_.count), stream_).execute(grids_.data, work_, stream_);
-    coarse_mask({grids_, job_.rows, job_.columns, plan.mask, plan.background, job_.scale}, stream_);
-    cached_fft(key(cufft::kC2R, grids_.count), stream_).execute(grids_.data, work_, stream_);
-    const auto gain = static_cast<float>(job_.scale * plan.background);
+    const auto grid_bytes = static_cast<std::size_t>(4 * matrices.count * grids_.rows * pitch_);
+    check(cudaMemsetAsync(grids_.data, 0, grid_bytes, stream), "cudaMemsetAsync");
+    sample_mean({matrices, plan.mask.height, width_, centers_}, stream);
+    for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
+      down(matrices, begin, std::min(begin + panel_chunks_, chunk_count_));
+    transform(cufft::kR2C);
+    coarse_mask({grids_, job_.rows, job_.columns, plan.mask, plan.background, job_.scale}, stream);
+    transform(cufft::kC2R);
     const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
-    const auto center_gain = static_cast<float>(job_.scale * at_zero);
-    for (std::int64_t cell = 0; cell < job_.rows.cells; cell += panel_cells_) {
-      const std::int64_t cells = std::min(panel_cells_, job_.rows.cells - cell);
-      const std::int64_t reach = padded_taps(job_.rows.taps) - 1;
-      up_columns({grids_, job_.columns, panel_, cell, cells + reach}, stream_);
-      up_rows({matrices, job_.rows, width_, cell, cells, centers_, panel_, gain, center_gain}, stream_);
-    }
+    interpolate({matrices, job_.rows, job_.columns, grids_, chunks_.rows, centers_,
+                 static_cast<float>(job_.scale * plan.background), static_cast<float>(job_.scale * at_zero)},
+                stream);
+  }
+
+  void down(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
+    const Decimation window{job_.rows.cells, job_.rows.taps, job_.rows.band, job_.rows.nyquist};
+    const std::int64_t height = job_.plan.mask.height;
+    chunks_.begin = begin;
+    chunks_.end = end;
+    down_rows({matrices, job_.rows, chunks_, width_, centers_, partials_}, context_.stream);
+    const std::int64_t first = first_cell(begin * chunks_.rows, height, window);
+    const std::int64_t last = first_cell(std::min(end * chunks_.rows, height) - 1, height, window);
+    const std::int64_t touched = std::min(last - first + job_.rows.taps, job_.rows.cells);
+    down_columns({grids_, job_.rows, job_.columns, chunks_, partials_, first, touched}, context_.stream);
   }
 
   const FilterJob& job_;
+  const Context& context_;
   std::int64_t count_;  // matrices
-  cudaStream_t stream_;
-  int device_;
   std::int64_t width_;
-  std::int64_t pitch_;
-  std::int64_t group_;        // matrices at a time
-  std::int64_t panel_cells_;  // coarse rows at a time
-  std::int64_t panel_rows_;   // and those that their windows reach in addition
+  std::int64_t pitch_;         // of the grids
+  std::int64_t chunk_count_;   // of a matrix
+  std::int64_t group_;         // matrices at a time
+  std::int64_t panel_chunks_;  // chunks at a time
+  RowChunks chunks_{};
   CoarseGrids grids_{};
-  float* panel_ = nullptr;
+  float* partials_ = nullptr;
   float* centers_ = nullptr;
   void* work_ = nullptr;
 };
 
-// y = background * x + z, z being what the mask makes of some columns of the spectrum; all of them in the
-// full form.
-class Columns {
+// Rows to half spectra, their columns through the mask, and back.
+class Full {
  public:
-  Columns(const FilterJob& job, std::int64_t count, cudaStream_t stream)
-      : job_(job),
-        count_(count),
-        stream_(stream),
-        device_(current_device()),
-        transposed_(job.plan.transposed) {
+  Full(const FilterJob& job, std::int64_t count, const Context& context)
+      : job_(job), context_(context), count_(count) {
     const Mask& mask = job.plan.mask;
-    length_ = transposed_ ? mask.height : mask.width;
-    lines_ = transposed_ ? mask.width : mask.height;
-    pitch_ = 2 * (length_ / 2 + 1);
-    // Kernels split the numbers of lines and columns of several matrices, or of a panel, in 32 bits.
-    static_assert(heuristics::kBatchBytes >> 32 == 0 && heuristics::kPanelBytes >> 32 == 0);
-    group_ = fit(heuristics::kBatchBytes, 8 * job.column_count * lines_, 1,
+    const std::int64_t pitch = kBinsPerSector * ceil_div(mask.width / 2 + 1, kBinsPerSector);
+    spectra_ = {nullptr, mask.height, mask.width, pitch, 0};
+    group_ = fit(heuristics::kBatchBytes, 8 * pitch * mask.height, 1,
                  std::min<std::int64_t>(kMatricesPerLaunch, count));
-    stage_lines_ = fit(heuristics::kPanelBytes, 4 * pitch_, 1, group_ * lines_);
-    panel_columns_ = fit(heuristics::kPanelBytes, 8 * lines_, 1, group_ * job.column_count);
+    panel_rows_ = fit(heuristics::kPanelBytes, 8 * pitch, 1, group_ * mask.height);
   }
 
   std::size_t buffer_bytes() {
@@ -223,107 +244,161 @@ class Columns {
 
   std::size_t work_bytes() const {
     std::size_t most = 0;
-    in_groups([&](std::int64_t, std::int64_t count) {
-      in_stages(count, [&](std::int64_t, std::int64_t batch) {
-        most = std::max(most, fft_work(line_keys(), batch, stream_));
+    in_groups([&](std::int64_t begin, std::int64_t count) {
+      for_each_run(begin, count, [&](const Run& run) {
+        in_panels(run, [&](std::int64_t, std::int64_t rows) {
+          most = std::max(most, context_.fft_work(row_keys(run.pitch), rows));
+        });
       });
-      in_panels(count, [&](std::int64_t, std::int64_t batch) {
-        most = std::max(most, fft_work(column_keys(), batch, stream_));
-      });
+    });
+    in_column_batches([&](std::int64_t, std::int64_t columns) {
+      most = std::max(most, context_.fft_work(column_keys(), columns));
     });
     return most;
   }
 
   std::size_t work_bound() const {
-    return std::max(fft_work_bound(line_keys(), stream_), fft_work_bound(column_keys(), stream_));
+    return std::max(context_.fft_work_bound(row_keys(2 * spectra_.pitch), row_work_limit()),
+                    context_.fft_work_bound(column_keys(), column_work_limit()));
   }
 
   void run(void* workspace) {
     Arena arena(workspace);
     place(arena);
-    in_groups([&](std::int64_t begin, std::int64_t count) { run_group(slice(job_, begin, count)); });
+    in_groups([&](std::int64_t begin, std::int64_t count) { run_group(begin, count); });
   }
 
  private:
-  FftKey key(cufft::Type type, std::int64_t length) const { return {device_, type, 0, length, 1}; }
+  // Rows that are equally far apart, of one matrix or of several that follow one another.
+  struct Run {
+    float* rows;  // null: they are packed where their spectra will be
+    std::int64_t pitch;
+    std::int64_t first;  // matrix of the group
+    std::int64_t count;  // of rows
+  };
 
-  FftKeys line_keys() const { return {key(cufft::kR2C, length_), key(cufft::kC2R, length_)}; }
+  void place(Arena& arena) {
+    spectra_.data = arena.take<float2>(group_ * spectra_.height * spectra_.pitch);
+    work_ = arena.rest();
+  }
 
-  FftKeys column_keys() const {  // a column of one entry is its own spectrum
-    return lines_ > 1 ? FftKeys{key(cufft::kC2C, lines_)} : FftKeys{};
+  FftKeys row_keys(std::int64_t pitch) const {
+    return {{context_.device, cufft::kR2C, 0, spectra_.width, 1, pitch, spectra_.pitch},
+            {context_.device, cufft::kC2R, 0, spectra_.width, 1, pitch, spectra_.pitch}};
+  }
+
+  FftKeys column_keys() const {
+    if (job_.roots) return {};  // not cuFFT's
+    return {{context_.device, cufft::kC2C, 0, spectra_.height, 1, 0, spectra_.pitch}};
+  }
+
+  std::size_t row_work_limit() const {
+    return std::min(heuristics::kWorkBytes,
+                    static_cast<std::size_t>(2 * group_ * 8 * spectra_.pitch * spectra_.height));
+  }
+
+  // Long prime lengths: many small batches would take longer than the work area is worth.
+  std::size_t column_work_limit() const {
+    return static_cast<std::size_t>(2 * 8 * spectra_.pitch * spectra_.height);
   }
 
   template <typename Visit>
   void in_groups(Visit visit) const {
-    in_batches({}, count_, group_, stream_, visit);
+    context_.in_batches({}, count_, group_, 0, visit);
   }
 
   template <typename Visit>
-  void in_stages(std::int64_t matrices, Visit visit) const {
-    in_batches(line_keys(), matrices * lines_, stage_lines_, stream_, visit);
+  void in_panels(const Run& run, Visit visit) const {
+    context_.in_batches(row_keys(run.pitch), run.count, panel_rows_, row_work_limit(), visit);
   }
 
   template <typename Visit>
-  void in_panels(std::int64_t matrices, Visit visit) const {
-    in_batches(column_keys(), matrices * job_.column_count, panel_columns_, stream_, visit);
+  void in_column_batches(Visit visit) const {
+    const std::int64_t bins = spectra_.width / 2 + 1;
+    if (!job_.roots) context_.in_batches(column_keys(), bins, bins, column_work_limit(), visit);
   }
 
-  void place(Arena& arena) {
-    spectrum_ = {arena.take<float2>(group_ * job_.column_count * lines_), job_.bins, job_.place,
-                 job_.column_count};
-    stage_ = {arena.take<float>(stage_lines_ * pitch_), length_, pitch_, lines_, 0, 0};
-    work_ = arena.rest();
+  // cuFFT reads and writes float matrices where they are, if every row is aligned to two floats.
+  template <typename Visit>
+  void for_each_run(std::int64_t begin, std::int64_t count, Visit visit) const {
+    Run run{nullptr, 2 * spectra_.pitch, 0, 0};
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto matrix = static_cast<std::size_t>(begin + i);
+      float* rows = static_cast<float*>(job_.matrices[matrix]);
+      const std::int64_t stride = job_.row_strides[matrix];
+      const bool aligned = reinterpret_cast<std::uintptr_t>(rows) % sizeof(float2) == 0 && stride % 2 == 0;
+      const bool direct = job_.dtype == DType::kFloat32 && aligned;
+      const bool follows =
+          direct ? run.rows && stride == run.pitch && rows == run.rows + run.count * stride : !run.rows;
+      if (!follows && run.count > 0) visit(run);
+      if (!follows || run.count == 0)
+        run = {direct ? rows : nullptr, direct ? stride : 2 * spectra_.pitch, i, 0};
+      run.count += spectra_.height;
+    }
+    visit(run);
   }
 
-  Stage stage(std::int64_t begin, std::int64_t count) const {
-    Stage part = stage_;
-    part.line_begin = begin;
-    part.line_count = count;
-    return part;
+  void run_group(std::int64_t begin, std::int64_t count) {
+    spectra_.count = static_cast<int>(count);
+    for_each_run(begin, count, [&](const Run& run) { rows(run, begin, cufft::kR2C); });
+    columns();
+    for_each_run(begin, count, [&](const Run& run) { rows(run, begin, cufft::kC2R); });
   }
 
-  void transform(FftKey key, std::int64_t batch, void* data, int direction = cufft::kForward) {
-    key.batch = batch;
-    cached_fft(key, stream_).execute(data, work_, stream_, direction);
-  }
-
-  void filter_columns(std::int64_t begin, std::int64_t count) {
-    const Plan& plan = job_.plan;
-    float2* columns = spectrum_.data + begin * lines_;
-    for (const FftKey& key : column_keys()) transform(key, count, columns);
-    column_mask({spectrum_, lines_, begin, count, plan.mask, transposed_, plan.background, job_.scale},
-                stream_);
-    for (const FftKey& key : column_keys()) transform(key, count, columns, cufft::kInverse);
-  }
-
-  void run_group(const Matrices& matrices) {
-    in_stages(matrices.count, [&](std::int64_t begin, std::int64_t count) {
-      pack({matrices, transposed_, stage(begin, count), 1.0f}, stream_);
-      transform(key(cufft::kR2C, length_), count, stage_.data);
-      gather({stage(begin, count), spectrum_}, stream_);
+  // The rows' transforms, one way.
+  void rows(const Run& run, std::int64_t begin, cufft::Type type) {
+    const bool forward = type == cufft::kR2C;
+    in_panels(run, [&](std::int64_t first, std::int64_t count) {
+      float2* spectra = spectra_.data + (run.first * spectra_.height + first) * spectra_.pitch;
+      float* reals = run.rows ? run.rows + first * run.pitch : reinterpret_cast<float*>(spectra);
+      const FftKey key = row_keys(run.pitch)[forward ? 0 : 1];
+      if (!run.rows && forward) pack(lines(run, begin, first, count), context_.stream);
+      void* in = forward ? static_cast<void*>(reals) : spectra;
+      void* out = forward ? static_cast<void*>(spectra) : reals;
+      context_.fft(key, count).execute(in, out, work_, context_.stream);
+      if (!run.rows && !forward) unpack(lines(run, begin, first, count), context_.stream);
     });
-    in_panels(matrices.count, [&](std::int64_t begin, std::int64_t count) { filter_columns(begin, count); });
-    const auto gain = static_cast<float>(job_.scale * job_.plan.background);
-    in_stages(matrices.count, [&](std::int64_t begin, std::int64_t count) {
-      scatter({stage(begin, count), spectrum_}, stream_);
-      transform(key(cufft::kC2R, length_), count, stage_.data);
-      unpack({matrices, transposed_, stage(begin, count), gain}, stream_);
-    });
+  }
+
+  LineCopy lines(const Run& run, std::int64_t begin, std::int64_t first, std::int64_t count) const {
+    const std::int64_t height = spectra_.height;
+    const std::int64_t first_matrix = run.first + first / height;
+    const std::int64_t last_matrix = run.first + (first + count - 1) / height;
+    return {
+        slice(job_, begin + first_matrix, last_matrix - first_matrix + 1),
+        {spectra_.data + first_matrix * height * spectra_.pitch, height, spectra_.width, spectra_.pitch, 0},
+        first % height,
+        count};
+  }
+
+  void columns() {
+    const Mask& mask = job_.plan.mask;
+    const double size = static_cast<double>(mask.height) * static_cast<double>(mask.width);
+    const ColumnFilter filter{spectra_, mask, job_.scale / size, job_.gains, job_.roots};
+    if (job_.roots) {
+      column_filter(filter, context_.stream);
+      return;
+    }
+    transform_columns(cufft::kForward);
+    column_mask(filter, context_.stream);
+    transform_columns(cufft::kInverse);
+  }
+
+  void transform_columns(int direction) {
+    for (int i = 0; i < spectra_.count; ++i) {
+      in_column_batches([&](std::int64_t first, std::int64_t count) {
+        float2* columns = spectra_.data + i * spectra_.height * spectra_.pitch + first;
+        context_.fft(column_keys()[0], count).execute(columns, columns, work_, context_.stream, direction);
+      });
+    }
   }
 
   const FilterJob& job_;
-  std::int64_t count_;  // matrices
-  cudaStream_t stream_;
-  int device_;
-  bool transposed_;
-  std::int64_t length_;         // of a line
-  std::int64_t lines_;          // of a matrix
-  std::int64_t pitch_;          // floats from line to line of the stage
-  std::int64_t group_;          // matrices at a time
-  std::int64_t stage_lines_;    // lines at a time
-  std::int64_t panel_columns_;  // columns at a time
-  Spectrum spectrum_{};
-  Stage stage_{};
+  const Context& context_;
+  std::int64_t count_;       // matrices
+  std::int64_t group_;       // matrices at a time
+  std::int64_t panel_rows_;  // rows at a time
+  Spectra spectra_{};
   void* work_ = nullptr;
 };
 
@@ -336,51 +411,54 @@ void check_job(const FilterJob& job) {
     require(job.rows.samples == mask.height && job.columns.samples == mask.width,
             "the windows must cover the matrix");
     require(job.rows.taps <= kMaxTaps && job.columns.taps <= kMaxTaps, "windows have at most 12 taps");
+    require(!job.rows.whole(), "the rows axis must have a window");
+    require(job.columns.whole() || job.columns.padded == job.rows.padded, "windows must be padded alike");
     return;
   }
-  require(plan.form == Form::kPruned || plan.form == Form::kFull,
-          "the form must be decimated, pruned or full");
-  const std::int64_t half = (plan.transposed ? mask.height : mask.width) / 2 + 1;
-  require(job.column_count > 0 && job.column_count <= half,
-          "the columns must be some of the half spectrum's");
+  require(plan.form == Form::kFull, "the form must be decimated or full");
+  require(job.gains != nullptr, "the full form needs the gains of its columns");
+  require(!job.roots || column_filter_takes(mask.height), "the columns are too long for shared memory");
 }
 
 // Calls visit(executor) with what runs the plan on `count` matrices.
 template <typename Visit>
-decltype(auto) with_executor(const FilterJob& job, std::int64_t count, cudaStream_t stream, Visit visit) {
+decltype(auto) with_executor(const FilterJob& job, std::int64_t count, const Context& context, Visit visit) {
   if (job.plan.form == Form::kDecimated) {
-    Decimated executor(job, count, stream);
+    Decimated executor(job, count, context);
     return visit(executor);
   }
-  Columns executor(job, count, stream);
+  Full executor(job, count, context);
   return visit(executor);
 }
 
-std::size_t bytes_for(const FilterJob& job, cudaStream_t stream) {
-  return with_executor(job, static_cast<std::int64_t>(job.matrices.size()), stream,
+std::size_t bytes_for(const FilterJob& job, const Context& context) {
+  return with_executor(job, static_cast<std::int64_t>(job.matrices.size()), context,
                        [](auto& executor) { return executor.buffer_bytes() + executor.work_bytes(); });
 }
 
 // Fewer matrices may need more: panels fill their budget differently.
-std::size_t bytes_for_any_number(const FilterJob& job, cudaStream_t stream) {
+std::size_t bytes_for_any_number(const FilterJob& job, const Context& context) {
   std::size_t most = 0;
   for (std::int64_t count = 1; count <= kMatricesPerLaunch; ++count) {
-    most = std::max(most, with_executor(job, count, stream, [](auto& e) { return e.buffer_bytes(); }));
+    most = std::max(
+        most, with_executor(job, count, context, [](auto& e) { return e.buffer_bytes() + e.work_bound(); }));
   }
-  return most + with_executor(job, 1, stream, [](auto& executor) { return executor.work_bound(); });
+  return most;
 }
 
 }  // namespace
 
 std::size_t filter_workspace(const FilterJob& job, cudaStream_t stream) {
   check_job(job);
-  return job.matrices.empty() ? bytes_for_any_number(job, stream) : bytes_for(job, stream);
+  const Context context = context_of(stream);
+  return job.matrices.empty() ? bytes_for_any_number(job, context) : bytes_for(job, context);
 }
 
 void filter(const FilterJob& job, void* workspace, std::size_t workspace_bytes, cudaStream_t stream) {
   check_job(job);
-  require(bytes_for(job, stream) <= workspace_bytes, "the workspace is too small");
-  with_executor(job, static_cast<std::int64_t>(job.matrices.size()), stream,
+  const Context context = context_of(stream);
+  require(bytes_for(job, context) <= workspace_bytes, "the workspace is too small");
+  with_executor(job, static_cast<std::int64_t>(job.matrices.size()), context,
                 [&](auto& executor) { executor.run(workspace); });
 }
 

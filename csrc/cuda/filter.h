@@ -13,20 +13,17 @@
 namespace freemerge::cuda {
 
 struct FilterJob {
-  Plan plan;  // decimated, pruned or full
+  Plan plan;  // decimated or full
   DType dtype;
   std::vector<void*> matrices;
   std::vector<std::int64_t> row_strides;  // in entries
   double scale;
-  // kDecimated: windows of both axes, in device memory.
+  // kDecimated: windows of both axes, in device memory; the columns axis may be whole.
   WindowTables rows;
   WindowTables columns;
-  // kPruned, kFull: the columns of the half spectrum (of its transpose, if the plan is transposed) that are
-  // transformed. In device memory: their numbers, ascending, and for each column of the half spectrum its
-  // place among them, or -1.
-  const std::int32_t* bins;
-  const std::int32_t* place;
-  std::int64_t column_count;
+  // kFull: see ColumnFilter; without roots, cuFFT transforms the columns.
+  const float* gains;
+  const float2* roots;
 };
 
 // Bytes of workspace that filter() needs for this job, or for any number of such matrices if `matrices` is

@@ -12,22 +12,21 @@ namespace freemerge::cuda::heuristics {
 // KiB).
 constexpr int kMatricesPerLaunch = 64;  // H100, not measured
 
-// A panel is written by one kernel and read by the next; with cuFFT's work area for it, a third of the L2
-// holds both.
-constexpr std::size_t kPanelBytes = std::size_t{8} << 20;  // H100, not measured
-constexpr std::size_t kWorkBytes = std::size_t{8} << 20;   // H100, not measured
+// A panel is written by one kernel and read by the next, well within the 50 MB of L2.
+constexpr std::size_t kPanelBytes = std::size_t{32} << 20;  // H100, not measured
+constexpr std::size_t kWorkBytes = std::size_t{16} << 20;   // H100, not measured
 
-// Coarse grids or spectra of small matrices are batched up to this size.
+// Coarse grids or spectra of small matrices are batched up to this size: they and their matrices stay in L2.
 constexpr std::size_t kBatchBytes = std::size_t{16} << 20;  // H100, not measured
 
-// Windowed passes down the rows: threads of a block (each takes kColumnsPerThread columns) and cells of a
-// block. A block reads (taps - 1) / cells more rows than it owns; fewer cells give more blocks to fill the
-// device.
-constexpr int kRowPassThreads = 128;            // H100, not measured
-constexpr int kColumnsPerThread = 2;            // H100, not measured
-constexpr std::int64_t kMaxCellsPerBlock = 64;  // H100, not measured
-constexpr std::int64_t kMinCellsPerBlock = 8;   // H100, not measured
-constexpr std::int64_t kBlocksWanted = 528;     // four blocks on each of 132 multiprocessors; not measured
+// Windowed passes down the rows: threads of a block, each taking two columns; rows on their way from memory
+// at a time; warps that fill the device (20 on each of 132 multiprocessors), and the rows that each walks
+// down.
+constexpr int kRowPassThreads = 128;         // H100, not measured
+constexpr int kAhead = 8;                    // H100, not measured
+constexpr std::int64_t kWarpsWanted = 2640;  // H100, not measured
+constexpr std::int64_t kMinChunkRows = 32;   // H100, not measured
+constexpr std::int64_t kMaxChunkRows = 256;  // H100, not measured
 
 // Entries of one block of the fused sum: kSumThreads threads hold kSumEntries each in registers. Their
 // product also fixes the order in which |v| is summed: changing it changes the last bits of E|v|.

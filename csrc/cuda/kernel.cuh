@@ -23,15 +23,22 @@ struct Launch {
   const char* name;
   dim3 grid;
   dim3 block;
-  std::size_t shared;  // bytes of dynamic shared memory; at most 48 KiB, which needs no opt-in
+  std::size_t shared;  // bytes of dynamic shared memory
   cudaStream_t stream;
   const char* file;
   int line;
 };
 
+constexpr std::size_t kSharedForAll = std::size_t{48} << 10;  // what a block may have without asking
+
 // Every kernel takes one plain struct.
 template <typename Arguments>
 void launch(void (*kernel)(Arguments), const Launch& how, const Arguments& arguments) {
+  if (how.shared > kSharedForAll) {
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared)),
+          "cudaFuncSetAttribute", how.file, how.line);
+  }
 #if defined(FREEMERGE_EMULATION)
   struct Call {
     void (*kernel)(Arguments);

@@ -1,6 +1,5 @@
-// The general form's way between matrices, lines and spectrum. A line is a row of a matrix, or a column if
-// the plan is transposed: what the real transforms run along. A stage holds a run of lines of all matrices
-// (flattened: matrix * lines + line), `pitch` floats each, for in-place real transforms.
+// The full form's way between matrices and half spectra: real rows, widened in place where their spectra will
+// be.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,46 +10,28 @@
 
 namespace freemerge::cuda {
 
-struct Stage {
-  float* data;
-  std::int64_t length;      // samples of a line
-  std::int64_t pitch;       // 2 * (length / 2 + 1)
-  std::int64_t lines;       // lines of one matrix
-  std::int64_t line_begin;  // flattened
-  std::int64_t line_count;
+// Half spectra of the rows of all matrices, or the rows themselves: data[matrix][row][bin], `pitch` complex
+// numbers or 2 * `pitch` floats from row to row.
+struct Spectra {
+  float2* data;
+  std::int64_t height;
+  std::int64_t width;
+  std::int64_t pitch;  // at least width / 2 + 1
+  int count;
 };
 
+// Some rows of these matrices, numbered through: matrix * height + row.
 struct LineCopy {
   Matrices matrices;
-  bool transposed;
-  Stage stage;
-  float gain;
+  Spectra spectra;
+  std::int64_t row_begin;
+  std::int64_t row_count;
 };
 
-// stage = matrices, widened to float
+// rows of the spectra = rows of the matrices, as floats
 void pack(const LineCopy& arguments, cudaStream_t stream);
 
-// matrices = gain * matrices + stage, rounded to the storage dtype
+// rows of the matrices = rows of the spectra, rounded to the storage dtype
 void unpack(const LineCopy& arguments, cudaStream_t stream);
-
-// Some columns of the half spectra, each one contiguous: spectrum[matrix][i][line] is bin bins[i] of that
-// line.
-struct Spectrum {
-  float2* data;
-  const std::int32_t* bins;   // column_count, ascending
-  const std::int32_t* place;  // for each bin of a line, its i, or -1
-  std::int64_t column_count;
-};
-
-struct SpectrumCopy {
-  Stage stage;  // holding half spectra of its lines
-  Spectrum spectrum;
-};
-
-// spectrum = the stage's bins in those columns
-void gather(const SpectrumCopy& arguments, cudaStream_t stream);
-
-// The stage's bins = spectrum, zero in all other columns
-void scatter(const SpectrumCopy& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -33,6 +33,65 @@ __host__ __device__ inline __half narrow<__half>(float x) {
   return __float2half_rn(x);
 }
 
+// Two neighbours in one access, where the address allows it.
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T first;
+  T second;
+};
+
+// Which of the two entries at an even column exist, and whether one access may take both.
+struct PairAccess {
+  bool together;
+  bool second;
+};
+
+template <typename T>
+__device__ PairAccess pair_access(const T* matrix, std::int64_t row_stride, std::int64_t column,
+                                  std::int64_t width) {
+  const bool second = column + 1 < width;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(matrix) % sizeof(Pair<T>) == 0 && row_stride % 2 == 0;
+  return {second && aligned, second};
+}
+
+template <typename T>
+__device__ float2 widen(const Pair<T>& pair) {
+  return make_float2(widen(pair.first), widen(pair.second));
+}
+
+template <typename T>
+__device__ Pair<T> load_pair(const T* address, PairAccess access) {
+  if (access.together) return load(reinterpret_cast<const Pair<T>*>(address));
+  return {load(address), access.second ? load(address + 1) : T{}};
+}
+
+// The pairs of kRows rows from `row` on, the last one again where they end before. Nothing waits for a load
+// until all are on their way.
+template <typename T, int kRows>
+__device__ void load_rows(const T* matrix, std::int64_t row_stride, std::int64_t row, std::int64_t end,
+                          PairAccess access, Pair<T> (&pairs)[kRows]) {
+  const auto address = [&](int i) { return matrix + (row + i < end ? row + i : end - 1) * row_stride; };
+  if (access.together) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) pairs[i] = load(reinterpret_cast<const Pair<T>*>(address(i)));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) pairs[i].first = load(address(i));
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) pairs[i].second = access.second ? load(address(i) + 1) : T{};
+}
+
+template <typename T>
+__device__ void store_pair(T* address, PairAccess access, float2 value) {
+  if (access.together) {
+    store(reinterpret_cast<Pair<T>*>(address), Pair<T>{narrow<T>(value.x), narrow<T>(value.y)});
+    return;
+  }
+  store(address, narrow<T>(value.x));
+  if (access.second) store(address + 1, narrow<T>(value.y));
+}
+
 // The dtype of an Array is looked at in the kernel: the branch is the same for all threads.
 __device__ inline float load_wide(const Array& array, std::int64_t i) {
   if (array.dtype == DType::kFloat32) return load(static_cast<const float*>(array.data) + i);

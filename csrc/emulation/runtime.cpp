@@ -6,6 +6,8 @@
 
 #include <cstring>
 
+#include "emulation/scheduler.h"
+
 namespace {
 
 thread_local cudaError_t last_error = cudaSuccess;
@@ -69,6 +71,18 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : fail(cudaErrorInvalidDevice); }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return fail(cudaErrorInvalidValue);
+  *value = static_cast<int>(freemerge::emulation::kMaxShared);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute attribute, int value) {
+  const bool known = attribute == cudaFuncAttributeMaxDynamicSharedMemorySize;
+  return known && value <= static_cast<int>(freemerge::emulation::kMaxShared) ? cudaSuccess
+                                                                              : fail(cudaErrorInvalidValue);
+}
 
 cudaError_t cudaMemsetAsync(void* destination, int value, size_t bytes, cudaStream_t) {
   std::memset(destination, value, bytes);

@@ -16,8 +16,7 @@ namespace freemerge::emulation {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr std::size_t kSlot = 16;              // the largest value a warp collective may carry
-constexpr std::size_t kMaxShared = 48 * 1024;  // more must be asked for, which nothing here does
+constexpr std::size_t kSlot = 16;  // the largest value a warp collective may carry
 
 enum class Wait { kNothing, kBlock, kWarp };
 

@@ -9,6 +9,8 @@
 
 namespace freemerge::emulation {
 
+constexpr std::size_t kMaxShared = 227 * 1024;  // of a block, when asked for
+
 enum class Order : int { kForward = 0, kReverse = 1, kRandom = 2 };
 
 // The order in which the threads of a block, and the blocks of a grid, start. Correct kernels don't care.

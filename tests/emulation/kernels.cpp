@@ -13,6 +13,7 @@
 
 #include "cpu/window.h"
 #include "cuda/accumulate.cuh"
+#include "cuda/column_filter.cuh"
 #include "cuda/cufft_api.h"
 #include "cuda/error.h"
 #include "cuda/filter.h"
@@ -119,6 +120,8 @@ struct DeviceWindow {
         first(host->first),
         cell(static_cast<std::size_t>(samples)),
         weights(static_cast<std::size_t>(samples * padded_taps(d.taps))),
+        start(static_cast<std::size_t>(d.cells)),
+        gathered(static_cast<std::size_t>(reach(samples, d) * d.cells)),
         transform(host->transform) {
     for (std::size_t c = 0; c + 1 < host->first.size(); ++c) {
       for (std::int64_t n = host->first[c]; n < host->first[c + 1]; ++n)
@@ -130,14 +133,43 @@ struct DeviceWindow {
         weights[static_cast<std::size_t>(n * padded + j)] =
             j < d.taps ? host->weights[static_cast<std::size_t>(n * d.taps + j)] : 0.0f;
     }
-    tables = {first.get(), cell.get(), weights.get(), transform.get(), samples,
-              d.cells,     d.band,     d.taps,        d.nyquist};
+    for (std::int64_t c = 0; c < d.cells; ++c)
+      start[static_cast<std::size_t>(c)] = static_cast<std::int32_t>(first_of(samples, d, c - d.taps + 1));
+    std::fill_n(gathered.get(), gathered.size(), 0.0f);
+    for (std::int64_t n = 0; n < samples; ++n) {
+      for (int j = 0; j < d.taps; ++j) {
+        const std::int64_t target = cell[static_cast<std::size_t>(n)] + j;
+        const bool turned = target >= d.cells;
+        const std::int64_t column = turned ? target - d.cells : target;
+        const std::int64_t k = n - (turned ? samples : 0) - start[static_cast<std::size_t>(column)];
+        gathered[static_cast<std::size_t>(k * d.cells + column)] =
+            weights[static_cast<std::size_t>(n * padded + j)];
+      }
+    }
+    tables = {first.get(),     cell.get(), weights.get(), start.get(), gathered.get(),
+              transform.get(), samples,    d.cells,       d.band,      reach(samples, d),
+              d.taps,          padded,     d.nyquist};
+  }
+
+  // The first sample of a cell; of the endless line, where the cell is below 0.
+  std::int64_t first_of(std::int64_t samples, const Decimation& d, std::int64_t c) const {
+    return c < 0 ? host->first[static_cast<std::size_t>(c + d.cells)] - samples
+                 : host->first[static_cast<std::size_t>(c)];
+  }
+
+  std::int64_t reach(std::int64_t samples, const Decimation& d) const {
+    std::int64_t most = 0;
+    for (std::int64_t c = 0; c < d.cells; ++c)
+      most = std::max(most, first_of(samples, d, c + 1) - first_of(samples, d, c - d.taps + 1));
+    return most;
   }
 
   std::shared_ptr<const Window> host;
   Buffer<std::int64_t> first;
   Buffer<std::int32_t> cell;
   Buffer<float> weights;
+  Buffer<std::int32_t> start;
+  Buffer<float> gathered;
   Buffer<double> transform;
   WindowTables tables;
 };
@@ -193,31 +225,28 @@ void check_storage(const FilterJob& job, const Shape& s, const char* what) {
 }
 
 void check_filters() {
-  const Shape shapes[] = {{48, 56, 56}, {37, 41, 45}, {1, 50, 50}, {33, 64, 70}};
+  const Shape shapes[] = {{48, 56, 56}, {37, 41, 45}, {1, 50, 50}, {33, 64, 70}, {210, 30, 30}, {512, 9, 9}};
   for (const Shape& s : shapes) {
     const double edge = 0.1 * double(std::max(s.height, s.width));
-    const std::size_t most = std::size_t(std::max(s.height, s.width) / 2 + 1);
-    Buffer<std::int32_t> all(most);  // every column, each at its own place
-    for (std::size_t i = 0; i < most; ++i) all[i] = static_cast<std::int32_t>(i);
+    // Every column varies; one whose gain is 1 throughout may be given as such.
+    Buffer<float> gains(std::vector<float>(std::size_t(s.width / 2 + 1), std::nanf("")));
+    for (std::size_t i = 0; i < gains.size(); ++i) {
+      if (double(i) >= edge) gains[i] = 1.0f;
+    }
+    std::vector<float2> values;
+    for (std::int64_t k = 0; k < s.height; ++k) {
+      const double angle = -2.0 * M_PI * double(k) / double(s.height);
+      values.push_back(make_float2(float(std::cos(angle)), float(std::sin(angle))));
+    }
+    Buffer<float2> roots(values);
     FilterJob full{};
-    full.bins = full.place = all.get();
     full.plan.form = Form::kFull;
     full.plan.mask = high_pass(s, edge);
-    full.column_count = s.width / 2 + 1;
-    check_storage(full, s, "full");
-    full.plan.transposed = true;
-    full.column_count = s.height / 2 + 1;
-    check_storage(full, s, "full, transposed");
-    FilterJob pruned = full;
-    pruned.plan.form = Form::kPruned;
-    pruned.plan.transposed = false;
-    pruned.plan.background = 1.0;
-    pruned.column_count = std::min<std::int64_t>(s.width / 2 + 1, static_cast<std::int64_t>(std::ceil(edge)));
-    Buffer<std::int32_t> place(std::size_t(s.width / 2 + 1));
-    for (std::size_t i = 0; i < place.size(); ++i)
-      place[i] = std::int64_t(i) < pruned.column_count ? static_cast<std::int32_t>(i) : -1;
-    pruned.place = place.get();
-    check_storage(pruned, s, "pruned");
+    full.gains = gains.get();
+    check_storage(full, s, "full, columns by cuFFT");
+    if (!column_filter_takes(s.height)) continue;
+    full.roots = roots.get();
+    check_storage(full, s, "full, fused columns");
   }
   for (const bool nyquist : {false, true}) {
     for (const int taps : {7, 10}) {

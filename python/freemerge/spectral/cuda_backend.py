@@ -19,7 +19,7 @@ from ..responses import MaskParams, Response, matrix_shape, transposed
 from .backend import BackendInfo, Costs, Traits, addresses, multiply_
 from .plan import Decimation, Form, Plan
 
-_FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "pruned", "full"))
+_FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "full"))
 _DTYPES = frozenset(DTYPES)
 _MAX_TAPS = 12
 _TABLE_MASK = 5  # MaskKind::kTable
@@ -66,7 +66,7 @@ class _Prepared:
 
 
 class CudaBackend:
-    """Runs decimated, pruned and full plans in fp32, bf16 and fp16, on the current stream, without waiting for it.
+    """Runs decimated and full plans in fp32, bf16 and fp16, on the current stream, without waiting for it.
 
     After one call with the same shapes, calls can be recorded in a CUDA graph.
     """
@@ -90,7 +90,7 @@ class CudaBackend:
             dtypes=_DTYPES,
             costs=_COSTS,
             taps=(8, 10, _MAX_TAPS),
-            transposes=True,
+            whole_columns=True,
             streams=True,
             workspace=self.workspace_bytes,
             centers=True,
@@ -102,7 +102,8 @@ class CudaBackend:
         if plan.form not in _FORMS:
             return f"has no form {plan.form!r}"
         for axis in (plan.rows, plan.columns):
-            if axis is not None and not 2 <= axis.taps <= _MAX_TAPS:
+            whole = axis is plan.columns and axis is not None and axis.cells == plan.matrix[1]
+            if axis is not None and not whole and not 2 <= axis.taps <= _MAX_TAPS:
                 return f"has no windows of {axis.taps} taps"
         return None
 
@@ -110,7 +111,7 @@ class CudaBackend:
         """Device memory that :meth:`run` takes beside the matrices, at most, for any number of them."""
         stream = self._runtime.stream(torch.device(plan.device))
         native = self._prepared(plan, stream).native
-        return int(native.workspace(0, stream.device, stream.handle)) if native is not None else 0
+        return int(native.workspace([], [], stream.device, stream.handle)) if native is not None else 0
 
     def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
         if not batches:
@@ -121,7 +122,7 @@ class CudaBackend:
             multiply_(batches, scale * plan.background)
             return
         pointers, strides = addresses(batches)
-        needed: int = prepared.native.workspace(len(pointers), stream.device, stream.handle)
+        needed: int = prepared.native.workspace(pointers, strides, stream.device, stream.handle)
         workspace = torch.empty(needed, dtype=torch.uint8, device=plan.device)
         prepared.native.run(
             pointers, strides, scale, workspace.data_ptr(), needed, stream.device, stream.handle,
@@ -149,35 +150,37 @@ class CudaBackend:
         if stream.capturing:
             raise BackendError("backend cuda cannot upload tables while a graph is recorded; run the same call before")
         code = DTYPE_CODES[plan.dtype]
+        module, device = self._runtime.module, plan.device
         if plan.form == "decimated":
             assert plan.rows is not None
             assert plan.columns is not None
             height, width = plan.matrix
-            rows, row_tables = self._window(height, plan.rows, plan.device)
-            columns, column_tables = self._window(width, plan.columns, plan.device)
+            padded = module.padded_taps(max(plan.rows.taps, plan.columns.taps))
+            rows, row_tables = self._window(height, plan.rows, padded, device)
+            columns, column_tables = self._window(width, plan.columns, padded, device)
             mask = plan.response.params(plan.shape)
-            native = self._runtime.module.Filter.decimated(mask, code, plan.background, rows, columns)
+            native = module.Filter.decimated(mask, code, plan.background, rows, columns)
             return _Prepared(native, row_tables + column_tables)
-        columns, background = columns_to_transform(plan)
-        if not columns.size:
-            return _Prepared(None, ())
-        place = np.full((plan.matrix[0] if plan.transposed else plan.matrix[1]) // 2 + 1, -1, dtype=np.int32)
-        place[columns] = np.arange(columns.size)
-        bins, places = _upload(columns, plan.device), _upload(place, plan.device)
-        mask, tables = self._mask(plan.response, plan.shape, plan.device)
-        native = self._runtime.module.Filter.by_columns(
-            mask, tables[0].data_ptr() if tables else 0, code, background, plan.transposed,
-            bins.data_ptr(), places.data_ptr(), columns.size,
+        height, _ = plan.matrix
+        mask, tables = self._mask(plan.response, plan.shape, device)
+        gains = _upload(plan.response.column_gains(plan.shape).astype(np.float32), device)
+        fused = module.column_filter_takes(height, stream.device, stream.handle)
+        roots = self._tables.get((height, device), lambda: (_upload(_roots(height), device),)) if fused else ()
+        native = module.Filter.full(
+            mask, tables[0].data_ptr() if tables else 0, code, gains.data_ptr(), roots[0].data_ptr() if roots else 0,
         )  # fmt: skip
-        return _Prepared(native, (bins, places, *tables))
+        return _Prepared(native, (gains, *roots, *tables))
 
-    def _window(self, n: int, d: Decimation, device: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        module, window = self._runtime.module, (n, d.cells, d.taps, d.band, d.nyquist)
+    def _window(self, n: int, d: Decimation, padded: int, device: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        module, window = self._runtime.module, (n, d.cells, d.taps, d.band, d.nyquist, padded)
+        if not d.taps:
+            return module.Window.whole(n), ()
         tables = self._tables.get(
             (window, device),
             lambda: tuple(_upload(array, device) for array in module.window_tables(*window)),
         )
-        return module.Window(*window, *(table.data_ptr() for table in tables)), tables
+        reach = tables[4].numel() // d.cells
+        return module.Window(*window, reach, *(table.data_ptr() for table in tables)), tables
 
     def _mask(
         self, response: Response, shape: tuple[int, ...], device: str
@@ -195,16 +198,10 @@ class CudaBackend:
         return MaskParams(_TABLE_MASK, height, width), tables
 
 
-def columns_to_transform(plan: Plan) -> tuple[npt.NDArray[np.int32], float]:
-    """The columns of the half spectrum that a pruned or full plan transforms, and the gain of the others."""
-    height, width = plan.matrix
-    if plan.form == "full":
-        return np.arange((height if plan.transposed else width) // 2 + 1, dtype=np.int32), 0.0
-    response, shape = plan.response, plan.shape
-    if plan.transposed:
-        response, shape = transposed(response), (shape[-1], shape[-2])
-    (varying,) = np.nonzero(response.column_gains(shape) != plan.background)
-    return varying.astype(np.int32), plan.background
+def _roots(n: int) -> npt.NDArray[np.float32]:
+    """exp(-2 pi i k / n) for every k, as pairs of floats."""
+    angles = -2 * np.pi * np.arange(n) / n
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
 
 
 def _upload(array: npt.NDArray[Any], device: str) -> torch.Tensor:

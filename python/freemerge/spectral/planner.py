@@ -124,7 +124,7 @@ class _Request:
         costs, dtype = self.traits.costs, compute_dtype(self.dtype)
         best: tuple[float, Plan] | None = None
         for rows, row_error in self._axis(height, band_y, nyquist_y):
-            for columns, column_error in self._axis(width, band_x, nyquist_x):
+            for columns, column_error in self._columns_axis(width, band_x, nyquist_x):
                 if not (rows.taps or columns.taps):
                     continue  # the thin form does that
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
@@ -207,6 +207,11 @@ class _Request:
                 if 2 * taps <= cells < n and (error := window_error(d)).alias < limit and accurate < 2:
                     accurate += 1
                     yield d, error
+
+    def _columns_axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
+        if self.traits.whole_columns:
+            yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
+        yield from self._axis(n, band, nyquist)
 
     def _fir(self, n: int, d: Decimation) -> float:
         """Cost per element of one pass along an axis."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .cuda_backend import columns_to_transform
 from .plan import Plan
+from .planner import largest_prime
 
 Where = Literal["matrix", "spectrum", "panel"]
 _FLOAT, _COMPLEX = 4, 8
+_LARGEST_RADIX = 7  # of csrc/cuda/butterfly.cuh
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Traffic:
 
 
 def traffic(plan: Plan) -> Traffic:
-    """The traffic of a decimated, pruned or full plan; of the others, that of reading and writing the matrix."""
+    """The traffic of a decimated or full plan; of the others, that of reading and writing the matrix."""
     if plan.form == "decimated":
         return Traffic(plan, tuple(_decimated(plan)))
-    if plan.form in ("pruned", "full") and columns_to_transform(plan)[0].size:
-        return Traffic(plan, tuple(_by_columns(plan)))
+    if plan.form == "full":
+        return Traffic(plan, tuple(_full(plan)))
     moved = 0 if plan.form == "identity" else _matrix_bytes(plan)
     return Traffic(plan, (Step("scale", "matrix", moved, moved),))
 
@@ -63,51 +64,50 @@ def _decimated(plan: Plan) -> list[Step]:
     assert plan.columns is not None
     matrix = _matrix_bytes(plan)
     _, width = plan.matrix
-    panel = plan.rows.cells * width * _FLOAT
+    panel = plan.rows.cells * width * _FLOAT  # and the coarse rows that two chunks of rows share
     grid = plan.rows.cells * plan.columns.cells * _FLOAT
     spectrum = plan.rows.cells * (plan.columns.cells // 2 + 1) * _COMPLEX
     kept = matrix if plan.background else 0
     return [
-        Step("down_rows", "matrix", matrix, 0),  # and the rows that neighbouring blocks share, which L2 serves
+        Step("down_rows", "matrix", matrix, 0),
         Step("down_rows", "panel", 0, panel),
-        Step("down_columns", "panel", panel, grid),
+        Step("down_columns", "panel", panel + grid, 2 * grid),  # the grid is cleared, then added to
         Step("cuFFT R2C", "panel", grid, spectrum),
         Step("coarse_mask", "panel", spectrum, spectrum),
         Step("cuFFT C2R", "panel", spectrum, grid),
-        Step("up_columns", "panel", grid, panel),
-        Step("up_rows", "panel", panel, 0),
-        Step("up_rows", "matrix", kept, matrix),
+        Step("interpolate", "panel", grid, 0),  # again for each chunk of rows, mostly from L1
+        Step("interpolate", "matrix", kept, matrix),
     ]
 
 
-def _by_columns(plan: Plan) -> list[Step]:
+def _full(plan: Plan) -> list[Step]:
     height, width = plan.matrix
-    lines, length = (width, height) if plan.transposed else (height, width)
-    columns, background = columns_to_transform(plan)
     matrix = _matrix_bytes(plan)
-    stage = lines * length * _FLOAT
-    bins = lines * (length // 2 + 1) * _COMPLEX
-    spectrum = lines * columns.size * _COMPLEX
-    # Of the four passes over a panel of columns only the first reads and the last writes device memory.
-    transforms = (
-        [] if lines == 1 else [Step("cuFFT C2C", "spectrum", spectrum, 0), Step("cuFFT C2C", "panel", 0, spectrum)]
-    )
-    inverses = (
-        [] if lines == 1 else [Step("cuFFT C2C", "panel", spectrum, 0), Step("cuFFT C2C", "spectrum", 0, spectrum)]
-    )
-    mask: Where = "spectrum" if lines == 1 else "panel"
+    rows = height * width * _FLOAT
+    spectrum = height * (width // 2 + 1) * _COMPLEX
+    columns = [Step("column_filter", "spectrum", spectrum, spectrum)]
+    if largest_prime(height) > _LARGEST_RADIX:  # then cuFFT transforms the columns
+        columns = [
+            Step("cuFFT C2C", "spectrum", spectrum, spectrum),
+            Step("column_mask", "spectrum", spectrum, spectrum),
+            Step("cuFFT C2C", "spectrum", spectrum, spectrum),
+        ]
+    if plan.dtype.itemsize == _FLOAT:  # cuFFT reads and writes the matrix itself
+        return [
+            Step("cuFFT R2C", "matrix", matrix, 0),
+            Step("cuFFT R2C", "spectrum", 0, spectrum),
+            *columns,
+            Step("cuFFT C2R", "spectrum", spectrum, 0),
+            Step("cuFFT C2R", "matrix", 0, matrix),
+        ]
     return [
         Step("pack", "matrix", matrix, 0),
-        Step("pack", "panel", 0, stage),
-        Step("cuFFT R2C", "panel", stage, bins),
-        Step("gather", "panel", spectrum, 0),
-        Step("gather", "spectrum", 0, spectrum),
-        *transforms,
-        Step("column_mask", mask, spectrum, spectrum),
-        *inverses,
-        Step("scatter", "spectrum", spectrum, 0),
-        Step("scatter", "panel", 0, bins),
-        Step("cuFFT C2R", "panel", bins, stage),
-        Step("unpack", "panel", stage, 0),
-        Step("unpack", "matrix", matrix if background else 0, matrix),
+        Step("pack", "panel", 0, rows),
+        Step("cuFFT R2C", "panel", rows, 0),
+        Step("cuFFT R2C", "spectrum", 0, spectrum),
+        *columns,
+        Step("cuFFT C2R", "spectrum", spectrum, 0),
+        Step("cuFFT C2R", "panel", 0, rows),
+        Step("unpack", "panel", rows, 0),
+        Step("unpack", "matrix", 0, matrix),
     ]

@@ -1,0 +1,132 @@
+#include "cuda/interpolate.cuh"
+#include "cuda/storage.cuh"
+#include "cuda/window_pass.cuh"
+
+namespace freemerge::cuda {
+namespace {
+
+using heuristics::kRowPassThreads;
+
+constexpr int kAhead = heuristics::kAhead / 2;  // each also takes registers for what it becomes
+
+// Two neighbouring columns of the matrix on the coarse columns: they touch kTaps + 1 of them at most.
+template <int kTaps>
+struct ColumnPair {
+  float first[kTaps];
+  float second[kTaps];
+  std::int64_t cell;
+  bool shifted;  // the second column starts one coarse column later
+
+  __device__ ColumnPair(const WindowTables& window, std::int64_t column, bool has_second) {
+    load_weights(window, column, first);
+    load_weights(window, has_second ? column + 1 : column, second);
+    cell = load(window.cell + column);
+    shifted = has_second && load(window.cell + column + 1) != cell;
+  }
+
+  __device__ float2 at(const float* line, std::int64_t cells) const {
+    float values[kTaps + 1];
+#pragma unroll
+    for (int j = 0; j <= kTaps; ++j) {
+      const std::int64_t place =
+          cell + j;  // cells >= 2 taps: one turn is enough, unless the window is padded
+      values[j] = load(line + (place < cells ? place : (place < 2 * cells ? place - cells : 0)));
+    }
+    float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) {
+      sum.x += first[j] * values[j];
+      sum.y += second[j] * (shifted ? values[j + 1] : values[j]);
+    }
+    return sum;
+  }
+};
+
+// A whole axis: nothing to interpolate.
+struct WholePair {
+  std::int64_t column;
+
+  __device__ WholePair(const WindowTables&, std::int64_t column_, bool) : column(column_) {}
+
+  __device__ float2 at(const float* line, std::int64_t) const {
+    return load(reinterpret_cast<const float2*>(line + column));  // the pitch is even, and so is the column
+  }
+};
+
+template <typename T, int kTaps, typename Columns>
+__global__ void __launch_bounds__(kRowPassThreads) interpolate_kernel(Interpolate a) {
+  const WindowTables& window = a.rows;
+  const std::int64_t width = a.columns.samples;
+  const std::int64_t column =
+      static_cast<std::int64_t>(blockIdx.x) * kColumnsPerBlock + 2 * static_cast<int>(threadIdx.x);
+  if (column >= width) return;
+  const std::int64_t row_stride = a.matrices.row_stride[blockIdx.z];
+  T* matrix = static_cast<T*>(a.matrices.data[blockIdx.z]);
+  const PairAccess access = pair_access(matrix, row_stride, column, width);
+  matrix += column;
+  const float* grid = a.grids.data + static_cast<std::int64_t>(blockIdx.z) * a.grids.rows * a.grids.pitch;
+  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * a.chunk_rows;
+  const std::int64_t end = begin + a.chunk_rows < window.samples ? begin + a.chunk_rows : window.samples;
+  const float constant = a.center_gain * load(a.centers + blockIdx.z);
+
+  const Columns columns(a.columns, column, access.second);
+  const auto coarse_row = [&](std::int64_t cell) {
+    return columns.at(grid + wrap(cell, a.grids.rows) * a.grids.pitch, a.grids.columns);
+  };
+  std::int32_t cell = load(window.cell + begin);
+  float2 coarse[kTaps];  // rows cell .. cell + kTaps - 1
+#pragma unroll
+  for (int j = 0; j < kTaps; ++j) coarse[j] = coarse_row(cell + j);
+  for (std::int64_t row = begin; row < end; row += kAhead) {
+    Pair<T> pairs[kAhead] = {};
+    // A gain of zero must not turn an infinity that is about to be overwritten into NaN.
+    if (a.gain != 0.0f) load_rows(matrix, row_stride, row, end, access, pairs);
+    std::int32_t cells[kAhead];
+    load_cells(window, row, end, cells);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (row + i >= end) break;
+      if (cells[i] != cell) {
+#pragma unroll
+        for (int j = 0; j + 1 < kTaps; ++j) coarse[j] = coarse[j + 1];
+        cell = cells[i];
+        coarse[kTaps - 1] = coarse_row(cell + kTaps - 1);
+      }
+      float weights[kTaps];
+      load_weights(window, row + i, weights);
+      float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) {
+        sum.x += weights[j] * coarse[j].x;
+        sum.y += weights[j] * coarse[j].y;
+      }
+      // The large ones cancel first.
+      const float2 old = widen(pairs[i]);
+      const float2 value =
+          make_float2((a.gain * old.x + constant) + sum.x, (a.gain * old.y + constant) + sum.y);
+      store_pair(matrix + (row + i) * row_stride, access, value);
+    }
+  }
+}
+
+}  // namespace
+
+void interpolate(const Interpolate& arguments, cudaStream_t stream) {
+  const std::int64_t chunks = ceil_div(arguments.rows.samples, arguments.chunk_rows);
+  const Launch how("interpolate", row_pass_grid(arguments.columns.samples, chunks, arguments.matrices.count),
+                   dim3(kRowPassThreads), 0, stream);
+  const bool narrow_windows = arguments.rows.padded == 8;
+  visit_storage(arguments.matrices.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (arguments.columns.whole()) {
+      launch(narrow_windows ? interpolate_kernel<T, 8, WholePair> : interpolate_kernel<T, 12, WholePair>, how,
+             arguments);
+    } else {
+      launch(narrow_windows ? interpolate_kernel<T, 8, ColumnPair<8>>
+                            : interpolate_kernel<T, 12, ColumnPair<12>>,
+             how, arguments);
+    }
+  });
+}
+
+}  // namespace freemerge::cuda

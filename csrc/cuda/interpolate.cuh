@@ -1,0 +1,26 @@
+// Up from the coarse grids, along both axes at once, fused with what becomes of the matrix.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/decimate_columns.cuh"
+
+namespace freemerge::cuda {
+
+struct Interpolate {
+  Matrices matrices;
+  WindowTables rows;
+  WindowTables columns;  // or a whole axis
+  CoarseGrids grids;
+  std::int64_t chunk_rows;  // samples of a block
+  const float* centers;
+  float gain;
+  float center_gain;
+};
+
+// matrices = gain * matrices + center_gain * centers + rows * grids * columns^T, rounded to the storage dtype
+void interpolate(const Interpolate& arguments, cudaStream_t stream);
+
+}  // namespace freemerge::cuda
