@@ -255,14 +255,11 @@ def weighted_sum(terms: Sequence[tuple[SparseVector, float]]) -> SparseVector:
 def flat_memory(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor's memory as a vector, whatever its strides; shares memory with it."""
     tensor = tensor.detach()
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.as_strided((extent,), (1,))
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((_extent(tensor),), (1,))
 
 
 def memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Where the entries at flat (row-major) ``indices`` lie in :func:`flat_memory`."""
+    """Where the entries at flat (row-major) ``indices`` lie in :func:`flat_memory`, in int32 if that is enough."""
     if tensor.is_contiguous():
         return indices
     rest = indices.long()
@@ -270,7 +267,11 @@ def memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     for n, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         memory += rest % n * stride
         rest = torch.div(rest, n, rounding_mode="floor")
-    return memory
+    return memory.to(torch.int32) if _extent(tensor) <= 1 << 31 else memory
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _storages(weights: Sequence[torch.Tensor]) -> list[torch.UntypedStorage]:
