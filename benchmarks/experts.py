@@ -14,7 +14,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,18 +35,34 @@ Row = dict[str, Any]
 CACHE_LINE = 64  # bytes
 
 
+def now() -> float:
+    """Seconds, when the GPU has done what it was told: of this process for one thread, else of the wall."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.process_time() if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter()
+
+
 def best(work: Callable[[], object], repeats: int = 7) -> float:
     """Least time of several runs, in milliseconds."""
-    on_gpu = torch.cuda.is_available()
-    clock = time.process_time if torch.get_num_threads() == 1 and not on_gpu else time.perf_counter
     times = []
     for _ in range(repeats):
-        start = clock()
+        start = now()
         work()
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(clock() - start)
+        times.append(now() - start)
     return 1e3 * min(times)
+
+
+def best_halves(blocks: Iterable[AbstractContextManager[None]]) -> tuple[float, float]:
+    """Least time of entering blocks, and of leaving them, in milliseconds."""
+    times = []
+    for block in blocks:
+        start = now()
+        with block:
+            middle = now()
+        times.append((middle - start, now() - middle))
+    entering, leaving = zip(*times, strict=True)
+    return 1e3 * min(entering), 1e3 * min(leaving)
 
 
 def accumulate(shape: tuple[int, int], dtype: torch.dtype, count: int) -> Row:
@@ -176,6 +193,7 @@ def switching(dtype: torch.dtype, device: str = "cpu") -> Row:
         }
     ratios = {name.replace("load_state_dict", "ratio_to_load"): times[name] / times["switch"] for name in times}
     del ratios["switch"]
+    on, off = best_halves(bank.active(names[step % 8]) for step in range(50))
     parameters = sum(value.numel() for value in state.values())
     # The least an entry costs is a cache line read and written back, twice; a reload reads and writes every line.
     lines = switched_lines(experts["t0"], dtype)
@@ -184,6 +202,8 @@ def switching(dtype: torch.dtype, device: str = "cpu") -> Row:
         "parameters": parameters,
         "entries": experts["t0"].entries,
         "lines_touched_percent": 100 * lines / (parameters * dtype.itemsize / CACHE_LINE),
+        "switch_on": on,
+        "switch_off": off,
         **times,
         **ratios,
     }

@@ -1,3 +1,4 @@
+#include "bind_sparse_updates.h"
 #include "cuda/bindings.h"
 #include "cuda/select.cuh"
 #include "cuda/sparse.cuh"
@@ -22,30 +23,24 @@ void bind_experts(py::module_& m) {
       py::arg("model"), py::arg("model_dtype"), py::arg("base"), py::arg("base_dtype"), py::arg("rows"),
       py::arg("columns"), py::arg("k"), py::arg("indices"), py::arg("values"), py::arg("counts"),
       py::arg("scratch"), py::arg("device"), py::arg("stream"));
-  m.def(
-      "sparse_apply",
-      [](Address weights, int dtype, Address indices, bool wide, std::int64_t count, Address values,
-         double scale, Address origin, Address saved, int device, Address stream) {
-        on_stream(device, stream, [&](cudaStream_t s) {
-          sparse_apply(
-              {array(weights, dtype), pointer<const void>(indices), wide, count, pointer<void>(saved)},
-              pointer<const float>(values), static_cast<float>(scale), pointer<const void>(origin), s);
-        });
-      },
-      py::arg("weights"), py::arg("dtype"), py::arg("indices"), py::arg("wide"), py::arg("count"),
-      py::arg("values"), py::arg("scale"), py::arg("origin"), py::arg("saved"), py::arg("device"),
-      py::arg("stream"));
-  m.def(
-      "sparse_restore",
-      [](Address weights, int dtype, Address indices, bool wide, std::int64_t count, Address saved,
-         int device, Address stream) {
-        on_stream(device, stream, [&](cudaStream_t s) {
-          sparse_restore(
-              {array(weights, dtype), pointer<const void>(indices), wide, count, pointer<void>(saved)}, s);
-        });
-      },
-      py::arg("weights"), py::arg("dtype"), py::arg("indices"), py::arg("wide"), py::arg("count"),
-      py::arg("saved"), py::arg("device"), py::arg("stream"));
+  py::class_<SparseSwitch>(m, "SparseSwitch", py::module_local())
+      .def(
+          py::init([](const std::vector<UpdateTuple>& updates) { return SparseSwitch(updates_of(updates)); }),
+          py::arg("updates"))
+      .def_property_readonly("saved_bytes", &SparseSwitch::saved_bytes)
+      .def_property_readonly("launches", &SparseSwitch::launches)
+      .def(
+          "apply",
+          [](const SparseSwitch& self, Address saved, int device, Address stream) {
+            on_stream(device, stream, [&](cudaStream_t s) { self.apply(pointer<void>(saved), s); });
+          },
+          py::arg("saved"), py::arg("device"), py::arg("stream"))
+      .def(
+          "restore",
+          [](const SparseSwitch& self, Address saved, int device, Address stream) {
+            on_stream(device, stream, [&](cudaStream_t s) { self.restore(pointer<void>(saved), s); });
+          },
+          py::arg("saved"), py::arg("device"), py::arg("stream"));
 }
 
 }  // namespace freemerge::cuda

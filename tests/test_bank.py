@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError, CheckpointError
+from freemerge.experts.bank import Combine
 
 TASKS = [f"task{i}" for i in range(8)]
 
@@ -164,6 +165,81 @@ def test_blocks_nest_and_survive_exceptions() -> None:
         with pytest.raises(RuntimeError, match="inside"), bank.active("task1"):
             raise RuntimeError("inside")
         assert_same(model, outer)
+    assert_same(model, before)
+
+
+def test_an_expert_within_itself_and_at_changing_weights() -> None:
+    model, experts, base = make(Text)
+    bank = fx.ExpertBank(model, experts, base=untied(base))
+    before = snapshot(model)
+    steps: list[tuple[float, Combine]] = [(1.0, "add"), (0.5, "add"), (1.0, "replace"), (1.0, "add"), (0.5, "replace")]
+    for weight, combine in steps:
+        fresh = fx.ExpertBank(model, experts, base=untied(base))
+        with fresh.active({"task0": weight}, combine=combine), fresh.active({"task0": weight}, combine=combine):
+            want = snapshot(model)
+        with bank.active({"task0": weight}, combine=combine), bank.active({"task0": weight}, combine=combine):
+            assert_same(model, want)
+        assert_same(model, before)
+
+
+def replace_parameter(model: nn.Module) -> None:
+    up = model.get_submodule("up")
+    up.register_parameter("weight", nn.Parameter(torch.randn(48, 24)))
+
+
+def replace_module(model: nn.Module) -> None:
+    model.register_module("down", nn.Linear(48, 24))
+
+
+def replace_data(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter * 2
+
+
+def transpose_memory(model: nn.Module) -> None:
+    weight = model.get_parameter("up.weight")
+    weight.data = weight.data.t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.to(torch.bfloat16),
+        lambda model: model.to(torch.float64),
+        lambda model: model.load_state_dict(Text().state_dict()),
+        replace_parameter,
+        replace_module,
+        replace_data,
+        transpose_memory,
+    ],
+)
+@pytest.mark.parametrize("combine", ["add", "replace"])
+def test_the_model_may_change_between_switches(change: Callable[[nn.Module], object], combine: Combine) -> None:
+    model, experts, base = make(Text)
+    bank = fx.ExpertBank(model, experts, base=untied(base))
+    with bank.active("task0", combine=combine):
+        pass
+    change(model)
+    before = snapshot(model)
+    with fx.ExpertBank(model, experts, base=untied(base)).active("task0", combine=combine):
+        want = snapshot(model)
+    for _ in range(2):
+        with bank.active("task0", combine=combine):
+            assert_same(model, want)
+        assert_same(model, before)
+    assert not all(torch.equal(want[name], value) for name, value in before.items())
+
+
+def test_a_parameter_that_no_longer_fits_is_refused() -> None:
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    with bank.active("task0"):
+        pass
+    model.get_parameter("down.weight").data = torch.ones(3)
+    before = snapshot(model)
+    with pytest.raises(ArgumentError, match="outside the tensor"):
+        bank.active("task0").__enter__()
     assert_same(model, before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,12 +15,13 @@ import torch
 
 import emulated
 import freemerge as fm
+import freemerge.experts as fx
 from freemerge import cuda
 from freemerge.accumulate import abs_means, add_round, task_vector_sum
 from freemerge.checkpoint import TensorSpec
 from freemerge.errors import ArgumentError, BackendError, CudaError
 from freemerge.experts.selection import select_largest
-from freemerge.experts.sparse import SparseVector, Update, apply_
+from freemerge.experts.sparse import SparseVector, Update, _jobs, apply_
 from freemerge.responses import Response
 from freemerge.spectral import dispatch
 from freemerge.spectral.cuda_backend import CudaBackend
@@ -29,6 +31,7 @@ from freemerge.spectral.torch_backend import TorchBackend
 from freemerge.spectral.traffic import traffic
 from freemerge.task_vector import plan_units
 from reference import reference_filter, reference_merge
+from updates import expected, mixed_updates, sparse
 
 HIGH_PASS = fm.HighPass(0.05)
 RESPONSES = [
@@ -367,6 +370,75 @@ def test_sparse_updates_are_undone_bit_for_bit(dtype: torch.dtype, index_dtype: 
         with apply_([Update(weights, update, 0.7, start)], backend="cuda"):
             assert torch.equal(weights, expected)
         assert torch.equal(weights, before)
+
+
+def test_many_tensors_change_in_few_launches() -> None:
+    updates = mixed_updates([*TOLERANCE], 130)
+    before, after = [update.weights.clone() for update in updates], [expected(update) for update in updates]
+    for order in ("forward", "random"):
+        emulated.module().set_order(getattr(emulated.module().Order, order))
+        with apply_(updates, backend="cuda"):
+            assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
+        assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
+    jobs, _ = _jobs([update for update in updates if update.entries.indices.numel()])
+    assert 60 < len(jobs) <= 120
+    assert emulated.module().SparseSwitch(jobs).launches == 2
+    assert emulated.module().SparseSwitch(jobs[:60]).launches == 1
+
+
+def test_updates_of_one_memory_keep_their_order_on_the_device() -> None:
+    weights, other = matrix(90, 80), matrix(50)
+    before = weights.clone()
+    updates = [
+        Update(weights, sparse(7200, 5000, 5), 0.5),
+        Update(other, sparse(50, 20, 7), 1.0),
+        Update(weights[1:], sparse(7120, 5000, 6, torch.int64), -2.0),
+    ]
+    jobs, _ = _jobs(updates)
+    assert emulated.module().SparseSwitch(jobs).launches == 2
+    want = weights.clone()
+    for update, flat in ((updates[0], want.view(-1)), (updates[2], want[1:].view(-1))):
+        flat[update.entries.indices.long()] += update.entries.values * update.scale
+    with apply_(updates, backend="cuda"):
+        assert torch.equal(weights, want)
+    assert torch.equal(weights, before)
+
+
+def test_nan_payloads_and_negative_zeros_come_back() -> None:
+    bits = torch.tensor([0x7FA1, 0xFFB2 - 0x10000, -0x8000, 0x7F80], dtype=torch.int16)
+    update = SparseVector(torch.arange(4), torch.ones(4))
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = bits.clone().view(dtype)
+        with apply_([Update(weights, update, 1.0)], backend="cuda"):
+            pass
+        assert torch.equal(weights.view(torch.int16), bits)
+
+
+def test_an_index_outside_a_device_tensor_changes_nothing() -> None:
+    for bad in (10, -1):
+        weights, other = torch.ones(10), torch.ones(10)
+        update = SparseVector(torch.tensor([0, bad], dtype=torch.int32), torch.ones(2))
+        with pytest.raises(ArgumentError, match="outside the tensor"):
+            apply_([Update(other, sparse(10, 3, 0), 1.0), Update(weights, update, 1.0)], backend="cuda")
+        assert torch.equal(other, torch.ones(10))
+        assert torch.equal(weights, torch.ones(10))
+
+
+def test_thousand_device_switches_over_eight_experts_leave_every_weight_bit_identical() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 8).bfloat16())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tasks = {
+        f"task{i}": {name: value + matrix(*value.shape, dtype=value.dtype, seed=i) for name, value in before.items()}
+        for i in range(8)
+    }
+    experts = fx.extract_experts(before, tasks, density=0.1)
+    bank, picks = fx.ExpertBank(model, experts, base=before), random.Random(0)
+    changed = 0
+    for _ in range(1000):
+        with bank.active(picks.choice([*tasks]), combine=picks.choice(["add", "replace"])):
+            changed += not torch.equal(model[0].weight, before["0.weight"])
+    assert changed == 1000
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------

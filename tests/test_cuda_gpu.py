@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import freemerge as fm
+import freemerge.experts as fx
 from freemerge import cuda
 from freemerge.accumulate import add_round, task_vector_sum
 from freemerge.experts.selection import select_largest
 from freemerge.experts.sparse import SparseVector, Update, apply_
 from freemerge.responses import Response
 from reference import reference_filter
+from updates import expected, mixed_updates
 
 pytestmark = [
     pytest.mark.gpu,
@@ -147,3 +149,34 @@ def test_sums_selection_and_sparse_updates_are_those_of_torch() -> None:
     with apply_([Update(weights, entries, 0.7)], backend="cuda"):
         assert not torch.equal(weights, base)
     assert torch.equal(weights, base)
+
+
+def test_an_expert_of_many_tensors_switches_across_streams_and_in_a_graph() -> None:
+    updates = mixed_updates([*TOLERANCE], 130, "cuda")
+    before, after = [update.weights.clone() for update in updates], [expected(update).cuda() for update in updates]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        on = apply_(updates, backend="cuda")
+        torch.cuda.current_stream().synchronize()
+    assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
+    on.close()
+    assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
+
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 100)).cuda().requires_grad_(False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    tuned = {name: value + matrix(*value.shape, seed=1) for name, value in state.items()}
+    bank = fx.ExpertBank(model, fx.extract_experts(state, {"t": tuned}))
+    x = matrix(16, 300)
+    with bank.active("t"):  # once before the capture
+        want = model(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), bank.active("t"):
+        got = model(x)
+    with bank.active({"t": 0.5}):  # another switch in between
+        pass
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.allclose(got, want, rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

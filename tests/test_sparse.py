@@ -7,16 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freemerge.experts.sparse import SparseVector, Update, apply_, weighted_sum
+from freemerge.errors import ArgumentError
+from freemerge.experts.sparse import SparseVector, Switch, Update, apply_, weighted_sum
+from updates import expected, mixed_updates, sparse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["cpu", "torch"]
-
-
-def sparse(numel: int, count: int, seed: int, index_dtype: torch.dtype = torch.int32) -> SparseVector:
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randperm(numel, generator=generator)[:count].sort().values
-    return SparseVector(indices.to(index_dtype), torch.randn(count, generator=generator))
 
 
 def layouts(weights: torch.Tensor) -> list[torch.Tensor]:
@@ -45,14 +41,76 @@ def test_apply_is_dense_arithmetic_and_restores(backend: str, dtype: torch.dtype
             assert torch.equal(weights, original)
 
 
-def test_an_index_outside_the_tensor_changes_nothing() -> None:
-    for bad in (10, -1):
-        weights, other = torch.ones(10), torch.ones(10)
-        update = SparseVector(torch.tensor([0, bad], dtype=torch.int32), torch.ones(2))
-        with pytest.raises(ValueError, match="outside the tensor"):
-            apply_([Update(other, sparse(10, 3, 0), 1.0), Update(weights, update, 1.0)], backend="cpu")
-        assert torch.equal(other, torch.ones(10))
-        assert torch.equal(weights, torch.ones(10))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_many_tensors_change_at_once(backend: str) -> None:
+    updates = mixed_updates(DTYPES, 90)
+    before, after = [update.weights.clone() for update in updates], [expected(update) for update in updates]
+    with apply_(updates, backend=backend):
+        assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
+    assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
+
+
+ONES = torch.ones(2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("entries", "origin", "message"),
+    [
+        (SparseVector(torch.tensor([0, 10]), ONES), None, "outside the tensor"),
+        (SparseVector(torch.tensor([0, -1], dtype=torch.int32), ONES), None, "outside the tensor"),
+        (SparseVector(torch.tensor([0, 1]), torch.ones(3)), None, "of one length"),
+        (SparseVector(torch.tensor([0, 1, 2, 3])[::2], ONES), None, "contiguous"),
+        (SparseVector(torch.tensor([0, 1], dtype=torch.int16), ONES), None, "int32 or int64 indices"),
+        (SparseVector(torch.tensor([0, 1]), ONES.double()), None, "float32 values"),
+        (SparseVector(torch.tensor([0, 1]), ONES), torch.ones(1), "of one length"),
+        (SparseVector(torch.tensor([0, 1]), ONES), ONES.bfloat16(), r"origin of torch\.bfloat16"),
+        (SparseVector(torch.tensor([0, 1], device="meta"), ONES), None, "on the device of the weights"),
+    ],
+)
+def test_what_cannot_be_applied_changes_nothing(
+    entries: SparseVector, origin: torch.Tensor | None, message: str, backend: str
+) -> None:
+    weights, other = torch.ones(10), torch.ones(10)
+    with pytest.raises(ArgumentError, match=message):
+        apply_([Update(other, sparse(10, 3, 0), 1.0), Update(weights, entries, 1.0, origin)], backend=backend)
+    assert torch.equal(other, torch.ones(10))
+    assert torch.equal(weights, torch.ones(10))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_switch_is_turned_on_again_and_within_itself(backend: str) -> None:
+    updates = mixed_updates([torch.float32], 12)
+    weights, before = [update.weights for update in updates], [update.weights.clone() for update in updates]
+    switch = Switch(updates, backend=backend)
+    for _ in range(3):
+        with switch.on(weights):
+            once = [tensor.clone() for tensor in weights]
+            with switch.on(weights):
+                twice = [tensor.clone() for tensor in weights]
+            assert all(map(torch.equal, weights, once))
+        assert all(map(torch.equal, weights, before))
+    assert not all(map(torch.equal, once, twice))
+
+
+def test_a_switch_fits_tensors_that_lie_where_its_own_did() -> None:
+    weights = torch.randn(8, 8)
+    switch = Switch([Update(weights, sparse(64, 9, 0), 1.0)])
+    for same in (weights, weights.detach(), weights.view(8, 8)):
+        assert switch.fits([same])
+    for other in (weights.clone(), weights.t(), weights.view(64), weights.view(torch.int32), weights[:4]):
+        assert not switch.fits([other])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_get_other_data_meanwhile_are_restored_where_they_were(backend: str) -> None:
+    weights = torch.nn.Parameter(torch.randn(300, 300))
+    before, alias = weights.detach().clone(), weights.data
+    with apply_([Update(weights, sparse(90_000, 900, 0), 1.0)], backend=backend):
+        assert not torch.equal(alias, before)
+        weights.data = torch.zeros(3)
+    assert torch.equal(alias, before)
+    assert torch.equal(weights, torch.zeros(3))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,7 @@
 #include "cpu/sparse.h"
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "error.h"
@@ -11,7 +12,7 @@ namespace {
 
 constexpr std::int64_t kBlock =
     1 << 12;  // entries per task: a matrix of a few million has some for each thread
-constexpr std::int64_t kPrefetchAhead = 32;  // entries; each is a cache miss of its own
+constexpr std::int64_t kPrefetchAhead = 64;  // entries; each is a cache miss of its own
 
 template <typename Visit>
 void visit_indices(const Indices& indices, const Visit& visit) {
@@ -20,17 +21,6 @@ void visit_indices(const Indices& indices, const Visit& visit) {
   } else {
     visit(static_cast<const std::int32_t*>(indices.data));
   }
-}
-
-template <typename Index>
-void check_range(const Index* index, std::int64_t count, std::int64_t n) {
-  Index least = 0;
-  Index most = -1;
-  for (std::int64_t i = 0; i < count; ++i) {
-    least = std::min(least, index[i]);
-    most = std::max(most, index[i]);
-  }
-  require(least >= 0 && most < n, "a sparse index lies outside the tensor");
 }
 
 template <typename T>
@@ -43,13 +33,15 @@ T round_sum(T origin, double scale, float value) {
   }
 }
 
-// visit(i) for every entry, with the weight it concerns on its way to the cache.
+// visit(i) for every entry, with the weight it concerns on its way to the cache: for reading, as fetching a
+// line that no other core has to write it takes longer.
 template <typename T, typename Index, typename Visit>
-void for_each_entry(T* weights, const Index* index, std::int64_t count, int threads, const Visit& visit) {
+void for_each_entry(const T* weights, const Index* index, std::int64_t count, int threads,
+                    const Visit& visit) {
   parallel_for((count + kBlock - 1) / kBlock, threads, [&](std::int64_t block, int) {
     const std::int64_t end = std::min(count, (block + 1) * kBlock);
     for (std::int64_t i = block * kBlock; i < end; ++i) {
-      __builtin_prefetch(weights + index[std::min(i + kPrefetchAhead, end - 1)], 1);
+      __builtin_prefetch(weights + index[std::min(i + kPrefetchAhead, count - 1)], 0);
       visit(i);
     }
   });
@@ -94,33 +86,39 @@ Selection merged(const Selection& a, const Selection& b) {
 
 }  // namespace
 
-void sparse_apply(const std::vector<SparseUpdate>& updates, int threads) {
-  for (const SparseUpdate& update : updates) {
-    visit_indices(update.indices,
-                  [&](const auto* index) { check_range(index, update.indices.count, update.n); });
-  }
-  for (const SparseUpdate& update : updates) {
+std::int64_t SparseSwitch::saved_bytes() const {
+  return std::accumulate(
+      updates_.begin(), updates_.end(), std::int64_t{0},
+      [](std::int64_t sum, const SparseUpdate& update) { return sum + update.saved_bytes(); });
+}
+
+void SparseSwitch::apply(void* saved, int threads) const {
+  char* place = static_cast<char*>(saved);
+  for (const SparseUpdate& update : updates_) {
     visit_entries(update, [&](auto* weights, const auto* index) {
       using T = std::remove_pointer_t<decltype(weights)>;
-      T* saved = static_cast<T*>(update.saved);
-      const T* origin = static_cast<const T*>(update.origin == nullptr ? update.saved : update.origin);
+      T* former = reinterpret_cast<T*>(place);
+      const T* origin = update.origin == nullptr ? former : static_cast<const T*>(update.origin);
       const float* values = update.values;
       const double scale = update.scale;
       for_each_entry(weights, index, update.indices.count, threads, [=](std::int64_t i) {
-        saved[i] = weights[index[i]];
+        former[i] = weights[index[i]];
         weights[index[i]] = round_sum(origin[i], scale, values[i]);
       });
     });
+    place += update.saved_bytes();
   }
 }
 
-void sparse_restore(const std::vector<SparseUpdate>& updates, int threads) {
-  for (auto update = updates.rbegin(); update != updates.rend(); ++update) {
+void SparseSwitch::restore(const void* saved, int threads) const {
+  const char* place = static_cast<const char*>(saved) + saved_bytes();
+  for (auto update = updates_.rbegin(); update != updates_.rend(); ++update) {
+    place -= update->saved_bytes();
     visit_entries(*update, [&](auto* weights, const auto* index) {
       using T = std::remove_pointer_t<decltype(weights)>;
-      const T* saved = static_cast<const T*>(update->saved);
+      const T* former = reinterpret_cast<const T*>(place);
       for_each_entry(weights, index, update->indices.count, threads,
-                     [=](std::int64_t i) { weights[index[i]] = saved[i]; });
+                     [=](std::int64_t i) { weights[index[i]] = former[i]; });
     });
   }
 }

@@ -2,40 +2,27 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cpu/select.h"
+#include "sparse_update.h"
 
 namespace freemerge {
 
-// Positions of entries in a flattened tensor: int32 or int64, each below the tensor's size and none twice.
-struct Indices {
-  const void* data;
-  bool wide;  // int64
-  std::int64_t count;
+// Changes of several tensors, made one after the other (tensors may share memory) and undone the last first.
+class SparseSwitch {
+ public:
+  explicit SparseSwitch(std::vector<SparseUpdate> updates) : updates_(std::move(updates)) {}
+
+  // Bytes that apply() fills with the former weights, and restore() wants back.
+  std::int64_t saved_bytes() const;
+  void apply(void* saved, int threads) const;
+  void restore(const void* saved, int threads) const;
+
+ private:
+  std::vector<SparseUpdate> updates_;
 };
-
-// A change of one tensor: weights[index] = round(origin + scale * value) for every entry, where origin is the
-// weight itself, or origin[i] where `origin` is given (count values of the same dtype as the weights). The
-// former weights go to `saved` (count entries of that dtype). Arithmetic is float, double for double weights;
-// the product is rounded.
-struct SparseUpdate {
-  void* weights;
-  DType dtype;
-  std::int64_t n;  // entries of the tensor's memory
-  Indices indices;
-  const float* values;
-  double scale;
-  const void* origin;
-  void* saved;
-};
-
-// Makes the changes one after the other: tensors may share memory. Throws, before anything is written, if an
-// index of any of them is outside its [0, n).
-void sparse_apply(const std::vector<SparseUpdate>& updates, int threads);
-
-// The exact inverse: weights[index] = saved[i], the last change first.
-void sparse_restore(const std::vector<SparseUpdate>& updates, int threads);
 
 struct SparseTerm {
   Indices indices;  // ascending

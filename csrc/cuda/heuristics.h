@@ -38,6 +38,12 @@ constexpr int kSelectThreads = 256;             // H100, not measured
 constexpr std::int64_t kSelectEntries = 16384;  // H100, not measured
 constexpr std::int64_t kSelectRows = 1024;  // rows ranked at a time (16 KiB of scratch each); not measured
 
+// Switching of experts: tensors that share a launch (their jobs take 3.8 of the 4 KiB of kernel arguments),
+// threads of a block, entries of a thread.
+constexpr int kUpdatesPerLaunch = 60;
+constexpr int kSparseThreads = 256;  // H100, not measured
+constexpr int kSparseEntries = 4;    // H100, not measured
+
 // cuFFT plans kept for each thread.
 constexpr std::size_t kPlansCached = 64;
 

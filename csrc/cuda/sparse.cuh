@@ -1,29 +1,54 @@
-// A sparse expert on dense weights: apply and undo, bit for bit.
+// Sparse experts on dense weights: all tensors of one device at once, undone bit for bit.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <vector>
 
-#include "cuda/array.h"
+#include "cuda/heuristics.h"
+#include "sparse_update.h"
 
 namespace freemerge::cuda {
 
-struct SparseUpdate {
-  Array weights;        // dense
-  const void* indices;  // distinct: int64 if `wide`, else int32
-  bool wide;
-  std::int64_t count;
-  void* saved;  // `count` entries of the weights' dtype: what they were
+struct SparseJob {
+  void* weights;
+  const void* indices;
+  const float* values;
+  const void* origin;    // null: the weights themselves
+  std::int64_t count;    // entries
+  std::int64_t saved;    // where its former weights begin, in bytes
+  unsigned first_block;  // of the launch
+  float scale;
+  DType dtype;
+  bool wide;  // int64 indices
 };
 
-// weights[i] = start + scale * value for each index, rounded to float twice and to the weights' dtype once.
-// The start is `origin` (one entry of the weights' dtype for each index), or the weight itself where that is
-// null.
-void sparse_apply(const SparseUpdate& update, const float* values, float scale, const void* origin,
-                  cudaStream_t stream);
+// What one launch does: jobs on memories that do not overlap, as kernel arguments.
+struct SparseBatch {
+  SparseJob jobs[heuristics::kUpdatesPerLaunch];
+  int count;
+  unsigned blocks;
+  char* saved;
+};
+static_assert(sizeof(SparseBatch) <= 4096, "kernel arguments take 4 KiB");
 
-// weights[indices[i]] = saved[i]
-void sparse_restore(const SparseUpdate& update, cudaStream_t stream);
+// Changes of several tensors, made in order and undone the last first. As many as can share a launch.
+class SparseSwitch {
+ public:
+  explicit SparseSwitch(const std::vector<SparseUpdate>& updates);
+
+  // Bytes of device memory that apply() fills with the former weights, and restore() wants back.
+  std::int64_t saved_bytes() const { return saved_bytes_; }
+  std::size_t launches() const { return batches_.size(); }
+  void apply(void* saved, cudaStream_t stream) const;
+  void restore(void* saved, cudaStream_t stream) const;
+
+ private:
+  void restore_first(std::size_t batches, void* saved, cudaStream_t stream) const;
+
+  std::vector<SparseBatch> batches_;
+  std::int64_t saved_bytes_ = 0;
+};
 
 }  // namespace freemerge::cuda

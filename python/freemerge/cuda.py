@@ -75,12 +75,19 @@ class Runtime:
 
     def stream(self, device: torch.device) -> Stream:
         """torch's current stream on a device."""
+        index, handle = self.place(device)
         if self.device_type != "cuda":
-            return Stream(0, 0, False)
-        index = torch.cuda.current_device() if device.index is None else device.index
+            return Stream(index, handle, False)
         with torch.cuda.device(index):
-            capturing = torch.cuda.is_current_stream_capturing()
-        return Stream(index, torch.cuda.current_stream(index).cuda_stream, capturing)
+            return Stream(index, handle, torch.cuda.is_current_stream_capturing())
+
+    def place(self, device: torch.device) -> tuple[int, int]:
+        """A device's index and the handle of torch's current stream on it: what :meth:`stream` says at a third of its
+        cost, for calls that are as quick as a lookup."""
+        if self.device_type != "cuda":
+            return 0, 0
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return index, torch.cuda.current_stream(index).cuda_stream
 
     def _unavailable(self, details: dict[str, str]) -> str:
         try:

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -376,23 +377,46 @@ void check_selection() {
 
 void check_sparse() {
   const std::vector<bfloat16> before = random_array<bfloat16>(1000, 11);
+  const std::vector<float> before_wide = random_array<float>(5000, 12);
   Buffer<bfloat16> weights(before);
+  Buffer<float> wide_weights(before_wide);
   Buffer<std::int64_t> indices(std::vector<std::int64_t>{3, 500, 999});
   Buffer<std::int32_t> narrow_indices(std::vector<std::int32_t>{3, 500, 999});
+  std::vector<std::int32_t> most(4900);
+  std::iota(most.begin(), most.end(), 50);
+  Buffer<std::int32_t> most_indices(most);
   Buffer<float> values(std::vector<float>{1.0f, -2.0f, 0.5f});
+  Buffer<float> most_values(random_array<float>(most.size(), 13));
   Buffer<bfloat16> origin(std::vector<bfloat16>(3, round_to<bfloat16>(3.0f)));
-  Buffer<bfloat16> saved(3);
-  const Array array{weights.get(), DType::kBFloat16};
-  const SparseUpdate wide{array, indices.get(), true, 3, saved.get()};
-  sparse_apply(wide, values.get(), 2.0f, nullptr, nullptr);
-  expect(weights[500].bits == round_to<bfloat16>(to_float(before[500]) - 4.0f).bits, "sparse add");
-  sparse_restore(wide, nullptr);
-  const SparseUpdate update{array, narrow_indices.get(), false, 3, saved.get()};
-  sparse_apply(update, values.get(), 2.0f, origin.get(), nullptr);
-  expect(to_float(weights[999]) == 4.0f, "sparse replace");
-  sparse_restore(update, nullptr);
+  // The first two share a launch; the third works on the memory of the first.
+  const SparseSwitch expert({
+      {weights.get(), DType::kBFloat16, 1000, {indices.get(), true, 3}, values.get(), 2.0, nullptr},
+      {wide_weights.get(),
+       DType::kFloat32,
+       5000,
+       {most_indices.get(), false, 4900},
+       most_values.get(),
+       0.5,
+       nullptr},
+      {weights.get(),
+       DType::kBFloat16,
+       1000,
+       {narrow_indices.get(), false, 2},
+       values.get(),
+       1.0,
+       origin.get()},
+  });
+  expect(expert.launches() == 2, "two launches");
+  Buffer<char> saved(static_cast<std::size_t>(expert.saved_bytes()));
+  expert.apply(saved.get(), nullptr);
+  expect(weights[999].bits == round_to<bfloat16>(to_float(before[999]) + 1.0f).bits, "sparse add");
+  expect(to_float(weights[3]) == 4.0f, "sparse replace");
+  expect(wide_weights[49] == before_wide[49], "sparse beside its entries");
+  expect(wide_weights[4949] == before_wide[4949] + 0.5f * most_values[4899], "sparse add, many blocks");
+  expert.restore(saved.get(), nullptr);
   bool same = true;
   for (std::size_t i = 0; i < before.size(); ++i) same = same && weights[i].bits == before[i].bits;
+  for (std::size_t i = 0; i < before_wide.size(); ++i) same = same && wide_weights[i] == before_wide[i];
   expect(same, "undo, bit for bit");
 }
 

@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, CheckpointError
 from .deltas import forward_deltas
 from .expert import Expert
-from .sparse import SparseVector, Update, apply_, weighted_sum
+from .sparse import Scratch, SparseVector, Switch, Update, weighted_sum
 
 Combine = Literal["add", "replace"]
 
@@ -45,10 +45,13 @@ class ExpertBank(Mapping[str, Expert]):
     ) -> None:
         self._model = model
         self._experts = dict(experts)
+        self._names = {task: sorted(expert.tensors) for task, expert in self._experts.items()}
         self._base = None if base is None else Checkpoint.open(base)
         self._lock = threading.RLock()
         self._vectors: dict[tuple[str, str], SparseVector] = {}
         self._origins: dict[tuple[str, str], Tensor] = {}
+        self._switches: dict[tuple[str, Combine], tuple[float, Switch]] = {}
+        self._scratch = Scratch()
         for task, expert in self._experts.items():
             self._check(task, expert)
 
@@ -88,13 +91,8 @@ class ExpertBank(Mapping[str, Expert]):
         if combine == "replace" and self._base is None:
             raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
         with self._lock:
-            updates = []
-            for name in self._touched(weights):
-                tensor = self._tensor(name)
-                entries, scale = self._update(name, tensor, weights)
-                origin = self._origin(name, tensor, entries, weights) if combine == "replace" else None
-                updates.append(Update(tensor, entries, scale, origin))
-            with apply_(updates):
+            tensors = {name: self._tensor(name) for name in self._touched(weights)}
+            with self._switch(weights, combine, tensors).on([*tensors.values()]):
                 yield
 
     @contextmanager
@@ -134,7 +132,30 @@ class ExpertBank(Mapping[str, Expert]):
         return {task: weight for task, weight in weights.items() if weight != 0}
 
     def _touched(self, weights: Mapping[str, float]) -> list[str]:
-        return sorted({name for task in weights for name in self._experts[task].tensors})
+        if len(weights) == 1:
+            return self._names[next(iter(weights))]
+        return sorted({name for task in weights for name in self._names[task]})
+
+    def _switch(self, weights: Mapping[str, float], combine: Combine, tensors: Mapping[str, Tensor]) -> Switch:
+        """What changes ``tensors``; kept for an expert that is switched on alone, while they stay where they are."""
+        if len(weights) != 1:
+            return self._new_switch(weights, combine, tensors)
+        ((task, weight),) = weights.items()
+        kept_weight, kept = self._switches.get((task, combine), (weight, None))
+        if kept is None or kept_weight != weight or not kept.fits([*tensors.values()]):
+            kept = self._new_switch(weights, combine, tensors)
+            for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+                torch.cuda.current_stream(device).synchronize()  # the next to use it may be another stream
+            self._switches[task, combine] = weight, kept
+        return kept
+
+    def _new_switch(self, weights: Mapping[str, float], combine: Combine, tensors: Mapping[str, Tensor]) -> Switch:
+        updates = []
+        for name, tensor in tensors.items():
+            entries, scale = self._update(name, tensor, weights)
+            origin = self._origin(name, tensor, entries, weights) if combine == "replace" else None
+            updates.append(Update(tensor, entries, scale, origin))
+        return Switch(updates, scratch=self._scratch)
 
     def _update(self, name: str, tensor: Tensor, weights: Mapping[str, float]) -> tuple[SparseVector, float]:
         """sum_i w_i e_i of one tensor, as entries and a factor."""
@@ -171,15 +192,19 @@ class ExpertBank(Mapping[str, Expert]):
         """
         if not isinstance(self._model, nn.Module):
             return self._model[name]
-        place, _, attribute = name.rpartition(".")
-        try:
-            owner = self._model.get_submodule(place)
-        except AttributeError:
-            raise KeyError(name) from None
-        for held in (owner._parameters.get(attribute), owner._buffers.get(attribute)):
-            if held is not None:
-                return held
-        raise KeyError(name)
+        *path, attribute = name.split(".")
+        owner = self._model
+        for part in path:
+            inner = owner._modules.get(part)
+            if inner is None:
+                raise KeyError(name)
+            owner = inner
+        held: Tensor | None = owner._parameters.get(attribute)
+        if held is None:
+            held = owner._buffers.get(attribute)
+        if held is None:
+            raise KeyError(name)
+        return held
 
     def _check(self, task: str, expert: Expert) -> None:
         memory: dict[int, str] = {}
