@@ -75,6 +75,27 @@ py::tuple window_tables(std::int64_t samples, const Decimation& decimation, int 
                         to_numpy(gathered), to_numpy(window->transform));
 }
 
+// ColumnFilter::steps of a mask, as pairs: the boundaries fall from column to column.
+py::array_t<std::int32_t> step_rows(const Mask& mask) {
+  const std::int64_t bins = mask.width / 2 + 1;
+  py::array_t<std::int32_t> rows({bins, std::int64_t{2}});
+  auto values = rows.mutable_unchecked<2>();
+  for (int step = 0; step < 2; ++step) {
+    const double edge = step == 0 ? mask.edge0 : mask.edge1;
+    std::int64_t count = mask.height / 2 + 1;
+    for (std::int64_t bin = 0; bin < bins; ++bin) {
+      const double fx = mask.unit_x * static_cast<double>(bin);
+      const auto is_inside = [&](std::int64_t row) {
+        const double fy = mask.unit_y * static_cast<double>(row);
+        return is_below(fy * fy + fx * fx, edge);
+      };
+      while (count > 0 && !is_inside(count - 1)) --count;
+      values(bin, step) = static_cast<std::int32_t>(count);
+    }
+  }
+  return rows;
+}
+
 void set_matrices(FilterJob& job, const std::vector<Address>& matrices,
                   const std::vector<std::int64_t>& row_strides) {
   for (const Address matrix : matrices) job.matrices.push_back(pointer<void>(matrix));
@@ -92,6 +113,7 @@ void bind_filter(py::module_& m) {
       },
       py::arg("samples"), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist"),
       py::arg("padded"));
+  m.def("step_rows", [](const py::object& mask) { return step_rows(to_mask(mask, 0)); }, py::arg("mask"));
   m.def("padded_taps", &padded_taps, py::arg("taps"));
   m.def(
       "column_filter_takes",
@@ -149,16 +171,18 @@ void bind_filter(py::module_& m) {
           py::arg("mask"), py::arg("dtype"), py::arg("background"), py::arg("rows"), py::arg("columns"))
       .def_static(
           "full",
-          [](const py::object& mask, Address table, int dtype, Address gains, Address roots) {
+          [](const py::object& mask, Address table, int dtype, Address gains, Address steps, Address roots) {
             FilterJob job{};
             job.plan.form = Form::kFull;
             job.plan.mask = to_mask(mask, table);
             job.dtype = to_dtype(dtype);
             job.gains = pointer<const float>(gains);
+            job.steps = pointer<const int2>(steps);
             job.roots = pointer<const float2>(roots);
             return job;
           },
-          py::arg("mask"), py::arg("table"), py::arg("dtype"), py::arg("gains"), py::arg("roots"))
+          py::arg("mask"), py::arg("table"), py::arg("dtype"), py::arg("gains"), py::arg("steps"),
+          py::arg("roots"))
       .def(
           "workspace",
           [](FilterJob job, const std::vector<Address>& matrices,

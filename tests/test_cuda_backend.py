@@ -555,10 +555,9 @@ def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: Form, dt
     steps = [step for step in model.steps if step.where == "matrix"]
     assert stored == sum(step.written for step in steps if "cuFFT" not in step.name)
     read = sum(step.read for step in steps)
-    # cuFFT's own reads and writes of a float matrix are counted apart; a sample of each matrix gives its mean.
-    by_cufft = sum(step.read for step in steps if "cuFFT" in step.name)
-    sampled = 16 * 64 * dtype.itemsize if form == "decimated" else 0
-    assert read - by_cufft <= loaded <= read - by_cufft + sampled
+    read -= sum(step.read for step in steps if "cuFFT" in step.name)  # of a float matrix, counted apart
+    # A sample of the matrix gives its mean, and the last row of a cell is asked for again while it is in L1.
+    assert read <= loaded <= (1.5 * read if form == "decimated" else read)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

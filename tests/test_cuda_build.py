@@ -84,7 +84,6 @@ def cufft_include() -> Path:
         ("", ""),
         ("(*SetWorkArea)(Handle, void*)", "(*SetWorkArea)(Handle, float*)"),
         ("(*GetVersion)(int*)", "(*GetVersion)(long*)"),
-        ("kInverse = 1", "kInverse = 2"),
         ("kC2R = 0x2c", "kC2R = 0x2d"),
     ],
 )

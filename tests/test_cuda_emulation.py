@@ -24,7 +24,7 @@ BUGS = {
     "misaligned_vector": "misaligned address",
     "index_overflow": "signed integer overflow",
     "too_many_threads": "launch of bug failed: cudaErrorInvalidConfiguration",
-    "too_much_shared_memory": "launch of bug failed: cudaErrorInvalidConfiguration",
+    "too_much_shared_memory": "cudaFuncSetAttribute failed: cudaErrorInvalidValue",
     "race_between_blocks": "wrong result",
     "fft_without_embeds": "cuFFT refused: 4",
     "fft_overlapping_lines": "cuFFT refused: 4",

@@ -105,30 +105,48 @@ __device__ int first_frequency(const Job& job, int block) {
   return frequency;
 }
 
-// What a bin is multiplied by, all normalisation included.
-__device__ float bin_gain(const ColumnFilter& a, std::int64_t row, std::int64_t bin) {
-  return static_cast<float>(a.factor * mask_gain(a.mask, row, bin));
+// Any other mask, on columns that hold frequencies; real and imaginary parts are swapped.
+__device__ void mask_columns(const Job& job, const Columns& columns, int radix, std::int64_t first_column) {
+  const ColumnFilter& a = job.filter;
+  const int height = static_cast<int>(a.spectra.height);
+  const int blocks = height / radix;
+  for_each_butterfly(height, columns.columns_log2, radix, [&](Place place) {
+    const std::int64_t bin = first_column + place.column;
+    if (bin > a.spectra.width / 2) return;
+    const int frequency = first_frequency(job, place.block) + blocks * place.within;
+    const auto gain = static_cast<float>(a.factor * mask_gain(a.mask, frequency, bin));
+    float2& value = columns.at(place.block * radix + place.within, place.column);
+    value = make_float2(value.y * gain, value.x * gain);
+  });
+  __syncthreads();
 }
 
-// The last forward pass, the mask and the first inverse pass, on the same registers.
+__device__ float step_gain(const ColumnFilter& a, int2 rows, int frequency) {
+  const int height = static_cast<int>(a.spectra.height);
+  const int row = frequency <= height / 2 ? frequency : height - frequency;
+  return row < rows.x ? a.step_gains[0] : (row < rows.y ? a.step_gains[1] : a.step_gains[2]);
+}
+
+// The last forward pass, a mask of steps and the first inverse pass, on the same registers.
 template <int R>
 __device__ void masked_pass(const Job& job, const Columns& columns, std::int64_t first_column) {
   const ColumnFilter& a = job.filter;
   const int height = static_cast<int>(a.spectra.height);
   const int step = columns.place(1);
   for_each_butterfly(height / R, columns.columns_log2, 1, [&](Place place) {
-    const int frequency = first_frequency(job, place.block);
     const std::int64_t bin = first_column + place.column;
-    float gains[R];  // before the rest: little must survive the calls of a mask in registers
-#pragma unroll
-    for (int p = 0; p < R; ++p) gains[p] = bin_gain(a, frequency + height / R * p, bin);
+    const int2 rows = bin <= a.spectra.width / 2 ? load(a.steps + bin) : make_int2(0, 0);
     float2* first = &columns.at(place.block * R, place.column);
     float2 x[R];
 #pragma unroll
     for (int q = 0; q < R; ++q) x[q] = first[q * step];
     dft(x);
+    const int frequency = first_frequency(job, place.block);
 #pragma unroll
-    for (int p = 0; p < R; ++p) x[p] = make_float2(x[p].y * gains[p], x[p].x * gains[p]);
+    for (int p = 0; p < R; ++p) {
+      const float gain = step_gain(a, rows, frequency + height / R * p);
+      x[p] = make_float2(x[p].y * gain, x[p].x * gain);
+    }
     dft(x);
 #pragma unroll
     for (int q = 0; q < R; ++q) first[q * step] = x[q];
@@ -136,15 +154,25 @@ __device__ void masked_pass(const Job& job, const Columns& columns, std::int64_t
   __syncthreads();
 }
 
-__device__ void masked_pass_of_radix(const Job& job, const Columns& columns, std::int64_t first_column) {
+template <int R>
+__device__ void masked_passes(const Job& job, const Columns& columns, std::int64_t first_column) {
+  const ColumnFilter& a = job.filter;
+  if (a.steps) return masked_pass<R>(job, columns, first_column);
+  const int height = static_cast<int>(a.spectra.height);
+  pass<R, false>(columns, a.roots, height, 1);
+  mask_columns(job, columns, R, first_column);
+  pass<R, true>(columns, a.roots, height, 1);
+}
+
+__device__ void masked_passes_of_radix(const Job& job, const Columns& columns, std::int64_t first_column) {
   const int radix = job.radix[job.passes - 1];
-  if (radix == 16) return masked_pass<16>(job, columns, first_column);
-  if (radix == 4) return masked_pass<4>(job, columns, first_column);
-  if (radix == 2) return masked_pass<2>(job, columns, first_column);
-  if (radix == 3) return masked_pass<3>(job, columns, first_column);
-  if (radix == 5) return masked_pass<5>(job, columns, first_column);
-  if (radix == 7) return masked_pass<7>(job, columns, first_column);
-  masked_pass<1>(job, columns, first_column);
+  if (radix == 16) return masked_passes<16>(job, columns, first_column);
+  if (radix == 4) return masked_passes<4>(job, columns, first_column);
+  if (radix == 2) return masked_passes<2>(job, columns, first_column);
+  if (radix == 3) return masked_passes<3>(job, columns, first_column);
+  if (radix == 5) return masked_passes<5>(job, columns, first_column);
+  if (radix == 7) return masked_passes<7>(job, columns, first_column);
+  masked_passes<1>(job, columns, first_column);
 }
 
 __global__ void __launch_bounds__(kThreads) column_filter_kernel(Job job) {
@@ -187,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) column_filter_kernel(Job job) {
     stride /= job.radix[i];
     pass_of_radix<false>(job.radix[i], columns, a.roots, height, stride);
   }
-  masked_pass_of_radix(job, columns, first_column);
+  masked_passes_of_radix(job, columns, first_column);
   for (int i = job.passes - 2; i >= 0; --i) {
     pass_of_radix<true>(job.radix[i], columns, a.roots, height, stride);
     stride *= job.radix[i];
@@ -206,7 +234,7 @@ __global__ void __launch_bounds__(kMaskThreads) column_mask_kernel(ColumnFilter 
   const std::int64_t bin = static_cast<std::int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
   if (bin > a.spectra.width / 2) return;
   for (std::int64_t row = blockIdx.y; row < a.spectra.height; row += gridDim.y) {
-    const float gain = bin_gain(a, row, bin);
+    const auto gain = static_cast<float>(a.factor * mask_gain(a.mask, row, bin));
     for (int i = 0; i < a.spectra.count; ++i) {
       float2* value = a.spectra.data + (i * a.spectra.height + row) * a.spectra.pitch + bin;
       const float2 old = load(value);

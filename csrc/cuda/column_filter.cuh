@@ -14,8 +14,12 @@ namespace freemerge::cuda {
 struct ColumnFilter {
   Spectra spectra;
   Mask mask;
-  double factor;        // scale / (H W)
-  const float* gains;   // for each bin of a row, the gain of its column, or NaN where that varies
+  double factor;       // scale / (H W)
+  const float* gains;  // for each bin of a row, the gain of its column, or NaN where that varies
+  // For masks of steps, else null: for each bin of a row, how many rows from frequency 0 on have the first
+  // gain, and how many the first or the second; and these gains, factor included.
+  const int2* steps;
+  float step_gains[3];
   const float2* roots;  // exp(-2 pi i k / height) for 0 <= k < height
 };
 
@@ -26,7 +30,7 @@ bool column_filter_takes(std::int64_t height);
 // Multiplies the columns' spectra by factor * M.
 void column_filter(const ColumnFilter& arguments, cudaStream_t stream);
 
-// The same multiplication alone, for columns that cuFFT transforms.
+// The same multiplication alone, for spectra of whole matrices.
 void column_mask(const ColumnFilter& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

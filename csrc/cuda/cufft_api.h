@@ -18,9 +18,6 @@ using Size = long long;
 
 constexpr Type kR2C = 0x2a;
 constexpr Type kC2R = 0x2c;
-constexpr Type kC2C = 0x29;
-constexpr int kForward = -1;
-constexpr int kInverse = 1;
 
 struct Api {
   Result (*Create)(Handle*);
@@ -33,7 +30,6 @@ struct Api {
   Result (*GetSizeMany64)(Handle, int, Size*, Size*, Size, Size, Size*, Size, Size, Type, Size, std::size_t*);
   Result (*ExecR2C)(Handle, float*, float2*);
   Result (*ExecC2R)(Handle, float2*, float*);
-  Result (*ExecC2C)(Handle, float2*, float2*, int);
   Result (*GetVersion)(int*);
 };
 

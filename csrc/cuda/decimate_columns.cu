@@ -11,27 +11,32 @@ constexpr int kLanes = 32;  // neighbouring coarse columns
 constexpr int kWarps = 8;   // they share the samples of a column
 constexpr int kRows = kWarps;
 constexpr int kSegment = 1024;  // samples in shared memory at a time
-constexpr int kStaged = 8;      // samples that a lane brings there together
+constexpr int kStaged = 4;      // samples that a lane brings there together
 constexpr int kSumThreads = 256;
 
 // Calls visit(partial row) for each one that coarse row `cell` is the sum of, in a fixed order.
 template <typename Visit>
-__device__ void for_each_partial(const DownColumns& a, std::int64_t cell, Visit visit) {
-  const RowChunks& chunks = a.chunks;
-  const float* panel = a.partials + static_cast<std::int64_t>(blockIdx.z) * (chunks.end - chunks.begin) *
-                                        chunks.reach * chunks.pitch;
-  const std::int64_t least = cell - a.rows.taps + 1;  // the first cell whose samples touch this one
+__device__ void for_each_partial(const DownColumns& a, int cell, Visit visit) {
+  const auto rows = static_cast<unsigned>(a.chunks.rows);
+  const auto begin = static_cast<int>(a.chunks.begin);
+  const auto end = static_cast<int>(a.chunks.end);
+  const auto cells = static_cast<int>(a.rows.cells);
+  const float* panel = a.partials + static_cast<std::int64_t>(blockIdx.z) * (a.chunks.end - a.chunks.begin) *
+                                        a.chunks.reach * a.chunks.pitch;
+  const int least = cell - a.rows.taps + 1;  // the first cell whose samples touch this one
   // Cells below 0 are the last ones, a turn earlier.
+#pragma unroll 1
   for (int turn = least < 0 ? 1 : 0; turn >= 0; --turn) {
-    const std::int64_t low = turn ? least + a.rows.cells : (least < 0 ? 0 : least);
-    const std::int64_t high = turn ? a.rows.cells : cell + 1;
-    std::int64_t chunk = split(load(a.rows.first + low), chunks.rows).quotient;
-    std::int64_t last = split(load(a.rows.first + high) - 1, chunks.rows).quotient;
-    if (chunk < chunks.begin) chunk = chunks.begin;
-    if (last >= chunks.end) last = chunks.end - 1;
+    const int low = turn ? least + cells : (least < 0 ? 0 : least);
+    const int high = turn ? cells : cell + 1;
+    int chunk = static_cast<int>(static_cast<unsigned>(load(a.rows.first + low)) / rows);
+    int last = static_cast<int>(static_cast<unsigned>(load(a.rows.first + high) - 1) / rows);
+    if (chunk < begin) chunk = begin;
+    if (last >= end) last = end - 1;
+#pragma unroll 1
     for (; chunk <= last; ++chunk) {
-      const std::int64_t place = cell + turn * a.rows.cells - load(a.rows.cell + chunk * chunks.rows);
-      visit(panel + ((chunk - chunks.begin) * chunks.reach + place) * chunks.pitch);
+      const int place = cell + turn * cells - load(a.rows.cell + chunk * a.chunks.rows);
+      visit(panel + ((chunk - begin) * a.chunks.reach + place) * a.chunks.pitch);
     }
   }
 }
@@ -45,7 +50,7 @@ __global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(DownColumns a
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   if (column >= a.grids.columns) return;
   for (std::int64_t i = blockIdx.y; i < a.row_count; i += gridDim.y) {
-    const std::int64_t cell = wrap(a.row_begin + i, a.grids.rows);
+    const auto cell = static_cast<int>(wrap(a.row_begin + i, a.grids.rows));
     float sum = 0.0f;
     for_each_partial(a, cell, [&](const float* row) { sum += load(row + column); });
     float* entry = grid_entry(a, cell, column);
@@ -62,7 +67,7 @@ __device__ int one_turn(int sample, int samples) {
 __device__ int padded_place(int sample) { return sample + sample / 32; }
 
 // Brings samples [begin, end) of a coarse row to shared memory.
-__device__ void stage_row(const DownColumns& a, std::int64_t cell, int begin, int end, float* line) {
+__device__ void stage_row(const DownColumns& a, int cell, int begin, int end, float* line) {
   const auto samples = static_cast<int>(a.columns.samples);
   for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kLanes * kStaged) {
     float staged[kStaged] = {};
@@ -82,7 +87,7 @@ __device__ void stage_row(const DownColumns& a, std::int64_t cell, int begin, in
 
 // Each warp brings one coarse row; then lanes are coarse columns, and the warps share the samples of a column
 // among them.
-__global__ void __launch_bounds__(kLanes* kWarps, 2) down_columns_kernel(DownColumns a) {
+__global__ void __launch_bounds__(kLanes* kWarps, 4) down_columns_kernel(DownColumns a) {
   float* shared = shared_memory<float>();
   const WindowTables& window = a.columns;
   const int lane = static_cast<int>(threadIdx.x);
@@ -92,7 +97,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 2) down_columns_kernel(DownCol
       first_column + kLanes < window.cells ? first_column + kLanes - 1 : window.cells - 1;
   const std::int64_t column = first_column + lane < window.cells ? first_column + lane : last_column;
   const std::int64_t row = static_cast<std::int64_t>(blockIdx.y) * kRows + warp;
-  const std::int64_t cell = wrap(a.row_begin + row, a.grids.rows);
+  const auto cell = static_cast<int>(wrap(a.row_begin + row, a.grids.rows));
   const int start = load(window.start + column);
   const int reach = static_cast<int>(window.reach);
   const int span_begin = load(window.start + first_column);

@@ -47,12 +47,6 @@ Fft::Fft(const FftKey& key) : type_(key.type) {
     cufft::Size real[2] = {rows, key.real_pitch};
     cufft::Size complex[2] = {rows, key.complex_pitch};
     const int first = 2 - rank;  // a single axis is the last entry of each
-    if (key.type == cufft::kC2C) {
-      check_cufft(api.MakePlanMany64(handle_, 1, n + 1, n + 1, key.complex_pitch, 1, n + 1, key.complex_pitch,
-                                     1, key.type, key.batch, &work_bytes_),
-                  "cufftMakePlanMany64");
-      return;
-    }
     cufft::Size* in = key.type == cufft::kR2C ? real : complex;
     cufft::Size* out = key.type == cufft::kC2R ? real : complex;
     check_cufft(api.MakePlanMany64(handle_, rank, n + first, in + first, 1, rows * in[1], out + first, 1,
@@ -66,17 +60,14 @@ Fft::Fft(const FftKey& key) : type_(key.type) {
 
 Fft::~Fft() { cufft::api().Destroy(handle_); }
 
-void Fft::execute(void* in, void* out, void* work, cudaStream_t stream, int direction) const {
+void Fft::execute(void* in, void* out, void* work, cudaStream_t stream) const {
   const cufft::Api& api = cufft::api();
   check_cufft(api.SetStream(handle_, stream), "cufftSetStream");
   check_cufft(api.SetWorkArea(handle_, work), "cufftSetWorkArea");
   if (type_ == cufft::kR2C) {
     check_cufft(api.ExecR2C(handle_, static_cast<float*>(in), static_cast<float2*>(out)), "cufftExecR2C");
-  } else if (type_ == cufft::kC2R) {
-    check_cufft(api.ExecC2R(handle_, static_cast<float2*>(in), static_cast<float*>(out)), "cufftExecC2R");
   } else {
-    check_cufft(api.ExecC2C(handle_, static_cast<float2*>(in), static_cast<float2*>(out), direction),
-                "cufftExecC2C");
+    check_cufft(api.ExecC2R(handle_, static_cast<float2*>(in), static_cast<float*>(out)), "cufftExecC2R");
   }
 }
 

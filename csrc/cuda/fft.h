@@ -11,12 +11,12 @@
 namespace freemerge::cuda {
 
 // Plain data, compared field by field. A real transform runs along lines, or over `rows` of them in two
-// dimensions; batch entries follow one another. A complex one runs down the columns of lines.
+// dimensions; batch entries follow one another.
 struct FftKey {
   int device;
   cufft::Type type;
   cufft::Size rows;    // of one two-dimensional transform; 0: one-dimensional
-  cufft::Size length;  // samples of a line, or of a column
+  cufft::Size length;  // samples of a line
   cufft::Size batch;
   cufft::Size real_pitch;     // floats from line to line
   cufft::Size complex_pitch;  // complex numbers from line to line
@@ -36,10 +36,9 @@ class Fft {
 
   std::size_t work_bytes() const { return work_bytes_; }
 
-  // Unnormalised; in place where `in` is `out`. Real results overwrite their spectra. `direction` matters for
-  // complex transforms only: cufft::kForward or kInverse. `work` has at least work_bytes(), and nothing else
-  // uses it until the stream has got past this call.
-  void execute(void* in, void* out, void* work, cudaStream_t stream, int direction = cufft::kForward) const;
+  // Unnormalised; in place where `in` is `out`. A transform to real numbers destroys its input. `work` has at
+  // least work_bytes(), and nothing else uses it until the stream has got past this call.
+  void execute(void* in, void* out, void* work, cudaStream_t stream) const;
 
  private:
   cufft::Handle handle_ = 0;

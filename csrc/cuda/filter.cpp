@@ -246,20 +246,16 @@ class Full {
     std::size_t most = 0;
     in_groups([&](std::int64_t begin, std::int64_t count) {
       for_each_run(begin, count, [&](const Run& run) {
-        in_panels(run, [&](std::int64_t, std::int64_t rows) {
-          most = std::max(most, context_.fft_work(row_keys(run.pitch), rows));
+        in_panels(run, [&](std::int64_t, std::int64_t, std::int64_t transforms) {
+          most = std::max(most, context_.fft_work(row_keys(run.pitch), transforms));
         });
       });
-    });
-    in_column_batches([&](std::int64_t, std::int64_t columns) {
-      most = std::max(most, context_.fft_work(column_keys(), columns));
     });
     return most;
   }
 
   std::size_t work_bound() const {
-    return std::max(context_.fft_work_bound(row_keys(2 * spectra_.pitch), row_work_limit()),
-                    context_.fft_work_bound(column_keys(), column_work_limit()));
+    return context_.fft_work_bound(row_keys(2 * spectra_.pitch), work_limit());
   }
 
   void run(void* workspace) {
@@ -282,24 +278,16 @@ class Full {
     work_ = arena.rest();
   }
 
+  // cuFFT transforms rows, or whole matrices where the columns are not for column_filter.
   FftKeys row_keys(std::int64_t pitch) const {
-    return {{context_.device, cufft::kR2C, 0, spectra_.width, 1, pitch, spectra_.pitch},
-            {context_.device, cufft::kC2R, 0, spectra_.width, 1, pitch, spectra_.pitch}};
+    const std::int64_t rows = job_.roots ? 0 : spectra_.height;
+    return {{context_.device, cufft::kR2C, rows, spectra_.width, 1, pitch, spectra_.pitch},
+            {context_.device, cufft::kC2R, rows, spectra_.width, 1, pitch, spectra_.pitch}};
   }
 
-  FftKeys column_keys() const {
-    if (job_.roots) return {};  // not cuFFT's
-    return {{context_.device, cufft::kC2C, 0, spectra_.height, 1, 0, spectra_.pitch}};
-  }
-
-  std::size_t row_work_limit() const {
-    return std::min(heuristics::kWorkBytes,
-                    static_cast<std::size_t>(2 * group_ * 8 * spectra_.pitch * spectra_.height));
-  }
-
-  // Long prime lengths: many small batches would take longer than the work area is worth.
-  std::size_t column_work_limit() const {
-    return static_cast<std::size_t>(2 * 8 * spectra_.pitch * spectra_.height);
+  std::size_t work_limit() const {
+    const auto spectra = static_cast<std::size_t>(2 * group_ * 8 * spectra_.pitch * spectra_.height);
+    return job_.roots ? std::min(heuristics::kWorkBytes, spectra) : spectra;
   }
 
   template <typename Visit>
@@ -307,15 +295,14 @@ class Full {
     context_.in_batches({}, count_, group_, 0, visit);
   }
 
+  // Visits (first row, rows, transforms).
   template <typename Visit>
   void in_panels(const Run& run, Visit visit) const {
-    context_.in_batches(row_keys(run.pitch), run.count, panel_rows_, row_work_limit(), visit);
-  }
-
-  template <typename Visit>
-  void in_column_batches(Visit visit) const {
-    const std::int64_t bins = spectra_.width / 2 + 1;
-    if (!job_.roots) context_.in_batches(column_keys(), bins, bins, column_work_limit(), visit);
+    const std::int64_t unit = job_.roots ? 1 : spectra_.height;  // rows of a transform
+    const std::int64_t step = std::max<std::int64_t>(panel_rows_ / unit, 1);
+    context_.in_batches(
+        row_keys(run.pitch), run.count / unit, step, work_limit(),
+        [&](std::int64_t begin, std::int64_t count) { visit(begin * unit, count * unit, count); });
   }
 
   // cuFFT reads and writes float matrices where they are, if every row is aligned to two floats.
@@ -348,14 +335,14 @@ class Full {
   // The rows' transforms, one way.
   void rows(const Run& run, std::int64_t begin, cufft::Type type) {
     const bool forward = type == cufft::kR2C;
-    in_panels(run, [&](std::int64_t first, std::int64_t count) {
+    in_panels(run, [&](std::int64_t first, std::int64_t count, std::int64_t transforms) {
       float2* spectra = spectra_.data + (run.first * spectra_.height + first) * spectra_.pitch;
       float* reals = run.rows ? run.rows + first * run.pitch : reinterpret_cast<float*>(spectra);
       const FftKey key = row_keys(run.pitch)[forward ? 0 : 1];
       if (!run.rows && forward) pack(lines(run, begin, first, count), context_.stream);
       void* in = forward ? static_cast<void*>(reals) : spectra;
       void* out = forward ? static_cast<void*>(spectra) : reals;
-      context_.fft(key, count).execute(in, out, work_, context_.stream);
+      context_.fft(key, transforms).execute(in, out, work_, context_.stream);
       if (!run.rows && !forward) unpack(lines(run, begin, first, count), context_.stream);
     });
   }
@@ -374,23 +361,21 @@ class Full {
   void columns() {
     const Mask& mask = job_.plan.mask;
     const double size = static_cast<double>(mask.height) * static_cast<double>(mask.width);
-    const ColumnFilter filter{spectra_, mask, job_.scale / size, job_.gains, job_.roots};
+    const double factor = job_.scale / size;
+    const ColumnFilter filter{
+        spectra_,
+        mask,
+        factor,
+        job_.gains,
+        job_.steps,
+        {static_cast<float>(factor * mask.gain0), static_cast<float>(factor * mask.gain1),
+         static_cast<float>(factor * mask.gain2)},
+        job_.roots};
     if (job_.roots) {
       column_filter(filter, context_.stream);
       return;
     }
-    transform_columns(cufft::kForward);
     column_mask(filter, context_.stream);
-    transform_columns(cufft::kInverse);
-  }
-
-  void transform_columns(int direction) {
-    for (int i = 0; i < spectra_.count; ++i) {
-      in_column_batches([&](std::int64_t first, std::int64_t count) {
-        float2* columns = spectra_.data + i * spectra_.height * spectra_.pitch + first;
-        context_.fft(column_keys()[0], count).execute(columns, columns, work_, context_.stream, direction);
-      });
-    }
   }
 
   const FilterJob& job_;
@@ -417,6 +402,7 @@ void check_job(const FilterJob& job) {
   }
   require(plan.form == Form::kFull, "the form must be decimated or full");
   require(job.gains != nullptr, "the full form needs the gains of its columns");
+  require(!job.steps || mask.kind == MaskKind::kSteps, "only a mask of steps has them");
   require(!job.roots || column_filter_takes(mask.height), "the columns are too long for shared memory");
 }
 

@@ -21,8 +21,9 @@ struct FilterJob {
   // kDecimated: windows of both axes, in device memory; the columns axis may be whole.
   WindowTables rows;
   WindowTables columns;
-  // kFull: see ColumnFilter; without roots, cuFFT transforms the columns.
+  // kFull: see ColumnFilter; without roots, cuFFT transforms whole matrices.
   const float* gains;
+  const int2* steps;
   const float2* roots;
 };
 

@@ -1,6 +1,5 @@
-// Every tuning number of the CUDA backend. None has been measured: they follow from the traffic model for an
-// H100 SXM (132 multiprocessors, 50 MB of L2, 3.35 TB/s) and wait for benchmarks/gpu_suite.sh on real
-// hardware.
+// Every tuning number of the CUDA backend, for an H100 SXM (132 multiprocessors, 50 MB of L2, 3.35 TB/s):
+// from the traffic model, corrected after profiles of the filter on one. None has been swept on its own.
 #pragma once
 
 #include <cstddef>
@@ -10,39 +9,40 @@ namespace freemerge::cuda::heuristics {
 
 // Matrices of one shape that go through one launch; their addresses travel as kernel arguments (1 KiB of 4
 // KiB).
-constexpr int kMatricesPerLaunch = 64;  // H100, not measured
+constexpr int kMatricesPerLaunch = 64;
 
 // A panel is written by one kernel and read by the next, well within the 50 MB of L2.
-constexpr std::size_t kPanelBytes = std::size_t{32} << 20;  // H100, not measured
-constexpr std::size_t kWorkBytes = std::size_t{16} << 20;   // H100, not measured
+constexpr std::size_t kPanelBytes = std::size_t{32} << 20;
+constexpr std::size_t kWorkBytes = std::size_t{16} << 20;
 
 // Coarse grids or spectra of small matrices are batched up to this size: they and their matrices stay in L2.
-constexpr std::size_t kBatchBytes = std::size_t{16} << 20;  // H100, not measured
+constexpr std::size_t kBatchBytes = std::size_t{16} << 20;
 
-// Windowed passes down the rows: threads of a block, each taking two columns; rows on their way from memory
-// at a time; warps that fill the device (20 on each of 132 multiprocessors), and the rows that each walks
-// down.
-constexpr int kRowPassThreads = 128;         // H100, not measured
-constexpr int kAhead = 8;                    // H100, not measured
-constexpr std::int64_t kWarpsWanted = 2640;  // H100, not measured
-constexpr std::int64_t kMinChunkRows = 32;   // H100, not measured
-constexpr std::int64_t kMaxChunkRows = 256;  // H100, not measured
+// Windowed passes down the rows: threads of a block, each taking two columns; blocks that share a
+// multiprocessor, which bounds their registers; rows on their way from memory at a time; warps that fill the
+// device (132 multiprocessors), and the rows that each walks down.
+constexpr int kRowPassThreads = 128;
+constexpr int kRowPassBlocks = 5;
+constexpr int kAhead = 8;
+constexpr std::int64_t kWarpsWanted = 2640;
+constexpr std::int64_t kMinChunkRows = 32;
+constexpr std::int64_t kMaxChunkRows = 256;
 
 // Entries of one block of the fused sum: kSumThreads threads hold kSumEntries each in registers. Their
 // product also fixes the order in which |v| is summed: changing it changes the last bits of E|v|.
-constexpr int kSumThreads = 256;  // H100, not measured
-constexpr int kSumEntries = 8;    // H100, not measured
+constexpr int kSumThreads = 256;
+constexpr int kSumEntries = 8;
 
 // Selection: threads of a block, entries that it ranks.
-constexpr int kSelectThreads = 256;             // H100, not measured
-constexpr std::int64_t kSelectEntries = 16384;  // H100, not measured
-constexpr std::int64_t kSelectRows = 1024;  // rows ranked at a time (16 KiB of scratch each); not measured
+constexpr int kSelectThreads = 256;
+constexpr std::int64_t kSelectEntries = 16384;
+constexpr std::int64_t kSelectRows = 1024;  // rows ranked at a time (16 KiB of scratch each)
 
 // Switching of experts: tensors that share a launch (their jobs take 3.8 of the 4 KiB of kernel arguments),
 // threads of a block, entries of a thread.
 constexpr int kUpdatesPerLaunch = 60;
-constexpr int kSparseThreads = 256;  // H100, not measured
-constexpr int kSparseEntries = 4;    // H100, not measured
+constexpr int kSparseThreads = 256;
+constexpr int kSparseEntries = 4;
 
 // cuFFT plans kept for each thread.
 constexpr std::size_t kPlansCached = 64;

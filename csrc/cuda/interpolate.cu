@@ -5,9 +5,9 @@
 namespace freemerge::cuda {
 namespace {
 
+using heuristics::kAhead;
+using heuristics::kRowPassBlocks;
 using heuristics::kRowPassThreads;
-
-constexpr int kAhead = heuristics::kAhead / 2;  // each also takes registers for what it becomes
 
 // Two neighbouring columns of the matrix on the coarse columns: they touch kTaps + 1 of them at most.
 template <int kTaps>
@@ -54,7 +54,7 @@ struct WholePair {
 };
 
 template <typename T, int kTaps, typename Columns>
-__global__ void __launch_bounds__(kRowPassThreads) interpolate_kernel(Interpolate a) {
+__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_kernel(Interpolate a) {
   const WindowTables& window = a.rows;
   const std::int64_t width = a.columns.samples;
   const std::int64_t column =
@@ -73,25 +73,27 @@ __global__ void __launch_bounds__(kRowPassThreads) interpolate_kernel(Interpolat
   const auto coarse_row = [&](std::int64_t cell) {
     return columns.at(grid + wrap(cell, a.grids.rows) * a.grids.pitch, a.grids.columns);
   };
-  std::int32_t cell = load(window.cell + begin);
   float2 coarse[kTaps];  // rows cell .. cell + kTaps - 1
+  const auto move_to = [&](std::int64_t last_row) {
 #pragma unroll
-  for (int j = 0; j < kTaps; ++j) coarse[j] = coarse_row(cell + j);
-  for (std::int64_t row = begin; row < end; row += kAhead) {
+    for (int j = 0; j + 1 < kTaps; ++j) coarse[j] = coarse[j + 1];
+    coarse[kTaps - 1] = coarse_row(last_row);
+  };
+  std::int64_t cell = load(window.cell + begin);
+#pragma unroll 1
+  for (int j = 0; j + 1 < kTaps; ++j) move_to(cell + j);
+  bool fresh = true;  // the cell's last coarse row is still missing
+#pragma unroll 1
+  for (std::int64_t row = begin; row < end;) {
+    const std::int64_t next_cell = load(window.first + cell + 1);
+    const std::int64_t cell_end = next_cell < end ? next_cell : end;
     Pair<T> pairs[kAhead] = {};
     // A gain of zero must not turn an infinity that is about to be overwritten into NaN.
-    if (a.gain != 0.0f) load_rows(matrix, row_stride, row, end, access, pairs);
-    std::int32_t cells[kAhead];
-    load_cells(window, row, end, cells);
+    if (a.gain != 0.0f) load_rows(matrix, row_stride, row, cell_end, access, pairs);
+    if (fresh) move_to(cell + kTaps - 1);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
-      if (row + i >= end) break;
-      if (cells[i] != cell) {
-#pragma unroll
-        for (int j = 0; j + 1 < kTaps; ++j) coarse[j] = coarse[j + 1];
-        cell = cells[i];
-        coarse[kTaps - 1] = coarse_row(cell + kTaps - 1);
-      }
+      if (row + i >= cell_end) break;
       float weights[kTaps];
       load_weights(window, row + i, weights);
       float2 sum = make_float2(0.0f, 0.0f);
@@ -105,6 +107,12 @@ __global__ void __launch_bounds__(kRowPassThreads) interpolate_kernel(Interpolat
       const float2 value =
           make_float2((a.gain * old.x + constant) + sum.x, (a.gain * old.y + constant) + sum.y);
       store_pair(matrix + (row + i) * row_stride, access, value);
+    }
+    row += kAhead;
+    fresh = row >= cell_end;
+    if (fresh) {
+      row = cell_end;
+      ++cell;
     }
   }
 }

@@ -237,7 +237,7 @@ void check_filters() {
     std::vector<float2> values;
     for (std::int64_t k = 0; k < s.height; ++k) {
       const double angle = -2.0 * M_PI * double(k) / double(s.height);
-      values.push_back(make_float2(float(std::cos(angle)), float(std::sin(angle))));
+      values.push_back(float2{float(std::cos(angle)), float(std::sin(angle))});
     }
     Buffer<float2> roots(values);
     FilterJob full{};
@@ -248,6 +248,14 @@ void check_filters() {
     if (!column_filter_takes(s.height)) continue;
     full.roots = roots.get();
     check_storage(full, s, "full, fused columns");
+    Buffer<int2> steps(gains.size());  // one edge: the gain between the edges is never met
+    for (std::size_t bin = 0; bin < steps.size(); ++bin) {
+      int rows = 0;
+      while (rows <= s.height / 2 && std::hypot(double(rows), double(bin)) < edge) ++rows;
+      steps[bin] = int2{rows, rows};
+    }
+    full.steps = steps.get();
+    check_storage(full, s, "full, fused columns, mask of steps");
   }
   for (const bool nyquist : {false, true}) {
     for (const int taps : {7, 10}) {

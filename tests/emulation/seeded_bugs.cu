@@ -214,7 +214,8 @@ int run(const char* name) {
   if (!std::strcmp(name, "uninitialised_shared")) return run_sum(uninitialised_shared);
   if (!std::strcmp(name, "race_between_blocks")) return run_blocks();
   if (!std::strcmp(name, "too_many_threads")) return run_plain(sum, 0, 2048);
-  if (!std::strcmp(name, "too_much_shared_memory")) return run_plain(sum, (std::size_t{48} << 10) + 4);
+  if (!std::strcmp(name, "too_much_shared_memory"))
+    return run_plain(sum, freemerge::emulation::kMaxShared + 4);
   for (const Named& plain : kPlain) {
     if (!std::strcmp(name, plain.name)) return run_plain(plain.kernel, plain.shared);
   }

@@ -27,6 +27,8 @@ class Costs:
     spectrum: float = 0.0  #: keep one real number of a spectrum from the row FFTs to their inverses
     transposed: float = 1.5  #: factor of row_fft where it runs down the columns
     call: float = 0.0  #: fixed cost of a form with many small steps
+    column_tap: float = 0.0  #: tap along the columns, where it differs
+    start: float = 0.0  #: fixed cost of the decimated form beyond that of the others
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,20 @@ import torch
 from ..cuda import DTYPES, RUNTIME, Runtime, Stream
 from ..errors import BackendError
 from ..native import DTYPE_CODES
-from ..responses import MaskParams, Response, matrix_shape, transposed
+from ..responses import MaskParams, Response, matrix_shape
 from .backend import BackendInfo, Costs, Traits, addresses, multiply_
 from .plan import Decimation, Form, Plan
 
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "full"))
 _DTYPES = frozenset(DTYPES)
 _MAX_TAPS = 12
-_TABLE_MASK = 5  # MaskKind::kTable
+_STEPS_MASK, _TABLE_MASK = 0, 5  # MaskKind::kSteps, kTable
 
-# From the traffic model of an H100 (3.35 TB/s of memory, 5.5 TB/s of L2, 60 Tflop/s), not measured; ns.
-_COSTS = Costs(move=0.0012, tap=0.00003, dense=0.0001, row_fft=0.0003, column_fft=0.0007, coarse_fft=0.0008)
+# Fitted to benchmarks/gpu_suite.py on an H100: ns, on 13 shapes from 768 x 768 to 151936 x 896.
+_COSTS = Costs(
+    move=0.0024, tap=0.00008, dense=0.0, row_fft=0.0001, column_fft=0.001, coarse_fft=0.0012, column_tap=0.00033,
+    start=60_000.0,
+)  # fmt: skip
 
 _CACHED_TABLES = 64
 _CACHED_FILTERS = 256
@@ -166,10 +169,11 @@ class CudaBackend:
         gains = _upload(plan.response.column_gains(plan.shape).astype(np.float32), device)
         fused = module.column_filter_takes(height, stream.device, stream.handle)
         roots = self._tables.get((height, device), lambda: (_upload(_roots(height), device),)) if fused else ()
+        steps = (_upload(module.step_rows(mask), device),) if fused and mask.kind == _STEPS_MASK else ()
         native = module.Filter.full(
-            mask, tables[0].data_ptr() if tables else 0, code, gains.data_ptr(), roots[0].data_ptr() if roots else 0,
+            mask, _address(tables), code, gains.data_ptr(), _address(steps), _address(roots),
         )  # fmt: skip
-        return _Prepared(native, (gains, *roots, *tables))
+        return _Prepared(native, (gains, *steps, *roots, *tables))
 
     def _window(self, n: int, d: Decimation, padded: int, device: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
         module, window = self._runtime.module, (n, d.cells, d.taps, d.band, d.nyquist, padded)
@@ -202,6 +206,11 @@ def _roots(n: int) -> npt.NDArray[np.float32]:
     """exp(-2 pi i k / n) for every k, as pairs of floats."""
     angles = -2 * np.pi * np.arange(n) / n
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+
+
+def _address(tables: Sequence[torch.Tensor]) -> int:
+    """Where the first one lies, or 0 if there is none."""
+    return tables[0].data_ptr() if tables else 0
 
 
 def _upload(array: npt.NDArray[Any], device: str) -> torch.Tensor:

@@ -136,8 +136,10 @@ class _Request:
                 if grid > _GRID_SHARE * height * width:
                     continue
                 coarse = 2 * costs.coarse_fft * grid * math.log2(grid + 1) * (2 if grid > _CACHED_GRID else 1)
-                cost = 3 * costs.move * height * width + coarse
-                cost += 2 * (self._fir(height, rows) * height * width + self._fir(width, columns) * rows.cells * width)
+                cost = 3 * costs.move * height * width + coarse + costs.start / self.count
+                down = self._fir(height, rows, costs.tap) * height
+                across = self._fir(width, columns, costs.column_tap or costs.tap) * rows.cells
+                cost += 2 * width * (down + across)
                 cost += costs.call * 2 * ((rows.cells + columns.cells) / max(1, self.traits.extra_taps) + 4)
                 if best is None or cost < best[0]:
                     best = cost, replace(
@@ -213,12 +215,12 @@ class _Request:
             yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
         yield from self._axis(n, band, nyquist)
 
-    def _fir(self, n: int, d: Decimation) -> float:
+    def _fir(self, n: int, d: Decimation, tap: float) -> float:
         """Cost per element of one pass along an axis."""
         if d.cells == n:
             return 0.0
         costs = self.traits.costs
-        return costs.tap * (d.taps + self.traits.extra_taps) if d.taps else costs.dense * d.cells
+        return tap * (d.taps + self.traits.extra_taps) if d.taps else costs.dense * d.cells
 
     def _by_columns(self, transpose: bool) -> Iterator[tuple[float, Plan]]:
         """The exact forms: real FFTs along one axis, complex ones along the other where the gain varies."""

@@ -15,6 +15,7 @@ from .planner import largest_prime
 Where = Literal["matrix", "spectrum", "panel"]
 _FLOAT, _COMPLEX = 4, 8
 _LARGEST_RADIX = 7  # of csrc/cuda/butterfly.cuh
+_LONGEST_COLUMN = 6800  # of which four fit the shared memory of an H100
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,9 @@ def _full(plan: Plan) -> list[Step]:
     matrix = _matrix_bytes(plan)
     rows = height * width * _FLOAT
     spectrum = height * (width // 2 + 1) * _COMPLEX
-    columns = [Step("column_filter", "spectrum", spectrum, spectrum)]
-    if largest_prime(height) > _LARGEST_RADIX:  # then cuFFT transforms the columns
-        columns = [
-            Step("cuFFT C2C", "spectrum", spectrum, spectrum),
-            Step("column_mask", "spectrum", spectrum, spectrum),
-            Step("cuFFT C2C", "spectrum", spectrum, spectrum),
-        ]
+    # Long columns, or with large prime factors, are left to cuFFT, which then moves the spectrum twice more.
+    fused = largest_prime(height) <= _LARGEST_RADIX and height <= _LONGEST_COLUMN
+    columns = [Step("column_filter" if fused else "column_mask", "spectrum", spectrum, spectrum)]
     if plan.dtype.itemsize == _FLOAT:  # cuFFT reads and writes the matrix itself
         return [
             Step("cuFFT R2C", "matrix", matrix, 0),
