@@ -7,12 +7,13 @@ into those buffers (``out=``), which saves page faults.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 
 from .backend import BackendInfo, Costs, Traits, multiply_
 from .plan import Form, Plan
-from .torch_columns import run_columns
+from .torch_columns import SMALL_ELEMENTS, run_columns
 from .torch_decimated import run_decimated
 from .torch_products import exact_products
 from .torch_thin import run_thin
@@ -46,6 +47,7 @@ class TorchBackend:
             dense=exact,
             extra_taps=8 if cpu else 64,
             packs=16 << 20,  # a smaller spectrum is faster in memory of its own
+            pairs=SMALL_ELEMENTS,
         )
 
     def supports(self, plan: Plan) -> str | None:
@@ -54,11 +56,12 @@ class TorchBackend:
         return "has no transposed forms" if plan.transposed else None
 
     def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+        if plan.form in _EXACT:
+            _RUN[plan.form](plan, batches, scale)
+            return
         device = plan.device.partition(":")[0]
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                _RUN[plan.form](plan, batches, scale)
-        else:
+        # Autocast would take products to 16 bits; to switch it off costs more than a small filter.
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             _RUN[plan.form](plan, batches, scale)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..responses import signed_frequencies
+from .backend import matrices
 from .plan import Plan
 from .planner import compute_dtype, largest_prime
 from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum
@@ -18,8 +19,9 @@ from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum
 _BLOCK_ELEMENTS = 1 << 17  # rows per FFT call: this many elements
 _PANEL_ELEMENTS = 1 << 17  # columns per FFT call: this many elements, or
 _PANEL_COLUMNS = 16  # at least so many
-_SMALL_ELEMENTS = 1 << 16  # a matrix that is not worth blocks of its own
-_NUMPY_PRIME = 13  # NumPy's FFT is slow at lengths with larger factors
+SMALL_ELEMENTS = 1 << 16  # a matrix that is not worth blocks of its own
+_NUMPY_FFT = int(np.__version__.partition(".")[0]) >= 2  # transforms fp32 as such, and back into given memory
+_NUMPY_PRIME = 13  # it is slow at lengths with larger factors
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def _panel_gains(plan: Plan, columns: tuple[int, int], offset: float) -> tuple[f
 def run_columns(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     if plan.form == "full" and plan.matrix[0] == 1:
         _run_vectors(plan, batches, scale)
-    elif plan.form == "full" and not plan.packed and plan.matrix[0] * plan.matrix[1] <= _SMALL_ELEMENTS:
+    elif plan.form == "full" and not plan.packed and plan.matrix[0] * plan.matrix[1] <= SMALL_ELEMENTS:
         _run_small(plan, batches, scale)
     elif plan.form == "full" and not plan.packed:
         _run_whole(plan, batches, scale)
@@ -110,50 +112,64 @@ def run_columns(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> No
 
 
 @lru_cache(maxsize=32)
-def _vector_gains(plan: Plan, scale: float) -> torch.Tensor:
-    gains = plan.response.half_mask(plan.shape) * scale
-    return torch.tensor(gains, dtype=compute_dtype(plan.dtype), device=plan.device)
+def _vector_gains(plan: Plan) -> np.ndarray | torch.Tensor:
+    """Of the half spectrum: for NumPy, whose FFT costs less to set up than torch's, or else for torch."""
+    dtype, gains = compute_dtype(plan.dtype), plan.response.half_mask(plan.shape)
+    if _NUMPY_FFT and plan.device == "cpu" and plan.dtype == dtype and largest_prime(plan.matrix[1]) <= _NUMPY_PRIME:
+        return gains.astype(np.complex128 if dtype == torch.float64 else np.complex64)
+    return torch.tensor(gains, dtype=dtype.to_complex(), device=plan.device)
 
 
 def _run_vectors(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Rows of length W that are matrices of their own. On a CPU, NumPy's FFT costs less to set up than torch's."""
-    gains, width = _vector_gains(plan, scale), plan.matrix[1]
-    in_numpy = plan.device == "cpu" and largest_prime(width) <= _NUMPY_PRIME
-    for batch in batches:
-        rows = batch.squeeze(1)
-        if in_numpy and rows.dtype == gains.dtype:
-            values = rows.numpy()
+    """Rows that are matrices of their own."""
+    gains, width = _vector_gains(plan), plan.matrix[1]
+    for x in batches:
+        if isinstance(gains, np.ndarray):
+            values = x.numpy()
             spectrum = np.fft.rfft(values)
-            spectrum *= gains.numpy()
-            values[:] = np.fft.irfft(spectrum, width)
+            spectrum *= gains
+            np.fft.irfft(spectrum, width, out=values)
+            if scale != 1.0:
+                x.mul_(scale)
         else:
-            half = torch.fft.rfft(rows.to(gains.dtype))
-            half.mul_(gains)
-            rows.copy_(torch.fft.irfft(half, n=width))
+            half = torch.fft.rfft(x.to(compute_dtype(plan.dtype))).mul_(gains)
+            _combine(x, 0.0, torch.fft.irfft(half, n=width), scale)
 
 
 @lru_cache(maxsize=32)
-def _small_gains(plan: Plan) -> torch.Tensor:
-    """(H, W // 2 + 1, 2): once for the real and once for the imaginary part, as one real product is faster."""
-    gains = plan.response.half_mask(plan.shape)[:, :, None].repeat(2, axis=2)
-    return torch.tensor(gains, dtype=compute_dtype(plan.dtype), device=plan.device)
+def _small_gains(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gains of the half spectrum and of the whole one, complex, as a product of complex tensors is faster."""
+    dtype = compute_dtype(plan.dtype).to_complex()
+    half, whole = plan.response.half_mask(plan.shape), plan.response.mask(plan.shape)
+    return torch.tensor(half, dtype=dtype, device=plan.device), torch.tensor(whole, dtype=dtype, device=plan.device)
 
 
 def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Full, in as few steps as there can be, for as many matrices at a time as fit the cache."""
-    (height, width), gains = plan.matrix, _small_gains(plan)
-    group = max(1, _BLOCK_ELEMENTS // (height * width))
-    for x in (batch[i : i + group] for batch in batches for i in range(0, batch.shape[0], group)):
-        spectrum = torch.fft.rfft2(x.to(gains.dtype))
-        torch.view_as_real(spectrum).mul_(gains)
-        _combine(x, 0.0, torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2), n=width), scale)
+    """Full, in as few steps as there can be, for as many matrices at a time as fit the cache.
+
+    A filter turns real into real, so two matrices are filtered as the real and the imaginary part of one.
+    """
+    (height, width), (half, whole) = plan.matrix, _small_gains(plan)
+    pairs = max(1, _BLOCK_ELEMENTS // (2 * height * width))
+    for batch in batches:
+        count = 1 if batch.ndim == 2 else batch.shape[0]
+        paired = 0 if batch.ndim == 2 else count // 2 * 2
+        for start in range(0, paired, 2 * pairs):
+            x = batch[start : min(start + 2 * pairs, paired)]
+            real, imaginary = x.view(2, -1, height, width).to(half.real.dtype).unbind(0)
+            z = torch.view_as_real(torch.fft.ifft2(torch.fft.fft2(torch.complex(real, imaginary)).mul_(whole)))
+            _combine(x.view(2, -1, height, width), 0.0, z.movedim(-1, 0), scale)
+        if paired < count:
+            x = batch if batch.ndim == 2 else batch[-1]
+            spectrum = torch.fft.fft(torch.fft.rfft(x.to(half.real.dtype)), dim=0).mul_(half)
+            _combine(x, 0.0, torch.fft.irfft2(spectrum, s=(height, width)), scale)
 
 
 def _run_whole(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     """Full, with the spectrum in memory of its own: forward at once, back by panels and blocks, which is faster."""
     (height, width), columns = plan.matrix, _columns(plan)
     block = max(1, _BLOCK_ELEMENTS // width)
-    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
+    for x in matrices(batches):
         spectrum = torch.fft.rfft2(x.to(compute_dtype(plan.dtype)))
         for p in columns.panels:
             panel = spectrum[:, p.start : p.stop]
@@ -171,7 +187,7 @@ def _run_blocks(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> No
     columns, spectrum = _columns(plan), _spectrum(plan)
     block = max(1, _BLOCK_ELEMENTS // width)
     keep, add = (0.0 if plan.form == "full" else plan.background) * scale, columns.factor * scale
-    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
+    for x in matrices(batches):
         spectrum.open(x)
         for start in range(0, height, block):
             # Without out=: torch's FFTs would only copy a temporary into it.
@@ -199,7 +215,7 @@ def _combine(x: torch.Tensor, keep: float, z: torch.Tensor, add: float) -> None:
         z.mul_(add)
         x.copy_(z.add_(x, alpha=keep) if keep else z)
     elif keep == 0.0:
-        torch.mul(z, add, out=x)
+        x.copy_(z) if add == 1.0 else torch.mul(z, add, out=x)
     else:
         if keep != 1.0:
             x.mul_(keep)

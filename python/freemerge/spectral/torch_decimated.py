@@ -9,6 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from .backend import matrices
 from .plan import Decimation, Plan
 from .planner import compute_dtype
 from .torch_products import one_thread
@@ -122,7 +123,7 @@ def _run(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     buffer = torch.empty(lines, width, dtype=dtype, device=plan.device)
     coarse = torch.empty(lines, columns.d.cells, dtype=dtype, device=plan.device)
     spectrum = torch.empty(rows.d.cells, grid.gain.shape[1], dtype=dtype.to_complex(), device=plan.device)
-    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
+    for x in matrices(batches):
         for segment in down:
             _gather_rows(segment, x, buffer)
             cell0, cell1 = segment[0].cell0, segment[-1].cell1

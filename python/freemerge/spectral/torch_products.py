@@ -24,8 +24,10 @@ class one_thread:
     native CPU backend has no such limit.
     """
 
+    __slots__ = ("_cpu", "_threads")
+
     def __init__(self, device: str) -> None:
-        self._cpu = device.startswith("cpu")
+        self._cpu = device == "cpu"
 
     def __enter__(self) -> None:
         if self._cpu:

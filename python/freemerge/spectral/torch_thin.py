@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
+from .backend import matrices
 from .plan import Decimation, Plan
 from .planner import compute_dtype, thin_bins, thin_is_flat
 from .torch_products import one_thread
@@ -73,22 +74,21 @@ def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     group = max(1, _BLOCK_ELEMENTS // (height * width))
     with one_thread(plan.device):
         for batch in batches:
-            count = batch.shape[0]
-            dense = (height == 1 or batch.stride(1) == width) and (count == 1 or batch.stride(0) == height * width)
+            dense = batch.is_contiguous()
             if plan.dtype != tables.gain.dtype:
-                for x in batch.unbind(0):
+                for x in matrices((batch,)):
                     converted = x.to(tables.gain.dtype)
                     _filter(converted, tables, keep, scale)
                     x.copy_(converted)
             elif dense and tables.flat is not None:
-                rows, (down, up) = batch.view(count, height * width), tables.flat
+                rows, (down, up) = batch.view(-1, height * width), tables.flat
                 spectrum = torch.mm(rows.double(), down).to(rows.dtype)
                 torch.addmm(rows, spectrum, up, beta=keep, alpha=scale, out=rows)
-            elif dense and count > 1:
-                for start in range(0, count, group):
+            elif dense and batch.ndim > 2:
+                for start in range(0, batch.shape[0], group):
                     _filter_batch(batch[start : start + group], tables, keep, scale)
             else:
-                for x in batch.unbind(0):
+                for x in matrices((batch,)):
                     _filter(x, tables, keep, scale)
 
 
