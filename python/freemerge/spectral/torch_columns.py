@@ -14,12 +14,13 @@ from ..responses import signed_frequencies
 from .backend import matrices
 from .plan import Plan
 from .planner import compute_dtype, largest_prime
-from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum
+from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum, WholeSpectrum
 
 _BLOCK_ELEMENTS = 1 << 17  # rows per FFT call: this many elements
 _PANEL_ELEMENTS = 1 << 17  # columns per FFT call: this many elements, or
 _PANEL_COLUMNS = 16  # at least so many
-SMALL_ELEMENTS = 1 << 16  # a matrix that is not worth blocks of its own
+SMALL_ELEMENTS = 1 << 16  # a matrix that is filtered at once
+_ONE_BLOCK = 1 << 20  # a matrix of so many elements is transformed forward at once
 _NUMPY_FFT = int(np.__version__.partition(".")[0]) >= 2  # transforms fp32 as such, and back into given memory
 _NUMPY_PRIME = 13  # it is slow at lengths with larger factors
 
@@ -28,7 +29,7 @@ _NUMPY_PRIME = 13  # it is slow at lengths with larger factors
 class Panel:
     """Kept columns [start, stop), counted among the kept ones, and their gains over :attr:`Columns.factor`.
 
-    ``gains`` has shape (H, stop - start); where it is bool, a gain is 0 if true and ``constant`` if not. Without it
+    ``gains`` has shape (stop - start, H); where it is bool, a gain is 0 if true and ``constant`` if not. Without it
     every gain is ``constant``.
     """
 
@@ -62,7 +63,8 @@ def _columns(plan: Plan) -> Columns:
         kept, offset = np.arange(gains.size), 0.0
     else:
         kept, offset = np.flatnonzero(gains != plan.background), plan.background
-    panel = max(_PANEL_COLUMNS, _PANEL_ELEMENTS // plan.matrix[0])
+    height, width = plan.matrix
+    panel = gains.size if height * width <= _ONE_BLOCK else max(_PANEL_COLUMNS, _PANEL_ELEMENTS // height)
     panels: list[Panel] = []
     position = 0
     for start, stop in _ranges(kept):
@@ -93,7 +95,7 @@ def _panel_gains(plan: Plan, columns: tuple[int, int], offset: float) -> tuple[f
     height, _ = plan.matrix
     kx = np.arange(*columns, dtype=np.float64)[None, :]
     gains = plan.response.gain(signed_frequencies(height)[:, None], kx, plan.shape) - offset
-    gains = np.ascontiguousarray(np.broadcast_to(gains, (height, kx.size)))
+    gains = np.ascontiguousarray(np.broadcast_to(gains, (height, kx.size)).T)
     levels = np.unique(gains)
     if levels.size == 2 and 0.0 in levels:
         return float(levels[levels != 0.0][0]), torch.tensor(gains == 0.0, device=plan.device)
@@ -105,8 +107,6 @@ def run_columns(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> No
         _run_vectors(plan, batches, scale)
     elif plan.form == "full" and not plan.packed and plan.matrix[0] * plan.matrix[1] <= SMALL_ELEMENTS:
         _run_small(plan, batches, scale)
-    elif plan.form == "full" and not plan.packed:
-        _run_whole(plan, batches, scale)
     else:
         _run_blocks(plan, batches, scale)
 
@@ -165,33 +165,18 @@ def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> Non
             _combine(x, 0.0, torch.fft.irfft2(spectrum, s=(height, width)), scale)
 
 
-def _run_whole(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Full, with the spectrum in memory of its own: forward at once, back by panels and blocks, which is faster."""
-    (height, width), columns = plan.matrix, _columns(plan)
-    block = max(1, _BLOCK_ELEMENTS // width)
-    for x in matrices(batches):
-        spectrum = torch.fft.rfft2(x.to(compute_dtype(plan.dtype)))
-        for p in columns.panels:
-            panel = spectrum[:, p.start : p.stop]
-            _apply(panel, p)
-            if p.gains is not None or p.constant != 0.0:
-                panel.copy_(torch.fft.ifft(panel, dim=0))
-        for start in range(0, height, block):
-            result = torch.fft.irfft(spectrum[start : start + block], n=width)
-            _combine(x[start : start + block], 0.0, result, columns.factor * scale)
-
-
 def _run_blocks(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Pruned, or full in place: real FFTs of row blocks to and from the spectrum, panels of columns in between."""
+    """Real FFTs of row blocks to and from the spectrum, panels of columns in between."""
     (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
     columns, spectrum = _columns(plan), _spectrum(plan)
     block = max(1, _BLOCK_ELEMENTS // width)
+    step = height if height * width <= _ONE_BLOCK else block
     keep, add = (0.0 if plan.form == "full" else plan.background) * scale, columns.factor * scale
     for x in matrices(batches):
         spectrum.open(x)
-        for start in range(0, height, block):
+        for start in range(0, height, step):
             # Without out=: torch's FFTs would only copy a temporary into it.
-            spectrum.put(start, torch.fft.rfft(x[start : start + block].to(dtype)))
+            spectrum.put(start, torch.fft.rfft(x[start : start + step].to(dtype)))
         _filter_columns(spectrum, columns.panels)
         for start in range(0, height, block):
             part = x[start : start + block]
@@ -226,6 +211,8 @@ def _spectrum(plan: Plan) -> Spectrum:
     dtype = torch.complex128 if plan.dtype == torch.float64 else torch.complex64
     if plan.packed:
         return PackedSpectrum(plan.matrix, dtype)
+    if plan.form == "full":
+        return WholeSpectrum(plan.matrix, dtype, plan.device)
     return PrunedSpectrum(plan.matrix, _columns(plan).runs, dtype, plan.device)
 
 
@@ -236,6 +223,6 @@ def _filter_columns(spectrum: Spectrum, panels: list[Panel]) -> None:
             if p.constant != 1.0:
                 spectrum.scale(p.start, p.stop, p.constant)
             continue
-        transform = torch.fft.fft(spectrum.read(p.start, p.stop), dim=0)
+        transform = torch.fft.fft(spectrum.read(p.start, p.stop))
         _apply(transform, p)
-        spectrum.write(p.start, p.stop, torch.fft.ifft(transform, dim=0))
+        spectrum.write(p.start, p.stop, torch.fft.ifft(transform))
