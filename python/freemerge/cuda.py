@@ -6,10 +6,11 @@ import atexit
 import importlib
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +20,7 @@ from .errors import ArgumentError, BackendError, CudaError
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """Where a call works: a device index, the handle of its current stream, and whether that records a graph."""
 
     device: int
@@ -77,8 +77,9 @@ class Runtime:
         """torch's current stream on a device."""
         if self.device_type != "cuda":
             return Stream(0, 0, False)
-        index = torch.cuda.current_device() if device.index is None else device.index
-        with torch.cuda.device(index):
+        current = torch.cuda.current_device()
+        index = current if device.index is None else device.index
+        with torch.cuda.device(index) if index != current else nullcontext():
             capturing = torch.cuda.is_current_stream_capturing()
         return Stream(index, torch.cuda.current_stream(index).cuda_stream, capturing)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from ..responses import signed_frequencies
 from .backend import matrices
+from .cache import cached_tables
 from .plan import Plan
 from .planner import compute_dtype, largest_prime
 from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum, WholeSpectrum
@@ -55,7 +55,7 @@ def _ranges(indices: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(indices[np.r_[0, cuts + 1]].tolist(), (indices[np.r_[cuts, -1]] + 1).tolist(), strict=True))
 
 
-@lru_cache(maxsize=8)
+@cached_tables
 def _columns(plan: Plan) -> Columns:
     """pruned: the columns whose gain is not the background, with gain - background. full: all columns."""
     gains = plan.response.column_gains(plan.shape)
@@ -111,7 +111,7 @@ def run_columns(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> No
         _run_blocks(plan, batches, scale)
 
 
-@lru_cache(maxsize=32)
+@cached_tables
 def _vector_gains(plan: Plan) -> np.ndarray | torch.Tensor:
     """Of the half spectrum: for NumPy, whose FFT costs less to set up than torch's, or else for torch."""
     dtype, gains = compute_dtype(plan.dtype), plan.response.half_mask(plan.shape)
@@ -136,7 +136,7 @@ def _run_vectors(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> N
             _combine(x, 0.0, torch.fft.irfft(half, n=width), scale)
 
 
-@lru_cache(maxsize=32)
+@cached_tables
 def _small_gains(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """Gains of the half spectrum and of the whole one, complex, as a product of complex tensors is faster."""
     dtype = compute_dtype(plan.dtype).to_complex()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from .backend import matrices
+from .cache import cached_tables
 from .plan import Decimation, Plan
 from .planner import compute_dtype
 from .torch_products import one_thread
@@ -63,7 +63,7 @@ def _frequencies(n: int, d: Decimation, count: int) -> tuple[np.ndarray, np.ndar
     return offsets, np.where(bins > n // 2, bins - n, bins)
 
 
-@lru_cache(maxsize=32)
+@cached_tables
 def _grid(plan: Plan) -> _Grid:
     assert plan.rows is not None
     assert plan.columns is not None

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
 from .backend import matrices
+from .cache import cached_tables
 from .plan import Decimation, Plan
 from .planner import compute_dtype, thin_bins, thin_is_flat
 from .torch_products import one_thread
@@ -33,7 +33,7 @@ class _Tables:
     flat: tuple[torch.Tensor, torch.Tensor] | None
 
 
-@lru_cache(maxsize=32)
+@cached_tables
 def _tables(plan: Plan) -> _Tables:
     assert plan.rows is not None
     assert plan.columns is not None
