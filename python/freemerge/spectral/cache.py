@@ -28,6 +28,7 @@ class Cache(Generic[Key, Value]):
         self._capacity, self._weigh, self._lock = capacity, weigh or (lambda _: 1), Lock()
         self._recent: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
         self._pinned: dict[Key, Value] = {}
+        self._latest: tuple[Key, Value] | None = None
         self.weight = 0  #: of all values, those that are only pinned left out
 
     def __len__(self) -> int:
@@ -36,10 +37,14 @@ class Cache(Generic[Key, Value]):
 
     def get(self, key: Key, make: Callable[[], Value], *, pin: bool = False) -> Value:
         """The value of a key; ``make`` makes it if there is none, and what that raises is not kept."""
+        latest = self._latest  # read once: other threads may replace it
+        if latest is not None and latest[0] is key and not pin:
+            return latest[1]
         with self._lock:
             entry = self._recent.get(key)
             if entry is not None and not pin:
                 self._recent.move_to_end(key)
+                self._latest = key, entry[0]
                 return entry[0]
             value = self._pinned.get(key) if entry is None else entry[0]
         if value is None:
@@ -50,6 +55,7 @@ class Cache(Generic[Key, Value]):
                 self._pinned[key] = value
             self.weight += weight - self._recent.pop(key, (value, 0))[1]
             self._recent[key] = value, weight
+            self._latest = key, value
             while self.weight > self._capacity and len(self._recent) > 1:
                 self.weight -= self._recent.popitem(last=False)[1][1]
         return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -38,6 +38,7 @@ class _Route:
 
     backend: Backend
     plan: Plan
+    whole: bool  #: a tensor is a matrix or a batch as it is
     transposed: bool  #: the last two axes change places, as the last but one is contiguous
     copies: bool  #: neither is contiguous: one matrix at a time is copied out and back
     centers: bool  #: a dominant mean is taken out before the plan runs
@@ -139,8 +140,12 @@ def _tensor(item: Any, name: str) -> torch.Tensor:
     x = item if isinstance(item, torch.Tensor) else _as_tensor(item, name)
     if x.layout is not torch.strided:
         raise ArgumentError(f"{name} must be a dense tensor with data, got layout {x.layout} on device {x.device}")
-    if x.requires_grad and not x.is_leaf:
-        raise ArgumentError(f"{name} is part of an autograd graph, which the filter would break; pass {name}.detach()")
+    if x.requires_grad:
+        if not x.is_leaf:
+            raise ArgumentError(
+                f"{name} is part of an autograd graph, which the filter would break; pass {name}.detach()"
+            )
+        return x.detach()
     return x
 
 
@@ -169,7 +174,8 @@ def _route(
     if flips:
         matrix, steps, wanted = (*shape[:-2], shape[-1], shape[-2]), steps[::-1], transposed(response)
     chosen, plan = choose(wanted, matrix, dtype, device, backend)
-    return _Route(chosen, plan, flips, steps[-1] != 1 and matrix[-1] > 1, _centers(chosen, plan))
+    whole = len(shape) in (2, 3) and strides[-1] == 1
+    return _Route(chosen, plan, whole, flips, steps[-1] != 1 and matrix[-1] > 1, _centers(chosen, plan))
 
 
 def _as_tensor(item: Any, name: str) -> torch.Tensor:
@@ -200,10 +206,11 @@ def _copy(item: Any, name: str) -> Any:
 
 
 def _run(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
-    with _writable(tensors):
-        batches: list[torch.Tensor] = []
-        for x in tensors:
-            batches += _batches(x.transpose(-1, -2) if route.transposed else x)
+    inference = any(map(torch.Tensor.is_inference, tensors))
+    with torch.inference_mode() if inference else _AS_IT_IS:  # only there may such a tensor be written
+        batches = tensors
+        if not route.whole:
+            batches = [b for x in tensors for b in _batches(x.transpose(-1, -2) if route.transposed else x)]
         if not scale:
             multiply_(batches, 0.0)
         elif not route.copies:
@@ -214,19 +221,8 @@ def _run(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
                 _run_rows(route, [copy], scale)
                 matrix.copy_(copy)
     for x in tensors:
-        if not x.is_inference():
+        if not (inference and x.is_inference()):  # such a tensor has no version
             torch.autograd.graph.increment_version(x)
-
-
-def _writable(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
-    """Only in inference mode may an inference tensor be written, and only without grad a leaf that requires it."""
-    for x in tensors:
-        if x.is_inference():
-            return torch.inference_mode()
-    for x in tensors:
-        if x.requires_grad:
-            return torch.no_grad()
-    return _AS_IT_IS
 
 
 def _batches(x: torch.Tensor) -> list[torch.Tensor]:
@@ -259,11 +255,12 @@ def _centers(backend: Backend, plan: Plan) -> bool:
     return traits is not None and not traits.centers
 
 
-def _run_rows(route: _Route, batches: list[torch.Tensor], scale: float) -> None:
-    centered: list[tuple[torch.Tensor, float]] = []
-    if route.centers:
-        means = ((x, _dominant_mean(x)) for x in matrices(batches))
-        centered = [(x, mean) for x, mean in means if mean]
+def _run_rows(route: _Route, batches: Sequence[torch.Tensor], scale: float) -> None:
+    if not route.centers:
+        route.backend.run(route.plan, batches, scale)
+        return
+    means = ((x, _dominant_mean(x)) for x in matrices(batches))
+    centered = [(x, mean) for x, mean in means if mean]
     for x, mean in centered:
         x.sub_(mean)
     route.backend.run(route.plan, batches, scale)

@@ -6,8 +6,7 @@ into those buffers (``out=``), which saves page faults.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 
 import torch
 
@@ -15,7 +14,7 @@ from .backend import BackendInfo, Costs, Traits, multiply_
 from .plan import Form, Plan
 from .torch_columns import SMALL_ELEMENTS, run_columns
 from .torch_decimated import run_decimated
-from .torch_products import exact_products
+from .torch_products import Run, exact_products
 from .torch_thin import run_thin
 
 # Measured on one core of a Sapphire Rapids Xeon with MKL, ns; benchmarks/test_filter.py shows the outcome.
@@ -56,20 +55,14 @@ class TorchBackend:
         return "has no transposed forms" if plan.transposed else None
 
     def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-        if plan.form in _EXACT:
-            _RUN[plan.form](plan, batches, scale)
-            return
-        device = plan.device.partition(":")[0]
-        # Autocast would take products to 16 bits; to switch it off costs more than a small filter.
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            _RUN[plan.form](plan, batches, scale)
+        _RUN[plan.form](plan, batches, scale)
 
 
 def _scale(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     multiply_(batches, scale * plan.background)
 
 
-_RUN: dict[Form, Callable[[Plan, Sequence[torch.Tensor], float], None]] = {
+_RUN: dict[Form, Run] = {
     "identity": _scale,
     "scale": _scale,
     "decimated": run_decimated,

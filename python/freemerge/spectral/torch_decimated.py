@@ -12,7 +12,7 @@ from .backend import matrices
 from .cache import cached_tables
 from .plan import Decimation, Plan
 from .planner import compute_dtype
-from .torch_products import one_thread
+from .torch_products import faithful_products
 from .windows import Piece, Window, window_transform
 
 # Cells per product. On a CPU few cells mean less work, and enough of it if the rows are long; elsewhere a launch costs
@@ -109,12 +109,8 @@ def _segments(products: list[Piece], limit: int) -> list[list[Piece]]:
     return segments
 
 
+@faithful_products
 def run_decimated(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    with one_thread(plan.device):
-        _run(plan, batches, scale)
-
-
-def _run(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     grid, (_, width), dtype = _grid(plan), plan.matrix, compute_dtype(plan.dtype)
     rows, columns = grid.rows, grid.columns
     cells = max(32, _SEGMENT_ELEMENTS // width)
