@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -29,7 +28,6 @@ _SAMPLE = (16, 64)  # rows and columns of the sample that estimates a matrix's m
 _SMALL = 1 << 14  # elements
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _CACHED_ROUTES = 1024
-_AS_IT_IS = nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +61,6 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
-    check_backend(backend)
     response, several, exact = _checked_response(response), isinstance(x, (list, tuple)), exact_products()
     tensors: list[torch.Tensor] = []
     work: dict[_Route, list[torch.Tensor]] = {}
@@ -75,9 +72,11 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
             raise ArgumentError(route.format(name=name))
         tensors.append(tensor)
         work.setdefault(route, []).append(tensor)
-    pair = overlapping_pair(tensors)
-    if pair is not None:
-        raise ArgumentError(f"x[{pair[0]}] and x[{pair[1]}] share memory; each would be filtered twice")
+    if several:
+        check_backend(backend)  # where there is no tensor to look for a route for
+        pair = overlapping_pair(tensors)
+        if pair is not None:
+            raise ArgumentError(f"x[{pair[0]}] and x[{pair[1]}] share memory; each would be filtered twice")
     number = _checked_scale(scale, tensors)
     for route, group in work.items():
         _run(route, group, number)
@@ -207,22 +206,29 @@ def _copy(item: Any, name: str) -> Any:
 
 def _run(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
     inference = any(map(torch.Tensor.is_inference, tensors))
-    with torch.inference_mode() if inference else _AS_IT_IS:  # only there may such a tensor be written
-        batches = tensors
-        if not route.whole:
-            batches = [b for x in tensors for b in _batches(x.transpose(-1, -2) if route.transposed else x)]
-        if not scale:
-            multiply_(batches, 0.0)
-        elif not route.copies:
-            _run_rows(route, batches, scale)
-        else:
-            for matrix in matrices(batches):
-                copy = matrix.contiguous()
-                _run_rows(route, [copy], scale)
-                matrix.copy_(copy)
+    if inference:
+        with torch.inference_mode():  # only there may such a tensor be written
+            _write(route, tensors, scale)
+    else:
+        _write(route, tensors, scale)
     for x in tensors:
         if not (inference and x.is_inference()):  # such a tensor has no version
             torch.autograd.graph.increment_version(x)
+
+
+def _write(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
+    batches = tensors
+    if not route.whole:
+        batches = [b for x in tensors for b in _batches(x.transpose(-1, -2) if route.transposed else x)]
+    if not scale:
+        multiply_(batches, 0.0)
+    elif not route.copies:
+        _run_rows(route, batches, scale)
+    else:
+        for matrix in matrices(batches):
+            copy = matrix.contiguous()
+            _run_rows(route, [copy], scale)
+            matrix.copy_(copy)
 
 
 def _batches(x: torch.Tensor) -> list[torch.Tensor]:

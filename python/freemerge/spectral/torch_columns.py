@@ -149,20 +149,26 @@ def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> Non
 
     A filter turns real into real, so two matrices are filtered as the real and the imaginary part of one.
     """
-    (height, width), (half, whole) = plan.matrix, _small_gains(plan)
-    pairs = max(1, _BLOCK_ELEMENTS // (2 * height * width))
+    half, whole = _small_gains(plan)
+    step = 2 * max(1, _BLOCK_ELEMENTS // (2 * whole.numel()))
     for batch in batches:
-        count = 1 if batch.ndim == 2 else batch.shape[0]
-        paired = 0 if batch.ndim == 2 else count // 2 * 2
-        for start in range(0, paired, 2 * pairs):
-            x = batch[start : min(start + 2 * pairs, paired)]
-            real, imaginary = x.view(2, -1, height, width).to(half.real.dtype).unbind(0)
-            z = torch.view_as_real(torch.fft.ifft2(torch.fft.fft2(torch.complex(real, imaginary)).mul_(whole)))
-            _combine(x.view(2, -1, height, width), 0.0, z.movedim(-1, 0), scale)
-        if paired < count:
-            x = batch if batch.ndim == 2 else batch[-1]
-            spectrum = torch.fft.fft(torch.fft.rfft(x.to(half.real.dtype)), dim=0).mul_(half)
-            _combine(x, 0.0, torch.fft.irfft2(spectrum, s=(height, width)), scale)
+        count = batch.shape[0] if batch.ndim > 2 else 1
+        for start in range(0, count - 1, step):
+            stop = min(start + step, count - count % 2)
+            x = (batch if stop - start == count else batch[start:stop]).view(2, -1, *plan.matrix)
+            z = torch.complex(*_converted(x, half).unbind(0))
+            z = torch.fft.fft2(z).mul_(whole)  # what is let go of is memory in cache for the next step
+            z = torch.view_as_real(torch.fft.ifft2(z))
+            _combine(x, 0.0, z.movedim(-1, 0), scale)
+        if count % 2:
+            x = batch[-1] if batch.ndim > 2 else batch
+            z = torch.fft.fft(torch.fft.rfft(_converted(x, half)), dim=0).mul_(half)
+            _combine(x, 0.0, torch.fft.irfft2(z, s=plan.matrix), scale)
+
+
+def _converted(x: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """``x`` in the real dtype of complex gains."""
+    return x if x.dtype.to_complex() == gains.dtype else x.to(gains.dtype.to_real())
 
 
 def _run_blocks(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
