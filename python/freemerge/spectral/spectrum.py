@@ -17,6 +17,8 @@ class Spectrum(Protocol):
     contiguous columns are faster.
     """
 
+    at_once: bool  #: whether the rows of a matrix are put all at once
+
     def open(self, x: torch.Tensor) -> None:
         """Start on another matrix."""
 
@@ -45,21 +47,15 @@ def _turned(rows: torch.Tensor) -> torch.Tensor:
 
 
 class WholeSpectrum:
-    """All columns, in memory of their own; rows that come all at once are kept as they came."""
+    """All columns, as the real FFT of all rows leaves them."""
 
-    def __init__(self, shape: tuple[int, int], dtype: torch.dtype, device: str) -> None:
-        self._shape, self._dtype, self._device = (shape[0], shape[1] // 2 + 1), dtype, device
+    at_once = True
 
     def open(self, x: torch.Tensor) -> None:
-        self._half = torch.empty(0)
+        pass
 
     def put(self, row: int, half: torch.Tensor) -> None:
-        if half.shape == self._shape:
-            self._half = half
-            return
-        if not row:
-            self._half = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        self._half[row : row + half.shape[0]] = half
+        self._half = half
 
     def get(self, row: int, count: int) -> torch.Tensor:
         return self._half[row : row + count]
@@ -76,6 +72,8 @@ class WholeSpectrum:
 
 class PrunedSpectrum:
     """Some ranges of columns, in memory of their own."""
+
+    at_once = False
 
     def __init__(self, shape: tuple[int, int], runs: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
         self._runs, self._bins = runs, shape[1] // 2 + 1
@@ -110,6 +108,8 @@ class PrunedSpectrum:
 
 class PackedSpectrum:
     """All columns, in the matrix's own memory: each row holds [DC, (Nyquist if W is even), re 1, im 1, re 2, ...]."""
+
+    at_once = False
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         width = shape[1]

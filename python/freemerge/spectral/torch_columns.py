@@ -20,7 +20,6 @@ _BLOCK_ELEMENTS = 1 << 17  # rows per FFT call: this many elements
 _PANEL_ELEMENTS = 1 << 17  # columns per FFT call: this many elements, or
 _PANEL_COLUMNS = 16  # at least so many
 SMALL_ELEMENTS = 1 << 16  # a matrix that is filtered at once
-_ONE_BLOCK = 1 << 20  # a matrix of so many elements is transformed forward at once
 _NUMPY_FFT = int(np.__version__.partition(".")[0]) >= 2  # transforms fp32 as such, and back into given memory
 _NUMPY_PRIME = 13  # it is slow at lengths with larger factors
 
@@ -63,8 +62,7 @@ def _columns(plan: Plan) -> Columns:
         kept, offset = np.arange(gains.size), 0.0
     else:
         kept, offset = np.flatnonzero(gains != plan.background), plan.background
-    height, width = plan.matrix
-    panel = gains.size if height * width <= _ONE_BLOCK else max(_PANEL_COLUMNS, _PANEL_ELEMENTS // height)
+    panel = max(_PANEL_COLUMNS, _PANEL_ELEMENTS // plan.matrix[0])
     panels: list[Panel] = []
     position = 0
     for start, stop in _ranges(kept):
@@ -176,7 +174,7 @@ def _run_blocks(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> No
     (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
     columns, spectrum = _columns(plan), _spectrum(plan)
     block = max(1, _BLOCK_ELEMENTS // width)
-    step = height if height * width <= _ONE_BLOCK else block
+    step = height if spectrum.at_once else block
     keep, add = (0.0 if plan.form == "full" else plan.background) * scale, columns.factor * scale
     for x in matrices(batches):
         spectrum.open(x)
@@ -218,7 +216,7 @@ def _spectrum(plan: Plan) -> Spectrum:
     if plan.packed:
         return PackedSpectrum(plan.matrix, dtype)
     if plan.form == "full":
-        return WholeSpectrum(plan.matrix, dtype, plan.device)
+        return WholeSpectrum()
     return PrunedSpectrum(plan.matrix, _columns(plan).runs, dtype, plan.device)
 
 
