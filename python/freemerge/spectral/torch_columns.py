@@ -166,7 +166,8 @@ def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> Non
 
 def _converted(x: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
     """``x`` in the real dtype of complex gains."""
-    return x if x.dtype.to_complex() == gains.dtype else x.to(gains.dtype.to_real())
+    dtype = gains.dtype.to_real()
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _run_blocks(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
