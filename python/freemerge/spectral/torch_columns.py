@@ -155,7 +155,7 @@ def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> Non
             stop = min(start + step, count - count % 2)
             x = (batch if stop - start == count else batch[start:stop]).view(2, -1, *plan.matrix)
             z = torch.complex(*_converted(x, half).unbind(0))
-            z = torch.fft.fft2(z).mul_(whole)  # what is let go of is memory in cache for the next step
+            z = torch.fft.fft2(z).mul_(whole)  # lets go of memory that the next step finds in cache
             z = torch.view_as_real(torch.fft.ifft2(z))
             _combine(x, 0.0, z.movedim(-1, 0), scale)
         if count % 2:
@@ -228,6 +228,8 @@ def _filter_columns(spectrum: Spectrum, panels: list[Panel]) -> None:
             if p.constant != 1.0:
                 spectrum.scale(p.start, p.stop, p.constant)
             continue
-        transform = torch.fft.fft(spectrum.read(p.start, p.stop))
-        _apply(transform, p)
-        spectrum.write(p.start, p.stop, torch.fft.ifft(transform))
+        panel = spectrum.read(p.start, p.stop)
+        panel = torch.fft.fft(panel)  # lets go of memory that the next step finds in cache
+        _apply(panel, p)
+        panel = torch.fft.ifft(panel)
+        spectrum.write(p.start, p.stop, panel)
