@@ -24,6 +24,7 @@ from freemerge.experts.selection import select_largest
 from freemerge.experts.sparse import SparseVector, Update, _jobs, apply_
 from freemerge.responses import Response
 from freemerge.spectral import dispatch
+from freemerge.spectral import filter as filtering
 from freemerge.spectral.cuda_backend import CudaBackend
 from freemerge.spectral.plan import Form, Plan
 from freemerge.spectral.planner import candidates
@@ -56,10 +57,15 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
     emulated_backend = emulated.backend()
     monkeypatch.setattr(dispatch, "BACKENDS", (emulated_backend,))
     monkeypatch.setattr(cuda, "RUNTIME", emulated.runtime())
-    dispatch._choose.cache_clear()
+    forget_plans()
     yield emulated_backend
-    dispatch._choose.cache_clear()
+    forget_plans()
     emulated.module().set_order(emulated.module().Order.forward)
+
+
+def forget_plans() -> None:
+    filtering._route.cache_clear()
+    dispatch._choose.cache_clear()
 
 
 def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -489,7 +495,7 @@ def test_float64_is_refused_with_the_reason_and_left_to_torch(monkeypatch: pytes
     with pytest.raises(BackendError, match=r"backend cuda has no kernels for torch\.float64"):
         fm.merge(*models_of(torch.float64), backend="cuda")
     monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, TorchBackend()))
-    dispatch._choose.cache_clear()
+    forget_plans()
     plan = fm.explain((64, 48), HIGH_PASS, dtype=torch.float64)
     assert plan.backend == "torch"
     assert "backend cuda has no kernels for torch.float64" in plan.reason
@@ -502,7 +508,7 @@ def test_a_cpu_tensor_starts_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
     on_gpu = CudaBackend(cuda.Runtime(Untouchable("_cuda"), "cuda"))
     monkeypatch.setattr(dispatch, "BACKENDS", (on_gpu, TorchBackend()))
-    dispatch._choose.cache_clear()
+    forget_plans()
     assert "backend cuda does not run on device cpu" in fm.explain((64, 48), HIGH_PASS).reason
 
 

@@ -6,10 +6,11 @@ import atexit
 import importlib
 import sysconfig
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +20,7 @@ from .errors import ArgumentError, BackendError, CudaError
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Stream:
+class Stream(NamedTuple):
     """Where a call works: a device index, the handle of its current stream, and whether that records a graph."""
 
     device: int
@@ -78,7 +78,7 @@ class Runtime:
         index, handle = self.place(device)
         if self.device_type != "cuda":
             return Stream(index, handle, False)
-        with torch.cuda.device(index):
+        with torch.cuda.device(index) if index != torch.cuda.current_device() else nullcontext():
             return Stream(index, handle, torch.cuda.is_current_stream_capturing())
 
     def place(self, device: torch.device) -> tuple[int, int]:

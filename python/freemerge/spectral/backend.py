@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +45,7 @@ class Traits:
     extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
     transposes: bool = False  #: has the transposed variants of pruned and full
     packs: int | None = None  #: full keeps a spectrum of more bytes in the matrix's own memory (fp32, fp64)
+    pairs: int = 0  #: full takes matrices of at most so many elements of a batch in pairs, as complex ones
     streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
     centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
     slow_rows: str = ""  #: why "auto" passes it over for a matrix of one row, if it does
@@ -80,7 +81,7 @@ class Backend(Protocol):
         ...
 
     def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-        """Filter each matrix of each batch [B, H, W] in place and multiply it by ``scale``.
+        """Filter each matrix of each batch, [H, W] or [B, H, W], in place and multiply it by ``scale``.
 
         All matrices have shape ``plan.matrix``, dtype ``plan.dtype``, are on ``plan.device``, share no memory, and
         have unit column stride (``stride(-1) == 1``); the row stride is any number >= W, and so is the batch's.
@@ -89,15 +90,29 @@ class Backend(Protocol):
         ...
 
 
+def matrices(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each matrix of the batches."""
+    for x in batches:
+        if x.ndim == 2:
+            yield x
+        else:
+            yield from x.unbind(0)
+
+
 def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
     """Where each matrix of the batches starts, and its row stride in elements."""
     pointers: list[int] = []
     strides: list[int] = []
     for x in batches:
-        count, step = x.shape[0], x.stride(0) * x.element_size()
-        first = x.data_ptr()
-        pointers.extend(first + i * step for i in range(count))
-        strides.extend([x.stride(1) if x.shape[1] > 1 else x.shape[2]] * count)
+        (height, width), first = x.shape[-2:], x.data_ptr()
+        stride = x.stride(-2) if height > 1 else width
+        if x.ndim == 2:
+            pointers.append(first)
+            strides.append(stride)
+        else:
+            count, step = x.shape[0], x.stride(0) * x.element_size()
+            pointers.extend(first + i * step for i in range(count))
+            strides.extend([stride] * count)
     return pointers, strides
 
 

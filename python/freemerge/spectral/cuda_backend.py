@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from threading import Lock
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +15,7 @@ from ..errors import BackendError
 from ..native import DTYPE_CODES
 from ..responses import MaskParams, Response, matrix_shape
 from .backend import BackendInfo, Costs, Traits, addresses, multiply_
+from .cache import Cache
 from .plan import Decimation, Form, Plan
 
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "full"))
@@ -32,32 +31,8 @@ _COSTS = Costs(
 
 _CACHED_TABLES = 64
 _CACHED_FILTERS = 256
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-class _Cache(Generic[Key, Value]):
-    """The most recently used values; a pinned one is kept for ever."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity, self._lock = capacity, Lock()
-        self._recent: OrderedDict[Key, Value] = OrderedDict()
-        self._pinned: dict[Key, Value] = {}
-
-    def get(self, key: Key, make: Callable[[], Value], *, pin: bool = False) -> Value:
-        with self._lock:
-            value = self._pinned.get(key, self._recent.get(key))
-        if value is None:
-            value = make()  # outside the lock: two threads may make the same value once each
-        with self._lock:
-            if pin:
-                self._pinned[key] = value
-            self._recent[key] = value
-            self._recent.move_to_end(key)
-            while len(self._recent) > self._capacity:
-                self._recent.popitem(last=False)
-        return value
+_CACHED_SIZES = 16
+_FFT_ALIGNMENT = 8  # bytes of a complex number, to which cuFFT wants real ones aligned
 
 
 @dataclass(frozen=True)
@@ -66,6 +41,20 @@ class _Prepared:
 
     native: Any
     tables: tuple[torch.Tensor, ...]
+    sizes: Cache[tuple[int, ...], int] = field(default_factory=lambda: Cache(_CACHED_SIZES))
+    streams: set[int] = field(default_factory=set)  #: those whose work the tables' memory waits for when it is freed
+
+    def workspace(self, batches: Sequence[torch.Tensor], stream: Stream) -> int:
+        """Bytes of workspace for these matrices; it depends on how they lie in memory, as cuFFT's plans do."""
+        pointers, strides = addresses(batches)
+
+        def ask() -> int:
+            return int(self.native.workspace(pointers, strides, stream.device, stream.handle))
+
+        if len(batches) != 1:
+            return ask()
+        (batch,) = batches
+        return self.sizes.get((batch.data_ptr() % _FFT_ALIGNMENT, batch.shape[0], *batch.stride()), ask)
 
 
 class CudaBackend:
@@ -78,8 +67,8 @@ class CudaBackend:
 
     def __init__(self, runtime: Runtime = RUNTIME) -> None:
         self._runtime = runtime
-        self._tables: _Cache[object, tuple[torch.Tensor, ...]] = _Cache(_CACHED_TABLES)
-        self._filters: _Cache[object, _Prepared] = _Cache(_CACHED_FILTERS)
+        self._tables: Cache[object, tuple[torch.Tensor, ...]] = Cache(_CACHED_TABLES)
+        self._filters: Cache[Plan, _Prepared] = Cache(_CACHED_FILTERS)
 
     def info(self) -> BackendInfo:
         reason, details = self._runtime.state
@@ -113,39 +102,37 @@ class CudaBackend:
     def workspace_bytes(self, plan: Plan) -> int:
         """Device memory that :meth:`run` takes beside the matrices, at most, for any number of them."""
         stream = self._runtime.stream(torch.device(plan.device))
-        native = self._prepared(plan, stream).native
-        return int(native.workspace([], [], stream.device, stream.handle)) if native is not None else 0
+        prepared = self._prepared(plan, stream)
+        return prepared.workspace([], stream) if prepared.native is not None else 0
 
     def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
         if not batches:
             return
-        stream = self._runtime.stream(torch.device(plan.device))
+        device = batches[0].device
+        stream = self._runtime.stream(device)
         prepared = self._prepared(plan, stream)
         if prepared.native is None:
             multiply_(batches, scale * plan.background)
             return
         pointers, strides = addresses(batches)
-        needed: int = prepared.native.workspace(pointers, strides, stream.device, stream.handle)
-        workspace = torch.empty(needed, dtype=torch.uint8, device=plan.device)
+        needed = prepared.workspace(batches, stream)
+        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
         prepared.native.run(
             pointers, strides, scale, workspace.data_ptr(), needed, stream.device, stream.handle,
         )  # fmt: skip
-        if self._runtime.device_type == "cuda":
+        if stream.handle not in prepared.streams and self._runtime.device_type == "cuda":
             # A table dropped from the cache must not be reused before this stream is done with it.
-            current = torch.cuda.current_stream(stream.device)
+            current = torch.cuda.current_stream(device)
             for table in prepared.tables:
                 table.record_stream(current)
+            prepared.streams.add(stream.handle)
 
     # --- executing a plan -----------------------------------------------------------------------------------------
 
     def _prepared(self, plan: Plan, stream: Stream) -> _Prepared:
         self._runtime.require()
-        key = (
-            plan.form, plan.shape, plan.dtype, plan.device, plan.response, plan.background, plan.transposed, plan.rows,
-            plan.columns,
-        )  # fmt: skip
         # A graph keeps addresses: what it refers to must stay.
-        return self._filters.get(key, lambda: self._prepare(plan, stream), pin=stream.capturing)
+        return self._filters.get(plan, lambda: self._prepare(plan, stream), pin=stream.capturing)
 
     def _prepare(self, plan: Plan, stream: Stream) -> _Prepared:
         if plan.form in ("identity", "scale"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -14,10 +15,11 @@ import torch
 
 from ..errors import ArgumentError
 from ..responses import Response, finite_number, transposed
-from .backend import Backend, multiply_
+from .backend import Backend, matrices, multiply_
 from .dispatch import check_backend, choose
 from .memory import internal_overlap, overlapping_pair
 from .plan import Plan
+from .torch_products import exact_products
 
 T = TypeVar("T")
 
@@ -25,6 +27,19 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SAMPLE = (16, 64)  # rows and columns of the sample that estimates a matrix's mean
 _SMALL = 1 << 14  # elements
 _FLOAT_MAX = torch.finfo(torch.float32).max
+_CACHED_ROUTES = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class _Route:
+    """What filtering a tensor comes to, for all tensors of one shape, with equal strides, dtype and device."""
+
+    backend: Backend
+    plan: Plan
+    whole: bool  #: a tensor is a matrix or a batch as it is
+    transposed: bool  #: the last two axes change places, as the last but one is contiguous
+    copies: bool  #: neither is contiguous: one matrix at a time is copied out and back
+    centers: bool  #: a dominant mean is taken out before the plan runs
 
 
 def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
@@ -46,14 +61,25 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
-    check_backend(backend)
-    items = list(x) if isinstance(x, (list, tuple)) else [x]
-    names = [f"x[{i}]" for i in range(len(items))] if isinstance(x, (list, tuple)) else ["x"]
-    tensors = [_tensor(item, name) for item, name in zip(items, names, strict=True)]
-    pair = overlapping_pair(tensors)
-    if pair is not None:
-        raise ArgumentError(f"{names[pair[0]]} and {names[pair[1]]} share memory; each would be filtered twice")
-    _run(tensors, _checked_response(response), _checked_scale(scale, tensors), backend)
+    response, several, exact = _checked_response(response), isinstance(x, (list, tuple)), exact_products()
+    tensors: list[torch.Tensor] = []
+    work: dict[_Route, list[torch.Tensor]] = {}
+    for i, item in enumerate(cast(Sequence[Any], x) if several else (x,)):
+        name = f"x[{i}]" if several else "x"
+        tensor = _tensor(item, name)
+        route = _route(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, response, backend, exact)
+        if isinstance(route, str):
+            raise ArgumentError(route.format(name=name))
+        tensors.append(tensor)
+        work.setdefault(route, []).append(tensor)
+    if several:
+        check_backend(backend)  # where there is no tensor to look for a route for
+        pair = overlapping_pair(tensors)
+        if pair is not None:
+            raise ArgumentError(f"x[{pair[0]}] and x[{pair[1]}] share memory; each would be filtered twice")
+    number = _checked_scale(scale, tensors)
+    for route, group in work.items():
+        _run(route, group, number)
     return x
 
 
@@ -100,6 +126,8 @@ def _checked_response(response: object) -> Response:
 
 
 def _checked_scale(scale: object, tensors: Iterable[torch.Tensor]) -> float:
+    if type(scale) is float and -_FLOAT_MAX <= scale <= _FLOAT_MAX:
+        return scale
     number = finite_number(scale)
     if number is None or (abs(number) > _FLOAT_MAX and any(x.dtype != torch.float64 for x in tensors)):
         raise ArgumentError(f"scale must be a finite number in the arithmetic of the tensors, got {scale!r}")
@@ -108,18 +136,45 @@ def _checked_scale(scale: object, tensors: Iterable[torch.Tensor]) -> float:
 
 def _tensor(item: Any, name: str) -> torch.Tensor:
     """The memory of one input as a tensor that may be written."""
-    x = _as_tensor(item, name)
-    if x.layout != torch.strided or x.device.type == "meta":
+    x = item if isinstance(item, torch.Tensor) else _as_tensor(item, name)
+    if x.layout is not torch.strided:
         raise ArgumentError(f"{name} must be a dense tensor with data, got layout {x.layout} on device {x.device}")
-    if x.dtype not in _DTYPES:
-        raise ArgumentError(f"{name} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {x.dtype}")
-    if x.ndim == 0 or x.numel() == 0:
-        raise ArgumentError(f"{name} must have at least one axis and one entry, got shape {tuple(x.shape)}")
-    if x.requires_grad and not x.is_leaf:
-        raise ArgumentError(f"{name} is part of an autograd graph, which the filter would break; pass {name}.detach()")
-    if internal_overlap(x):
-        raise ArgumentError(f"{name} may overlap itself in memory (strides {x.stride()}); pass {name}.contiguous()")
+    if x.requires_grad:
+        if not x.is_leaf:
+            raise ArgumentError(
+                f"{name} is part of an autograd graph, which the filter would break; pass {name}.detach()"
+            )
+        return x.detach()
     return x
+
+
+@lru_cache(maxsize=_CACHED_ROUTES)
+def _route(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    response: Response,
+    backend: str,
+    exact: bool,
+) -> _Route | str:
+    """The route of such tensors, or what is wrong with them, as a sentence about {name}."""
+    del exact  # part of the key: plans depend on it
+    if device.type == "meta":
+        return f"{{name}} must be a dense tensor with data, got layout torch.strided on device {device}"
+    if dtype not in _DTYPES:
+        return f"{{name}} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {dtype}"
+    if not shape or 0 in shape:
+        return f"{{name}} must have at least one axis and one entry, got shape {tuple(shape)}"
+    if internal_overlap(shape, strides):
+        return f"{{name}} may overlap itself in memory (strides {strides}); pass {{name}}.contiguous()"
+    matrix, steps, wanted = tuple(shape), strides[-2:], response
+    flips = len(shape) > 1 and steps[1] != 1 and steps[0] == 1 and shape[-1] > 1
+    if flips:
+        matrix, steps, wanted = (*shape[:-2], shape[-1], shape[-2]), steps[::-1], transposed(response)
+    chosen, plan = choose(wanted, matrix, dtype, device, backend)
+    whole = len(shape) in (2, 3) and strides[-1] == 1
+    return _Route(chosen, plan, whole, flips, steps[-1] != 1 and matrix[-1] > 1, _centers(chosen, plan))
 
 
 def _as_tensor(item: Any, name: str) -> torch.Tensor:
@@ -149,38 +204,40 @@ def _copy(item: Any, name: str) -> Any:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _run(tensors: Sequence[torch.Tensor], response: Response, scale: float, backend: str) -> None:
-    work: dict[Plan, tuple[Backend, list[torch.Tensor]]] = {}
+def _run(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
+    inference = any(map(torch.Tensor.is_inference, tensors))
+    if inference:
+        with torch.inference_mode():  # only there may such a tensor be written
+            _write(route, tensors, scale)
+    else:
+        _write(route, tensors, scale)
     for x in tensors:
-        matrix, wanted = x, response
-        if x.ndim > 1 and x.stride(-1) != 1 and x.stride(-2) == 1 and x.shape[-1] > 1:
-            matrix, wanted = x.transpose(-1, -2), transposed(response)
-        chosen, plan = choose(wanted, tuple(matrix.shape), x.dtype, x.device, backend)
-        work.setdefault(plan, (chosen, []))[1].extend(_batches(matrix))
-    with _writable(tensors):
-        for plan, (chosen, batches) in work.items():
-            _run_plan(chosen, plan, batches, scale)
-    for x in tensors:
-        if not x.is_inference():
+        if not (inference and x.is_inference()):  # such a tensor has no version
             torch.autograd.graph.increment_version(x)
 
 
-def _writable(tensors: Sequence[torch.Tensor]) -> AbstractContextManager[object]:
-    """Only in inference mode may an inference tensor be written, and only without grad a leaf that requires it."""
-    for x in tensors:
-        if x.is_inference():
-            return torch.inference_mode()
-    for x in tensors:
-        if x.requires_grad:
-            return torch.no_grad()
-    return nullcontext()
+def _write(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
+    batches = tensors
+    if not route.whole:
+        batches = [b for x in tensors for b in _batches(x.transpose(-1, -2) if route.transposed else x)]
+    if not scale:
+        multiply_(batches, 0.0)
+    elif not route.copies:
+        _run_rows(route, batches, scale)
+    else:
+        for matrix in matrices(batches):
+            copy = matrix.contiguous()
+            _run_rows(route, [copy], scale)
+            matrix.copy_(copy)
 
 
 def _batches(x: torch.Tensor) -> list[torch.Tensor]:
-    """Views [B, H, W] of all matrices of ``x``: one, unless its strides cannot be written with one batch axis."""
-    if x.ndim < 3:
-        return [x.view(1, 1, -1) if x.ndim == 1 else x.unsqueeze(0)]
-    if x.ndim == 3:
+    """All matrices of ``x`` as [H, W] or [B, H, W]: one view, unless its strides need more than one batch axis."""
+    if x.stride(-1) != 1 and x.shape[-1] == 1:
+        x = x.as_strided(x.shape, (*x.stride()[:-1], 1))
+    if x.ndim == 1:
+        return [x[None]]
+    if x.ndim <= 3:
         return [x]
     leading = [(size, stride) for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True) if size > 1]
     if all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(leading)):
@@ -190,45 +247,32 @@ def _batches(x: torch.Tensor) -> list[torch.Tensor]:
     return [batch for part in x.unbind(0) for batch in _batches(part)]
 
 
-def _run_plan(backend: Backend, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    if not scale:
-        multiply_(batches, 0.0)
-        return
-    in_place: list[torch.Tensor] = []
-    strided: list[torch.Tensor] = []
-    for batch in batches:
-        if batch.shape[2] == 1 and batch.stride(2) != 1:
-            batch = batch.as_strided(batch.shape, (batch.stride(0), batch.stride(1), 1))
-        (in_place if batch.stride(2) == 1 else strided).append(batch)
-    if in_place:
-        _run_rows(backend, plan, in_place, scale)
-    for batch in strided:  # no axis is contiguous: one matrix at a time is copied out and back
-        for matrix in batch.unbind(0):
-            copy = matrix.contiguous()
-            _run_rows(backend, plan, [copy.unsqueeze(0)], scale)
-            matrix.copy_(copy)
-
-
-def _run_rows(backend: Backend, plan: Plan, batches: list[torch.Tensor], scale: float) -> None:
-    """Run a plan; where a large mean would drown a small result in rounding, subtract it first.
+def _centers(backend: Backend, plan: Plan) -> bool:
+    """Whether a large mean, which would drown a small result in rounding, is subtracted first.
 
     A constant passes the filter on its own, as M(0, 0) times itself, so any constant may be taken out exactly. The
     forms made of FFTs need none of it, nor do small matrices, whose sums are short, nor 16-bit storage: its entries are
     rounded more coarsely than the filter rounds.
     """
-    centered: list[tuple[torch.Tensor, float]] = []
     windowed = plan.form == "decimated" or (plan.form == "thin" and math.prod(plan.matrix) > _SMALL)
-    if windowed and plan.dtype in (torch.float32, torch.float64):
-        traits = backend.traits(torch.device(plan.device))
-        if traits is not None and not traits.centers:
-            means = ((x, _dominant_mean(x)) for batch in batches for x in batch.unbind(0))
-            centered = [(x, mean) for x, mean in means if mean]
+    if not windowed or plan.dtype not in (torch.float32, torch.float64):
+        return False
+    traits = backend.traits(torch.device(plan.device))
+    return traits is not None and not traits.centers
+
+
+def _run_rows(route: _Route, batches: Sequence[torch.Tensor], scale: float) -> None:
+    if not route.centers:
+        route.backend.run(route.plan, batches, scale)
+        return
+    means = ((x, _dominant_mean(x)) for x in matrices(batches))
+    centered = [(x, mean) for x, mean in means if mean]
     for x, mean in centered:
         x.sub_(mean)
-    backend.run(plan, batches, scale)
+    route.backend.run(route.plan, batches, scale)
     if centered:
         zero = np.zeros((1, 1))
-        gain = scale * float(plan.response.gain(zero, zero, plan.shape)[0, 0])
+        gain = scale * float(route.plan.response.gain(zero, zero, route.plan.shape)[0, 0])
         for x, mean in centered if gain else ():
             x.add_(gain * mean)
 

@@ -8,12 +8,10 @@ import numpy as np
 import torch
 
 
-def internal_overlap(x: torch.Tensor) -> bool:
-    """Whether two indices of ``x`` may address one element (expanded tensors, sliding windows)."""
-    if x.is_contiguous():
-        return False
+def internal_overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether two indices of such a tensor may address one element (expanded tensors, sliding windows)."""
     reach = 0  # of the faster axes, in elements
-    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1):
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
         if stride <= reach:
             return True
         reach += stride * (size - 1)

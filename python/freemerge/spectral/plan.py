@@ -66,9 +66,10 @@ class Plan:
     packed: bool = False
     rows: Decimation | None = None
     columns: Decimation | None = None
-    workspace_bytes: int = 0
-    bytes_moved: int = 0
-    error_bound: float = 0.0
+    # What follows from the rest makes no other plan.
+    workspace_bytes: int = field(default=0, compare=False)
+    bytes_moved: int = field(default=0, compare=False)
+    error_bound: float = field(default=0.0, compare=False)
 
     def __hash__(self) -> int:
         return self._hash

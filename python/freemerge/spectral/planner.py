@@ -32,6 +32,7 @@ _FLAT_ELEMENTS = 1 << 17  # of the matrix that does both axes at once
 _THIN_BLOCK = 1 << 19  # elements of a matrix that one round of products takes
 _PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
 _SMALL_BYTES = 16 << 20  # a spectrum that may always have memory of its own
+_PAIRED = 0.6  # share of the cost of real transforms that remains where two matrices make a complex one
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -170,8 +171,9 @@ class _Request:
             return None
         if not self._mirrored(rows, columns):
             return None
-        steps = 4 if flat else 5
         rounds = max(1.0 / self.count, height * width / _THIN_BLOCK)
+        # One matrix for both axes does less arithmetic than it reads: once for a batch, in fp64 on the way down.
+        work = 1.5 * costs.move * height * width * rows.cells * columns.cells / self.count
         plan = replace(
             self.plan,
             form="thin",
@@ -182,7 +184,8 @@ class _Request:
             error_bound=ERROR_LIMIT[compute_dtype(self.dtype)],
             workspace_bytes=compute_dtype(self.dtype).itemsize * columns.cells * (height + 2 * rows.cells),
         )
-        return 3 * costs.move * height * width + costs.dense * products + costs.call * steps * rounds, plan
+        cost = 3 * costs.move * height * width + (work if flat else costs.dense * products)
+        return cost + 2.5 * costs.call * rounds, plan
 
     def _mirrored(self, rows: Decimation, columns: Decimation) -> bool:
         """Whether M(k, l) = M(k, -l) on the box, so that products of cosines and sines are eigenvectors."""
@@ -233,7 +236,7 @@ class _Request:
         varying = int(np.count_nonzero(gains != background))
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
         base = 2 * costs.row_fft * height * width * _fft_factor(width) * (costs.transposed if transpose else 1.0)
-        steps = 5 if height == 1 else 8  # on a small matrix
+        steps = 2.5 if height == 1 else 6  # on a small matrix
         down = 2 * costs.column_fft * _fft_factor(height)
         size = dtype.itemsize * height * (width + 2)
         pruned_size = 2 * dtype.itemsize * height * varying
@@ -250,7 +253,10 @@ class _Request:
         if "full" in traits.forms and not (large and transpose):
             moves = 6 if packed and large else 2
             transformed = gains.size if traits.streams else int(np.count_nonzero(np.isnan(gains)))
-            cost = moves * costs.move * height * width + base + down * height * transformed
+            cost = base + down * height * transformed
+            if self.count > 1 and height * width <= traits.pairs:
+                cost *= _PAIRED
+            cost += moves * costs.move * height * width
             cost += 2 * costs.spectrum * height * int(np.count_nonzero(gains))  # NaN, a gain that varies, counts
             cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together
             work = blocks if packed else size + blocks

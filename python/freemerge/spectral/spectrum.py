@@ -6,12 +6,18 @@ from typing import Protocol
 
 import torch
 
+_TURNED_ROWS = 256  # rows of a spectrum turned at a time, which fit the cache
+_PACKED_ROWS = 1024  # the same of a few packed columns, which take more steps
+
 
 class Spectrum(Protocol):
     """The half spectrum of one H x W matrix at a time: written and read by rows, then by columns.
 
-    Columns are counted among those that are kept; a panel is a complex (H, columns) tensor.
+    Columns are counted among those that are kept; a panel is a complex (columns, H) tensor, as FFTs and products along
+    contiguous columns are faster.
     """
+
+    at_once: bool  #: whether the rows of a matrix are put all at once
 
     def open(self, x: torch.Tensor) -> None:
         """Start on another matrix."""
@@ -24,7 +30,7 @@ class Spectrum(Protocol):
         ...
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """A panel, perhaps a view."""
+        """A panel of its own."""
         ...
 
     def write(self, start: int, stop: int, panel: torch.Tensor) -> None: ...
@@ -32,8 +38,42 @@ class Spectrum(Protocol):
     def scale(self, start: int, stop: int, gain: float) -> None: ...
 
 
+def _turned(rows: torch.Tensor) -> torch.Tensor:
+    """(H, columns) as contiguous (columns, H)."""
+    panel = torch.empty(rows.shape[::-1], dtype=rows.dtype, device=rows.device)
+    for row in range(0, rows.shape[0], _TURNED_ROWS):
+        panel[:, row : row + _TURNED_ROWS] = rows[row : row + _TURNED_ROWS].t()
+    return panel
+
+
+class WholeSpectrum:
+    """All columns, as the real FFT of all rows leaves them."""
+
+    at_once = True
+
+    def open(self, x: torch.Tensor) -> None:
+        pass
+
+    def put(self, row: int, half: torch.Tensor) -> None:
+        self._half = half
+
+    def get(self, row: int, count: int) -> torch.Tensor:
+        return self._half[row : row + count]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return _turned(self._half[:, start:stop])
+
+    def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
+        self._half[:, start:stop] = panel.t()
+
+    def scale(self, start: int, stop: int, gain: float) -> None:
+        self._half[:, start:stop] *= gain
+
+
 class PrunedSpectrum:
     """Some ranges of columns, in memory of their own."""
+
+    at_once = False
 
     def __init__(self, shape: tuple[int, int], runs: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
         self._runs, self._bins = runs, shape[1] // 2 + 1
@@ -57,10 +97,10 @@ class PrunedSpectrum:
         return half
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return self._kept[:, start:stop]
+        return _turned(self._kept[:, start:stop])
 
     def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
-        self._kept[:, start:stop] = panel
+        self._kept[:, start:stop] = panel.t()
 
     def scale(self, start: int, stop: int, gain: float) -> None:
         self._kept[:, start:stop] *= gain
@@ -68,6 +108,8 @@ class PrunedSpectrum:
 
 class PackedSpectrum:
     """All columns, in the matrix's own memory: each row holds [DC, (Nyquist if W is even), re 1, im 1, re 2, ...]."""
+
+    at_once = False
 
     def __init__(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         width = shape[1]
@@ -99,30 +141,37 @@ class PackedSpectrum:
         return half
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        panel = torch.empty(self._x.shape[0], stop - start, dtype=self._dtype, device=self._x.device)
-        parts = torch.view_as_real(panel)
-        for position, column in self._real_columns(start, stop):
-            parts[:, column, 0] = self._x[:, position]
-            parts[:, column, 1] = 0.0
-        first, last = max(start, 1), min(stop, self._interior + 1)
-        if first < last:
-            parts[:, first - start : last - start] = self._inner(first, last)
+        height = self._x.shape[0]
+        panel = torch.empty(stop - start, height, dtype=self._dtype, device=self._x.device)
+        for row in range(0, height, _PACKED_ROWS):
+            source = self._x[row : row + _PACKED_ROWS]
+            block = torch.empty(source.shape[0], stop - start, dtype=self._dtype, device=self._x.device)
+            parts = torch.view_as_real(block)
+            for position, column in self._real_columns(start, stop):
+                parts[:, column, 0] = source[:, position]
+                parts[:, column, 1] = 0.0
+            first, last = max(start, 1), min(stop, self._interior + 1)
+            if first < last:
+                parts[:, first - start : last - start] = self._inner(source, first, last)
+            panel[:, row : row + _PACKED_ROWS] = block.t()
         return panel
 
     def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
-        parts = torch.view_as_real(panel)
-        for position, column in self._real_columns(start, stop):
-            self._x[:, position] = parts[:, column, 0]
-        first, last = max(start, 1), min(stop, self._interior + 1)
-        if first < last:
-            self._inner(first, last).copy_(parts[:, first - start : last - start])
+        for row in range(0, self._x.shape[0], _PACKED_ROWS):
+            target = self._x[row : row + _PACKED_ROWS]
+            parts = torch.view_as_real(panel[:, row : row + _PACKED_ROWS].t().contiguous())
+            for position, column in self._real_columns(start, stop):
+                target[:, position] = parts[:, column, 0]
+            first, last = max(start, 1), min(stop, self._interior + 1)
+            if first < last:
+                self._inner(target, first, last).copy_(parts[:, first - start : last - start])
 
     def scale(self, start: int, stop: int, gain: float) -> None:
         for position, _ in self._real_columns(start, stop):
             self._x[:, position] *= gain
         first, last = max(start, 1), min(stop, self._interior + 1)
         if first < last:
-            self._inner(first, last).mul_(gain)
+            self._inner(self._x, first, last).mul_(gain)
 
     def _real_columns(self, start: int, stop: int) -> list[tuple[int, int]]:
         """DC and Nyquist if they are among the columns: (position in the row, index in the panel)."""
@@ -131,6 +180,6 @@ class PackedSpectrum:
             real.append((1, self._nyquist - start))
         return real
 
-    def _inner(self, start: int, stop: int) -> torch.Tensor:
-        floats = self._x[:, self._first + 2 * (start - 1) : self._first + 2 * (stop - 1)]
+    def _inner(self, rows: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        floats = rows[:, self._first + 2 * (start - 1) : self._first + 2 * (stop - 1)]
         return floats.view(floats.shape[0], stop - start, 2)

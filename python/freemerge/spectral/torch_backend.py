@@ -6,15 +6,15 @@ into those buffers (``out=``), which saves page faults.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .backend import BackendInfo, Costs, Traits, multiply_
 from .plan import Form, Plan
-from .torch_columns import run_columns
+from .torch_columns import SMALL_ELEMENTS, run_columns
 from .torch_decimated import run_decimated
-from .torch_products import exact_products
+from .torch_products import Run, exact_products
 from .torch_thin import run_thin
 
 # Measured on one core of a Sapphire Rapids Xeon with MKL, ns; benchmarks/test_filter.py shows the outcome.
@@ -46,6 +46,7 @@ class TorchBackend:
             dense=exact,
             extra_taps=8 if cpu else 64,
             packs=16 << 20,  # a smaller spectrum is faster in memory of its own
+            pairs=SMALL_ELEMENTS,
         )
 
     def supports(self, plan: Plan) -> str | None:
@@ -54,19 +55,14 @@ class TorchBackend:
         return "has no transposed forms" if plan.transposed else None
 
     def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-        device = plan.device.partition(":")[0]
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                _RUN[plan.form](plan, batches, scale)
-        else:
-            _RUN[plan.form](plan, batches, scale)
+        _RUN[plan.form](plan, batches, scale)
 
 
 def _scale(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     multiply_(batches, scale * plan.background)
 
 
-_RUN: dict[Form, Callable[[Plan, Sequence[torch.Tensor], float], None]] = {
+_RUN: dict[Form, Run] = {
     "identity": _scale,
     "scale": _scale,
     "decimated": run_decimated,

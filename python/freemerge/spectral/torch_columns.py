@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from ..responses import signed_frequencies
+from .backend import matrices
+from .cache import cached_tables
 from .plan import Plan
 from .planner import compute_dtype, largest_prime
-from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum
+from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum, WholeSpectrum
 
 _BLOCK_ELEMENTS = 1 << 17  # rows per FFT call: this many elements
 _PANEL_ELEMENTS = 1 << 17  # columns per FFT call: this many elements, or
 _PANEL_COLUMNS = 16  # at least so many
-_SMALL_ELEMENTS = 1 << 16  # a matrix that is not worth blocks of its own
-_NUMPY_PRIME = 13  # NumPy's FFT is slow at lengths with larger factors
+SMALL_ELEMENTS = 1 << 16  # a matrix that is filtered at once
+_NUMPY_FFT = int(np.__version__.partition(".")[0]) >= 2  # transforms fp32 as such, and back into given memory
+_NUMPY_PRIME = 13  # it is slow at lengths with larger factors
 
 
 @dataclass(frozen=True)
 class Panel:
     """Kept columns [start, stop), counted among the kept ones, and their gains over :attr:`Columns.factor`.
 
-    ``gains`` has shape (H, stop - start); where it is bool, a gain is 0 if true and ``constant`` if not. Without it
+    ``gains`` has shape (stop - start, H); where it is bool, a gain is 0 if true and ``constant`` if not. Without it
     every gain is ``constant``.
     """
 
@@ -52,7 +54,7 @@ def _ranges(indices: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(indices[np.r_[0, cuts + 1]].tolist(), (indices[np.r_[cuts, -1]] + 1).tolist(), strict=True))
 
 
-@lru_cache(maxsize=8)
+@cached_tables
 def _columns(plan: Plan) -> Columns:
     """pruned: the columns whose gain is not the background, with gain - background. full: all columns."""
     gains = plan.response.column_gains(plan.shape)
@@ -91,7 +93,7 @@ def _panel_gains(plan: Plan, columns: tuple[int, int], offset: float) -> tuple[f
     height, _ = plan.matrix
     kx = np.arange(*columns, dtype=np.float64)[None, :]
     gains = plan.response.gain(signed_frequencies(height)[:, None], kx, plan.shape) - offset
-    gains = np.ascontiguousarray(np.broadcast_to(gains, (height, kx.size)))
+    gains = np.ascontiguousarray(np.broadcast_to(gains, (height, kx.size)).T)
     levels = np.unique(gains)
     if levels.size == 2 and 0.0 in levels:
         return float(levels[levels != 0.0][0]), torch.tensor(gains == 0.0, device=plan.device)
@@ -101,81 +103,85 @@ def _panel_gains(plan: Plan, columns: tuple[int, int], offset: float) -> tuple[f
 def run_columns(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     if plan.form == "full" and plan.matrix[0] == 1:
         _run_vectors(plan, batches, scale)
-    elif plan.form == "full" and not plan.packed and plan.matrix[0] * plan.matrix[1] <= _SMALL_ELEMENTS:
+    elif plan.form == "full" and not plan.packed and plan.matrix[0] * plan.matrix[1] <= SMALL_ELEMENTS:
         _run_small(plan, batches, scale)
-    elif plan.form == "full" and not plan.packed:
-        _run_whole(plan, batches, scale)
     else:
         _run_blocks(plan, batches, scale)
 
 
-@lru_cache(maxsize=32)
-def _vector_gains(plan: Plan, scale: float) -> torch.Tensor:
-    gains = plan.response.half_mask(plan.shape) * scale
-    return torch.tensor(gains, dtype=compute_dtype(plan.dtype), device=plan.device)
+@cached_tables
+def _vector_gains(plan: Plan) -> np.ndarray | torch.Tensor:
+    """Of the half spectrum: for NumPy, whose FFT costs less to set up than torch's, or else for torch."""
+    dtype, gains = compute_dtype(plan.dtype), plan.response.half_mask(plan.shape)
+    if _NUMPY_FFT and plan.device == "cpu" and plan.dtype == dtype and largest_prime(plan.matrix[1]) <= _NUMPY_PRIME:
+        return gains.astype(np.complex128 if dtype == torch.float64 else np.complex64)
+    return torch.tensor(gains, dtype=dtype.to_complex(), device=plan.device)
 
 
 def _run_vectors(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Rows of length W that are matrices of their own. On a CPU, NumPy's FFT costs less to set up than torch's."""
-    gains, width = _vector_gains(plan, scale), plan.matrix[1]
-    in_numpy = plan.device == "cpu" and largest_prime(width) <= _NUMPY_PRIME
-    for batch in batches:
-        rows = batch.squeeze(1)
-        if in_numpy and rows.dtype == gains.dtype:
-            values = rows.numpy()
+    """Rows that are matrices of their own."""
+    gains, width = _vector_gains(plan), plan.matrix[1]
+    for x in batches:
+        if isinstance(gains, np.ndarray):
+            values = x.numpy()
             spectrum = np.fft.rfft(values)
-            spectrum *= gains.numpy()
-            values[:] = np.fft.irfft(spectrum, width)
+            spectrum *= gains
+            np.fft.irfft(spectrum, width, out=values)
+            if scale != 1.0:
+                x.mul_(scale)
         else:
-            half = torch.fft.rfft(rows.to(gains.dtype))
-            half.mul_(gains)
-            rows.copy_(torch.fft.irfft(half, n=width))
+            half = torch.fft.rfft(x.to(compute_dtype(plan.dtype))).mul_(gains)
+            _combine(x, 0.0, torch.fft.irfft(half, n=width), scale)
 
 
-@lru_cache(maxsize=32)
-def _small_gains(plan: Plan) -> torch.Tensor:
-    """(H, W // 2 + 1, 2): once for the real and once for the imaginary part, as one real product is faster."""
-    gains = plan.response.half_mask(plan.shape)[:, :, None].repeat(2, axis=2)
-    return torch.tensor(gains, dtype=compute_dtype(plan.dtype), device=plan.device)
+@cached_tables
+def _small_gains(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gains of the half spectrum and of the whole one, complex, as a product of complex tensors is faster."""
+    dtype = compute_dtype(plan.dtype).to_complex()
+    half, whole = plan.response.half_mask(plan.shape), plan.response.mask(plan.shape)
+    return torch.tensor(half, dtype=dtype, device=plan.device), torch.tensor(whole, dtype=dtype, device=plan.device)
 
 
 def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Full, in as few steps as there can be, for as many matrices at a time as fit the cache."""
-    (height, width), gains = plan.matrix, _small_gains(plan)
-    group = max(1, _BLOCK_ELEMENTS // (height * width))
-    for x in (batch[i : i + group] for batch in batches for i in range(0, batch.shape[0], group)):
-        spectrum = torch.fft.rfft2(x.to(gains.dtype))
-        torch.view_as_real(spectrum).mul_(gains)
-        _combine(x, 0.0, torch.fft.irfft(torch.fft.ifft(spectrum, dim=-2), n=width), scale)
+    """Full, in as few steps as there can be, for as many matrices at a time as fit the cache.
+
+    A filter turns real into real, so two matrices are filtered as the real and the imaginary part of one.
+    """
+    half, whole = _small_gains(plan)
+    step = 2 * max(1, _BLOCK_ELEMENTS // (2 * whole.numel()))
+    for batch in batches:
+        count = batch.shape[0] if batch.ndim > 2 else 1
+        for start in range(0, count - 1, step):
+            stop = min(start + step, count - count % 2)
+            x = (batch if stop - start == count else batch[start:stop]).view(2, -1, *plan.matrix)
+            z = torch.complex(*_converted(x, half).unbind(0))
+            z = torch.fft.fft2(z).mul_(whole)  # lets go of memory that the next step finds in cache
+            z = torch.view_as_real(torch.fft.ifft2(z))
+            _combine(x, 0.0, z.movedim(-1, 0), scale)
+        if count % 2:
+            x = batch[-1] if batch.ndim > 2 else batch
+            z = torch.fft.fft(torch.fft.rfft(_converted(x, half)), dim=0).mul_(half)
+            _combine(x, 0.0, torch.fft.irfft2(z, s=plan.matrix), scale)
 
 
-def _run_whole(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Full, with the spectrum in memory of its own: forward at once, back by panels and blocks, which is faster."""
-    (height, width), columns = plan.matrix, _columns(plan)
-    block = max(1, _BLOCK_ELEMENTS // width)
-    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
-        spectrum = torch.fft.rfft2(x.to(compute_dtype(plan.dtype)))
-        for p in columns.panels:
-            panel = spectrum[:, p.start : p.stop]
-            _apply(panel, p)
-            if p.gains is not None or p.constant != 0.0:
-                panel.copy_(torch.fft.ifft(panel, dim=0))
-        for start in range(0, height, block):
-            result = torch.fft.irfft(spectrum[start : start + block], n=width)
-            _combine(x[start : start + block], 0.0, result, columns.factor * scale)
+def _converted(x: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """``x`` in the real dtype of complex gains."""
+    dtype = gains.dtype.to_real()
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _run_blocks(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Pruned, or full in place: real FFTs of row blocks to and from the spectrum, panels of columns in between."""
+    """Real FFTs of row blocks to and from the spectrum, panels of columns in between."""
     (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
     columns, spectrum = _columns(plan), _spectrum(plan)
     block = max(1, _BLOCK_ELEMENTS // width)
+    step = height if spectrum.at_once else block
     keep, add = (0.0 if plan.form == "full" else plan.background) * scale, columns.factor * scale
-    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
+    for x in matrices(batches):
         spectrum.open(x)
-        for start in range(0, height, block):
+        for start in range(0, height, step):
             # Without out=: torch's FFTs would only copy a temporary into it.
-            spectrum.put(start, torch.fft.rfft(x[start : start + block].to(dtype)))
+            spectrum.put(start, torch.fft.rfft(x[start : start + step].to(dtype)))
         _filter_columns(spectrum, columns.panels)
         for start in range(0, height, block):
             part = x[start : start + block]
@@ -199,7 +205,7 @@ def _combine(x: torch.Tensor, keep: float, z: torch.Tensor, add: float) -> None:
         z.mul_(add)
         x.copy_(z.add_(x, alpha=keep) if keep else z)
     elif keep == 0.0:
-        torch.mul(z, add, out=x)
+        x.copy_(z) if add == 1.0 else torch.mul(z, add, out=x)
     else:
         if keep != 1.0:
             x.mul_(keep)
@@ -210,6 +216,8 @@ def _spectrum(plan: Plan) -> Spectrum:
     dtype = torch.complex128 if plan.dtype == torch.float64 else torch.complex64
     if plan.packed:
         return PackedSpectrum(plan.matrix, dtype)
+    if plan.form == "full":
+        return WholeSpectrum()
     return PrunedSpectrum(plan.matrix, _columns(plan).runs, dtype, plan.device)
 
 
@@ -220,6 +228,8 @@ def _filter_columns(spectrum: Spectrum, panels: list[Panel]) -> None:
             if p.constant != 1.0:
                 spectrum.scale(p.start, p.stop, p.constant)
             continue
-        transform = torch.fft.fft(spectrum.read(p.start, p.stop), dim=0)
-        _apply(transform, p)
-        spectrum.write(p.start, p.stop, torch.fft.ifft(transform, dim=0))
+        panel = spectrum.read(p.start, p.stop)
+        panel = torch.fft.fft(panel)  # lets go of memory that the next step finds in cache
+        _apply(panel, p)
+        panel = torch.fft.ifft(panel)
+        spectrum.write(p.start, p.stop, panel)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from .backend import matrices
+from .cache import cached_tables
 from .plan import Decimation, Plan
 from .planner import compute_dtype
-from .torch_products import one_thread
+from .torch_products import faithful_products
 from .windows import Piece, Window, window_transform
 
 # Cells per product. On a CPU few cells mean less work, and enough of it if the rows are long; elsewhere a launch costs
@@ -62,7 +63,7 @@ def _frequencies(n: int, d: Decimation, count: int) -> tuple[np.ndarray, np.ndar
     return offsets, np.where(bins > n // 2, bins - n, bins)
 
 
-@lru_cache(maxsize=32)
+@cached_tables
 def _grid(plan: Plan) -> _Grid:
     assert plan.rows is not None
     assert plan.columns is not None
@@ -108,12 +109,8 @@ def _segments(products: list[Piece], limit: int) -> list[list[Piece]]:
     return segments
 
 
+@faithful_products
 def run_decimated(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    with one_thread(plan.device):
-        _run(plan, batches, scale)
-
-
-def _run(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     grid, (_, width), dtype = _grid(plan), plan.matrix, compute_dtype(plan.dtype)
     rows, columns = grid.rows, grid.columns
     cells = max(32, _SEGMENT_ELEMENTS // width)
@@ -122,7 +119,7 @@ def _run(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     buffer = torch.empty(lines, width, dtype=dtype, device=plan.device)
     coarse = torch.empty(lines, columns.d.cells, dtype=dtype, device=plan.device)
     spectrum = torch.empty(rows.d.cells, grid.gain.shape[1], dtype=dtype.to_complex(), device=plan.device)
-    for x in (matrix for batch in batches for matrix in batch.unbind(0)):
+    for x in matrices(batches):
         for segment in down:
             _gather_rows(segment, x, buffer)
             cell0, cell1 = segment[0].cell0, segment[-1].cell1

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
+
+from .plan import Plan
+
+Run = Callable[[Plan, Sequence[torch.Tensor], float], None]
 
 _lock = threading.RLock()
 
@@ -17,25 +23,33 @@ def exact_products() -> bool:
         return False
 
 
-class one_thread:
-    """Run CPU products on one thread: the library cuts long sums by thread, so that their rounding would depend on it.
+def faithful_products(run: Run) -> Run:
+    """Makes ``run`` compute its products in their own dtype, whatever autocast says, and on a CPU on one thread.
 
-    The thread count is the process's, hence the lock; a Python thread that starts meanwhile keeps the one thread. The
-    native CPU backend has no such limit.
+    The library cuts long sums by thread, so that their rounding would depend on the number of threads. That is the
+    process's, hence the lock; a Python thread that starts meanwhile keeps the one thread. The native CPU backend has no
+    such limit.
     """
 
-    def __init__(self, device: str) -> None:
-        self._cpu = device.startswith("cpu")
+    @wraps(run)
+    def wrapped(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+        device = plan.device.partition(":")[0]
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                wrapped(plan, batches, scale)
+            return
+        if device != "cpu":
+            run(plan, batches, scale)
+            return
+        with _lock:
+            threads = torch.get_num_threads()
+            if threads == 1:
+                run(plan, batches, scale)
+                return
+            torch.set_num_threads(1)
+            try:
+                run(plan, batches, scale)
+            finally:
+                torch.set_num_threads(threads)
 
-    def __enter__(self) -> None:
-        if self._cpu:
-            _lock.acquire()
-            self._threads = torch.get_num_threads()
-            if self._threads != 1:
-                torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        if self._cpu:
-            if self._threads != 1:
-                torch.set_num_threads(self._threads)
-            _lock.release()
+    return wrapped

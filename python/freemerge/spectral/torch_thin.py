@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 
+from .backend import matrices
+from .cache import cached_tables
 from .plan import Decimation, Plan
 from .planner import compute_dtype, thin_bins, thin_is_flat
-from .torch_products import one_thread
+from .torch_products import faithful_products
 
 _BLOCK_ELEMENTS = 1 << 19  # of matrices taken together
 
@@ -32,7 +33,7 @@ class _Tables:
     flat: tuple[torch.Tensor, torch.Tensor] | None
 
 
-@lru_cache(maxsize=32)
+@cached_tables
 def _tables(plan: Plan) -> _Tables:
     assert plan.rows is not None
     assert plan.columns is not None
@@ -68,33 +69,31 @@ def _basis(n: int, d: Decimation) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([bins, paired]), vectors
 
 
+@faithful_products
 def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    tables, keep, (height, width) = _tables(plan), plan.background * scale, plan.matrix
-    group = max(1, _BLOCK_ELEMENTS // (height * width))
-    with one_thread(plan.device):
-        for batch in batches:
-            count = batch.shape[0]
-            dense = (height == 1 or batch.stride(1) == width) and (count == 1 or batch.stride(0) == height * width)
-            if plan.dtype != tables.gain.dtype:
-                for x in batch.unbind(0):
-                    converted = x.to(tables.gain.dtype)
-                    _filter(converted, tables, keep, scale)
-                    x.copy_(converted)
-            elif dense and tables.flat is not None:
-                rows, (down, up) = batch.view(count, height * width), tables.flat
-                spectrum = torch.mm(rows.double(), down).to(rows.dtype)
-                torch.addmm(rows, spectrum, up, beta=keep, alpha=scale, out=rows)
-            elif dense and count > 1:
-                for start in range(0, count, group):
-                    _filter_batch(batch[start : start + group], tables, keep, scale)
-            else:
-                for x in batch.unbind(0):
-                    _filter(x, tables, keep, scale)
+    tables, keep = _tables(plan), plan.background * scale
+    for batch in batches:
+        if plan.dtype != tables.gain.dtype:
+            for x in matrices((batch,)):
+                converted = x.to(tables.gain.dtype)
+                _filter(converted, tables, keep, scale)
+                x.copy_(converted)
+        elif tables.flat is not None and batch.is_contiguous():
+            rows, (down, up) = batch.view(-1, math.prod(plan.matrix)), tables.flat
+            spectrum = torch.mm(rows.double(), down).to(rows.dtype)
+            rows.addmm_(spectrum, up, beta=keep, alpha=scale)
+        elif batch.ndim > 2 and batch.is_contiguous():
+            group = max(1, _BLOCK_ELEMENTS // math.prod(plan.matrix))
+            for start in range(0, batch.shape[0], group):
+                _filter_batch(batch[start : start + group], tables, keep, scale)
+        else:
+            for x in matrices((batch,)):
+                _filter(x, tables, keep, scale)
 
 
 def _filter(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:
     spectrum = torch.mm(t.basis_y, torch.mm(x, t.transposed_x)).mul_(t.gain)
-    torch.addmm(x, torch.mm(t.transposed_y, spectrum), t.basis_x, beta=keep, alpha=scale, out=x)
+    x.addmm_(torch.mm(t.transposed_y, spectrum), t.basis_x, beta=keep, alpha=scale)
 
 
 def _filter_batch(x: torch.Tensor, t: _Tables, keep: float, scale: float) -> None:

@@ -1,0 +1,273 @@
+"""Repeated calls: what one call makes, others find again, and nothing of it is ever the wrong one or too much."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+import freemerge as fm
+from freemerge.spectral import dispatch
+from freemerge.spectral import filter as filtering
+from freemerge.spectral.cache import Cache, table_bytes
+from freemerge.spectral.torch_backend import TorchBackend
+
+BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
+AVAILABLE = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact(x: torch.Tensor, response: fm.Response) -> torch.Tensor:
+    shape = tuple(x.shape[-2:])
+    mask = torch.from_numpy(response.mask(shape))
+    transform = torch.fft.ifft2(mask * torch.fft.fft2(x.double().reshape(*x.shape[:-2], *mask.shape)))
+    return transform.real.reshape(x.shape)
+
+
+def assert_filtered(y: torch.Tensor, x: torch.Tensor, response: fm.Response) -> None:
+    tolerance = {torch.float64: 1e-13, torch.float32: 6e-7}.get(y.dtype, 5e-3)
+    error = float((y.double() - exact(x, response)).norm())
+    assert error <= tolerance * float(x.double().norm()), (tuple(x.shape), x.stride(), x.dtype, response)
+
+
+@pytest.fixture
+def no_routes() -> Iterator[None]:
+    filtering._route.cache_clear()
+    yield
+    filtering._route.cache_clear()
+
+
+@AVAILABLE
+def test_calls_that_differ_in_one_thing_do_not_meet(backend: str) -> None:
+    """Every layout, dtype, shape and response, twice over, each against its own mask."""
+    layouts = {
+        "rows": lambda x: x,
+        "columns": lambda x: x.t().contiguous().t(),
+        "rows apart": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+        "neither": lambda x: torch.stack([x, x], -1)[..., 0],
+    }
+    responses = [fm.HighPass(0.1), fm.LowPass(0.1), fm.HighPass(0.3), fm.HighPass(0.1, metric="normalized")]
+    for _ in range(2):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            for shape in ((24, 36), (36, 24)):
+                for lay_out in layouts.values():
+                    for response in responses:
+                        x = noise(*shape, dtype=dtype)
+                        y = lay_out(x.clone())
+                        fm.filter_(y, response, backend=backend)
+                        assert_filtered(y, x, response)
+
+
+@AVAILABLE
+@pytest.mark.parametrize("count", [2, 3, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_batches_taken_in_pairs(backend: str, count: int, dtype: torch.dtype) -> None:
+    for height, width in ((40, 64), (33, 21)):
+        memory = noise(count, height + 2, width + 6, dtype=dtype)
+        for dense in (False, True):
+            for scale in (1.0, -0.5):
+                written = memory.clone()
+                part = written[:, :height, :width]
+                y = part.contiguous() if dense else part
+                fm.filter_(y, fm.Butterworth(0.4), scale=scale, backend=backend)
+                assert_filtered(y / scale, memory[:, :height, :width], fm.Butterworth(0.4))
+                part.copy_(memory[:, :height, :width])
+                assert torch.equal(written, memory), "nothing beside the matrices was written"
+
+
+@AVAILABLE
+def test_a_custom_mask_never_goes_stale(backend: str) -> None:
+    array = np.zeros((20, 30))
+    x = noise(20, 30)
+    response = fm.Custom(array)
+    assert not fm.filtered(x, response, backend=backend).any()
+    array[:] = 1.0  # the response has its own copy
+    assert not fm.filtered(x, response, backend=backend).any()
+    assert torch.equal(fm.filtered(x, fm.Custom(array), backend=backend), x)
+    for keep in (0.0, 1.0, 2.0):  # each round makes another function in the same place of memory, perhaps
+        kept = fm.filtered(x, fm.Custom(lambda ky, kx, shape, keep=keep: keep + 0 * (ky + kx)), backend=backend)
+        assert torch.equal(kept, keep * x)
+
+
+def test_a_refusal_is_told_each_time_and_by_name() -> None:
+    for name, x in (("x", torch.zeros(3, 1).expand(3, 4)), (r"x\[1\]", [noise(3, 4), torch.zeros(3, 1).expand(3, 4)])):
+        for _ in range(2):
+            with pytest.raises(fm.ArgumentError, match=rf"^{name} may overlap itself .*pass {name}\.contiguous\(\)$"):
+                fm.filter_(x, fm.HighPass(0.1))
+    for _ in range(2):
+        with pytest.raises(fm.BackendError, match="does not run on device meta"):
+            fm.explain(torch.empty(8, 8, device="meta"), fm.HighPass(0.1), backend="cpu")
+        with pytest.raises(fm.ArgumentError, match="dense tensor with data"):
+            fm.filter_(torch.empty(8, 8, device="meta"), fm.HighPass(0.1))
+
+
+@pytest.mark.usefixtures("no_routes")
+def test_routes_are_bounded_and_made_once_for_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, ...]] = []
+    choose = dispatch.choose
+    monkeypatch.setattr(filtering, "choose", lambda *args: made.append(args[1]) or choose(*args))
+    for _ in range(3):
+        fm.filter_([noise(8, 9), noise(8, 9, seed=1)], fm.HighPass(0.1))
+        fm.filter_(noise(8, 9), fm.HighPass(0.1))
+    assert made == [(8, 9)]
+    limit = filtering._route.cache_info().maxsize
+    assert limit is not None
+    for width in range(1, limit + 20):
+        fm.filter_(torch.ones(1, width), fm.HighPass(9.0))
+    assert filtering._route.cache_info().currsize <= limit
+
+
+@AVAILABLE
+@pytest.mark.usefixtures("no_routes")
+def test_threads_that_call_at_once_agree(backend: str) -> None:
+    kinds = [(noise(*shape, seed=seed), fm.HighPass(c)) for seed, shape in enumerate([(40, 50), (768,), (6, 32, 32)])
+             for c in (0.05, 0.2, 0.4)]  # fmt: skip
+    want = [fm.filtered(x, response, backend=backend) for x, response in kinds]
+    filtering._route.cache_clear()
+    failures: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def work() -> None:
+        barrier.wait()
+        for _ in range(15):
+            for (x, response), y in zip(kinds, want, strict=True):
+                if not torch.equal(fm.filtered(x, response, backend=backend), y):
+                    failures.append(f"{tuple(x.shape)} {response}")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_the_number_of_threads_is_asked_for_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freemerge import _core
+
+    used: list[int] = []
+    native = _core.filter
+    monkeypatch.setattr(_core, "filter", lambda *args: (used.append(args[-1]), native(*args))[1])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 1):
+            torch.set_num_threads(count)
+            fm.filter_(noise(64, 64), fm.HighPass(0.1), backend="cpu")
+            fm.filter_(noise(64, 64), fm.HighPass(0.1), backend="torch")
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert used == [1, 2, 1]
+
+
+@AVAILABLE
+@pytest.mark.parametrize("shape", [(16, 16), (768,), (1, 768), (3, 1, 40), (4, 24, 24), (64, 64)], ids=str)
+@pytest.mark.parametrize("first", ["inference", "grad"])
+def test_the_mode_of_the_first_call_does_not_bind_the_next(backend: str, shape: tuple[int, ...], first: str) -> None:
+    response = fm.HighPass(0.3)
+    want = fm.filtered(noise(*shape), response, backend=backend)
+    filtering._route.cache_clear()
+
+    def infer() -> None:
+        with torch.inference_mode():
+            x = noise(*shape)
+            assert torch.equal(fm.filter_(x, response, backend=backend), want)
+        assert torch.equal(fm.filter_(x, response, backend=backend), fm.filtered(want, response, backend=backend))
+
+    def train() -> None:
+        parameter = torch.nn.Parameter(noise(*shape))
+        version = parameter._version
+        assert fm.filter_(parameter, response, backend=backend) is parameter
+        assert torch.equal(parameter.detach(), want)
+        assert parameter._version > version
+        assert parameter.requires_grad
+        assert parameter.grad_fn is None
+        parameter.square().sum().backward()
+        assert torch.equal(parameter.grad, 2 * want)
+
+    for mode in (infer, train) if first == "inference" else (train, infer):
+        mode()
+
+
+def test_autocast_changes_nothing() -> None:
+    for shape, cutoff in (((64, 64), 0.05), ((300, 400), 0.05), ((64, 64), 0.4)):
+        want = fm.filtered(noise(*shape), fm.HighPass(cutoff), backend="torch")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(fm.filtered(noise(*shape), fm.HighPass(cutoff), backend="torch"), want)
+
+
+def test_numpy_of_either_kind_is_not_needed_for_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freemerge.spectral import torch_columns
+
+    x, response = noise(600), fm.Butterworth(0.2)
+    monkeypatch.setattr(torch_columns, "_NUMPY_FFT", False)
+    plan = fm.explain(x, response, backend="torch")
+    assert plan.form == "full"
+    gains = torch_columns._vector_gains.__wrapped__(plan)
+    assert isinstance(gains, torch.Tensor)
+    monkeypatch.setattr(torch_columns, "_vector_gains", lambda _: gains)
+    y = x.clone()
+    TorchBackend().run(plan, [y[None]], 1.0)
+    assert_filtered(y, x, response)
+
+
+# --- the cache itself -------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_keeps_the_latest_by_weight_and_what_is_pinned() -> None:
+    cache: Cache[str, bytes] = Cache(10, len)
+    assert cache.get("pinned", lambda: b"1234", pin=True) == b"1234"
+    for key in "abc":
+        cache.get(key, lambda: b"123")
+    assert cache.weight == 9
+    assert len(cache) == 3
+    cache.get("a", lambda: pytest.fail("still there"))
+    cache.get("d", lambda: b"123")
+    assert cache.get("a", lambda: pytest.fail("used after b")) == b"123"
+    assert cache.get("b", lambda: b"made again") == b"made again"
+    assert cache.get("pinned", lambda: pytest.fail("pinned"), pin=False) == b"1234"
+    cache.get("huge", lambda: bytes(99))
+    assert len(cache) == 1
+    assert cache.weight == 99
+
+
+def test_a_cache_does_not_keep_failures() -> None:
+    cache: Cache[int, int] = Cache(2)
+
+    def fail() -> int:
+        raise fm.BackendError("no")
+
+    for _ in range(2):
+        with pytest.raises(fm.BackendError):
+            cache.get(1, fail)
+    assert cache.get(1, lambda: 7) == 7
+
+
+def test_tables_are_weighed_once_each() -> None:
+    table = torch.zeros(10)
+    assert table_bytes([table, (table, np.zeros(3)), None, 5]) == 40 + 24
+
+
+def test_the_tables_of_many_filters_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freemerge.spectral import cache, torch_columns
+
+    monkeypatch.setattr(cache, "_TABLE_BYTES", 1 << 20)
+    kept: list[Cache[object, object]] = []
+
+    class Watched(Cache):  # type: ignore[type-arg]
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            kept.append(self)
+
+    monkeypatch.setattr(cache, "Cache", Watched)
+    monkeypatch.setattr(torch_columns, "_columns", cache.cached_tables(torch_columns._columns.__wrapped__))
+    for height in range(200, 240):
+        fm.filter_(noise(height, 400), fm.Butterworth(0.4), backend="torch")
+    assert 1 < len(kept[0]) < 40
+    assert kept[0].weight <= 1 << 20
