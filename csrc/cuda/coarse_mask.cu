@@ -35,7 +35,7 @@ __device__ void mask_bin(const CoarseMask& a, std::int64_t row, std::int64_t dx)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) coarse_mask_kernel(CoarseMask a) {
+__global__ void __launch_bounds__(kThreads, 2) coarse_mask_kernel(CoarseMask a) {
   const std::int64_t dx = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (dx > a.grids.columns / 2) return;
   for (std::int64_t row = blockIdx.y; row < a.grids.rows; row += gridDim.y) mask_bin(a, row, dx);

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) column_filter_kernel(Job job) {
 
 constexpr int kMaskThreads = 256;
 
-__global__ void __launch_bounds__(kMaskThreads) column_mask_kernel(ColumnFilter a) {
+__global__ void __launch_bounds__(kMaskThreads, 2) column_mask_kernel(ColumnFilter a) {
   const std::int64_t bin = static_cast<std::int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
   if (bin > a.spectra.width / 2) return;
   for (std::int64_t row = blockIdx.y; row < a.spectra.height; row += gridDim.y) {

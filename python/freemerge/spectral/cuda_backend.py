@@ -25,7 +25,7 @@ _STEPS_MASK, _TABLE_MASK = 0, 5  # MaskKind::kSteps, kTable
 
 # Fitted to benchmarks/gpu_suite.py on an H100: ns, on 13 shapes from 768 x 768 to 151936 x 896.
 _COSTS = Costs(
-    move=0.0024, tap=0.00008, dense=0.0, row_fft=0.0001, column_fft=0.001, coarse_fft=0.0012, column_tap=0.00033,
+    move=0.0024, tap=0.00008, dense=0.0, row_fft=0.0001, column_fft=0.001, coarse_fft=0.0008, column_tap=0.00033,
     start=60_000.0,
 )  # fmt: skip
 
