@@ -132,7 +132,9 @@ std::int64_t split_row_length(std::int64_t n) {
   double best_cost = ordered_cost(n);
   for (std::int64_t row = 2; row <= n / 2; ++row) {
     if (n % row != 0) continue;
-    const double cost = ordered_cost(row) + ordered_cost(n / row) + 6;
+    double cost = ordered_cost(row) + ordered_cost(n / row) + 6;
+    if (n / row > kColumnsAtOnce) cost += 3;   // kColumnsAtOnce columns fall out of the first-level cache
+    if (row % kColumnsAtOnce != 0) cost += 2;  // they are fewer at the end
     if (cost < best_cost) {
       best_cost = cost;
       best = row;
@@ -245,7 +247,8 @@ void Fft<T>::plan_split(std::int64_t row_length) {
   };
   rows = child(row_length);
   columns = child(column_length);
-  work = std::max(columns->work, rows->work);
+  row_pitch = row_length | 1;
+  work = std::max(kColumnsAtOnce * (column_length + 1) + columns->work, rows->work);
 
   std::vector<T> table;
   table.reserve(static_cast<std::size_t>(2 * n));

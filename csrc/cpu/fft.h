@@ -15,6 +15,10 @@ namespace freemerge {
 // Largest radix of a direct pass; larger prime factors go through Bluestein.
 inline constexpr int kMaxRadix = 61;
 
+// Columns of a split transform that are worked on together, at most, outside the data (see kSplit): the lanes
+// of the widest vector.
+inline constexpr std::int64_t kColumnsAtOnce = 16;
+
 // One Stockham pass: `span` interleaved transforms of length radix * count become radix times as many of
 // length `count`.
 template <typename T>
@@ -54,12 +58,21 @@ class Fft {
   // kSplit: element j1 + rows.n * j2 of the data, bin k2 + columns.n * k1 at slot rows.n * k2 + k1.
   const Fft* rows = nullptr;     // over j1
   const Fft* columns = nullptr;  // over j2
-  const T* twiddles = nullptr;   // kSplit: exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
+  // From one row to the next where the data are not in one piece: not a multiple of 4 KB, which would put a
+  // column into one set of the first-level cache. Slots are then loose_slot(k).
+  std::int64_t row_pitch = 0;
+  const T* twiddles = nullptr;  // kSplit: exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
 
   // kBluestein
   const Fft* convolution = nullptr;
   const T* chirp = nullptr;           // n pairs of exp(-pi i j^2 / n)
   const T* chirp_spectrum = nullptr;  // spectrum of the conjugate chirp over convolution.n, in its slots
+
+  // Elements of data that are not in one piece, and where bin k of their spectrum is; any method.
+  std::int64_t loose_size() const { return method == Method::kSplit ? columns->n * row_pitch : n; }
+  std::int64_t loose_slot(std::int64_t k) const {
+    return method == Method::kSplit ? row_pitch * (k % columns->n) + k / columns->n : k;
+  }
 
  private:
   struct Ordered {};

@@ -91,8 +91,6 @@ struct Panel {
   }
 };
 
-FM_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
 // Down columns: coarse[cell + j] += weight[n][j] * sample[n]. The coarse row after a sweep's last cell must
 // be there to be written; it starts the next sweep at zero.
 template <int Taps, int Vectors, typename Storage, typename Lanes>
