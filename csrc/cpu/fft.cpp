@@ -13,7 +13,7 @@ namespace freemerge {
 namespace {
 
 // Beyond this length a direct transform's buffers fall out of the first-level cache.
-constexpr std::int64_t kMaxDirect = 128;
+constexpr std::int64_t kMaxDirect = 144;
 
 constexpr double kPi = 3.14159265358979323846264338327950288;
 
@@ -30,25 +30,25 @@ std::vector<int> prime_factors(std::int64_t n) {
 double radix_cost(int radix) {
   switch (radix) {
     case 2:
-      return 9;
+      return 8.5;
     case 3:
-      return 12;
+      return 10.5;
     case 4:
       return 11;
     case 6:
-      return 14;
+      return 14.5;
     case 8:
-      return 14;
+      return 14.5;
     case 9:
-      return 21;
+      return 19;
     case 10:
       return 17;
     case 12:
-      return 17;
+      return 16;
     case 16:
-      return 20;
+      return 19;
     default:
-      return radix <= 13 ? 8.5 + radix : 12 + 1.3 * radix;
+      return radix <= 13 ? 9.5 + radix : 12 + 1.3 * radix;
   }
 }
 
@@ -154,6 +154,19 @@ void append(std::vector<T>& table, std::complex<double> value) {
   table.push_back(static_cast<T>(value.imag()));
 }
 
+// The rotations of a large odd radix (see FftPass::roots).
+template <typename T>
+void append_rotations(std::vector<T>& table, int radix) {
+  const int half = (radix - 1) / 2;
+  for (int first = 1; first <= half; first += kRotatedBins) {
+    for (int j = 1; j <= half; ++j) {
+      for (int bin = first; bin < first + kRotatedBins; ++bin) {
+        append(table, unit_root(j * std::min(bin, half) % radix, radix));
+      }
+    }
+  }
+}
+
 // exp(-2 pi i k^2 / (2 n)), with the square reduced exactly.
 std::complex<double> chirp_value(std::int64_t k, std::int64_t n) {
   return unit_root(-(k * k % (2 * n)), 2 * n);
@@ -227,7 +240,11 @@ void Fft<T>::plan_direct(const std::vector<int>& radices) {
         for (int j = 1; j < radix; ++j) append(twiddle_table, unit_root(-(p * j), left));
       }
     }
-    for (int j = 0; j < radix; ++j) append(root_table, unit_root(j, radix));
+    if (radix > kMaxUnrolledRadix) {
+      append_rotations(root_table, radix);
+    } else {
+      for (int j = 0; j < radix; ++j) append(root_table, unit_root(j, radix));
+    }
     pass_storage_.push_back(
         {radix, count, span, keep(std::move(twiddle_table)), keep(std::move(root_table))});
     left = count;

@@ -14,6 +14,9 @@ namespace freemerge {
 
 // Largest radix of a direct pass; larger prime factors go through Bluestein.
 inline constexpr int kMaxRadix = 61;
+// Largest one with a kernel of its own; larger ones are odd, and rotate kRotatedBins bins at a time.
+inline constexpr int kMaxUnrolledRadix = 16;
+inline constexpr int kRotatedBins = 4;
 
 // Columns of a split transform that are worked on together, at most, outside the data (see kSplit): the lanes
 // of the widest vector.
@@ -27,7 +30,10 @@ struct FftPass {
   std::int64_t count;
   std::int64_t span;
   const T* twiddles;  // count x (radix - 1) pairs (cos, sin); unused when count is 1
-  const T* roots;     // radix pairs (cos, sin) of exp(2 pi i j / radix); unused by 2, 4 and 8
+  // Pairs (cos, sin): exp(2 pi i j / radix), unused by 2, 4 and 8. For a radix beyond kMaxUnrolledRadix
+  // exp(2 pi i j k / radix) for bins k = 1 .. (radix - 1) / 2 by groups of kRotatedBins (the last bin again
+  // where a group is not full), in each for inputs j = 1 .. (radix - 1) / 2.
+  const T* roots;
 };
 
 // Forward transforms are exp(-2 pi i j k / n), inverse ones exp(+...), both unscaled.

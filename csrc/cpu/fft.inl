@@ -280,7 +280,7 @@ void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> 
   }
 }
 
-// Any odd radix: as butterfly_odd, with the sums and differences in memory and three bins at a time.
+// Any odd radix: as butterfly_odd, with the sums and differences in memory and a few bins at a time.
 template <Outer kOuter, typename T>
 void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
@@ -309,31 +309,26 @@ void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves
           total = total + sum[j];
         }
         output(0, total);
-        constexpr int kBins = 3;
-        for (int k0 = 1; k0 <= half; k0 += kBins) {
-          Complex<T> even[kBins], odd[kBins];
-          int angle[kBins], bin[kBins];
-          for (int i = 0; i < kBins; ++i) {
-            bin[i] = k0 + i < half ? k0 + i : half;
-            angle[i] = 0;
+        const T* rotation = pass.roots;
+        for (int k0 = 1; k0 <= half; k0 += kRotatedBins) {
+          Complex<T> even[kRotatedBins], odd[kRotatedBins];
+#pragma GCC unroll 4
+          for (int i = 0; i < kRotatedBins; ++i) {
             even[i] = first;
             odd[i] = Complex<T>{};
           }
-          for (int j = 1; j <= half; ++j) {
+          for (int j = 1; j <= half; ++j, rotation += 2 * kRotatedBins) {
             const Complex<T> s = sum[j], d = difference[j];
-#pragma GCC unroll 3
-            for (int i = 0; i < kBins; ++i) {
-              angle[i] += bin[i];
-              if (angle[i] >= radix) angle[i] -= radix;
-              const T cosine = pass.roots[2 * angle[i]], sine = pass.roots[2 * angle[i] + 1];
+#pragma GCC unroll 4
+            for (int i = 0; i < kRotatedBins; ++i) {
+              const T cosine = rotation[2 * i], sine = rotation[2 * i + 1];
               even[i] = {even[i].re + s.re * cosine, even[i].im + s.im * cosine};
               odd[i] = {odd[i].re + d.re * sine, odd[i].im + d.im * sine};
             }
           }
-          for (int i = 0; i < kBins; ++i) {
-            const int k = bin[i];
-            output(k, minus_i(even[i], odd[i]));
-            output(radix - k, plus_i(even[i], odd[i]));
+          for (int i = 0; i < kRotatedBins && k0 + i <= half; ++i) {
+            output(k0 + i, minus_i(even[i], odd[i]));
+            output(radix - k0 - i, plus_i(even[i], odd[i]));
           }
         }
       }
