@@ -282,4 +282,25 @@ void interpolate_rows(const float* in, std::int64_t pitch, Taper taper, std::int
   }
 }
 
+// The same where rows stay whole: every sample is a coarse point.
+inline void gather_whole_rows(float* const* rows, std::int64_t width, Taper, std::int64_t, float* out,
+                              std::int64_t pitch) {
+  for (std::int64_t x = 0; x < width; x += kLanes<float>) {
+    float block[kLanes<float> * kLanes<float>];
+    load_transposed(rows, x, kLanes<float>, block);
+    for (std::int64_t i = 0; i < smaller(kLanes<float>, width - x); ++i)
+      store(out + (x + i) * pitch, load(block + i * kLanes<float>));
+  }
+}
+
+inline void interpolate_whole_rows(const float* in, std::int64_t pitch, Taper, std::int64_t,
+                                   std::int64_t width, float* const* rows) {
+  float block[kLanes<float> * kLanes<float>] = {};
+  for (std::int64_t x = 0; x < width; x += kLanes<float>) {
+    for (std::int64_t i = 0; i < smaller(kLanes<float>, width - x); ++i)
+      store(block + i * kLanes<float>, load(in + (x + i) * pitch));
+    store_transposed(rows, x, kLanes<float>, block);
+  }
+}
+
 }  // namespace freemerge::FREEMERGE_ISA

@@ -31,8 +31,9 @@ struct Window {
   Taper taper() const { return {first.data(), weights.data()}; }
 };
 
-// Requires 2 * (band - 1) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; the coarse origin is
-// arbitrary, which a shift-invariant filter does not see. Cached; safe to call from several threads.
+// Requires 2 * (band - 1) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; or a whole axis, whose
+// window has no weights and a transform of 1. The coarse origin is arbitrary, which a shift-invariant filter
+// does not see. Cached; safe to call from several threads.
 std::shared_ptr<const Window> window_for(std::int64_t samples, const Decimation& decimation);
 
 }  // namespace freemerge

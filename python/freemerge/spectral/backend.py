@@ -38,6 +38,7 @@ class Traits:
     costs: Costs
     taps: tuple[int, ...]  #: window widths it has kernels for
     dense: bool = False  #: an axis of the decimated form may have dense windows, or be left as it is
+    whole_columns: bool = False  #: the decimated form may leave the axis of the width as it is
     cells_multiple: int = 1  #: coarse sizes are this times 2^a 3^b 5^c
     extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
     transposes: bool = False  #: has the transposed variants of pruned and full

@@ -25,6 +25,7 @@ _ROUNDING = {torch.float32: 6e-8, torch.float64: 1e-15}  # of one operation
 _MIN_OVERSAMPLING = 1.5  # below it the window's transform at the band edge is so small that rounding is amplified
 _OVERSAMPLINGS = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _CACHED_GRID = 1 << 20  # elements of a coarse grid whose FFT runs in cache
+_LONG_SUMS = 128  # samples a cell beyond which a whole axis beside it does not pay for their rounding
 _GRID_SHARE = 0.6  # a coarse grid larger than this share of the matrix is no decimation
 _THIN_AXIS = 512  # samples at most
 _THIN_PRODUCTS = 512  # multiply-adds per element at most
@@ -124,9 +125,11 @@ class _Request:
         costs, dtype = self.traits.costs, compute_dtype(self.dtype)
         best: tuple[float, Plan] | None = None
         for rows, row_error in self._axis(height, band_y, nyquist_y):
-            for columns, column_error in self._axis(width, band_x, nyquist_x):
+            for columns, column_error in self._column_axis(width, band_x, nyquist_x):
                 if not (rows.taps or columns.taps):
                     continue  # the thin form does that
+                if not (columns.taps or self.traits.dense) and height > _LONG_SUMS * rows.cells:
+                    continue
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
                 error = math.sqrt(2) * math.hypot(row_error.alias, column_error.alias)
                 error += 2 * _ROUNDING[dtype] * math.sqrt(row_error.amplification * column_error.amplification) ** 0.5
@@ -207,6 +210,11 @@ class _Request:
                 if 2 * taps <= cells < n and (error := window_error(d)).alias < limit and accurate < 2:
                     accurate += 1
                     yield d, error
+
+    def _column_axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
+        yield from self._axis(n, band, nyquist)
+        if self.traits.whole_columns and not self.traits.dense:
+            yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
 
     def _fir(self, n: int, d: Decimation) -> float:
         """Cost per element of one pass along an axis."""
