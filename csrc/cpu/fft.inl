@@ -426,22 +426,21 @@ void ordered(const Fft<T>& plan, Place<T> in, Place<T> out, T* work, Halves<T> h
 // The four-step method, each short transform in the first-level cache: forward is columns, twiddles, rows;
 // inverse the same steps backwards, from the permuted spectrum to natural order.
 
-// Columns first .. first + count - 1, between the data and `columns`, where each lies in one piece,
-// column_pitch reals from the next one's.
-// The data need not be in one piece (see Fft::row_pitch).
+// Columns first .. first + count - 1, between the data and `columns`, column_pitch reals from one to the
+// next. The data need not be in one piece (see Fft::row_pitch).
 template <typename T>
-void forward_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, T* columns,
+void forward_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Place<T> columns,
                      std::int64_t column_pitch, T* work, Halves<T> halves) {
-  const Place<T> in{columns, kElement<T>}, out{data + first * kElement<T>, kElement<T> * plan.row_pitch};
+  const Place<T> out{data + first * kElement<T>, kElement<T> * plan.row_pitch};
   const Batch<T> batch{count, column_pitch, kElement<T>, plan.twiddles + 2 * first * plan.columns->n};
-  ordered<Outer::kStore>(*plan.columns, in, out, work, halves, batch);
+  ordered<Outer::kStore>(*plan.columns, columns, out, work, halves, batch);
 }
 template <typename T>
-void inverse_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, T* columns,
+void inverse_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Place<T> columns,
                      std::int64_t column_pitch, T* work, Halves<T> halves) {
-  const Place<T> in{data + first * kElement<T>, kElement<T> * plan.row_pitch}, out{columns, kElement<T>};
+  const Place<T> in{data + first * kElement<T>, kElement<T> * plan.row_pitch};
   const Batch<T> batch{count, kElement<T>, column_pitch, plan.twiddles + 2 * first * plan.columns->n};
-  ordered<Outer::kLoad>(*plan.columns, in, out, work, halves, batch);
+  ordered<Outer::kLoad>(*plan.columns, in, columns, work, halves, batch);
 }
 
 // `count` rows in place, `pitch` elements apart.

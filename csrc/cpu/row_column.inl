@@ -309,7 +309,7 @@ void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch
     for (std::int64_t j = 0; j < length; ++j) {
       group.load(first + plan.rows->n * j, count, work + j * kElement<T>, pitch);
     }
-    forward_columns(plan, batch, first, count, work, pitch, work + n * pitch, kForward<T>);
+    forward_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kForward<T>);
   }
   split_rows(plan, batch, plan.row_pitch, length, work, kForward<T>);
 }
@@ -329,7 +329,7 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
   split_rows(plan, batch, plan.row_pitch, length, work, kInverse<T>);
   for (std::int64_t first = 0; first < plan.rows->n; first += n) {
     const std::int64_t count = smaller(n, plan.rows->n - first);
-    inverse_columns(plan, batch, first, count, work, pitch, work + n * pitch, kInverse<T>);
+    inverse_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kInverse<T>);
     for (std::int64_t j = 0; j < length; ++j) {
       group.store(work + j * kElement<T>, pitch, first + plan.rows->n * j, count, background, factor);
     }
@@ -392,6 +392,16 @@ struct BlockElements {
   FM_INLINE T* at(std::int64_t element) const {
     const std::int64_t group = element / kGroupSize;
     return (group == last_group ? last : full + group * group_step) + element % kGroupSize * step;
+  }
+
+  // How many of the columns of a split with rows of `width` elements can be read where they are, from element
+  // 0 or a multiple of the answer on: all of whole groups, whose distance is constant then; 0 for none.
+  FM_INLINE std::int64_t together(std::int64_t width) const {
+    const bool regular = width % kGroupSize == 0 && full + last_group * group_step == last;
+    return regular && imaginary == kLanes<T> ? kGroupSize : 0;
+  }
+  FM_INLINE Place<T> column(std::int64_t first, std::int64_t width) const {
+    return {at(first), width / kGroupSize * group_step};
   }
 
   // Elements first, first + pitch, ... (count of them), one after the other.
@@ -478,9 +488,13 @@ void filter_split_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::in
   const std::int64_t width = plan.rows->n, length = plan.columns->n;
   T* const rest = work + length * kElement<T>;
   const BlockElements<T> elements(spectrum, block);
-  for (std::int64_t j = 0; j < width; ++j) {
+  const std::int64_t together = elements.together(width);
+  for (std::int64_t j = 0; together > 0 && j < width; j += together) {
+    forward_columns(plan, batch, j, together, elements.column(j, width), elements.step, work, kForward<T>);
+  }
+  for (std::int64_t j = 0; together == 0 && j < width; ++j) {
     elements.load(j, width, length, work);
-    forward_columns(plan, batch, j, 1, work, 0, rest, kForward<T>);
+    forward_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest, kForward<T>);
   }
   for (std::int64_t k2 = 0; k2 < length; ++k2) {
     T* const row = batch + k2 * plan.row_pitch * kElement<T>;
@@ -492,8 +506,11 @@ void filter_split_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::in
     }
     split_rows(plan, row, 0, 1, work, kInverse<T>);
   }
-  for (std::int64_t j = 0; j < width; ++j) {
-    inverse_columns(plan, batch, j, 1, work, 0, rest, kInverse<T>);
+  for (std::int64_t j = 0; together > 0 && j < width; j += together) {
+    inverse_columns(plan, batch, j, together, elements.column(j, width), elements.step, work, kInverse<T>);
+  }
+  for (std::int64_t j = 0; together == 0 && j < width; ++j) {
+    inverse_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest, kInverse<T>);
     elements.store(work, j, width, length);
   }
 }
