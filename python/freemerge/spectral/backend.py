@@ -46,7 +46,7 @@ class Traits:
     streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
     centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
     slow_rows: str = ""  #: why "auto" passes it over for a matrix of one row, if it does
-    workspace: Callable[[Plan], int] | None = None  #: exact bytes for a plan, instead of the planner's estimate
+    workspace: Callable[[Plan], int] | None = None  #: bytes for a plan, instead of the planner's estimate
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ _TABLE = 5  # MaskKind::kTable in csrc/mask.h
 
 _TAPS = (6, 7, 8, 9)
 _CELLS_MULTIPLE = 32
+_LANES = 16  # floats in the widest vector
 
 # Fitted to 130 plans of 7 shapes on one busy core of a Sapphire Rapids Xeon (AVX-512), ns.
 _COSTS = Costs(
@@ -56,6 +57,7 @@ class CpuBackend:
             transposes=True,
             packs=0,
             slow_rows="it fills one SIMD lane of its transforms",
+            workspace=_workspace,
         )
 
     def supports(self, plan: Plan) -> str | None:
@@ -86,6 +88,17 @@ class CpuBackend:
             by_stride.setdefault(stride, []).append(pointer)
         for stride, pointers in by_stride.items():
             _core.filter(pointers, DTYPE_CODES[plan.dtype], native, stride, scale, torch.get_num_threads())
+
+
+def _workspace(plan: Plan) -> int:
+    """Bytes on one thread with the widest vectors: of the decimated form the box's coarse spectrum, a ring of coarse
+    rows, and a transform with its work space."""
+    if plan.form != "decimated" or plan.rows is None or plan.columns is None:
+        return plan.workspace_bytes
+    columns = -(-plan.columns.band // _LANES) * _LANES
+    ring = (_LANES + plan.rows.taps) * (plan.matrix[1] + 5 * _LANES)
+    transform = 2 * _LANES * (max(plan.rows.cells, plan.columns.cells) + 2 * plan.columns.cells)
+    return 8 * plan.rows.cells * columns + 4 * (ring + transform)
 
 
 def _windowed(n: int, axis: Decimation | None) -> bool:
