@@ -167,7 +167,7 @@ def test_single_rows_are_left_to_torch(shape: tuple[int, ...]) -> None:
     assert fm.explain((2, 768), fm.HighPass(0.05)).backend == "cpu"
 
 
-@pytest.mark.parametrize("shape", [(150, 203), (203, 150), (96, 64)])
+@pytest.mark.parametrize("shape", [(150, 203), (203, 150), (96, 64), (40, 8450), (8704, 37)])
 @pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.Butterworth(0.2), fm.Official(0.7)], ids=repr)
 def test_every_candidate_of_the_cpu_gives_the_result(shape: tuple[int, int], response: fm.Response) -> None:
     backend = CpuBackend()

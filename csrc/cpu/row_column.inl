@@ -292,6 +292,21 @@ struct Group {
   }
 };
 
+// Signals so long that a group of them fills the second-level cache: they are read and written from front to
+// back.
+inline constexpr std::int64_t kLongSignals = 8192;
+
+// tile(element, count, place) for all elements of a split transform in order, up to kLanes at a time.
+template <typename T, typename Tile>
+FM_INLINE void for_split_tiles(const Fft<T>& plan, Tile tile) {
+  constexpr std::int64_t n = kLanes<T>;
+  for (std::int64_t j = 0; j < plan.columns->n; ++j) {
+    for (std::int64_t first = 0; first < plan.rows->n; first += n) {
+      tile(first + plan.rows->n * j, smaller(n, plan.rows->n - first), plan.row_pitch * j + first);
+    }
+  }
+}
+
 // From the signals to their transforms in loose slots. A split transform takes its columns straight from the
 // signals, so that the batch is written but once before its rows are transformed.
 template <typename Storage, typename T>
@@ -302,6 +317,14 @@ void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch
       group.load(e, smaller(n, plan.n - e), batch + e * kElement<T>, kElement<T>);
     }
     return forward(plan, batch, work);
+  }
+  if (plan.n > kLongSignals) {
+    for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t place) {
+      group.load(element, count, batch + place * kElement<T>, kElement<T>);
+    });
+    forward_columns(plan, batch, 0, plan.rows->n, {batch, plan.row_pitch * kElement<T>}, kElement<T>, work,
+                    kForward<T>);
+    return split_rows(plan, batch, plan.row_pitch, plan.columns->n, work, kForward<T>);
   }
   const std::int64_t length = plan.columns->n, pitch = (length + 1) * kElement<T>;
   for (std::int64_t first = 0; first < plan.rows->n; first += n) {
@@ -324,6 +347,14 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
       group.store(batch + e * kElement<T>, kElement<T>, e, smaller(n, plan.n - e), background, factor);
     }
     return;
+  }
+  if (plan.n > kLongSignals) {
+    split_rows(plan, batch, plan.row_pitch, plan.columns->n, work, kInverse<T>);
+    inverse_columns(plan, batch, 0, plan.rows->n, {batch, plan.row_pitch * kElement<T>}, kElement<T>, work,
+                    kInverse<T>);
+    return for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t place) {
+      group.store(batch + place * kElement<T>, kElement<T>, element, count, background, factor);
+    });
   }
   const std::int64_t length = plan.columns->n, pitch = (length + 1) * kElement<T>;
   split_rows(plan, batch, plan.row_pitch, length, work, kInverse<T>);
