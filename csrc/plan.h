@@ -16,13 +16,16 @@ enum class Form : int {
   kFull = 3,       // row FFT, column FFT, mask, and back, for any mask
 };
 
-// Decimation of one axis of n samples to `cells` coarse cells with a Kaiser-Bessel window of `taps` taps.
+// Decimation of one axis of n samples to `cells` coarse cells with a Kaiser-Bessel window of `taps` taps; no
+// taps leave the axis whole, cells = n.
 struct Decimation {
   std::int64_t cells = 0;
   int taps = 0;
   std::int64_t band = 0;  // offsets |k| < band from the centre are kept
   bool nyquist = false;   // the band is centred at Nyquist instead of DC (only when n is even)
 };
+
+inline bool is_whole(const Decimation& axis) { return axis.taps == 0; }
 
 struct Plan {
   Form form = Form::kScale;

@@ -19,6 +19,7 @@ from freemerge.spectral.dispatch import BACKENDS
 from freemerge.spectral.plan import Decimation
 from freemerge.spectral.planner import ERROR_LIMIT, _smooth, candidates
 from freemerge.spectral.windows import Window, window_transform
+from oracle import oracle_filter
 
 
 def is_smooth(n: int) -> bool:
@@ -166,7 +167,7 @@ def test_single_rows_are_left_to_torch(shape: tuple[int, ...]) -> None:
     assert fm.explain((2, 768), fm.HighPass(0.05)).backend == "cpu"
 
 
-@pytest.mark.parametrize("shape", [(150, 203), (203, 150), (96, 64)])
+@pytest.mark.parametrize("shape", [(150, 203), (203, 150), (96, 64), (40, 8450), (8704, 37)])
 @pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.Butterworth(0.2), fm.Official(0.7)], ids=repr)
 def test_every_candidate_of_the_cpu_gives_the_result(shape: tuple[int, int], response: fm.Response) -> None:
     backend = CpuBackend()
@@ -182,6 +183,34 @@ def test_every_candidate_of_the_cpu_gives_the_result(shape: tuple[int, int], res
             result = x.clone()
             backend.run(plan, [result.unsqueeze(0)], 1.0)
             assert (result - expected).norm() <= 5e-7 * x.norm(), plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(700, 32), (1009, 47), (641, 3), (801, 130)])
+@pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.BandGain(0.4, 0.5, 1.5), fm.Official(0.7)], ids=repr)
+def test_the_cpu_leaves_the_columns_of_a_tall_matrix_whole(
+    response: fm.Response, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    backend = CpuBackend()
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    plans = candidates(response, shape, dtype, "cpu", "cpu", traits)
+    whole = [
+        plan
+        for plan in plans
+        if plan.form == "decimated" and plan.columns == Decimation(shape[1], 0, shape[1] // 2 + 1)
+    ]
+    if isinstance(response, fm.Official) and shape[0] % 2:
+        assert not whole  # its box has no centre then
+        return
+    (plan,) = whole
+    assert backend.supports(plan) is None
+    x = torch.randn(shape[0], shape[1] + 5, generator=torch.Generator().manual_seed(0)).to(dtype)[:, : shape[1]]
+    expected = oracle_filter(x.double().numpy(), response.mask(shape))
+    backend.run(plan, [x[None]], 1.0)
+    rounded = torch.from_numpy(expected).to(dtype).double()
+    error = (x.double() - rounded).norm() / rounded.norm()
+    assert error <= 5e-7 + 0.1 * (dtype.itemsize == 2) * torch.finfo(dtype).eps
 
 
 def test_a_background_that_no_column_has_is_refused() -> None:

@@ -76,9 +76,9 @@ void check(const Plan& plan, const Matrices& matrices, int threads) {
   require(matrices.dtype != DType::kFloat64, "the decimated form has no float64 arithmetic");
   require(matrices.row_stride >= plan.mask.width, "row_stride must be at least the width");
   require(threads >= 1, "threads must be at least 1");
-  for (const Decimation& axis : {plan.rows, plan.columns}) {
-    require(axis.taps >= kMinTaps && axis.taps <= kMaxTaps, "decimation: taps must be between 6 and 9");
-  }
+  const auto windowed = [](const Decimation& axis) { return axis.taps >= kMinTaps && axis.taps <= kMaxTaps; };
+  require(windowed(plan.rows) && (windowed(plan.columns) || is_whole(plan.columns)),
+          "decimation: taps must be between 6 and 9, or 0 along the width");
   require(plan.rows.cells % kRowCellsMultiple == 0,
           "decimation: cells along the height must be a multiple of 32");
 }

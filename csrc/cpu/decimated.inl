@@ -153,7 +153,7 @@ inline void join_band(const DecimatedJob& job, std::int64_t band, float* z) {
     for (std::int64_t i = 0; i < smaller(kGroup, job.columns.band - k0); ++i) {
       const std::int64_t k = k0 + i;
       float* const plus = z + kElement<float> * slot_of(plan, k);
-      if (k == 0) {  // the transform of real rows is real there
+      if (k == 0 || 2 * k == plan.n) {  // the transform of real rows is real there
         kForward<float>.store(plus, {re[0][i], re[1][i]});
         continue;
       }
@@ -176,12 +176,12 @@ using InterpolateRows = void (*)(const float*, std::int64_t, Taper, std::int64_t
 template <int... Index>
 FM_INLINE GatherRows gather_rows_by_taps(int taps, std::integer_sequence<int, Index...>) {
   static constexpr GatherRows table[] = {gather_rows<kMinTaps + Index>...};
-  return table[taps - kMinTaps];
+  return taps == 0 ? gather_whole_rows : table[taps - kMinTaps];
 }
 template <int... Index>
 FM_INLINE InterpolateRows interpolate_rows_by_taps(int taps, std::integer_sequence<int, Index...>) {
   static constexpr InterpolateRows table[] = {interpolate_rows<kMinTaps + Index>...};
-  return table[taps - kMinTaps];
+  return taps == 0 ? interpolate_whole_rows : table[taps - kMinTaps];
 }
 
 inline void gather_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,

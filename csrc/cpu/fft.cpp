@@ -13,7 +13,7 @@ namespace freemerge {
 namespace {
 
 // Beyond this length a direct transform's buffers fall out of the first-level cache.
-constexpr std::int64_t kMaxDirect = 128;
+constexpr std::int64_t kMaxDirect = 144;
 
 constexpr double kPi = 3.14159265358979323846264338327950288;
 
@@ -30,25 +30,25 @@ std::vector<int> prime_factors(std::int64_t n) {
 double radix_cost(int radix) {
   switch (radix) {
     case 2:
-      return 9;
+      return 8.5;
     case 3:
-      return 12;
+      return 10.5;
     case 4:
       return 11;
     case 6:
-      return 14;
+      return 14.5;
     case 8:
-      return 14;
+      return 14.5;
     case 9:
-      return 21;
+      return 19;
     case 10:
       return 17;
     case 12:
-      return 17;
+      return 16;
     case 16:
-      return 20;
+      return 19;
     default:
-      return radix <= 13 ? 8.5 + radix : 12 + 1.3 * radix;
+      return radix <= 13 ? 9.5 + radix : 12 + 1.3 * radix;
   }
 }
 
@@ -132,7 +132,9 @@ std::int64_t split_row_length(std::int64_t n) {
   double best_cost = ordered_cost(n);
   for (std::int64_t row = 2; row <= n / 2; ++row) {
     if (n % row != 0) continue;
-    const double cost = ordered_cost(row) + ordered_cost(n / row) + 6;
+    double cost = ordered_cost(row) + ordered_cost(n / row) + 6;
+    if (n / row > kColumnsAtOnce) cost += 3;   // kColumnsAtOnce columns fall out of the first-level cache
+    if (row % kColumnsAtOnce != 0) cost += 2;  // they are fewer at the end
     if (cost < best_cost) {
       best_cost = cost;
       best = row;
@@ -150,6 +152,19 @@ template <typename T>
 void append(std::vector<T>& table, std::complex<double> value) {
   table.push_back(static_cast<T>(value.real()));
   table.push_back(static_cast<T>(value.imag()));
+}
+
+// The rotations of a large odd radix (see FftPass::roots).
+template <typename T>
+void append_rotations(std::vector<T>& table, int radix) {
+  const int half = (radix - 1) / 2;
+  for (int first = 1; first <= half; first += kRotatedBins) {
+    for (int j = 1; j <= half; ++j) {
+      for (int bin = first; bin < first + kRotatedBins; ++bin) {
+        append(table, unit_root(j * std::min(bin, half) % radix, radix));
+      }
+    }
+  }
 }
 
 // exp(-2 pi i k^2 / (2 n)), with the square reduced exactly.
@@ -225,7 +240,11 @@ void Fft<T>::plan_direct(const std::vector<int>& radices) {
         for (int j = 1; j < radix; ++j) append(twiddle_table, unit_root(-(p * j), left));
       }
     }
-    for (int j = 0; j < radix; ++j) append(root_table, unit_root(j, radix));
+    if (radix > kMaxUnrolledRadix) {
+      append_rotations(root_table, radix);
+    } else {
+      for (int j = 0; j < radix; ++j) append(root_table, unit_root(j, radix));
+    }
     pass_storage_.push_back(
         {radix, count, span, keep(std::move(twiddle_table)), keep(std::move(root_table))});
     left = count;
@@ -245,7 +264,8 @@ void Fft<T>::plan_split(std::int64_t row_length) {
   };
   rows = child(row_length);
   columns = child(column_length);
-  work = std::max(columns->work, rows->work);
+  row_pitch = row_length | 1;
+  work = std::max(kColumnsAtOnce * (column_length + 1) + columns->work, rows->work);
 
   std::vector<T> table;
   table.reserve(static_cast<std::size_t>(2 * n));

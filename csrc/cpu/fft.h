@@ -14,6 +14,13 @@ namespace freemerge {
 
 // Largest radix of a direct pass; larger prime factors go through Bluestein.
 inline constexpr int kMaxRadix = 61;
+// Largest one with a kernel of its own; larger ones are odd, and rotate kRotatedBins bins at a time.
+inline constexpr int kMaxUnrolledRadix = 16;
+inline constexpr int kRotatedBins = 4;
+
+// Columns of a split transform that are worked on together, at most, outside the data (see kSplit): the lanes
+// of the widest vector.
+inline constexpr std::int64_t kColumnsAtOnce = 16;
 
 // One Stockham pass: `span` interleaved transforms of length radix * count become radix times as many of
 // length `count`.
@@ -23,7 +30,10 @@ struct FftPass {
   std::int64_t count;
   std::int64_t span;
   const T* twiddles;  // count x (radix - 1) pairs (cos, sin); unused when count is 1
-  const T* roots;     // radix pairs (cos, sin) of exp(2 pi i j / radix); unused by 2, 4 and 8
+  // Pairs (cos, sin): exp(2 pi i j / radix), unused by 2, 4 and 8. For a radix beyond kMaxUnrolledRadix
+  // exp(2 pi i j k / radix) for bins k = 1 .. (radix - 1) / 2 by groups of kRotatedBins (the last bin again
+  // where a group is not full), in each for inputs j = 1 .. (radix - 1) / 2.
+  const T* roots;
 };
 
 // Forward transforms are exp(-2 pi i j k / n), inverse ones exp(+...), both unscaled.
@@ -54,12 +64,21 @@ class Fft {
   // kSplit: element j1 + rows.n * j2 of the data, bin k2 + columns.n * k1 at slot rows.n * k2 + k1.
   const Fft* rows = nullptr;     // over j1
   const Fft* columns = nullptr;  // over j2
-  const T* twiddles = nullptr;   // kSplit: exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
+  // From one row to the next where the data are not in one piece: not a multiple of 4 KB, which would put a
+  // column into one set of the first-level cache. Slots are then loose_slot(k).
+  std::int64_t row_pitch = 0;
+  const T* twiddles = nullptr;  // kSplit: exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
 
   // kBluestein
   const Fft* convolution = nullptr;
   const T* chirp = nullptr;           // n pairs of exp(-pi i j^2 / n)
   const T* chirp_spectrum = nullptr;  // spectrum of the conjugate chirp over convolution.n, in its slots
+
+  // Elements of data that are not in one piece, and where bin k of their spectrum is; any method.
+  std::int64_t loose_size() const { return method == Method::kSplit ? columns->n * row_pitch : n; }
+  std::int64_t loose_slot(std::int64_t k) const {
+    return method == Method::kSplit ? row_pitch * (k % columns->n) + k / columns->n : k;
+  }
 
  private:
   struct Ordered {};

@@ -211,49 +211,76 @@ struct Place {
 // The twiddles between the two halves of a four-step transform are applied by the passes next to them.
 enum class Outer { kNone, kLoad, kStore };
 
-// Several transforms of one plan: `count` of them, `step` reals apart, each with its own n outer twiddles,
-// which lie one after the other.
+// Several transforms of one plan: `count` of them, in_step reals apart (out_step where they go), each with
+// its own n outer twiddles, which lie one after the other.
 template <typename T>
 struct Batch {
   std::int64_t count;
-  std::int64_t step;
+  std::int64_t in_step, out_step;
   const T* outer;
 };
+
+// One butterfly: R elements from `from`, in_step reals apart, to `to`. Pointers run, because R precomputed
+// offsets would not fit in registers. Without twiddles, `twiddles` is null.
+template <int R, Outer kOuter, bool kTwiddles, typename T>
+FM_INLINE void pass_step(const T* from, std::int64_t in_step, T* to, std::int64_t out_step, const T* outer,
+                         std::int64_t outer_step, const T* twiddles, const T* roots, Halves<T> halves) {
+  Complex<T> a[R];
+#pragma GCC unroll 16
+  for (int j = 0; j < R; ++j, from += in_step) {
+    a[j] = halves.load(from);
+    if constexpr (kOuter == Outer::kLoad) {
+      a[j] = times(a[j], outer);
+      outer += outer_step;
+    }
+  }
+  butterfly<R, 1, T>(a, roots);
+#pragma GCC unroll 16
+  for (int j = 0; j < R; ++j, to += out_step) {
+    if (kTwiddles && j > 0) a[j] = times(a[j], twiddles + 2 * (j - 1));
+    if constexpr (kOuter == Outer::kStore) {
+      a[j] = times(a[j], outer);
+      outer += outer_step;
+    }
+    halves.store(to, a[j]);
+  }
+}
 
 template <int R, Outer kOuter, typename T>
 void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
+  const std::int64_t in_step = span * count * in.step, out_step = span * out.step;
+  const std::int64_t outer_step = 2 * span * (kOuter == Outer::kLoad ? count : 1);
   for (std::int64_t b = 0; b < batch.count; ++b) {
-    for (std::int64_t p = 0; p < count; ++p) {
-      const T* twiddles = pass.twiddles + p * 2 * (R - 1);
+    const T* from = in.data;
+    T* to = out.data;
+    const T* outer = batch.outer;
+    for (std::int64_t q = 0; q < span; ++q) {  // the twiddles of p = 0 are 1
+      pass_step<R, kOuter, false>(from, in_step, to, out_step, outer, outer_step, pass.twiddles, pass.roots,
+                                  halves);
+      from += in.step;
+      to += out.step;
+      outer += 2;
+    }
+    for (std::int64_t p = 1; p < count; ++p) {
+      const T* const twiddles = pass.twiddles + p * 2 * (R - 1);
+      to = out.data + span * R * p * out.step;
+      if constexpr (kOuter == Outer::kStore) outer = batch.outer + 2 * span * R * p;
       for (std::int64_t q = 0; q < span; ++q) {
-        const std::int64_t from = q + span * p, to = q + span * R * p;
-        Complex<T> a[R];
-#pragma GCC unroll 16
-        for (int j = 0; j < R; ++j) {
-          a[j] = halves.load(in.at(from + span * count * j));
-          if constexpr (kOuter == Outer::kLoad)
-            a[j] = times(a[j], batch.outer + 2 * (from + span * count * j));
-        }
-        butterfly<R, 1, T>(a, pass.roots);
-        if (p > 0) {  // the twiddles of p = 0 are 1
-#pragma GCC unroll 16
-          for (int j = 1; j < R; ++j) a[j] = times(a[j], twiddles + 2 * (j - 1));
-        }
-#pragma GCC unroll 16
-        for (int j = 0; j < R; ++j) {
-          if constexpr (kOuter == Outer::kStore) a[j] = times(a[j], batch.outer + 2 * (to + span * j));
-          halves.store(out.at(to + span * j), a[j]);
-        }
+        pass_step<R, kOuter, true>(from, in_step, to, out_step, outer, outer_step, twiddles, pass.roots,
+                                   halves);
+        from += in.step;
+        to += out.step;
+        outer += 2;
       }
     }
-    in.data += batch.step;
-    out.data += batch.step;
-    if constexpr (kOuter != Outer::kNone) batch.outer += 2 * span * R;
+    in.data += batch.in_step;
+    out.data += batch.out_step;
+    if constexpr (kOuter != Outer::kNone) batch.outer += 2 * span * R * count;
   }
 }
 
-// Any odd radix: as butterfly_odd, with the sums and differences in memory and three bins at a time.
+// Any odd radix: as butterfly_odd, with the sums and differences in memory and a few bins at a time.
 template <Outer kOuter, typename T>
 void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
@@ -282,37 +309,32 @@ void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves
           total = total + sum[j];
         }
         output(0, total);
-        constexpr int kBins = 3;
-        for (int k0 = 1; k0 <= half; k0 += kBins) {
-          Complex<T> even[kBins], odd[kBins];
-          int angle[kBins], bin[kBins];
-          for (int i = 0; i < kBins; ++i) {
-            bin[i] = k0 + i < half ? k0 + i : half;
-            angle[i] = 0;
+        const T* rotation = pass.roots;
+        for (int k0 = 1; k0 <= half; k0 += kRotatedBins) {
+          Complex<T> even[kRotatedBins], odd[kRotatedBins];
+#pragma GCC unroll 4
+          for (int i = 0; i < kRotatedBins; ++i) {
             even[i] = first;
             odd[i] = Complex<T>{};
           }
-          for (int j = 1; j <= half; ++j) {
+          for (int j = 1; j <= half; ++j, rotation += 2 * kRotatedBins) {
             const Complex<T> s = sum[j], d = difference[j];
-#pragma GCC unroll 3
-            for (int i = 0; i < kBins; ++i) {
-              angle[i] += bin[i];
-              if (angle[i] >= radix) angle[i] -= radix;
-              const T cosine = pass.roots[2 * angle[i]], sine = pass.roots[2 * angle[i] + 1];
+#pragma GCC unroll 4
+            for (int i = 0; i < kRotatedBins; ++i) {
+              const T cosine = rotation[2 * i], sine = rotation[2 * i + 1];
               even[i] = {even[i].re + s.re * cosine, even[i].im + s.im * cosine};
               odd[i] = {odd[i].re + d.re * sine, odd[i].im + d.im * sine};
             }
           }
-          for (int i = 0; i < kBins; ++i) {
-            const int k = bin[i];
-            output(k, minus_i(even[i], odd[i]));
-            output(radix - k, plus_i(even[i], odd[i]));
+          for (int i = 0; i < kRotatedBins && k0 + i <= half; ++i) {
+            output(k0 + i, minus_i(even[i], odd[i]));
+            output(radix - k0 - i, plus_i(even[i], odd[i]));
           }
         }
       }
     }
-    in.data += batch.step;
-    out.data += batch.step;
+    in.data += batch.in_step;
+    out.data += batch.out_step;
     if constexpr (kOuter != Outer::kNone) batch.outer += 2 * span * radix;
   }
 }
@@ -354,17 +376,17 @@ void stockham(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halve
 // Methods
 // -------------------------------------------------------------------------------------------------------
 
-// In place; outer twiddles go with the first pass's loads or the last one's stores. The last pass reads and
-// writes the same elements in every butterfly, so a single pass needs no work space.
+// Outer twiddles go with the first pass's loads or the last one's stores. In and out may be one place: the
+// last pass reads and writes the same elements in every butterfly, so a single pass needs no work space.
 template <Outer kOuter, typename T>
-void direct(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, Batch<T> batch) {
-  if (plan.pass_count == 1) return stockham<kOuter>(plan.passes[0], data, data, halves, batch);
+void direct(const Fft<T>& plan, Place<T> in, Place<T> out, T* work, Halves<T> halves, Batch<T> batch) {
+  if (plan.pass_count == 1) return stockham<kOuter>(plan.passes[0], in, out, halves, batch);
   for (; batch.count > 0; --batch.count) {
-    Place<T> from = data;
+    Place<T> from = in;
     for (int i = 0; i < plan.pass_count; ++i) {
       const bool last = i == plan.pass_count - 1;
-      const Place<T> to = last ? data : Place<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
-      const Batch<T> one{1, 0, batch.outer};
+      const Place<T> to = last ? out : Place<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
+      const Batch<T> one{1, 0, 0, batch.outer};
       if ((kOuter == Outer::kLoad && i == 0) || (kOuter == Outer::kStore && last)) {
         stockham<kOuter>(plan.passes[i], from, to, halves, one);
       } else {
@@ -372,7 +394,8 @@ void direct(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, Batch<
       }
       from = to;
     }
-    data.data += batch.step;
+    in.data += batch.in_step;
+    out.data += batch.out_step;
     if constexpr (kOuter != Outer::kNone) batch.outer += 2 * plan.n;
   }
 }
@@ -382,37 +405,58 @@ void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves);
 
 // Transforms that keep natural order: any method but kSplit.
 template <Outer kOuter, typename T>
-void ordered(const Fft<T>& plan, Place<T> data, T* work, Halves<T> halves, Batch<T> batch) {
-  if (plan.method == Fft<T>::Method::kDirect) return direct<kOuter>(plan, data, work, halves, batch);
+void ordered(const Fft<T>& plan, Place<T> in, Place<T> out, T* work, Halves<T> halves, Batch<T> batch) {
+  if (plan.method == Fft<T>::Method::kDirect) return direct<kOuter>(plan, in, out, work, halves, batch);
   for (; batch.count > 0; --batch.count) {
     for (std::int64_t j = 0; j < plan.n; ++j) {
-      const Complex<T> a = halves.load(data.at(j));
+      const Complex<T> a = halves.load(in.at(j));
       halves.store(work + kElement<T> * j, kOuter == Outer::kLoad ? times(a, batch.outer + 2 * j) : a);
     }
     bluestein(plan, work, work + kElement<T> * plan.n, halves);
     for (std::int64_t k = 0; k < plan.n; ++k) {
       const Complex<T> a = halves.load(work + kElement<T> * k);
-      halves.store(data.at(k), kOuter == Outer::kStore ? times(a, batch.outer + 2 * k) : a);
+      halves.store(out.at(k), kOuter == Outer::kStore ? times(a, batch.outer + 2 * k) : a);
     }
-    data.data += batch.step;
+    in.data += batch.in_step;
+    out.data += batch.out_step;
     if constexpr (kOuter != Outer::kNone) batch.outer += 2 * plan.n;
   }
 }
 
-// The four-step method in place, each short transform in the first-level cache: forward is columns, twiddles,
-// rows; inverse the same steps backwards, from the permuted spectrum to natural order.
-template <Outer kOuter, typename T>
-void split_columns(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
-  const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
-  const Place<T> first{data, kElement<T> * rows.n};
-  const Batch<T> batch{rows.n, kElement<T>, plan.twiddles};
-  ordered<kOuter>(columns, first, work, halves, batch);
+// The four-step method, each short transform in the first-level cache: forward is columns, twiddles, rows;
+// inverse the same steps backwards, from the permuted spectrum to natural order.
+
+// Columns first .. first + count - 1, between the data and `columns`, column_pitch reals from one to the
+// next. The data need not be in one piece (see Fft::row_pitch).
+template <typename T>
+void forward_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Place<T> columns,
+                     std::int64_t column_pitch, T* work, Halves<T> halves) {
+  const Place<T> out{data + first * kElement<T>, kElement<T> * plan.row_pitch};
+  const Batch<T> batch{count, column_pitch, kElement<T>, plan.twiddles + 2 * first * plan.columns->n};
+  ordered<Outer::kStore>(*plan.columns, columns, out, work, halves, batch);
 }
 template <typename T>
-void split_rows(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
-  const Fft<T>&rows = *plan.rows, &columns = *plan.columns;
-  const Batch<T> batch{columns.n, kElement<T> * rows.n, nullptr};
-  ordered<Outer::kNone>(rows, Place<T>{data, kElement<T>}, work, halves, batch);
+void inverse_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Place<T> columns,
+                     std::int64_t column_pitch, T* work, Halves<T> halves) {
+  const Place<T> in{data + first * kElement<T>, kElement<T> * plan.row_pitch};
+  const Batch<T> batch{count, kElement<T>, column_pitch, plan.twiddles + 2 * first * plan.columns->n};
+  ordered<Outer::kLoad>(*plan.columns, in, columns, work, halves, batch);
+}
+
+// `count` rows in place, `pitch` elements apart.
+template <typename T>
+void split_rows(const Fft<T>& plan, T* data, std::int64_t pitch, std::int64_t count, T* work,
+                Halves<T> halves) {
+  const Place<T> place{data, kElement<T>};
+  const Batch<T> batch{count, kElement<T> * pitch, kElement<T> * pitch, nullptr};
+  ordered<Outer::kNone>(*plan.rows, place, place, work, halves, batch);
+}
+
+template <Outer kOuter, typename T>
+void split_columns(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
+  const Place<T> first{data, kElement<T> * plan.rows->n};
+  const Batch<T> batch{plan.rows->n, kElement<T>, kElement<T>, plan.twiddles};
+  ordered<kOuter>(*plan.columns, first, first, work, halves, batch);
 }
 
 // In place, from natural order to a spectrum in slots; `work` is plan.work elements.
@@ -420,9 +464,10 @@ template <typename T>
 void forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T>) {
   if (plan.method == Fft<T>::Method::kSplit) {
     split_columns<Outer::kStore>(plan, data, work, halves);
-    split_rows(plan, data, work, halves);
+    split_rows(plan, data, plan.rows->n, plan.columns->n, work, halves);
   } else {
-    ordered<Outer::kNone>(plan, Place<T>{data, kElement<T>}, work, halves, Batch<T>{1, 0, nullptr});
+    const Place<T> place{data, kElement<T>};
+    ordered<Outer::kNone>(plan, place, place, work, halves, Batch<T>{1, 0, 0, nullptr});
   }
 }
 
@@ -430,10 +475,11 @@ void forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T
 template <typename T>
 void inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kInverse<T>) {
   if (plan.method == Fft<T>::Method::kSplit) {
-    split_rows(plan, data, work, halves);
+    split_rows(plan, data, plan.rows->n, plan.columns->n, work, halves);
     split_columns<Outer::kLoad>(plan, data, work, halves);
   } else {
-    ordered<Outer::kNone>(plan, Place<T>{data, kElement<T>}, work, halves, Batch<T>{1, 0, nullptr});
+    const Place<T> place{data, kElement<T>};
+    ordered<Outer::kNone>(plan, place, place, work, halves, Batch<T>{1, 0, 0, nullptr});
   }
 }
 

@@ -91,8 +91,6 @@ struct Panel {
   }
 };
 
-FM_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
 // Down columns: coarse[cell + j] += weight[n][j] * sample[n]. The coarse row after a sweep's last cell must
 // be there to be written; it starts the next sweep at zero.
 template <int Taps, int Vectors, typename Storage, typename Lanes>
@@ -281,6 +279,27 @@ void interpolate_rows(const float* in, std::int64_t pitch, Taper taper, std::int
       coarse[Taps - 1] = load(in + (last < cells ? last : last - cells) * pitch);
     }
     store_transposed(rows, begin, end - begin, block);
+  }
+}
+
+// The same where rows stay whole: every sample is a coarse point.
+inline void gather_whole_rows(float* const* rows, std::int64_t width, Taper, std::int64_t, float* out,
+                              std::int64_t pitch) {
+  for (std::int64_t x = 0; x < width; x += kLanes<float>) {
+    float block[kLanes<float> * kLanes<float>];
+    load_transposed(rows, x, kLanes<float>, block);
+    for (std::int64_t i = 0; i < smaller(kLanes<float>, width - x); ++i)
+      store(out + (x + i) * pitch, load(block + i * kLanes<float>));
+  }
+}
+
+inline void interpolate_whole_rows(const float* in, std::int64_t pitch, Taper, std::int64_t,
+                                   std::int64_t width, float* const* rows) {
+  float block[kLanes<float> * kLanes<float>] = {};
+  for (std::int64_t x = 0; x < width; x += kLanes<float>) {
+    for (std::int64_t i = 0; i < smaller(kLanes<float>, width - x); ++i)
+      store(block + i * kLanes<float>, load(in + (x + i) * pitch));
+    store_transposed(rows, x, kLanes<float>, block);
   }
 }
 

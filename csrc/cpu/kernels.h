@@ -25,7 +25,7 @@ struct TransformKernels {
   void (*inverse)(const Fft<T>& plan, T* data, T* work);
 
   // Filters column block `block` of the spectrum along its signals, in place. `scratch` holds
-  // plan.n + plan.work elements.
+  // plan.loose_size() + plan.work elements.
   void (*filter_block)(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
                        const BlockGains<T>& gains, T* scratch);
   // Multiplies it by one number; by 0 also where it holds no number.
@@ -36,7 +36,8 @@ struct TransformKernels {
 template <typename Storage, typename T>
 struct SignalKernels {
   // Real transforms of group `group` of the signals into the spectrum. The signals may lie where the spectrum
-  // goes. `scratch` holds plan.n + plan.work elements.
+  // goes. `scratch` holds
+  // plan.loose_size() + plan.work elements.
   void (*analyse)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
                   std::int64_t group, T* scratch);
   // And back: signal = background * signal + factor * (unscaled inverse). The signals are not read when

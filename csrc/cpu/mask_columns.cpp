@@ -164,10 +164,9 @@ std::optional<double> MaskColumns<T>::constant(std::int64_t column) const {
       return first;
     }
     case MaskKind::kButterworth:
-    case MaskKind::kGaussian: {  // both rise along the column, until rounding can tell them from 1 no more
+    case MaskKind::kGaussian: {  // both rise along the column, until rounding hides it
       const double least = gain(column, 0);
-      if (least < 1 - 1e-12 || gain(column, rows() - 1) != least) return std::nullopt;
-      return least;
+      return gain(column, rows() - 1) == least ? std::optional<double>(least) : std::nullopt;
     }
   }
   return std::nullopt;

@@ -52,7 +52,8 @@ class RowColumnFilter {
   };
   Scratch scratch() const {
     const std::int64_t element = 2 * transforms_.lanes;
-    const std::int64_t elements = std::max(first_->n + first_->work, second_->n + second_->work);
+    const std::int64_t elements =
+        std::max(first_->loose_size() + first_->work, second_->loose_size() + second_->work);
     return {Buffer<T>(elements * element), Buffer<T>(mask_.rows() * transforms_.lanes),
             Buffer<T>(3 * mask_.signals() + mask_.rows() * transforms_.lanes)};
   }
@@ -85,7 +86,7 @@ class RowColumnFilter {
   }
 
  private:
-  std::int64_t slot(std::int64_t bin) const { return first_->slot == nullptr ? bin : first_->slot[bin]; }
+  std::int64_t slot(std::int64_t bin) const { return first_->loose_slot(bin); }
 
   // Keeps the columns that differ from the background somewhere; the edge goes last.
   void keep_columns() {

@@ -17,33 +17,38 @@ FM_INLINE void transpose_tile(Row row, Put put) {
   for (int i = 0; i < kLanes<T>; ++i) put(i, tile[i]);
 }
 
+// Fft::loose_size, compiled for this instruction set.
+template <typename T>
+FM_INLINE std::int64_t loose_size(const Fft<T>& plan) {
+  return plan.method == Fft<T>::Method::kSplit ? plan.columns->n * plan.row_pitch : plan.n;
+}
+
 // Matrix <-> batch
 // ------------------------------------------------------------------------------------------------
 
+// Elements first .. first + count - 1 of up to 2 * kLanes rows, count <= kLanes; they go `pitch` reals apart.
 template <typename Storage, typename T>
-void load_rows(const Storage* x, std::int64_t stride, std::int64_t rows, std::int64_t length, T* batch) {
+FM_INLINE void load_tile(const Storage* x, std::int64_t stride, std::int64_t rows, std::int64_t count,
+                         T* tile, std::int64_t pitch) {
   constexpr int n = kLanes<T>;
   constexpr std::int64_t kAhead = 4 * n;
-  for (std::int64_t e = 0; e < length; e += n) {
-    const std::int64_t width = length - e < n ? length - e : n;
-    for (int half = 0; half < 2; ++half) {
-      const std::int64_t present = rows - half * n;
-      const Storage* from = x + half * n * stride + e;
-      T* const to = batch + e * kElement<T> + half * n;
-      if (present >= n && width == n) {
-        transpose_tile<T>(
-            [&](int i) {
-              prefetch_l2(from + i * stride + kAhead);
-              return load(from + i * stride);
-            },
-            [&](int j, Vec<T> v) { store(to + j * kElement<T>, v); });
-      } else {
-        transpose_tile<T>(
-            [&](int i) { return i < present ? load_partial(from + i * stride, width) : Vec<T>{}; },
-            [&](int j, Vec<T> v) {
-              if (j < width) store(to + j * kElement<T>, v);
-            });
-      }
+  for (int half = 0; half < 2; ++half) {
+    const std::int64_t present = rows - half * n;
+    const Storage* from = x + half * n * stride;
+    T* const to = tile + half * n;
+    if (present >= n && count == n) {
+      transpose_tile<T>(
+          [&](int i) {
+            prefetch_l2(from + i * stride + kAhead);
+            return load(from + i * stride);
+          },
+          [&](int j, Vec<T> v) { store(to + j * pitch, v); });
+    } else {
+      transpose_tile<T>(
+          [&](int i) { return i < present ? load_partial(from + i * stride, count) : Vec<T>{}; },
+          [&](int j, Vec<T> v) {
+            if (j < count) store(to + j * pitch, v);
+          });
     }
   }
 }
@@ -59,41 +64,38 @@ FM_INLINE Vec<T> combine_partial(Vec<T> value, const Storage* old, std::int64_t 
 }
 
 template <typename Storage, typename T>
-void store_rows(const T* batch, Storage* x, std::int64_t stride, std::int64_t rows, std::int64_t length,
-                T background, T factor) {
+FM_INLINE void store_tile(const T* tile, std::int64_t pitch, Storage* x, std::int64_t stride,
+                          std::int64_t rows, std::int64_t count, T background, T factor) {
   constexpr int n = kLanes<T>;
-  for (std::int64_t e = 0; e < length; e += n) {
-    const std::int64_t width = length - e < n ? length - e : n;
-    for (int half = 0; half < 2; ++half) {
-      const std::int64_t present = rows - half * n;
-      const T* const from = batch + e * kElement<T> + half * n;
-      Storage* to = x + half * n * stride + e;
-      if (present >= n && width == n) {
-        transpose_tile<T>([&](int j) { return load(from + j * kElement<T>); },
-                          [&](int i, Vec<T> v) {
-                            Storage* const place = to + i * stride;
-                            store(place, combine(v, place, background, factor));
-                          });
-      } else {
-        transpose_tile<T>([&](int j) { return j < width ? load(from + j * kElement<T>) : Vec<T>{}; },
-                          [&](int i, Vec<T> v) {
-                            if (i >= present) return;
-                            Storage* const place = to + i * stride;
-                            store_partial(place, combine_partial(v, place, width, background, factor), width);
-                          });
-      }
+  for (int half = 0; half < 2; ++half) {
+    const std::int64_t present = rows - half * n;
+    const T* const from = tile + half * n;
+    Storage* to = x + half * n * stride;
+    if (present >= n && count == n) {
+      transpose_tile<T>([&](int j) { return load(from + j * pitch); },
+                        [&](int i, Vec<T> v) {
+                          Storage* const place = to + i * stride;
+                          store(place, combine(v, place, background, factor));
+                        });
+    } else {
+      transpose_tile<T>([&](int j) { return j < count ? load(from + j * pitch) : Vec<T>{}; },
+                        [&](int i, Vec<T> v) {
+                          if (i >= present) return;
+                          Storage* const place = to + i * stride;
+                          store_partial(place, combine_partial(v, place, count, background, factor), count);
+                        });
     }
   }
 }
 
 // Signals are columns: no transpose, the lanes are contiguous already.
 template <typename Storage, typename T>
-void load_columns(const Storage* x, std::int64_t stride, std::int64_t columns, std::int64_t length,
-                  T* batch) {
+FM_INLINE void load_columns(const Storage* x, std::int64_t stride, std::int64_t columns, std::int64_t count,
+                            T* tile, std::int64_t pitch) {
   constexpr int n = kLanes<T>;
-  for (std::int64_t e = 0; e < length; ++e) {
+  for (std::int64_t e = 0; e < count; ++e) {
     const Storage* from = x + e * stride;
-    T* const to = batch + e * kElement<T>;
+    T* const to = tile + e * pitch;
     if (columns == 2 * n) {
       store(to, load(from));
       store(to + n, load(from + n));
@@ -105,12 +107,12 @@ void load_columns(const Storage* x, std::int64_t stride, std::int64_t columns, s
 }
 
 template <typename Storage, typename T>
-void store_columns(const T* batch, Storage* x, std::int64_t stride, std::int64_t columns, std::int64_t length,
-                   T background, T factor) {
+FM_INLINE void store_columns(const T* tile, std::int64_t pitch, Storage* x, std::int64_t stride,
+                             std::int64_t columns, std::int64_t count, T background, T factor) {
   constexpr int n = kLanes<T>;
-  for (std::int64_t e = 0; e < length; ++e) {
+  for (std::int64_t e = 0; e < count; ++e) {
     Storage* to = x + e * stride;
-    const T* const from = batch + e * kElement<T>;
+    const T* const from = tile + e * pitch;
     if (columns == 2 * n) {
       store(to, combine(load(from), to, background, factor));
       store(to + n, combine(load(from + n), to + n, background, factor));
@@ -256,18 +258,122 @@ bool is_full_block(const Spectrum<T>& spectrum, std::int64_t group, std::int64_t
 // Kernels
 // -----------------------------------------------------------------------------------------------------------
 
+// The signals of one group, `count` of them.
+template <typename Storage>
+struct Group {
+  Storage* data;
+  std::int64_t stride;
+  std::int64_t count;
+  bool transposed;
+
+  FM_INLINE Group(const Signals<Storage>& signals, std::int64_t first, std::int64_t present)
+      : data(signals.data + first * (signals.transposed ? 1 : signals.row_stride)),
+        stride(signals.row_stride),
+        count(present),
+        transposed(signals.transposed) {}
+
+  // Elements first .. first + width - 1 of all signals, `pitch` reals apart; width <= kLanes.
+  template <typename T>
+  FM_INLINE void load(std::int64_t first, std::int64_t width, T* tile, std::int64_t pitch) const {
+    if (transposed) {
+      load_columns(data + first * stride, stride, count, width, tile, pitch);
+    } else {
+      load_tile(data + first, stride, count, width, tile, pitch);
+    }
+  }
+  template <typename T>
+  FM_INLINE void store(const T* tile, std::int64_t pitch, std::int64_t first, std::int64_t width,
+                       T background, T factor) const {
+    if (transposed) {
+      store_columns(tile, pitch, data + first * stride, stride, count, width, background, factor);
+    } else {
+      store_tile(tile, pitch, data + first, stride, count, width, background, factor);
+    }
+  }
+};
+
+// Signals so long that a group of them fills the second-level cache: they are read and written from front to
+// back.
+inline constexpr std::int64_t kLongSignals = 8192;
+
+// tile(element, count, place) for all elements of a split transform in order, up to kLanes at a time.
+template <typename T, typename Tile>
+FM_INLINE void for_split_tiles(const Fft<T>& plan, Tile tile) {
+  constexpr std::int64_t n = kLanes<T>;
+  for (std::int64_t j = 0; j < plan.columns->n; ++j) {
+    for (std::int64_t first = 0; first < plan.rows->n; first += n) {
+      tile(first + plan.rows->n * j, smaller(n, plan.rows->n - first), plan.row_pitch * j + first);
+    }
+  }
+}
+
+// From the signals to their transforms in loose slots. A split transform takes its columns straight from the
+// signals, so that the batch is written but once before its rows are transformed.
+template <typename Storage, typename T>
+void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch, T* work) {
+  constexpr std::int64_t n = kLanes<T>;
+  if (plan.method != Fft<T>::Method::kSplit) {
+    for (std::int64_t e = 0; e < plan.n; e += n) {
+      group.load(e, smaller(n, plan.n - e), batch + e * kElement<T>, kElement<T>);
+    }
+    return forward(plan, batch, work);
+  }
+  if (plan.n > kLongSignals) {
+    for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t place) {
+      group.load(element, count, batch + place * kElement<T>, kElement<T>);
+    });
+    forward_columns(plan, batch, 0, plan.rows->n, {batch, plan.row_pitch * kElement<T>}, kElement<T>, work,
+                    kForward<T>);
+    return split_rows(plan, batch, plan.row_pitch, plan.columns->n, work, kForward<T>);
+  }
+  const std::int64_t length = plan.columns->n, pitch = (length + 1) * kElement<T>;
+  for (std::int64_t first = 0; first < plan.rows->n; first += n) {
+    const std::int64_t count = smaller(n, plan.rows->n - first);
+    for (std::int64_t j = 0; j < length; ++j) {
+      group.load(first + plan.rows->n * j, count, work + j * kElement<T>, pitch);
+    }
+    forward_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kForward<T>);
+  }
+  split_rows(plan, batch, plan.row_pitch, length, work, kForward<T>);
+}
+
+template <typename Storage, typename T>
+void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T background, T factor, T* batch,
+                     T* work) {
+  constexpr std::int64_t n = kLanes<T>;
+  if (plan.method != Fft<T>::Method::kSplit) {
+    inverse(plan, batch, work);
+    for (std::int64_t e = 0; e < plan.n; e += n) {
+      group.store(batch + e * kElement<T>, kElement<T>, e, smaller(n, plan.n - e), background, factor);
+    }
+    return;
+  }
+  if (plan.n > kLongSignals) {
+    split_rows(plan, batch, plan.row_pitch, plan.columns->n, work, kInverse<T>);
+    inverse_columns(plan, batch, 0, plan.rows->n, {batch, plan.row_pitch * kElement<T>}, kElement<T>, work,
+                    kInverse<T>);
+    return for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t place) {
+      group.store(batch + place * kElement<T>, kElement<T>, element, count, background, factor);
+    });
+  }
+  const std::int64_t length = plan.columns->n, pitch = (length + 1) * kElement<T>;
+  split_rows(plan, batch, plan.row_pitch, length, work, kInverse<T>);
+  for (std::int64_t first = 0; first < plan.rows->n; first += n) {
+    const std::int64_t count = smaller(n, plan.rows->n - first);
+    inverse_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kInverse<T>);
+    for (std::int64_t j = 0; j < length; ++j) {
+      group.store(work + j * kElement<T>, pitch, first + plan.rows->n * j, count, background, factor);
+    }
+  }
+}
+
 template <typename Storage, typename T>
 void analyse(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
              std::int64_t group, T* scratch) {
   constexpr int n = kLanes<T>;
-  T *const batch = scratch, *const work = scratch + plan.n * kElement<T>;
-  const std::int64_t first = group * spectrum.group_size(), count = spectrum.signals_in(group);
-  if (signals.transposed) {
-    load_columns(signals.data + first, signals.row_stride, count, signals.length, batch);
-  } else {
-    load_rows(signals.data + first * signals.row_stride, signals.row_stride, count, signals.length, batch);
-  }
-  forward(plan, batch, work);
+  T *const batch = scratch, *const work = scratch + loose_size(plan) * kElement<T>;
+  const Group<Storage> source(signals, group * spectrum.group_size(), spectrum.signals_in(group));
+  transform_signals(plan, source, batch, work);
   for (std::int64_t block = 0; block < spectrum.blocks(); ++block) {
     if (is_full_block(spectrum, group, block)) {
       store_full_block(batch, spectrum.low + block * n, spectrum.high + block * n, spectrum.at(group, block),
@@ -282,10 +388,9 @@ template <typename Storage, typename T>
 void synthesise(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
                 std::int64_t group, T background, T factor, T* scratch) {
   constexpr int n = kLanes<T>;
-  T *const batch = scratch, *const work = scratch + plan.n * kElement<T>;
-  const std::int64_t first = group * spectrum.group_size(), count = spectrum.signals_in(group);
+  T *const batch = scratch, *const work = scratch + loose_size(plan) * kElement<T>;
   if (!spectrum.complete) {
-    __builtin_memset(batch, 0, static_cast<std::size_t>(plan.n * kElement<T>) * sizeof(T));
+    __builtin_memset(batch, 0, static_cast<std::size_t>(loose_size(plan) * kElement<T>) * sizeof(T));
   }
   for (std::int64_t block = 0; block < spectrum.blocks(); ++block) {
     if (is_full_block(spectrum, group, block)) {
@@ -295,61 +400,69 @@ void synthesise(const Fft<T>& plan, const Signals<Storage>& signals, const Spect
       load_ragged_block(batch, spectrum, group, block);
     }
   }
-  inverse(plan, batch, work);
-  if (signals.transposed) {
-    store_columns(batch, signals.data + first, signals.row_stride, count, signals.length, background, factor);
-  } else {
-    store_rows(batch, signals.data + first * signals.row_stride, signals.row_stride, count, signals.length,
-               background, factor);
-  }
+  const Group<Storage> target(signals, group * spectrum.group_size(), spectrum.signals_in(group));
+  restore_signals(plan, target, background, factor, batch, work);
 }
 
+// One block of columns, element by element along the signals.
 template <typename T>
-void load_block(const Spectrum<T>& spectrum, std::int64_t block, T* batch) {
-  constexpr int n = kLanes<T>;
-  const std::int64_t step = spectrum.step(block), columns = spectrum.columns_in(block);
-  const std::int64_t imaginary = spectrum.width_of(block) - columns;
-  for (std::int64_t group = 0; group < spectrum.groups(); ++group) {
-    const T* from = spectrum.at(group, block);
-    const T* next = spectrum.at(group + 1 < spectrum.groups() ? group + 1 : group, block);
-    const std::int64_t count = spectrum.signals_in(group);
-    if (imaginary == n) {
-      for (std::int64_t i = 0; i < count; ++i, batch += kElement<T>) {
-        store(batch, load(from + i * step));
-        store(batch + n, load(from + i * step + n));
-        prefetch(next + i * step);
-        prefetch(next + i * step + n);
-      }
-    } else {
-      for (std::int64_t i = 0; i < count; ++i, batch += kElement<T>) {
-        store(batch, load_partial(from + i * step, columns));
-        store(batch + n, load_partial(from + i * step + columns, imaginary));
+struct BlockElements {
+  static constexpr std::int64_t kGroupSize = 2 * kLanes<T>;
+  T *full, *last;  // of the first group; of the last one, whose blocks may be smaller
+  std::int64_t group_step, step, last_group, columns, imaginary;
+
+  FM_INLINE BlockElements(const Spectrum<T>& spectrum, std::int64_t block)
+      : full(spectrum.at(0, block)),
+        last(spectrum.at(spectrum.groups() - 1, block)),
+        group_step(kGroupSize * spectrum.pitch),
+        step(spectrum.step(block)),
+        last_group(spectrum.groups() - 1),
+        columns(spectrum.columns_in(block)),
+        imaginary(spectrum.width_of(block) - columns) {}
+
+  FM_INLINE T* at(std::int64_t element) const {
+    const std::int64_t group = element / kGroupSize;
+    return (group == last_group ? last : full + group * group_step) + element % kGroupSize * step;
+  }
+
+  // How many of the columns of a split with rows of `width` elements can be read where they are, from element
+  // 0 or a multiple of the answer on: all of whole groups, whose distance is constant then; 0 for none.
+  FM_INLINE std::int64_t together(std::int64_t width) const {
+    const bool regular = width % kGroupSize == 0 && full + last_group * group_step == last;
+    return regular && imaginary == kLanes<T> ? kGroupSize : 0;
+  }
+  FM_INLINE Place<T> column(std::int64_t first, std::int64_t width) const {
+    return {at(first), width / kGroupSize * group_step};
+  }
+
+  // Elements first, first + pitch, ... (count of them), one after the other.
+  FM_INLINE void load(std::int64_t first, std::int64_t pitch, std::int64_t count, T* to) const {
+    constexpr int n = kLanes<T>;
+    for (std::int64_t i = 0; i < count; ++i, to += kElement<T>) {
+      const T* const from = at(first + pitch * i);
+      if (imaginary == n) {
+        FREEMERGE_ISA::store(to, FREEMERGE_ISA::load(from));
+        FREEMERGE_ISA::store(to + n, FREEMERGE_ISA::load(from + n));
+      } else {
+        FREEMERGE_ISA::store(to, load_partial(from, columns));
+        FREEMERGE_ISA::store(to + n, load_partial(from + columns, imaginary));
       }
     }
   }
-}
-
-template <typename T>
-void store_block(const Spectrum<T>& spectrum, std::int64_t block, const T* batch) {
-  constexpr int n = kLanes<T>;
-  const std::int64_t step = spectrum.step(block), columns = spectrum.columns_in(block);
-  const std::int64_t imaginary = spectrum.width_of(block) - columns;
-  for (std::int64_t group = 0; group < spectrum.groups(); ++group) {
-    T* to = spectrum.at(group, block);
-    const std::int64_t count = spectrum.signals_in(group);
-    if (imaginary == n) {
-      for (std::int64_t i = 0; i < count; ++i, batch += kElement<T>) {
-        store(to + i * step, load(batch));
-        store(to + i * step + n, load(batch + n));
-      }
-    } else {
-      for (std::int64_t i = 0; i < count; ++i, batch += kElement<T>) {
-        store_partial(to + i * step, load(batch), columns);
-        store_partial(to + i * step + columns, load(batch + n), imaginary);
+  FM_INLINE void store(const T* from, std::int64_t first, std::int64_t pitch, std::int64_t count) const {
+    constexpr int n = kLanes<T>;
+    for (std::int64_t i = 0; i < count; ++i, from += kElement<T>) {
+      T* const to = at(first + pitch * i);
+      if (imaginary == n) {
+        FREEMERGE_ISA::store(to, FREEMERGE_ISA::load(from));
+        FREEMERGE_ISA::store(to + n, FREEMERGE_ISA::load(from + n));
+      } else {
+        store_partial(to, FREEMERGE_ISA::load(from), columns);
+        store_partial(to + columns, FREEMERGE_ISA::load(from + n), imaginary);
       }
     }
   }
-}
+};
 
 template <typename T>
 FM_INLINE void multiply(T* element, Vec<T> gain) {
@@ -398,11 +511,50 @@ void apply_edge_gains(const Fft<T>& plan, const BlockGains<T>& gains, std::int64
   }
 }
 
+// A split transform of a block: columns straight from the spectrum, then row by row there and back with the
+// gains in between, and columns back to the spectrum. The batch is read and written twice, not six times.
+template <typename T>
+void filter_split_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
+                        const BlockGains<T>& gains, T* batch, T* work) {
+  const std::int64_t width = plan.rows->n, length = plan.columns->n;
+  T* const rest = work + length * kElement<T>;
+  const BlockElements<T> elements(spectrum, block);
+  const std::int64_t together = elements.together(width);
+  for (std::int64_t j = 0; together > 0 && j < width; j += together) {
+    forward_columns(plan, batch, j, together, elements.column(j, width), elements.step, work, kForward<T>);
+  }
+  for (std::int64_t j = 0; together == 0 && j < width; ++j) {
+    elements.load(j, width, length, work);
+    forward_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest, kForward<T>);
+  }
+  for (std::int64_t k2 = 0; k2 < length; ++k2) {
+    T* const row = batch + k2 * plan.row_pitch * kElement<T>;
+    split_rows(plan, row, 0, 1, work, kForward<T>);
+    for (std::int64_t k1 = 0; k1 < width; ++k1) {
+      const std::int64_t bin = k2 + length * k1;
+      const std::int64_t gain = gains.mirrored ? smaller(bin, plan.n - bin) : bin;
+      multiply(row + k1 * kElement<T>, load(gains.gains + gain * kLanes<T>));
+    }
+    split_rows(plan, row, 0, 1, work, kInverse<T>);
+  }
+  for (std::int64_t j = 0; together > 0 && j < width; j += together) {
+    inverse_columns(plan, batch, j, together, elements.column(j, width), elements.step, work, kInverse<T>);
+  }
+  for (std::int64_t j = 0; together == 0 && j < width; ++j) {
+    inverse_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest, kInverse<T>);
+    elements.store(work, j, width, length);
+  }
+}
+
 template <typename T>
 void filter_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
                   const BlockGains<T>& gains, T* scratch) {
-  T *const batch = scratch, *const work = scratch + plan.n * kElement<T>;
-  load_block(spectrum, block, batch);
+  T *const batch = scratch, *const work = scratch + loose_size(plan) * kElement<T>;
+  if (plan.method == Fft<T>::Method::kSplit && gains.edge_difference == nullptr) {
+    return filter_split_block(plan, spectrum, block, gains, batch, work);
+  }
+  const BlockElements<T> elements(spectrum, block);
+  elements.load(0, 1, plan.n, batch);
   forward(plan, batch, work);
   if (gains.edge_difference != nullptr) {
     apply_edge_gains(plan, gains, spectrum.columns_in(block) - 1, batch);
@@ -410,7 +562,7 @@ void filter_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t 
     apply_gains(plan, gains, batch);
   }
   inverse(plan, batch, work);
-  store_block(spectrum, block, batch);
+  elements.store(batch, 0, 1, plan.n);
 }
 
 template <typename T>

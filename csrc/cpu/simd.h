@@ -45,6 +45,8 @@ struct ArithmeticOf<double> {
 template <typename Storage>
 using Arithmetic = typename ArithmeticOf<Storage>::type;
 
+FM_INLINE std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
 using FloatVec = Vec<float>;
 using WordVec = Vec<std::uint32_t>;
 typedef std::uint16_t HalfVec __attribute__((vector_size(FREEMERGE_VECTOR_BYTES / 2)));

@@ -33,8 +33,8 @@ struct Spectrum {
   bool tiled;  // a group's blocks lie one after the other (column passes read that faster), not signal by
                // signal
   int lanes;
-  // Slots of bins k and length - k for every column; for the edge, those of DC and Nyquist, or -1 where the
-  // bin is not kept.
+  // Loose slots (fft.h) of bins k and length - k for every column; for the edge, those of DC and Nyquist, or
+  // -1 where the bin is not kept.
   const std::int32_t* low;
   const std::int32_t* high;
   bool edge;

@@ -97,6 +97,12 @@ std::int64_t first_cell(std::int64_t n, std::int64_t samples, const Decimation& 
 
 std::shared_ptr<const Window> window_for(std::int64_t samples, const Decimation& d) {
   require(samples > 0 && d.band > 0, "decimation: samples and band must be positive");
+  if (is_whole(d)) {
+    require(d.cells == samples && d.band == samples / 2 + 1 && !d.nyquist,
+            "decimation: a whole axis keeps all samples and frequencies");
+    return std::make_shared<const Window>(
+        Window{{}, {}, std::vector<double>(static_cast<std::size_t>(d.band), 1.0)});
+  }
   require(d.taps >= 2 && d.taps <= 16, "decimation: taps must be between 2 and 16");
   require(d.cells > 2 * (d.band - 1), "decimation: cells must exceed twice the highest frequency kept");
   require(d.cells <= samples, "decimation: cells must not exceed the samples");

@@ -34,8 +34,9 @@ struct Window {
 // The first coarse point that sample n touches; it grows by at most one from a sample to the next.
 std::int64_t first_cell(std::int64_t n, std::int64_t samples, const Decimation& decimation);
 
-// Requires 2 * (band - 1) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; the coarse origin is
-// arbitrary, which a shift-invariant filter does not see. Cached; safe to call from several threads.
+// Requires 2 * (band - 1) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; or a whole axis, whose
+// window has no weights and a transform of 1. The coarse origin is arbitrary, which a shift-invariant filter
+// does not see. Cached; safe to call from several threads.
 std::shared_ptr<const Window> window_for(std::int64_t samples, const Decimation& decimation);
 
 }  // namespace freemerge

@@ -50,7 +50,7 @@ Mask random_mask(Random& random, std::int64_t height, std::int64_t width, const 
   const std::int64_t centre_x = plan.columns.nyquist ? width / 2 : 0;
   for (std::int64_t a = 1 - plan.rows.band; a < plan.rows.band; ++a) {
     for (std::int64_t k = 0; k < plan.columns.band; ++k) {
-      if (k == 0 && a < 0) continue;
+      if ((k == 0 || 2 * k == width) && a < 0) continue;
       const auto gain = static_cast<float>(random.real(-1, 2));
       set(centre_y + a, centre_x + k, gain);
       set(-centre_y - a, -centre_x - k, gain);
@@ -70,6 +70,10 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   plan.form = Form::kDecimated;
   plan.rows = random_decimation(random, height, 32 * random.integer(1, height / 32), row_error);
   plan.columns = random_decimation(random, width, random.integer(2 * kMaxTaps, width), column_error);
+  if (random.integer(0, 3) == 0) {
+    plan.columns = {width, 0, width / 2 + 1, false};
+    column_error = 0;
+  }
   plan.background = static_cast<double>(random.integer(0, 2)) / 2;
   std::vector<float> table;
   plan.mask = random_mask(random, height, width, plan, table);
@@ -176,6 +180,8 @@ void test_refusals(const Kernels& kernels) {
   refuses([](Plan& p) { p.rows.cells = 33; }, DType::kFloat32, 64, "multiple");
   refuses([](Plan& p) { p.columns.cells = 65; }, DType::kFloat32, 64, "samples");
   refuses([](Plan& p) { p.columns.band = 17; }, DType::kFloat32, 64, "highest frequency");
+  refuses([](Plan& p) { p.columns.taps = 0; }, DType::kFloat32, 64, "whole");
+  refuses([](Plan& p) { p.rows = {64, 0, 33, false}; }, DType::kFloat32, 64, "taps");
 }
 
 }  // namespace

@@ -76,14 +76,15 @@ std::vector<double> constant_gains(const Mask& mask, bool transposed) {
 }
 
 std::int64_t random_side(Random& random) {
-  static constexpr std::int64_t kNotable[] = {32, 64, 67, 96, 101, 127, 128};
+  // Whole vectors, large primes, and lengths that are transformed in two levels.
+  static constexpr std::int64_t kNotable[] = {32, 64, 67, 96, 101, 127, 128, 192, 201, 256, 330, 384};
   switch (random.integer(0, 2)) {
     case 0:
       return random.integer(1, 9);
     case 1:
       return random.integer(10, 110);
     default:
-      return kNotable[random.integer(0, 6)];
+      return kNotable[random.integer(0, 11)];
   }
 }
 

@@ -40,7 +40,8 @@ class Traits:
     costs: Costs
     taps: tuple[int, ...]  #: window widths it has kernels for
     dense: bool = False  #: an axis of the decimated form may have dense windows, or be left as it is
-    whole_columns: bool = False  #: the decimated form may leave the columns axis as it is
+    whole_columns: bool = False  #: the decimated form may leave the axis of the width as it is
+    longest_sum: int = 0  #: samples of a cell that the rows axis may sum where the width is whole; 0: any number
     cells_multiple: int = 1  #: coarse sizes are this times 2^a 3^b 5^c
     extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
     transposes: bool = False  #: has the transposed variants of pruned and full
@@ -49,7 +50,7 @@ class Traits:
     streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
     centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
     slow_rows: str = ""  #: why "auto" passes it over for a matrix of one row, if it does
-    workspace: Callable[[Plan], int] | None = None  #: exact bytes for a plan, instead of the planner's estimate
+    workspace: Callable[[Plan], int] | None = None  #: bytes for a plan, instead of the planner's estimate
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from .plan import Decimation, Form, Plan
 _FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/plan.h
 _TABLE = 5  # MaskKind::kTable in csrc/mask.h
 
-_TAPS = (5, 6, 7, 8, 9)
+_TAPS = (6, 7, 8, 9)
 _CELLS_MULTIPLE = 32
+_LANES = 16  # floats in the widest vector
 
 # Fitted to 130 plans of 7 shapes on one busy core of a Sapphire Rapids Xeon (AVX-512), ns.
 _COSTS = Costs(
@@ -51,10 +52,13 @@ class CpuBackend:
             dtypes=frozenset(DTYPE_CODES),
             costs=_COSTS,
             taps=_TAPS,
+            whole_columns=True,
+            longest_sum=128,  # a chain of more loses the accuracy that plans promise
             cells_multiple=_CELLS_MULTIPLE,
             transposes=True,
             packs=0,
             slow_rows="it fills one SIMD lane of its transforms",
+            workspace=_workspace,
         )
 
     def supports(self, plan: Plan) -> str | None:
@@ -65,9 +69,12 @@ class CpuBackend:
         if plan.form == "decimated":
             if plan.dtype == torch.float64:
                 return "its windowed passes compute in fp32"
-            for n, axis in zip(plan.matrix, (plan.rows, plan.columns), strict=True):
-                if axis is None or axis.taps not in _TAPS or not 2 * axis.taps <= axis.cells <= n:
-                    return f"it has no kernel for {axis}"
+            height, width = plan.matrix
+            if not _windowed(height, plan.rows):
+                return f"it has no kernel for {plan.rows} along the height"
+            whole = plan.columns == Decimation(width, 0, width // 2 + 1)
+            if not whole and not _windowed(width, plan.columns):
+                return f"it has no kernel for {plan.columns} along the width"
             if plan.rows is not None and plan.rows.cells % _CELLS_MULTIPLE:
                 return f"its coarse rows come in groups of {_CELLS_MULTIPLE}"
         return None
@@ -82,6 +89,21 @@ class CpuBackend:
             by_stride.setdefault(stride, []).append(pointer)
         for stride, pointers in by_stride.items():
             _core.filter(pointers, DTYPE_CODES[plan.dtype], native, stride, scale, torch.get_num_threads())
+
+
+def _workspace(plan: Plan) -> int:
+    """Bytes on one thread with the widest vectors: of the decimated form the box's coarse spectrum, a ring of coarse
+    rows, and a transform with its work space."""
+    if plan.form != "decimated" or plan.rows is None or plan.columns is None:
+        return plan.workspace_bytes
+    columns = -(-plan.columns.band // _LANES) * _LANES
+    ring = (_LANES + plan.rows.taps) * (plan.matrix[1] + 5 * _LANES)
+    transform = 2 * _LANES * (max(plan.rows.cells, plan.columns.cells) + 2 * plan.columns.cells)
+    return 8 * plan.rows.cells * columns + 4 * (ring + transform)
+
+
+def _windowed(n: int, axis: Decimation | None) -> bool:
+    return axis is not None and axis.taps in _TAPS and 2 * axis.taps <= axis.cells <= n
 
 
 @lru_cache(maxsize=64)

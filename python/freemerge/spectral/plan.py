@@ -19,7 +19,8 @@ class Decimation:
     """Reduction of one axis of n samples to ``cells`` coarse cells, which carry the offsets ``|k| < band``.
 
     ``taps`` is the width of the Kaiser-Bessel window in cells; ``taps == 0`` stands for the periodic Dirichlet kernel,
-    which is exact and dense. ``nyquist`` centres the band on Nyquist instead of DC (n and cells are even then).
+    which is exact and dense, and leaves an axis of n = ``cells`` whole. ``nyquist`` centres the band on Nyquist instead
+    of DC (n and cells are even then).
     """
 
     cells: int

@@ -125,9 +125,11 @@ class _Request:
         costs, dtype = self.traits.costs, compute_dtype(self.dtype)
         best: tuple[float, Plan] | None = None
         for rows, row_error in self._axis(height, band_y, nyquist_y):
-            for columns, column_error in self._columns_axis(width, band_x, nyquist_x):
+            for columns, column_error in self._column_axis(width, band_x, nyquist_x):
                 if not (rows.taps or columns.taps):
                     continue  # the thin form does that
+                if not columns.taps and self.traits.longest_sum and height > self.traits.longest_sum * rows.cells:
+                    continue
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
                 error = math.sqrt(2) * math.hypot(row_error.alias, column_error.alias)
                 error += 2 * _ROUNDING[dtype] * math.sqrt(row_error.amplification * column_error.amplification) ** 0.5
@@ -213,10 +215,10 @@ class _Request:
                     accurate += 1
                     yield d, error
 
-    def _columns_axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
-        if self.traits.whole_columns:
-            yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
+    def _column_axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
         yield from self._axis(n, band, nyquist)
+        if self.traits.whole_columns and not self.traits.dense:
+            yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
 
     def _fir(self, n: int, d: Decimation, tap: float) -> float:
         """Cost per element of one pass along an axis."""
