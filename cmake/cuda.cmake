@@ -66,7 +66,8 @@ pybind11_add_module(_cuda MODULE ${FREEMERGE_CUDA_BINDINGS} ${FREEMERGE_CUDA_HOS
 target_compile_definitions(_cuda PRIVATE FREEMERGE_CUDA_MODULE=_cuda)
 target_include_directories(_cuda PRIVATE csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-target_compile_options(_cuda PRIVATE -Wall -Wextra -Wconversion -Werror)
+# As for the kernels above: the host finds the rows at which a mask steps.
+target_compile_options(_cuda PRIVATE -ffp-contract=off -Wall -Wextra -Wconversion -Werror)
 target_link_libraries(_cuda PRIVATE freemerge_cuda_kernels ${CMAKE_DL_LIBS})
 # The static runtime's symbols must not meet those of the shared one that torch loads.
 target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)

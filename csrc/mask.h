@@ -72,8 +72,9 @@ FM_HOST_DEVICE inline double smooth_gain(const Mask& m, double squared) {
     return -std::expm1(-0.5 * squared / (m.edge0 * m.edge0));
   }
   if (squared == 0.0) return 0.0;
+  if (m.order != std::floor(m.order) || m.order > 8.0)
+    return 1.0 / (1.0 + std::pow(m.edge0 / std::sqrt(squared), 2.0 * m.order));
   const double ratio = m.edge0 * m.edge0 / squared;
-  if (m.order != std::floor(m.order) || m.order > 8.0) return 1.0 / (1.0 + std::pow(ratio, m.order));
   double power = ratio;  // the usual orders cost a GPU much less this way
   for (int i = 1; i < static_cast<int>(m.order); ++i) power *= ratio;
   return 1.0 / (1.0 + power);

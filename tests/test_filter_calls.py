@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import threading
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -67,7 +70,7 @@ def test_calls_that_differ_in_one_thing_do_not_meet(backend: str) -> None:
 @AVAILABLE
 @pytest.mark.parametrize("count", [2, 3, 5, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_batches_taken_in_pairs(backend: str, count: int, dtype: torch.dtype) -> None:
+def test_batches_of_any_count(backend: str, count: int, dtype: torch.dtype) -> None:
     for height, width in ((40, 64), (33, 21)):
         memory = noise(count, height + 2, width + 6, dtype=dtype)
         for dense in (False, True):
@@ -79,6 +82,33 @@ def test_batches_taken_in_pairs(backend: str, count: int, dtype: torch.dtype) ->
                 assert_filtered(y / scale, memory[:, :height, :width], fm.Butterworth(0.4))
                 part.copy_(memory[:, :height, :width])
                 assert torch.equal(written, memory), "nothing beside the matrices was written"
+
+
+@AVAILABLE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_matrices_of_a_batch_do_not_meet(backend: str, dtype: torch.dtype) -> None:
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 5e-3)
+    for response in (fm.HighPass(0.4), fm.HighPass(0.05), fm.Butterworth(0.4)):
+        alone = noise(3, 96, 96, dtype=dtype)
+        alone[2] = 0.0
+        want = [fm.filtered(x, response, backend=backend) for x in alone]
+        for neighbour in (1e6, math.nan, math.inf):
+            batch = torch.stack([x for i in range(3) for x in (alone[i] * neighbour, alone[i])])
+            fm.filter_(batch, response, backend=backend)
+            for got, expected in zip(batch[1::2], want, strict=True):
+                assert float((got - expected).double().norm()) <= tolerance * float(expected.double().norm())
+            assert not batch[5].any(), "a matrix of zeros stays one"
+
+
+def test_masks_are_let_go(no_routes: None) -> None:
+    kept = []
+    for i in range(40):
+        response = fm.Custom(np.full((12, 14), float(i)))
+        kept.append(weakref.ref(response._array))
+        fm.filter_(noise(12, 14), response, backend="torch")
+    del response
+    gc.collect()
+    assert sum(ref() is not None for ref in kept) < 20
 
 
 @AVAILABLE
@@ -116,11 +146,10 @@ def test_routes_are_bounded_and_made_once_for_a_kind(monkeypatch: pytest.MonkeyP
         fm.filter_([noise(8, 9), noise(8, 9, seed=1)], fm.HighPass(0.1))
         fm.filter_(noise(8, 9), fm.HighPass(0.1))
     assert made == [(8, 9)]
-    limit = filtering._route.cache_info().maxsize
-    assert limit is not None
+    limit = filtering._route.capacity
     for width in range(1, limit + 20):
         fm.filter_(torch.ones(1, width), fm.HighPass(9.0))
-    assert filtering._route.cache_info().currsize <= limit
+    assert len(filtering._route) <= limit
 
 
 @AVAILABLE
@@ -257,7 +286,7 @@ def test_tables_are_weighed_once_each() -> None:
 def test_the_tables_of_many_filters_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     from freemerge.spectral import cache, torch_columns
 
-    monkeypatch.setattr(cache, "_TABLE_BYTES", 1 << 20)
+    monkeypatch.setattr(cache, "TABLE_BYTES", 1 << 20)
     kept: list[Cache[object, object]] = []
 
     class Watched(Cache):  # type: ignore[type-arg]

@@ -265,7 +265,7 @@ int columns_log2(std::int64_t height, std::int64_t bins) {
   return log2;
 }
 
-// Large radices first and last: the last one also masks. False if a factor remains.
+// Large radices last: the last one also masks. False if a factor remains.
 bool factor(std::int64_t height, Job* job) {
   job->passes = 0;
   for (const int radix : {16, 4, 2, 7, 5, 3}) {

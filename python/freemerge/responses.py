@@ -590,6 +590,12 @@ def has_closed_form(response: Response) -> bool:
     return isinstance(response.inner if isinstance(response, _Transposed) else response, _ClosedForm)
 
 
+def holds_array(response: Response) -> bool:
+    """Whether a response keeps a mask of its own, as large as half a matrix."""
+    inner = response.inner if isinstance(response, _Transposed) else response
+    return isinstance(inner, Custom) and inner._array is not None
+
+
 def transposed(response: Response) -> Response:
     """The response for which filtering a transposed matrix is the transposed result of ``response``."""
     return response.inner if isinstance(response, _Transposed) else _Transposed(response)

@@ -160,21 +160,29 @@ class _DevicePart(_Part):
         self._device = updates[0].weights.device
         self._runtime = cuda.RUNTIME
         self._switch = self._runtime.module.SparseSwitch(jobs)
+        self._streams: set[tuple[int, int]] = set()  # those whose work freed memory of the jobs waits for
+
+    def _keep_for(self, place: tuple[int, int]) -> None:
+        if place not in self._streams and self._runtime.device_type == "cuda":
+            for tensor in self._kept:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+            self._streams.add(place)
 
     def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
         place = self._runtime.place(self._device)
         saved = torch.empty(self._switch.saved_bytes, dtype=torch.uint8, device=self._device)  # the allocator's scratch
         memory = _storages(weights)
+        self._keep_for(place)
         self._switch.apply(saved.data_ptr(), *place)
         _mark_changed(weights)
 
         def restore(_: object = memory) -> None:
             now = self._runtime.place(self._device)
+            self._keep_for(now)
+            if now != place:  # freed memory goes back to the stream that it was taken on
+                saved.record_stream(torch.cuda.current_stream(self._device))
             self._switch.restore(saved.data_ptr(), *now)
             _mark_changed(weights)
-            if now != place:  # freed memory goes back to the stream that it was taken on
-                for tensor in (saved, *self._kept):
-                    tensor.record_stream(torch.cuda.current_stream(self._device))
 
         return restore
 
@@ -281,7 +289,9 @@ def _storages(weights: Sequence[torch.Tensor]) -> list[torch.UntypedStorage]:
 
 def _mark_changed(changed: Sequence[torch.Tensor]) -> None:
     """Tell autograd of a native write, so that a backward pass through the former weights is an error, not a lie."""
-    torch.autograd.graph.increment_version([tensor for tensor in changed if not tensor.is_inference()])
+    for tensor in changed:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)  # torch 2.4 takes no list
 
 
 def _pointer(indices: torch.Tensor) -> tuple[int, bool, int]:

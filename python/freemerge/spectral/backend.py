@@ -46,7 +46,6 @@ class Traits:
     extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
     transposes: bool = False  #: has the transposed variants of pruned and full
     packs: int | None = None  #: full keeps a spectrum of more bytes in the matrix's own memory (fp32, fp64)
-    pairs: int = 0  #: full takes matrices of at most so many elements of a batch in pairs, as complex ones
     streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
     centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
     slow_rows: str = ""  #: why "auto" passes it over for a matrix of one row, if it does

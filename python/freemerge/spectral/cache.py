@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from threading import Lock
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 
+from ..responses import Response, holds_array
+
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
-_TABLE_BYTES = 128 << 20
+_MASKS = 8  # responses that hold an array, whose results are kept
+TABLE_BYTES = 128 << 20  # of what the tables of one kind may take
 
 
 class Cache(Generic[Key, Value]):
@@ -61,9 +64,29 @@ class Cache(Generic[Key, Value]):
         return value
 
 
+class ByResponse(Generic[Value]):
+    """Keeps the latest results of a function whose first argument is a response: few where that holds a mask."""
+
+    def __init__(self, make: Callable[..., Value], capacity: int) -> None:
+        self.capacity = capacity
+        self._known, self._masks = lru_cache(capacity)(make), lru_cache(_MASKS)(make)
+
+    def __call__(self, response: Response, *rest: Hashable) -> Value:
+        return (self._masks if holds_array(response) else self._known)(response, *rest)
+
+    def __len__(self) -> int:
+        """The number of results kept."""
+        return sum(cache.cache_info().currsize for cache in (self._known, self._masks))
+
+    def cache_clear(self) -> None:
+        """Forget all results."""
+        self._known.cache_clear()
+        self._masks.cache_clear()
+
+
 def cached_tables(make: Callable[[Key], Value]) -> Callable[[Key], Value]:
     """Keeps the results of a function of one argument, up to 128 MiB of the tensors and arrays in them."""
-    cache: Cache[Key, Value] = Cache(_TABLE_BYTES, table_bytes)
+    cache: Cache[Key, Value] = Cache(TABLE_BYTES, table_bytes)
 
     @wraps(make)
     def get(key: Key) -> Value:

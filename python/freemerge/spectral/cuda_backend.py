@@ -15,7 +15,7 @@ from ..errors import BackendError
 from ..native import DTYPE_CODES
 from ..responses import MaskParams, Response, matrix_shape
 from .backend import BackendInfo, Costs, Traits, addresses, multiply_
-from .cache import Cache
+from .cache import TABLE_BYTES, Cache, table_bytes
 from .plan import Decimation, Form, Plan
 
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "full"))
@@ -29,8 +29,7 @@ _COSTS = Costs(
     start=60_000.0,
 )  # fmt: skip
 
-_CACHED_TABLES = 64
-_CACHED_FILTERS = 256
+_FILTER_BYTES = 1 << 19  # of a cached filter itself: at most so many share the bytes of their tables
 _CACHED_SIZES = 16
 _FFT_ALIGNMENT = 8  # bytes of a complex number, to which cuFFT wants real ones aligned
 
@@ -67,8 +66,10 @@ class CudaBackend:
 
     def __init__(self, runtime: Runtime = RUNTIME) -> None:
         self._runtime = runtime
-        self._tables: Cache[object, tuple[torch.Tensor, ...]] = Cache(_CACHED_TABLES)
-        self._filters: Cache[Plan, _Prepared] = Cache(_CACHED_FILTERS)
+        self._tables: Cache[object, tuple[torch.Tensor, ...]] = Cache(TABLE_BYTES, table_bytes)
+        self._filters: Cache[Plan, _Prepared] = Cache(
+            TABLE_BYTES, lambda prepared: _FILTER_BYTES + table_bytes(prepared.tables)
+        )
 
     def info(self) -> BackendInfo:
         reason, details = self._runtime.state

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
 from ..errors import ArgumentError, BackendError
 from ..responses import Response, matrix_shape
 from .backend import Backend, BackendInfo, Traits
+from .cache import ByResponse
 from .cpu_backend import CpuBackend
 from .cuda_backend import CudaBackend
 from .plan import Plan
@@ -50,8 +50,7 @@ def check_backend(backend: str) -> None:
         raise ArgumentError(f"backend must be 'auto' or one of {names}, got {backend!r}")
 
 
-@lru_cache(maxsize=_CACHED_PLANS)
-def _choose(
+def _first_that_can(
     response: Response,
     shape: tuple[int, ...],
     count: int,
@@ -84,6 +83,9 @@ def _choose(
             return candidate, plan.because(refusals)
         refusals.append(f"backend {candidate.name} {refusal}")
     raise BackendError("; ".join(refusals))
+
+
+_choose = ByResponse(_first_that_can, _CACHED_PLANS)
 
 
 def _first_supported(

@@ -6,7 +6,6 @@ import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -16,6 +15,7 @@ import torch
 from ..errors import ArgumentError
 from ..responses import Response, finite_number, transposed
 from .backend import Backend, matrices, multiply_
+from .cache import ByResponse
 from .dispatch import check_backend, choose
 from .memory import internal_overlap, overlapping_pair
 from .plan import Plan
@@ -62,18 +62,18 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
     response, several, exact = _checked_response(response), isinstance(x, (list, tuple)), exact_products()
+    check_backend(backend)
     tensors: list[torch.Tensor] = []
     work: dict[_Route, list[torch.Tensor]] = {}
     for i, item in enumerate(cast(Sequence[Any], x) if several else (x,)):
         name = f"x[{i}]" if several else "x"
         tensor = _tensor(item, name)
-        route = _route(tensor.shape, tensor.stride(), tensor.dtype, tensor.device, response, backend, exact)
+        route = _route(response, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, backend, exact)
         if isinstance(route, str):
             raise ArgumentError(route.format(name=name))
         tensors.append(tensor)
         work.setdefault(route, []).append(tensor)
     if several:
-        check_backend(backend)  # where there is no tensor to look for a route for
         pair = overlapping_pair(tensors)
         if pair is not None:
             raise ArgumentError(f"x[{pair[0]}] and x[{pair[1]}] share memory; each would be filtered twice")
@@ -139,6 +139,8 @@ def _tensor(item: Any, name: str) -> torch.Tensor:
     x = item if isinstance(item, torch.Tensor) else _as_tensor(item, name)
     if x.layout is not torch.strided:
         raise ArgumentError(f"{name} must be a dense tensor with data, got layout {x.layout} on device {x.device}")
+    if x.is_neg() or x.is_conj():
+        raise ArgumentError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
     if x.requires_grad:
         if not x.is_leaf:
             raise ArgumentError(
@@ -148,13 +150,12 @@ def _tensor(item: Any, name: str) -> torch.Tensor:
     return x
 
 
-@lru_cache(maxsize=_CACHED_ROUTES)
-def _route(
+def _find_route(
+    response: Response,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-    response: Response,
     backend: str,
     exact: bool,
 ) -> _Route | str:
@@ -175,6 +176,9 @@ def _route(
     chosen, plan = choose(wanted, matrix, dtype, device, backend)
     whole = len(shape) in (2, 3) and strides[-1] == 1
     return _Route(chosen, plan, whole, flips, steps[-1] != 1 and matrix[-1] > 1, _centers(chosen, plan))
+
+
+_route = ByResponse(_find_route, _CACHED_ROUTES)
 
 
 def _as_tensor(item: Any, name: str) -> torch.Tensor:

@@ -82,6 +82,9 @@ class Plan:
             (self.backend, self.form, self.shape, self.dtype, self.device, self.response, self.rows, self.columns)
         )
 
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}  # it differs by process
+
     @property
     def matrix(self) -> tuple[int, int]:
         """(H, W)."""

@@ -32,7 +32,6 @@ _FLAT_ELEMENTS = 1 << 17  # of the matrix that does both axes at once
 _THIN_BLOCK = 1 << 19  # elements of a matrix that one round of products takes
 _PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
 _SMALL_BYTES = 16 << 20  # a spectrum that may always have memory of its own
-_PAIRED = 0.6  # share of the cost of real transforms that remains where two matrices make a complex one
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -256,8 +255,6 @@ class _Request:
             moves = 6 if packed and large else 2
             transformed = gains.size if traits.streams else int(np.count_nonzero(np.isnan(gains)))
             cost = base + down * height * transformed
-            if self.count > 1 and height * width <= traits.pairs:
-                cost *= _PAIRED
             cost += moves * costs.move * height * width
             cost += 2 * costs.spectrum * height * int(np.count_nonzero(gains))  # NaN, a gain that varies, counts
             cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together

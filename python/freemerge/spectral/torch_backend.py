@@ -12,7 +12,7 @@ import torch
 
 from .backend import BackendInfo, Costs, Traits, multiply_
 from .plan import Form, Plan
-from .torch_columns import SMALL_ELEMENTS, run_columns
+from .torch_columns import run_columns
 from .torch_decimated import run_decimated
 from .torch_products import Run, exact_products
 from .torch_thin import run_thin
@@ -46,7 +46,6 @@ class TorchBackend:
             dense=exact,
             extra_taps=8 if cpu else 64,
             packs=16 << 20,  # a smaller spectrum is faster in memory of its own
-            pairs=SMALL_ELEMENTS,
         )
 
     def supports(self, plan: Plan) -> str | None:

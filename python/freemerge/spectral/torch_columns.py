@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -121,46 +122,35 @@ def _vector_gains(plan: Plan) -> np.ndarray | torch.Tensor:
 def _run_vectors(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
     """Rows that are matrices of their own."""
     gains, width = _vector_gains(plan), plan.matrix[1]
-    for x in batches:
-        if isinstance(gains, np.ndarray):
-            values = x.numpy()
-            spectrum = np.fft.rfft(values)
-            spectrum *= gains
-            np.fft.irfft(spectrum, width, out=values)
-            if scale != 1.0:
-                x.mul_(scale)
-        else:
-            half = torch.fft.rfft(x.to(compute_dtype(plan.dtype))).mul_(gains)
-            _combine(x, 0.0, torch.fft.irfft(half, n=width), scale)
+    step = max(1, _BLOCK_ELEMENTS // width)
+    for batch in batches:
+        for x in (batch,) if batch.ndim == 2 or batch.shape[0] <= step else torch.split(batch, step):
+            if isinstance(gains, np.ndarray):
+                values = x.numpy()
+                spectrum = np.fft.rfft(values)
+                spectrum *= gains
+                np.fft.irfft(spectrum, width, out=values)
+                if scale != 1.0:
+                    x.mul_(scale)
+            else:
+                half = torch.fft.rfft(x.to(compute_dtype(plan.dtype))).mul_(gains)
+                _combine(x, 0.0, torch.fft.irfft(half, n=width), scale)
 
 
 @cached_tables
-def _small_gains(plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gains of the half spectrum and of the whole one, complex, as a product of complex tensors is faster."""
-    dtype = compute_dtype(plan.dtype).to_complex()
-    half, whole = plan.response.half_mask(plan.shape), plan.response.mask(plan.shape)
-    return torch.tensor(half, dtype=dtype, device=plan.device), torch.tensor(whole, dtype=dtype, device=plan.device)
+def _small_gains(plan: Plan) -> torch.Tensor:
+    """Gains of the half spectrum, complex, as a product of complex tensors is faster."""
+    gains = plan.response.half_mask(plan.shape)
+    return torch.tensor(gains, dtype=compute_dtype(plan.dtype).to_complex(), device=plan.device)
 
 
 def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    """Full, in as few steps as there can be, for as many matrices at a time as fit the cache.
-
-    A filter turns real into real, so two matrices are filtered as the real and the imaginary part of one.
-    """
-    half, whole = _small_gains(plan)
-    step = 2 * max(1, _BLOCK_ELEMENTS // (2 * whole.numel()))
+    """Full, in as few steps as there can be, for as many matrices at a time as fit the cache."""
+    gains = _small_gains(plan)
+    step = max(1, _BLOCK_ELEMENTS // math.prod(plan.matrix))
     for batch in batches:
-        count = batch.shape[0] if batch.ndim > 2 else 1
-        for start in range(0, count - 1, step):
-            stop = min(start + step, count - count % 2)
-            x = (batch if stop - start == count else batch[start:stop]).view(2, -1, *plan.matrix)
-            z = torch.complex(*_converted(x, half).unbind(0))
-            z = torch.fft.fft2(z).mul_(whole)  # lets go of memory that the next step finds in cache
-            z = torch.view_as_real(torch.fft.ifft2(z))
-            _combine(x, 0.0, z.movedim(-1, 0), scale)
-        if count % 2:
-            x = batch[-1] if batch.ndim > 2 else batch
-            z = torch.fft.fft(torch.fft.rfft(_converted(x, half)), dim=0).mul_(half)
+        for x in (batch,) if batch.ndim == 2 or batch.shape[0] <= step else torch.split(batch, step):
+            z = torch.fft.fft(torch.fft.rfft(_converted(x, gains)), dim=-2).mul_(gains)
             _combine(x, 0.0, torch.fft.irfft2(z, s=plan.matrix), scale)
 
 

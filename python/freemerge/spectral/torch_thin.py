@@ -79,9 +79,10 @@ def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
                 _filter(converted, tables, keep, scale)
                 x.copy_(converted)
         elif tables.flat is not None and batch.is_contiguous():
-            rows, (down, up) = batch.view(-1, math.prod(plan.matrix)), tables.flat
-            spectrum = torch.mm(rows.double(), down).to(rows.dtype)
-            rows.addmm_(spectrum, up, beta=keep, alpha=scale)
+            size, (down, up) = math.prod(plan.matrix), tables.flat
+            for rows in torch.split(batch.view(-1, size), max(1, _BLOCK_ELEMENTS // size)):
+                spectrum = torch.mm(rows.double(), down).to(rows.dtype)
+                rows.addmm_(spectrum, up, beta=keep, alpha=scale)
         elif batch.ndim > 2 and batch.is_contiguous():
             group = max(1, _BLOCK_ELEMENTS // math.prod(plan.matrix))
             for start in range(0, batch.shape[0], group):
