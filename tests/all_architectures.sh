@@ -6,7 +6,7 @@ out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 echo "architectures:" $(nvcc --list-gpu-code)
 for kernel in cuda/*.cu; do
-  case $kernel in *_mask.cu) extra=-fmad=false ;; *) extra= ;; esac
+  case $kernel in *_mask.cu | *column_filter.cu) extra=-fmad=false ;; *) extra= ;; esac
   nvcc -std=c++17 -O3 -arch=all --threads 0 -Werror=all-warnings -Xptxas=-v,-warn-spills,-Werror $extra -I. -c "$kernel" \
     -o "$out/kernel.o" > "$out/log" 2>&1 || { cat "$out/log" >&2; exit 1; }
   echo "$kernel: $(grep -c 'Compiling entry function' "$out/log") kernels, at most" \

@@ -1,5 +1,6 @@
-// The tuning numbers of the CUDA backend (shapes of tiles are beside their kernels), for an H100 SXM (132 multiprocessors, 50 MB of L2, 3.35 TB/s):
-// from the traffic model, corrected after profiles of the filter on one. None has been swept on its own.
+// The tuning numbers of the CUDA backend (shapes of tiles are beside their kernels), for an H100 SXM (132
+// multiprocessors, 50 MB of L2, 3.35 TB/s): from the traffic model, corrected after profiles of the filter on
+// one. None has been swept on its own.
 #pragma once
 
 #include <cstddef>
