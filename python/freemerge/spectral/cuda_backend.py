@@ -43,9 +43,10 @@ class _Prepared:
     sizes: Cache[tuple[int, ...], int] = field(default_factory=lambda: Cache(_CACHED_SIZES))
     streams: set[int] = field(default_factory=set)  #: those whose work the tables' memory waits for when it is freed
 
-    def workspace(self, batches: Sequence[torch.Tensor], stream: Stream) -> int:
+    def workspace(
+        self, batches: Sequence[torch.Tensor], pointers: list[int], strides: list[int], stream: Stream
+    ) -> int:
         """Bytes of workspace for these matrices; it depends on how they lie in memory, as cuFFT's plans do."""
-        pointers, strides = addresses(batches)
 
         def ask() -> int:
             return int(self.native.workspace(pointers, strides, stream.device, stream.handle))
@@ -104,7 +105,7 @@ class CudaBackend:
         """Device memory that :meth:`run` takes beside the matrices, at most, for any number of them."""
         stream = self._runtime.stream(torch.device(plan.device))
         prepared = self._prepared(plan, stream)
-        return prepared.workspace([], stream) if prepared.native is not None else 0
+        return prepared.workspace([], [], [], stream) if prepared.native is not None else 0
 
     def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
         if not batches:
@@ -116,7 +117,7 @@ class CudaBackend:
             multiply_(batches, scale * plan.background)
             return
         pointers, strides = addresses(batches)
-        needed = prepared.workspace(batches, stream)
+        needed = prepared.workspace(batches, pointers, strides, stream)
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
         prepared.native.run(
             pointers, strides, scale, workspace.data_ptr(), needed, stream.device, stream.handle,
