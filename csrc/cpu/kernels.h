@@ -14,6 +14,14 @@
 
 namespace freemerge {
 
+inline constexpr int kMaxLanes = 16;
+
+// Of a block of columns of the released code's mask: distances below disc lie in the disc, those from
+// ring_begin to ring_end on the ring.
+struct OfficialLanes {
+  std::int32_t disc[kMaxLanes] = {}, ring_begin[kMaxLanes] = {}, ring_end[kMaxLanes] = {};
+};
+
 // T is the arithmetic type: float, or double for float64 storage.
 template <typename T>
 struct TransformKernels {
@@ -30,6 +38,12 @@ struct TransformKernels {
                        const BlockGains<T>& gains, T* scratch);
   // Multiplies it by one number; by 0 also where it holds no number.
   void (*scale_block)(const Spectrum<T>& spectrum, std::int64_t block, T gain);
+
+  // Gains of a block of columns; see step_gains.inl.
+  void (*step_gains)(const std::int32_t* inner, const std::int32_t* outer, const T* gains, std::int64_t rows,
+                     T* out);
+  void (*official_gains)(const OfficialLanes& own, const OfficialLanes& mirror, std::int64_t signals,
+                         std::int64_t rows, T factor, T offset, T* out);
 };
 
 // Storage is the type in memory, T the type of its arithmetic.
@@ -47,7 +61,9 @@ struct SignalKernels {
 };
 
 struct Kernels {
-  // Gains of a smooth mask; see radial.inl.
+  // Gains of smooth masks; see radial.inl.
+  void (*butterworth_gains)(float scale, int order, const float* column_squared, const float* row_squared,
+                            std::int64_t rows, float factor, float offset, float* out);
   void (*radial_gains)(const RadialCells& cells, const float* column_squared, const float* row_squared,
                        std::int64_t rows, float factor, float offset, float* out);
   DecimatedKernels decimated;

@@ -3,6 +3,7 @@
 #include "cpu/kernels.h"
 #include "cpu/radial.inl"
 #include "cpu/row_column.inl"
+#include "cpu/step_gains.inl"
 
 namespace freemerge::FREEMERGE_ISA {
 
@@ -17,7 +18,8 @@ void inverse_kernel(const Fft<T>& plan, T* data, T* work) {
 
 template <typename T>
 constexpr TransformKernels<T> transform_table() {
-  return {kLanes<T>, forward_kernel<T>, inverse_kernel<T>, filter_block<T>, scale_block<T>};
+  return {kLanes<T>,      forward_kernel<T>, inverse_kernel<T>, filter_block<T>,
+          scale_block<T>, step_gains<T>,     official_gains<T>};
 }
 
 template <typename Storage>
@@ -27,7 +29,8 @@ constexpr SignalKernels<Storage, Arithmetic<Storage>> signal_table() {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    radial_gains,          kDecimatedKernels,      transform_table<float>(), transform_table<double>(),
-    signal_table<float>(), signal_table<double>(), signal_table<bfloat16>(), signal_table<float16>()};
+    butterworth_gains,         radial_gains,          kDecimatedKernels,      transform_table<float>(),
+    transform_table<double>(), signal_table<float>(), signal_table<double>(), signal_table<bfloat16>(),
+    signal_table<float16>()};
 
 }  // namespace freemerge::FREEMERGE_ISA

@@ -5,13 +5,20 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/cache.h"
+
 namespace freemerge {
 namespace {
 
-constexpr int kMaxLanes = 16;
-
 // Smaller masks are evaluated bin by bin: a table would cost more.
 constexpr std::int64_t kLeastBinsForTable = 1 << 14;
+
+// A few multiplications and a division: a Butterworth mask of a usual order. The division needs 1 / edge0^2.
+bool has_short_formula(const Mask& mask) {
+  const double order = mask.order, squared = mask.edge0 * mask.edge0;
+  return mask.kind == MaskKind::kButterworth && order >= 1 && order <= 4 && order == std::floor(order) &&
+         squared > 1e-30 && squared < 1e30;
+}
 
 // The number of rows 0 <= row < limit with inside(row), which holds up to some row and not from there on. The
 // search starts at the neighbouring column's answer, which is close.
@@ -39,6 +46,7 @@ MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed, const Kernels& ke
   if (mask.kind == MaskKind::kButterworth || mask.kind == MaskKind::kGaussian) {
     if (std::is_same_v<T, float> && length_ * signals_ >= kLeastBinsForTable) tabulate();
   }
+  for (std::int64_t column = 0; column <= length_ / 2; ++column) constants_.push_back(find_constant(column));
 }
 
 template <typename T>
@@ -107,9 +115,10 @@ void MaskColumns<T>::tabulate() {
   };
   row_squared_ = squares(row_unit, rows());
   column_squared_ = squares(column_unit, length_ / 2 + 1);
+  if (has_short_formula(mask_)) return;
   const double unit = std::min(row_unit, column_unit);
   radial_.emplace(mask_, 0.5 * unit * unit, 1.001 * (row_squared_.back() + column_squared_.back()));
-  if (!radial_->usable()) radial_.reset();
+  if (!radial_->usable()) row_squared_.clear(), radial_.reset();
 }
 
 template <typename T>
@@ -120,8 +129,14 @@ void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lan
     for (int j = 0; j < lanes; ++j) {
       column_squared[j] = column_squared_[static_cast<std::size_t>(columns[std::min(j, count - 1)])];
     }
-    kernels_->radial_gains(radial_->cells(), column_squared, row_squared_.data(), rows(),
-                           static_cast<float>(factor), static_cast<float>(factor * background), out);
+    const auto scale = static_cast<float>(factor), offset = static_cast<float>(factor * background);
+    if (!radial_) {
+      kernels_->butterworth_gains(static_cast<float>(1 / (mask_.edge0 * mask_.edge0)),
+                                  static_cast<int>(mask_.order), column_squared, row_squared_.data(), rows(),
+                                  scale, offset, out);
+      return;
+    }
+    kernels_->radial_gains(radial_->cells(), column_squared, row_squared_.data(), rows(), scale, offset, out);
     for (int j = 0; j < count; ++j) {  // the table begins beyond the origin
       if (columns[j] == 0) out[j] = static_cast<float>(factor * (gain(0, 0) - background));
     }
@@ -129,7 +144,7 @@ void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lan
 }
 
 template <typename T>
-std::optional<double> MaskColumns<T>::constant(std::int64_t column) const {
+std::optional<double> MaskColumns<T>::find_constant(std::int64_t column) const {
   const auto index = static_cast<std::size_t>(column);
   if (rows() == 1) return gain(column, 0);
   switch (mask_.kind) {
@@ -182,21 +197,12 @@ void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, dou
       inner[j] = inner_[static_cast<std::size_t>(columns[j])];
       outer[j] = outer_[static_cast<std::size_t>(columns[j])];
     }
-    const T gain0 = value(mask_.gain0), gain1 = value(mask_.gain1), gain2 = value(mask_.gain2);
-    for (std::int64_t row = 0; row < rows(); ++row) {
-      const auto position = static_cast<std::int32_t>(row);
-      T* const to = out + row * lanes;
-      for (int j = 0; j < lanes; ++j) {
-        to[j] = position < inner[j] ? gain0 : position < outer[j] ? gain1 : gain2;
-      }
-    }
-    return;
+    const T gains[3] = {value(mask_.gain0), value(mask_.gain1), value(mask_.gain2)};
+    return transform_kernels(*kernels_, T{}).step_gains(inner, outer, gains, rows(), out);
   }
   if (mask_.kind == MaskKind::kOfficial) {
-    struct Lanes {
-      std::int32_t disc[kMaxLanes] = {}, ring_begin[kMaxLanes] = {}, ring_end[kMaxLanes] = {};
-    } own, mirror;
-    const auto gather = [&](const OfficialSteps& steps, Lanes& into) {
+    OfficialLanes own, mirror;
+    const auto gather = [&](const OfficialSteps& steps, OfficialLanes& into) {
       for (int j = 0; j < count; ++j) {
         const auto column = static_cast<std::size_t>(columns[j]);
         into.disc[j] = steps.disc[column];
@@ -206,28 +212,42 @@ void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, dou
     };
     gather(own_, own);
     gather(mirror_, mirror);
-    const T half = static_cast<T>(0.5 * factor), offset = static_cast<T>(factor * background);
-    for (std::int64_t row = 0; row < rows(); ++row) {
-      const auto distance = static_cast<std::int32_t>(std::abs(row - signals_ / 2));
-      const auto mirror_distance =
-          static_cast<std::int32_t>(std::abs((row == 0 ? 0 : signals_ - row) - signals_ / 2));
-      T* const to = out + row * lanes;
-      for (int j = 0; j < lanes; ++j) {
-        const int hits = (distance < own.disc[j]) + (distance < own.ring_end[j]) -
-                         (distance < own.ring_begin[j]) + (mirror_distance < mirror.disc[j]) +
-                         (mirror_distance < mirror.ring_end[j]) - (mirror_distance < mirror.ring_begin[j]);
-        to[j] = static_cast<T>(hits) * half - offset;
-      }
-    }
-    return;
+    return transform_kernels(*kernels_, T{})
+        .official_gains(own, mirror, signals_, rows(), static_cast<T>(0.5 * factor),
+                        static_cast<T>(factor * background), out);
   }
-  if (radial_) return fill_smooth(columns, count, lanes, background, factor, out);
+  if (!row_squared_.empty()) return fill_smooth(columns, count, lanes, background, factor, out);
   for (std::int64_t row = 0; row < rows(); ++row) {
     for (int j = 0; j < count; ++j) out[row * lanes + j] = value(gain(columns[j], row));
     for (int j = count; j < lanes; ++j) out[row * lanes + j] = T{0};
   }
 }
 
+namespace {
+
+struct Key {
+  Mask mask;
+  bool transposed;
+  const Kernels* kernels;
+};
+
+bool operator==(const Key& a, const Key& b) {
+  return a.mask == b.mask && a.transposed == b.transposed && a.kernels == b.kernels;
+}
+
+}  // namespace
+
+template <typename T>
+std::shared_ptr<const MaskColumns<T>> mask_columns_for(const Mask& mask, bool transposed,
+                                                       const Kernels& kernels) {
+  const auto build = [&] { return MaskColumns<T>(mask, transposed, kernels); };
+  if (mask.kind == MaskKind::kTable) return std::make_shared<const MaskColumns<T>>(build());
+  static LruCache<Key, MaskColumns<T>> cache(32);
+  return cache.get({mask, transposed, &kernels}, build);
+}
+
+template std::shared_ptr<const MaskColumns<float>> mask_columns_for(const Mask&, bool, const Kernels&);
+template std::shared_ptr<const MaskColumns<double>> mask_columns_for(const Mask&, bool, const Kernels&);
 template class MaskColumns<float>;
 template class MaskColumns<double>;
 

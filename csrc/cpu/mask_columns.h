@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -28,7 +29,9 @@ class MaskColumns {
   std::int64_t rows() const { return mirrored_ ? signals_ / 2 + 1 : signals_; }
 
   // The column's gain if it is one number.
-  std::optional<double> constant(std::int64_t column) const;
+  std::optional<double> constant(std::int64_t column) const {
+    return constants_[static_cast<std::size_t>(column)];
+  }
 
   // out[row * lanes + j] = factor * (gain of columns[j] - background), for 0 <= j < count <= lanes; the other
   // lanes are set to zero.
@@ -39,6 +42,7 @@ class MaskColumns {
   void fill_smooth(const std::int32_t* columns, int count, int lanes, double background, double factor,
                    T* out) const;
   double gain(std::int64_t column, std::int64_t row) const;
+  std::optional<double> find_constant(std::int64_t column) const;
   void find_steps();
   void find_official_steps();
   void tabulate();
@@ -48,6 +52,7 @@ class MaskColumns {
   bool transposed_;
   std::int64_t length_, signals_;
   bool mirrored_;
+  std::vector<std::optional<double>> constants_;  // of every column
 
   // kSteps: rows below inner_[k] lie inside edge0, rows below outer_[k] inside edge1.
   std::vector<std::int32_t> inner_, outer_;
@@ -59,9 +64,14 @@ class MaskColumns {
   };
   OfficialSteps own_, mirror_;
 
-  // kButterworth and kGaussian, in float arithmetic.
+  // kButterworth and kGaussian, in float arithmetic; the table where no short formula does.
   std::optional<RadialTable> radial_;
   std::vector<float> row_squared_, column_squared_;
 };
+
+// Cached unless the mask is a table, whose contents a key cannot tell.
+template <typename T>
+std::shared_ptr<const MaskColumns<T>> mask_columns_for(const Mask& mask, bool transposed,
+                                                       const Kernels& kernels);
 
 }  // namespace freemerge

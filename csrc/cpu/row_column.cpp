@@ -25,7 +25,8 @@ class RowColumnFilter {
                   std::int64_t row_stride, const Kernels& kernels)
       : transforms_(transform_kernels(kernels, T{})),
         signals_(signal_kernels(kernels, Storage{})),
-        mask_(mask, transposed, kernels),
+        shared_mask_(mask_columns_for<T>(mask, transposed, kernels)),
+        mask_(*shared_mask_),
         transposed_(transposed),
         background_(background),
         scale_(scale),
@@ -38,9 +39,11 @@ class RowColumnFilter {
 
   // Whether some column's gain is the background throughout, but for the rounding of a gain.
   bool prunes() const {
-    return std::any_of(constants_.begin(), constants_.end(), [&](const std::optional<double>& gain) {
-      return gain && std::abs(*gain - background_) <= 1e-6;
-    });
+    for (std::int64_t column = 0; column <= mask_.length() / 2; ++column) {
+      const std::optional<double> gain = mask_.constant(column);
+      if (gain && std::abs(*gain - background_) <= 1e-6) return true;
+    }
+    return false;
   }
 
   // Blocks of the longest loop over one matrix.
@@ -91,10 +94,7 @@ class RowColumnFilter {
   // Keeps the columns that differ from the background somewhere; the edge goes last.
   void keep_columns() {
     const std::int64_t length = mask_.length();
-    for (std::int64_t column = 0; column <= length / 2; ++column) {
-      constants_.push_back(mask_.constant(column));
-    }
-    const auto needed = [&](std::int64_t column) { return constant(column) != background_; };
+    const auto needed = [&](std::int64_t column) { return mask_.constant(column) != background_; };
     const auto keep = [&](std::int64_t column, std::int64_t low, std::int64_t high) {
       columns_.push_back(static_cast<std::int32_t>(column));
       low_.push_back(static_cast<std::int32_t>(low));
@@ -122,19 +122,15 @@ class RowColumnFilter {
     spectrum_.tiled = !in_place_ || row_stride_ == length;
   }
 
-  // The gain of a column if it is one number.
-  std::optional<double> constant(std::int64_t column) const {
-    return constants_[static_cast<std::size_t>(column)];
-  }
-
   // The gain of all columns of a block if it is one number.
   std::optional<double> block_constant(std::int64_t block) const {
     const std::int64_t begin = block * spectrum_.lanes, end = begin + spectrum_.columns_in(block);
-    const std::optional<double> gain = constant(columns_[static_cast<std::size_t>(begin)]);
+    const std::optional<double> gain = mask_.constant(columns_[static_cast<std::size_t>(begin)]);
     for (std::int64_t i = begin + 1; i < end; ++i) {
-      if (constant(columns_[static_cast<std::size_t>(i)]) != gain) return std::nullopt;
+      if (mask_.constant(columns_[static_cast<std::size_t>(i)]) != gain) return std::nullopt;
     }
-    if (spectrum_.edge && nyquist_ && end == spectrum_.columns && constant(mask_.length() / 2) != gain) {
+    if (spectrum_.edge && nyquist_ && end == spectrum_.columns &&
+        mask_.constant(mask_.length() / 2) != gain) {
       return std::nullopt;
     }
     return gain;
@@ -176,13 +172,13 @@ class RowColumnFilter {
 
   const TransformKernels<T>& transforms_;
   const SignalKernels<Storage, T>& signals_;
-  const MaskColumns<T> mask_;
+  const std::shared_ptr<const MaskColumns<T>> shared_mask_;
+  const MaskColumns<T>& mask_;
   const bool transposed_;
   const double background_, scale_;
   const bool in_place_;
   const std::int64_t row_stride_;
   const std::shared_ptr<const Fft<T>> first_, second_;
-  std::vector<std::optional<double>> constants_;  // of every column
   std::vector<std::int32_t> columns_, low_, high_;
   bool dc_ = false, nyquist_ = false;
   Spectrum<T> spectrum_{};
