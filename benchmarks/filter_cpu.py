@@ -1,4 +1,4 @@
-"""The native CPU kernels against torch's rfft2 -> mask -> irfft2, the memory floor and the released code; writes one JSON
+"""The native CPU kernels against torch's rfft2 -> mask -> irfft2, the memory floor and the released code; writes a JSON
 and prints how it stands against the project's targets.
 
     python benchmarks/filter_cpu.py benchmarks/results/filter_cpu.json
