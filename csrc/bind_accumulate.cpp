@@ -2,6 +2,7 @@
 
 #include "bindings.h"
 #include "cpu/accumulate.h"
+#include "cpu/huge_pages.h"
 
 namespace freemerge {
 namespace {
@@ -39,6 +40,10 @@ void bind_accumulate(pybind11::module_& m) {
       pybind11::arg("out"), pybind11::arg("out_dtype"), pybind11::arg("base"), pybind11::arg("base_dtype"),
       pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("n"),
       pybind11::arg("threads"));
+  m.def(
+      "prefer_huge_pages",
+      [](std::uintptr_t data, std::size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      pybind11::arg("data"), pybind11::arg("bytes"));
   m.def(
       "square_sum",
       [](std::uintptr_t data, int dtype, std::int64_t n, int threads) {

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freemerge import accumulate
+from freemerge import accumulate, native
 from freemerge.errors import ArgumentError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -166,3 +168,19 @@ def test_norm_is_the_same_for_any_number_of_threads(dtype: torch.dtype, count: i
     assert results[0] == results[1]
     assert results[0] == pytest.approx(expected, rel=1e-12)
     assert accumulate.norm(tensors, backend="torch") == pytest.approx(expected, rel=1e-12)
+
+
+def test_results_of_many_megabytes_ask_for_huge_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("no transparent huge pages here")
+    result = native.empty((1 << 21,), torch.float32, torch.device("cpu"))
+    middle = result.data_ptr() + (result.nbytes >> 1)
+    flags: list[str] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= middle < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()
+    assert "hg" in flags

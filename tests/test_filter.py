@@ -145,6 +145,9 @@ def test_inference_tensors(backend: str, response: fm.Response) -> None:
 def test_bad_tensors_are_named(x: object, message: str) -> None:
     with pytest.raises(fm.ArgumentError, match=message):
         fm.filter_(x, fm.HighPass(0.1))
+    if "overlap" not in message:  # a copy does not
+        with pytest.raises(fm.ArgumentError, match=message):
+            fm.filtered(x, fm.HighPass(0.1))
 
 
 def test_tensors_that_share_memory_are_refused() -> None:

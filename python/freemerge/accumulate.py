@@ -14,7 +14,7 @@ import torch
 
 from . import _core, cuda
 from .errors import ArgumentError
-from .native import dtype_code, runs_native
+from .native import dtype_code, empty, runs_native
 
 _CHUNK = 1 << 22  # entries the torch backend works on at a time, which bounds its extra memory
 
@@ -59,7 +59,7 @@ def add_round(
     """
     _check_shapes(base, [("delta", delta)])
     if out is None:
-        out = torch.empty(base.shape, dtype=dtype, device=base.device)
+        out = empty(base.shape, dtype, base.device)
     else:
         _check_out(out, base, dtype)
     codes = [dtype_code(out, "dtype"), dtype_code(base, "base"), dtype_code(delta, "delta")]
@@ -118,7 +118,7 @@ def _sum_and_means(
     codes = [dtype_code(base, "base"), *(dtype_code(model, f"models[{i}]") for i, model in enumerate(models))]
     compute = _compute_dtype([base, *models])
     if out is None:
-        out = torch.empty(base.shape if weights is not None else (0,), dtype=compute, device=base.device)
+        out = empty(base.shape if weights is not None else (0,), compute, base.device)
     else:
         _check_out(out, base, compute)
     if cuda.RUNTIME.runs(backend, (base, *models)) and base.numel():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from . import _core
 from .errors import ArgumentError
 
 # The values of `enum class DType` in csrc/dtype.h.
@@ -18,6 +19,15 @@ def dtype_code(tensor: torch.Tensor, name: str) -> int:
         return DTYPE_CODES[tensor.dtype]
     except KeyError:
         raise ArgumentError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}") from None
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``torch.empty`` for a result that is about to be written as a whole: on a CPU in huge pages where there are any,
+    because touching 4 KB at a time for the first time takes longer than computing most of what we write."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        _core.prefer_huge_pages(result.data_ptr(), result.nbytes)
+    return result
 
 
 def runs_native(backend: str, tensors: Iterable[torch.Tensor]) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import ArgumentError
+from ..native import empty
 from ..responses import Response, finite_number, transposed
 from .backend import Backend, matrices, multiply_
 from .cache import ByResponse
@@ -205,7 +206,9 @@ def _copy(item: Any, name: str) -> Any:
     x = _as_tensor(item, name)
     if x.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(f"{name} requires grad, and the filter is not differentiable; pass {name}.detach()")
-    return x.detach().clone(memory_format=torch.contiguous_format)
+    if x.layout is not torch.strided or x.dtype not in _DTYPES:
+        return x  # an error of filter_
+    return empty(x.shape, x.dtype, x.device).copy_(x.detach())
 
 
 def _run(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
