@@ -4,12 +4,13 @@ and prints how it stands against the project's targets.
     python benchmarks/filter_cpu.py benchmarks/results/filter_cpu.json
 
 Every shape runs in a process of its own. Each filter first shows its peak memory and its error against float64; then
-all filters of the shape, the baseline and the floor are timed in turns, so that a busy moment meets them all; a turn is
-10 ms of calls. Times are the least CPU time, which other programs on the machine disturb least: that of the thread that
-worked longest, so a second thread helps only as far as it takes work off the first. Two threads must give the same
-bytes as one. The baseline runs once more in a process whose allocator keeps its memory ("tuned": without it, half of
-torch's time on large matrices is page faults). Shorter instruction sets are forced on three shapes. At the end the
-merge of eight models and the selection of an expert's entries. About eight minutes on an idle machine.
+all filters of the shape, the baseline and the floor are timed in turns, so that a busy moment meets them all; a turn
+is three calls and 10 ms at least, or one call of more than 0.2 s. Times are the least CPU time, which other programs
+on the machine disturb least: that of the thread that worked longest, so a second thread helps only as far as it takes
+work off the first. Two threads must give the same bytes as one. The baseline runs once more in a process whose
+allocator keeps its memory ("tuned": without it, half of torch's time on large matrices is page faults). Shorter
+instruction sets are forced on three shapes. At the end the merge of eight models and the selection of an expert's
+entries. About eight minutes on an idle machine.
 """
 
 from __future__ import annotations
@@ -100,15 +101,14 @@ def least_times(works: dict[str, Work], budget: float = 3.0, turns: int = 2) -> 
     while works:
         for name, work in works.items():
             torch.set_num_threads(2 if name.endswith("2") else 1)
-            begin = time.perf_counter()
-            while True:
+            begin, calls, elapsed = time.perf_counter(), 0, 0.0
+            while elapsed < 0.2 and (calls < 3 or elapsed < 0.01):
                 least[name] = min(least[name], 1e3 * seconds(work))
-                if time.perf_counter() - begin > 0.01:
-                    break
+                calls, elapsed = calls + 1, time.perf_counter() - begin
         rounds += 1
         left = budget - (time.perf_counter() - start)
         if rounds >= turns:
-            works = {name: work for name, work in works.items() if max(least[name], 10.0 * len(works)) < 1e3 * left}
+            works = {name: work for name, work in works.items() if max(3 * least[name], 10.0 * len(works)) < 1e3 * left}
     torch.set_num_threads(1)
     return least
 

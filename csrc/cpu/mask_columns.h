@@ -34,7 +34,7 @@ class MaskColumns {
   }
 
   // out[row * lanes + j] = factor * (gain of columns[j] - background), for 0 <= j < count <= lanes; the other
-  // lanes are set to zero.
+  // lanes are some finite number.
   void fill(const std::int32_t* columns, int count, int lanes, double background, double factor,
             T* out) const;
 

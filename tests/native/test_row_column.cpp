@@ -23,7 +23,7 @@ Mask random_mask(Random& random, std::int64_t height, std::int64_t width, std::v
     mask.unit_x = side / static_cast<double>(width);
   }
   mask.axis = static_cast<int>(random.integer(0, 1));
-  mask.order = random.real(1, 4);
+  mask.order = random.integer(0, 1) == 0 ? random.real(1, 4) : static_cast<double>(random.integer(1, 5));
   mask.edge0 = random.real(0.01, 0.5) * side;
   mask.edge1 = random.integer(0, 1) == 0 ? 1e300 : random.real(1, 2) * mask.edge0;
   mask.gain0 = random.integer(0, 1) == 0 ? 0 : random.real(0, 1);
