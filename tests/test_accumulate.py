@@ -173,7 +173,7 @@ def test_norm_is_the_same_for_any_number_of_threads(dtype: torch.dtype, count: i
 def test_results_of_many_megabytes_ask_for_huge_pages() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("no transparent huge pages here")
-    result = native.empty((1 << 21,), torch.float32, torch.device("cpu"))
+    result = native.empty((1 << 24,), torch.float32, torch.device("cpu"))
     middle = result.data_ptr() + (result.nbytes >> 1)
     flags: list[str] = []
     inside = False

@@ -61,9 +61,7 @@ struct SignalKernels {
 };
 
 struct Kernels {
-  // Gains of smooth masks; see radial.inl.
-  void (*butterworth_gains)(float scale, int order, const float* column_squared, const float* row_squared,
-                            std::int64_t rows, float factor, float offset, float* out);
+  // Gains of a smooth mask; see radial.inl.
   void (*radial_gains)(const RadialCells& cells, const float* column_squared, const float* row_squared,
                        std::int64_t rows, float factor, float offset, float* out);
   DecimatedKernels decimated;

@@ -29,8 +29,7 @@ constexpr SignalKernels<Storage, Arithmetic<Storage>> signal_table() {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    butterworth_gains,         radial_gains,          kDecimatedKernels,      transform_table<float>(),
-    transform_table<double>(), signal_table<float>(), signal_table<double>(), signal_table<bfloat16>(),
-    signal_table<float16>()};
+    radial_gains,          kDecimatedKernels,      transform_table<float>(), transform_table<double>(),
+    signal_table<float>(), signal_table<double>(), signal_table<bfloat16>(), signal_table<float16>()};
 
 }  // namespace freemerge::FREEMERGE_ISA

@@ -10,15 +10,11 @@
 namespace freemerge {
 namespace {
 
+// Masks of longer sides are not kept: they take memory, and little of such a filter's time.
+constexpr std::int64_t kMostCached = 1 << 15;
+
 // Smaller masks are evaluated bin by bin: a table would cost more.
 constexpr std::int64_t kLeastBinsForTable = 1 << 14;
-
-// A few multiplications and a division: a Butterworth mask of a usual order. The division needs 1 / edge0^2.
-bool has_short_formula(const Mask& mask) {
-  const double order = mask.order, squared = mask.edge0 * mask.edge0;
-  return mask.kind == MaskKind::kButterworth && order >= 1 && order <= 4 && order == std::floor(order) &&
-         squared > 1e-30 && squared < 1e30;
-}
 
 // The number of rows 0 <= row < limit with inside(row), which holds up to some row and not from there on. The
 // search starts at the neighbouring column's answer, which is close.
@@ -46,6 +42,7 @@ MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed, const Kernels& ke
   if (mask.kind == MaskKind::kButterworth || mask.kind == MaskKind::kGaussian) {
     if (std::is_same_v<T, float> && length_ * signals_ >= kLeastBinsForTable) tabulate();
   }
+  constants_.reserve(static_cast<std::size_t>(length_ / 2 + 1));
   for (std::int64_t column = 0; column <= length_ / 2; ++column) constants_.push_back(find_constant(column));
 }
 
@@ -115,10 +112,9 @@ void MaskColumns<T>::tabulate() {
   };
   row_squared_ = squares(row_unit, rows());
   column_squared_ = squares(column_unit, length_ / 2 + 1);
-  if (has_short_formula(mask_)) return;
   const double unit = std::min(row_unit, column_unit);
   radial_.emplace(mask_, 0.5 * unit * unit, 1.001 * (row_squared_.back() + column_squared_.back()));
-  if (!radial_->usable()) row_squared_.clear(), radial_.reset();
+  if (!radial_->usable()) radial_.reset();
 }
 
 template <typename T>
@@ -129,14 +125,8 @@ void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lan
     for (int j = 0; j < lanes; ++j) {
       column_squared[j] = column_squared_[static_cast<std::size_t>(columns[std::min(j, count - 1)])];
     }
-    const auto scale = static_cast<float>(factor), offset = static_cast<float>(factor * background);
-    if (!radial_) {
-      kernels_->butterworth_gains(static_cast<float>(1 / (mask_.edge0 * mask_.edge0)),
-                                  static_cast<int>(mask_.order), column_squared, row_squared_.data(), rows(),
-                                  scale, offset, out);
-      return;
-    }
-    kernels_->radial_gains(radial_->cells(), column_squared, row_squared_.data(), rows(), scale, offset, out);
+    kernels_->radial_gains(radial_->cells(), column_squared, row_squared_.data(), rows(),
+                           static_cast<float>(factor), static_cast<float>(factor * background), out);
     for (int j = 0; j < count; ++j) {  // the table begins beyond the origin
       if (columns[j] == 0) out[j] = static_cast<float>(factor * (gain(0, 0) - background));
     }
@@ -216,7 +206,7 @@ void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, dou
         .official_gains(own, mirror, signals_, rows(), static_cast<T>(0.5 * factor),
                         static_cast<T>(factor * background), out);
   }
-  if (!row_squared_.empty()) return fill_smooth(columns, count, lanes, background, factor, out);
+  if (radial_) return fill_smooth(columns, count, lanes, background, factor, out);
   for (std::int64_t row = 0; row < rows(); ++row) {
     for (int j = 0; j < count; ++j) out[row * lanes + j] = value(gain(columns[j], row));
     for (int j = count; j < lanes; ++j) out[row * lanes + j] = T{0};
@@ -241,7 +231,8 @@ template <typename T>
 std::shared_ptr<const MaskColumns<T>> mask_columns_for(const Mask& mask, bool transposed,
                                                        const Kernels& kernels) {
   const auto build = [&] { return MaskColumns<T>(mask, transposed, kernels); };
-  if (mask.kind == MaskKind::kTable) return std::make_shared<const MaskColumns<T>>(build());
+  const bool large = std::max(mask.height, mask.width) > kMostCached;
+  if (large || mask.kind == MaskKind::kTable) return std::make_shared<const MaskColumns<T>>(build());
   static LruCache<Key, MaskColumns<T>> cache(32);
   return cache.get({mask, transposed, &kernels}, build);
 }

@@ -64,12 +64,12 @@ class MaskColumns {
   };
   OfficialSteps own_, mirror_;
 
-  // kButterworth and kGaussian, in float arithmetic; the table where no short formula does.
+  // kButterworth and kGaussian, in float arithmetic.
   std::optional<RadialTable> radial_;
   std::vector<float> row_squared_, column_squared_;
 };
 
-// Cached unless the mask is a table, whose contents a key cannot tell.
+// Cached unless the mask is long, or a table, whose contents a key cannot tell.
 template <typename T>
 std::shared_ptr<const MaskColumns<T>> mask_columns_for(const Mask& mask, bool transposed,
                                                        const Kernels& kernels);

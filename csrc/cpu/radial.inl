@@ -6,22 +6,6 @@
 
 namespace freemerge::FREEMERGE_ISA {
 
-// out[row * lanes + j] = factor * p / (1 + p) - offset with p = (scale * (row_squared[row] +
-// column_squared[j]))^order, for `lanes` columns.
-inline void butterworth_gains(float scale, int order, const float* column_squared, const float* row_squared,
-                              std::int64_t rows, float factor, float offset, float* out) {
-  const FloatVec columns = load(column_squared);
-  const FloatVec most = broadcast(1e30f);  // so that p / (1 + p) is 1 where p is too large for a float
-  for (std::int64_t row = 0; row < rows; ++row, out += kLanes<float>) {
-    const FloatVec ratio = (columns + row_squared[row]) * scale;
-    FloatVec power = ratio;
-    for (int i = 1; i < order; ++i) power *= ratio;
-    power = bit_cast<FloatVec>(
-        select(bit_cast<WordVec>(power < most), bit_cast<WordVec>(power), bit_cast<WordVec>(most)));
-    store(out, power / (power + 1.0f) * factor - offset);
-  }
-}
-
 // The cell of a squared radius; the first one also stands for radii below it.
 FM_INLINE std::int32_t radial_cell(const RadialCells& cells, float squared) {
   const auto cell = static_cast<std::int32_t>(bit_cast<std::uint32_t>(squared) >> cells.shift) - cells.first;
