@@ -200,14 +200,13 @@ def check(original: torch.Tensor, result: torch.Tensor, response: fm.Response) -
 
 
 def run_times(shape: tuple[int, int]) -> list[Row]:
-    """Times alone, on the instruction set that the environment names."""
-    torch.set_num_threads(1)
-    x = torch.randn(shape)
+    """Times alone and beside the baseline, on the instruction set that the environment names."""
+    x, mask = torch.randn(shape), torch.ones(shape[0], shape[1] // 2 + 1)
     parsed = {text: parse(text) for text in responses(shape)}
-    times = least_times({(text, 1): lambda r=response: fm.filter_(x, r) for text, response in parsed.items()})
-    return [
-        {"shape": list(shape), "response": text, "isa": _core.active_isa(), "ms": times[text, 1]} for text in parsed
-    ]
+    works: dict[Key, Work] = {(text, 1): lambda r=response: fm.filter_(x, r) for text, response in parsed.items()}
+    times = least_times({**works, ("torch", 1): lambda: baseline(x, mask)})
+    common = {"shape": list(shape), "isa": _core.active_isa(), "torch_ms": times["torch", 1]}
+    return [{**common, "response": text, "ms": times[text, 1]} for text in parsed]
 
 
 def run_tuned(shape: tuple[int, int]) -> float:
@@ -301,7 +300,7 @@ def targets(rows: list[Row], shorter: list[Row], merge: Row, select: Row) -> lis
 
     def on(isa: str, text: str) -> list[float]:
         chosen = [row for row in shorter if row["isa"] == isa and row["response"] == text]
-        return [at(tuple(row["shape"]), text)["torch_ms"] / row["ms"] for row in chosen]
+        return [row["torch_ms"] / row["ms"] for row in chosen]
 
     exact = ("HighPass(0.4)", "Butterworth", "Official")
     large, narrow = MAIN[2:], "HighPass(0.05)"
