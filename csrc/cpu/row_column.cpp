@@ -25,22 +25,21 @@ class RowColumnFilter {
                   std::int64_t row_stride, const Kernels& kernels)
       : transforms_(transform_kernels(kernels, T{})),
         signals_(signal_kernels(kernels, Storage{})),
-        shared_mask_(mask_columns_for<T>(mask, transposed, kernels)),
-        mask_(*shared_mask_),
+        mask_(mask_columns_for<T>(mask, transposed, kernels)),
         transposed_(transposed),
         background_(background),
         scale_(scale),
         in_place_(in_place),
         row_stride_(row_stride),
-        first_(shared_fft<T>(mask_.length())),
-        second_(shared_fft<T>(mask_.signals())) {
+        first_(shared_fft<T>(mask_->length())),
+        second_(shared_fft<T>(mask_->signals())) {
     keep_columns();
   }
 
   // Whether some column's gain is the background throughout, but for the rounding of a gain.
   bool prunes() const {
-    for (std::int64_t column = 0; column <= mask_.length() / 2; ++column) {
-      const std::optional<double> gain = mask_.constant(column);
+    for (std::int64_t column = 0; column <= mask_->length() / 2; ++column) {
+      const std::optional<double> gain = mask_->constant(column);
       if (gain && std::abs(*gain - background_) <= 1e-6) return true;
     }
     return false;
@@ -57,8 +56,8 @@ class RowColumnFilter {
     const std::int64_t element = 2 * transforms_.lanes;
     const std::int64_t elements =
         std::max(first_->loose_size() + first_->work, second_->loose_size() + second_->work);
-    return {Buffer<T>(elements * element), Buffer<T>(mask_.rows() * transforms_.lanes),
-            Buffer<T>(3 * mask_.signals() + mask_.rows() * transforms_.lanes)};
+    return {Buffer<T>(elements * element), Buffer<T>(mask_->rows() * transforms_.lanes),
+            Buffer<T>(3 * mask_->signals() + mask_->rows() * transforms_.lanes)};
   }
   Buffer<T> spectrum_memory() const {
     return in_place_ ? Buffer<T>() : Buffer<T>(spectrum_.width * spectrum_.signals);
@@ -66,7 +65,7 @@ class RowColumnFilter {
 
   // Filters one matrix with the first `workers` elements of `scratch`.
   void run(Storage* matrix, T* spectrum_data, Scratch* scratch, int workers) const {
-    const Signals<Storage> signals{matrix, mask_.signals(), mask_.length(), row_stride_, transposed_};
+    const Signals<Storage> signals{matrix, mask_->signals(), mask_->length(), row_stride_, transposed_};
     Spectrum<T> spectrum = spectrum_;
     if constexpr (std::is_same_v<Storage, T>) {
       spectrum.data = in_place_ ? matrix : spectrum_data;
@@ -74,7 +73,7 @@ class RowColumnFilter {
       spectrum.data = spectrum_data;
     }
     const T background = static_cast<T>(scale_ * background_);
-    const T factor = static_cast<T>(scale_ * 0.5 / static_cast<double>(mask_.length()));
+    const T factor = static_cast<T>(scale_ * 0.5 / static_cast<double>(mask_->length()));
     if (spectrum.columns > 0) {
       parallel_for(spectrum.groups(), workers, [&](std::int64_t group, int worker) {
         signals_.analyse(*first_, signals, spectrum, group, scratch[worker].batch.data());
@@ -93,8 +92,8 @@ class RowColumnFilter {
 
   // Keeps the columns that differ from the background somewhere; the edge goes last.
   void keep_columns() {
-    const std::int64_t length = mask_.length();
-    const auto needed = [&](std::int64_t column) { return mask_.constant(column) != background_; };
+    const std::int64_t length = mask_->length();
+    const auto needed = [&](std::int64_t column) { return mask_->constant(column) != background_; };
     const auto keep = [&](std::int64_t column, std::int64_t low, std::int64_t high) {
       columns_.push_back(static_cast<std::int32_t>(column));
       low_.push_back(static_cast<std::int32_t>(low));
@@ -110,7 +109,7 @@ class RowColumnFilter {
     }
 
     const auto count = static_cast<std::int64_t>(columns_.size());
-    spectrum_.signals = mask_.signals();
+    spectrum_.signals = mask_->signals();
     spectrum_.columns = count;
     spectrum_.width = 2 * count - (dc_ && !nyquist_ ? 1 : 0);
     spectrum_.lanes = transforms_.lanes;
@@ -125,12 +124,12 @@ class RowColumnFilter {
   // The gain of all columns of a block if it is one number.
   std::optional<double> block_constant(std::int64_t block) const {
     const std::int64_t begin = block * spectrum_.lanes, end = begin + spectrum_.columns_in(block);
-    const std::optional<double> gain = mask_.constant(columns_[static_cast<std::size_t>(begin)]);
+    const std::optional<double> gain = mask_->constant(columns_[static_cast<std::size_t>(begin)]);
     for (std::int64_t i = begin + 1; i < end; ++i) {
-      if (mask_.constant(columns_[static_cast<std::size_t>(i)]) != gain) return std::nullopt;
+      if (mask_->constant(columns_[static_cast<std::size_t>(i)]) != gain) return std::nullopt;
     }
     if (spectrum_.edge && nyquist_ && end == spectrum_.columns &&
-        mask_.constant(mask_.length() / 2) != gain) {
+        mask_->constant(mask_->length() / 2) != gain) {
       return std::nullopt;
     }
     return gain;
@@ -144,36 +143,35 @@ class RowColumnFilter {
     }
     const int lanes = spectrum.lanes;
     const int count = static_cast<int>(spectrum.columns_in(block));
-    const double factor = 1.0 / static_cast<double>(mask_.signals());
+    const double factor = 1.0 / static_cast<double>(mask_->signals());
     T* const gains = scratch.gains.data();
-    mask_.fill(columns_.data() + block * lanes, count, lanes, background_, factor, gains);
+    mask_->fill(columns_.data() + block * lanes, count, lanes, background_, factor, gains);
     T* const edge_work = scratch.edge.data();
-    BlockGains<T> block_gains{gains, mask_.mirrored(), nullptr, edge_work};
+    BlockGains<T> block_gains{gains, mask_->mirrored(), nullptr, edge_work};
     if (dc_ && nyquist_ && block == spectrum.blocks() - 1) {
-      block_gains.edge_difference = split_edge(count - 1, factor, gains, edge_work + 2 * mask_.signals());
+      block_gains.edge_difference = split_edge(count - 1, factor, gains, edge_work + 2 * mask_->signals());
     }
     transforms_.filter_block(*second_, spectrum, block, block_gains, scratch.batch.data());
   }
 
   // See BlockGains: `gains` has those of DC in lane `lane`; they become the mean of DC's and Nyquist's.
   const T* split_edge(int lane, double factor, T* gains, T* work) const {
-    const std::int64_t signals = mask_.signals(), rows = mask_.rows(), lanes = transforms_.lanes;
-    const auto nyquist_column = static_cast<std::int32_t>(mask_.length() / 2);
+    const std::int64_t signals = mask_->signals(), rows = mask_->rows(), lanes = transforms_.lanes;
+    const auto nyquist_column = static_cast<std::int32_t>(mask_->length() / 2);
     T *const difference = work, *const nyquist = work + signals;
-    mask_.fill(&nyquist_column, 1, transforms_.lanes, background_, factor, nyquist);
+    mask_->fill(&nyquist_column, 1, transforms_.lanes, background_, factor, nyquist);
     for (std::int64_t row = 0; row < rows; ++row) {
       const T d = gains[row * lanes + lane], e = nyquist[row * lanes];
       gains[row * lanes + lane] = (d + e) / 2;
       difference[row] = (d - e) / 2;
-      if (mask_.mirrored() && row > 0) difference[signals - row] = difference[row];
+      if (mask_->mirrored() && row > 0) difference[signals - row] = difference[row];
     }
     return difference;
   }
 
   const TransformKernels<T>& transforms_;
   const SignalKernels<Storage, T>& signals_;
-  const std::shared_ptr<const MaskColumns<T>> shared_mask_;
-  const MaskColumns<T>& mask_;
+  const std::shared_ptr<const MaskColumns<T>> mask_;
   const bool transposed_;
   const double background_, scale_;
   const bool in_place_;

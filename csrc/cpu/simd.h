@@ -81,7 +81,8 @@ FM_INLINE V load_raw_partial(const T* p, std::int64_t count) {
 // Conversions -----------------------------------------------------------------------------------------------
 
 // Lanes of `yes` where `condition` (all ones or all zeros per lane) holds, of `no` elsewhere.
-FM_INLINE WordVec select(WordVec condition, WordVec yes, WordVec no) {
+template <typename V>
+FM_INLINE V select(V condition, V yes, V no) {
   return (condition & yes) | (~condition & no);
 }
 

@@ -35,8 +35,7 @@ void step_gains(const std::int32_t* inner, const std::int32_t* outer, const T* g
   Rows<T> row{};
   for (std::int64_t i = 0; i < rows; ++i, row += 1, out += kLanes<T>) {
     const Rows<T> in_first = row < first, in_second = row < second;
-    const Rows<T> beyond = (in_second & b) | (~in_second & c);
-    store(out, bit_cast<Vec<T>>((in_first & a) | (~in_first & beyond)));
+    store(out, bit_cast<Vec<T>>(select(in_first, a, select(in_second, b, c))));
   }
 }
 

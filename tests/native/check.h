@@ -7,7 +7,18 @@
 #include <string>
 #include <vector>
 
+#include "cpu/features.h"
+
 namespace freemerge::test {
+
+// The instruction sets that this processor has.
+inline std::vector<Isa> available_isas() {
+  std::vector<Isa> isas;
+  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa <= detected_isa()) isas.push_back(isa);
+  }
+  return isas;
+}
 
 inline void check(bool condition, const std::string& what) {
   if (condition) return;

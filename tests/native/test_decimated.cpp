@@ -190,8 +190,7 @@ void test_refusals(const Kernels& kernels) {
 int main(int argc, char** argv) {
   using namespace freemerge;
   const int cases = argc > 1 ? std::atoi(argv[1]) : 60;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa > detected_isa()) continue;
+  for (const Isa isa : test::available_isas()) {
     const Kernels& table = kernels(isa);
     const std::string name = isa_name(isa);
     Random random(static_cast<unsigned>(isa) + 1);

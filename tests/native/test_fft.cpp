@@ -106,8 +106,7 @@ int main(int argc, char** argv) {
   using namespace freemerge;
   const std::int64_t longest = argc > 1 ? std::atoi(argv[1]) : 65536;
   test_cache();
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa > detected_isa()) continue;
+  for (const Isa isa : test::available_isas()) {
     std::vector<std::int64_t> lengths;
     for (std::int64_t n = 1; n <= 300; ++n) lengths.push_back(n);
     // Two-level splits, primes, squares and products of primes too large for a direct pass.

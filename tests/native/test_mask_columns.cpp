@@ -95,8 +95,7 @@ std::vector<Mask> masks(std::int64_t height, std::int64_t width) {
 
 int main() {
   using namespace freemerge;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa > detected_isa()) continue;
+  for (const Isa isa : test::available_isas()) {
     for (const auto& [height, width] : {std::pair{24, 30}, std::pair{130, 131}, std::pair{127, 260}}) {
       for (const Mask& mask : masks(height, width)) {
         const std::string name = isa_name(isa) + ", kind " + std::to_string(static_cast<int>(mask.kind)) +

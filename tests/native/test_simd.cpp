@@ -51,8 +51,7 @@ void test_patterns(DType dtype, const Kernels& kernels, const std::string& name)
 
 int main() {
   using namespace freemerge;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa > detected_isa()) continue;
+  for (const Isa isa : test::available_isas()) {
     test_patterns<bfloat16>(DType::kBFloat16, kernels(isa), isa_name(isa) + " bfloat16");
     test_patterns<float16>(DType::kFloat16, kernels(isa), isa_name(isa) + " float16");
   }

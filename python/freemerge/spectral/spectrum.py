@@ -46,64 +46,58 @@ def _turned(rows: torch.Tensor) -> torch.Tensor:
     return panel
 
 
-class WholeSpectrum:
-    """All columns, as the real FFT of all rows leaves them."""
+class _Columns:
+    """Columns as a matrix has them, in memory beside the filtered one."""
 
-    at_once = True
+    _columns: torch.Tensor
 
     def open(self, x: torch.Tensor) -> None:
         pass
 
-    def put(self, row: int, half: torch.Tensor) -> None:
-        self._half = half
-
-    def get(self, row: int, count: int) -> torch.Tensor:
-        return self._half[row : row + count]
-
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return _turned(self._half[:, start:stop])
+        return _turned(self._columns[:, start:stop])
 
     def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
-        self._half[:, start:stop] = panel.t()
+        self._columns[:, start:stop] = panel.t()
 
     def scale(self, start: int, stop: int, gain: float) -> None:
-        self._half[:, start:stop] *= gain
+        self._columns[:, start:stop] *= gain
 
 
-class PrunedSpectrum:
+class WholeSpectrum(_Columns):
+    """All columns, as the real FFT of all rows leaves them."""
+
+    at_once = True
+
+    def put(self, row: int, half: torch.Tensor) -> None:
+        self._columns = half
+
+    def get(self, row: int, count: int) -> torch.Tensor:
+        return self._columns[row : row + count]
+
+
+class PrunedSpectrum(_Columns):
     """Some ranges of columns, in memory of their own."""
 
     at_once = False
 
     def __init__(self, shape: tuple[int, int], runs: list[tuple[int, int]], dtype: torch.dtype, device: str) -> None:
         self._runs, self._bins = runs, shape[1] // 2 + 1
-        self._kept = torch.empty(shape[0], sum(stop - start for start, stop in runs), dtype=dtype, device=device)
-
-    def open(self, x: torch.Tensor) -> None:
-        pass
+        self._columns = torch.empty(shape[0], sum(stop - start for start, stop in runs), dtype=dtype, device=device)
 
     def put(self, row: int, half: torch.Tensor) -> None:
         position = 0
         for start, stop in self._runs:
-            self._kept[row : row + half.shape[0], position : position + stop - start] = half[:, start:stop]
+            self._columns[row : row + half.shape[0], position : position + stop - start] = half[:, start:stop]
             position += stop - start
 
     def get(self, row: int, count: int) -> torch.Tensor:
-        half = self._kept.new_zeros(count, self._bins)
+        half = self._columns.new_zeros(count, self._bins)
         position = 0
         for start, stop in self._runs:
-            half[:, start:stop] = self._kept[row : row + count, position : position + stop - start]
+            half[:, start:stop] = self._columns[row : row + count, position : position + stop - start]
             position += stop - start
         return half
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        return _turned(self._kept[:, start:stop])
-
-    def write(self, start: int, stop: int, panel: torch.Tensor) -> None:
-        self._kept[:, start:stop] = panel.t()
-
-    def scale(self, start: int, stop: int, gain: float) -> None:
-        self._kept[:, start:stop] *= gain
 
 
 class PackedSpectrum:
