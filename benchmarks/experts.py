@@ -26,10 +26,10 @@ from torch import nn
 
 import freemerge.experts as fx
 from freemerge import _core
-from freemerge.accumulate import abs_means, add_round, task_vector_sum
+from freemerge.backends.accumulate import abs_means, add_round, task_vector_sum
+from freemerge.backends.native import DTYPE_CODES
 from freemerge.experts import coding
-from freemerge.experts.selection import select_largest
-from freemerge.native import DTYPE_CODES
+from freemerge.experts.select import select_largest
 
 Row = dict[str, Any]
 CACHE_LINE = 64  # bytes

@@ -25,8 +25,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import freemerge as fm
+from freemerge.backends.registry import BACKENDS
 from freemerge.responses import Response
-from freemerge.spectral.dispatch import BACKENDS
 from peak_memory import peak_growth
 
 VIT = [(768, 768), (2304, 768), (3072, 768), (768, 3072)]

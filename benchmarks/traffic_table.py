@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 import freemerge as fm
+from benchmarks.traffic import Traffic, traffic
+from freemerge.backends.cuda import CudaBackend
+from freemerge.planner.forms import candidates
 from freemerge.responses import Response
-from freemerge.spectral.cuda_backend import CudaBackend
-from freemerge.spectral.planner import candidates
-from freemerge.spectral.traffic import Traffic, traffic
 
 SHAPES = [(768, 768), (3072, 768), (4096, 4096), (5120, 13824), (50257, 768)]
 RESPONSES = [fm.HighPass(0.05), fm.HighPass(0.2), fm.HighPass(0.4), fm.Official(), fm.Butterworth(0.1)]

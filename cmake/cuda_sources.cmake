@@ -11,14 +11,14 @@ set(FREEMERGE_CUDA_KERNELS
   cuda/select.cu
   cuda/sparse.cu)
 set(FREEMERGE_CUDA_HOST
-  cpu/window.cpp
+  common/window.cpp
   cuda/cufft_api.cpp
   cuda/error.cpp
   cuda/fft.cpp
   cuda/filter.cpp)
 set(FREEMERGE_CUDA_BINDINGS
-  bind_cuda_device.cpp
-  bind_cuda_experts.cpp
-  bind_cuda_filter.cpp
-  bind_cuda_vectors.cpp
-  cuda_module.cpp)
+  bindings/cuda_device.cpp
+  bindings/cuda_experts.cpp
+  bindings/cuda_filter.cpp
+  bindings/cuda_vectors.cpp
+  bindings/cuda_module.cpp)

@@ -14,8 +14,8 @@ from types import ModuleType
 
 import pytest
 
-from freemerge.cuda import Runtime
-from freemerge.spectral.cuda_backend import CudaBackend
+from freemerge.backends.cuda import CudaBackend
+from freemerge.backends.cuda_runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tests" / "emulation"

@@ -76,7 +76,8 @@ nvcc_with_cufft() {
   FREEMERGE_CUDA=ON must_install
   expect "$(cat "$work/log")" 'freemerge: checking the cuFFT declarations against'
   found=$(cd "$work" && "$python" -c '
-from freemerge import _cuda, cuda
+from freemerge import _cuda
+from freemerge.backends import cuda_runtime as cuda
 print(*_cuda.open_cufft([str(file) for file in cuda._cufft_candidates()]))')
   expect "$found" 'libcufft.so.12 12'
 }

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from freemerge.recipe import Recipe
+from freemerge.merging.recipe import Recipe
+from freemerge.merging.units import Unit
 from freemerge.responses import Response
-from freemerge.task_vector import Unit
 
 
 def reference_filter(matrix: Tensor, response: Response) -> Tensor:

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import freemerge as fm
-from freemerge.spectral import dispatch
-from freemerge.spectral import filter as filtering
-from freemerge.spectral.cache import Cache, table_bytes
-from freemerge.spectral.torch_backend import TorchBackend
+from freemerge import filter as filtering
+from freemerge.backends import registry as dispatch
+from freemerge.backends.torch import TorchBackend
+from freemerge.cache import Cache, table_bytes
 
 BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
 AVAILABLE = pytest.mark.parametrize("backend", BACKENDS)
@@ -232,7 +232,7 @@ def test_autocast_changes_nothing() -> None:
 
 
 def test_numpy_of_either_kind_is_not_needed_for_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    from freemerge.spectral import torch_columns
+    from freemerge.backends import torch_columns
 
     x, response = noise(600), fm.Butterworth(0.2)
     monkeypatch.setattr(torch_columns, "_NUMPY_FFT", False)
@@ -284,7 +284,8 @@ def test_tables_are_weighed_once_each() -> None:
 
 
 def test_the_tables_of_many_filters_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from freemerge.spectral import cache, torch_columns
+    from freemerge import cache
+    from freemerge.backends import torch_columns
 
     monkeypatch.setattr(cache, "TABLE_BYTES", 1 << 20)
     kept: list[Cache[object, object]] = []

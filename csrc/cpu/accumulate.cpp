@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
+#include "common/error.h"
 #include "cpu/accumulate_kernels.h"
 #include "cpu/features.h"
-#include "error.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 namespace freemerge {
 namespace {

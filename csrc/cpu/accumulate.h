@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 namespace freemerge {
 

@@ -1,6 +1,6 @@
 #include "cpu/box_gain.h"
 
-#include "cpu/cache.h"
+#include "common/cache.h"
 
 namespace freemerge {
 

@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "cpu/window.h"
-#include "plan.h"
+#include "common/plan.h"
+#include "common/window.h"
 
 namespace freemerge {
 

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 
+#include "common/error.h"
 #include "cpu/buffer.h"
-#include "error.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 namespace freemerge {
 

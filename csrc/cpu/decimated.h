@@ -3,9 +3,9 @@
 // box may be as wide as the spectrum: rows are then left whole.
 #pragma once
 
+#include "common/plan.h"
 #include "cpu/kernels.h"
 #include "cpu/matrices.h"
-#include "plan.h"
 
 namespace freemerge {
 

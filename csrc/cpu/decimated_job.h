@@ -11,10 +11,10 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+#include "common/window.h"
 #include "cpu/box_gain.h"
 #include "cpu/fft.h"
-#include "cpu/window.h"
-#include "dtype.h"
 
 namespace freemerge {
 

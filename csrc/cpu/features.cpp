@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 
-#include "error.h"
+#include "common/error.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -6,8 +6,8 @@
 #include <limits>
 #include <map>
 
-#include "cpu/cache.h"
-#include "error.h"
+#include "common/cache.h"
+#include "common/error.h"
 
 namespace freemerge {
 namespace {

@@ -6,8 +6,8 @@
 // ascending order: the same bits wherever a walk starts and however it is cut into sweeps.
 #pragma once
 
+#include "common/window.h"
 #include "cpu/simd.h"
-#include "cpu/window.h"
 
 namespace freemerge::FREEMERGE_ISA {
 

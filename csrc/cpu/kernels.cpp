@@ -1,6 +1,6 @@
 #include "cpu/kernels.h"
 
-#include "error.h"
+#include "common/error.h"
 
 namespace freemerge {
 

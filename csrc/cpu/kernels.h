@@ -5,12 +5,12 @@
 #include <cstdint>
 #include <string>
 
+#include "common/dtype.h"
 #include "cpu/decimated_job.h"
 #include "cpu/features.h"
 #include "cpu/fft.h"
 #include "cpu/radial_table.h"
 #include "cpu/spectrum.h"
-#include "dtype.h"
 
 namespace freemerge {
 

@@ -5,7 +5,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "cpu/cache.h"
+#include "common/cache.h"
 
 namespace freemerge {
 namespace {

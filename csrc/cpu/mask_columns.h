@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "common/mask.h"
 #include "cpu/kernels.h"
-#include "mask.h"
 
 namespace freemerge {
 

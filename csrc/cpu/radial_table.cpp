@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 namespace freemerge {
 namespace {

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "mask.h"
+#include "common/mask.h"
 
 namespace freemerge {
 

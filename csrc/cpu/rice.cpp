@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "error.h"
+#include "common/error.h"
 
 namespace freemerge {
 namespace {

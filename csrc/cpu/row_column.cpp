@@ -4,10 +4,10 @@
 #include <cmath>
 #include <type_traits>
 
+#include "common/error.h"
 #include "cpu/buffer.h"
 #include "cpu/mask_columns.h"
-#include "error.h"
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 namespace freemerge {
 namespace {

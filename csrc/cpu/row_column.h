@@ -2,9 +2,9 @@
 // the columns of the half spectrum that need it, the mask, and back.
 #pragma once
 
+#include "common/plan.h"
 #include "cpu/kernels.h"
 #include "cpu/matrices.h"
-#include "plan.h"
 
 namespace freemerge {
 

@@ -5,10 +5,10 @@
 #include <functional>
 #include <memory>
 
+#include "common/error.h"
 #include "cpu/features.h"
+#include "cpu/parallel.h"
 #include "cpu/select_kernels.h"
-#include "error.h"
-#include "parallel.h"
 
 namespace freemerge {
 namespace {

@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "dtype.h"
+#include "common/dtype.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -4,8 +4,8 @@
 #include <numeric>
 #include <type_traits>
 
-#include "error.h"
-#include "parallel.h"
+#include "common/error.h"
+#include "cpu/parallel.h"
 
 namespace freemerge {
 namespace {

@@ -5,8 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/sparse_update.h"
 #include "cpu/select.h"
-#include "sparse_update.h"
 
 namespace freemerge {
 

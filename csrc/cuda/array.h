@@ -1,8 +1,8 @@
 // A contiguous array in device memory, in its storage dtype.
 #pragma once
 
-#include "dtype.h"
-#include "error.h"
+#include "common/dtype.h"
+#include "common/error.h"
 
 namespace freemerge::cuda {
 

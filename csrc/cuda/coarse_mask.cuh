@@ -3,8 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "common/mask.h"
 #include "cuda/decimate_columns.cuh"
-#include "mask.h"
 
 namespace freemerge::cuda {
 

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
+#include "common/mask.h"
 #include "cuda/lines.cuh"
-#include "mask.h"
 
 namespace freemerge::cuda {
 

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 
-#include "cpu/window.h"
+#include "common/error.h"
+#include "common/window.h"
 #include "cuda/coarse_mask.cuh"
 #include "cuda/column_filter.cuh"
 #include "cuda/decimate_columns.cuh"
@@ -14,7 +15,6 @@
 #include "cuda/launch_math.h"
 #include "cuda/lines.cuh"
 #include "cuda/sample_mean.cuh"
-#include "error.h"
 
 namespace freemerge::cuda {
 namespace {

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/plan.h"
 #include "cuda/matrices.h"
-#include "plan.h"
 
 namespace freemerge::cuda {
 

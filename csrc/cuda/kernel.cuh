@@ -2,8 +2,8 @@
 #pragma once
 
 #if defined(FREEMERGE_EMULATION)
-#include "emulation/device.h"
-#include "emulation/runtime.h"
+#include "emulation/device/device.h"
+#include "emulation/device/runtime.h"
 #else
 #include <cuda_runtime.h>
 #endif

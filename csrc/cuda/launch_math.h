@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "mask.h"
+#include "common/mask.h"
 
 namespace freemerge::cuda {
 

@@ -1,9 +1,9 @@
-// mask_gain() on any bin: csrc/mask.h defines it on the stored half of the spectrum, and M(k, l) = M(-k, -l).
-// Compile with -fmad=false: a fused multiply-add would move bins that lie exactly on a cutoff.
+// mask_gain() on any bin: csrc/common/mask.h defines it on the stored half of the spectrum, and M(k, l) =
+// M(-k, -l). Compile with -fmad=false: a fused multiply-add would move bins that lie exactly on a cutoff.
 #pragma once
 
+#include "common/mask.h"
 #include "cuda/launch_math.h"
-#include "mask.h"
 
 namespace freemerge::cuda {
 

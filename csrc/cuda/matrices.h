@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+#include "common/mask.h"
 #include "cuda/heuristics.h"
-#include "dtype.h"
-#include "mask.h"
 
 namespace freemerge::cuda {
 

@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/sparse_update.h"
 #include "cuda/heuristics.h"
-#include "sparse_update.h"
 
 namespace freemerge::cuda {
 

@@ -4,9 +4,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "common/dtype.h"
 #include "cuda/array.h"
 #include "cuda/kernel.cuh"
-#include "dtype.h"
 
 namespace freemerge::cuda {
 

@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"  # before the imports: the manifest records it
 
+from .backends.registry import backends
 from .errors import ArgumentError, BackendError, CheckpointError, FreemergeError, RefusedError
 from .experts import (
     Expert,
@@ -14,9 +15,11 @@ from .experts import (
     iter_experts,
     save_experts,
 )
-from .inspection import Decision, Inspection
-from .pipeline import Report, inspect, merge, merge_checkpoints
-from .recipe import Recipe
+from .filter import explain, filter_, filtered
+from .merging.inspection import Decision, Inspection
+from .merging.recipe import Recipe
+from .merging.run import Report, inspect, merge, merge_checkpoints
+from .merging.units import Rule, Split, Stack
 from .responses import (
     BandGain,
     BandPass,
@@ -30,9 +33,6 @@ from .responses import (
     Official,
     Response,
 )
-from .spectral.dispatch import backends
-from .spectral.filter import explain, filter_, filtered
-from .task_vector import Rule, Split, Stack
 
 __all__ = [
     "ArgumentError",

@@ -60,7 +60,7 @@ def decode_positions(
 ) -> None: ...
 
 class Mask:
-    """``struct Mask`` of csrc/mask.h. ``table`` is the address of H x (W//2 + 1) floats, for kind 5 only."""
+    """``struct Mask`` of csrc/common/mask.h. ``table`` is the address of H x (W//2 + 1) floats, for kind 5 only."""
 
     def __init__(
         self,
@@ -83,12 +83,12 @@ class Mask:
         """Symmetrised gain at a stored bin, 0 <= bin_y < H, 0 <= bin_x <= W//2."""
 
 class Decimation:
-    """``struct Decimation`` of csrc/plan.h."""
+    """``struct Decimation`` of csrc/common/plan.h."""
 
     def __init__(self, *, cells: int, taps: int, band: int, nyquist: bool = False) -> None: ...
 
 class Plan:
-    """``struct Plan`` of csrc/plan.h; ``form`` is a value of ``enum class Form``."""
+    """``struct Plan`` of csrc/common/plan.h; ``form`` is a value of ``enum class Form``."""
 
     def __init__(
         self,

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 from . import __version__
+from .backends.registry import backends
 from .checkpoint import verify
 from .errors import ArgumentError, FreemergeError, RefusedError
 from .evaluation import evaluate, evaluate_experts, load_function, table
 from .experts import iter_experts, save_experts
 from .experts.coding import ValueCoding
 from .experts.extract import Rescale, Scope
-from .inspection import Inspection
-from .pipeline import Report, inspect, merge_checkpoints
-from .recipe import DTYPES, PRESETS, Recipe
+from .merging.inspection import Inspection
+from .merging.recipe import DTYPES, PRESETS, Recipe
+from .merging.run import Report, inspect, merge_checkpoints
 from .responses import HighPass
-from .spectral.dispatch import backends
 
 _SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from .errors import ArgumentError, FreemergeError, RefusedError
 from .experts import ExpertBank, RoutedModel, Router, iter_experts, save_experts
 from .experts.extract import Rescale
-from .pipeline import merge_checkpoints
-from .recipe import Recipe
+from .merging.recipe import Recipe
+from .merging.run import merge_checkpoints
 from .responses import HighPass
 
 TRAIN, WIDTH, FEATURES = 1200, 256, 128

@@ -16,8 +16,8 @@ from torch import Tensor
 from .checkpoint import Checkpoint, Source
 from .errors import ArgumentError
 from .experts import Expert, ExpertBank
-from .pipeline import merge
-from .recipe import Recipe
+from .merging.recipe import Recipe
+from .merging.run import merge
 
 Scores = dict[str, float]
 ScoreFunction = Callable[[dict[str, Tensor]], "float | Mapping[str, float]"]

@@ -1,9 +1,9 @@
 // Switches of the emulation that only tests touch; the module is otherwise the real one.
 #include <pybind11/stl.h>
 
-#include "cuda/bindings.h"
-#include "emulation/runtime.h"
-#include "emulation/scheduler.h"
+#include "bindings/cuda_bindings.h"
+#include "emulation/device/runtime.h"
+#include "emulation/device/scheduler.h"
 
 namespace freemerge::cuda {
 

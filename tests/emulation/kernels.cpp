@@ -12,7 +12,8 @@
 #include <random>
 #include <vector>
 
-#include "cpu/window.h"
+#include "common/dtype.h"
+#include "common/window.h"
 #include "cuda/accumulate.cuh"
 #include "cuda/column_filter.cuh"
 #include "cuda/cufft_api.h"
@@ -20,8 +21,7 @@
 #include "cuda/filter.h"
 #include "cuda/select.cuh"
 #include "cuda/sparse.cuh"
-#include "dtype.h"
-#include "emulation/scheduler.h"
+#include "emulation/device/scheduler.h"
 
 namespace {
 

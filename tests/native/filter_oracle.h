@@ -8,8 +8,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "dtype.h"
-#include "mask.h"
+#include "common/dtype.h"
+#include "common/mask.h"
 
 namespace freemerge::test {
 

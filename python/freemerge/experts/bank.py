@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, CheckpointError
 from .deltas import forward_deltas
 from .expert import Expert
-from .sparse import Scratch, SparseVector, Switch, Update, weighted_sum
+from .switch import Scratch, SparseVector, Switch, Update, weighted_sum
 
 Combine = Literal["add", "replace"]
 

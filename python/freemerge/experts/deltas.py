@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ArgumentError
-from .sparse import SparseVector
+from .switch import SparseVector
 
 Updates = Mapping[str, tuple[SparseVector, float]]
 Mixture = tuple[Tensor, Updates]  # rows of the batch, and each touched tensor's entries and factor

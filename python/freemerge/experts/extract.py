@@ -13,13 +13,13 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from ..accumulate import abs_means, norm, task_vector_sum
+from ..backends.accumulate import abs_means, norm, task_vector_sum
 from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_model
 from ..checkpoint.compare import compare
 from ..errors import ArgumentError, CheckpointError
 from .coding import ValueCoding, value_coding
 from .expert import Expert, check_task_name
-from .selection import ModelSelector, Selection, rows_of, select_largest
+from .select import ModelSelector, Selection, rows_of, select_largest
 from .tensor import ExpertTensor
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module

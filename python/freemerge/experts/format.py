@@ -23,7 +23,7 @@ from .coding import (
     values_from_bytes,
     values_to_bytes,
 )
-from .selection import rows_of
+from .select import rows_of
 from .tensor import ExpertTensor
 
 FORMAT = "freemerge-expert"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from .coding import CodedValues, ValueCoding, encode_values, index_dtype
-from .selection import Selection, rows_of
-from .sparse import SparseVector
+from .select import Selection, rows_of
+from .switch import SparseVector
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,110 @@
+"""What a plan of the CUDA backend moves, stage by stage, from the plan alone: the model behind its tuning.
+
+Memory is of two kinds. The matrix and the spectrum are too big for the cache and live in device memory. Panels (stages
+of lines, coarse rows) are written by one kernel and read by the next while they are still in L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from freemerge.planner.forms import largest_prime
+from freemerge.planner.plan import Plan
+
+Where = Literal["matrix", "spectrum", "panel"]
+_FLOAT, _COMPLEX = 4, 8
+_LARGEST_RADIX = 7  # of csrc/cuda/butterfly.cuh
+_LONGEST_COLUMN = 6800  # of which four fit the shared memory of an H100
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel or cuFFT call, or all of its repetitions: bytes read from and written to one kind of memory."""
+
+    name: str
+    where: Where
+    read: int
+    written: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """The steps of a plan for one matrix, scale and rounding included."""
+
+    plan: Plan
+    steps: tuple[Step, ...]
+
+    def bytes(self, *where: Where) -> int:
+        """Bytes read and written in those kinds of memory; in all of them if none is given."""
+        return sum(step.read + step.written for step in self.steps if not where or step.where in where)
+
+    def per_element(self, *where: Where) -> float:
+        """The same for each entry of the matrix."""
+        height, width = self.plan.matrix
+        return self.bytes(*where) / (height * width)
+
+
+def traffic(plan: Plan) -> Traffic:
+    """The traffic of a decimated or full plan; of the others, that of reading and writing the matrix."""
+    if plan.form == "decimated":
+        return Traffic(plan, tuple(_decimated(plan)))
+    if plan.form == "full":
+        return Traffic(plan, tuple(_full(plan)))
+    moved = 0 if plan.form == "identity" else _matrix_bytes(plan)
+    return Traffic(plan, (Step("scale", "matrix", moved, moved),))
+
+
+def _matrix_bytes(plan: Plan) -> int:
+    height, width = plan.matrix
+    return height * width * plan.dtype.itemsize
+
+
+def _decimated(plan: Plan) -> list[Step]:
+    assert plan.rows is not None
+    assert plan.columns is not None
+    matrix = _matrix_bytes(plan)
+    _, width = plan.matrix
+    panel = plan.rows.cells * width * _FLOAT  # and the coarse rows that two chunks of rows share
+    grid = plan.rows.cells * plan.columns.cells * _FLOAT
+    spectrum = plan.rows.cells * (plan.columns.cells // 2 + 1) * _COMPLEX
+    kept = matrix if plan.background else 0
+    return [
+        Step("down_rows", "matrix", matrix, 0),
+        Step("down_rows", "panel", 0, panel),
+        Step("down_columns", "panel", panel + grid, 2 * grid),  # the grid is cleared, then added to
+        Step("cuFFT R2C", "panel", grid, spectrum),
+        Step("coarse_mask", "panel", spectrum, spectrum),
+        Step("cuFFT C2R", "panel", spectrum, grid),
+        Step("interpolate", "panel", grid, 0),  # again for each chunk of rows, mostly from L1
+        Step("interpolate", "matrix", kept, matrix),
+    ]
+
+
+def _full(plan: Plan) -> list[Step]:
+    height, width = plan.matrix
+    matrix = _matrix_bytes(plan)
+    rows = height * width * _FLOAT
+    spectrum = height * (width // 2 + 1) * _COMPLEX
+    # Long columns, or with large prime factors, are left to cuFFT, which then moves the spectrum twice more.
+    fused = largest_prime(height) <= _LARGEST_RADIX and height <= _LONGEST_COLUMN
+    columns = [Step("column_filter" if fused else "column_mask", "spectrum", spectrum, spectrum)]
+    if plan.dtype.itemsize == _FLOAT:  # cuFFT reads and writes the matrix itself
+        return [
+            Step("cuFFT R2C", "matrix", matrix, 0),
+            Step("cuFFT R2C", "spectrum", 0, spectrum),
+            *columns,
+            Step("cuFFT C2R", "spectrum", spectrum, 0),
+            Step("cuFFT C2R", "matrix", 0, matrix),
+        ]
+    return [
+        Step("pack", "matrix", matrix, 0),
+        Step("pack", "panel", 0, rows),
+        Step("cuFFT R2C", "panel", rows, 0),
+        Step("cuFFT R2C", "spectrum", 0, spectrum),
+        *columns,
+        Step("cuFFT C2R", "spectrum", spectrum, 0),
+        Step("cuFFT C2R", "panel", 0, rows),
+        Step("unpack", "panel", rows, 0),
+        Step("unpack", "matrix", 0, matrix),
+    ]

@@ -1,0 +1,57 @@
+#include "cpu/accumulate.h"
+
+#include <pybind11/stl.h>
+
+#include "bindings/bindings.h"
+#include "cpu/huge_pages.h"
+
+namespace freemerge {
+namespace {
+
+Storage storage(std::uintptr_t data, int dtype) {
+  return {reinterpret_cast<const void*>(data), to_dtype(dtype)};
+}
+
+}  // namespace
+
+void bind_accumulate(pybind11::module_& m) {
+  m.def(
+      "accumulate",
+      [](std::uintptr_t out, std::uintptr_t base, int base_dtype, const std::vector<std::uintptr_t>& models,
+         const std::vector<int>& model_dtypes, const std::vector<double>& weights, std::int64_t n,
+         int threads) {
+        require(models.size() == model_dtypes.size(), "model_dtypes must hold one dtype per model");
+        std::vector<Storage> sources;
+        for (std::size_t i = 0; i < models.size(); ++i)
+          sources.push_back(storage(models[i], model_dtypes[i]));
+        const pybind11::gil_scoped_release release;
+        return accumulate(reinterpret_cast<void*>(out), storage(base, base_dtype), sources, weights, n,
+                          threads);
+      },
+      pybind11::arg("out"), pybind11::arg("base"), pybind11::arg("base_dtype"), pybind11::arg("models"),
+      pybind11::arg("model_dtypes"), pybind11::arg("weights"), pybind11::arg("n"), pybind11::arg("threads"));
+  m.def(
+      "add_round",
+      [](std::uintptr_t out, int out_dtype, std::uintptr_t base, int base_dtype, std::uintptr_t delta,
+         int delta_dtype, double scale, std::int64_t n, int threads) {
+        const pybind11::gil_scoped_release release;
+        add_round(reinterpret_cast<void*>(out), to_dtype(out_dtype), storage(base, base_dtype),
+                  storage(delta, delta_dtype), scale, n, threads);
+      },
+      pybind11::arg("out"), pybind11::arg("out_dtype"), pybind11::arg("base"), pybind11::arg("base_dtype"),
+      pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("n"),
+      pybind11::arg("threads"));
+  m.def(
+      "prefer_huge_pages",
+      [](std::uintptr_t data, std::size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(data), bytes); },
+      pybind11::arg("data"), pybind11::arg("bytes"));
+  m.def(
+      "square_sum",
+      [](std::uintptr_t data, int dtype, std::int64_t n, int threads) {
+        const pybind11::gil_scoped_release release;
+        return square_sum(storage(data, dtype), n, threads);
+      },
+      pybind11::arg("data"), pybind11::arg("dtype"), pybind11::arg("n"), pybind11::arg("threads"));
+}
+
+}  // namespace freemerge

@@ -1,0 +1,52 @@
+#include "cpu/select.h"
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+
+namespace freemerge {
+namespace {
+
+TaskVector task_vector(std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype) {
+  return {{reinterpret_cast<const void*>(model), to_dtype(model_dtype)},
+          {reinterpret_cast<const void*>(base), to_dtype(base_dtype)}};
+}
+
+}  // namespace
+
+void bind_select(pybind11::module_& m) {
+  m.def(
+      "select_largest",
+      [](std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype, std::int64_t rows,
+         std::int64_t width, std::int64_t k, int threads) {
+        const TaskVector v = task_vector(model, model_dtype, base, base_dtype);
+        return arrays(without_gil([&] {
+          return rows == 1 ? select_largest(v, width, k, threads)
+                           : select_largest_per_row(v, rows, width, k, threads);
+        }));
+      },
+      pybind11::arg("model"), pybind11::arg("model_dtype"), pybind11::arg("base"),
+      pybind11::arg("base_dtype"), pybind11::arg("rows"), pybind11::arg("width"), pybind11::arg("k"),
+      pybind11::arg("threads"));
+  m.def(
+      "count_magnitudes",
+      [](std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype, std::int64_t n,
+         std::uintptr_t bins, int threads) {
+        const TaskVector v = task_vector(model, model_dtype, base, base_dtype);
+        const pybind11::gil_scoped_release release;
+        count_magnitudes(v, n, reinterpret_cast<std::int64_t*>(bins), threads);
+      },
+      pybind11::arg("model"), pybind11::arg("model_dtype"), pybind11::arg("base"),
+      pybind11::arg("base_dtype"), pybind11::arg("n"), pybind11::arg("bins"), pybind11::arg("threads"));
+  m.def(
+      "select_from_bin",
+      [](std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype, std::int64_t n,
+         int lowest, int threads) {
+        const TaskVector v = task_vector(model, model_dtype, base, base_dtype);
+        return arrays(without_gil([&] { return select_from_bin(v, n, lowest, threads); }));
+      },
+      pybind11::arg("model"), pybind11::arg("model_dtype"), pybind11::arg("base"),
+      pybind11::arg("base_dtype"), pybind11::arg("n"), pybind11::arg("lowest"), pybind11::arg("threads"));
+  m.attr("MAGNITUDE_BINS") = kMagnitudeBins;
+}
+
+}  // namespace freemerge

@@ -1,0 +1,33 @@
+// Sparse updates as Python hands them over, to the CPU module and to the GPU's.
+#pragma once
+
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <tuple>
+#include <vector>
+
+#include "common/sparse_update.h"
+
+namespace freemerge {
+
+// weights, dtype, n; indices, wide, count; values, scale, origin
+using UpdateTuple = std::tuple<std::uintptr_t, int, std::int64_t, std::uintptr_t, bool, std::int64_t,
+                               std::uintptr_t, double, std::uintptr_t>;
+
+inline std::vector<SparseUpdate> updates_of(const std::vector<UpdateTuple>& tuples) {
+  std::vector<SparseUpdate> updates;
+  updates.reserve(tuples.size());
+  for (const auto& [weights, dtype, n, indices, wide, count, values, scale, origin] : tuples) {
+    updates.push_back({reinterpret_cast<void*>(weights),
+                       to_dtype(dtype),
+                       n,
+                       {reinterpret_cast<const void*>(indices), wide, count},
+                       reinterpret_cast<const float*>(values),
+                       scale,
+                       reinterpret_cast<const void*>(origin)});
+  }
+  return updates;
+}
+
+}  // namespace freemerge

@@ -1,0 +1,1 @@
+"""Where operations run: one protocol, one registry, one module a backend."""

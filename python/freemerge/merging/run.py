@@ -1,0 +1,210 @@
+"""Merging from the outside: state dicts or checkpoints in, a state dict or a published directory out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..checkpoint import (
+    DEFAULT_SHARD_BYTES,
+    Checkpoint,
+    CheckpointWriter,
+    InputHashes,
+    Source,
+    build_manifest,
+    carry_over,
+    open_model,
+)
+from ..checkpoint.model_card import model_card
+from ..errors import ArgumentError, RefusedError
+from .engine import Merger
+from .inspection import Decision, Inspection
+from .progress import Progress
+from .recipe import DTYPES, Recipe, to_yaml
+from .units import Unit
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did: the weight of each model (None where every tensor has its own), the global scale, and where."""
+
+    out: Path
+    weights: tuple[float, ...] | None
+    scale: float
+    inspection: Inspection
+
+
+def merge(
+    base: Source, models: Sequence[Source], recipe: Recipe | None = None, *, backend: str = "auto"
+) -> dict[str, Tensor]:
+    """Merge fine-tuned models of one base in memory: ``theta_0 + scale * sum_i lambda_i filter(theta_i - theta_0)``.
+
+    Args:
+        base: state dict, module, or path of a checkpoint.
+        models: K >= 1 of the same, with the base's tensor names and shapes, or directories of LoRA or IA3 adapters
+            that PEFT trained on the base.
+        recipe: how to merge; the default is FR-Merging with settings that suit most models, see :class:`Recipe`.
+        backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`). With "cuda" each
+            tensor is merged on the GPU wherever it is read from; otherwise it is merged where the base holds it.
+
+    Returns:
+        A new state dict with the base's names, shapes and (unless ``recipe.out_dtype``) dtypes. Inputs are not
+        modified and no returned tensor shares memory with them; names tied in the base are tied in the result. Tensors
+        are on the base's device.
+
+    Raises:
+        ArgumentError, CheckpointError: a bad recipe, mismatched or non-finite inputs; the message names the tensor.
+        BackendError: the backend asked for cannot run.
+
+    Source: arXiv 2411.16815, FR-Merging.
+    """
+    with ExitStack() as stack:
+        merger = _open(stack, base, models, recipe, backend)
+        merged = {name: tensor for unit in merger.units for name, tensor in merger.merged(unit)}
+        merged |= {name: merged[first] for name, first in merger.tied.items()}
+        return {name: merged[name] for name in merger.base.specs}
+
+
+def merge_checkpoints(
+    base: Source,
+    models: Sequence[Source],
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    backend: str = "auto",
+    force: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    progress: bool = True,
+) -> Report:
+    """Merge checkpoints into the directory (or ``.safetensors`` file) ``out``, holding a few tensors at a time.
+
+    Names, shapes and dtypes are checked before anything is written, and ``out`` appears all at once when it is
+    complete: an error (a non-finite value, a full disk) or an interruption leaves what was there before. Config,
+    tokenizer and code files of the base directory are carried over; a model card and a manifest (``freemerge.json``)
+    are written. The same inputs and recipe give the same bytes, whatever the number of threads.
+
+    Args:
+        base, models, recipe, backend: as for :func:`merge`.
+        out: must not exist, unless ``force`` allows to replace an earlier output.
+        max_shard_bytes: size above which the output is sharded.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
+    """
+    with ExitStack() as stack:
+        merger = _open(stack, base, models, recipe, backend)
+        inspection = merger.inspect()
+        writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
+        hashes = stack.enter_context(InputHashes((merger.base, *merger.models)))
+        bar = stack.enter_context(Progress(inspection.read_bytes, enabled=progress))
+
+        def advance(unit: Unit, read_bytes: int) -> None:
+            bar.advance(read_bytes, len(unit.names))
+
+        merger.on_read = advance
+        merger.weights()  # the statistics pass, if there is one, meets every non-finite value before a byte is written
+        stack.enter_context(writer)
+        _carry_over(merger, writer)
+        for unit in merger.units:
+            for name, tensor in merger.merged(unit):
+                writer.write(name, tensor)
+        _describe(merger, writer, hashes, inspection)
+    weights = merger.weights()
+    return Report(writer.out, None if weights is None else tuple(weights), merger.scale, inspection)
+
+
+def inspect(
+    base: Source,
+    models: Sequence[Source],
+    recipe: Recipe | None = None,
+    *,
+    backend: str = "auto",
+    out: str | Path | None = None,
+    force: bool = False,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Inspection:
+    """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
+
+    With ``out``, check also that :func:`merge_checkpoints` could write there; raises what that would raise.
+    """
+    with ExitStack() as stack:
+        merger = _open(stack, base, models, recipe, backend)
+        if out is not None:
+            _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
+        return merger.inspect()
+
+
+def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Recipe | None, backend: str) -> Merger:
+    recipe = _checked_recipe(recipe)
+    if isinstance(models, str | Path | Mapping | nn.Module):
+        raise ArgumentError("models must be a list of models, got a single one")
+    if not models:
+        raise ArgumentError("models must hold at least one fine-tuned model")
+    if isinstance(recipe.weights, tuple) and len(recipe.weights) != len(models):
+        raise ArgumentError(f"weights has {len(recipe.weights)} numbers for {len(models)} models")
+    opened = stack.enter_context(Checkpoint.open(base))
+    sources = [stack.enter_context(open_model(model, opened)) for model in models]
+    return Merger(opened, sources, recipe, backend)
+
+
+def _checked_recipe(recipe: object) -> Recipe:
+    if recipe is None:
+        return Recipe()
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError(f"recipe must be a Recipe, got {type(recipe).__name__}")
+    return recipe
+
+
+def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: bool) -> CheckpointWriter:
+    """The writer of the output, which is refused where writing it would replace or delete an input."""
+    target = Path(out).resolve()
+    for source in (merger.base, *merger.models):
+        for path in (source.path, *source.files):
+            if path is not None and target in (path.resolve(), *path.resolve().parents):
+                verb = "is" if target == path.resolve() else "holds"
+                raise RefusedError(f"{out} {verb} an input of this merge ({path}); write somewhere else")
+    specs = [merger.out_spec(name) for name in merger.written]
+    return CheckpointWriter(out, specs, max_shard_bytes=max_shard_bytes, force=force)
+
+
+def _carry_over(merger: Merger, writer: CheckpointWriter) -> None:
+    """Config, tokenizer and code files of the base, which fail early where they are broken."""
+    if writer.directory is not None and merger.base.directory is not None:
+        out_dtype = DTYPES[merger.recipe.out_dtype] if merger.recipe.out_dtype is not None else None
+        carry_over(merger.base.directory, writer.directory, out_dtype=out_dtype)
+
+
+def _describe(merger: Merger, writer: CheckpointWriter, hashes: InputHashes, inspection: Inspection) -> None:
+    """The model card and the manifest."""
+    if writer.directory is None:
+        return
+    recipe = merger.recipe
+    card = model_card(
+        title="Merged model",
+        base=merger.base.name,
+        models=[model.name for model in merger.models],
+        recipe=to_yaml(recipe.to_record()),
+    )
+    (writer.directory / "README.md").write_text(card, encoding="utf-8")
+    weights = merger.weights()
+    writer.manifest = build_manifest(
+        recipe={**recipe.to_record(), "measured": {"weights": weights, "scale": merger.scale}},
+        inputs=hashes.records(),
+        tensors={decision.name: _record(decision, merger) for decision in inspection.decisions},
+        backend=", ".join(sorted({decision.backend for decision in inspection.decisions if decision.backend})),
+    )
+
+
+def _record(decision: Decision, merger: Merger) -> dict[str, object]:
+    """What the manifest says about one tensor."""
+    record: dict[str, object] = {"action": decision.action}
+    if decision.action == "filter":
+        record |= {"removed": decision.removed, "backend": decision.backend, "form": decision.form}
+    if decision.name in merger.energy_factors:
+        record["energy_factor"] = merger.energy_factors[decision.name]
+    return record

@@ -1,0 +1,235 @@
+"""Which tensors of a checkpoint are filtered, merged or copied, and how they are seen as matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import MERGEABLE, TensorSpec
+from ..errors import ArgumentError, CheckpointError
+
+Action = Literal["filter", "merge", "copy"]
+SMALLEST_STACKED_SIDE = 16  # a 3-D weight with a shorter side is a convolution kernel, not a stack of matrices
+
+
+def _check_pattern(field: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ArgumentError(f"{field}: a pattern must be a string, got {pattern!r}")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Filter several tensors as one matrix, their rows one below the other, for instance separate q, k and v.
+
+    ``patterns`` hold one ``*`` each, which stands for the same text in all: ``Stack(("*.q_proj.weight",
+    "*.k_proj.weight", "*.v_proj.weight"))``.
+    """
+
+    patterns: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.patterns, (list, tuple)):
+            object.__setattr__(self, "patterns", tuple(self.patterns))
+        if not isinstance(self.patterns, tuple) or not all(isinstance(pattern, str) for pattern in self.patterns):
+            raise ArgumentError(f"views: a stack is a list of patterns, got {self.patterns!r}")
+        if len(self.patterns) < 2 or any(pattern.count("*") != 1 for pattern in self.patterns):
+            raise ArgumentError(f"views: a stack needs at least two patterns with one '*' each, got {self.patterns!r}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Filter one tensor as several matrices, split along its rows, for instance a fused qkv weight.
+
+    ``parts``: the number of equal parts, or the number of rows of each.
+    """
+
+    pattern: str
+    parts: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_pattern("views", self.pattern)
+        if isinstance(self.parts, (list, tuple)):
+            object.__setattr__(self, "parts", tuple(self.parts))
+        sizes = self.parts if isinstance(self.parts, tuple) else (self.parts,)
+        if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+            raise ArgumentError(f"views: parts must be a positive integer or a list of them, got {self.parts!r}")
+
+    def rows(self, name: str, height: int) -> tuple[int, ...]:
+        """Rows of each part of the tensor ``name``, which has ``height`` rows."""
+        if isinstance(self.parts, tuple):
+            if sum(self.parts) != height:
+                raise ArgumentError(
+                    f"views: {name} has {height} rows, but its parts {self.parts} have {sum(self.parts)}"
+                )
+            return self.parts
+        if height % self.parts:
+            raise ArgumentError(f"views: {name} has {height} rows, which do not split into {self.parts} equal parts")
+        return (height // self.parts,) * self.parts
+
+
+View = Stack | Split
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose name matches ``pattern`` (shell style, case-sensitive) are treated by ``action``."""
+
+    pattern: str
+    action: Action
+
+    def __post_init__(self) -> None:
+        _check_pattern("select", self.pattern)
+        if self.action not in get_args(Action):
+            raise ArgumentError(f"select: action must be one of {', '.join(get_args(Action))}, got {self.action!r}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that are merged together: usually one; several where a view stacks them.
+
+    ``parts``: rows of each matrix the (stacked) rows are filtered as; empty where the tensor is filtered whole.
+    ``must_agree``: a copied tensor that has to be equal in all models, because nobody asked for the base's.
+    """
+
+    names: tuple[str, ...]
+    action: Action
+    parts: tuple[int, ...] = ()
+    must_agree: bool = False
+
+
+def taken_from_base(name: str, select: Sequence[Rule]) -> bool:
+    """Whether the rules copy a tensor from the base, so that the models' own need not even exist."""
+    rule = next((rule for rule in select if fnmatchcase(name, rule.pattern)), None)
+    return rule is not None and rule.action == "copy"
+
+
+def default_action(spec: TensorSpec) -> Action:
+    """Matrices (and stacks of matrices, as mixture-of-experts weights) are filtered; other floats are merged.
+
+    One-dimensional and empty tensors and convolution kernels (3-D ones have a short side, or "conv" in their name) are
+    merged unfiltered; integer and other buffers are copied.
+    """
+    if spec.dtype not in MERGEABLE:
+        return "copy"
+    if not spec.numel:
+        return "merge"
+    if len(spec.shape) == 2:
+        return "filter"
+    stacked = len(spec.shape) == 3 and min(spec.shape[1:]) >= SMALLEST_STACKED_SIDE
+    if stacked and "conv" not in spec.name.lower():
+        return "filter"
+    return "merge"
+
+
+def plan_units(specs: Mapping[str, TensorSpec], select: Sequence[Rule] = (), views: Sequence[View] = ()) -> list[Unit]:
+    """Decide what happens to every tensor of ``specs``, in their order. The first matching rule wins.
+
+    Raises ArgumentError for a rule or view that matches nothing or cannot apply: a misspelt pattern must not pass.
+    """
+    for rule in select:
+        if not any(fnmatchcase(name, rule.pattern) for name in specs):
+            raise ArgumentError(f"select: pattern {rule.pattern!r} matches no tensor")
+    rules = {name: next((rule for rule in select if fnmatchcase(name, rule.pattern)), None) for name in specs}
+    actions = {name: _action(spec, rules[name]) for name, spec in specs.items()}
+    stacked, splits = _resolve_views(specs, actions, views)
+    units: list[Unit] = []
+    for name, spec in specs.items():
+        action = actions[name]
+        if name in stacked:
+            group = stacked[name]
+            if group[0] == name:
+                units.append(Unit(group, "filter"))
+        elif name in splits:
+            units.append(Unit((name,), "filter", splits[name].rows(name, spec.shape[0])))
+        else:
+            units.append(Unit((name,), action, must_agree=action == "copy" and not taken_from_base(name, select)))
+    return units
+
+
+def _action(spec: TensorSpec, rule: Rule | None) -> Action:
+    if rule is None or rule.action == "copy":
+        return default_action(spec) if rule is None else "copy"
+    if spec.dtype not in MERGEABLE:
+        if rule.pattern == spec.name:
+            raise ArgumentError(f"select: {spec.name} has dtype {spec.dtype}, which can only be copied")
+        return "copy"
+    return rule.action if spec.shape and spec.numel else "merge"
+
+
+def _resolve_views(
+    specs: Mapping[str, TensorSpec], actions: Mapping[str, Action], views: Iterable[View]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Split]]:
+    """Map each viewed tensor to its stack of names (in stacking order) or to its split."""
+    stacked: dict[str, tuple[str, ...]] = {}
+    splits: dict[str, Split] = {}
+    for view in views:
+        found = False
+        pattern = view.patterns[0] if isinstance(view, Stack) else view.pattern
+        for name, spec in specs.items():
+            if not fnmatchcase(name, pattern) or actions[name] != "filter":
+                continue
+            if len(spec.shape) != 2:
+                raise ArgumentError(f"views: {name} has shape {spec.shape}; only matrices can be viewed")
+            group = _stack_of(name, view, specs) if isinstance(view, Stack) else (name,)
+            for member in group:
+                if member in stacked or member in splits:
+                    raise ArgumentError(f"views: {member} is in more than one view")
+                if actions[member] != "filter":
+                    raise ArgumentError(f"views: {member} is stacked for filtering, but selected to {actions[member]}")
+                if isinstance(view, Stack):
+                    stacked[member] = group
+                else:
+                    splits[member] = view
+            found = True
+        if not found:
+            raise ArgumentError(f"views: pattern {pattern!r} matches no filtered tensor")
+    return stacked, splits
+
+
+def _stack_of(name: str, view: Stack, specs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    head, tail = view.patterns[0].split("*")
+    shared = name[len(head) : len(name) - len(tail)]
+    group = tuple(pattern.replace("*", shared) for pattern in view.patterns)
+    for member in group:
+        if member not in specs:
+            raise ArgumentError(f"views: {name} is to be stacked with {member}, which does not exist")
+        if len(specs[member].shape) != 2 or specs[member].shape[1] != specs[name].shape[1]:
+            raise ArgumentError(
+                f"views: {member} {specs[member].shape} cannot be stacked below {name} {specs[name].shape}"
+            )
+    return group
+
+
+def filtered_matrices(unit: Unit, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors to filter for a unit, given its members' task vectors: views of them, except for a stack.
+
+    A stack is copied into one matrix; :func:`unstack` writes it back.
+    """
+    matrix = deltas[0] if len(deltas) == 1 else torch.cat(list(deltas))
+    return list(torch.split(matrix, list(unit.parts))) if unit.parts else [matrix]
+
+
+def unstack(matrices: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+    """Copy the rows of a filtered stack back into its members; does nothing where they already share memory."""
+    if len(deltas) == 1:
+        return
+    for delta, rows in zip(deltas, torch.split(matrices[0], [len(delta) for delta in deltas]), strict=True):
+        delta.copy_(rows)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
+def require_equal(name: str, base: Tensor, model: Tensor, source: str) -> None:
+    """Raise CheckpointError unless a tensor that cannot be merged has the same bytes in the base and in a model."""
+    if base.dtype != model.dtype or not torch.equal(_bytes(base), _bytes(model)):
+        raise CheckpointError(
+            f"{source}: tensor {name} ({base.dtype}) cannot be merged and differs from the base's; "
+            f"select it with action 'copy' to take the base's"
+        )

@@ -1,0 +1,1 @@
+"""Every decision about how a matrix is filtered, made once and written into a Plan."""

@@ -1,0 +1,51 @@
+"""What the planner knows of a backend on one device: what it can do, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .plan import Form, Plan
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Relative cost of the building blocks of a filter, in ns per element on the machine they were measured on.
+
+    Only their ratios matter: the planner compares forms of one backend, never two backends.
+    """
+
+    move: float  #: read or write one element of the matrix
+    tap: float  #: one multiply-add of a windowed FIR pass
+    dense: float  #: one multiply-add of a dense matrix product
+    row_fft: float  #: one element and one factor of two of a real FFT along contiguous rows
+    column_fft: float  #: one complex element and one factor of two of an FFT down columns, mask included
+    coarse_fft: float  #: one element and one factor of two of the real 2-D FFT of a coarse grid
+    spectrum: float = 0.0  #: keep one real number of a spectrum from the row FFTs to their inverses
+    transposed: float = 1.5  #: factor of row_fft where it runs down the columns
+    call: float = 0.0  #: fixed cost of a form with many small steps
+    column_tap: float = 0.0  #: tap along the columns, where it differs
+    start: float = 0.0  #: fixed cost of the decimated form beyond that of the others
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the planner must know about a backend on one device."""
+
+    forms: frozenset[Form]
+    dtypes: frozenset[torch.dtype]
+    costs: Costs
+    taps: tuple[int, ...]  #: window widths it has kernels for
+    dense: bool = False  #: an axis of the decimated form may have dense windows, or be left as it is
+    whole_columns: bool = False  #: the decimated form may leave the axis of the width as it is
+    longest_sum: int = 0  #: samples of a cell that the rows axis may sum where the width is whole; 0: any number
+    cells_multiple: int = 1  #: coarse sizes are this times 2^a 3^b 5^c
+    extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
+    transposes: bool = False  #: has the transposed variants of pruned and full
+    packs: int | None = None  #: full keeps a spectrum of more bytes in the matrix's own memory (fp32, fp64)
+    streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
+    centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
+    slow_rows: str = ""  #: why "auto" passes it over for a matrix of one row, if it does
+    workspace: Callable[[Plan], int] | None = None  #: bytes for a plan, instead of the planner's estimate

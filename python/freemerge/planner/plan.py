@@ -1,0 +1,113 @@
+"""What a backend is told to do: a frozen value that :mod:`.planner` makes and that prints well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from ..responses import Response, matrix_shape
+
+Form = Literal["identity", "scale", "decimated", "thin", "pruned", "full"]
+
+
+@dataclass(frozen=True)
+class Decimation:
+    """Reduction of one axis of n samples to ``cells`` coarse cells, which carry the offsets ``|k| < band``.
+
+    ``taps`` is the width of the Kaiser-Bessel window in cells; ``taps == 0`` stands for the periodic Dirichlet kernel,
+    which is exact and dense, and leaves an axis of n = ``cells`` whole. ``nyquist`` centres the band on Nyquist instead
+    of DC (n and cells are even then).
+    """
+
+    cells: int
+    taps: int
+    band: int
+    nyquist: bool = False
+
+    def __str__(self) -> str:
+        window = f"{self.taps} taps" if self.taps else "dense"
+        return f"{self.cells} cells, {window}, |k| < {self.band}{' from Nyquist' if self.nyquist else ''}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one matrix is filtered in place, y = scale * Re(ifft2(M * fft2(x))); the twin of csrc/common/plan.h.
+
+    ========= ==========================================================================================
+    form      meaning
+    ========= ==========================================================================================
+    identity  M is 1 everywhere: y = x
+    scale     M is one constant: y = background * x
+    decimated y = background * x + z, where the spectrum of z lies in a box: windows down to a coarse grid,
+              a small FFT, and back by the transposed windows
+    thin      the same by products with cosines and sines, for M(k, l) = M(k, -l)
+    pruned    y = background * x + z, where z lives on the spectrum's columns whose gain is not background
+    full      row FFTs, column FFTs, mask, and back
+    ========= ==========================================================================================
+
+    ``shape`` is (n,) for a vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
+    and full) takes real FFTs along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's
+    own memory. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``; ``bytes_moved``
+    counts the reads and writes of x itself.
+    """
+
+    backend: str
+    form: Form
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    response: Response
+    background: float
+    reason: str = field(compare=False)
+    transposed: bool = False
+    packed: bool = False
+    rows: Decimation | None = None
+    columns: Decimation | None = None
+    # What follows from the rest makes no other plan.
+    workspace_bytes: int = field(default=0, compare=False)
+    bytes_moved: int = field(default=0, compare=False)
+    error_bound: float = field(default=0.0, compare=False)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Tables are cached by plan: a small filter must not pay for hashing every field each time.
+        return hash(
+            (self.backend, self.form, self.shape, self.dtype, self.device, self.response, self.rows, self.columns)
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}  # it differs by process
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(H, W)."""
+        return matrix_shape(self.shape)
+
+    def because(self, refusals: Sequence[str]) -> Plan:
+        """This plan, telling also what was passed over before it and why."""
+        return replace(self, reason="; ".join([self.reason, *refusals])) if refusals else self
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.form} on backend {self.backend}",
+            f"  input      {' x '.join(map(str, self.shape))} {str(self.dtype)[6:]} on {self.device}",
+            f"  response   {self.response!r}, background gain {self.background:g}",
+        ]
+        if self.rows is not None and self.columns is not None:
+            lines += [f"  rows       {self.rows}", f"  columns    {self.columns}"]
+        if self.transposed:
+            lines.append("  axes       transposed: real transforms run along the columns")
+        lines += [
+            f"  traffic    {self.bytes_moved / 1e6:.2f} MB of input read and written",
+            f"  workspace  {self.workspace_bytes / 1e6:.2f} MB",
+            f"  error      <= {self.error_bound:.1e} relative to the input",
+            f"  because    {self.reason}",
+        ]
+        return "\n".join(lines)

@@ -1,1 +1,0 @@
-"""The spectral core: a planner, its backends, and the filter they make up."""

@@ -1,0 +1,186 @@
+"""Weighted task-vector sums against float64, and native against torch bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from freemerge.backends import accumulate, native
+from freemerge.errors import ArgumentError
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+BACKENDS = ["cpu", "torch"]
+
+
+def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[torch.Tensor, list[torch.Tensor], list[float]]:
+    shape = tuple(draw(st.lists(st.integers(0, 40), min_size=1, max_size=3)))
+    count = draw(st.integers(1, 4))
+    dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=count + 1, max_size=count + 1))
+    seed = draw(st.integers(0, 1000))
+    tensors = [normal(shape, seed + i, dtype) for i, dtype in enumerate(dtypes)]
+    if draw(st.booleans()):
+        tensors = [tensor.transpose(0, -1) for tensor in tensors]
+    weights = draw(st.lists(st.floats(-2, 2, width=32), min_size=count, max_size=count))
+    return tensors[0], tensors[1:], weights
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(deadline=None, max_examples=40)
+@given(case=cases())
+def test_sum_and_means_agree_with_float64(
+    backend: str, case: tuple[torch.Tensor, list[torch.Tensor], list[float]]
+) -> None:
+    base, models, weights = case
+    out, means = accumulate.task_vector_sum(base, models, weights, backend=backend)
+    vectors = [model.double() - base.double() for model in models]
+    exact = sum((w * v for w, v in zip(weights, vectors, strict=True)), torch.zeros_like(base.double()))
+    wide = any(tensor.dtype == torch.float64 for tensor in (base, *models))
+    assert out.dtype == (torch.float64 if wide else torch.float32)
+    assert out.shape == base.shape
+    assert out.is_contiguous()
+    epsilon = torch.finfo(out.dtype).eps
+    bound = sum((abs(w) * v.abs() for w, v in zip(weights, vectors, strict=True)), torch.zeros_like(exact))
+    assert ((out.double() - exact).abs() <= (len(models) + 2) * (epsilon * bound + torch.finfo(out.dtype).tiny)).all()
+    for mean, vector in zip(means, vectors, strict=True):
+        expected = float(vector.abs().mean()) if vector.numel() else 0.0
+        assert mean == pytest.approx(expected, rel=2 * epsilon + 1e-12, abs=0)
+    assert means == accumulate.abs_means(base, models, backend=backend)
+    reused = torch.full_like(out, math.nan)
+    assert accumulate.task_vector_sum(base, models, weights, out=reused, backend=backend)[0] is reused
+    assert torch.equal(reused, out)
+
+
+@settings(deadline=None, max_examples=40)
+@given(case=cases(), out_dtype=st.sampled_from(DTYPES), scale=st.floats(-3, 3))
+def test_native_and_torch_write_the_same_bytes(
+    case: tuple[torch.Tensor, list[torch.Tensor], list[float]], out_dtype: torch.dtype, scale: float
+) -> None:
+    base, models, weights = case
+    native, torch_ = (accumulate.task_vector_sum(base, models, weights, backend=backend) for backend in BACKENDS)
+    assert torch.equal(native[0], torch_[0])
+    assert native[1] == pytest.approx(torch_[1], rel=1e-12)
+    for delta in (native[0], models[0]):
+        merged = [accumulate.add_round(base, delta, scale, out_dtype, backend=backend) for backend in BACKENDS]
+        assert torch.equal(*merged)
+
+
+@pytest.mark.parametrize(("base_dtype", "model_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_many_blocks_do_not_depend_on_the_thread_count(base_dtype: torch.dtype, model_dtype: torch.dtype) -> None:
+    base, models = normal((70001,), 1, base_dtype), [normal((70001,), 2 + i, model_dtype) for i in range(3)]
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(accumulate.task_vector_sum(base, models, [0.25, -1.0, 3.0], backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for out, means in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert means == results[0][1]
+    for model, mean in zip(models, results[0][1], strict=True):
+        assert mean == pytest.approx(float((model.double() - base.double()).abs().mean()), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_round_rounds_the_float32_sum_to_nearest_even(dtype: torch.dtype) -> None:
+    base, delta = normal((40000,), 1, torch.bfloat16), normal((40000,), 2)
+    expected = (base.float() + torch.tensor(0.7) * delta).to(dtype)
+    assert torch.equal(accumulate.add_round(base, delta, 0.7, dtype), expected)
+
+
+def test_every_16_bit_pattern_converts_and_rounds_as_torch_does() -> None:
+    bits = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        values = bits.view(dtype)
+        widened = accumulate.add_round(values, torch.zeros(values.numel()), 1.0, torch.float32, backend="cpu")
+        torch.testing.assert_close(widened, values.float(), rtol=0, atol=0, equal_nan=True)
+        between = values.float() * torch.tensor(1.0 + 2.0**-9)  # neither grid: halves, quarters and ties of both
+        for scaled in (between, values.float() * (1 + 2.0**-11), values.float() * (1 + 2.0**-8)):
+            zero = torch.zeros(values.numel(), dtype=dtype)
+            rounded = accumulate.add_round(zero, scaled, 1.0, dtype, backend="cpu")
+            torch.testing.assert_close(rounded, scaled.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_add_round_in_place_on_base_and_on_delta() -> None:
+    base, delta = normal((3000,), 1), normal((3000,), 2)
+    expected = accumulate.add_round(base, delta, 0.5, torch.float32)
+    for target in (base, delta):
+        operands = {"base": base.clone(), "delta": delta.clone()}
+        out = operands["base" if target is base else "delta"]
+        assert accumulate.add_round(**operands, scale=0.5, dtype=torch.float32, out=out) is out
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_mean_marks_the_model_that_is_not_finite(backend: str, bad: float) -> None:
+    base, models = torch.zeros(50000), [torch.ones(50000), torch.ones(50000)]
+    models[1][49999] = bad
+    assert [math.isfinite(mean) for mean in accumulate.abs_means(base, models, backend=backend)] == [True, False]
+    base[3] = math.inf
+    models[0][3] = math.inf
+    assert not any(math.isfinite(mean) for mean in accumulate.abs_means(base, models, backend=backend))
+
+
+def test_bad_arguments_are_named() -> None:
+    x = torch.zeros(4)
+    for call, message in [
+        (lambda: accumulate.task_vector_sum(x, [x], [1.0, 2.0]), "weights must hold one number per model"),
+        (lambda: accumulate.task_vector_sum(x, [x, torch.zeros(5)], [1.0, 1.0]), r"models\[1\] has shape \(5,\)"),
+        (lambda: accumulate.task_vector_sum(x, [x.int()], [1.0]), r"models\[0\] must be float32"),
+        (lambda: accumulate.abs_means(x, []), "models must hold at least one"),
+        (lambda: accumulate.abs_means(x, [x], backend="gpu"), "backend must be"),
+        (lambda: accumulate.add_round(x, x, 1.0, torch.float32, out=torch.zeros(5)), "out must be a contiguous"),
+        (lambda: accumulate.task_vector_sum(x, [x], [1.0], out=x.double()), "out must be a contiguous"),
+        (lambda: accumulate.add_round(x, x, 1.0, torch.int32), "dtype must be float32"),
+    ]:
+        with pytest.raises(ArgumentError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 1, 17, 33_000, 100_003])
+def test_norm_is_the_same_for_any_number_of_threads(dtype: torch.dtype, count: int) -> None:
+    generator = torch.Generator().manual_seed(count)
+    tensors = [torch.randn(count, generator=generator).to(dtype), torch.randn(3, 5, generator=generator).t().to(dtype)]
+    expected = math.sqrt(math.fsum(float((t.double() ** 2).sum()) for t in tensors))
+    results = []
+    for threads in (1, 2):
+        previous = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            results.append(accumulate.norm(tensors))
+        finally:
+            torch.set_num_threads(previous)
+    assert results[0] == results[1]
+    assert results[0] == pytest.approx(expected, rel=1e-12)
+    assert accumulate.norm(tensors, backend="torch") == pytest.approx(expected, rel=1e-12)
+
+
+def test_results_of_many_megabytes_ask_for_huge_pages() -> None:
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("no transparent huge pages here")
+    result = native.empty((1 << 24,), torch.float32, torch.device("cpu"))
+    middle = result.data_ptr() + (result.nbytes >> 1)
+    flags: list[str] = []
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= middle < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line.split()
+    assert "hg" in flags

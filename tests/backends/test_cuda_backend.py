@@ -1,0 +1,585 @@
+"""The CUDA backend, from the Python API down to its kernels, run by the emulation on CPU tensors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+
+import emulated
+import freemerge as fm
+import freemerge.experts as fx
+from benchmarks.traffic import traffic
+from freemerge import filter as filtering
+from freemerge.backends import cuda_runtime
+from freemerge.backends import registry as dispatch
+from freemerge.backends.accumulate import abs_means, add_round, task_vector_sum
+from freemerge.backends.cuda import CudaBackend
+from freemerge.backends.torch import TorchBackend
+from freemerge.checkpoint import TensorSpec
+from freemerge.errors import ArgumentError, BackendError, CudaError
+from freemerge.experts.select import select_largest
+from freemerge.experts.switch import SparseVector, Update, _jobs, apply_
+from freemerge.merging.units import plan_units
+from freemerge.planner.forms import candidates
+from freemerge.planner.plan import Form, Plan
+from freemerge.responses import Response
+from reference import reference_filter, reference_merge
+from updates import expected, mixed_updates, sparse
+
+HIGH_PASS = fm.HighPass(0.05)
+RESPONSES = [
+    HIGH_PASS,
+    fm.LowPass(0.1),
+    fm.BandPass(0.05, 0.15),
+    fm.Butterworth(0.1, 2),
+    fm.Gaussian(0.03),
+    fm.BandGain(0.08, 0.3, 1.2),
+    fm.Center(-1),
+    fm.Center(-2),
+    fm.Official(),
+    fm.HighPass(0.07, metric="normalized"),
+    fm.Custom(lambda ky, kx, shape: 1 / (1 + abs(ky) + abs(kx))),
+]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
+    """CPU tensors are device tensors here, and nothing else may run."""
+    emulated_backend = emulated.backend()
+    monkeypatch.setattr(dispatch, "BACKENDS", (emulated_backend,))
+    monkeypatch.setattr(cuda_runtime, "RUNTIME", emulated.runtime())
+    forget_plans()
+    yield emulated_backend
+    forget_plans()
+    emulated.module().set_order(emulated.module().Order.forward)
+
+
+def forget_plans() -> None:
+    filtering._route.cache_clear()
+    dispatch._choose.cache_clear()
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plans(x: torch.Tensor, response: Response) -> list[Plan]:
+    """Every plan the backend has for a matrix, not only the best."""
+    backend = emulated.backend()
+    traits = backend.traits(x.device)
+    assert traits is not None
+    found = candidates(response, tuple(x.shape[-2:]), x.dtype, str(x.device), "cuda", traits)
+    return [plan for plan in found if backend.supports(plan) is None]
+
+
+def plan_of_form(x: torch.Tensor, response: Response, form: Form) -> Plan:
+    return next(plan for plan in plans(x, response) if plan.form == form)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor) -> float:
+    """Relative to the result, unless that is tiny beside the input."""
+    norm = max(float(want.norm()), 0.3 * float(x.double().norm()))
+    return float((got.double() - want).norm()) / norm
+
+
+@pytest.mark.parametrize(
+    "shape", [(96, 96), (128, 200), (97, 101), (40, 240), (1, 300), (127,), (7, 5), (1, 1)], ids=str
+)
+@pytest.mark.parametrize("response", RESPONSES, ids=lambda r: type(r).__name__)
+def test_every_plan_agrees_with_the_formula(shape: tuple[int, ...], response: Response) -> None:
+    if response == fm.Center(-2) and len(shape) == 1:
+        return
+    for dtype in TOLERANCE:
+        x = matrix(*shape, dtype=dtype)
+        want = 1.5 * reference_filter(x, response)
+        for plan in plans(x, response):
+            y = x.clone()
+            emulated.backend().run(plan, [y.view(1, -1, shape[-1])], 1.5)
+            assert relative_error(y, want, x) < TOLERANCE[dtype], f"{plan}"
+
+
+def test_all_forms_were_tried() -> None:
+    forms = {plan.form for r in RESPONSES for plan in plans(matrix(128, 200), r)}
+    assert forms == {"decimated", "full"}
+    whole = [plan for r in RESPONSES for plan in plans(matrix(240, 40), r) if plan.columns and not plan.columns.taps]
+    assert whole, "no columns axis was left as it is"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_the_rounded_float32_result(dtype: torch.dtype) -> None:
+    x = matrix(128, 200, dtype=dtype)
+    for form in ("decimated", "full"):
+        got, wide = x.clone(), x.float()
+        emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [got[None]], 1.0)
+        emulated.backend().run(plan_of_form(wide, HIGH_PASS, form), [wide[None]], 1.0)
+        assert torch.equal(got, wide.to(dtype))
+
+
+@pytest.mark.parametrize("form", ["decimated", "full"])
+def test_the_order_of_threads_and_repetition_change_no_bit(form: Form) -> None:
+    x, module = matrix(96, 130), emulated.module()
+    results = []
+    for order in ("forward", "reverse", "random", "random"):
+        module.set_order(getattr(module.Order, order))
+        y = x.clone()
+        emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [y[None]], 1.0)
+        results.append(y)
+    assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("form", ["decimated", "full"])
+def test_a_batch_is_its_matrices_one_by_one(form: Form) -> None:
+    batch = matrix(70, 24, 40)  # more than one launch takes
+    plan = plan_of_form(batch, fm.HighPass(0.1), form)
+    together, alone = batch.clone(), batch.clone()
+    emulated.backend().run(plan, [together], 1.0)
+    for x in alone:
+        emulated.backend().run(plan, [x[None]], 1.0)
+    assert torch.equal(together, alone)
+
+
+def test_strided_matrices_are_filtered_in_place() -> None:
+    storage = matrix(60, 100)
+    x = storage[3:51, 7:85]
+    want = reference_filter(x, HIGH_PASS)
+    outside = storage.clone()
+    assert fm.filter_(x, HIGH_PASS, backend="cuda") is x
+    assert relative_error(x, want, outside) < 1e-6
+    untouched = torch.ones_like(storage, dtype=torch.bool)
+    untouched[3:51, 7:85] = False
+    assert torch.equal(storage[untouched], outside[untouched])
+
+
+@pytest.mark.parametrize("form", ["decimated", "full"])
+def test_rows_more_than_two_to_the_31_entries_apart(form: Form) -> None:
+    rows, width = 24, 30
+    stride = (1 << 31) // 8 + 1  # the last rows begin beyond 2^31 entries
+    try:
+        storage = torch.empty((rows - 1) * stride + width, dtype=torch.bfloat16)  # touched in a few pages only
+    except RuntimeError as error:
+        pytest.skip(f"cannot reserve {2 * rows * stride / 2**30:.0f} GiB of address space: {error}")
+    x = storage.as_strided((rows, width), (stride, 1))
+    dense = matrix(rows, width, dtype=torch.bfloat16)
+    x.copy_(dense)
+    response = fm.HighPass(0.1)
+    plan = plan_of_form(dense, response, form)
+    emulated.backend().run(plan, [x[None]], 1.0)
+    emulated.backend().run(plan, [dense[None]], 1.0)
+    assert torch.equal(x, dense)
+
+
+@pytest.mark.parametrize("shape", [(67, 1009), (1009, 67), (1, 65537)], ids=str)
+def test_large_primes(shape: tuple[int, int]) -> None:
+    x = matrix(*shape)
+    for plan in plans(x, HIGH_PASS):
+        y = x.clone()
+        emulated.backend().run(plan, [y[None]], 1.0)
+        assert relative_error(y, reference_filter(x, HIGH_PASS), x) < 1e-6, f"{plan}"
+
+
+def test_a_dominant_mean_keeps_its_accuracy() -> None:
+    x = matrix(128, 200) + 1000.0
+    want = reference_filter(x, HIGH_PASS)
+    y = x.clone()
+    emulated.backend().run(plan_of_form(x, HIGH_PASS, "decimated"), [y[None]], 1.0)
+    assert float((y - want).norm() / want.norm()) < 1e-4  # float32 alone holds 1000 to 3e-5
+
+
+@pytest.mark.parametrize("form", ["decimated", "full"])
+def test_memory_stays_within_what_explain_promised(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    empty = torch.empty
+
+    def record(*size: int, **options: object) -> torch.Tensor:
+        taken.append(math.prod(size))
+        return empty(*size, **options)  # type: ignore[call-overload, no-any-return]
+
+    for shape, count in itertools.product([(96, 130), (300, 90)], [1, 3, 70]):
+        batch = matrix(count, *shape)
+        plan = plan_of_form(batch, HIGH_PASS, form)
+        promised = emulated.backend().workspace_bytes(plan)
+        emulated.backend().run(plan, [batch], 1.0)  # makes the tables
+        taken.clear()
+        monkeypatch.setattr(torch, "empty", record)
+        emulated.backend().run(plan, [batch], 1.0)
+        monkeypatch.setattr(torch, "empty", empty)
+        assert len(taken) == 1
+        assert taken[0] <= promised
+
+
+@pytest.mark.parametrize("shape", [(96, 130), (60, 25600), (400, 3001), (1, 65537), (2048, 2048)], ids=str)
+def test_no_number_of_matrices_needs_more_than_promised(shape: tuple[int, int]) -> None:
+    x = torch.empty(shape)
+    for response in (HIGH_PASS, fm.Butterworth(0.3)):
+        for plan in plans(x, response):
+            promised = emulated.backend().workspace_bytes(plan)
+            native = emulated.backend()._prepared(plan, emulated.runtime().stream(x.device)).native
+            entry = 4 * math.prod(shape)
+            needed = [
+                native.workspace([4096 + i * step for i in range(count)], [shape[1]] * count, 0, 0)
+                for count in (*range(1, 20), 63, 64, 65, 127, 200)
+                for step in (entry, 2 * entry, entry + 4)  # one run, runs of their own, misaligned for cuFFT
+            ]
+            assert max(needed) <= promised, f"{needed}\n{plan}"
+
+
+def test_explain_promises_the_general_form_a_spectrum_and_panels() -> None:
+    panels = (16 + 16) << 20  # batches of small spectra, cuFFT's work area
+    for shape in [(96, 130), (2048, 2048)]:
+        plan = fm.explain(shape, fm.Butterworth(0.3), backend="cuda")
+        assert plan.form == "full"
+        matrix_bytes = 4 * shape[0] * shape[1]
+        assert plan.workspace_bytes <= matrix_bytes + 8 * 4 * shape[0] + panels
+    small = fm.explain((4096, 4096), HIGH_PASS, backend="cuda")
+    assert small.form == "decimated"
+    assert small.workspace_bytes < 0.35 * 4 * 4096 * 4096
+
+
+def test_the_plan_cache_is_bounded() -> None:
+    module = emulated.module()
+    module.clear_fft_cache()
+    for height in range(20, 60):
+        fm.filter_(matrix(height, 30), fm.Butterworth(0.3), backend="cuda")
+    assert 0 < module.fft_cache_size() <= 64
+    module.clear_fft_cache()
+    assert module.fft_cache_size() == 0
+
+
+def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
+    module, x = emulated.module(), matrix(50, 34)
+    plan = plan_of_form(x, fm.Butterworth(0.3), "full")
+    module.clear_fft_cache()
+    emulated.backend().workspace_bytes(plan)  # tables are there, cuFFT's plans too
+    module.clear_fft_cache()
+    module.set_capturing(True)
+    try:
+        with pytest.raises(CudaError, match="run the same call once before the capture"):
+            emulated.backend().run(plan, [x[None]], 1.0)
+        module.set_capturing(False)
+        emulated.backend().run(plan, [x.clone()[None]], 1.0)
+        module.set_capturing(True)
+        emulated.backend().run(plan, [x[None]], 1.0)
+    finally:
+        module.set_capturing(False)
+    kept = module.fft_cache_size()
+    for height in range(60, 160):
+        emulated.backend().run(
+            plan_of_form(matrix(height, 30), fm.Butterworth(0.3), "full"), [matrix(height, 30)[None]], 1.0
+        )
+    assert module.fft_cache_size() == 64
+    module.set_capturing(True)
+    try:
+        emulated.backend().run(plan, [x[None]], 1.0)  # its plans outlived a hundred others
+    finally:
+        module.set_capturing(False)
+    assert kept >= 2
+
+
+def test_errors_carry_operation_and_place() -> None:
+    module = emulated.module()
+    module.set_device_count_error(35)  # cudaErrorInsufficientDriver
+    try:
+        with pytest.raises(CudaError, match="cudaGetDeviceCount failed: cudaErrorInsufficientDriver") as caught:
+            module.device_count()
+        without_driver = cuda_runtime.Runtime(module, "cpu")
+        assert not without_driver.available
+    finally:
+        module.set_device_count_error(0)
+    assert caught.value.operation == "cudaGetDeviceCount"
+    assert caught.value.code == 35
+    assert caught.value.file == "bind_cuda_device.cpp"
+    assert caught.value.line > 0
+    info = CudaBackend(without_driver).info()
+    assert info.reason.startswith("no usable GPU or driver")
+    with pytest.raises(BackendError, match="no usable GPU or driver"):
+        CudaBackend(without_driver).run(plan_of_form(matrix(9, 9), HIGH_PASS, "full"), [matrix(9, 9)[None]], 1.0)
+
+
+def test_what_it_cannot_do_it_refuses() -> None:
+    x = matrix(64, 64)
+    plan = plan_of_form(x, HIGH_PASS, "full")
+    assert emulated.backend().supports(replace(plan, form="thin")) is not None
+    assert emulated.backend().supports(replace(plan, dtype=torch.float64)) is not None
+    with pytest.raises(BackendError, match="has no kernels for"):
+        fm.filter_(x.double(), HIGH_PASS, backend="cuda")
+
+
+# --- task vectors and experts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2048, 5001])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_weighted_sums_are_those_of_torch_bit_for_bit(n: int, count: int) -> None:
+    base = matrix(n, dtype=torch.bfloat16)
+    dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
+    models = [matrix(n, dtype=next(dtypes), seed=i + 1) for i in range(count)]
+    weights = [0.3 + 0.1 * i for i in range(count)]
+    total, means = task_vector_sum(base, models, weights, backend="cuda")
+    expected, expected_means = task_vector_sum(base, models, weights, backend="torch")
+    assert torch.equal(total, expected)
+    assert means == pytest.approx(expected_means, rel=1e-6)  # torch sums |v| in another order
+    assert abs_means(base, models, backend="cuda") == means
+    for dtype in TOLERANCE:
+        rounded = add_round(base, total, 0.7, dtype, backend="cuda")
+        assert torch.equal(rounded, add_round(base, total, 0.7, dtype, backend="torch"))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("k", [1, 37, 20000])
+def test_selection_is_exact(k: int, by_row: bool) -> None:
+    base = matrix(5, 18000, dtype=torch.bfloat16)
+    model = base.float() + matrix(5, 18000, seed=1)
+    model[:, ::5] = base[:, ::5].float() + 1.25  # ties
+    model[2] = base[2].float()  # a row of zeros, which are never taken
+    got = select_largest(model, base, k, by_row=by_row, backend="cuda")
+    want = select_largest(model, base, k, by_row=by_row, backend="torch")
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.values, want.values)
+
+
+@pytest.mark.parametrize("k", [100, 9000, 40000])
+def test_zeros_of_every_chunk_are_left_out(k: int) -> None:
+    v = matrix(40000)  # ranked in three chunks
+    v[torch.arange(40000) % 4 > 0] = 0.0
+    v[1::8] = -0.0
+    v[::12] = 2.5  # ties
+    got = select_largest(v, torch.zeros(40000), k, backend="cuda")
+    want = select_largest(v, torch.zeros(40000), k, backend="torch")
+    assert len(want.indices) == min(k, 10000)
+    assert torch.equal(got.indices, want.indices)
+    assert torch.equal(got.values, want.values)
+
+
+def test_selection_ranks_nan_above_infinity() -> None:
+    v = torch.tensor([1.0, float("inf"), float("nan"), -3.0])
+    assert select_largest(v, torch.zeros(4), 2, backend="cuda").indices.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_sparse_updates_are_undone_bit_for_bit(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
+    before = matrix(30, 40, dtype=dtype)
+    update = SparseVector(torch.tensor([0, 17, 1199], dtype=index_dtype), torch.tensor([1.0, -2.5, 0.125]))
+    origin = torch.tensor([3.0, 4.0, 5.0], dtype=dtype)
+    for start in (None, origin):
+        weights, expected = before.clone(), before.clone()
+        apply_([Update(expected, update, 0.7, start)], backend="torch")
+        with apply_([Update(weights, update, 0.7, start)], backend="cuda"):
+            assert torch.equal(weights, expected)
+        assert torch.equal(weights, before)
+
+
+def test_many_tensors_change_in_few_launches() -> None:
+    updates = mixed_updates([*TOLERANCE], 130)
+    before, after = [update.weights.clone() for update in updates], [expected(update) for update in updates]
+    for order in ("forward", "random"):
+        emulated.module().set_order(getattr(emulated.module().Order, order))
+        with apply_(updates, backend="cuda"):
+            assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
+        assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
+    jobs, _ = _jobs([update for update in updates if update.entries.indices.numel()])
+    assert 60 < len(jobs) <= 120
+    assert emulated.module().SparseSwitch(jobs).launches == 2
+    assert emulated.module().SparseSwitch(jobs[:60]).launches == 1
+
+
+def test_updates_of_one_memory_keep_their_order_on_the_device() -> None:
+    weights, other = matrix(90, 80), matrix(50)
+    before = weights.clone()
+    updates = [
+        Update(weights, sparse(7200, 5000, 5), 0.5),
+        Update(other, sparse(50, 20, 7), 1.0),
+        Update(weights[1:], sparse(7120, 5000, 6, torch.int64), -2.0),
+    ]
+    jobs, _ = _jobs(updates)
+    assert emulated.module().SparseSwitch(jobs).launches == 2
+    want = weights.clone()
+    for update, flat in ((updates[0], want.view(-1)), (updates[2], want[1:].view(-1))):
+        flat[update.entries.indices.long()] += update.entries.values * update.scale
+    with apply_(updates, backend="cuda"):
+        assert torch.equal(weights, want)
+    assert torch.equal(weights, before)
+
+
+def test_nan_payloads_and_negative_zeros_come_back() -> None:
+    bits = torch.tensor([0x7FA1, 0xFFB2 - 0x10000, -0x8000, 0x7F80], dtype=torch.int16)
+    update = SparseVector(torch.arange(4), torch.ones(4))
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = bits.clone().view(dtype)
+        with apply_([Update(weights, update, 1.0)], backend="cuda"):
+            pass
+        assert torch.equal(weights.view(torch.int16), bits)
+
+
+def test_an_index_outside_a_device_tensor_changes_nothing() -> None:
+    for bad in (10, -1):
+        weights, other = torch.ones(10), torch.ones(10)
+        update = SparseVector(torch.tensor([0, bad], dtype=torch.int32), torch.ones(2))
+        with pytest.raises(ArgumentError, match="outside the tensor"):
+            apply_([Update(other, sparse(10, 3, 0), 1.0), Update(weights, update, 1.0)], backend="cuda")
+        assert torch.equal(other, torch.ones(10))
+        assert torch.equal(weights, torch.ones(10))
+
+
+def test_thousand_device_switches_over_eight_experts_leave_every_weight_bit_identical() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 8).bfloat16())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tasks = {
+        f"task{i}": {name: value + matrix(*value.shape, dtype=value.dtype, seed=i) for name, value in before.items()}
+        for i in range(8)
+    }
+    experts = fx.extract_experts(before, tasks, density=0.1)
+    bank, picks = fx.ExpertBank(model, experts, base=before), random.Random(0)
+    changed = 0
+    for _ in range(1000):
+        with bank.active(picks.choice([*tasks]), combine=picks.choice(["add", "replace"])):
+            changed += not torch.equal(model[0].weight, before["0.weight"])
+    assert changed == 1000
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- merging ----------------------------------------------------------------------------------------------------------
+
+
+def models_of(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    shapes = {"a.weight": (48, 64), "b.weight": (70, 30), "norm.weight": (24,)}
+    base = {name: matrix(*shape, dtype=dtype) for name, shape in shapes.items()}
+    models = [
+        {name: (x.double() + 0.1 * matrix(*x.shape, seed=seed)).to(dtype) for name, x in base.items()}
+        for seed in (1, 2, 3)
+    ]
+    return base, models
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_merge_does_all_its_arithmetic_on_the_device(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = emulated.module(), Counter[str]()
+    for name in ("accumulate", "add_round"):
+        kernel = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *values, name=name, kernel=kernel: calls.update([name]) or kernel(*values)
+        )
+    base, models = models_of(dtype)
+    recipe = fm.Recipe(response=HIGH_PASS, renormalize=None)
+    merged = fm.merge(base, models, recipe, backend="cuda")
+    specs = {name: TensorSpec(name, tuple(x.shape), x.dtype) for name, x in base.items()}
+    want = reference_merge(base, models, recipe, plan_units(specs, recipe.select, recipe.views))
+    for name, x in merged.items():
+        assert x.dtype == dtype
+        assert relative_error(x, want[name], base[name]) < TOLERANCE[dtype]
+    assert calls["accumulate"] >= len(base)
+    assert calls["add_round"] == len(base)
+
+
+def test_a_merge_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = emulated.module()
+    monkeypatch.setattr(cuda_runtime, "RUNTIME", cuda_runtime.Runtime(module, "cpu"))
+    module.set_device_count_error(100)  # cudaErrorNoDevice
+    try:
+        with pytest.raises(BackendError, match="no usable GPU or driver: cudaGetDeviceCount failed: cudaErrorNoDevice"):
+            fm.merge(*models_of(torch.float32), backend="cuda")
+    finally:
+        module.set_device_count_error(0)
+
+
+def test_float64_is_refused_with_the_reason_and_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BackendError, match=r"backend cuda has no kernels for torch\.float64"):
+        fm.merge(*models_of(torch.float64), backend="cuda")
+    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, TorchBackend()))
+    forget_plans()
+    plan = fm.explain((64, 48), HIGH_PASS, dtype=torch.float64)
+    assert plan.backend == "torch"
+    assert "backend cuda has no kernels for torch.float64" in plan.reason
+
+
+def test_a_cpu_tensor_starts_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Untouchable(ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise AssertionError(f"{name} was asked for")
+
+    on_gpu = CudaBackend(cuda_runtime.Runtime(Untouchable("_cuda"), "cuda"))
+    monkeypatch.setattr(dispatch, "BACKENDS", (on_gpu, TorchBackend()))
+    forget_plans()
+    assert "backend cuda does not run on device cpu" in fm.explain((64, 48), HIGH_PASS).reason
+
+
+def test_forcing_the_backend_on_what_it_does_not_take() -> None:
+    with pytest.raises(ArgumentError, match="float32, bfloat16 or float16"):
+        task_vector_sum(matrix(4).double(), [matrix(4)], [1.0], backend="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sum_reads_every_model_once_and_writes_once(dtype: torch.dtype) -> None:
+    n, module = 5001, emulated.module()
+    base, models, out = matrix(n, dtype=dtype), [matrix(n, dtype=dtype, seed=i) for i in (1, 2, 3)], torch.empty(n)
+    for tensor in (base, *models, out):
+        module.watch(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    task_vector_sum(base, models, [0.2, 0.3, 0.5], out=out, backend="cuda")
+    stored = n * dtype.itemsize
+    assert module.watched() == [(stored, 0)] * 4 + [(0, 4 * n)]
+    module.unwatch_all()
+    module.watch(base.data_ptr(), stored)
+    module.watch(out.data_ptr(), 4 * n)
+    add_round(base, out, 0.7, dtype, out=base, backend="cuda")
+    assert module.watched() == [(stored, stored), (4 * n, 0)]
+    module.unwatch_all()
+
+
+def test_tensors_of_two_devices_are_refused() -> None:
+    x, elsewhere = matrix(8), torch.empty(8, device="meta")
+    with pytest.raises(ArgumentError, match="out must be"):
+        task_vector_sum(x, [x], [1.0], out=elsewhere)
+    with pytest.raises(ArgumentError, match="out must be"):
+        add_round(x, x, 1.0, torch.float32, out=elsewhere)
+    with pytest.raises(ArgumentError, match="update must be on the device of the weights"):
+        apply_([Update(x, SparseVector(torch.empty(1, dtype=torch.int64, device="meta"), torch.ones(1)), 1.0)])
+
+
+# --- traffic ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["decimated", "full"])
+def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: Form, dtype: torch.dtype) -> None:
+    module, x = emulated.module(), matrix(256, 320, dtype=dtype)
+    plan = plan_of_form(x, HIGH_PASS, form)
+    model = traffic(plan)
+    emulated.backend().run(plan, [x[None]], 1.0)
+    module.watch(x.data_ptr(), x.numel() * x.element_size())
+    emulated.backend().run(plan, [x[None]], 1.0)
+    ((loaded, stored),) = module.watched()
+    module.unwatch_all()
+    steps = [step for step in model.steps if step.where == "matrix"]
+    assert stored == sum(step.written for step in steps if "cuFFT" not in step.name)
+    read = sum(step.read for step in steps)
+    read -= sum(step.read for step in steps if "cuFFT" in step.name)  # of a float matrix, counted apart
+    # A sample of the matrix gives its mean, and the last row of a cell is asked for again while it is in L1.
+    assert read <= loaded <= (1.5 * read if form == "decimated" else read)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("height", [96, 97])  # columns of the fused kernel, and of cuFFT
+def test_the_traffic_model_counts_panels_and_spectra_exactly(height: int, dtype: torch.dtype) -> None:
+    module, x = emulated.module(), matrix(height, 130, dtype=dtype)
+    plan = plan_of_form(x, HIGH_PASS, "full")
+    emulated.backend().run(plan, [x[None]], 1.0)
+    emulated.standin_traffic()
+    module.watch(0, (1 << 63) - 1)
+    emulated.backend().run(plan, [x[None]], 1.0)
+    ((loaded, stored),) = module.watched()
+    module.unwatch_all()
+    fft_read, fft_written = emulated.standin_traffic()
+    steps = traffic(plan).steps
+    assert fft_read == sum(step.read for step in steps if "cuFFT" in step.name)
+    assert fft_written == sum(step.written for step in steps if "cuFFT" in step.name)
+    assert loaded >= sum(step.read for step in steps if "cuFFT" not in step.name)  # and tables, from L1
+    assert stored == sum(step.written for step in steps if "cuFFT" not in step.name)

@@ -1,0 +1,182 @@
+"""What only a GPU can show: real transforms, streams, graphs and memory. Skipped, with the reason, without one."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import freemerge as fm
+import freemerge.experts as fx
+from freemerge.backends import cuda_runtime
+from freemerge.backends.accumulate import add_round, task_vector_sum
+from freemerge.experts.select import select_largest
+from freemerge.experts.switch import SparseVector, Update, apply_
+from freemerge.responses import Response
+from reference import reference_filter
+from updates import expected, mixed_updates
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not cuda_runtime.RUNTIME.available, reason=f"no CUDA backend: {cuda_runtime.RUNTIME.state[0]}"),
+]
+
+RESPONSES = [
+    fm.HighPass(0.05),
+    fm.HighPass(0.2),
+    fm.LowPass(0.1),
+    fm.BandPass(0.05, 0.15),
+    fm.Butterworth(0.1),
+    fm.Gaussian(0.03),
+    fm.Center(-2),
+    fm.Official(),
+    fm.Custom(lambda ky, kx, shape: 1 / (1 + abs(ky) + abs(kx))),
+]
+SHAPES = [(768, 768), (3072, 768), (768, 3072), (1009, 1013), (50265, 64), (1, 65537), (7, 5)]
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).cuda()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("response", RESPONSES, ids=lambda r: type(r).__name__)
+def test_results_agree_with_the_formula(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> None:
+    x = matrix(*shape, dtype=dtype)
+    want = 1.5 * reference_filter(x.cpu(), response)
+    got = fm.filtered(x, response, scale=1.5, backend="cuda")
+    norm = max(float(want.norm()), 0.3 * float(x.double().norm()))
+    assert float((got.cpu().double() - want).norm()) / norm < TOLERANCE[dtype]
+    assert torch.equal(got, fm.filtered(x, response, scale=1.5, backend="cuda"))
+
+
+@pytest.mark.parametrize("response", [fm.HighPass(0.05), fm.HighPass(0.2), fm.Butterworth(0.1)], ids=repr)
+def test_memory_is_what_explain_promised(response: Response) -> None:
+    x = matrix(2048, 3000)
+    fm.filter_(x, response, backend="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fm.filter_(x, response, backend="cuda")
+    torch.cuda.synchronize()
+    unsplit = 1 << 20  # torch's allocator splits off no less
+    assert torch.cuda.max_memory_allocated() - before <= fm.explain(x, response).workspace_bytes + unsplit
+
+
+@pytest.mark.parametrize("response", [fm.HighPass(0.05), fm.HighPass(0.2), fm.Butterworth(0.1)], ids=repr)
+def test_a_captured_graph_replays(response: Response) -> None:
+    x = matrix(300, 512)
+    want = fm.filtered(x, response, backend="cuda")
+    static = x.clone()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        fm.filter_(static, response, backend="cuda")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fm.filter_(static, response, backend="cuda")
+    for height in range(400, 500):  # push other plans through the caches
+        fm.filter_(matrix(height, 64), fm.Butterworth(0.1), backend="cuda")
+    static.copy_(x)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(static, want)
+
+
+def test_streams_and_threads_do_not_meet() -> None:
+    inputs = [matrix(768, 700 + i, seed=i) for i in range(8)]
+    want = [fm.filtered(x, fm.HighPass(0.2), backend="cuda") for x in inputs]
+    torch.cuda.synchronize()
+    failures: list[int] = []
+
+    def work(i: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                got = fm.filtered(inputs[i], fm.HighPass(0.2), backend="cuda")
+                torch.cuda.current_stream().synchronize()
+                if not torch.equal(got, want[i]):
+                    failures.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_more_than_two_to_the_31_entries() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    rows, width = (1 << 31) // 8192 + 8, 8192
+    if free < 3 * rows * width * 2:
+        pytest.skip(f"needs {3 * rows * width * 2 / 2**30:.0f} GiB of free GPU memory, has {free / 2**30:.0f}")
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_()
+    mean = x[-1].float().mean()
+    fm.filter_(x, fm.Center(-1), backend="cuda")
+    assert abs(float(x[-1].float().mean())) < 0.01 + 0.1 * abs(float(mean))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_merge_runs_on_the_gpu_and_returns_to_the_base(device: str) -> None:
+    base = {"a.weight": matrix(300, 512, dtype=torch.bfloat16).to(device), "b.bias": matrix(40).to(device)}
+    models = [{name: x + 0.01 * (i + 1) for name, x in base.items()} for i in range(3)]
+    merged = fm.merge(base, models, backend="cuda")
+    on_cpu = [{name: x.cpu() for name, x in state.items()} for state in (base, *models)]
+    want = fm.merge(on_cpu[0], on_cpu[1:], backend="torch")
+    for name, x in merged.items():
+        assert x.device.type == device
+        assert torch.allclose(x.cpu().float(), want[name].float(), rtol=8e-3, atol=1e-6)
+
+
+def test_sums_selection_and_sparse_updates_are_those_of_torch() -> None:
+    base, models = matrix(1000, 1001, dtype=torch.bfloat16), [matrix(1000, 1001, seed=i) for i in (1, 2, 3)]
+    total, means = task_vector_sum(base, models, [0.2, 0.3, 0.5], backend="cuda")
+    expected, expected_means = task_vector_sum(base, models, [0.2, 0.3, 0.5], backend="torch")
+    assert torch.equal(total, expected)
+    assert means == pytest.approx(expected_means, rel=1e-5)
+    rounded = add_round(base, total, 0.7, torch.bfloat16, backend="cuda")
+    assert torch.equal(rounded, add_round(base, total, 0.7, torch.bfloat16, backend="torch"))
+    for by_row in (False, True):
+        got = select_largest(models[0], base, 500, by_row=by_row, backend="cuda")
+        want = select_largest(models[0], base, 500, by_row=by_row, backend="torch")
+        assert torch.equal(got.indices, want.indices)
+        assert torch.equal(got.values, want.values)
+    weights = base.clone()
+    entries = SparseVector(got.indices.cuda(), got.values.cuda())
+    with apply_([Update(weights, entries, 0.7)], backend="cuda"):
+        assert not torch.equal(weights, base)
+    assert torch.equal(weights, base)
+
+
+def test_an_expert_of_many_tensors_switches_across_streams_and_in_a_graph() -> None:
+    updates = mixed_updates([*TOLERANCE], 130, "cuda")
+    before, after = [update.weights.clone() for update in updates], [expected(update).cuda() for update in updates]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        on = apply_(updates, backend="cuda")
+        torch.cuda.current_stream().synchronize()
+    assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
+    on.close()
+    assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
+
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.Linear(200, 100)).cuda().requires_grad_(False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    tuned = {name: value + matrix(*value.shape, seed=1) for name, value in state.items()}
+    bank = fx.ExpertBank(model, fx.extract_experts(state, {"t": tuned}))
+    x = matrix(16, 300)
+    with bank.active("t"):  # once before the capture
+        want = model(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), bank.active("t"):
+        got = model(x)
+    with bank.active({"t": 0.5}):  # another switch in between
+        pass
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.allclose(got, want, rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,76 @@
+"""The merging rules against their formulas, by hand and elementwise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from freemerge.methods.rules import alignment_factors, elect_and_sum, energy_factor, merging_scale, merging_weights
+
+means = st.lists(st.floats(1e-12, 1e6), min_size=1, max_size=12)
+
+
+@given(means)
+def test_paper_weights_are_shares_of_the_mean_magnitude(values: list[float]) -> None:
+    weights = merging_weights("paper", values)
+    assert math.isclose(sum(weights), 1.0, rel_tol=1e-12)
+    assert all(math.isclose(w * math.fsum(values), v, rel_tol=1e-12) for w, v in zip(weights, values, strict=True))
+
+
+def test_weights_of_zero_task_vectors() -> None:
+    assert merging_weights("paper", [0.0, 0.0]) == [0.5, 0.5]
+    assert merging_weights("paper", [0.0, 3.0]) == [0.0, 1.0]
+
+
+def test_other_weights() -> None:
+    assert merging_weights("uniform", [1.0, 5.0]) == [0.5, 0.5]
+    assert merging_weights("sum", [1.0, 5.0]) == [1.0, 1.0]
+    assert merging_weights((0.2, -0.7), [1.0, 5.0]) == [0.2, -0.7]
+
+
+def test_auto_scale_merges_at_the_strength_of_task_arithmetic() -> None:
+    for weights in ("paper", "uniform", "sum"):
+        strength = merging_scale("auto", weights, 8) * sum(merging_weights(weights, [1.0] * 8)) / 8
+        assert strength == pytest.approx(0.4)
+    assert merging_scale("auto", (0.3, 0.3), 2) == 1.0
+    assert merging_scale(0.25, "paper", 8) == 0.25
+
+
+@given(means)
+def test_alignment_gives_every_task_the_largest_magnitude(values: list[float]) -> None:
+    for value, factor in zip(values, alignment_factors(values), strict=True):
+        assert math.isclose(value * factor, max(values), rel_tol=1e-12)
+
+
+def test_alignment_leaves_zero_at_zero() -> None:
+    assert alignment_factors([0.0, 2.0]) == [0.0, 1.0]
+    assert alignment_factors([0.0, 0.0]) == [0.0, 0.0]
+
+
+def test_election_keeps_what_agrees_with_the_sign_of_the_sum() -> None:
+    deltas = [torch.tensor([1.0, -3.0, 2.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, -2.0, 5.0, -4.0])]
+    #                                        sums: 3, -2, 0, 5, -3
+    assert elect_and_sum(deltas, [1.0, 1.0]).tolist() == [3.0, -3.0, 0.0, 5.0, -4.0]
+
+
+@given(st.integers(1, 6), st.integers(0, 2**31))
+def test_election_against_a_loop(count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    deltas = [torch.randn(7, generator=generator, dtype=torch.float64) for _ in range(count)]
+    weights = torch.randn(count, generator=generator, dtype=torch.float64).tolist()
+    merged = elect_and_sum(deltas, weights)
+    for entry in range(7):
+        terms = [w * float(d[entry]) for w, d in zip(weights, deltas, strict=True)]
+        elected = sum(terms) > 0
+        expected = sum(term for term in terms if (term > 0) == elected)
+        assert float(merged[entry]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_energy_factor() -> None:
+    assert energy_factor(6.0, 2.0) == 3.0
+    assert energy_factor(0.0, 0.0) == 1.0
+    assert energy_factor(1.0, 1e-9) == 1.0, "rounding noise is not amplified"

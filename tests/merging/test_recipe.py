@@ -1,0 +1,140 @@
+"""Recipes: validation names the field, YAML goes there and back, presets are what the scripts do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import freemerge as fm
+from freemerge.merging.recipe import PRESETS
+from freemerge.merging.units import Rule, Split, Stack
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_yaml(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(fm.Recipe.preset(name).to_yaml())
+    assert fm.Recipe.from_yaml(path) == fm.Recipe.preset(name)
+
+
+def test_everything_survives_yaml(tmp_path: Path) -> None:
+    recipe = fm.Recipe(
+        fm.Butterworth(0.2, 3, metric="normalized"),
+        weights=[0.1, 0.9],
+        stats="filtered",
+        scope="tensor",
+        scale=0.3,
+        renormalize=None,
+        align=True,
+        sign_election=True,
+        select=[("*.bias", "copy"), Rule("*", "filter")],
+        views=[Stack(("*.q.weight", "*.k.weight")), Split("*.qkv.weight", (4, 2, 2))],
+        compute_dtype="float64",
+        out_dtype="bfloat16",
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert fm.Recipe.from_yaml(path) == recipe
+
+
+def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("preset: official-vit30\nscale: 0.2\n")
+    assert fm.Recipe.from_yaml(path) == fm.Recipe.preset("official-vit30").replace(scale=0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"response": "HighPass"}, "response must be"),
+        ({"weights": "papper"}, "weights must be"),
+        ({"weights": [1.0, float("nan")]}, "weights must be finite"),
+        ({"weights": []}, "weights must be"),
+        ({"stats": "all"}, "stats must be one of"),
+        ({"scope": "row"}, "scope must be one of"),
+        ({"scale": float("inf")}, "scale must be"),
+        ({"scale": True}, "scale must be"),
+        ({"renormalize": "none"}, "renormalize must be one of"),
+        ({"align": 1}, "align must be"),
+        ({"select": "*"}, "select must be a list"),
+        ({"select": [("*", "drop")]}, "select: action must be one of"),
+        ({"select": ["*"]}, "select: a rule is"),
+        ({"views": [{"stack": ["*.q"]}]}, "views: a stack needs"),
+        ({"views": [{"split": "*.qkv", "parts": 0}]}, "views: parts must be"),
+        ({"views": [{"stak": ["*.q"]}]}, "views: expected"),
+        ({"compute_dtype": "bfloat16"}, "compute_dtype must be one of"),
+        ({"out_dtype": "int8"}, "out_dtype must be one of"),
+    ],
+)
+def test_errors_name_the_field(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(fm.ArgumentError, match=message):
+        fm.Recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cutof: 0.4\n", "no field 'cutof'"),
+        ("wieghts: paper\n", "did you mean 'weights'"),
+        ("preset: official-vit\n", "did you mean 'official-vit"),
+        ("response: {type: HighPas, cutoff: 0.1}\n", "response must be a mapping with type"),
+        ("response: {type: HighPass, cut: 0.1}\n", "no option 'cut'"),
+        ("response: {type: HighPass}\n", "HighPass"),
+        ("- 1\n", "must be a mapping"),
+        ("a: [\n", "recipe.yaml"),
+        ("scale: 1\nscale: 2\n", "'scale' is given twice"),
+        ("response: {type: HighPass, cutoff: 0.1, cutoff: 0.2}\n", "'cutoff' is given twice"),
+        ("response: {type: [HighPass], cutoff: 0.1}\n", "response must be a mapping with type"),
+        ('response: {type: HighPass, cutoff: "0.1"}\n', "cutoff must be a finite number >= 0"),
+        ("response: {type: HighPass, cutoff: true}\n", "cutoff must be a finite number >= 0"),
+        ("response: {type: BandGain, cutoff: 0.1, low: a, high: 1}\n", "low must be a finite number, got 'a'"),
+        ("preset: 5\n", "preset must be one of"),
+        ("preset: [paper]\n", "preset must be one of"),
+        (f"scale: {'1' * 400}\n", "scale must be"),
+        ("select: [{pattern: 5, action: merge}]\n", "select: a pattern must be a string"),
+        ("views: [{stack: 5}]\n", "views: a stack is a list of patterns"),
+        ("views: [{stack: [1, 2]}]\n", "views: a stack is a list of patterns"),
+        ("views: [{split: 3, parts: 2}]\n", "views: a pattern must be a string"),
+        ("views: [{split: w, parts: null}]\n", "views: parts must be"),
+        ("views: [{split: w, parts: true}]\n", "views: parts must be"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_bad_files_name_the_file_and_the_field(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(fm.ArgumentError, match=message) as caught:
+        fm.Recipe.from_yaml(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(fm.ArgumentError, match=r"nowhere\.yaml"):
+        fm.Recipe.from_yaml(tmp_path / "nowhere.yaml")
+
+
+def test_a_custom_response_cannot_be_written_down() -> None:
+    with pytest.raises(fm.ArgumentError, match="Custom cannot be serialised"):
+        fm.Recipe(fm.Custom([[0.0]])).to_yaml()
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(fm.ArgumentError, match="did you mean 'paper'"):
+        fm.Recipe.preset("papers")
+
+
+def test_the_default_is_the_documented_one() -> None:
+    recipe = fm.Recipe()
+    assert recipe.response == fm.HighPass(0.4)
+    assert (recipe.weights, recipe.stats, recipe.scope, recipe.scale) == ("paper", "raw", "model", "auto")
+    assert recipe.renormalize == "energy"
+    assert fm.Recipe.preset("paper") == recipe.replace(scale=1.0, renormalize=None)
+
+
+def test_numbers_from_numpy_are_plain_numbers(tmp_path: Path) -> None:
+    recipe = fm.Recipe(fm.HighPass(np.float64(0.25)), weights=list(np.ones(2, np.float32)), scale=np.float64(0.5))
+    assert repr(recipe.response) == repr(fm.HighPass(0.25))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert fm.Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe

@@ -1,0 +1,225 @@
+"""The planner's promises: sizes, error bounds, and what it does when a form is out of reach."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import freemerge as fm
+from freemerge.backends.cpu import CpuBackend
+from freemerge.backends.registry import BACKENDS
+from freemerge.planner.forms import ERROR_LIMIT, _smooth, candidates
+from freemerge.planner.plan import Decimation
+from freemerge.planner.windows import Window, window_transform
+from oracle import oracle_filter
+
+
+def is_smooth(n: int) -> bool:
+    for prime in (2, 3, 5):
+        while n % prime == 0:
+            n //= prime
+    return n == 1
+
+
+@given(st.integers(1, 5000), st.sampled_from([1, 2, 16, 32]))
+def test_smooth_sizes_are_the_smallest(minimum: int, multiple: int) -> None:
+    size = _smooth(minimum, multiple)
+    smaller = range(multiple * math.ceil(minimum / multiple), size, multiple)
+    assert size >= minimum
+    assert is_smooth(size // multiple)
+    assert not any(is_smooth(n // multiple) for n in smaller)
+
+
+def dense(n: int, d: Decimation, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices that the products of a window add up to, on the way down and back."""
+    window = Window(n, d)
+    down, up = np.zeros((d.cells, n)), np.zeros((d.cells, n))
+    for p in window.gather(block):
+        assert p.weights is not None
+        down[p.cell0 : p.cell1, p.sample0 : p.sample1] += p.weights.numpy()
+    for p in window.scatter(block):
+        assert p.weights is not None
+        for cell in range(p.cell0, p.cell1):
+            up[cell % d.cells, p.sample0 : p.sample1] += p.weights[:, cell - p.cell0].numpy()
+    return down, up
+
+
+@pytest.mark.parametrize("nyquist", [False, True])
+@pytest.mark.parametrize(
+    ("n", "cells", "taps", "band"), [(64, 24, 6, 5), (97, 30, 9, 8), (210, 36, 7, 9), (50, 9, 0, 5)]
+)
+@pytest.mark.parametrize("block", [1, 4, 100])
+def test_windows_are_one_operator_however_they_are_cut(
+    n: int, cells: int, taps: int, band: int, nyquist: bool, block: int
+) -> None:
+    if nyquist and n % 2:
+        pytest.skip("no Nyquist bin")
+    d = Decimation(cells, taps, band, nyquist)
+    down, up = dense(n, d, block)
+    np.testing.assert_allclose(down, up, rtol=0, atol=5e-15)
+    # Cell transforms are phihat times sample transforms, offset by offset.
+    x = np.random.default_rng(0).normal(size=n)
+    offsets = np.arange(1 - band, band)
+    samples = np.fft.fft(x)[(offsets + (n // 2 if nyquist else 0)) % n]
+    coarse = np.fft.fft(down @ x)[offsets % cells] / window_transform(d, offsets.astype(float))
+    assert np.abs(coarse - samples).max() < (1e-3 if taps else 1e-12) * np.linalg.norm(x) * math.sqrt(n)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("kind", ["constant", "ramp", "tone"])
+@pytest.mark.parametrize("shape", [(1, 1000), (1, 1024), (1, 16384), (1000, 3), (64, 64), (16384, 4), (200, 64)])
+def test_every_plan_keeps_its_bound_on_inputs_that_add_up(backend: str, kind: str, shape: tuple[int, int]) -> None:
+    """Noise hides the rounding of long sums; what is all at low frequencies does not."""
+    height, width = shape
+    y, x = torch.arange(height, dtype=torch.float64)[:, None], torch.arange(width, dtype=torch.float64)[None, :]
+    signal = {
+        "constant": torch.ones(shape, dtype=torch.float64),
+        "ramp": y / height + x / width,
+        "tone": torch.cos(2 * math.pi * y / height) + torch.cos(4 * math.pi * x / width),
+    }[kind]
+    matrix = (signal + 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).float()
+    response = fm.HighPass(3, unit="bins")
+    mask = torch.from_numpy(response.mask(shape))
+    exact = torch.fft.ifft2(mask * torch.fft.fft2(matrix.double())).real
+    chosen = next(known for known in BACKENDS if known.name == backend)
+    traits = chosen.traits(torch.device("cpu"))
+    assert traits is not None
+    for plan in candidates(response, shape, torch.float32, "cpu", backend, traits):
+        if chosen.supports(plan) is None:
+            result = matrix.clone()
+            chosen.run(plan, [result[None]], 1.0)
+            error = float((result.double() - exact).norm() / matrix.double().norm())
+            assert error <= max(plan.error_bound, 5e-7), plan
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "cutoff"), [((768, 768), 0.05), ((513, 2048), 0.2), ((1009, 640), 0.1)])
+def test_the_error_bound_holds_for_the_worst_input(
+    backend: str, dtype: torch.dtype, shape: tuple[int, int], cutoff: float
+) -> None:
+    """All energy at the frequency that aliases onto the edge of the band, which the filter must leave alone."""
+    plan = fm.explain(shape, fm.HighPass(cutoff), dtype=dtype, backend=backend)
+    assert plan.error_bound <= ERROR_LIMIT[dtype]
+    if plan.rows is None or not plan.rows.taps:
+        pytest.skip(f"planned as {plan.form}, which has no aliases")
+    alias = (plan.rows.band - 1 - plan.rows.cells) % shape[0]
+    rows = torch.arange(shape[0], dtype=torch.float64)[:, None]
+    tone = torch.cos(2 * math.pi * alias / shape[0] * rows).expand(shape).to(dtype).contiguous()
+    tone /= tone.norm()
+    y = fm.filtered(tone, fm.HighPass(cutoff), backend=backend)
+    mask = torch.from_numpy(fm.HighPass(cutoff).mask(shape))
+    exact = torch.fft.ifft2(mask * torch.fft.fft2(tone.double())).real
+    assert float((y.double() - exact).norm()) <= plan.error_bound
+
+
+def test_a_lowered_matmul_precision_rules_out_products() -> None:
+    precision = torch.get_float32_matmul_precision()
+    shape, response = (768, 768), fm.HighPass(0.05)
+    assert fm.explain(shape, response, backend="torch").form == "decimated"
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert fm.explain(shape, response, backend="torch").form in ("pruned", "full")
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_the_newer_way_to_lower_the_precision_is_seen_too() -> None:
+    script = (
+        "import torch, freemerge as fm; torch.backends.mkldnn.matmul.fp32_precision = 'bf16';"
+        "x = torch.randn(768, 768); fm.filter_(x, fm.HighPass(0.05), backend='torch');"
+        "print(fm.explain(x, fm.HighPass(0.05), backend='torch').form)"
+    )
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has only the older way")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() in ("pruned", "full"), run.stderr
+
+
+def test_torch_products_give_the_same_bytes_for_any_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    x = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(fm.filtered(x, fm.HighPass(0.01), backend="torch"))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("shape", [(4096,), (1, 768), (3, 1, 768)])
+def test_single_rows_are_left_to_torch(shape: tuple[int, ...]) -> None:
+    plan = fm.explain(shape, fm.HighPass(0.05))
+    assert plan.backend == "torch"
+    assert "single row" in plan.reason
+    assert fm.explain(shape, fm.HighPass(0.05), backend="cpu").backend == "cpu"
+    assert fm.explain((2, 768), fm.HighPass(0.05)).backend == "cpu"
+
+
+@pytest.mark.parametrize("shape", [(150, 203), (203, 150), (96, 64), (40, 8450), (8704, 37)])
+@pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.Butterworth(0.2), fm.Official(0.7)], ids=repr)
+def test_every_candidate_of_the_cpu_gives_the_result(shape: tuple[int, int], response: fm.Response) -> None:
+    backend = CpuBackend()
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor(response.half_mask(shape))
+    expected = torch.fft.irfft2(torch.fft.rfft2(x.double()) * mask, s=shape)
+    plans = candidates(response, shape, x.dtype, "cpu", "cpu", traits)
+    assert {(plan.form, plan.transposed) for plan in plans} >= {("full", False), ("full", True)}
+    for plan in plans:
+        if backend.supports(plan) is None:
+            result = x.clone()
+            backend.run(plan, [result.unsqueeze(0)], 1.0)
+            assert (result - expected).norm() <= 5e-7 * x.norm(), plan
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(700, 32), (1009, 47), (641, 3), (801, 130)])
+@pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.BandGain(0.4, 0.5, 1.5), fm.Official(0.7)], ids=repr)
+def test_the_cpu_leaves_the_columns_of_a_tall_matrix_whole(
+    response: fm.Response, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    backend = CpuBackend()
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    plans = candidates(response, shape, dtype, "cpu", "cpu", traits)
+    whole = [
+        plan
+        for plan in plans
+        if plan.form == "decimated" and plan.columns == Decimation(shape[1], 0, shape[1] // 2 + 1)
+    ]
+    if isinstance(response, fm.Official) and shape[0] % 2:
+        assert not whole  # its box has no centre then
+        return
+    (plan,) = whole
+    assert backend.supports(plan) is None
+    x = torch.randn(shape[0], shape[1] + 5, generator=torch.Generator().manual_seed(0)).to(dtype)[:, : shape[1]]
+    expected = oracle_filter(x.double().numpy(), response.mask(shape))
+    backend.run(plan, [x[None]], 1.0)
+    rounded = torch.from_numpy(expected).to(dtype).double()
+    error = (x.double() - rounded).norm() / rounded.norm()
+    assert error <= 5e-7 + 0.1 * (dtype.itemsize == 2) * torch.finfo(dtype).eps
+
+
+def test_a_background_that_no_column_has_is_refused() -> None:
+    backend = CpuBackend()
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    plans = candidates(fm.HighPass(0.4), (64, 64), torch.float32, "cpu", "cpu", traits)
+    pruned = next(plan for plan in plans if plan.form == "pruned")
+    x = torch.ones(64, 64)
+    with pytest.raises(ValueError, match="background"):
+        backend.run(replace(pruned, background=0.5), [x.unsqueeze(0)], 1.0)
+    assert torch.equal(x, torch.ones(64, 64))
