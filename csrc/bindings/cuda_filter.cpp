@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "bindings/cuda_bindings.h"
+#include "bindings/mask.h"
 #include "common/window.h"
 #include "cuda/column_filter.cuh"
 #include "cuda/filter.h"
@@ -12,29 +13,6 @@ namespace freemerge::cuda {
 namespace {
 
 namespace py = pybind11;
-
-// `params` is a freemerge.responses.MaskParams.
-Mask to_mask(const py::handle& params, Address table) {
-  Mask mask;
-  const int kind = params.attr("kind").cast<int>();
-  require(kind >= 0 && kind <= static_cast<int>(MaskKind::kTable), "unknown mask kind");
-  mask.kind = static_cast<MaskKind>(kind);
-  mask.height = params.attr("height").cast<std::int64_t>();
-  mask.width = params.attr("width").cast<std::int64_t>();
-  mask.unit_y = params.attr("unit_y").cast<double>();
-  mask.unit_x = params.attr("unit_x").cast<double>();
-  mask.edge0 = params.attr("edge0").cast<double>();
-  mask.edge1 = params.attr("edge1").cast<double>();
-  mask.gain0 = params.attr("gain0").cast<double>();
-  mask.gain1 = params.attr("gain1").cast<double>();
-  mask.gain2 = params.attr("gain2").cast<double>();
-  mask.order = params.attr("order").cast<double>();
-  mask.axis = params.attr("axis").cast<int>();
-  mask.table = pointer<const float>(table);
-  require((mask.kind == MaskKind::kTable) == (mask.table != nullptr),
-          "a table is for masks of that kind only");
-  return mask;
-}
 
 template <typename T>
 py::array_t<T> to_numpy(const std::vector<T>& values) {
@@ -113,7 +91,8 @@ void bind_filter(py::module_& m) {
       },
       py::arg("samples"), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist"),
       py::arg("padded"));
-  m.def("step_rows", [](const py::object& mask) { return step_rows(to_mask(mask, 0)); }, py::arg("mask"));
+  m.def(
+      "step_rows", [](const py::object& mask) { return step_rows(to_mask(mask, nullptr)); }, py::arg("mask"));
   m.def("padded_taps", &padded_taps, py::arg("taps"));
   m.def(
       "column_filter_takes",
@@ -161,7 +140,7 @@ void bind_filter(py::module_& m) {
              const WindowTables& columns) {
             FilterJob job{};
             job.plan.form = Form::kDecimated;
-            job.plan.mask = to_mask(mask, 0);
+            job.plan.mask = to_mask(mask, nullptr);
             job.plan.background = background;
             job.dtype = to_dtype(dtype);
             job.rows = rows;
@@ -174,7 +153,7 @@ void bind_filter(py::module_& m) {
           [](const py::object& mask, Address table, int dtype, Address gains, Address steps, Address roots) {
             FilterJob job{};
             job.plan.form = Form::kFull;
-            job.plan.mask = to_mask(mask, table);
+            job.plan.mask = to_mask(mask, pointer<const float>(table));
             job.dtype = to_dtype(dtype);
             job.gains = pointer<const float>(gains);
             job.steps = pointer<const int2>(steps);

@@ -1,8 +1,10 @@
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 
 #include "bindings/bindings.h"
+#include "bindings/mask.h"
 #include "common/error.h"
 #include "common/plan.h"
 #include "cpu/decimated.h"
@@ -35,56 +37,45 @@ void filter(const std::vector<std::uintptr_t>& pointers, int dtype, const Plan& 
   throw std::invalid_argument("form must be decimated, pruned or full");
 }
 
-Mask make_mask(int kind, std::int64_t height, std::int64_t width, double unit_y, double unit_x, double edge0,
-               double edge1, double gain0, double gain1, double gain2, double order, int axis,
-               std::uintptr_t table) {
-  require(kind >= 0 && kind <= static_cast<int>(MaskKind::kTable), "kind must be between 0 and 5");
-  require(height >= 1 && width >= 1, "height and width must be at least 1");
-  require((kind == static_cast<int>(MaskKind::kTable)) == (table != 0),
-          "table goes with kind 5, and only with it");
-  return {static_cast<MaskKind>(kind),
-          height,
-          width,
-          unit_y,
-          unit_x,
-          edge0,
-          edge1,
-          gain0,
-          gain1,
-          gain2,
-          order,
-          axis,
-          reinterpret_cast<const float*>(table)};
+// Gains on the half spectrum, H x (W / 2 + 1).
+py::array_t<double> mask_gains(const py::object& params) {
+  const Mask mask = to_mask(params, nullptr);
+  py::array_t<double> gains({mask.height, mask.width / 2 + 1});
+  auto values = gains.mutable_unchecked<2>();
+  for (std::int64_t y = 0; y < values.shape(0); ++y) {
+    for (std::int64_t x = 0; x < values.shape(1); ++x) values(y, x) = mask_gain(mask, y, x);
+  }
+  return gains;
 }
 
-Plan make_plan(int form, const Mask& mask, bool transposed, bool packed, double background,
-               const Decimation& rows, const Decimation& columns) {
+Plan make_plan(int form, const py::object& mask, std::uintptr_t table, bool transposed, bool packed,
+               double background, const Decimation& rows, const Decimation& columns) {
   require(form >= 0 && form <= static_cast<int>(Form::kFull), "form must be between 0 and 3");
-  return {static_cast<Form>(form), mask, transposed, packed, background, rows, columns};
+  return {static_cast<Form>(form),
+          to_mask(mask, reinterpret_cast<const float*>(table)),
+          transposed,
+          packed,
+          background,
+          rows,
+          columns};
 }
 
 }  // namespace
 
 void bind_filter(py::module_& m) {
-  py::class_<Mask>(m, "Mask")
-      .def(py::init(&make_mask), py::kw_only(), py::arg("kind"), py::arg("height"), py::arg("width"),
-           py::arg("unit_y") = 1.0, py::arg("unit_x") = 1.0, py::arg("edge0") = 0.0, py::arg("edge1") = 0.0,
-           py::arg("gain0") = 0.0, py::arg("gain1") = 0.0, py::arg("gain2") = 0.0, py::arg("order") = 1.0,
-           py::arg("axis") = 1, py::arg("table") = 0)
-      .def("gain", [](const Mask& mask, std::int64_t bin_y, std::int64_t bin_x) {
-        require(bin_y >= 0 && bin_y < mask.height && bin_x >= 0 && bin_x <= mask.width / 2,
-                "bin_y must be in [0, height), bin_x in [0, width // 2]");
-        return mask_gain(mask, bin_y, bin_x);
-      });
+  py::dict kinds;
+  for (const MaskName& kind : kMaskNames) kinds[kind.name] = static_cast<int>(kind.kind);
+  m.attr("MASK_KINDS") = kinds;
+  m.def("mask_gains", &mask_gains, py::arg("mask"));
   py::class_<Decimation>(m, "Decimation")
       .def(py::init([](std::int64_t cells, int taps, std::int64_t band, bool nyquist) {
              return Decimation{cells, taps, band, nyquist};
            }),
            py::kw_only(), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist") = false);
   py::class_<Plan>(m, "Plan").def(py::init(&make_plan), py::kw_only(), py::arg("form"), py::arg("mask"),
-                                  py::arg("transposed") = false, py::arg("packed") = false,
-                                  py::arg("background") = 0.0, py::arg("rows") = Decimation{},
-                                  py::arg("columns") = Decimation{});
+                                  py::arg("table") = 0, py::arg("transposed") = false,
+                                  py::arg("packed") = false, py::arg("background") = 0.0,
+                                  py::arg("rows") = Decimation{}, py::arg("columns") = Decimation{});
   m.def("filter", &filter, py::call_guard<py::gil_scoped_release>(), py::arg("pointers"), py::arg("dtype"),
         py::arg("plan"), py::arg("row_stride"), py::arg("scale"), py::arg("threads"),
         py::arg("isa") = py::none());

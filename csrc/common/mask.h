@@ -1,4 +1,4 @@
-// The only C++ definition of a frequency mask; its Python twin is python/freemerge/responses.py and a test
+// The only C++ definition of a frequency mask; its Python twin is python/freemerge/responses/ and a test
 // compares the two on every bin. Usable from host and device.
 #pragma once
 
@@ -13,13 +13,35 @@
 
 namespace freemerge {
 
+// The smooth responses of the radius: X(kind, name in Python, gain), where the gain is an expression of the
+// squared radius `r2` and the numbers of the mask `m`, and rises or falls throughout. A line here and a class
+// in python/freemerge/responses/ are all it takes to add one.
+#define FM_SMOOTH_MASKS(X)                                               \
+  X(kButterworth, "butterworth", butterworth_gain(m.edge0, m.order, r2)) \
+  X(kGaussian, "gaussian", -std::expm1(-0.5 * r2 / (m.edge0 * m.edge0)))
+
+// The others, which mask_gain() knows.
+#define FM_OTHER_MASKS(X)  \
+  X(kSteps, "steps")       \
+  X(kOfficial, "official") \
+  X(kCenter, "center")     \
+  X(kTable, "table")
+
 enum class MaskKind : int {
-  kSteps = 0,
-  kButterworth = 1,
-  kGaussian = 2,
-  kOfficial = 3,
-  kCenter = 4,
-  kTable = 5
+#define FM_KIND(kind, ...) kind,
+  FM_OTHER_MASKS(FM_KIND) FM_SMOOTH_MASKS(FM_KIND)
+#undef FM_KIND
+};
+
+struct MaskName {
+  MaskKind kind;
+  const char* name;
+};
+
+inline constexpr MaskName kMaskNames[] = {
+#define FM_NAME(kind, name, ...) {MaskKind::kind, name},
+    FM_OTHER_MASKS(FM_NAME) FM_SMOOTH_MASKS(FM_NAME)
+#undef FM_NAME
 };
 
 // Plain data, so that it can be a kernel argument and a cache key.
@@ -30,7 +52,7 @@ struct Mask {
   double unit_y =
       1.0;  // radius = hypot(unit_y * ky, unit_x * kx); 1 for DFT bins, 1/H and 1/W when normalised
   double unit_x = 1.0;
-  double edge0 = 0.0;  // kSteps: inner edge; kButterworth, kGaussian: D0; kOfficial: outer radius
+  double edge0 = 0.0;  // kSteps: inner edge; smooth kinds: D0; kOfficial: outer radius
   double edge1 = 0.0;  // kSteps: outer edge; kOfficial: ring radius
   double gain0 = 0.0;  // kSteps: gain below edge0, between the edges, from edge1 on
   double gain1 = 0.0;
@@ -70,22 +92,38 @@ FM_HOST_DEVICE inline bool is_below(double squared, double edge) {
   return std::sqrt(squared) < edge;
 }
 
-FM_HOST_DEVICE inline bool is_smooth(MaskKind kind) {
-  return kind == MaskKind::kButterworth || kind == MaskKind::kGaussian;
+FM_HOST_DEVICE inline double butterworth_gain(double edge, double order, double r2) {
+  if (r2 == 0.0) return 0.0;
+  if (order != std::floor(order) || order > 8.0)
+    return 1.0 / (1.0 + std::pow(edge / std::sqrt(r2), 2.0 * order));
+  const double ratio = edge * edge / r2;
+  double power = ratio;  // the usual orders cost a GPU much less this way
+  for (int i = 1; i < static_cast<int>(order); ++i) power *= ratio;
+  return 1.0 / (1.0 + power);
 }
 
-// Gains that depend smoothly on the squared radius (kButterworth, kGaussian).
-FM_HOST_DEVICE inline double smooth_gain(const Mask& m, double squared) {
-  if (m.kind == MaskKind::kGaussian) {
-    return -std::expm1(-0.5 * squared / (m.edge0 * m.edge0));
+FM_HOST_DEVICE inline bool is_smooth(MaskKind kind) {
+  switch (kind) {
+#define FM_CASE(kind, ...) case MaskKind::kind:
+    FM_SMOOTH_MASKS(FM_CASE)
+#undef FM_CASE
+    return true;
+    default:
+      return false;
   }
-  if (squared == 0.0) return 0.0;
-  if (m.order != std::floor(m.order) || m.order > 8.0)
-    return 1.0 / (1.0 + std::pow(m.edge0 / std::sqrt(squared), 2.0 * m.order));
-  const double ratio = m.edge0 * m.edge0 / squared;
-  double power = ratio;  // the usual orders cost a GPU much less this way
-  for (int i = 1; i < static_cast<int>(m.order); ++i) power *= ratio;
-  return 1.0 / (1.0 + power);
+}
+
+// Gain of a smooth kind at a squared radius.
+FM_HOST_DEVICE inline double smooth_gain(const Mask& m, double r2) {
+  switch (m.kind) {
+#define FM_CASE(kind, name, gain) \
+  case MaskKind::kind:            \
+    return gain;
+    FM_SMOOTH_MASKS(FM_CASE)
+#undef FM_CASE
+    default:
+      return 0.0;
+  }
 }
 
 // Symmetrised gain (M(k, l) + M(-k, -l)) / 2 at stored bin (bin_y, bin_x); 0 <= bin_y < H, 0 <= bin_x <= W/2.
@@ -103,10 +141,10 @@ FM_HOST_DEVICE inline double mask_gain(const Mask& m, std::int64_t bin_y, std::i
   }
   const double fy = m.unit_y * signed_frequency(bin_y, m.height);
   const double fx = m.unit_x * signed_frequency(bin_x, m.width);
-  const double squared = fy * fy + fx * fx;
-  if (is_smooth(m.kind)) return smooth_gain(m, squared);
-  if (is_below(squared, m.edge0)) return m.gain0;
-  return is_below(squared, m.edge1) ? m.gain1 : m.gain2;
+  const double r2 = fy * fy + fx * fx;
+  if (is_smooth(m.kind)) return smooth_gain(m, r2);
+  if (is_below(r2, m.edge0)) return m.gain0;
+  return is_below(r2, m.edge1) ? m.gain1 : m.gain2;
 }
 
 }  // namespace freemerge

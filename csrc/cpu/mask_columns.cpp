@@ -39,9 +39,8 @@ MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed, const Kernels& ke
   mirrored_ = mask.kind != MaskKind::kTable && !(mask.kind == MaskKind::kOfficial && both_odd);
   if (mask.kind == MaskKind::kSteps) find_steps();
   if (mask.kind == MaskKind::kOfficial) find_official_steps();
-  if (mask.kind == MaskKind::kButterworth || mask.kind == MaskKind::kGaussian) {
-    if (std::is_same_v<T, float> && length_ * signals_ >= kLeastBinsForTable) tabulate();
-  }
+  if (is_smooth(mask.kind) && std::is_same_v<T, float> && length_ * signals_ >= kLeastBinsForTable)
+    tabulate();
   constants_.reserve(static_cast<std::size_t>(length_ / 2 + 1));
   for (std::int64_t column = 0; column <= length_ / 2; ++column) constants_.push_back(find_constant(column));
 }
@@ -137,6 +136,10 @@ template <typename T>
 std::optional<double> MaskColumns<T>::find_constant(std::int64_t column) const {
   const auto index = static_cast<std::size_t>(column);
   if (rows() == 1) return gain(column, 0);
+  if (is_smooth(mask_.kind)) {  // it rises or falls along the column, until rounding hides it
+    const double first = gain(column, 0);
+    return gain(column, rows() - 1) == first ? std::optional<double>(first) : std::nullopt;
+  }
   switch (mask_.kind) {
     case MaskKind::kSteps: {
       const std::int32_t inner = inner_[index], outer = std::max(inner, outer_[index]);
@@ -168,13 +171,9 @@ std::optional<double> MaskColumns<T>::find_constant(std::int64_t column) const {
       }
       return first;
     }
-    case MaskKind::kButterworth:
-    case MaskKind::kGaussian: {  // both rise along the column, until rounding hides it
-      const double least = gain(column, 0);
-      return gain(column, rows() - 1) == least ? std::optional<double>(least) : std::nullopt;
-    }
+    default:
+      return std::nullopt;
   }
-  return std::nullopt;
 }
 
 template <typename T>

@@ -64,7 +64,7 @@ class MaskColumns {
   };
   OfficialSteps own_, mirror_;
 
-  // kButterworth and kGaussian, in float arithmetic.
+  // Smooth kinds, in float arithmetic.
   std::optional<RadialTable> radial_;
   std::vector<float> row_squared_, column_squared_;
 };

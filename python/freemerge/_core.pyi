@@ -3,6 +3,8 @@
 import numpy as np
 import numpy.typing as npt
 
+from .responses import MaskParams
+
 def active_isa() -> str: ...
 def detected_isa() -> str: ...
 def accumulate(
@@ -59,28 +61,10 @@ def decode_positions(
     coding: int, parameter: int, bytes: int, size: int, count: int, n: int, out: int, wide: bool
 ) -> None: ...
 
-class Mask:
-    """``struct Mask`` of csrc/common/mask.h. ``table`` is the address of H x (W//2 + 1) floats, for kind 5 only."""
+MASK_KINDS: dict[str, int]  #: ``enum class MaskKind`` of csrc/common/mask.h
 
-    def __init__(
-        self,
-        *,
-        kind: int,
-        height: int,
-        width: int,
-        unit_y: float = 1.0,
-        unit_x: float = 1.0,
-        edge0: float = 0.0,
-        edge1: float = 0.0,
-        gain0: float = 0.0,
-        gain1: float = 0.0,
-        gain2: float = 0.0,
-        order: float = 1.0,
-        axis: int = 1,
-        table: int = 0,
-    ) -> None: ...
-    def gain(self, bin_y: int, bin_x: int) -> float:
-        """Symmetrised gain at a stored bin, 0 <= bin_y < H, 0 <= bin_x <= W//2."""
+def mask_gains(mask: MaskParams) -> npt.NDArray[np.float64]:
+    """Symmetrised gains on the half spectrum in stored order, H x (W//2 + 1), of any kind but "table"."""
 
 class Decimation:
     """``struct Decimation`` of csrc/common/plan.h."""
@@ -88,13 +72,17 @@ class Decimation:
     def __init__(self, *, cells: int, taps: int, band: int, nyquist: bool = False) -> None: ...
 
 class Plan:
-    """``struct Plan`` of csrc/common/plan.h; ``form`` is a value of ``enum class Form``."""
+    """``struct Plan`` of csrc/common/plan.h; ``form`` is a value of ``enum class Form``.
+
+    ``table`` is the address of H x (W//2 + 1) floats, for masks of kind "table" only.
+    """
 
     def __init__(
         self,
         *,
         form: int,
-        mask: Mask,
+        mask: MaskParams,
+        table: int = 0,
         transposed: bool = False,
         packed: bool = False,
         background: float = 0.0,

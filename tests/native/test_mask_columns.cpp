@@ -72,14 +72,15 @@ std::vector<Mask> masks(std::int64_t height, std::int64_t width) {
     for (const double cutoff : {1e-6, 0.5, 0.2 * side, 0.7 * side, 2 * side, 1e3 * side}) {
       mask.edge0 = cutoff * unit;
       mask.edge1 = 1.5 * cutoff * unit;
-      for (const MaskKind kind : {MaskKind::kSteps, MaskKind::kGaussian}) {
+      mask.kind = MaskKind::kSteps;
+      all.push_back(mask);
+      for (const auto& [kind, name] : kMaskNames) {
+        if (!is_smooth(kind)) continue;
         mask.kind = kind;
-        all.push_back(mask);
-      }
-      mask.kind = MaskKind::kButterworth;
-      for (const double order : {1.0, 2.0, 3.0, 4.0, 5.0, 2.5}) {
-        mask.order = order;
-        all.push_back(mask);
+        for (const double order : {1.0, 2.0, 3.0, 4.0, 5.0, 2.5}) {
+          mask.order = order;
+          all.push_back(mask);
+        }
       }
     }
     mask.kind = MaskKind::kOfficial;

@@ -1,6 +1,7 @@
 // Random full and pruned filters (shapes, strides, storage types, masks, batches, threads, instruction sets)
 // against the definition: two DFTs of the rows and columns in double precision, bin by bin masks, and back.
 #include <cstring>
+#include <iterator>
 #include <memory>
 
 #include "check.h"
@@ -15,7 +16,7 @@ using namespace test;
 Mask random_mask(Random& random, std::int64_t height, std::int64_t width, std::vector<float>& table) {
   const double side = static_cast<double>(std::min(height, width));
   Mask mask;
-  mask.kind = static_cast<MaskKind>(random.integer(0, 5));
+  mask.kind = kMaskNames[random.integer(0, static_cast<std::int64_t>(std::size(kMaskNames)) - 1)].kind;
   mask.height = height;
   mask.width = width;
   if (random.integer(0, 3) == 0) {

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import lru_cache
 
 import numpy as np
@@ -15,12 +14,11 @@ import torch
 from .. import _core
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Form, Plan
-from ..responses import has_closed_form
+from ..responses import MaskParams, has_closed_form
 from .base import BackendInfo, addresses, multiply_
 from .native import DTYPE_CODES
 
 _FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/common/plan.h
-_TABLE = 5  # MaskKind::kTable in csrc/common/mask.h
 
 _TAPS = (6, 7, 8, 9)
 _CELLS_MULTIPLE = 32
@@ -114,13 +112,14 @@ def _native_plan(plan: Plan) -> tuple[_core.Plan, np.ndarray | None]:
     table, background = None, plan.background
     if not has_closed_form(plan.response):
         table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
-        mask = _core.Mask(kind=_TABLE, height=height, width=width, table=table.ctypes.data)
+        mask = MaskParams("table", height, width)
         background = float(np.float32(background))  # as the table has it
     else:
-        mask = _core.Mask(**asdict(plan.response.params(plan.shape)))
+        mask = plan.response.params(plan.shape)
     native = _core.Plan(
         form=_FORM_CODES[plan.form],
         mask=mask,
+        table=0 if table is None else table.ctypes.data,
         transposed=plan.transposed,
         packed=plan.packed,
         background=background,

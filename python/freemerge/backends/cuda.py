@@ -22,7 +22,6 @@ from .native import DTYPE_CODES
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "full"))
 _DTYPES = frozenset(DTYPES)
 _MAX_TAPS = 12
-_STEPS_MASK, _TABLE_MASK = 0, 5  # MaskKind::kSteps, kTable
 
 # Fitted to benchmarks/gpu_suite.py on an H100: ns, on 13 shapes from 768 x 768 to 151936 x 896.
 _COSTS = Costs(
@@ -159,7 +158,7 @@ class CudaBackend:
         gains = _upload(plan.response.column_gains(plan.shape).astype(np.float32), device)
         fused = module.column_filter_takes(height, stream.device, stream.handle)
         roots = self._tables.get((height, device), lambda: (_upload(_roots(height), device),)) if fused else ()
-        steps = (_upload(module.step_rows(mask), device),) if fused and mask.kind == _STEPS_MASK else ()
+        steps = (_upload(module.step_rows(mask), device),) if fused and mask.kind == "steps" else ()
         native = module.Filter.full(
             mask, _address(tables), code, gains.data_ptr(), _address(steps), _address(roots),
         )  # fmt: skip
@@ -189,7 +188,7 @@ class CudaBackend:
             (response, shape, device),
             lambda: (_upload(response.half_mask(shape).astype(np.float32), device),),
         )
-        return MaskParams(_TABLE_MASK, height, width), tables
+        return MaskParams("table", height, width), tables
 
 
 def _roots(n: int) -> npt.NDArray[np.float32]:

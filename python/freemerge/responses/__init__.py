@@ -34,7 +34,7 @@ _ROWS_PER_BLOCK_ELEMENTS = 1 << 22  # bounds the memory of anything that walks a
 class MaskParams:
     """A response resolved for one shape: plain numbers that the C++ struct ``Mask`` mirrors field by field."""
 
-    kind: int
+    kind: str  #: a name of MASK_KINDS in csrc/common/mask.h
     height: int
     width: int
     unit_y: float = 1.0
@@ -223,7 +223,7 @@ class _Steps(_Radial):
         unit, metric = self._measure()
         unit_y, unit_x = self._units(shape, metric)
         edge0, edge1 = (self._edge(edge, shape, unit, metric) for edge in (inner, outer))
-        return MaskParams(0, *matrix_shape(shape), unit_y, unit_x, edge0, edge1, below, between, beyond)
+        return MaskParams("steps", *matrix_shape(shape), unit_y, unit_x, edge0, edge1, below, between, beyond)
 
     def _profile(self, radius: Gains, params: MaskParams) -> Gains:
         outer = np.where(radius < params.edge1, params.gain1, params.gain2)
@@ -360,7 +360,9 @@ class Butterworth(_Radial):
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
         edge = self._edge(self.cutoff, shape, self.unit, self.metric)
-        return MaskParams(1, *matrix_shape(shape), *self._units(shape, self.metric), edge, order=float(self.order))
+        return MaskParams(
+            "butterworth", *matrix_shape(shape), *self._units(shape, self.metric), edge, order=float(self.order)
+        )
 
     def _profile(self, radius: Gains, params: MaskParams) -> Gains:
         positive = np.where(radius == 0.0, 1.0, radius)
@@ -383,7 +385,7 @@ class Gaussian(_Radial):
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
         edge = self._edge(self.cutoff, shape, self.unit, self.metric)
-        return MaskParams(2, *matrix_shape(shape), *self._units(shape, self.metric), edge)
+        return MaskParams("gaussian", *matrix_shape(shape), *self._units(shape, self.metric), edge)
 
     def _profile(self, radius: Gains, params: MaskParams) -> Gains:
         scaled = radius / params.edge0
@@ -408,7 +410,7 @@ class Center(_ClosedForm):
     def params(self, shape: tuple[int, ...]) -> MaskParams:
         if len(shape) == 1 and self.axis == -2:
             raise ArgumentError("axis=-2 needs a matrix, got a vector")
-        return MaskParams(4, *matrix_shape(shape), axis=1 if self.axis == -1 else 0)
+        return MaskParams("center", *matrix_shape(shape), axis=1 if self.axis == -1 else 0)
 
     def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
         removed = (kx if self.params(shape).axis == 1 else ky) == 0.0
@@ -446,7 +448,7 @@ class Official(_ClosedForm):
     def params(self, shape: tuple[int, ...]) -> MaskParams:
         sides = shape[-2:]
         reference = min(sides) if self.relative_to == "min" else max(sides)
-        return MaskParams(3, *matrix_shape(shape), edge0=self.ratio * reference, edge1=float(min(sides) // 10))
+        return MaskParams("official", *matrix_shape(shape), edge0=self.ratio * reference, edge1=float(min(sides) // 10))
 
     def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
         params = self.params(shape)
