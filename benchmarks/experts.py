@@ -26,8 +26,8 @@ from torch import nn
 
 import freemerge.experts as fx
 from freemerge import _core
-from freemerge.backends.accumulate import abs_means, add_round, task_vector_sum
-from freemerge.backends.native import DTYPE_CODES
+from freemerge.accumulate import abs_means, add_round, task_vector_sum
+from freemerge.backends.memory import DTYPE_CODES
 from freemerge.experts import coding
 from freemerge.experts.select import select_largest
 

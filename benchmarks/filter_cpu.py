@@ -31,7 +31,7 @@ import torch
 
 import freemerge as fm
 from freemerge import _core
-from freemerge.backends.accumulate import add_round, task_vector_sum
+from freemerge.accumulate import add_round, task_vector_sum
 from freemerge.experts.select import select_largest
 from peak_memory import peak_growth
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 import freemerge as fm
-from freemerge.backends import cuda_runtime
-from freemerge.backends.accumulate import add_round, task_vector_sum
+from freemerge.accumulate import add_round, task_vector_sum
 from freemerge.responses import Response
 
 from .experts import switching
@@ -165,7 +164,7 @@ def machine() -> dict[str, Any]:
     return {
         "gpu": properties.name, "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count, "torch": torch.__version__, "cuda": torch.version.cuda,
-        "commit": commit, "backend": cuda_runtime.RUNTIME.state[1],
+        "commit": commit, "backend": fm.backends()["cuda"].details,
     }  # fmt: skip
 
 
@@ -186,8 +185,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     parser.add_argument("--sanitize", action="store_true", help="run every kernel once and stop")
     options = parser.parse_args()
-    if not cuda_runtime.RUNTIME.available:
-        sys.exit(f"no CUDA backend: {cuda_runtime.RUNTIME.state[0]}")
+    if not fm.backends()["cuda"].available:
+        sys.exit(f"no CUDA backend: {fm.backends()['cuda'].reason}")
     if options.sanitize:
         sanitize()
         return

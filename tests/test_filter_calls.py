@@ -14,9 +14,9 @@ import torch
 
 import freemerge as fm
 from freemerge import filter as filtering
-from freemerge.backends import registry as dispatch
+from freemerge.backends import base, registry
 from freemerge.backends.torch import TorchBackend
-from freemerge.cache import Cache, table_bytes
+from freemerge.cache import Cache, forget_all, table_bytes
 
 BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
 AVAILABLE = pytest.mark.parametrize("backend", BACKENDS)
@@ -41,9 +41,9 @@ def assert_filtered(y: torch.Tensor, x: torch.Tensor, response: fm.Response) -> 
 
 @pytest.fixture
 def no_routes() -> Iterator[None]:
-    filtering._route.cache_clear()
+    forget_all()
     yield
-    filtering._route.cache_clear()
+    forget_all()
 
 
 @AVAILABLE
@@ -140,7 +140,7 @@ def test_a_refusal_is_told_each_time_and_by_name() -> None:
 @pytest.mark.usefixtures("no_routes")
 def test_routes_are_bounded_and_made_once_for_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[int, ...]] = []
-    choose = dispatch.choose
+    choose = registry.choose
     monkeypatch.setattr(filtering, "choose", lambda *args: made.append(args[1]) or choose(*args))
     for _ in range(3):
         fm.filter_([noise(8, 9), noise(8, 9, seed=1)], fm.HighPass(0.1))
@@ -158,7 +158,7 @@ def test_threads_that_call_at_once_agree(backend: str) -> None:
     kinds = [(noise(*shape, seed=seed), fm.HighPass(c)) for seed, shape in enumerate([(40, 50), (768,), (6, 32, 32)])
              for c in (0.05, 0.2, 0.4)]  # fmt: skip
     want = [fm.filtered(x, response, backend=backend) for x, response in kinds]
-    filtering._route.cache_clear()
+    forget_all()
     failures: list[str] = []
     barrier = threading.Barrier(4)
 
@@ -201,7 +201,7 @@ def test_the_number_of_threads_is_asked_for_at_each_call(monkeypatch: pytest.Mon
 def test_the_mode_of_the_first_call_does_not_bind_the_next(backend: str, shape: tuple[int, ...], first: str) -> None:
     response = fm.HighPass(0.3)
     want = fm.filtered(noise(*shape), response, backend=backend)
-    filtering._route.cache_clear()
+    forget_all()
 
     def infer() -> None:
         with torch.inference_mode():
@@ -238,20 +238,18 @@ def test_numpy_of_either_kind_is_not_needed_for_vectors(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch_columns, "_NUMPY_FFT", False)
     plan = fm.explain(x, response, backend="torch")
     assert plan.form == "full"
-    gains = torch_columns._vector_gains.__wrapped__(plan)
-    assert isinstance(gains, torch.Tensor)
-    monkeypatch.setattr(torch_columns, "_vector_gains", lambda _: gains)
+    assert isinstance(torch_columns.vector_gains(plan), torch.Tensor)
     y = x.clone()
-    TorchBackend().run(plan, [y[None]], 1.0)
+    TorchBackend().prepare(plan).run([y[None]], 1.0)
     assert_filtered(y, x, response)
 
 
 # --- the cache itself -------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_keeps_the_latest_by_weight_and_what_is_pinned() -> None:
+def test_a_cache_keeps_the_latest_by_weight() -> None:
     cache: Cache[str, bytes] = Cache(10, len)
-    assert cache.get("pinned", lambda: b"1234", pin=True) == b"1234"
+    assert cache.get("first", lambda: b"1234") == b"1234"
     for key in "abc":
         cache.get(key, lambda: b"123")
     assert cache.weight == 9
@@ -260,7 +258,6 @@ def test_a_cache_keeps_the_latest_by_weight_and_what_is_pinned() -> None:
     cache.get("d", lambda: b"123")
     assert cache.get("a", lambda: pytest.fail("used after b")) == b"123"
     assert cache.get("b", lambda: b"made again") == b"made again"
-    assert cache.get("pinned", lambda: pytest.fail("pinned"), pin=False) == b"1234"
     cache.get("huge", lambda: bytes(99))
     assert len(cache) == 1
     assert cache.weight == 99
@@ -284,20 +281,9 @@ def test_tables_are_weighed_once_each() -> None:
 
 
 def test_the_tables_of_many_filters_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from freemerge import cache
-    from freemerge.backends import torch_columns
-
-    monkeypatch.setattr(cache, "TABLE_BYTES", 1 << 20)
-    kept: list[Cache[object, object]] = []
-
-    class Watched(Cache):  # type: ignore[type-arg]
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)  # type: ignore[arg-type]
-            kept.append(self)
-
-    monkeypatch.setattr(cache, "Cache", Watched)
-    monkeypatch.setattr(torch_columns, "_columns", cache.cached_tables(torch_columns._columns.__wrapped__))
+    monkeypatch.setattr(base._EXECUTABLES, "_capacity", 1 << 20)
+    forget_all()
     for height in range(200, 240):
         fm.filter_(noise(height, 400), fm.Butterworth(0.4), backend="torch")
-    assert 1 < len(kept[0]) < 40
-    assert kept[0].weight <= 1 << 20
+    assert 1 < len(base._EXECUTABLES) < 40
+    assert base._EXECUTABLES.weight <= 1 << 20

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from freemerge.experts.switch import SparseVector, Update
+from freemerge.backends.sparse import SparseVector, Update
 
 SHAPES = [(130, 301), (7,), (64, 3, 5, 5), (1, 1), (40, 900)]
 

@@ -12,9 +12,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from .backends.base import Backend, matrices, multiply_
-from .backends.native import empty
-from .backends.registry import check_backend, choose
+from .backends.base import Backend
+from .backends.memory import empty, matrices, multiply_
+from .backends.registry import choose, named
 from .backends.torch_products import exact_products
 from .cache import ByResponse
 from .errors import ArgumentError
@@ -63,7 +63,7 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
     response, several, exact = _checked_response(response), isinstance(x, (list, tuple)), exact_products()
-    check_backend(backend)
+    named(backend)
     tensors: list[torch.Tensor] = []
     work: dict[_Route, list[torch.Tensor]] = {}
     for i, item in enumerate(cast(Sequence[Any], x) if several else (x,)):
@@ -270,13 +270,13 @@ def _centers(backend: Backend, plan: Plan) -> bool:
 
 def _run_rows(route: _Route, batches: Sequence[torch.Tensor], scale: float) -> None:
     if not route.centers:
-        route.backend.run(route.plan, batches, scale)
+        route.backend.executable(route.plan).run(batches, scale)
         return
     means = ((x, _dominant_mean(x)) for x in matrices(batches))
     centered = [(x, mean) for x, mean in means if mean]
     for x, mean in centered:
         x.sub_(mean)
-    route.backend.run(route.plan, batches, scale)
+    route.backend.executable(route.plan).run(batches, scale)
     if centered:
         zero = np.zeros((1, 1))
         gain = scale * float(route.plan.response.gain(zero, zero, route.plan.shape)[0, 0])

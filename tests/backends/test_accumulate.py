@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from freemerge.backends import accumulate, native
+from freemerge import accumulate
+from freemerge.backends import memory
 from freemerge.errors import ArgumentError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -173,7 +174,7 @@ def test_norm_is_the_same_for_any_number_of_threads(dtype: torch.dtype, count: i
 def test_results_of_many_megabytes_ask_for_huge_pages() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("no transparent huge pages here")
-    result = native.empty((1 << 24,), torch.float32, torch.device("cpu"))
+    result = memory.empty((1 << 24,), torch.float32, torch.device("cpu"))
     middle = result.data_ptr() + (result.nbytes >> 1)
     flags: list[str] = []
     inside = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import random
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,16 +19,17 @@ import emulated
 import freemerge as fm
 import freemerge.experts as fx
 from benchmarks.traffic import traffic
-from freemerge import filter as filtering
-from freemerge.backends import cuda_runtime
-from freemerge.backends import registry as dispatch
-from freemerge.backends.accumulate import abs_means, add_round, task_vector_sum
+from freemerge.accumulate import abs_means, add_round, task_vector_sum
+from freemerge.backends import registry
 from freemerge.backends.cuda import CudaBackend
+from freemerge.backends.cuda_runtime import Runtime, Stream
+from freemerge.backends.sparse import SparseVector, Update, native_updates
 from freemerge.backends.torch import TorchBackend
+from freemerge.cache import forget_all
 from freemerge.checkpoint import TensorSpec
 from freemerge.errors import ArgumentError, BackendError, CudaError
 from freemerge.experts.select import select_largest
-from freemerge.experts.switch import SparseVector, Update, _jobs, apply_
+from freemerge.experts.switch import apply_
 from freemerge.merging.units import plan_units
 from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Form, Plan
@@ -52,20 +55,19 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 @pytest.fixture(autouse=True)
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaBackend]:
-    """CPU tensors are device tensors here, and nothing else may run."""
-    emulated_backend = emulated.backend()
-    monkeypatch.setattr(dispatch, "BACKENDS", (emulated_backend,))
-    monkeypatch.setattr(cuda_runtime, "RUNTIME", emulated.runtime())
-    forget_plans()
-    yield emulated_backend
-    forget_plans()
+def device() -> Iterator[CudaBackend]:
+    """CPU tensors are device tensors here; torch takes the rest, and computes what is expected."""
+    with registry.using(emulated.backend(), TorchBackend()):
+        yield emulated.backend()
     emulated.module().set_order(emulated.module().Order.forward)
 
 
-def forget_plans() -> None:
-    filtering._route.cache_clear()
-    dispatch._choose.cache_clear()
+def promised(plan: Plan) -> int:
+    """Bytes of workspace that the backend announces."""
+    traits = emulated.backend().traits(torch.device(plan.device))
+    assert traits is not None
+    assert traits.workspace is not None
+    return traits.workspace(plan)
 
 
 def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -103,7 +105,7 @@ def test_every_plan_agrees_with_the_formula(shape: tuple[int, ...], response: Re
         want = 1.5 * reference_filter(x, response)
         for plan in plans(x, response):
             y = x.clone()
-            emulated.backend().run(plan, [y.view(1, -1, shape[-1])], 1.5)
+            emulated.backend().executable(plan).run([y.view(1, -1, shape[-1])], 1.5)
             assert relative_error(y, want, x) < TOLERANCE[dtype], f"{plan}"
 
 
@@ -119,8 +121,8 @@ def test_half_precision_is_the_rounded_float32_result(dtype: torch.dtype) -> Non
     x = matrix(128, 200, dtype=dtype)
     for form in ("decimated", "full"):
         got, wide = x.clone(), x.float()
-        emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [got[None]], 1.0)
-        emulated.backend().run(plan_of_form(wide, HIGH_PASS, form), [wide[None]], 1.0)
+        emulated.backend().executable(plan_of_form(x, HIGH_PASS, form)).run([got[None]], 1.0)
+        emulated.backend().executable(plan_of_form(wide, HIGH_PASS, form)).run([wide[None]], 1.0)
         assert torch.equal(got, wide.to(dtype))
 
 
@@ -131,7 +133,7 @@ def test_the_order_of_threads_and_repetition_change_no_bit(form: Form) -> None:
     for order in ("forward", "reverse", "random", "random"):
         module.set_order(getattr(module.Order, order))
         y = x.clone()
-        emulated.backend().run(plan_of_form(x, HIGH_PASS, form), [y[None]], 1.0)
+        emulated.backend().executable(plan_of_form(x, HIGH_PASS, form)).run([y[None]], 1.0)
         results.append(y)
     assert all(torch.equal(results[0], y) for y in results)
 
@@ -141,9 +143,9 @@ def test_a_batch_is_its_matrices_one_by_one(form: Form) -> None:
     batch = matrix(70, 24, 40)  # more than one launch takes
     plan = plan_of_form(batch, fm.HighPass(0.1), form)
     together, alone = batch.clone(), batch.clone()
-    emulated.backend().run(plan, [together], 1.0)
+    emulated.backend().executable(plan).run([together], 1.0)
     for x in alone:
-        emulated.backend().run(plan, [x[None]], 1.0)
+        emulated.backend().executable(plan).run([x[None]], 1.0)
     assert torch.equal(together, alone)
 
 
@@ -172,8 +174,8 @@ def test_rows_more_than_two_to_the_31_entries_apart(form: Form) -> None:
     x.copy_(dense)
     response = fm.HighPass(0.1)
     plan = plan_of_form(dense, response, form)
-    emulated.backend().run(plan, [x[None]], 1.0)
-    emulated.backend().run(plan, [dense[None]], 1.0)
+    emulated.backend().executable(plan).run([x[None]], 1.0)
+    emulated.backend().executable(plan).run([dense[None]], 1.0)
     assert torch.equal(x, dense)
 
 
@@ -182,7 +184,7 @@ def test_large_primes(shape: tuple[int, int]) -> None:
     x = matrix(*shape)
     for plan in plans(x, HIGH_PASS):
         y = x.clone()
-        emulated.backend().run(plan, [y[None]], 1.0)
+        emulated.backend().executable(plan).run([y[None]], 1.0)
         assert relative_error(y, reference_filter(x, HIGH_PASS), x) < 1e-6, f"{plan}"
 
 
@@ -190,7 +192,7 @@ def test_a_dominant_mean_keeps_its_accuracy() -> None:
     x = matrix(128, 200) + 1000.0
     want = reference_filter(x, HIGH_PASS)
     y = x.clone()
-    emulated.backend().run(plan_of_form(x, HIGH_PASS, "decimated"), [y[None]], 1.0)
+    emulated.backend().executable(plan_of_form(x, HIGH_PASS, "decimated")).run([y[None]], 1.0)
     assert float((y - want).norm() / want.norm()) < 1e-4  # float32 alone holds 1000 to 3e-5
 
 
@@ -206,14 +208,14 @@ def test_memory_stays_within_what_explain_promised(form: Form, monkeypatch: pyte
     for shape, count in itertools.product([(96, 130), (300, 90)], [1, 3, 70]):
         batch = matrix(count, *shape)
         plan = plan_of_form(batch, HIGH_PASS, form)
-        promised = emulated.backend().workspace_bytes(plan)
-        emulated.backend().run(plan, [batch], 1.0)  # makes the tables
+        announced = promised(plan)
+        emulated.backend().executable(plan).run([batch], 1.0)  # makes the tables
         taken.clear()
         monkeypatch.setattr(torch, "empty", record)
-        emulated.backend().run(plan, [batch], 1.0)
+        emulated.backend().executable(plan).run([batch], 1.0)
         monkeypatch.setattr(torch, "empty", empty)
         assert len(taken) == 1
-        assert taken[0] <= promised
+        assert taken[0] <= announced
 
 
 @pytest.mark.parametrize("shape", [(96, 130), (60, 25600), (400, 3001), (1, 65537), (2048, 2048)], ids=str)
@@ -221,15 +223,14 @@ def test_no_number_of_matrices_needs_more_than_promised(shape: tuple[int, int]) 
     x = torch.empty(shape)
     for response in (HIGH_PASS, fm.Butterworth(0.3)):
         for plan in plans(x, response):
-            promised = emulated.backend().workspace_bytes(plan)
-            native = emulated.backend()._prepared(plan, emulated.runtime().stream(x.device)).native
+            executable, stream = emulated.backend().executable(plan), emulated.runtime().stream(x.device)
             entry = 4 * math.prod(shape)
             needed = [
-                native.workspace([4096 + i * step for i in range(count)], [shape[1]] * count, 0, 0)
+                executable.workspace([], [4096 + i * step for i in range(count)], [shape[1]] * count, stream)
                 for count in (*range(1, 20), 63, 64, 65, 127, 200)
                 for step in (entry, 2 * entry, entry + 4)  # one run, runs of their own, misaligned for cuFFT
             ]
-            assert max(needed) <= promised, f"{needed}\n{plan}"
+            assert max(needed) <= promised(plan), f"{needed}\n{plan}"
 
 
 def test_explain_promises_the_general_form_a_spectrum_and_panels() -> None:
@@ -258,30 +259,45 @@ def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
     module, x = emulated.module(), matrix(50, 34)
     plan = plan_of_form(x, fm.Butterworth(0.3), "full")
     module.clear_fft_cache()
-    emulated.backend().workspace_bytes(plan)  # tables are there, cuFFT's plans too
+    promised(plan)  # tables are there, cuFFT's plans too
     module.clear_fft_cache()
     module.set_capturing(True)
     try:
         with pytest.raises(CudaError, match="run the same call once before the capture"):
-            emulated.backend().run(plan, [x[None]], 1.0)
+            emulated.backend().executable(plan).run([x[None]], 1.0)
         module.set_capturing(False)
-        emulated.backend().run(plan, [x.clone()[None]], 1.0)
+        emulated.backend().executable(plan).run([x.clone()[None]], 1.0)
         module.set_capturing(True)
-        emulated.backend().run(plan, [x[None]], 1.0)
+        emulated.backend().executable(plan).run([x[None]], 1.0)
     finally:
         module.set_capturing(False)
     kept = module.fft_cache_size()
     for height in range(60, 160):
-        emulated.backend().run(
-            plan_of_form(matrix(height, 30), fm.Butterworth(0.3), "full"), [matrix(height, 30)[None]], 1.0
-        )
+        other = plan_of_form(matrix(height, 30), fm.Butterworth(0.3), "full")
+        emulated.backend().executable(other).run([matrix(height, 30)[None]], 1.0)
     assert module.fft_cache_size() == 64
     module.set_capturing(True)
     try:
-        emulated.backend().run(plan, [x[None]], 1.0)  # its plans outlived a hundred others
+        emulated.backend().executable(plan).run([x[None]], 1.0)  # its plans outlived a hundred others
     finally:
         module.set_capturing(False)
     assert kept >= 2
+
+
+def test_what_a_graph_refers_to_stays_and_nothing_is_uploaded_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = matrix(50, 34)
+    for capturing in (False, True):
+        executable = weakref.ref(emulated.backend().executable(plan_of_form(x, HIGH_PASS, "full")))
+        with monkeypatch.context() as patch:
+            patch.setattr(emulated.runtime(), "stream", lambda _, capturing=capturing: Stream(0, 0, capturing))
+            executable().run([x[None]], 1.0)
+        forget_all()
+        gc.collect()
+        assert (executable() is not None) == capturing
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated.runtime(), "stream", lambda _: Stream(0, 0, True))
+        with pytest.raises(BackendError, match="run the same call before"):
+            emulated.backend().executable(plan_of_form(x, HIGH_PASS, "full"))
 
 
 def test_errors_carry_operation_and_place() -> None:
@@ -290,18 +306,17 @@ def test_errors_carry_operation_and_place() -> None:
     try:
         with pytest.raises(CudaError, match="cudaGetDeviceCount failed: cudaErrorInsufficientDriver") as caught:
             module.device_count()
-        without_driver = cuda_runtime.Runtime(module, "cpu")
-        assert not without_driver.available
+        without_driver = CudaBackend(Runtime(module, "cpu"))
+        assert not without_driver.info().available
     finally:
         module.set_device_count_error(0)
     assert caught.value.operation == "cudaGetDeviceCount"
     assert caught.value.code == 35
-    assert caught.value.file == "bind_cuda_device.cpp"
+    assert caught.value.file == "cuda_device.cpp"
     assert caught.value.line > 0
-    info = CudaBackend(without_driver).info()
-    assert info.reason.startswith("no usable GPU or driver")
+    assert without_driver.info().reason.startswith("no usable GPU or driver")
     with pytest.raises(BackendError, match="no usable GPU or driver"):
-        CudaBackend(without_driver).run(plan_of_form(matrix(9, 9), HIGH_PASS, "full"), [matrix(9, 9)[None]], 1.0)
+        without_driver.prepare(plan_of_form(matrix(9, 9), HIGH_PASS, "full"))
 
 
 def test_what_it_cannot_do_it_refuses() -> None:
@@ -386,7 +401,7 @@ def test_many_tensors_change_in_few_launches() -> None:
         with apply_(updates, backend="cuda"):
             assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
         assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
-    jobs, _ = _jobs([update for update in updates if update.entries.indices.numel()])
+    jobs, _ = native_updates([update for update in updates if update.entries.indices.numel()])
     assert 60 < len(jobs) <= 120
     assert emulated.module().SparseSwitch(jobs).launches == 2
     assert emulated.module().SparseSwitch(jobs[:60]).launches == 1
@@ -400,7 +415,7 @@ def test_updates_of_one_memory_keep_their_order_on_the_device() -> None:
         Update(other, sparse(50, 20, 7), 1.0),
         Update(weights[1:], sparse(7120, 5000, 6, torch.int64), -2.0),
     ]
-    jobs, _ = _jobs(updates)
+    jobs, _ = native_updates(updates)
     assert emulated.module().SparseSwitch(jobs).launches == 2
     want = weights.clone()
     for update, flat in ((updates[0], want.view(-1)), (updates[2], want[1:].view(-1))):
@@ -480,36 +495,44 @@ def test_a_merge_does_all_its_arithmetic_on_the_device(dtype: torch.dtype, monke
     assert calls["add_round"] == len(base)
 
 
-def test_a_merge_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = emulated.module()
-    monkeypatch.setattr(cuda_runtime, "RUNTIME", cuda_runtime.Runtime(module, "cpu"))
+def test_operations_without_a_gpu_say_why() -> None:
+    module, why = emulated.module(), "no usable GPU or driver: cudaGetDeviceCount failed: cudaErrorNoDevice"
+    base, models = models_of(torch.float32)
+    x = base["a.weight"]
     module.set_device_count_error(100)  # cudaErrorNoDevice
     try:
-        with pytest.raises(BackendError, match="no usable GPU or driver: cudaGetDeviceCount failed: cudaErrorNoDevice"):
-            fm.merge(*models_of(torch.float32), backend="cuda")
+        with registry.using(CudaBackend(Runtime(module, "cpu")), TorchBackend()):
+            for operation in (
+                lambda: fm.merge(base, models, backend="cuda"),
+                lambda: fm.filtered(x, HIGH_PASS, backend="cuda"),
+                lambda: abs_means(x, [x], backend="cuda"),
+                lambda: add_round(x, x, 1.0, x.dtype, backend="cuda"),
+                lambda: select_largest(x, x, 1, backend="cuda"),
+                lambda: apply_([Update(x, sparse(x.numel(), 3, 0), 1.0)], backend="cuda"),
+            ):
+                with pytest.raises(BackendError, match=f"backend cuda is not available: {why}"):
+                    operation()
+            assert abs_means(x, [x]) == [0.0]  # "auto" goes on to the next
     finally:
         module.set_device_count_error(0)
 
 
-def test_float64_is_refused_with_the_reason_and_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_is_refused_with_the_reason_and_left_to_torch() -> None:
     with pytest.raises(BackendError, match=r"backend cuda has no kernels for torch\.float64"):
         fm.merge(*models_of(torch.float64), backend="cuda")
-    monkeypatch.setattr(dispatch, "BACKENDS", (*dispatch.BACKENDS, TorchBackend()))
-    forget_plans()
     plan = fm.explain((64, 48), HIGH_PASS, dtype=torch.float64)
     assert plan.backend == "torch"
     assert "backend cuda has no kernels for torch.float64" in plan.reason
 
 
-def test_a_cpu_tensor_starts_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_tensor_starts_no_driver() -> None:
     class Untouchable(ModuleType):
         def __getattr__(self, name: str) -> None:
             raise AssertionError(f"{name} was asked for")
 
-    on_gpu = CudaBackend(cuda_runtime.Runtime(Untouchable("_cuda"), "cuda"))
-    monkeypatch.setattr(dispatch, "BACKENDS", (on_gpu, TorchBackend()))
-    forget_plans()
-    assert "backend cuda does not run on device cpu" in fm.explain((64, 48), HIGH_PASS).reason
+    with registry.using(CudaBackend(Runtime(Untouchable("_cuda"), "cuda")), TorchBackend()):
+        assert "backend cuda does not run on device cpu" in fm.explain((64, 48), HIGH_PASS).reason
+        assert abs_means(matrix(4), [matrix(4)]) == [0.0]
 
 
 def test_forcing_the_backend_on_what_it_does_not_take() -> None:
@@ -553,9 +576,9 @@ def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: Form, dt
     module, x = emulated.module(), matrix(256, 320, dtype=dtype)
     plan = plan_of_form(x, HIGH_PASS, form)
     model = traffic(plan)
-    emulated.backend().run(plan, [x[None]], 1.0)
+    emulated.backend().executable(plan).run([x[None]], 1.0)
     module.watch(x.data_ptr(), x.numel() * x.element_size())
-    emulated.backend().run(plan, [x[None]], 1.0)
+    emulated.backend().executable(plan).run([x[None]], 1.0)
     ((loaded, stored),) = module.watched()
     module.unwatch_all()
     steps = [step for step in model.steps if step.where == "matrix"]
@@ -571,10 +594,10 @@ def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: Form, dt
 def test_the_traffic_model_counts_panels_and_spectra_exactly(height: int, dtype: torch.dtype) -> None:
     module, x = emulated.module(), matrix(height, 130, dtype=dtype)
     plan = plan_of_form(x, HIGH_PASS, "full")
-    emulated.backend().run(plan, [x[None]], 1.0)
+    emulated.backend().executable(plan).run([x[None]], 1.0)
     emulated.standin_traffic()
     module.watch(0, (1 << 63) - 1)
-    emulated.backend().run(plan, [x[None]], 1.0)
+    emulated.backend().executable(plan).run([x[None]], 1.0)
     ((loaded, stored),) = module.watched()
     module.unwatch_all()
     fft_read, fft_written = emulated.standin_traffic()

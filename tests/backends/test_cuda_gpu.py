@@ -9,18 +9,16 @@ import torch
 
 import freemerge as fm
 import freemerge.experts as fx
-from freemerge.backends import cuda_runtime
-from freemerge.backends.accumulate import add_round, task_vector_sum
+from freemerge.accumulate import add_round, task_vector_sum
+from freemerge.backends.sparse import SparseVector, Update
 from freemerge.experts.select import select_largest
-from freemerge.experts.switch import SparseVector, Update, apply_
+from freemerge.experts.switch import apply_
 from freemerge.responses import Response
 from reference import reference_filter
 from updates import expected, mixed_updates
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not cuda_runtime.RUNTIME.available, reason=f"no CUDA backend: {cuda_runtime.RUNTIME.state[0]}"),
-]
+CUDA = fm.backends()["cuda"]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=f"no CUDA backend: {CUDA.reason}")]
 
 RESPONSES = [
     fm.HighPass(0.05),

@@ -15,8 +15,7 @@ AVAILABLE = ALL[: ALL.index(_core.detected_isa()) + 1]
 
 SCRIPT = """
 import hashlib, itertools, torch
-from freemerge import _core
-from freemerge.backends import accumulate
+from freemerge import _core, accumulate
 from freemerge.experts.select import ModelSelector, select_largest
 
 digest = hashlib.sha256()

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freemerge.backends.sparse import SparseVector, Update
 from freemerge.errors import ArgumentError
-from freemerge.experts.switch import SparseVector, Switch, Update, apply_, weighted_sum
+from freemerge.experts.switch import Switch, apply_, weighted_sum
 from updates import expected, mixed_updates, sparse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -95,7 +95,7 @@ def test_every_plan_keeps_its_bound_on_inputs_that_add_up(backend: str, kind: st
     for plan in candidates(response, shape, torch.float32, "cpu", backend, traits):
         if chosen.supports(plan) is None:
             result = matrix.clone()
-            chosen.run(plan, [result[None]], 1.0)
+            chosen.executable(plan).run([result[None]], 1.0)
             error = float((result.double() - exact).norm() / matrix.double().norm())
             assert error <= max(plan.error_bound, 5e-7), plan
 
@@ -181,7 +181,7 @@ def test_every_candidate_of_the_cpu_gives_the_result(shape: tuple[int, int], res
     for plan in plans:
         if backend.supports(plan) is None:
             result = x.clone()
-            backend.run(plan, [result.unsqueeze(0)], 1.0)
+            backend.executable(plan).run([result[None]], 1.0)
             assert (result - expected).norm() <= 5e-7 * x.norm(), plan
 
 
@@ -207,7 +207,7 @@ def test_the_cpu_leaves_the_columns_of_a_tall_matrix_whole(
     assert backend.supports(plan) is None
     x = torch.randn(shape[0], shape[1] + 5, generator=torch.Generator().manual_seed(0)).to(dtype)[:, : shape[1]]
     expected = oracle_filter(x.double().numpy(), response.mask(shape))
-    backend.run(plan, [x[None]], 1.0)
+    backend.executable(plan).run([x[None]], 1.0)
     rounded = torch.from_numpy(expected).to(dtype).double()
     error = (x.double() - rounded).norm() / rounded.norm()
     assert error <= 5e-7 + 0.1 * (dtype.itemsize == 2) * torch.finfo(dtype).eps
@@ -221,5 +221,5 @@ def test_a_background_that_no_column_has_is_refused() -> None:
     pruned = next(plan for plan in plans if plan.form == "pruned")
     x = torch.ones(64, 64)
     with pytest.raises(ValueError, match="background"):
-        backend.run(replace(pruned, background=0.5), [x.unsqueeze(0)], 1.0)
+        backend.prepare(replace(pruned, background=0.5)).run([x[None]], 1.0)
     assert torch.equal(x, torch.ones(64, 64))

@@ -1,15 +1,29 @@
-"""What a backend must offer to plug into the planner. Backends execute a Plan or refuse it; they decide nothing."""
+"""The protocol of a backend: one implementation of every operation, on the devices that it knows.
+
+A backend is one module of this folder with a subclass of :class:`Backend`; the registry finds it. It executes plans or
+refuses them; it makes no decision about a filter.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 
+from ..cache import TABLE_BYTES, Cache
+from ..errors import BackendError
 from ..planner.costs import Traits
 from ..planner.plan import Plan
+from .memory import multiply_
+from .sparse import BackendSwitch, Update
+
+_LEAST_BYTES = 1 << 16  # that an executable counts for in the cache
+
+Entries = tuple[torch.Tensor, torch.Tensor]
+"""Flat indices (int64, ascending) and values (float32) of some entries, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -22,62 +36,120 @@ class BackendInfo:
     details: dict[str, str] = field(default_factory=dict)
 
 
-class Backend(Protocol):
-    """One implementation of the forms of a Plan."""
+class Executable(ABC):
+    """A plan with everything it needs to run: tables, native objects. It may run in several threads at once."""
 
-    @property
-    def name(self) -> str: ...
+    nbytes: int = 0  #: memory that it keeps
 
-    def info(self) -> BackendInfo:
-        """Whether it can run on this machine at all; cheap, and the answer does not change in a process."""
-        ...
-
-    def traits(self, device: torch.device) -> Traits | None:
-        """Its capabilities on a device, or None if it cannot use that kind of device."""
-        ...
-
-    def supports(self, plan: Plan) -> str | None:
-        """None if :meth:`run` can execute the plan, else the reason, as the rest of a sentence after its name."""
-        ...
-
-    def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    @abstractmethod
+    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         """Filter each matrix of each batch, [H, W] or [B, H, W], in place and multiply it by ``scale``.
 
         All matrices have shape ``plan.matrix``, dtype ``plan.dtype``, are on ``plan.device``, share no memory, and
         have unit column stride (``stride(-1) == 1``); the row stride is any number >= W, and so is the batch's.
         Arithmetic is at least fp32. Results must not depend on the number of threads.
         """
-        ...
 
 
-def matrices(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Each matrix of the batches."""
-    for x in batches:
-        if x.ndim == 2:
-            yield x
-        else:
-            yield from x.unbind(0)
+class Multiplication(Executable):
+    """A plan whose gain is one constant."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor = factor
+
+    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
+        multiply_(batches, scale * self._factor)
 
 
-def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
-    """Where each matrix of the batches starts, and its row stride in elements."""
-    pointers: list[int] = []
-    strides: list[int] = []
-    for x in batches:
-        (height, width), first = x.shape[-2:], x.data_ptr()
-        stride = x.stride(-2) if height > 1 else width
-        if x.ndim == 2:
-            pointers.append(first)
-            strides.append(stride)
-        else:
-            count, step = x.shape[0], x.stride(0) * x.element_size()
-            pointers.extend(first + i * step for i in range(count))
-            strides.extend([stride] * count)
-    return pointers, strides
+class Backend(ABC):
+    """Operations on the tensors of one kind of device. Arguments are checked before they get here."""
+
+    name: ClassVar[str]
+    preference: ClassVar[int]  #: "auto" asks backends in ascending order
+
+    @abstractmethod
+    def info(self) -> BackendInfo:
+        """Whether it can run on this machine at all; cheap, and the answer does not change in a process."""
+
+    def require(self) -> None:
+        """Raise :class:`BackendError`, which says why, if it cannot run on this machine."""
+        info = self.info()
+        if not info.available:
+            raise BackendError(f"backend {self.name} is not available: {info.reason}")
+
+    def device(self, stored: torch.device) -> torch.device:
+        """The device on which it works on a tensor that is stored on another."""
+        return stored
+
+    @abstractmethod
+    def takes(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        """None if its operations on vectors can run on these tensors, else the reason, as for :meth:`supports`."""
+
+    # Filter: prepare a plan, then run it.
+
+    @abstractmethod
+    def traits(self, device: torch.device) -> Traits | None:
+        """Its capabilities on a device, or None if it cannot use that kind of device."""
+
+    @abstractmethod
+    def supports(self, plan: Plan) -> str | None:
+        """None if it can execute the plan, else the reason, as the rest of a sentence after its name."""
+
+    @abstractmethod
+    def prepare(self, plan: Plan) -> Executable:
+        """Make the tables and native objects of a plan that it supports and whose gain is not one constant."""
+
+    def executable(self, plan: Plan) -> Executable:
+        """What runs a plan; prepared once for all calls, while it is among the latest :data:`TABLE_BYTES`."""
+        if plan.form in ("identity", "scale"):
+            return Multiplication(plan.background)
+        return _EXECUTABLES.get((self, plan), lambda: self.prepare(plan))
+
+    # Accumulate: base, models, delta and out are contiguous, of one shape, and on one device.
+
+    @abstractmethod
+    def weighted_sum(
+        self,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float] | None,
+        out: torch.Tensor | None,
+    ) -> list[float]:
+        """Write ``sum_i weights[i] * (models[i] - base)`` to ``out`` and return ``[mean |models[i] - base|]``.
+
+        Without weights nothing is written and ``out`` is None. Arithmetic is that of ``out``: float64 if any input is,
+        else float32.
+        """
+
+    @abstractmethod
+    def square_sum(self, tensor: torch.Tensor) -> float:
+        """The sum of squares of a contiguous tensor, in float64; the same for any number of threads."""
+
+    @abstractmethod
+    def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+        """``out = round(base + scale * delta)``; float64 arithmetic if base or delta is float64, else float32."""
+
+    # Select: entries of v = model - base, in float32; both are contiguous, of one shape, and on one device.
+
+    @abstractmethod
+    def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
+        """The k entries of largest |v| of each row; equal ones by index, lowest first; zeros never, NaN before all."""
+
+    @abstractmethod
+    def count_magnitudes(self, model: torch.Tensor, base: torch.Tensor, bins: torch.Tensor) -> None:
+        """Add the number of entries, zeros excepted, that share the leading bits of |v| to ``bins``, on the CPU."""
+
+    @abstractmethod
+    def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
+        """All entries of the bin ``lowest`` and above, zeros excepted."""
+
+    # Switch
+
+    @abstractmethod
+    def switch(self, updates: Sequence[Update]) -> BackendSwitch:
+        """Prepare updates, each of at least one entry, of tensors on one device."""
 
 
-def multiply_(batches: Sequence[torch.Tensor], factor: float) -> None:
-    """The filter whose gain is one constant; a gain of 0 clears even what is not finite."""
-    if factor != 1.0:
-        for x in batches:
-            x.mul_(factor) if factor else x.zero_()
+_EXECUTABLES: Cache[tuple[Backend, Plan], Executable] = Cache(
+    TABLE_BYTES, lambda executable: _LEAST_BYTES + executable.nbytes
+)

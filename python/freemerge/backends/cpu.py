@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .. import _core
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Form, Plan
 from ..responses import MaskParams, has_closed_form
-from .base import BackendInfo, addresses, multiply_
-from .native import DTYPE_CODES
+from .base import Backend, BackendInfo, Entries, Executable
+from .memory import DTYPE_CODES, addresses
+from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
 
 _FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/common/plan.h
 
@@ -31,17 +33,17 @@ _COSTS = Costs(
 )  # fmt: skip
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     """Every form in fp32, bf16 and fp16; the exact forms in fp64 too."""
 
     name = "cpu"
+    preference = 1
 
     def info(self) -> BackendInfo:
-        try:
-            isa = _core.active_isa()
-        except ValueError as error:
-            return BackendInfo(self.name, False, str(error))
-        return BackendInfo(self.name, True, details={"isa": isa, "processor": _core.detected_isa()})
+        return _info()
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        return None if all(tensor.is_cpu for tensor in tensors) else "needs CPU tensors"
 
     def traits(self, device: torch.device) -> Traits | None:
         if device.type != "cpu":
@@ -78,16 +80,116 @@ class CpuBackend:
                 return f"its coarse rows come in groups of {_CELLS_MULTIPLE}"
         return None
 
-    def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-        if plan.form in ("identity", "scale"):
-            multiply_(batches, scale * plan.background)
-            return
-        native, _table = _native_plan(plan)
+    def prepare(self, plan: Plan) -> Executable:
+        return _Filter(plan)
+
+    def weighted_sum(
+        self,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float] | None,
+        out: torch.Tensor | None,
+    ) -> list[float]:
+        return _core.accumulate(
+            0 if out is None else out.data_ptr(), *_pointer(base), [model.data_ptr() for model in models],
+            [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), base.numel(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def square_sum(self, tensor: torch.Tensor) -> float:
+        return _core.square_sum(*_pointer(tensor), tensor.numel(), torch.get_num_threads())
+
+    def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+        _core.add_round(
+            *_pointer(out), *_pointer(base), *_pointer(delta), scale, out.numel(), torch.get_num_threads()
+        )  # fmt: skip
+
+    def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
+        return _entries(
+            _core.select_largest(*_pointer(model), *_pointer(base), rows, width, k, torch.get_num_threads())
+        )
+
+    def count_magnitudes(self, model: torch.Tensor, base: torch.Tensor, bins: torch.Tensor) -> None:
+        _core.count_magnitudes(
+            *_pointer(model), *_pointer(base), model.numel(), bins.data_ptr(), torch.get_num_threads()
+        )
+
+    def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
+        return _entries(
+            _core.select_from_bin(*_pointer(model), *_pointer(base), model.numel(), lowest, torch.get_num_threads())
+        )
+
+    def switch(self, updates: Sequence[Update]) -> BackendSwitch:
+        return _Switch(updates)
+
+
+@cache
+def _info() -> BackendInfo:
+    try:
+        isa = _core.active_isa()
+    except ValueError as error:
+        return BackendInfo(CpuBackend.name, False, str(error))
+    return BackendInfo(CpuBackend.name, True, details={"isa": isa, "processor": _core.detected_isa()})
+
+
+class _Filter(Executable):
+    """A plan as the kernels take it, and the mask's table, whose memory it points to."""
+
+    def __init__(self, plan: Plan) -> None:
+        height, width = plan.matrix
+        self._table, background = None, plan.background
+        if not has_closed_form(plan.response):
+            self._table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
+            mask = MaskParams("table", height, width)
+            background = float(np.float32(background))  # as the table has it
+        else:
+            mask = plan.response.params(plan.shape)
+        self._dtype = DTYPE_CODES[plan.dtype]
+        self._plan = _core.Plan(
+            form=_FORM_CODES[plan.form],
+            mask=mask,
+            table=0 if self._table is None else self._table.ctypes.data,
+            transposed=plan.transposed,
+            packed=plan.packed,
+            background=background,
+            rows=_native_decimation(plan.rows),
+            columns=_native_decimation(plan.columns),
+        )
+        self.nbytes = 0 if self._table is None else self._table.nbytes
+
+    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         by_stride: dict[int, list[int]] = {}
         for pointer, stride in zip(*addresses(batches), strict=True):
             by_stride.setdefault(stride, []).append(pointer)
         for stride, pointers in by_stride.items():
-            _core.filter(pointers, DTYPE_CODES[plan.dtype], native, stride, scale, torch.get_num_threads())
+            _core.filter(pointers, self._dtype, self._plan, stride, scale, torch.get_num_threads())
+
+
+class _Switch(BackendSwitch):
+    def __init__(self, updates: Sequence[Update]) -> None:
+        jobs, self._kept = native_updates(updates)
+        self._switch = _core.SparseSwitch(jobs)
+
+    def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
+        saved = scratch.take(self._switch.saved_bytes)
+        memory = storages(weights)
+        self._switch.apply(saved.data_ptr(), torch.get_num_threads())
+        mark_changed(weights)
+
+        def restore(_: object = memory) -> None:
+            self._switch.restore(saved.data_ptr(), torch.get_num_threads())
+            mark_changed(weights)
+            scratch.give(saved)
+
+        return restore
+
+
+def _pointer(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
+
+
+def _entries(found: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> Entries:
+    indices, values = found
+    return torch.from_numpy(indices), torch.from_numpy(values)
 
 
 def _workspace(plan: Plan) -> int:
@@ -103,30 +205,6 @@ def _workspace(plan: Plan) -> int:
 
 def _windowed(n: int, axis: Decimation | None) -> bool:
     return axis is not None and axis.taps in _TAPS and 2 * axis.taps <= axis.cells <= n
-
-
-@lru_cache(maxsize=64)
-def _native_plan(plan: Plan) -> tuple[_core.Plan, np.ndarray | None]:
-    """The plan as the kernels take it, and the mask's table, whose memory it points to."""
-    height, width = plan.matrix
-    table, background = None, plan.background
-    if not has_closed_form(plan.response):
-        table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
-        mask = MaskParams("table", height, width)
-        background = float(np.float32(background))  # as the table has it
-    else:
-        mask = plan.response.params(plan.shape)
-    native = _core.Plan(
-        form=_FORM_CODES[plan.form],
-        mask=mask,
-        table=0 if table is None else table.ctypes.data,
-        transposed=plan.transposed,
-        packed=plan.packed,
-        background=background,
-        rows=_native_decimation(plan.rows),
-        columns=_native_decimation(plan.columns),
-    )
-    return native, table
 
 
 def _native_decimation(d: Decimation | None) -> _core.Decimation:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..cache import TABLE_BYTES, Cache, table_bytes
+from ..cache import Cache, table_bytes
 from ..errors import BackendError
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Form, Plan
-from ..responses import MaskParams, Response, matrix_shape
-from .base import BackendInfo, addresses, multiply_
-from .cuda_runtime import DTYPES, RUNTIME, Runtime, Stream
-from .native import DTYPE_CODES
+from ..responses import MaskParams, Response, has_closed_form, matrix_shape
+from .base import BackendInfo, Entries, Executable
+from .cuda_runtime import DTYPES, Runtime, Stream
+from .memory import DTYPE_CODES, addresses
+from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
+from .torch_vectors import TorchVectors
 
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "full"))
 _DTYPES = frozenset(DTYPES)
@@ -29,52 +30,37 @@ _COSTS = Costs(
     start=60_000.0,
 )  # fmt: skip
 
-_FILTER_BYTES = 1 << 19  # of a cached filter itself: at most so many share the bytes of their tables
+_FILTER_BYTES = 1 << 19  # of a prepared filter itself, beside its tables
 _CACHED_SIZES = 16
 _FFT_ALIGNMENT = 8  # bytes of a complex number, to which cuFFT wants real ones aligned
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A native filter and the device memory it points into; no filter where the gain is the background throughout."""
-
-    native: Any
-    tables: tuple[torch.Tensor, ...]
-    sizes: Cache[tuple[int, ...], int] = field(default_factory=lambda: Cache(_CACHED_SIZES))
-    streams: set[int] = field(default_factory=set)  #: those whose work the tables' memory waits for when it is freed
-
-    def workspace(
-        self, batches: Sequence[torch.Tensor], pointers: list[int], strides: list[int], stream: Stream
-    ) -> int:
-        """Bytes of workspace for these matrices; it depends on how they lie in memory, as cuFFT's plans do."""
-
-        def ask() -> int:
-            return int(self.native.workspace(pointers, strides, stream.device, stream.handle))
-
-        if len(batches) != 1:
-            return ask()
-        (batch,) = batches
-        return self.sizes.get((batch.data_ptr() % _FFT_ALIGNMENT, batch.shape[0], *batch.stride()), ask)
-
-
-class CudaBackend:
-    """Runs decimated and full plans in fp32, bf16 and fp16, on the current stream, without waiting for it.
+class CudaBackend(TorchVectors):
+    """Runs in fp32, bf16 and fp16, on the current stream; filters and updates do not wait for it.
 
     After one call with the same shapes, calls can be recorded in a CUDA graph.
     """
 
     name = "cuda"
+    preference = 0
 
-    def __init__(self, runtime: Runtime = RUNTIME) -> None:
-        self._runtime = runtime
-        self._tables: Cache[object, tuple[torch.Tensor, ...]] = Cache(TABLE_BYTES, table_bytes)
-        self._filters: Cache[Plan, _Prepared] = Cache(
-            TABLE_BYTES, lambda prepared: _FILTER_BYTES + table_bytes(prepared.tables)
-        )
+    def __init__(self, runtime: Runtime | None = None) -> None:
+        self._runtime = Runtime() if runtime is None else runtime
+        self._recorded: set[Executable] = set()
 
     def info(self) -> BackendInfo:
         reason, details = self._runtime.state
         return BackendInfo(self.name, not reason, reason, details)
+
+    def device(self, stored: torch.device) -> torch.device:
+        return stored if stored.type == self._runtime.device_type else torch.device(self._runtime.device_type)
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        if all(tensor.device.type == self._runtime.device_type and tensor.dtype in DTYPES for tensor in tensors):
+            return None
+        return "needs float32, bfloat16 or float16 tensors on a GPU"
+
+    # --- filter -------------------------------------------------------------------------------------------------------
 
     def traits(self, device: torch.device) -> Traits | None:
         if device.type != self._runtime.device_type:
@@ -86,7 +72,7 @@ class CudaBackend:
             taps=(8, 10, _MAX_TAPS),
             whole_columns=True,
             streams=True,
-            workspace=self.workspace_bytes,
+            workspace=self._workspace_bytes,
             centers=True,
         )
 
@@ -101,46 +87,23 @@ class CudaBackend:
                 return f"has no windows of {axis.taps} taps"
         return None
 
-    def workspace_bytes(self, plan: Plan) -> int:
-        """Device memory that :meth:`run` takes beside the matrices, at most, for any number of them."""
+    def prepare(self, plan: Plan) -> Executable:
+        self.require()
         stream = self._runtime.stream(torch.device(plan.device))
-        prepared = self._prepared(plan, stream)
-        return prepared.workspace([], [], [], stream) if prepared.native is not None else 0
-
-    def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-        if not batches:
-            return
-        device = batches[0].device
-        stream = self._runtime.stream(device)
-        prepared = self._prepared(plan, stream)
-        if prepared.native is None:
-            multiply_(batches, scale * plan.background)
-            return
-        pointers, strides = addresses(batches)
-        needed = prepared.workspace(batches, pointers, strides, stream)
-        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-        prepared.native.run(
-            pointers, strides, scale, workspace.data_ptr(), needed, stream.device, stream.handle,
-        )  # fmt: skip
-        if stream.handle not in prepared.streams and self._runtime.device_type == "cuda":
-            # A table dropped from the cache must not be reused before this stream is done with it.
-            current = torch.cuda.current_stream(device)
-            for table in prepared.tables:
-                table.record_stream(current)
-            prepared.streams.add(stream.handle)
-
-    # --- executing a plan -----------------------------------------------------------------------------------------
-
-    def _prepared(self, plan: Plan, stream: Stream) -> _Prepared:
-        self._runtime.require()
-        # A graph keeps addresses: what it refers to must stay.
-        return self._filters.get(plan, lambda: self._prepare(plan, stream), pin=stream.capturing)
-
-    def _prepare(self, plan: Plan, stream: Stream) -> _Prepared:
-        if plan.form in ("identity", "scale"):
-            return _Prepared(None, ())
         if stream.capturing:
             raise BackendError("backend cuda cannot upload tables while a graph is recorded; run the same call before")
+        native, tables = self._native(plan, stream)
+        return _Filter(self._runtime, native, tables, self._recorded)
+
+    def _workspace_bytes(self, plan: Plan) -> int:
+        if plan.form in ("identity", "scale"):
+            return 0
+        executable = self.executable(plan)
+        assert isinstance(executable, _Filter)
+        return executable.workspace([], [], [], self._runtime.stream(torch.device(plan.device)))
+
+    def _native(self, plan: Plan, stream: Stream) -> tuple[Any, tuple[torch.Tensor, ...]]:
+        """The native filter, and the device memory that it points into."""
         code = DTYPE_CODES[plan.dtype]
         module, device = self._runtime.module, plan.device
         if plan.form == "decimated":
@@ -151,27 +114,23 @@ class CudaBackend:
             rows, row_tables = self._window(height, plan.rows, padded, device)
             columns, column_tables = self._window(width, plan.columns, padded, device)
             mask = plan.response.params(plan.shape)
-            native = module.Filter.decimated(mask, code, plan.background, rows, columns)
-            return _Prepared(native, row_tables + column_tables)
+            return module.Filter.decimated(mask, code, plan.background, rows, columns), row_tables + column_tables
         height, _ = plan.matrix
         mask, tables = self._mask(plan.response, plan.shape, device)
         gains = _upload(plan.response.column_gains(plan.shape).astype(np.float32), device)
         fused = module.column_filter_takes(height, stream.device, stream.handle)
-        roots = self._tables.get((height, device), lambda: (_upload(_roots(height), device),)) if fused else ()
+        roots = (_upload(_roots(height), device),) if fused else ()
         steps = (_upload(module.step_rows(mask), device),) if fused and mask.kind == "steps" else ()
         native = module.Filter.full(
             mask, _address(tables), code, gains.data_ptr(), _address(steps), _address(roots),
         )  # fmt: skip
-        return _Prepared(native, (gains, *steps, *roots, *tables))
+        return native, (gains, *steps, *roots, *tables)
 
     def _window(self, n: int, d: Decimation, padded: int, device: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
         module, window = self._runtime.module, (n, d.cells, d.taps, d.band, d.nyquist, padded)
         if not d.taps:
             return module.Window.whole(n), ()
-        tables = self._tables.get(
-            (window, device),
-            lambda: tuple(_upload(array, device) for array in module.window_tables(*window)),
-        )
+        tables = tuple(_upload(array, device) for array in module.window_tables(*window))
         reach = tables[4].numel() // d.cells
         return module.Window(*window, reach, *(table.data_ptr() for table in tables)), tables
 
@@ -179,16 +138,146 @@ class CudaBackend:
         self, response: Response, shape: tuple[int, ...], device: str
     ) -> tuple[MaskParams, tuple[torch.Tensor, ...]]:
         """The mask in closed form, or a table of it where a response has none."""
-        try:
+        if has_closed_form(response):
             return response.params(shape), ()
-        except TypeError:
-            pass
         height, width = matrix_shape(shape)
-        tables = self._tables.get(
-            (response, shape, device),
-            lambda: (_upload(response.half_mask(shape).astype(np.float32), device),),
-        )
-        return MaskParams("table", height, width), tables
+        return MaskParams("table", height, width), (_upload(response.half_mask(shape).astype(np.float32), device),)
+
+    # --- vectors ------------------------------------------------------------------------------------------------------
+
+    def weighted_sum(
+        self,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float] | None,
+        out: torch.Tensor | None,
+    ) -> list[float]:
+        n = base.numel()
+        if not n:
+            return [0.0] * len(models)
+        module, stream = self._runtime.module, self._runtime.stream(base.device)
+        scratch = torch.empty(module.accumulate_scratch(n, len(models)), dtype=torch.float64, device=base.device)
+        means = torch.empty(len(models), dtype=torch.float64, device=base.device)
+        module.accumulate(
+            0 if out is None else out.data_ptr(), *_pointer(base), [model.data_ptr() for model in models],
+            [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), n, means.data_ptr(),
+            scratch.data_ptr(), stream.device, stream.handle,
+        )  # fmt: skip
+        result: list[float] = means.tolist()
+        return result
+
+    def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+        if out.numel():
+            stream = self._runtime.stream(base.device)
+            self._runtime.module.add_round(
+                *_pointer(out), *_pointer(base), *_pointer(delta), scale, out.numel(), stream.device, stream.handle
+            )
+
+    def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
+        k = min(k, width)
+        if not (rows and k):
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        module, device, stream = self._runtime.module, model.device, self._runtime.stream(model.device)
+        indices = torch.empty(rows, k, dtype=torch.int64, device=device)
+        values = torch.empty(rows, k, dtype=torch.float32, device=device)
+        counts = torch.empty(rows, 1, dtype=torch.int64, device=device)
+        scratch = torch.empty(module.select_scratch(rows, width), dtype=torch.uint8, device=device)
+        module.select(
+            *_pointer(model), *_pointer(base), rows, width, k, indices.data_ptr(), values.data_ptr(),
+            counts.data_ptr(), scratch.data_ptr(), stream.device, stream.handle,
+        )  # fmt: skip
+        kept = torch.arange(k, device=device) < counts
+        return indices[kept].cpu(), values[kept].cpu()
+
+    def switch(self, updates: Sequence[Update]) -> BackendSwitch:
+        return _Switch(self._runtime, updates)
+
+
+class _Filter(Executable):
+    """A native filter and the device memory it points into."""
+
+    def __init__(
+        self, runtime: Runtime, native: Any, tables: tuple[torch.Tensor, ...], recorded: set[Executable]
+    ) -> None:
+        self._runtime, self._native, self._tables, self._recorded = runtime, native, tables, recorded
+        self._sizes: Cache[tuple[int, ...], int] = Cache(_CACHED_SIZES)
+        self._streams: set[int] = set()  # those whose work the tables' memory waits for when it is freed
+        self.nbytes = _FILTER_BYTES + table_bytes(tables)
+
+    def workspace(
+        self, batches: Sequence[torch.Tensor], pointers: list[int], strides: list[int], stream: Stream
+    ) -> int:
+        """Bytes of workspace for these matrices, which depend on their strides and alignment, as cuFFT's plans do; or
+        the most that any need, if there are none."""
+
+        def ask() -> int:
+            return int(self._native.workspace(pointers, strides, stream.device, stream.handle))
+
+        if len(batches) != 1:
+            return ask()
+        (batch,) = batches
+        return self._sizes.get((batch.data_ptr() % _FFT_ALIGNMENT, batch.shape[0], *batch.stride()), ask)
+
+    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
+        if not batches:
+            return
+        device = batches[0].device
+        stream = self._runtime.stream(device)
+        if stream.capturing:
+            self._recorded.add(self)  # the graph keeps addresses of its tables
+        pointers, strides = addresses(batches)
+        needed = self.workspace(batches, pointers, strides, stream)
+        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        self._native.run(
+            pointers, strides, scale, workspace.data_ptr(), needed, stream.device, stream.handle,
+        )  # fmt: skip
+        if stream.handle not in self._streams and self._runtime.device_type == "cuda":
+            # A table dropped from the cache must not be reused before this stream is done with it.
+            current = torch.cuda.current_stream(device)
+            for table in self._tables:
+                table.record_stream(current)
+            self._streams.add(stream.handle)
+
+
+class _Switch(BackendSwitch):
+    def __init__(self, runtime: Runtime, updates: Sequence[Update]) -> None:
+        jobs, self._kept = native_updates(updates)
+        self._device = updates[0].weights.device
+        self._runtime = runtime
+        self._switch = runtime.module.SparseSwitch(jobs)
+        self._streams: set[tuple[int, int]] = set()  # those whose work freed memory of the jobs waits for
+
+    def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
+        place = self._runtime.place(self._device)
+        saved = torch.empty(self._switch.saved_bytes, dtype=torch.uint8, device=self._device)  # the allocator's scratch
+        memory = storages(weights)
+        self._keep_for(place)
+        self._switch.apply(saved.data_ptr(), *place)
+        mark_changed(weights)
+
+        def restore(_: object = memory) -> None:
+            now = self._runtime.place(self._device)
+            self._keep_for(now)
+            if now != place:  # freed memory goes back to the stream that it was taken on
+                saved.record_stream(torch.cuda.current_stream(self._device))
+            self._switch.restore(saved.data_ptr(), *now)
+            mark_changed(weights)
+
+        return restore
+
+    def wait(self) -> None:
+        if self._runtime.device_type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _keep_for(self, place: tuple[int, int]) -> None:
+        if place not in self._streams and self._runtime.device_type == "cuda":
+            for tensor in self._kept:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+            self._streams.add(place)
+
+
+def _pointer(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
 
 
 def _roots(n: int) -> npt.NDArray[np.float32]:
@@ -198,7 +287,7 @@ def _roots(n: int) -> npt.NDArray[np.float32]:
 
 
 def _address(tables: Sequence[torch.Tensor]) -> int:
-    """Where the first one lies, or 0 if there is none."""
+    """Of the first table, or 0 if there is none."""
     return tables[0].data_ptr() if tables else 0
 
 

@@ -1,11 +1,10 @@
-"""What the users of the compiled CUDA module ``_cuda`` share: whether it can run here, and on which stream."""
+"""The compiled CUDA module ``_cuda``: whether it can run on this machine, and on which stream."""
 
 from __future__ import annotations
 
 import atexit
 import importlib
 import sysconfig
-from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import ArgumentError, BackendError, CudaError
+from ..errors import CudaError
 
 #: Storage dtypes of the device kernels; arithmetic is float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,32 +45,6 @@ class Runtime:
         """Why CUDA cannot be used here and what would help, or an empty string; and details if it can."""
         details: dict[str, str] = {}
         return self._unavailable(details), details
-
-    @property
-    def available(self) -> bool:
-        """Whether the kernels can run on this machine."""
-        return not self.state[0]
-
-    def require(self) -> None:
-        """Raise :class:`BackendError`, which says why, if the kernels cannot run on this machine."""
-        if not self.available:
-            raise BackendError(f"backend cuda is not available: {self.state[0]}")
-
-    def runs(self, backend: str, tensors: Iterable[torch.Tensor]) -> bool:
-        """Whether device kernels run: always for "cuda", on device tensors of their dtypes for "auto".
-
-        Raises :class:`BackendError` if "cuda" cannot run here, :class:`ArgumentError` if it cannot take the tensors.
-        """
-        if backend not in ("auto", "cuda"):
-            return False
-        tensors = list(tensors)
-        fit = all(tensor.device.type == self.device_type and tensor.dtype in DTYPES for tensor in tensors)
-        if backend == "auto":
-            return fit and self.available
-        self.require()
-        if not fit:
-            raise ArgumentError("backend 'cuda' needs float32, bfloat16 or float16 tensors on a GPU")
-        return True
 
     def stream(self, device: torch.device) -> Stream:
         """torch's current stream on a device."""
@@ -125,7 +98,3 @@ def _cufft_candidates() -> list[Path]:
     roots = dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
     folders = [root / "nvidia" / folder / "lib" for root in roots for folder in ("cu13", "cufft")]
     return [file for folder in folders for file in sorted(folder.glob("libcufft.so.*"))]
-
-
-#: The one runtime of the process.
-RUNTIME = Runtime()

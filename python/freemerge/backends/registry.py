@@ -1,35 +1,94 @@
-"""Which backend runs a request, and by which plan. The only list of backends."""
+"""The only list of backends, and the only place that picks one."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
+import pkgutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from ..cache import ByResponse
+from ..cache import ByResponse, forget_all
 from ..errors import ArgumentError, BackendError
 from ..planner.costs import Traits
 from ..planner.forms import candidates
 from ..planner.plan import Plan
 from ..responses import Response, matrix_shape
 from .base import Backend, BackendInfo
-from .cpu import CpuBackend
-from .cuda import CudaBackend
-from .torch import TorchBackend
 from .torch_products import exact_products
 
-#: In order of preference: "auto" takes the first that can run.
-BACKENDS: tuple[Backend, ...] = (CudaBackend(), CpuBackend(), TorchBackend())
-
-_NAMES = ("auto", *(backend.name for backend in BACKENDS))
 _CACHED_PLANS = 512
 _LARGE_BATCH = 16  # matrices beyond which a batch's size changes no plan
+
+
+def _by_preference(found: Sequence[Backend]) -> tuple[Backend, ...]:
+    return tuple(sorted(found, key=lambda backend: (backend.preference, backend.name)))
+
+
+def _find() -> tuple[Backend, ...]:
+    """A backend of each concrete class in the modules of this folder."""
+    package = __name__.rpartition(".")[0]
+    names = [f"{package}.{module.name}" for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    modules = [importlib.import_module(name) for name in names if name != __name__]
+    kinds = {kind for module in modules for _, kind in inspect.getmembers(module, inspect.isclass)}
+    return _by_preference([kind() for kind in kinds if issubclass(kind, Backend) and not inspect.isabstract(kind)])
+
+
+BACKENDS = _find()
+
+
+@contextmanager
+def using(*found: Backend) -> Iterator[None]:
+    """For tests: within the block these are the backends, and nothing is remembered of others."""
+    global BACKENDS
+    former, BACKENDS = BACKENDS, _by_preference(found)
+    forget_all()
+    try:
+        yield
+    finally:
+        BACKENDS = former
+        forget_all()
 
 
 def backends() -> dict[str, BackendInfo]:
     """Every backend by name, whether it can run on this machine, and why not if it cannot."""
     return {backend.name: backend.info() for backend in BACKENDS}
+
+
+def named(name: str) -> Backend | None:
+    """The backend of a name, None for "auto"; :class:`ArgumentError` for a name that no backend has."""
+    for backend in BACKENDS:
+        if backend.name == name:
+            return backend
+    if name != "auto":
+        names = ", ".join(repr(backend.name) for backend in BACKENDS)
+        raise ArgumentError(f"backend must be 'auto' or one of {names}, got {name!r}")
+    return None
+
+
+def pick(name: str, tensors: Sequence[torch.Tensor]) -> Backend:
+    """The backend of a name, or the first for "auto", for an operation on vectors.
+
+    Raises :class:`BackendError` if a backend asked for by name cannot run here, :class:`ArgumentError` if it does not
+    take the tensors.
+    """
+    backend = named(name)
+    if backend is not None:
+        backend.require()
+        refusal = backend.takes(tensors)
+        if refusal is not None:
+            raise ArgumentError(f"backend {name!r} {refusal}")
+        return backend
+    for backend in BACKENDS:
+        # To ask whether a backend can run may start a GPU's driver: not for tensors that it could not take anyway.
+        if backend.takes(tensors) is None and backend.info().available:
+            return backend
+    kinds = dict.fromkeys(f"{tensor.dtype} on {tensor.device}" for tensor in tensors)
+    raise BackendError(f"no backend takes tensors of {', '.join(kinds)}")
 
 
 def choose(
@@ -44,13 +103,6 @@ def choose(
     return _choose(response, shape[-2:], count, dtype, device, backend, exact_products())
 
 
-def check_backend(backend: str) -> None:
-    """Raise :class:`ArgumentError` for a name that no backend has."""
-    if backend not in _NAMES:
-        names = ", ".join(repr(known.name) for known in BACKENDS)
-        raise ArgumentError(f"backend must be 'auto' or one of {names}, got {backend!r}")
-
-
 def _first_that_can(
     response: Response,
     shape: tuple[int, ...],
@@ -61,13 +113,13 @@ def _first_that_can(
     exact: bool,
 ) -> tuple[Backend, Plan]:
     del exact  # part of the key: traits depend on it
-    check_backend(backend)
+    named(backend)
     refusals: list[str] = []
     for candidate in BACKENDS:
         if backend not in ("auto", candidate.name):
             continue
         traits = candidate.traits(device)
-        # To ask whether a backend can run may start a GPU's driver: not for a tensor that it could not take anyway.
+        # As in `pick`: a GPU's driver is not started for a tensor of another device.
         if traits is not None or backend != "auto":
             info = candidate.info()
             if not info.available:

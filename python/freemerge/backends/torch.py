@@ -6,17 +6,23 @@ into those buffers (``out=``), which saves page faults.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
+from ..cache import table_bytes
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Form, Plan
-from .base import BackendInfo, multiply_
-from .torch_columns import run_columns
-from .torch_decimated import run_decimated
-from .torch_products import Run, exact_products
-from .torch_thin import run_thin
+from .base import BackendInfo, Executable
+from .torch_columns import SMALL_ELEMENTS, kept_columns, run_blocks, run_small, run_vectors, small_gains, vector_gains
+from .torch_decimated import decimated_tables, run_decimated
+from .torch_products import exact_products
+from .torch_thin import run_thin, thin_tables
+from .torch_vectors import TorchVectors
+
+Tables = TypeVar("Tables")
 
 # Measured on one core of a Sapphire Rapids Xeon with MKL, ns; benchmarks/test_filter.py shows the outcome.
 _CPU_COSTS = Costs(move=0.25, tap=0.04, dense=0.02, row_fft=0.18, column_fft=0.45, coarse_fft=0.2, call=6000.0)
@@ -27,13 +33,17 @@ _EXACT: frozenset[Form] = frozenset(("identity", "scale", "pruned", "full"))
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 
 
-class TorchBackend:
+class TorchBackend(TorchVectors):
     """Reference for speed on a machine without native kernels; the float64 oracle of the tests is its own reference."""
 
     name = "torch"
+    preference = 2
 
     def info(self) -> BackendInfo:
         return BackendInfo(self.name, True, details={"torch": torch.__version__})
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> str | None:
+        return None
 
     def traits(self, device: torch.device) -> Traits:
         # A lowered matmul precision (TF32, bf16) would break the error bound of every form made of products.
@@ -54,19 +64,26 @@ class TorchBackend:
             return f"has no arithmetic for {plan.dtype}"
         return "has no transposed forms" if plan.transposed else None
 
-    def run(self, plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-        _RUN[plan.form](plan, batches, scale)
+    def prepare(self, plan: Plan) -> Executable:
+        if plan.form == "decimated":
+            return _Filter(plan, decimated_tables(plan), run_decimated)
+        if plan.form == "thin":
+            return _Filter(plan, thin_tables(plan), run_thin)
+        if plan.form == "full" and plan.matrix[0] == 1:
+            return _Filter(plan, vector_gains(plan), run_vectors)
+        if plan.form == "full" and not plan.packed and math.prod(plan.matrix) <= SMALL_ELEMENTS:
+            return _Filter(plan, small_gains(plan), run_small)
+        return _Filter(plan, kept_columns(plan), run_blocks)
 
 
-def _scale(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    multiply_(batches, scale * plan.background)
+class _Filter(Executable, Generic[Tables]):
+    """The tables of a plan and the function that runs it."""
 
+    def __init__(
+        self, plan: Plan, tables: Tables, run: Callable[[Plan, Tables, Sequence[torch.Tensor], float], None]
+    ) -> None:
+        self._plan, self._tables, self._run = plan, tables, run
+        self.nbytes = table_bytes(tables)
 
-_RUN: dict[Form, Run] = {
-    "identity": _scale,
-    "scale": _scale,
-    "decimated": run_decimated,
-    "thin": run_thin,
-    "pruned": run_columns,
-    "full": run_columns,
-}
+    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
+        self._run(self._plan, self._tables, batches, scale)

@@ -10,11 +10,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from ..cache import cached_tables
 from ..planner.forms import compute_dtype, largest_prime
 from ..planner.plan import Plan
 from ..responses import signed_frequencies
-from .base import matrices
+from .memory import matrices
 from .spectrum import PackedSpectrum, PrunedSpectrum, Spectrum, WholeSpectrum
 
 _BLOCK_ELEMENTS = 1 << 17  # rows per FFT call: this many elements
@@ -55,8 +54,7 @@ def _ranges(indices: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(indices[np.r_[0, cuts + 1]].tolist(), (indices[np.r_[cuts, -1]] + 1).tolist(), strict=True))
 
 
-@cached_tables
-def _columns(plan: Plan) -> Columns:
+def kept_columns(plan: Plan) -> Columns:
     """pruned: the columns whose gain is not the background, with gain - background. full: all columns."""
     gains = plan.response.column_gains(plan.shape)
     if plan.form == "full":
@@ -101,17 +99,7 @@ def _panel_gains(plan: Plan, columns: tuple[int, int], offset: float) -> tuple[f
     return 1.0, torch.tensor(gains, dtype=compute_dtype(plan.dtype), device=plan.device)
 
 
-def run_columns(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    if plan.form == "full" and plan.matrix[0] == 1:
-        _run_vectors(plan, batches, scale)
-    elif plan.form == "full" and not plan.packed and plan.matrix[0] * plan.matrix[1] <= SMALL_ELEMENTS:
-        _run_small(plan, batches, scale)
-    else:
-        _run_blocks(plan, batches, scale)
-
-
-@cached_tables
-def _vector_gains(plan: Plan) -> np.ndarray | torch.Tensor:
+def vector_gains(plan: Plan) -> np.ndarray | torch.Tensor:
     """Of the half spectrum: for NumPy, whose FFT costs less to set up than torch's, or else for torch."""
     dtype, gains = compute_dtype(plan.dtype), plan.response.half_mask(plan.shape)
     if _NUMPY_FFT and plan.device == "cpu" and plan.dtype == dtype and largest_prime(plan.matrix[1]) <= _NUMPY_PRIME:
@@ -119,9 +107,9 @@ def _vector_gains(plan: Plan) -> np.ndarray | torch.Tensor:
     return torch.tensor(gains, dtype=dtype.to_complex(), device=plan.device)
 
 
-def _run_vectors(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+def run_vectors(plan: Plan, gains: np.ndarray | torch.Tensor, batches: Sequence[torch.Tensor], scale: float) -> None:
     """Rows that are matrices of their own."""
-    gains, width = _vector_gains(plan), plan.matrix[1]
+    width = plan.matrix[1]
     step = max(1, _BLOCK_ELEMENTS // width)
     for batch in batches:
         for x in (batch,) if batch.ndim == 2 or batch.shape[0] <= step else torch.split(batch, step):
@@ -137,16 +125,14 @@ def _run_vectors(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> N
                 _combine(x, 0.0, torch.fft.irfft(half, n=width), scale)
 
 
-@cached_tables
-def _small_gains(plan: Plan) -> torch.Tensor:
+def small_gains(plan: Plan) -> torch.Tensor:
     """Gains of the half spectrum, complex, as a product of complex tensors is faster."""
     gains = plan.response.half_mask(plan.shape)
     return torch.tensor(gains, dtype=compute_dtype(plan.dtype).to_complex(), device=plan.device)
 
 
-def _run_small(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+def run_small(plan: Plan, gains: torch.Tensor, batches: Sequence[torch.Tensor], scale: float) -> None:
     """Full, in as few steps as there can be, for as many matrices at a time as fit the cache."""
-    gains = _small_gains(plan)
     step = max(1, _BLOCK_ELEMENTS // math.prod(plan.matrix))
     for batch in batches:
         for x in (batch,) if batch.ndim == 2 or batch.shape[0] <= step else torch.split(batch, step):
@@ -160,10 +146,10 @@ def _converted(x: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def _run_blocks(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+def run_blocks(plan: Plan, columns: Columns, batches: Sequence[torch.Tensor], scale: float) -> None:
     """Real FFTs of row blocks to and from the spectrum, panels of columns in between."""
     (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
-    columns, spectrum = _columns(plan), _spectrum(plan)
+    spectrum = _spectrum(plan, columns)
     block = max(1, _BLOCK_ELEMENTS // width)
     step = height if spectrum.at_once else block
     keep, add = (0.0 if plan.form == "full" else plan.background) * scale, columns.factor * scale
@@ -202,13 +188,13 @@ def _combine(x: torch.Tensor, keep: float, z: torch.Tensor, add: float) -> None:
         x.add_(z, alpha=add)
 
 
-def _spectrum(plan: Plan) -> Spectrum:
+def _spectrum(plan: Plan, columns: Columns) -> Spectrum:
     dtype = torch.complex128 if plan.dtype == torch.float64 else torch.complex64
     if plan.packed:
         return PackedSpectrum(plan.matrix, dtype)
     if plan.form == "full":
         return WholeSpectrum()
-    return PrunedSpectrum(plan.matrix, _columns(plan).runs, dtype, plan.device)
+    return PrunedSpectrum(plan.matrix, columns.runs, dtype, plan.device)
 
 
 def _filter_columns(spectrum: Spectrum, panels: list[Panel]) -> None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..cache import cached_tables
 from ..planner.forms import compute_dtype
 from ..planner.plan import Decimation, Plan
 from ..planner.windows import Piece, Window, window_transform
-from .base import matrices
+from .memory import matrices
 from .torch_products import faithful_products
 
 # Cells per product. On a CPU few cells mean less work, and enough of it if the rows are long; elsewhere a launch costs
@@ -63,8 +62,7 @@ def _frequencies(n: int, d: Decimation, count: int) -> tuple[np.ndarray, np.ndar
     return offsets, np.where(bins > n // 2, bins - n, bins)
 
 
-@cached_tables
-def _grid(plan: Plan) -> _Grid:
+def decimated_tables(plan: Plan) -> _Grid:
     assert plan.rows is not None
     assert plan.columns is not None
     (height, width), dtype = plan.matrix, compute_dtype(plan.dtype)
@@ -110,8 +108,8 @@ def _segments(products: list[Piece], limit: int) -> list[list[Piece]]:
 
 
 @faithful_products
-def run_decimated(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    grid, (_, width), dtype = _grid(plan), plan.matrix, compute_dtype(plan.dtype)
+def run_decimated(plan: Plan, grid: _Grid, batches: Sequence[torch.Tensor], scale: float) -> None:
+    (_, width), dtype = plan.matrix, compute_dtype(plan.dtype)
     rows, columns = grid.rows, grid.columns
     cells = max(32, _SEGMENT_ELEMENTS // width)
     down, up = _segments(rows.gather, cells), _segments(rows.scatter, cells)

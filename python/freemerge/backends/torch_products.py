@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
+from typing import TypeVar
 
 import torch
 
 from ..planner.plan import Plan
 
-Run = Callable[[Plan, Sequence[torch.Tensor], float], None]
+Tables = TypeVar("Tables")
+Run = Callable[[Plan, Tables, Sequence[torch.Tensor], float], None]
 
 _lock = threading.RLock()
 
@@ -23,7 +25,7 @@ def exact_products() -> bool:
         return False
 
 
-def faithful_products(run: Run) -> Run:
+def faithful_products(run: Run[Tables]) -> Run[Tables]:
     """Makes ``run`` compute its products in their own dtype, whatever autocast says, and on a CPU on one thread.
 
     The library cuts long sums by thread, so that their rounding would depend on the number of threads. That is the
@@ -32,23 +34,23 @@ def faithful_products(run: Run) -> Run:
     """
 
     @wraps(run)
-    def wrapped(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
+    def wrapped(plan: Plan, tables: Tables, batches: Sequence[torch.Tensor], scale: float) -> None:
         device = plan.device.partition(":")[0]
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                wrapped(plan, batches, scale)
+                wrapped(plan, tables, batches, scale)
             return
         if device != "cpu":
-            run(plan, batches, scale)
+            run(plan, tables, batches, scale)
             return
         with _lock:
             threads = torch.get_num_threads()
             if threads == 1:
-                run(plan, batches, scale)
+                run(plan, tables, batches, scale)
                 return
             torch.set_num_threads(1)
             try:
-                run(plan, batches, scale)
+                run(plan, tables, batches, scale)
             finally:
                 torch.set_num_threads(threads)
 

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..cache import cached_tables
 from ..planner.forms import compute_dtype, thin_bins, thin_is_flat
 from ..planner.plan import Decimation, Plan
-from .base import matrices
+from .memory import matrices
 from .torch_products import faithful_products
 
 _BLOCK_ELEMENTS = 1 << 19  # of matrices taken together
@@ -33,8 +32,7 @@ class _Tables:
     flat: tuple[torch.Tensor, torch.Tensor] | None
 
 
-@cached_tables
-def _tables(plan: Plan) -> _Tables:
+def thin_tables(plan: Plan) -> _Tables:
     assert plan.rows is not None
     assert plan.columns is not None
     height, width = plan.matrix
@@ -70,8 +68,8 @@ def _basis(n: int, d: Decimation) -> tuple[np.ndarray, np.ndarray]:
 
 
 @faithful_products
-def run_thin(plan: Plan, batches: Sequence[torch.Tensor], scale: float) -> None:
-    tables, keep = _tables(plan), plan.background * scale
+def run_thin(plan: Plan, tables: _Tables, batches: Sequence[torch.Tensor], scale: float) -> None:
+    keep = plan.background * scale
     for batch in batches:
         if plan.dtype != tables.gain.dtype:
             for x in matrices((batch,)):

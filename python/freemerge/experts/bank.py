@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..backends.sparse import Scratch, SparseVector, Update
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, CheckpointError
 from .deltas import forward_deltas
 from .expert import Expert
-from .switch import Scratch, SparseVector, Switch, Update, weighted_sum
+from .switch import Switch, weighted_sum
 
 Combine = Literal["add", "replace"]
 
@@ -144,8 +145,7 @@ class ExpertBank(Mapping[str, Expert]):
         kept_weight, kept = self._switches.get((task, combine), (weight, None))
         if kept is None or kept_weight != weight or not kept.fits([*tensors.values()]):
             kept = self._new_switch(weights, combine, tensors)
-            for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-                torch.cuda.current_stream(device).synchronize()  # the next to use it may be another stream
+            kept.wait()  # the next call may run on another stream
             self._switches[task, combine] = weight, kept
         return kept
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backends.sparse import SparseVector
 from ..errors import ArgumentError
-from .switch import SparseVector
 
 Updates = Mapping[str, tuple[SparseVector, float]]
 Mixture = tuple[Tensor, Updates]  # rows of the batch, and each touched tensor's entries and factor

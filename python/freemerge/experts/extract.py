@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from ..backends.accumulate import abs_means, norm, task_vector_sum
+from ..accumulate import abs_means, norm, task_vector_sum
 from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_model
 from ..checkpoint.compare import compare
 from ..errors import ArgumentError, CheckpointError

@@ -7,7 +7,7 @@ A selection holds flat indices (ascending, int64) and the values of v there (flo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,8 @@ import numpy.typing as npt
 import torch
 
 from .. import _core
-from ..backends import cuda_runtime
-from ..backends.accumulate import task_vector_sum
-from ..backends.native import dtype_code, runs_native
+from ..backends.memory import dtype_code
+from ..backends.registry import pick
 from ..errors import ArgumentError
 
 
@@ -50,20 +49,8 @@ def select_largest(
     if k < 0:
         raise ArgumentError(f"k must not be negative, got {k}")
     rows, width = rows_of(model.shape) if by_row else (1, model.numel())
-    if k > 0 and width > 0 and cuda_runtime.RUNTIME.runs(backend, (model, base)):
-        return _on_device(model.contiguous(), base.contiguous(), rows, width, min(k, width))
-    if runs_native(backend, (model, base)):
-        return _native(model, base, _core.select_largest, rows, width, k)
-    v = _difference(model, base).reshape(rows, width)
-    magnitudes = v.abs().view(torch.int32)  # ordered as the floats are, NaN on top
-    kept = min(k, width)
-    if kept == 0:
-        return _at(v, torch.zeros_like(v, dtype=torch.bool))
-    kth = magnitudes.topk(kept, dim=1).values[:, -1:]
-    above = magnitudes > kth
-    ties = (magnitudes == kth) & (magnitudes != 0)
-    room = kept - above.sum(dim=1, keepdim=True)
-    return _at(v, above | (ties & (ties.cumsum(dim=1) <= room)))
+    model, base = _checked(model, base)
+    return Selection(*pick(backend, (model, base)).select_largest(model, base, rows, width, k))
 
 
 class ModelSelector:
@@ -79,15 +66,16 @@ class ModelSelector:
 
     def count(self, model: torch.Tensor, base: torch.Tensor) -> None:
         """Count the magnitudes of ``model - base``."""
-        model, base = model.cpu().contiguous(), base.cpu().contiguous()
-        _core.count_magnitudes(*_pointers(model, base), model.numel(), self._bins.data_ptr(), torch.get_num_threads())
+        model, base = _checked(model, base)
+        pick("auto", (model, base)).count_magnitudes(model, base, self._bins)
 
     def collect(self, model: torch.Tensor, base: torch.Tensor, k: int) -> None:
         """Keep what may be among the k largest; the same k each time."""
         from_top = self._bins.flip(0).cumsum(0)
         bins_from_top = int((from_top < k).sum()) + 1
         lowest = max(0, _core.MAGNITUDE_BINS - bins_from_top)
-        self._candidates.append(_native(model.cpu(), base.cpu(), _core.select_from_bin, model.numel(), lowest))
+        model, base = _checked(model, base)
+        self._candidates.append(Selection(*pick("auto", (model, base)).select_from_bin(model, base, lowest)))
 
     def finish(self, k: int) -> list[Selection]:
         """The selection of each tensor, in the order of collection; k may be smaller than at collection."""
@@ -114,37 +102,12 @@ def _orderable(magnitudes: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
     return magnitudes.view(np.int32)
 
 
-_Kernel = Callable[..., tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]]
-
-
-def _native(model: torch.Tensor, base: torch.Tensor, kernel: _Kernel, *options: int) -> Selection:
-    model, base = model.contiguous(), base.contiguous()
-    indices, values = kernel(*_pointers(model, base), *options, torch.get_num_threads())
-    return Selection(torch.from_numpy(indices), torch.from_numpy(values))
-
-
-def _on_device(model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Selection:
-    module, device, stream = cuda_runtime.RUNTIME.module, model.device, cuda_runtime.RUNTIME.stream(model.device)
-    indices = torch.empty(rows, k, dtype=torch.int64, device=device)
-    values = torch.empty(rows, k, dtype=torch.float32, device=device)
-    counts = torch.empty(rows, 1, dtype=torch.int64, device=device)
-    scratch = torch.empty(module.select_scratch(rows, width), dtype=torch.uint8, device=device)
-    module.select(
-        *_pointers(model, base), rows, width, k, indices.data_ptr(), values.data_ptr(), counts.data_ptr(),
-        scratch.data_ptr(), stream.device, stream.handle,
-    )  # fmt: skip
-    kept = torch.arange(k, device=device) < counts
-    return Selection(indices[kept].cpu(), values[kept].cpu())
-
-
-def _pointers(model: torch.Tensor, base: torch.Tensor) -> tuple[int, int, int, int]:
-    return model.data_ptr(), dtype_code(model, "model"), base.data_ptr(), dtype_code(base, "base")
-
-
-def _difference(model: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    return task_vector_sum(base, [model], [1.0])[0].float()
-
-
-def _at(v: torch.Tensor, mask: torch.Tensor) -> Selection:
-    indices = mask.reshape(-1).nonzero().squeeze(1)
-    return Selection(indices.cpu(), v.reshape(-1)[indices].cpu())
+def _checked(model: torch.Tensor, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Contiguous tensors of one shape, device and a dtype that kernels take."""
+    dtype_code(model, "model")
+    dtype_code(base, "base")
+    if model.shape != base.shape or model.device != base.device:
+        raise ArgumentError(
+            f"model has shape {tuple(model.shape)} on {model.device} but base {tuple(base.shape)} on {base.device}"
+        )
+    return model.contiguous(), base.contiguous()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..backends.sparse import SparseVector
 from .coding import CodedValues, ValueCoding, encode_values, index_dtype
 from .select import Selection, rows_of
-from .switch import SparseVector
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..backends import cuda_runtime
-from ..backends.accumulate import abs_means, add_round, norm, task_vector_sum
-from ..backends.registry import check_backend
+from ..accumulate import abs_means, add_round, norm, task_vector_sum
+from ..backends.registry import named
 from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec
 from ..checkpoint.compare import check_finite, compare
 from ..errors import CheckpointError
@@ -38,10 +37,10 @@ class Merger:
     """
 
     def __init__(self, base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe, backend: str = "auto") -> None:
-        check_backend(backend)
+        self._chosen = named(backend)
+        if self._chosen is not None:
+            self._chosen.require()
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
-        if backend == "cuda":
-            cuda_runtime.RUNTIME.require()
 
         def takes_part(name: str) -> bool:
             return not taken_from_base(base.tied.get(name, name), recipe.select)
@@ -266,11 +265,9 @@ class Merger:
         return torch.float64 if torch.float64 in stored else DTYPES[self.recipe.compute_dtype]
 
     def _device(self, name: str) -> torch.device:
-        """Where a tensor is merged: where the base holds it, unless a GPU is asked for."""
+        """Where a tensor is merged: where the base holds it, unless the backend asked for needs another device."""
         device = self.base.device(name)
-        if self.backend == "cuda" and device.type != cuda_runtime.RUNTIME.device_type:
-            return torch.device(cuda_runtime.RUNTIME.device_type)
-        return device
+        return device if self._chosen is None else self._chosen.device(device)
 
     def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
         base = self._read_base(name)

@@ -1,0 +1,102 @@
+"""Task vectors v_i = theta_i - theta_0 in one pass over the stored weights: weighted sum, mean |v_i|, add and round.
+
+Every backend returns tensors of the same bytes; the means, float64 sums in another order, agree to about 1e-12.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from .backends.memory import compute_dtype, dtype_code, empty
+from .backends.registry import pick
+from .errors import ArgumentError
+
+
+def task_vector_sum(
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    *,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, list[float]]:
+    """``(sum_i weights[i] * (models[i] - base), [mean |models[i] - base|])`` in one pass.
+
+    Tensors are fp32, fp64, bf16 or fp16 of one shape, mixed as they come and with any strides. The sum is contiguous,
+    float32, or float64 if any input is; it is written to ``out`` if given, which must have that dtype and shape and not
+    overlap an input. A mean that is not finite says that this task vector holds a NaN or an infinity.
+    """
+    if len(weights) != len(models):
+        raise ArgumentError(f"weights must hold one number per model, got {len(weights)} for {len(models)}")
+    _check_task_vectors(base, models)
+    compute = compute_dtype([base, *models])
+    if out is None:
+        out = empty(base.shape, compute, base.device)
+    else:
+        _check_out(out, base, compute)
+    base, models = base.contiguous(), [model.contiguous() for model in models]
+    return out, pick(backend, (base, *models)).weighted_sum(base, models, [float(weight) for weight in weights], out)
+
+
+def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: str = "auto") -> list[float]:
+    """``[mean |models[i] - base|]``, E(v_i) of the paper, without writing anything; inputs as in task_vector_sum."""
+    _check_task_vectors(base, models)
+    base, models = base.contiguous(), [model.contiguous() for model in models]
+    return pick(backend, (base, *models)).weighted_sum(base, models, None, None)
+
+
+def add_round(
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """``round(base + scale * delta)`` to ``dtype`` in one pass; float64 arithmetic if base or delta is float64.
+
+    ``out``, if given, receives the result: a contiguous tensor of that dtype and shape, which may be ``base`` or
+    ``delta`` itself but must not overlap them otherwise.
+    """
+    _check_shapes(base, [("delta", delta)])
+    if out is None:
+        out = empty(base.shape, dtype, base.device)
+    else:
+        _check_out(out, base, dtype)
+    for tensor, name in ((out, "dtype"), (base, "base"), (delta, "delta")):
+        dtype_code(tensor, name)
+    pick(backend, (base, delta, out)).add_round(out, base.contiguous(), delta.contiguous(), scale)
+    return out
+
+
+def norm(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> float:
+    """The Frobenius norm of several tensors together, summed in float64; the same for any number of threads."""
+    for tensor in tensors:
+        dtype_code(tensor, "tensors")
+    return math.sqrt(math.fsum(pick(backend, (x,)).square_sum(x.contiguous()) for x in tensors))
+
+
+def _check_task_vectors(base: torch.Tensor, models: Sequence[torch.Tensor]) -> None:
+    if not models:
+        raise ArgumentError("models must hold at least one tensor")
+    named = [(f"models[{i}]", model) for i, model in enumerate(models)]
+    _check_shapes(base, named)
+    for name, tensor in (("base", base), *named):
+        dtype_code(tensor, name)
+
+
+def _check_out(out: torch.Tensor, base: torch.Tensor, dtype: torch.dtype) -> None:
+    if out.shape != base.shape or out.dtype != dtype or out.device != base.device or not out.is_contiguous():
+        raise ArgumentError(f"out must be a contiguous {dtype} tensor of shape {tuple(base.shape)} on {base.device}")
+
+
+def _check_shapes(base: torch.Tensor, others: Sequence[tuple[str, torch.Tensor]]) -> None:
+    for name, tensor in others:
+        if tensor.shape != base.shape:
+            raise ArgumentError(f"{name} has shape {tuple(tensor.shape)} but base has {tuple(base.shape)}")
+        if tensor.device != base.device:
+            raise ArgumentError(f"{name} is on {tensor.device} but base is on {base.device}")

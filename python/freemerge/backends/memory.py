@@ -1,0 +1,68 @@
+"""Tensors as the backends see them: dtype codes, addresses, strides, and memory for results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from .. import _core
+from ..errors import ArgumentError
+
+# The values of `enum class DType` in csrc/common/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def dtype_code(tensor: torch.Tensor, name: str) -> int:
+    """The native code of a tensor's dtype; :class:`ArgumentError` naming the argument when there is none."""
+    try:
+        return DTYPE_CODES[tensor.dtype]
+    except KeyError:
+        raise ArgumentError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}") from None
+
+
+def compute_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+    """The arithmetic of an operation on vectors: float64 if any of them is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``torch.empty`` for a result that is about to be written as a whole: on a CPU in huge pages where there are any,
+    because touching 4 KB at a time for the first time takes longer than computing most of what we write."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        _core.prefer_huge_pages(result.data_ptr(), result.nbytes)
+    return result
+
+
+def matrices(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Each matrix of the batches."""
+    for x in batches:
+        if x.ndim == 2:
+            yield x
+        else:
+            yield from x.unbind(0)
+
+
+def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
+    """The address of each matrix of the batches, and its row stride in elements."""
+    pointers: list[int] = []
+    strides: list[int] = []
+    for x in batches:
+        (height, width), first = x.shape[-2:], x.data_ptr()
+        stride = x.stride(-2) if height > 1 else width
+        if x.ndim == 2:
+            pointers.append(first)
+            strides.append(stride)
+        else:
+            count, step = x.shape[0], x.stride(0) * x.element_size()
+            pointers.extend(first + i * step for i in range(count))
+            strides.extend([stride] * count)
+    return pointers, strides
+
+
+def multiply_(batches: Sequence[torch.Tensor], factor: float) -> None:
+    """Multiply in place; a factor of 0 clears even what is not finite."""
+    if factor != 1.0:
+        for x in batches:
+            x.mul_(factor) if factor else x.zero_()

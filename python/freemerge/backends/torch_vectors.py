@@ -1,0 +1,132 @@
+"""Accumulate, select and switch in torch operations, on any device: the reference of the native kernels.
+
+Both round in the same places (each product, then each sum, model after model, no fused multiply-add), so the tensors
+they return are the same bytes; the means, float64 sums in another order, agree to about 1e-12.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+
+from .. import _core
+from .base import Backend, Entries
+from .memory import compute_dtype
+from .sparse import BackendSwitch, Scratch, Update, flat_memory
+
+_CHUNK = 1 << 22  # entries taken at a time, which bounds the extra memory
+_BIN_SHIFT = 32 - _core.MAGNITUDE_BINS.bit_length()  # from the bits of |v| to its bin
+
+
+class TorchVectors(Backend):
+    """The operations on vectors; a backend overrides those for which it has kernels."""
+
+    def weighted_sum(
+        self,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float] | None,
+        out: torch.Tensor | None,
+    ) -> list[float]:
+        compute = compute_dtype([base, *models])
+        sums = [torch.zeros((), dtype=torch.float64, device=base.device) for _ in models]
+        for chunk, stored in _chunks(base):
+            wide = stored.to(compute)
+            for i, model in enumerate(models):
+                v = model.view(-1)[chunk].to(compute) - wide
+                sums[i] += v.abs().sum(dtype=torch.float64)
+                if weights is not None and out is not None:
+                    v.mul_(weights[i])
+                    target = out.view(-1)[chunk]
+                    target.copy_(v) if i == 0 else target.add_(v)
+        return [float(total) / max(1, base.numel()) for total in sums]
+
+    def square_sum(self, tensor: torch.Tensor) -> float:
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for _, part in _chunks(tensor)]
+        return math.fsum(torch.stack(norms).square().tolist()) if norms else 0.0  # waits for a device once
+
+    def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+        compute = compute_dtype([base, delta])
+        for chunk, target in _chunks(out):
+            scaled = delta.view(-1)[chunk].to(compute) * scale
+            target.copy_(scaled.add_(base.view(-1)[chunk].to(compute)))
+
+    def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
+        v = self._difference(model, base).view(rows, width)
+        magnitudes = _bits(v)
+        kept = min(k, width)
+        if kept == 0:
+            return _entries(v, torch.zeros_like(v, dtype=torch.bool))
+        kth = magnitudes.topk(kept, dim=1).values[:, -1:]
+        above = magnitudes > kth
+        ties = (magnitudes == kth) & (magnitudes != 0)
+        room = kept - above.sum(dim=1, keepdim=True)
+        return _entries(v, above | (ties & (ties.cumsum(dim=1) <= room)))
+
+    def count_magnitudes(self, model: torch.Tensor, base: torch.Tensor, bins: torch.Tensor) -> None:
+        for _, v in self._differences(model, base):
+            magnitudes = _bits(v)
+            bins += torch.bincount(magnitudes[magnitudes != 0] >> _BIN_SHIFT, minlength=bins.numel()).cpu()
+
+    def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
+        indices, values = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
+        for begin, v in self._differences(model, base):
+            found = _entries(v, _bits(v) >= max(1, lowest << _BIN_SHIFT))
+            indices.append(found[0] + begin)
+            values.append(found[1])
+        return torch.cat(indices), torch.cat(values)
+
+    def switch(self, updates: Sequence[Update]) -> BackendSwitch:
+        return _Switch(updates)
+
+    def _differences(self, model: torch.Tensor, base: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """model - base in float32, chunk by chunk, with the first index of each."""
+        for chunk, part in _chunks(base):
+            yield chunk.start, self._difference(model.view(-1)[chunk], part)
+
+    def _difference(self, model: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        v = torch.empty(base.numel(), dtype=compute_dtype([base, model]), device=base.device)
+        self.weighted_sum(base, [model], [1.0], v)
+        return v.float()
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    flat = tensor.view(-1)
+    for begin in range(0, flat.numel(), _CHUNK):
+        yield slice(begin, begin + _CHUNK), flat[begin : begin + _CHUNK]
+
+
+def _bits(v: torch.Tensor) -> torch.Tensor:
+    """The bits of |v|, which order as the magnitudes do, with NaN above infinity."""
+    return v.abs().view(torch.int32)
+
+
+def _entries(v: torch.Tensor, mask: torch.Tensor) -> Entries:
+    indices = mask.view(-1).nonzero().squeeze(1)
+    return indices.cpu(), v.view(-1)[indices].cpu()
+
+
+class _Switch(BackendSwitch):
+    def __init__(self, updates: Sequence[Update]) -> None:
+        self._updates = [
+            (update.entries.places(update.weights).long(), update.entries.values, update.scale, update.origin)
+            for update in updates
+        ]
+
+    def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
+        with ExitStack() as undo:
+            for tensor, (where, values, scale, origin) in zip(weights, self._updates, strict=True):
+                memory = flat_memory(tensor)
+                saved = memory[where]
+                compute = torch.float64 if memory.dtype == torch.float64 else torch.float32
+                start = saved if origin is None else origin
+                changed = (start.to(compute) + values.to(compute) * scale).to(memory.dtype)
+                undo.callback(memory.__setitem__, where, saved)
+                memory[where] = changed
+            return undo.pop_all().close
+
+    def wait(self) -> None:
+        self._updates[-1][0][-1].item()  # a read waits for the stream
