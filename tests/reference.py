@@ -41,7 +41,7 @@ def reference_merge(
             return [1.0] * len(models)
         if recipe.weights == "uniform":
             return [1 / len(models)] * len(models)
-        if recipe.weights != "paper":
+        if recipe.weights != "magnitude":
             return list(recipe.weights)
         if recipe.scope == "tensor":
             energies = [mean(v, name) for v in (raw if recipe.stats == "raw" else filtered)]
@@ -53,7 +53,7 @@ def reference_merge(
 
     scale = recipe.scale
     if scale == "auto":
-        scale = 0.4 * (len(models) if recipe.weights in ("paper", "uniform") else 1)
+        scale = 0.4 * (len(models) if recipe.weights in ("magnitude", "uniform") else 1)
 
     out = {name: base[name].double() for unit in units for name in unit.names}
     for unit in merged:

@@ -165,7 +165,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     if options.cutoff is not None:
         has_cutoff = any(field.name == "cutoff" for field in dataclasses.fields(recipe.response))
         changes["response"] = (
-            dataclasses.replace(recipe.response, cutoff=options.cutoff) if has_cutoff else HighPass(options.cutoff)  # type: ignore[call-arg]
+            dataclasses.replace(recipe.response, cutoff=options.cutoff) if has_cutoff else HighPass(options.cutoff)
         )
     if options.renormalize is not None:
         changes["renormalize"] = None if options.renormalize == "none" else options.renormalize
@@ -298,7 +298,7 @@ def _plain(value: Any) -> Any:
 
 
 def _weights(text: str) -> str | tuple[float, ...]:
-    if text in ("paper", "uniform", "sum"):
+    if text in ("paper", "magnitude", "uniform", "sum"):
         return text
     return tuple(_number(number, "paper, uniform, sum, or numbers as in 0.5,0.3,0.2") for number in text.split(","))
 

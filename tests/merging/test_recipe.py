@@ -50,7 +50,7 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
     [
         ({"response": "HighPass"}, "response must be"),
         ({"weights": "papper"}, "weights must be"),
-        ({"weights": [1.0, float("nan")]}, "weights must be finite"),
+        ({"weights": [1.0, float("nan")]}, "weights must be .* or a list of finite numbers"),
         ({"weights": []}, "weights must be"),
         ({"stats": "all"}, "stats must be one of"),
         ({"scope": "row"}, "scope must be one of"),
@@ -128,7 +128,7 @@ def test_unknown_preset() -> None:
 def test_the_default_is_the_documented_one() -> None:
     recipe = fm.Recipe()
     assert recipe.response == fm.HighPass(0.4)
-    assert (recipe.weights, recipe.stats, recipe.scope, recipe.scale) == ("paper", "raw", "model", "auto")
+    assert (recipe.weights, recipe.stats, recipe.scope, recipe.scale) == ("magnitude", "raw", "model", "auto")
     assert recipe.renormalize == "energy"
     assert fm.Recipe.preset("paper") == recipe.replace(scale=1.0, renormalize=None)
 

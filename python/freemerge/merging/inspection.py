@@ -51,14 +51,20 @@ class Inspection:
 def decide(
     unit: Unit,
     specs: Mapping[str, TensorSpec],
-    response: Response,
+    response: Response | None,
     dtype: torch.dtype,
     device: torch.device,
     backend: str,
 ) -> Iterator[Decision]:
-    """The decisions about the members of one unit, which is filtered on ``device`` in arithmetic of ``dtype``."""
-    shapes = _filtered_shapes(unit, specs) if unit.action == "filter" else ()
-    plan = explain(shapes[0], response, dtype=dtype, device=device, backend=backend) if shapes else None
+    """The decisions about the members of one unit, which is merged on ``device`` in arithmetic of ``dtype``.
+
+    ``response``: what the method filters matrices with, if it does.
+    """
+    shapes = _matrix_shapes(unit, specs) if unit.action == "filter" else ()
+    plan = removed = None
+    if shapes and response is not None:
+        plan = explain(shapes[0], response, dtype=dtype, device=device, backend=backend)
+        removed = _removed_share(response, shapes)
     for name in unit.names:
         spec = specs[name]
         yield Decision(
@@ -68,7 +74,7 @@ def decide(
             unit.action,
             shapes if shapes != (spec.shape,) else (),
             unit.names if len(unit.names) > 1 else (),
-            _removed_share(response, shapes) if shapes else None,
+            removed,
             plan.backend if plan else None,
             plan.form if plan else None,
         )
@@ -85,7 +91,7 @@ def warnings(decisions: Sequence[Decision]) -> Iterator[str]:
             yield f"the filter removes {share} of the spectrum of {listed}"
 
 
-def _filtered_shapes(unit: Unit, specs: Mapping[str, TensorSpec]) -> tuple[tuple[int, ...], ...]:
+def _matrix_shapes(unit: Unit, specs: Mapping[str, TensorSpec]) -> tuple[tuple[int, ...], ...]:
     shape = specs[unit.names[0]].shape
     if len(unit.names) > 1:
         return ((sum(specs[name].shape[0] for name in unit.names), shape[1]),)

@@ -2,118 +2,128 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
 
 from ..errors import ArgumentError
-from ..methods.rules import Weights
-from ..responses import HighPass, Response, finite_number, from_config, to_config, to_record
+from ..methods import METHODS, Method
+from ..methods.parameters import NUMBER, did_you_mean, parameter, parameters_of
+from ..responses import Response, to_config, to_record
 from .units import Rule, Split, Stack, View
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ComputeDType = Literal["float32", "float64"]
 OutDType = Literal["float32", "float64", "bfloat16", "float16"]
 
-
 _PRESET_FOLDER = Path(__file__).with_name("presets")
 PRESETS = tuple(sorted(file.stem for file in _PRESET_FOLDER.glob("*.yaml")))  # see docs/presets.md
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Recipe:
-    """How to merge: ``theta = theta_0 + scale * sum_i lambda_i filter(theta_i - theta_0)``.
+    """How to merge: a method with its parameters, and what is common to all methods.
+
+    ``Recipe(HighPass(0.2), weights="uniform")`` is FR-Merging, ``Recipe(method="average", scale=0.5)`` something else.
+    Every keyword that is not listed here is a parameter of the method, and can be read from the recipe too.
 
     Attributes:
-        response: the frequency response that filters every selected matrix. ``HighPass(0)`` filters nothing.
-        weights: lambda_i: ``"paper"`` (E_i / sum E_j, E_i = mean |v_i|), ``"uniform"`` (1/K), ``"sum"`` (1, the
-            released code), or K numbers.
-        stats: whether E_i is measured on the ``"raw"`` task vectors (mean over all their elements) or on the
-            ``"filtered"`` ones (unweighted mean over tensors, as the released code does).
-        scope: whether "paper" weights are taken over the whole ``"model"`` or for each ``"tensor"``.
-        scale: a number, or ``"auto"``: 0.4 K for "paper" and "uniform" weights, 0.4 for "sum", 1 for given numbers.
-        renormalize: ``"energy"`` gives every filtered tensor the Frobenius norm back that the weighted sum had before
-            the filter, so that one scale suits every cutoff; ``None`` does not.
-        align: scale tensor l of task i by max_j m_jl / m_il, m the mean magnitude after the filter (released code);
-            tensors that a view stacks are aligned as the one matrix they make.
-        sign_election: keep only the entries that agree with the elected sign, TIES-Merging's sum (released LLM script).
-        select: ordered rules or (pattern, action) pairs with action "filter", "merge" (unfiltered) or "copy"; the first
-            match wins, and tensors that match none follow :func:`freemerge.merging.units.default_action`.
-        views: stacks and splits of tensors for the filter (:class:`Stack`, :class:`Split`).
+        method: a method's name (see :data:`freemerge.methods.METHODS`), or the method itself. The result is
+            ``theta_0 + scale * merged``, with the task vector that the method merges.
+        scale: a number, or ``"auto"``, which every method explains (:meth:`Method.default_scale`).
+        select: ordered rules or (pattern, action) pairs with action "filter" (treated as matrices, which FR-Merging
+            filters), "merge" (entry by entry) or "copy"; the first match wins, and tensors that match none follow
+            :func:`freemerge.merging.units.default_action`.
+        views: stacks and splits of tensors that are treated as matrices (:class:`Stack`, :class:`Split`).
         compute_dtype: arithmetic of the merge; float64 is used anyway for tensors stored in float64.
         out_dtype: dtype of the merged floating-point tensors; ``None`` keeps each tensor's dtype in the base.
 
     Raises ArgumentError, naming the field, for anything invalid.
     """
 
-    response: Response = HighPass(0.4)
-    weights: Weights = "paper"
-    stats: Literal["raw", "filtered"] = "raw"
-    scope: Literal["model", "tensor"] = "model"
-    scale: Literal["auto"] | float = "auto"
-    renormalize: Literal["energy"] | None = "energy"
-    align: bool = False
-    sign_election: bool = False
-    select: tuple[Rule, ...] = field(default=())
-    views: tuple[View, ...] = field(default=())
-    compute_dtype: ComputeDType = "float32"
-    out_dtype: OutDType | None = None
+    method: Method
+    scale: Literal["auto"] | float = parameter(
+        "auto", "strength of the merged task vector", choices=("auto",), kind=NUMBER
+    )
+    select: tuple[Rule, ...] = ()
+    views: tuple[View, ...] = ()
+    compute_dtype: ComputeDType = parameter("float32", "arithmetic of the merge", choices=get_args(ComputeDType))
+    out_dtype: OutDType | None = parameter(None, "dtype of the merged weights", choices=(None, *get_args(OutDType)))
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.response, Response):
-            raise ArgumentError(f"response must be a frequency response, got {self.response!r}")
-        _set(self, "weights", _weights(self.weights))
-        _check_choice("stats", self.stats, ("raw", "filtered"))
-        _check_choice("scope", self.scope, ("model", "tensor"))
-        _set(self, "scale", _scale(self.scale))
-        _check_choice("renormalize", self.renormalize, (None, "energy"))
-        for name in ("align", "sign_election"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        _set(self, "select", tuple(_rule(rule) for rule in _sequence("select", self.select)))
-        _set(self, "views", tuple(_view(view) for view in _sequence("views", self.views)))
-        _check_choice("compute_dtype", self.compute_dtype, get_args(ComputeDType))
-        _check_choice("out_dtype", self.out_dtype, (None, *get_args(OutDType)))
+    def __init__(
+        self,
+        response: Response | None = None,
+        *,
+        method: str | Method = "fr",
+        scale: Literal["auto"] | float = "auto",
+        select: Sequence[Any] = (),
+        views: Sequence[Any] = (),
+        compute_dtype: ComputeDType = "float32",
+        out_dtype: OutDType | None = None,
+        **parameters: Any,
+    ) -> None:
+        if response is not None:
+            parameters["response"] = response
+        values = {
+            "method": _method(method, parameters),
+            "scale": scale,
+            "select": tuple(_rule(rule) for rule in _sequence("select", select)),
+            "views": tuple(_view(view) for view in _sequence("views", views)),
+            "compute_dtype": compute_dtype,
+            "out_dtype": out_dtype,
+        }
+        values |= {name: common.check(name, values[name]) for name, common in parameters_of(Recipe).items()}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
-    @property
-    def linear(self) -> bool:
-        """Whether one filter of the weighted sum replaces one filter per model."""
-        return not self.align and not self.sign_election
+    def __getattr__(self, name: str) -> Any:
+        """The parameters of the method."""
+        if name.startswith("_") or name == "method":  # not set yet while a recipe is copied or unpickled
+            raise AttributeError(name)
+        try:
+            return getattr(self.method, name)
+        except AttributeError:
+            raise AttributeError(f"a recipe of method {self.method.name} has no field {name!r}") from None
 
     @classmethod
     def preset(cls, name: str) -> Recipe:
         """A published setting by name: one of :data:`PRESETS`, the YAML files in this package's folder ``presets``."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ArgumentError(
-                f"preset must be one of {', '.join(PRESETS)}, got {name!r}{_did_you_mean(str(name), PRESETS)}"
+                f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(str(name), PRESETS)}"
             )
         return cls.from_yaml(_PRESET_FOLDER / f"{name}.yaml")
 
     def replace(self, **changes: Any) -> Recipe:
-        """A copy with some fields changed, validated again."""
-        return replace(self, **changes)
+        """A copy with some fields changed, validated again. Another ``method`` starts from its own defaults."""
+        common = {f.name: changes.pop(f.name, getattr(self, f.name)) for f in fields(self)}
+        method = self.method if common["method"] == self.method.name else common["method"]
+        return Recipe(**{**common, "method": _method(method, changes)})
 
     def to_config(self) -> dict[str, Any]:
         """The recipe as plain data for YAML or JSON. A custom response cannot be written down: ArgumentError."""
-        return self._config(to_config(self.response))
+        return self._config(to_config)
 
     def to_record(self) -> dict[str, Any]:
         """:meth:`to_config` for a manifest: a custom response is identified instead of refused."""
-        return self._config(to_record(self.response))
+        return self._config(to_record)
 
-    def _config(self, response: dict[str, object]) -> dict[str, Any]:
-        config: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        config["response"] = response
-        if isinstance(self.weights, tuple):
-            config["weights"] = list(self.weights)
+    def _config(self, write: Callable[[Response], dict[str, object]]) -> dict[str, Any]:
+        config: dict[str, Any] = {"method": self.method.name}
+        for f in fields(self.method):
+            value = getattr(self.method, f.name)
+            config[f.name] = write(value) if isinstance(value, Response) else value
+            if isinstance(value, tuple):
+                config[f.name] = list(value)
+        config["scale"] = self.scale
         config["select"] = [{"pattern": rule.pattern, "action": rule.action} for rule in self.select]
         config["views"] = [_view_config(view) for view in self.views]
-        return config
+        return config | {"compute_dtype": self.compute_dtype, "out_dtype": self.out_dtype}
 
     @classmethod
     def from_config(cls, config: object) -> Recipe:
@@ -123,14 +133,8 @@ class Recipe:
         """
         if not isinstance(config, Mapping):
             raise ArgumentError(f"a recipe must be a mapping of fields, got {type(config).__name__}")
-        options = dict(config)
+        options = {str(key): value for key, value in config.items()}
         start = cls.preset(options.pop("preset")) if "preset" in options else cls()
-        known = [f.name for f in fields(cls)]
-        for key in options:
-            if key not in known:
-                raise ArgumentError(f"recipe has no field {key!r}{_did_you_mean(str(key), known)}")
-        if "response" in options:
-            options["response"] = from_config(options["response"])
         return start.replace(**options)
 
     def to_yaml(self) -> str:
@@ -150,8 +154,18 @@ class Recipe:
             raise ArgumentError(f"recipe {path}: nested too deeply") from None
 
 
-def _set(recipe: Recipe, name: str, value: object) -> None:
-    object.__setattr__(recipe, name, value)
+def _method(method: object, parameters: Mapping[str, Any]) -> Method:
+    """The method with these parameters; ArgumentError for a name that neither it nor the recipe has."""
+    if not isinstance(method, Method):
+        if not isinstance(method, str) or method not in METHODS:
+            hint = did_you_mean(str(method), METHODS)
+            raise ArgumentError(f"method must be one of {', '.join(sorted(METHODS))}, got {method!r}{hint}")
+        method = METHODS[method]()
+    known = [*signature(type(method)).parameters, *(f.name for f in fields(Recipe))]
+    for name in parameters:
+        if name not in known:
+            raise ArgumentError(f"a recipe of method {method.name} has no field {name!r}{did_you_mean(name, known)}")
+    return method.replace(**parameters) if parameters else method
 
 
 def to_yaml(config: Mapping[str, object]) -> str:
@@ -170,40 +184,10 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _scale(scale: object) -> Literal["auto"] | float:
-    if scale == "auto":
-        return "auto"
-    number = finite_number(scale)
-    if number is None:
-        raise ArgumentError(f"scale must be 'auto' or a finite number, got {scale!r}")
-    return number
-
-
-def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ArgumentError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
 def _sequence(name: str, value: object) -> Sequence[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ArgumentError(f"{name} must be a list, got {value!r}")
     return value
-
-
-def _weights(weights: object) -> Weights:
-    if isinstance(weights, str) and weights in get_args(get_args(Weights)[0]):
-        return cast(Weights, weights)
-    if isinstance(weights, str) or not isinstance(weights, Sequence) or not weights:
-        raise ArgumentError(f"weights must be 'paper', 'uniform', 'sum' or a list of numbers, got {weights!r}")
-    numbers = tuple(number for number in map(finite_number, weights) if number is not None)
-    if len(numbers) < len(weights):
-        raise ArgumentError(f"weights must be finite numbers, got {list(weights)!r}")
-    return numbers
 
 
 def _rule(rule: object) -> Rule:

@@ -64,7 +64,10 @@ def merge(
     """
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
-        merged = {name: tensor for unit in merger.units for name, tensor in merger.merged(unit)}
+        measured = merger.measure()
+        merged: dict[str, Tensor] = {}
+        for unit in merger.units:
+            merged |= merger.merged(unit, measured).tensors
         merged |= {name: merged[first] for name, first in merger.tied.items()}
         return {name: merged[name] for name in merger.base.specs}
 
@@ -106,16 +109,18 @@ def merge_checkpoints(
         def advance(unit: Unit, read_bytes: int) -> None:
             bar.advance(read_bytes, len(unit.names))
 
-        merger.on_read = advance
-        merger.weights()  # the statistics pass, if there is one, meets every non-finite value before a byte is written
+        measured = merger.measure(advance)  # where this reads every tensor, bad values are found before any is written
         stack.enter_context(writer)
         _carry_over(merger, writer)
+        notes: dict[str, dict[str, object]] = {}
         for unit in merger.units:
-            for name, tensor in merger.merged(unit):
+            merged = merger.merged(unit, measured, advance)
+            notes |= merged.notes
+            for name, tensor in merged.tensors.items():
                 writer.write(name, tensor)
-        _describe(merger, writer, hashes, inspection)
-    weights = merger.weights()
-    return Report(writer.out, None if weights is None else tuple(weights), merger.scale, inspection)
+        report = Report(writer.out, measured.weights or None, merger.scale, inspection)
+        _describe(merger, writer, hashes, report, notes)
+    return report
 
 
 def inspect(
@@ -179,7 +184,13 @@ def _carry_over(merger: Merger, writer: CheckpointWriter) -> None:
         carry_over(merger.base.directory, writer.directory, out_dtype=out_dtype)
 
 
-def _describe(merger: Merger, writer: CheckpointWriter, hashes: InputHashes, inspection: Inspection) -> None:
+def _describe(
+    merger: Merger,
+    writer: CheckpointWriter,
+    hashes: InputHashes,
+    report: Report,
+    notes: Mapping[str, Mapping[str, object]],
+) -> None:
     """The model card and the manifest."""
     if writer.directory is None:
         return
@@ -191,20 +202,18 @@ def _describe(merger: Merger, writer: CheckpointWriter, hashes: InputHashes, ins
         recipe=to_yaml(recipe.to_record()),
     )
     (writer.directory / "README.md").write_text(card, encoding="utf-8")
-    weights = merger.weights()
+    decisions = report.inspection.decisions
     writer.manifest = build_manifest(
-        recipe={**recipe.to_record(), "measured": {"weights": weights, "scale": merger.scale}},
+        recipe={**recipe.to_record(), "measured": {"weights": report.weights, "scale": report.scale}},
         inputs=hashes.records(),
-        tensors={decision.name: _record(decision, merger) for decision in inspection.decisions},
-        backend=", ".join(sorted({decision.backend for decision in inspection.decisions if decision.backend})),
+        tensors={decision.name: _record(decision, notes.get(decision.name, {})) for decision in decisions},
+        backend=", ".join(sorted({decision.backend for decision in decisions if decision.backend})),
     )
 
 
-def _record(decision: Decision, merger: Merger) -> dict[str, object]:
+def _record(decision: Decision, notes: Mapping[str, object]) -> dict[str, object]:
     """What the manifest says about one tensor."""
     record: dict[str, object] = {"action": decision.action}
-    if decision.action == "filter":
+    if decision.backend is not None:
         record |= {"removed": decision.removed, "backend": decision.backend, "form": decision.form}
-    if decision.name in merger.energy_factors:
-        record["energy_factor"] = merger.energy_factors[decision.name]
-    return record
+    return record | dict(notes)

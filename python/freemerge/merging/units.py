@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -151,6 +151,12 @@ def plan_units(specs: Mapping[str, TensorSpec], select: Sequence[Rule] = (), vie
     return units
 
 
+def without_matrices(units: Iterable[Unit]) -> Iterator[Unit]:
+    """The same tensors for a method that does not treat matrices differently: each one merged entry by entry."""
+    for unit in units:
+        yield from (Unit((name,), "merge") for name in unit.names) if unit.action == "filter" else (unit,)
+
+
 def _action(spec: TensorSpec, rule: Rule | None) -> Action:
     if rule is None or rule.action == "copy":
         return default_action(spec) if rule is None else "copy"
@@ -203,23 +209,6 @@ def _stack_of(name: str, view: Stack, specs: Mapping[str, TensorSpec]) -> tuple[
                 f"views: {member} {specs[member].shape} cannot be stacked below {name} {specs[name].shape}"
             )
     return group
-
-
-def filtered_matrices(unit: Unit, deltas: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors to filter for a unit, given its members' task vectors: views of them, except for a stack.
-
-    A stack is copied into one matrix; :func:`unstack` writes it back.
-    """
-    matrix = deltas[0] if len(deltas) == 1 else torch.cat(list(deltas))
-    return list(torch.split(matrix, list(unit.parts))) if unit.parts else [matrix]
-
-
-def unstack(matrices: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
-    """Copy the rows of a filtered stack back into its members; does nothing where they already share memory."""
-    if len(deltas) == 1:
-        return
-    for delta, rows in zip(deltas, torch.split(matrices[0], [len(delta) for delta in deltas]), strict=True):
-        delta.copy_(rows)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -12,39 +12,43 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Weights = Literal["paper", "uniform", "sum"] | tuple[float, ...]
+Weights = Literal["magnitude", "uniform", "sum"] | tuple[float, ...]
+Scope = Literal["tensor", "row", "model"]  #: over what entries are counted or averaged
 
 TASK_ARITHMETIC_STRENGTH = 0.4  # strength of a summed task vector at which task arithmetic is usually best
 
 
-def merging_weights(weights: Weights, means: Sequence[float]) -> list[float]:
-    """The coefficient lambda_i of each of K task vectors, from E_i = mean |v_i|.
+def weights_by_rule(rule: Weights, count: int) -> tuple[float, ...]:
+    """The coefficients lambda_i of K = ``count`` task vectors that need no look at them.
 
-    ``"paper"``: lambda_i = E_i / sum_j E_j (arXiv 2411.16815, equation of FR-Merging); if every task vector is zero,
-    1/K. ``"uniform"``: 1/K. ``"sum"``: 1 (the released code). A tuple is returned as it is.
+    ``"uniform"``: 1/K. ``"sum"``: 1 (the released code). A tuple is returned as it is.
     """
-    count = len(means)
-    if weights == "paper":
-        total = math.fsum(means)
-        return [mean / total for mean in means] if total > 0 else [1.0 / count] * count
-    if weights == "uniform":
-        return [1.0 / count] * count
-    if weights == "sum":
-        return [1.0] * count
-    return list(weights)
+    if rule == "uniform":
+        return (1.0 / count,) * count
+    if rule == "sum":
+        return (1.0,) * count
+    assert rule != "magnitude"
+    return rule
 
 
-def merging_scale(scale: Literal["auto"] | float, weights: Weights, count: int) -> float:
-    """The global scale of the merged task vector.
+def magnitude_weights(means: Sequence[float]) -> tuple[float, ...]:
+    """lambda_i = E_i / sum_j E_j from E_i = mean |v_i|, the equation of FR-Merging (arXiv 2411.16815).
 
-    ``"auto"`` merges at the strength of task arithmetic: 0.4 K where the weights sum to one ("paper", "uniform"),
-    0.4 where each is one ("sum"). Weights given as numbers are taken literally: 1.
+    If every task vector is zero, 1/K.
     """
-    if scale != "auto":
-        return float(scale)
-    if isinstance(weights, tuple):
+    total = math.fsum(means)
+    return tuple(mean / total for mean in means) if total > 0 else (1.0 / len(means),) * len(means)
+
+
+def default_scale(rule: Weights, count: int) -> float:
+    """The scale that merges at the strength of task arithmetic.
+
+    0.4 K where the weights sum to one ("magnitude", "uniform"), 0.4 where each is one ("sum"). Weights given as numbers
+    are taken literally: 1.
+    """
+    if isinstance(rule, tuple):
         return 1.0
-    return TASK_ARITHMETIC_STRENGTH * (1 if weights == "sum" else count)
+    return TASK_ARITHMETIC_STRENGTH * (1 if rule == "sum" else count)
 
 
 def alignment_factors(means: Sequence[float]) -> list[float]:
@@ -56,15 +60,21 @@ def alignment_factors(means: Sequence[float]) -> list[float]:
     return [largest / mean if mean > 0 else 0.0 for mean in means]
 
 
+def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """sum_i weights[i] deltas[i] as a new tensor."""
+    total = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        total.add_(delta, alpha=weight)
+    return total
+
+
 def elect_and_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Sum of the weighted deltas that agree with the elected sign, elementwise (TIES-Merging, election by sum).
 
     Where the weighted sum is exactly zero no sign is elected, and the result is zero.
     ``deltas``: K tensors of one shape and dtype, float32 or float64; they are not modified. Returns a new tensor.
     """
-    total = torch.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total.add_(delta, alpha=weight)
+    total = weighted_sum(deltas, weights)
     elected = torch.sign(total)
     total.zero_()
     for delta, weight in zip(deltas, weights, strict=True):
@@ -75,5 +85,5 @@ def elect_and_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 def energy_factor(norm_before: float, norm_after: float) -> float:
     """Factor that gives a filtered task vector its norm back; 1 where the filter left nothing to amplify."""
-    # A filter that removes everything leaves rounding noise, which must not be blown up to full size.
+    # A filter that removes everything leaves rounding noise, which must not be amplified to full size.
     return norm_before / norm_after if norm_after > 1e-6 * norm_before else 1.0

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint, TensorSpec, verify
-from freemerge.merging import engine as merger
+from freemerge.merging.engine import Merger
 from freemerge.merging.units import plan_units
+from freemerge.methods import fr
 from reference import reference_merge
 
 State = dict[str, Tensor]
@@ -182,7 +183,7 @@ def test_linearity_saves_filters(recipe: fm.Recipe, per_tensor: int, monkeypatch
         filtered.append(len(matrices))
         return fm.filter_(matrices, response, backend=backend)
 
-    monkeypatch.setattr(merger, "filter_", counting)
+    monkeypatch.setattr(fr, "filter_", counting)
     fm.merge(base, models, recipe)
     matrices = sum(unit.action == "filter" for unit in plan_units(Checkpoint.open(base).specs))
     assert sum(filtered) == matrices * per_tensor
@@ -215,11 +216,12 @@ def test_inspection_knows_how_often_tensors_are_read(recipe: fm.Recipe, monkeypa
 
     for index, checkpoint in enumerate(checkpoints):
         count(index, checkpoint)
-    merging = merger.Merger(checkpoints[0], checkpoints[1:], recipe)
-    merging.weights()
-    for unit in merging.units:
-        for _ in merging.merged(unit):
-            pass
+    merger = Merger(checkpoints[0], checkpoints[1:], recipe)
+    reported: list[int] = []
+    measured = merger.measure(lambda unit, read_bytes: reported.append(read_bytes))
+    for unit in merger.units:
+        merger.merged(unit, measured, lambda unit, read_bytes: reported.append(read_bytes))
+    assert sum(reported) == expected, "the progress bar ends where it should"
     assert sum(read[1:]) == expected * 6 // 7
     assert read[0] >= expected // 7, "the base is read once more, to be added to the result"
 
@@ -287,7 +289,7 @@ def with_another_buffer(state: State) -> None:
         (with_another_buffer, "two.safetensors.*position_ids.*differs"),
     ],
 )
-@pytest.mark.parametrize("weights", ["paper", "sum"])
+@pytest.mark.parametrize("weights", ["magnitude", "sum"])
 def test_bad_models_are_named_and_nothing_is_written(
     spoil: Callable[[State], None], message: str, weights: str, tmp_path: Path
 ) -> None:

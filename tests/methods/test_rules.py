@@ -9,35 +9,41 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freemerge.methods.rules import alignment_factors, elect_and_sum, energy_factor, merging_scale, merging_weights
+from freemerge.methods.rules import (
+    alignment_factors,
+    default_scale,
+    elect_and_sum,
+    energy_factor,
+    magnitude_weights,
+    weights_by_rule,
+)
 
 means = st.lists(st.floats(1e-12, 1e6), min_size=1, max_size=12)
 
 
 @given(means)
-def test_paper_weights_are_shares_of_the_mean_magnitude(values: list[float]) -> None:
-    weights = merging_weights("paper", values)
+def test_magnitude_weights_are_shares_of_the_mean_magnitude(values: list[float]) -> None:
+    weights = magnitude_weights(values)
     assert math.isclose(sum(weights), 1.0, rel_tol=1e-12)
     assert all(math.isclose(w * math.fsum(values), v, rel_tol=1e-12) for w, v in zip(weights, values, strict=True))
 
 
 def test_weights_of_zero_task_vectors() -> None:
-    assert merging_weights("paper", [0.0, 0.0]) == [0.5, 0.5]
-    assert merging_weights("paper", [0.0, 3.0]) == [0.0, 1.0]
+    assert magnitude_weights([0.0, 0.0]) == (0.5, 0.5)
+    assert magnitude_weights([0.0, 3.0]) == (0.0, 1.0)
 
 
 def test_other_weights() -> None:
-    assert merging_weights("uniform", [1.0, 5.0]) == [0.5, 0.5]
-    assert merging_weights("sum", [1.0, 5.0]) == [1.0, 1.0]
-    assert merging_weights((0.2, -0.7), [1.0, 5.0]) == [0.2, -0.7]
+    assert weights_by_rule("uniform", 2) == (0.5, 0.5)
+    assert weights_by_rule("sum", 2) == (1.0, 1.0)
+    assert weights_by_rule((0.2, -0.7), 2) == (0.2, -0.7)
 
 
-def test_auto_scale_merges_at_the_strength_of_task_arithmetic() -> None:
-    for weights in ("paper", "uniform", "sum"):
-        strength = merging_scale("auto", weights, 8) * sum(merging_weights(weights, [1.0] * 8)) / 8
-        assert strength == pytest.approx(0.4)
-    assert merging_scale("auto", (0.3, 0.3), 2) == 1.0
-    assert merging_scale(0.25, "paper", 8) == 0.25
+def test_the_default_scale_merges_at_the_strength_of_task_arithmetic() -> None:
+    assert default_scale("magnitude", 8) * sum(magnitude_weights([1.0] * 8)) / 8 == pytest.approx(0.4)
+    for rule in ("uniform", "sum"):
+        assert default_scale(rule, 8) * sum(weights_by_rule(rule, 8)) / 8 == pytest.approx(0.4)
+    assert default_scale((0.3, 0.3), 2) == 1.0
 
 
 @given(means)

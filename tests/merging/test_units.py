@@ -7,7 +7,7 @@ import torch
 
 import freemerge as fm
 from freemerge.checkpoint import TensorSpec
-from freemerge.merging.units import Rule, Split, Stack, Unit, filtered_matrices, plan_units, unstack
+from freemerge.merging.units import Rule, Split, Stack, Unit, plan_units, without_matrices
 
 SHAPES = {
     "embed.weight": (50, 8),
@@ -92,19 +92,11 @@ def test_rules_that_cannot_apply(select: list[Rule], views: list[Stack | Split],
         plan_units(SPECS, select, views)
 
 
-def test_a_stack_is_one_matrix_and_comes_back() -> None:
-    unit = Unit(("q", "k"), "filter")
-    q, k = torch.arange(6.0).view(3, 2), torch.arange(4.0).view(2, 2)
-    (stacked,) = matrices = filtered_matrices(unit, [q, k])
-    assert torch.equal(stacked, torch.cat([q, k]))
-    stacked.mul_(2)
-    unstack(matrices, [q, k])
-    assert torch.equal(q, 2 * torch.arange(6.0).view(3, 2))
-    assert torch.equal(k, 2 * torch.arange(4.0).view(2, 2))
-
-
-def test_a_split_filters_the_tensor_in_place() -> None:
-    fused = torch.zeros(6, 2)
-    for i, part in enumerate(filtered_matrices(Unit(("qkv",), "filter", (3, 2, 1)), [fused])):
-        part.fill_(i)
-    assert fused[:, 0].tolist() == [0, 0, 0, 1, 1, 2]
+def test_a_method_without_matrices_merges_every_tensor_by_itself() -> None:
+    units = plan_units(SPECS, views=[Stack(("*.q_proj.weight", "*.k_proj.weight")), Split("*.qkv.weight", 3)])
+    plain = list(without_matrices(units))
+    assert {name: unit.action for unit in plain for name in unit.names} == {
+        name: "copy" if name == "position_ids" else "merge" for name in SPECS
+    }
+    assert all(len(unit.names) == 1 and not unit.parts for unit in plain)
+    assert [unit.must_agree for unit in plain if unit.action == "copy"] == [True]

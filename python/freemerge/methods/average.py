@@ -1,0 +1,27 @@
+"""Weight averaging (arXiv 2203.05482)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .base import Measured, Merged, Method
+from .parameters import NUMBERS, parameter
+from .vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class Average(Method):
+    """Weight averaging: ``theta_0 + sum_i lambda_i v_i``, lambda_i = 1/K or given."""
+
+    name = "average"
+    title = "weight averaging"
+    paper = "2203.05482"
+    sees_matrices = False
+
+    weights: Literal["uniform"] | tuple[float, ...] = parameter(
+        "uniform", "lambda_i: 1/K, or one number a model", choices=("uniform",), kind=NUMBERS
+    )
+
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])

@@ -1,0 +1,99 @@
+"""What a merging method is: validated parameters, and a function from task vectors to merged task vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..responses import Response
+from .parameters import parameters_of
+from .rules import Weights, weights_by_rule
+from .vectors import TaskVectors
+
+METHODS: dict[str, type[Method]] = {}
+"""All methods by name. Defining a subclass of :class:`Method` adds it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a method found out about the whole model before any unit is merged.
+
+    ``weights`` holds lambda_i of each model; it is empty where every tensor has its own. A method that needs more
+    returns a subclass.
+    """
+
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged task vector of each member of a unit, and for each what the manifest should say about it."""
+
+    tensors: list[Tensor]
+    notes: list[dict[str, object]] = dataclasses.field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Base class of merging methods: frozen dataclasses whose fields are their parameters.
+
+    To add one, write one file into this folder: a subclass with a ``name`` and :meth:`merge`. Its parameters are fields
+    made by :func:`freemerge.methods.parameters.parameter`, each with a default; they are checked here, are fields of
+    recipes and options of the command line. A method works on the tensors that :class:`TaskVectors` gives, on any
+    device. It knows no files, keeps nothing between units, and gives the same result whatever the order of the units.
+
+    The result is ``theta_0 + scale * merged``. The caller adds, rounds, and checks that it is finite.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]  #: as papers write it
+    paper: ClassVar[str | None] = None  #: arXiv number
+    sees_matrices: ClassVar[bool] = True  #: False: the method is the same for matrices and other tensors
+
+    def __init_subclass__(cls) -> None:
+        if "name" in cls.__dict__ and METHODS.setdefault(cls.name, cls) is not cls:
+            raise TypeError(f"there are two methods called {cls.name!r}")
+
+    def __post_init__(self) -> None:
+        for name, parameter in parameters_of(type(self)).items():
+            object.__setattr__(self, name, parameter.check(name, getattr(self, name)))
+
+    @property
+    def weights(self) -> Weights:
+        """lambda_i, a rule or K numbers. A method that lets users choose has a field of this name."""
+        return "sum"
+
+    @property
+    def response(self) -> Response | None:
+        """The frequency response that filters matrices, for :func:`freemerge.inspect`, if there is one."""
+        return None
+
+    @property
+    def passes(self) -> int:
+        """How often :meth:`measure` reads the whole model."""
+        return 0
+
+    def reads(self, as_matrices: bool) -> int:
+        """How often :meth:`merge` reads a unit (see :attr:`TaskVectors.as_matrices`)."""
+        return 1
+
+    def default_scale(self, count: int) -> float:
+        """The scale that a recipe's "auto" stands for, with ``count`` models."""
+        return 1.0
+
+    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
+        """What merging needs to know about the whole model. Every iteration over ``units`` reads all tensors."""
+        return Measured(weights_by_rule(self.weights, count))
+
+    @abstractmethod
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        """Merge one unit."""
+
+    def replace(self, **changes: Any) -> Method:
+        """A copy with some parameters changed, validated again."""
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,210 @@
+"""FR-Merging (arXiv 2411.16815, section 4.1): task vectors are filtered in the frequency domain, then summed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..accumulate import abs_means, norm
+from ..errors import ArgumentError
+from ..filter import filter_
+from ..responses import HighPass, Response, from_config
+from .base import Measured, Merged, Method
+from .parameters import FLAG, NUMBER, NUMBERS, parameter
+from .rules import (
+    Scope,
+    Weights,
+    alignment_factors,
+    default_scale,
+    elect_and_sum,
+    energy_factor,
+    magnitude_weights,
+    weighted_sum,
+)
+from .vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class FR(Method):
+    """FR-Merging: ``theta_0 + scale * sum_i lambda_i filter(v_i)``, by the paper or by the released code.
+
+    The filter is linear, so the weighted sum is made first and filtered once, unless ``align`` or ``sign_election``
+    needs every filtered task vector, or its own weights need their means; then K copies of a unit are in memory.
+
+    Attributes:
+        response: the frequency response that filters every selected matrix. ``HighPass(0)`` filters nothing.
+        weights: lambda_i: ``"magnitude"`` (the paper's E_i / sum E_j, E_i = mean |v_i|; also called ``"paper"``),
+            ``"uniform"`` (1/K), ``"sum"`` (1, the released code), or K numbers.
+        stats: whether E_i is measured on the ``"raw"`` task vectors (mean over all their elements) or on the
+            ``"filtered"`` ones (unweighted mean over tensors, as the released code does).
+        scope: whether "magnitude" weights are taken over the whole ``"model"`` or for each ``"tensor"``.
+        renormalize: ``"energy"`` gives every filtered tensor the Frobenius norm back that the weighted sum had before
+            the filter, so that one scale suits every cutoff; ``None`` does not.
+        align: scale tensor l of task i by max_j m_jl / m_il, m the mean magnitude after the filter (released code);
+            tensors that a view stacks are aligned as the one matrix they make.
+        sign_election: keep only the entries that agree with the elected sign, TIES-Merging's sum (released LLM script).
+        cutoff: instead of a response, or on top of one: the same response with this cutoff, or a high-pass if it has
+            no cutoff.
+    """
+
+    name = "fr"
+    title = "FR-Merging"
+    paper = "2411.16815"
+
+    response: Response = HighPass(0.4)
+    weights: Weights = parameter(
+        "magnitude",
+        "lambda_i, a rule or one number a model: --weights=-0.1,0.3",
+        choices=("magnitude", "uniform", "sum"),
+        kind=NUMBERS,
+        aliases={"paper": "magnitude"},
+    )
+    stats: Literal["raw", "filtered"] = parameter(
+        "raw", "task vectors whose magnitude makes the weights", choices=("raw", "filtered")
+    )
+    scope: Scope = parameter("model", "over what the magnitude is taken", choices=("model", "tensor"))
+    renormalize: Literal["energy"] | None = parameter(
+        "energy", "give the filtered sum its norm back", choices=(None, "energy")
+    )
+    align: bool = parameter(False, "give a tensor the same magnitude in every task", kind=FLAG)
+    sign_election: bool = parameter(False, "keep the entries that agree with the sign of the sum", kind=FLAG)
+    cutoff: InitVar[float | None] = parameter(
+        None,
+        "cutoff of the response; of a high-pass, as a fraction of the shorter side, if the response has none",
+        choices=(None,),
+        kind=NUMBER,
+    )
+
+    def __post_init__(self, cutoff: float | None) -> None:
+        response: object = from_config(self.response) if isinstance(self.response, dict) else self.response
+        if not isinstance(response, Response):
+            raise ArgumentError(f"response must be a frequency response, got {response!r}")
+        if cutoff is not None:
+            has_cutoff = any(field.name == "cutoff" for field in dataclasses.fields(response))
+            changes: dict[str, Any] = {"cutoff": cutoff}
+            response = dataclasses.replace(response, **changes) if has_cutoff else HighPass(cutoff)
+        object.__setattr__(self, "response", response)
+        super().__post_init__()
+
+    @property
+    def linear(self) -> bool:
+        """Whether the sum of the task vectors can be filtered instead of each of them."""
+        return not self.align and not self.sign_election
+
+    @property
+    def passes(self) -> int:
+        return 1 if self.weights == "magnitude" and self.scope == "model" else 0
+
+    def reads(self, as_matrices: bool) -> int:
+        if self._own_weights and not self._filtered_stats(as_matrices):
+            return 2
+        return 2 if not self._sums_first(as_matrices) and as_matrices and self.renormalize is not None else 1
+
+    def default_scale(self, count: int) -> float:
+        return default_scale(self.weights, count)
+
+    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
+        if self._own_weights:
+            return Measured()
+        if self.weights != "magnitude":
+            return super().measure(units, count)
+        totals: list[list[float]] = [[] for _ in range(count)]
+        entries = 0
+        for vectors in units:
+            for tensor, means in zip(vectors.tensors, self._means(vectors), strict=True):
+                weight = 1 if self.stats == "filtered" else tensor.numel
+                entries += weight
+                for total, mean in zip(totals, means, strict=True):
+                    total.append(mean * weight)
+        return Measured(magnitude_weights([math.fsum(total) / max(1, entries) for total in totals]))
+
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        tensors, filters = vectors.tensors, vectors.as_matrices
+        norm_before = 0.0
+        if self._sums_first(filters):
+            weights = self._weights(vectors, measured)
+            sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
+            if filters:
+                norm_before = norm(sums) if self.renormalize is not None else 0.0
+                self._filter(vectors, sums)
+        else:
+            filtered = self._filtered(vectors)
+            means = _means(filtered)
+            weights = self._weights(vectors, measured, means if self._filtered_stats(filters) else None)
+            factors = self._alignment(vectors, means)
+            combine = elect_and_sum if self.sign_election else weighted_sum
+            sums = [
+                combine(deltas, [factor * weight for factor, weight in zip(factors, own, strict=True)])
+                for deltas, own in zip(zip(*filtered, strict=True), weights, strict=True)
+            ]
+            if filters and self.renormalize is not None:
+                norm_before = norm([tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)])
+        notes: list[dict[str, object]] = [{"weights": list(own)} if self._own_weights else {} for own in weights]
+        if filters and self.renormalize is not None:
+            factor = energy_factor(norm_before, norm(sums))
+            for total, note in zip(sums, notes, strict=True):
+                total.mul_(factor)
+                note["energy_factor"] = factor
+        return Merged(sums, notes)
+
+    @property
+    def _own_weights(self) -> bool:
+        """Whether every tensor has weights of its own."""
+        return self.weights == "magnitude" and self.scope == "tensor"
+
+    def _filtered_stats(self, as_matrices: bool) -> bool:
+        return self.stats == "filtered" and as_matrices
+
+    def _sums_first(self, as_matrices: bool) -> bool:
+        """Whether the weighted sum is filtered, and not every task vector."""
+        return self.linear and not (self._own_weights and self._filtered_stats(as_matrices))
+
+    def _means(self, vectors: TaskVectors) -> list[list[float]]:
+        """For each member the mean magnitude of each model's task vector, raw or filtered as ``stats`` says."""
+        if self._filtered_stats(vectors.as_matrices):
+            return _means(self._filtered(vectors))
+        return [tensor.means() for tensor in vectors.tensors]
+
+    def _weights(
+        self, vectors: TaskVectors, measured: Measured, means: list[list[float]] | None = None
+    ) -> list[tuple[float, ...]]:
+        """lambda_i for each member: the model's, or from its own ``means``, which are read if not given."""
+        if not self._own_weights:
+            return [measured.weights] * len(vectors.tensors)
+        return [magnitude_weights(own) for own in means or self._means(vectors)]
+
+    def _alignment(self, vectors: TaskVectors, means: Sequence[Sequence[float]]) -> list[float]:
+        """The factor of each model; a stack is aligned as the one matrix it stands for."""
+        if not self.align:
+            return [1.0] * len(means[0])
+        sizes = [tensor.numel for tensor in vectors.tensors]
+        return alignment_factors(
+            [
+                math.fsum(mean * size for mean, size in zip(column, sizes, strict=True)) / max(1, sum(sizes))
+                for column in zip(*means, strict=True)
+            ]
+        )
+
+    def _filtered(self, vectors: TaskVectors) -> list[list[Tensor]]:
+        """G_i of each model, one tensor a member."""
+        filtered = []
+        for deltas in vectors.each():
+            if vectors.as_matrices:
+                self._filter(vectors, deltas)
+            filtered.append(deltas)
+        return filtered
+
+    def _filter(self, vectors: TaskVectors, deltas: Sequence[Tensor]) -> None:
+        matrices = vectors.matrices(deltas)
+        filter_(matrices, self.response, backend=vectors.backend)
+        vectors.unstack(matrices, deltas)
+
+
+def _means(filtered: Sequence[Sequence[Tensor]]) -> list[list[float]]:
+    """mean |G_i| of each member and model."""
+    return [abs_means(deltas[0].new_zeros(()).expand_as(deltas[0]), deltas) for deltas in zip(*filtered, strict=True)]

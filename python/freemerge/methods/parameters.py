@@ -1,0 +1,120 @@
+"""Parameters of methods and recipes. One declaration checks the value, names it in errors and makes its option."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ArgumentError
+from ..responses import finite_number
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a parameter may be besides its choices.
+
+    ``words`` name it in messages and ``metavar`` in the help of an option. ``convert`` returns a value in its canonical
+    type, or None if it is not of this kind; ``parse`` reads it from text, or raises ValueError.
+    """
+
+    words: str
+    metavar: str
+    convert: Callable[[object], object]
+    parse: Callable[[str], object]
+
+
+def _finite_numbers(value: object) -> tuple[float, ...] | None:
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        return None
+    numbers = tuple(number for number in map(finite_number, value) if number is not None)
+    return numbers if len(numbers) == len(value) else None
+
+
+def _parse_numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _boolean(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def number(least: float, most: float) -> Kind:
+    """Numbers from ``least`` to ``most``, both included."""
+
+    def convert(value: object) -> float | None:
+        checked = finite_number(value)
+        return checked if checked is not None and least <= checked <= most else None
+
+    return Kind(f"a number from {least:g} to {most:g}", "N", convert, float)
+
+
+NUMBER = Kind("a finite number", "N", finite_number, float)
+NUMBERS = Kind("a list of finite numbers", "N,N,...", _finite_numbers, _parse_numbers)
+FLAG = Kind("true or false", "", _boolean, str)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a parameter means and what it may be: one of ``choices``, or of a ``kind``; ``aliases`` name choices."""
+
+    help: str
+    choices: tuple[str | None, ...] = ()
+    kind: Kind | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, name: str, value: object) -> Any:
+        """The value in its canonical form; ArgumentError naming the parameter if it is not allowed."""
+        if value is None or isinstance(value, str):
+            chosen = self.aliases.get(value, value) if value is not None else None
+            if chosen in self.choices:
+                return chosen
+        elif self.kind is not None:
+            converted = self.kind.convert(value)
+            if converted is not None:
+                return converted
+        allowed = [*map(repr, self.choices), *([self.kind.words] if self.kind is not None else [])]
+        listed = ", ".join(allowed[:-1]) + " or " + allowed[-1] if len(allowed) > 1 else allowed[0]
+        one_of = "" if self.kind is not None else "one of "
+        raise ArgumentError(f"{name} must be {one_of}{listed}, got {value!r}")
+
+    def parse(self, name: str, text: str) -> Any:
+        """The value that an option's text stands for; "none" is None. ArgumentError as :meth:`check`."""
+        value: object = None if text == "none" and None in self.choices else text
+        if self.kind is not None and value not in (*self.choices, *self.aliases):
+            with suppress(ValueError):  # check() says what is wrong with the text
+                value = self.kind.parse(text)
+        return self.check(name, value)
+
+    @property
+    def metavar(self) -> str:
+        """What the option takes, for the help: ``auto|N``."""
+        words = [choice or "none" for choice in self.choices]
+        return "|".join([*words, *([self.kind.metavar] if self.kind is not None else [])])
+
+
+def parameter(
+    default: object,
+    help: str,
+    *,
+    choices: tuple[str | None, ...] = (),
+    kind: Kind | None = None,
+    aliases: Mapping[str, str] | None = None,
+) -> Any:
+    """A dataclass field that holds a :class:`Parameter`."""
+    return field(default=default, metadata={"parameter": Parameter(help, choices, kind, aliases or {})})
+
+
+def parameters_of(cls: type) -> dict[str, Parameter]:
+    """The parameters that a dataclass declares by :func:`parameter`, ``InitVar`` ones included."""
+    declared = getattr(cls, "__dataclass_fields__", {})
+    return {name: f.metadata["parameter"] for name, f in declared.items() if "parameter" in f.metadata}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the closest known one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

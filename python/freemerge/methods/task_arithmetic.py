@@ -1,0 +1,31 @@
+"""Task arithmetic (arXiv 2212.04089)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .base import Measured, Merged, Method
+from .parameters import NUMBERS, parameter
+from .rules import default_scale
+from .vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(Method):
+    """Task arithmetic: ``theta_0 + scale * sum_i lambda_i v_i``, lambda_i = 1 at scale 0.4, or given at scale 1."""
+
+    name = "task_arithmetic"
+    title = "Task Arithmetic"
+    paper = "2212.04089"
+    sees_matrices = False
+
+    weights: Literal["sum"] | tuple[float, ...] = parameter(
+        "sum", "lambda_i: 1, or one number a model", choices=("sum",), kind=NUMBERS
+    )
+
+    def default_scale(self, count: int) -> float:
+        return default_scale(self.weights, count)
+
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])

@@ -1,0 +1,96 @@
+"""What a method is given: the task vectors of the tensors that are merged together, read when it asks for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..accumulate import abs_means, task_vector_sum
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """The task vectors v_i = theta_i - theta_0 of one tensor, for i = 1 .. K.
+
+    Every call of :meth:`means`, :meth:`sum` or :meth:`each` reads the base and the models once. What they return is
+    new, float32 or float64, and the caller's to change.
+
+    Attributes:
+        name, shape: of the tensor.
+        base: reads theta_0.
+        models: for each model what reads theta_i.
+        check: raises CheckpointError if one of the means of |v_i| is not finite.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    base: Callable[[], Tensor]
+    models: Sequence[Callable[[], Tensor]]
+    check: Callable[[Sequence[float]], None]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def means(self) -> list[float]:
+        """E(v_i) = mean |v_i| of each model."""
+        base = self.base()
+        means = abs_means(base, [read().to(base.device) for read in self.models])
+        self.check(means)
+        return means
+
+    def sum(self, weights: Sequence[float]) -> Tensor:
+        """sum_i weights[i] v_i in one pass."""
+        base = self.base()
+        total, means = task_vector_sum(base, [read().to(base.device) for read in self.models], weights)
+        self.check(means)
+        return total
+
+    def each(self) -> Iterator[Tensor]:
+        """v_1, v_2, ..., v_K, one at a time."""
+        base = self.base()
+        for read in self.models:
+            delta, means = task_vector_sum(base, [read().to(base.device)], [1.0])
+            self.check(means)
+            yield delta
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The task vectors of a unit: usually of one tensor, of several where a view stacks them.
+
+    Attributes:
+        tensors: the members of the unit.
+        as_matrices: whether the recipe treats the unit as matrices (action "filter"), which :meth:`matrices` gives;
+            otherwise (action "merge") it is merged entry by entry.
+        parts: rows of the matrices that a view splits the (stacked) rows into; empty where they are one matrix.
+        backend: the backend that must do the work, or "auto".
+    """
+
+    tensors: tuple[Deltas, ...]
+    as_matrices: bool
+    parts: tuple[int, ...] = ()
+    backend: str = "auto"
+
+    def each(self) -> Iterator[list[Tensor]]:
+        """For each model its task vectors, one of each member; one model at a time."""
+        yield from map(list, zip(*(tensor.each() for tensor in self.tensors), strict=True))
+
+    def matrices(self, deltas: Sequence[Tensor]) -> list[Tensor]:
+        """The matrices [H, W], or batches [..., H, W] of them, that task vectors of the members make up.
+
+        They share memory with the task vectors, unless several are stacked: :meth:`unstack` copies their rows back.
+        """
+        matrix = deltas[0] if len(deltas) == 1 else torch.cat(list(deltas))
+        return list(torch.split(matrix, list(self.parts))) if self.parts else [matrix]
+
+    def unstack(self, matrices: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
+        """Copy changed :meth:`matrices` of several stacked members back; nothing to do for one."""
+        if len(deltas) > 1:
+            for delta, rows in zip(deltas, torch.split(matrices[0], [len(delta) for delta in deltas]), strict=True):
+                delta.copy_(rows)

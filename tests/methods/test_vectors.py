@@ -1,0 +1,80 @@
+"""Task vectors as a method sees them: sums, single vectors, and the matrices that views make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from freemerge.methods.vectors import Deltas, TaskVectors
+
+
+def deltas(name: str, base: Tensor, models: Sequence[Tensor], reads: list[str]) -> Deltas:
+    """Task vectors of tensors in memory; ``reads`` lists every look at one of them."""
+
+    def read(tensor: Tensor, label: str) -> Tensor:
+        reads.append(label)
+        return tensor
+
+    def check(means: Sequence[float]) -> None:
+        if not all(torch.isfinite(torch.tensor(means))):
+            raise ValueError(name)
+
+    return Deltas(
+        name,
+        tuple(base.shape),
+        lambda: read(base, "base"),
+        [lambda model=model, i=i: read(model, str(i)) for i, model in enumerate(models)],
+        check,
+    )
+
+
+def test_sums_means_and_single_vectors() -> None:
+    base, models = torch.ones(2, 3).bfloat16(), [torch.full((2, 3), 3.0), torch.full((2, 3), -1.0)]
+    reads: list[str] = []
+    tensor = deltas("w", base, models, reads)
+    assert tensor.numel == 6
+    assert tensor.means() == [2.0, 2.0]
+    assert torch.equal(tensor.sum([1.0, 0.25]), torch.full((2, 3), 1.5))
+    assert reads == 2 * ["base", "0", "1"]
+    each = tensor.each()
+    next(each).zero_()
+    assert reads[6:] == ["base", "0"], "one model at a time"
+    assert torch.equal(next(each), torch.full((2, 3), -2.0))
+    assert base.eq(1).all()
+    assert models[0].eq(3).all(), "what a method changes is its own"
+
+
+def test_values_that_are_not_finite_are_found() -> None:
+    tensor = deltas("w", torch.zeros(2), [torch.zeros(2), torch.tensor([1.0, float("nan")])], [])
+    for read in (tensor.means, lambda: tensor.sum([1.0, 1.0]), lambda: list(tensor.each())):
+        with pytest.raises(ValueError, match="w"):
+            read()
+
+
+def test_each_gives_the_members_of_one_model() -> None:
+    a, b = torch.zeros(2), torch.zeros(3, 2)
+    tensors = deltas("a", a, [a + 1, a + 2], []), deltas("b", b, [b + 3, b + 4], [])
+    first, second = TaskVectors(tensors, False).each()
+    assert [float(tensor.mean()) for tensor in (*first, *second)] == [1, 3, 2, 4]
+
+
+def test_a_stack_is_one_matrix_and_comes_back() -> None:
+    q, k = torch.arange(6.0).view(3, 2), torch.arange(4.0).view(2, 2)
+    vectors = TaskVectors((deltas("q", q, [q], []), deltas("k", k, [k], [])), True)
+    (stacked,) = matrices = vectors.matrices([q, k])
+    assert torch.equal(stacked, torch.cat([q, k]))
+    stacked.mul_(2)
+    vectors.unstack(matrices, [q, k])
+    assert torch.equal(q, 2 * torch.arange(6.0).view(3, 2))
+    assert torch.equal(k, 2 * torch.arange(4.0).view(2, 2))
+
+
+def test_the_parts_of_a_split_share_its_memory() -> None:
+    fused = torch.zeros(6, 2)
+    vectors = TaskVectors((deltas("qkv", fused, [fused], []),), True, (3, 2, 1))
+    for i, part in enumerate(vectors.matrices([fused])):
+        part.fill_(i)
+    assert fused[:, 0].tolist() == [0, 0, 0, 1, 1, 2]
