@@ -20,9 +20,10 @@ from .experts import iter_experts, save_experts
 from .experts.coding import ValueCoding
 from .experts.extract import Rescale, Scope
 from .merging.inspection import Inspection
-from .merging.recipe import DTYPES, PRESETS, Recipe
+from .merging.recipe import PRESETS, Recipe
 from .merging.run import Report, inspect, merge_checkpoints
-from .responses import HighPass
+from .methods import METHODS
+from .methods.parameters import FLAG, Parameter, parameters_of
 
 _SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"freemerge {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    merging = commands.add_parser("merge", allow_abbrev=False, help="merge checkpoints into one by FR-Merging")
+    merging = commands.add_parser("merge", allow_abbrev=False, help="merge checkpoints into one")
     _add_inputs(merging)
     merging.add_argument("-o", "--out", required=True, type=Path, help="output directory or .safetensors file")
     merging.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
@@ -130,45 +131,64 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     _add_models(parser)
     parser.add_argument("--preset", choices=list(PRESETS), help="start from a published setting")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="start from a recipe in YAML")
-    parser.add_argument(
-        "--cutoff",
-        type=float,
-        metavar="F",
-        help="cutoff of the recipe's response; of a high-pass, as a fraction of the shorter side, if that has none",
-    )
-    parser.add_argument(
-        "--weights", type=_weights, metavar="W", help="paper, uniform, sum, or one number a model: --weights=-0.1,0.3"
-    )
-    parser.add_argument("--stats", choices=("raw", "filtered"))
-    parser.add_argument("--scope", choices=("model", "tensor"))
-    parser.add_argument("--scale", type=_scale, metavar="S", help="auto or a number")
-    parser.add_argument("--renormalize", choices=("none", "energy"))
+    parser.add_argument("--method", choices=sorted(METHODS), help="merging method (default fr, or the recipe's)")
+    for name, common in parameters_of(Recipe).items():
+        _add_parameter(parser, name, [common], common.help)
     parser.add_argument("--select", type=_rule, action="append", metavar="PATTERN=ACTION", help="filter, merge or copy")
-    parser.add_argument("--out-dtype", choices=list(DTYPES), metavar="DTYPE", help="dtype of the merged weights")
     parser.add_argument("--backend", default="auto", help="auto or one of those that `freemerge backends` lists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    group = parser.add_argument_group("parameters of the methods")
+    for name, users in _method_parameters().items():
+        meanings = {parameter.help: [] for parameter in users.values()}  # type: dict[str, list[str]]
+        for method, parameter in users.items():
+            meanings[parameter.help].append(method)
+        help = "; ".join(f"{meaning} [{', '.join(methods)}]" for meaning, methods in meanings.items())
+        _add_parameter(group, name, list(users.values()), help)
+
+
+def _method_parameters() -> dict[str, dict[str, Parameter]]:
+    """Every parameter of a method: its name, and what it is for each method that has it."""
+    found: dict[str, dict[str, Parameter]] = {}
+    for method, cls in sorted(METHODS.items()):
+        for name, parameter in parameters_of(cls).items():
+            found.setdefault(name, {})[method] = parameter
+    return found
+
+
+def _add_parameter(parser: argparse._ActionsContainer, name: str, uses: Sequence[Parameter], help: str) -> None:
+    """The option of a parameter. Its text is read when the method is known."""
+    help = help.replace("%", "%%")
+    if all(use.kind is FLAG for use in uses):
+        parser.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=help)
+        return
+    choices = dict.fromkeys(choice or "none" for use in uses for choice in use.choices)
+    kinds = dict.fromkeys(use.kind.metavar for use in uses if use.kind is not None)
+    parser.add_argument(_flag(name), metavar="|".join([*choices, *kinds]), help=help)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """The preset or the file, with every flag that was given laid over it."""
+    """The preset or the file, with every option that was given laid over it."""
     if options.preset and options.recipe:
         raise ArgumentError("--preset and --recipe exclude each other")
     if options.recipe:
         recipe = Recipe.from_yaml(options.recipe)
     else:
         recipe = Recipe.preset(options.preset) if options.preset else Recipe()
-    changes: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("weights", "stats", "scope", "scale", "out_dtype")
-        if getattr(options, name) is not None
-    }
-    if options.cutoff is not None:
-        has_cutoff = any(field.name == "cutoff" for field in dataclasses.fields(recipe.response))
-        changes["response"] = (
-            dataclasses.replace(recipe.response, cutoff=options.cutoff) if has_cutoff else HighPass(options.cutoff)
-        )
-    if options.renormalize is not None:
-        changes["renormalize"] = None if options.renormalize == "none" else options.renormalize
+    if options.method is not None:
+        recipe = recipe.replace(method=options.method)
+    known = parameters_of(Recipe) | parameters_of(type(recipe.method))
+    changes: dict[str, Any] = {}
+    for name in (*parameters_of(Recipe), *_method_parameters()):
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if name not in known:
+            raise ArgumentError(f"method {recipe.method.name} has no option {_flag(name)}")
+        changes[name] = value if isinstance(value, bool) else known[name].parse(_flag(name), value)
     if options.select is not None:
         changes["select"] = (*options.select, *recipe.select)
     return recipe.replace(**changes)
@@ -295,16 +315,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _weights(text: str) -> str | tuple[float, ...]:
-    if text in ("paper", "magnitude", "uniform", "sum"):
-        return text
-    return tuple(_number(number, "paper, uniform, sum, or numbers as in 0.5,0.3,0.2") for number in text.split(","))
-
-
-def _scale(text: str) -> str | float:
-    return text if text == "auto" else _number(text, "auto or a number")
 
 
 def _rescale(text: str) -> str | float:

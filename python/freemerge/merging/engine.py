@@ -61,7 +61,7 @@ class Merger:
         self.specs = {name: spec for name, spec in base.specs.items() if name not in self.tied}
         units = plan_units(self.specs, recipe.select, recipe.views)
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
-        self.scale = self.method.default_scale(len(self.models)) if recipe.scale == "auto" else recipe.scale
+        self.scale = recipe.global_scale(len(self.models))
 
     def out_spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""

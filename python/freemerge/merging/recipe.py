@@ -90,6 +90,10 @@ class Recipe:
         except AttributeError:
             raise AttributeError(f"a recipe of method {self.method.name} has no field {name!r}") from None
 
+    def global_scale(self, count: int) -> float:
+        """The scale of a merge of ``count`` models, as a number."""
+        return self.method.default_scale(count) if self.scale == "auto" else self.scale
+
     @classmethod
     def preset(cls, name: str) -> Recipe:
         """A published setting by name: one of :data:`PRESETS`, the YAML files in this package's folder ``presets``."""
@@ -166,6 +170,15 @@ def _method(method: object, parameters: Mapping[str, Any]) -> Method:
         if name not in known:
             raise ArgumentError(f"a recipe of method {method.name} has no field {name!r}{did_you_mean(name, known)}")
     return method.replace(**parameters) if parameters else method
+
+
+def checked_recipe(recipe: object) -> Recipe:
+    """A recipe that is one; the default for None."""
+    if recipe is None:
+        return Recipe()
+    if not isinstance(recipe, Recipe):
+        raise ArgumentError(f"recipe must be a Recipe, got {type(recipe).__name__}")
+    return recipe
 
 
 def to_yaml(config: Mapping[str, object]) -> str:

@@ -24,7 +24,7 @@ from ..errors import ArgumentError, RefusedError
 from .engine import Merger
 from .inspection import Decision, Inspection
 from .progress import Progress
-from .recipe import DTYPES, Recipe, to_yaml
+from .recipe import DTYPES, Recipe, checked_recipe, to_yaml
 from .units import Unit
 
 
@@ -145,24 +145,17 @@ def inspect(
 
 
 def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Recipe | None, backend: str) -> Merger:
-    recipe = _checked_recipe(recipe)
+    recipe = checked_recipe(recipe)
     if isinstance(models, str | Path | Mapping | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")
     if not models:
         raise ArgumentError("models must hold at least one fine-tuned model")
-    if isinstance(recipe.weights, tuple) and len(recipe.weights) != len(models):
-        raise ArgumentError(f"weights has {len(recipe.weights)} numbers for {len(models)} models")
+    weights = recipe.method.weights
+    if isinstance(weights, tuple) and len(weights) != len(models):
+        raise ArgumentError(f"weights has {len(weights)} numbers for {len(models)} models")
     opened = stack.enter_context(Checkpoint.open(base))
     sources = [stack.enter_context(open_model(model, opened)) for model in models]
     return Merger(opened, sources, recipe, backend)
-
-
-def _checked_recipe(recipe: object) -> Recipe:
-    if recipe is None:
-        return Recipe()
-    if not isinstance(recipe, Recipe):
-        raise ArgumentError(f"recipe must be a Recipe, got {type(recipe).__name__}")
-    return recipe
 
 
 def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: bool) -> CheckpointWriter:

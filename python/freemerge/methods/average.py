@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .base import Measured, Merged, Method
-from .parameters import NUMBERS, parameter
+from .parameters import weights_parameter
 from .vectors import TaskVectors
 
 
@@ -19,9 +19,7 @@ class Average(Method):
     paper = "2203.05482"
     sees_matrices = False
 
-    weights: Literal["uniform"] | tuple[float, ...] = parameter(
-        "uniform", "lambda_i: 1/K, or one number a model", choices=("uniform",), kind=NUMBERS
-    )
+    weights: Literal["uniform"] | tuple[float, ...] = weights_parameter("uniform")
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..responses import Response
-from .parameters import parameters_of
 from .rules import Weights, weights_by_rule
 from .vectors import TaskVectors
 
@@ -60,8 +59,10 @@ class Method(ABC):
             raise TypeError(f"there are two methods called {cls.name!r}")
 
     def __post_init__(self) -> None:
-        for name, parameter in parameters_of(type(self)).items():
-            object.__setattr__(self, name, parameter.check(name, getattr(self, name)))
+        for field in dataclasses.fields(self):
+            if "parameter" in field.metadata:
+                checked = field.metadata["parameter"].check(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, checked)
 
     @property
     def weights(self) -> Weights:

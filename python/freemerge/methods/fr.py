@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from ..filter import filter_
 from ..responses import HighPass, Response, from_config
 from .base import Measured, Merged, Method
-from .parameters import FLAG, NUMBER, NUMBERS, parameter
+from .parameters import FLAG, NUMBER, parameter, weights_parameter
 from .rules import (
     Scope,
     Weights,
@@ -57,13 +57,7 @@ class FR(Method):
     paper = "2411.16815"
 
     response: Response = HighPass(0.4)
-    weights: Weights = parameter(
-        "magnitude",
-        "lambda_i, a rule or one number a model: --weights=-0.1,0.3",
-        choices=("magnitude", "uniform", "sum"),
-        kind=NUMBERS,
-        aliases={"paper": "magnitude"},
-    )
+    weights: Weights = weights_parameter("magnitude", "uniform", "sum", aliases={"paper": "magnitude"})
     stats: Literal["raw", "filtered"] = parameter(
         "raw", "task vectors whose magnitude makes the weights", choices=("raw", "filtered")
     )
@@ -76,7 +70,6 @@ class FR(Method):
     cutoff: InitVar[float | None] = parameter(
         None,
         "cutoff of the response; of a high-pass, as a fraction of the shorter side, if the response has none",
-        choices=(None,),
         kind=NUMBER,
     )
 

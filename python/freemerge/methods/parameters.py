@@ -88,12 +88,6 @@ class Parameter:
                 value = self.kind.parse(text)
         return self.check(name, value)
 
-    @property
-    def metavar(self) -> str:
-        """What the option takes, for the help: ``auto|N``."""
-        words = [choice or "none" for choice in self.choices]
-        return "|".join([*words, *([self.kind.metavar] if self.kind is not None else [])])
-
 
 def parameter(
     default: object,
@@ -105,6 +99,12 @@ def parameter(
 ) -> Any:
     """A dataclass field that holds a :class:`Parameter`."""
     return field(default=default, metadata={"parameter": Parameter(help, choices, kind, aliases or {})})
+
+
+def weights_parameter(*rules: str, aliases: Mapping[str, str] | None = None) -> Any:
+    """The field ``weights``, lambda_i of each model: one of the rules, the first by default, or K numbers."""
+    help = "lambda_i, by a rule or one number a model: --weights=-0.1,0.3"
+    return parameter(rules[0], help, choices=rules, kind=NUMBERS, aliases=aliases)
 
 
 def parameters_of(cls: type) -> dict[str, Parameter]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .base import Measured, Merged, Method
-from .parameters import NUMBERS, parameter
+from .parameters import weights_parameter
 from .rules import default_scale
 from .vectors import TaskVectors
 
@@ -20,9 +20,7 @@ class TaskArithmetic(Method):
     paper = "2212.04089"
     sees_matrices = False
 
-    weights: Literal["sum"] | tuple[float, ...] = parameter(
-        "sum", "lambda_i: 1, or one number a model", choices=("sum",), kind=NUMBERS
-    )
+    weights: Literal["sum"] | tuple[float, ...] = weights_parameter("sum")
 
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)

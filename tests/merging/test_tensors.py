@@ -1,0 +1,154 @@
+"""The merge of single tensors: what the engine gives for them within a model, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import freemerge as fm
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = st.sampled_from([(), (1,), (7,), (5, 3), (24, 40), (33, 16), (2, 16, 20), (4, 3, 3, 3), (0, 4)])
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "average": {"method": "average"},
+    "task arithmetic": {"method": "task_arithmetic"},
+    "weighted": {"method": "task_arithmetic", "scale": 0.3, "weights": [0.5, -0.25, 1.0]},
+    "float64": {"compute_dtype": "float64", "out_dtype": "float64"},
+    "low cutoff": {"cutoff": 0.05, "weights": "uniform", "renormalize": None},
+    "smooth": {"response": fm.Gaussian(0.2), "weights": "sum", "scale": 0.4},
+    "aligned": {"align": True},
+    "elected": {"sign_election": True, "weights": "sum"},
+    "own weights": {"scope": "tensor"},
+    "own filtered weights": {"scope": "tensor", "stats": "filtered"},
+    "selected": {"select": [("a.*", "merge"), ("b.*", "filter"), ("c.*", "copy")]},
+    "split": {"views": [fm.Split("*.split", 3)]},
+}
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@st.composite
+def inputs(draw: st.DrawFn, shapes: st.SearchStrategy[tuple[int, ...]] = SHAPES) -> list[Tensor]:
+    """A base and three models, each with a dtype and a layout of its own."""
+    shape = draw(shapes)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    base = torch.randn(shape, generator=generator)
+    made = [base, *(base + 0.05 * torch.randn(shape, generator=generator) for _ in range(3))]
+    tensors = []
+    for tensor in made:
+        tensor = tensor.to(draw(st.sampled_from(DTYPES)))
+        layout = draw(st.sampled_from(["contiguous", "transposed", "strided", "borrowed"]))
+        if layout == "transposed" and tensor.ndim > 1:
+            tensor = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+        elif layout == "strided" and tensor.ndim:
+            tensor = torch.stack([tensor, tensor], -1)[..., 0]
+        elif layout == "borrowed":
+            tensor = torch.from_numpy(tensor.float().numpy())  # its memory is NumPy's
+        tensors.append(tensor)
+    return tensors
+
+
+@pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
+@given(tensors=inputs(), name=st.sampled_from(["a.weight", "b.weight", "c.weight", "conv.weight"]))
+def test_a_tensor_is_merged_as_within_a_model(options: dict[str, Any], tensors: list[Tensor], name: str) -> None:
+    copies = [tensor.clone() for tensor in tensors]
+    recipe = fm.Recipe(**options)
+    # The rules and the view must find something in the model that the tensor is merged within.
+    others = {f"{letter}.other": torch.full((2, 2), 1.0) for letter in "abc"} | {"x.split": torch.eye(6)}
+    base, *models = [others | {name: tensor} for tensor in tensors]
+    weights = None
+    if recipe.method.passes:  # over the model: what a report would tell
+        weights = [0.2, 0.3, 0.5]
+        within = recipe.replace(weights=weights, scale=0.4 * 3)
+    else:
+        within = recipe
+    expected = fm.merge(base, models, within)[name]
+    merged = fm.merge_tensors(tensors[0], tensors[1:], recipe=recipe, weights=weights, name=name)
+    assert merged.dtype == expected.dtype
+    assert merged.shape == tensors[0].shape
+    assert merged.is_contiguous()
+    assert torch.equal(bits(merged), bits(expected))
+    for tensor, copy in zip(tensors, copies, strict=True):
+        assert torch.equal(tensor, copy)
+        assert tensor.numel() == 0 or tensor.data_ptr() != merged.data_ptr()
+
+
+@given(tensors=inputs())
+def test_statistics_are_those_of_the_tensor(tensors: list[Tensor]) -> None:
+    merged = fm.merge_tensors(tensors[0], tensors[1:])
+    expected = fm.merge({"w": tensors[0]}, [{"w": tensor} for tensor in tensors[1:]])["w"]
+    assert torch.equal(bits(merged), bits(expected))
+
+
+@pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
+def test_the_weights_of_a_report_give_the_tensors_of_the_model(options: dict[str, Any], tmp_path: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (24, 20), "b.weight": (40, 16), "c.weight": (8,), "x.split": (9, 12)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    models = [
+        {name: t + 0.02 * i * torch.randn(t.shape, generator=generator) for name, t in base.items()} for i in (1, 2, 3)
+    ]
+    recipe = fm.Recipe(**options)
+    report = fm.merge_checkpoints(base, models, tmp_path / "out", recipe, progress=False)
+    expected = fm.merge(base, models, recipe)
+    for name, tensor in base.items():
+        merged = fm.merge_tensors(
+            tensor, [model[name] for model in models], recipe=recipe, weights=report.weights, name=name
+        )
+        assert torch.equal(bits(merged), bits(expected[name])), name
+
+
+def test_a_method_by_name_or_with_its_parameters() -> None:
+    base, models = torch.zeros(3), [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([3.0, 2.0, 1.0])]
+    assert fm.merge_tensors(base, models, method="average").tolist() == [2.0, 2.0, 2.0]
+    method = fm.methods.TaskArithmetic(weights=[2.0, 0.5])
+    assert fm.merge_tensors(base, models, method=method).tolist() == [3.5, 5.0, 6.5]
+    assert fm.merge_tensors(base, models, method="average", weights=[1.0, 0.0]).tolist() == [1.0, 2.0, 3.0]
+
+
+def test_without_a_name_no_rule_applies() -> None:
+    base, model = torch.zeros(4, 4), torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    recipe = fm.Recipe(select=[("*", "copy")], scale=1.0)
+    assert torch.equal(fm.merge_tensors(base, [model], recipe=recipe, name="any"), base)
+    assert not torch.equal(fm.merge_tensors(base, [model], recipe=recipe), base)
+
+
+def test_parameters_of_a_module_are_plain_tensors() -> None:
+    layer = torch.nn.Linear(6, 4)
+    merged = fm.merge_tensors(layer.weight, [layer.weight + 1])
+    assert not merged.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base": [0.0]}, "base must be a tensor"),
+        ({"tensors": torch.zeros(2, 2)}, "tensors must be a list"),
+        ({"tensors": []}, "at least one"),
+        ({"tensors": [torch.zeros(2, 2), None]}, r"tensors\[1\] must be a tensor"),
+        ({"tensors": [torch.zeros(2, 3)]}, r"tensors\[0\] has shape \(2, 3\) but base has \(2, 2\)"),
+        ({"weights": [1.0]}, "weights has 1 numbers for 2"),
+        ({"weights": ["a", "b"]}, "weights must be"),
+        ({"method": "avrage"}, "did you mean 'average'"),
+        ({"method": "average", "recipe": fm.Recipe()}, "exclude each other"),
+        ({"recipe": {}}, "recipe must be a Recipe"),
+        ({"recipe": fm.Recipe(views=[fm.Stack(("*.q", "*.k"))]), "name": "a.k"}, "a.k is stacked with other tensors"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    options = {"base": torch.zeros(2, 2), "tensors": [torch.ones(2, 2), torch.ones(2, 2)]} | arguments
+    with pytest.raises(fm.ArgumentError, match=message):
+        fm.merge_tensors(options.pop("base"), options.pop("tensors"), **options)
+
+
+def test_values_that_are_not_finite_are_found() -> None:
+    with pytest.raises(fm.CheckpointError, match=r"'a\.weight' holds NaN"):
+        fm.merge_tensors(torch.zeros(2), [torch.tensor([float("nan"), 0.0])], name="a.weight")
