@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import freemerge as fm
 from freemerge.cli import main
+from freemerge.merging.recipe import Recipe
+from freemerge.methods.fr import FR
+from freemerge.methods.parameters import parameters_of
 
 
 @pytest.fixture
@@ -150,9 +153,6 @@ def test_exit_codes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--weights", "foo", "expected paper, uniform, sum, or numbers"),
-        ("--weights", "0.5;0.5", "expected paper, uniform, sum, or numbers"),
-        ("--scale", "big", "expected auto or a number, got 'big'"),
         ("--max-shard-size", "infGB", "expected a size such as"),
         ("--max-shard-size", "5GiB", "expected a size such as"),
         ("--max-shard-size", "5G", "expected a size such as"),
@@ -165,6 +165,67 @@ def test_misspelt_values(
         run("merge", *files, "-o", "never", option, value)
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--weights", "foo"],
+            "'magnitude', 'uniform', 'sum' or a list of finite numbers, got 'foo'",
+        ),
+        (["--weights", "0.5;0.5"], "--weights must be"),
+        (["--scale", "big"], "--scale must be 'auto' or a finite number, got 'big'"),
+        (["--stats", "all"], "--stats must be one of 'raw', 'filtered', got 'all'"),
+        (["--scope", "row"], "--scope must be one of 'model', 'tensor', got 'row'"),
+        (["--renormalize", "no"], "--renormalize must be one of 'none', 'energy', got 'no'"),
+        (["--out-dtype", "int8"], "--out-dtype must be one of"),
+        (["--cutoff", "-1"], "cutoff must be a finite number >= 0"),
+        (["--cutoff", "low"], "--cutoff must be a finite number, got 'low'"),
+        (["--method", "average", "--cutoff", "0.1"], "method average has no option --cutoff"),
+        (["--method", "task_arithmetic", "--align"], "method task_arithmetic has no option --align"),
+        (["--method", "average", "--weights", "sum"], "--weights must be 'uniform' or a list of finite numbers"),
+    ],
+)
+def test_parameters_that_the_method_does_not_take(
+    options: list[str], message: str, files: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("merge", *files, "-o", "never", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("never").exists()
+
+
+def test_every_parameter_is_an_option(files: list[str], tmp_path: Path) -> None:
+    flags = {
+        "weights": "sum", "stats": "filtered", "scope": "tensor", "renormalize": "none", "align": True,
+        "sign_election": True, "cutoff": 0.15, "scale": 0.3, "compute_dtype": "float64", "out_dtype": "float16",
+    }  # fmt: skip
+    assert flags.keys() == parameters_of(Recipe).keys() | parameters_of(FR).keys(), "a new parameter needs a value here"
+    options: list[object] = []
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        options += [flag] if value is True else [flag, value]
+    assert run("merge", *files, "-o", tmp_path / "out", *options) == 0
+    expected = Recipe(**{**flags, "renormalize": None}).to_config()
+    manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())
+    assert {name: value for name, value in manifest["recipe"].items() if name != "measured"} == expected
+
+
+def test_another_method_keeps_what_is_common(files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("preset: official-llm\nselect: [{pattern: '*.bias', action: copy}]\n")
+    out = tmp_path / "out"
+    assert run("merge", *files, "-o", out, "--recipe", tmp_path / "recipe.yaml", "--method", "average") == 0
+    recipe = fm.Recipe(method="average", scale=0.88, select=[("*.bias", "copy")])
+    expected = fm.merge(files[0], files[1:], recipe)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(out).items())
+
+
+def test_a_flag_can_be_switched_off(files: list[str], tmp_path: Path) -> None:
+    options = ["--preset", "official-llm", "--no-sign-election", "--weights=paper"]
+    assert run("merge", *files, "-o", tmp_path / "out", *options) == 0
+    recipe = fm.Recipe.preset("official-llm").replace(sign_election=False, weights="magnitude")
+    expected = fm.merge(files[0], files[1:], recipe)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(tmp_path / "out").items())
 
 
 def test_a_dry_run_refuses_what_the_merge_would(files: list[str], tmp_path: Path) -> None:

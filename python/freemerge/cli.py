@@ -18,12 +18,13 @@ from .errors import ArgumentError, FreemergeError, RefusedError
 from .evaluation import evaluate, evaluate_experts, load_function, table
 from .experts import iter_experts, save_experts
 from .experts.coding import ValueCoding
-from .experts.extract import Rescale, Scope
+from .experts.extract import Rescale
 from .merging.inspection import Inspection
 from .merging.recipe import PRESETS, Recipe
 from .merging.run import Report, inspect, merge_checkpoints
 from .methods import METHODS
 from .methods.parameters import FLAG, Parameter, parameters_of
+from .methods.rules import Scope
 
 _SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -139,7 +140,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     group = parser.add_argument_group("parameters of the methods")
     for name, users in _method_parameters().items():
-        meanings = {parameter.help: [] for parameter in users.values()}  # type: dict[str, list[str]]
+        meanings: dict[str, list[str]] = {parameter.help: [] for parameter in users.values()}
         for method, parameter in users.items():
             meanings[parameter.help].append(method)
         help = "; ".join(f"{meaning} [{', '.join(methods)}]" for meaning, methods in meanings.items())
@@ -198,11 +199,12 @@ def _merge(options: argparse.Namespace) -> int:
     if options.dry_run:
         checks = {"out": options.out, "force": options.force, "max_shard_bytes": options.max_shard_size}
         return _inspect(options, **checks)
+    recipe = _recipe(options)
     report = merge_checkpoints(
         options.base,
         options.models,
         options.out,
-        _recipe(options),
+        recipe,
         backend=options.backend,
         force=options.force,
         max_shard_bytes=options.max_shard_size,
@@ -211,7 +213,7 @@ def _merge(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_plain(report)))
     else:
-        _print_report(report)
+        _print_report(report, recipe)
     return DONE
 
 
@@ -295,10 +297,11 @@ def _print_inspection(inspection: Inspection) -> None:
     _print_warnings(inspection)
 
 
-def _print_report(report: Report) -> None:
+def _print_report(report: Report, recipe: Recipe) -> None:
     _print_warnings(report.inspection)
     weights = "per tensor" if report.weights is None else ", ".join(f"{weight:.4f}" for weight in report.weights)
-    print(f"{report.out}: weights {weights}; scale {report.scale:g}")
+    found = f"weights {weights}; " if recipe.method.weights is not None else ""
+    print(f"{report.out}: {found}scale {report.scale:g}")
 
 
 def _print_warnings(inspection: Inspection) -> None:

@@ -1,4 +1,4 @@
-"""A merge of really trained models that runs anywhere in about a minute, with no download.
+"""A merge of small trained models that runs on any machine in about a minute, without a download.
 
 One small encoder is pretrained to reconstruct scikit-learn's handwritten digits, then fine-tuned on six tasks. Each
 asks its own question about digits seen in its own way (mirrored, inverted, ...), through a frozen head of its own, as
@@ -26,7 +26,6 @@ from .experts import ExpertBank, RoutedModel, Router, iter_experts, save_experts
 from .experts.extract import Rescale
 from .merging.recipe import Recipe
 from .merging.run import merge_checkpoints
-from .responses import HighPass
 
 TRAIN, WIDTH, FEATURES = 1200, 256, 128
 ROUTER_SAMPLES = 50  # labelled images a task that the router learns from
@@ -51,13 +50,14 @@ TASKS = {
 }
 
 METHODS = {
-    "weight average": Recipe(HighPass(0), weights="uniform", scale=1.0, renormalize=None),
-    "task arithmetic": Recipe(HighPass(0), weights="sum", scale=0.4, renormalize=None),
+    "weight average": Recipe(method="average"),
+    "task arithmetic": Recipe(method="task_arithmetic"),
     "FR-Merging": Recipe(),
 }
 
 
-# Density and rule of the experts: the paper's share with the released rule, and one that suits so narrow a network.
+# Density and rescale rule of the experts: the paper's density with the released rule, and one that suits a network as
+# narrow as this.
 EXPERTS: dict[str, tuple[float, Rescale]] = {"FREE  1 %": (0.01, "released"), "FREE 10 %": (0.1, "projection")}
 
 
@@ -154,7 +154,7 @@ def run_demo(seed: int = 0, keep: Path | None = None) -> dict[str, dict[str, flo
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise RefusedError(f"{keep} exists and is not an empty directory")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # layers this small only lose time to more
+    torch.set_num_threads(1)  # more threads are slower on layers this small
     try:
         with torch.random.fork_rng(), nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
             Path(folder).mkdir(parents=True, exist_ok=True)

@@ -62,8 +62,8 @@ def evaluate_experts(model: Source, experts: str | Path | Mapping[str, Expert], 
     """Score a merged model on each task with that task's expert switched on, as a perfect router would.
 
     ``experts``: a folder of expert files, or experts by name; the function must return a mapping with these names. The
-    weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. What a real router
-    costs has to be measured apart, with :class:`freemerge.RoutedModel`.
+    weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. The errors of a real
+    router are not included: measure them with :class:`freemerge.RoutedModel`.
     """
     with Checkpoint.open(model) as opened:
         weights = {name: opened.read(name).clone() for name in opened.specs}
@@ -87,7 +87,7 @@ def sweep(
     *,
     backend: str = "auto",
 ) -> Sweep:
-    """Merge in memory at every scale and score the results. Use texts or images for it that no reported number uses.
+    """Merge in memory at every scale and score the results, on data that no reported number is measured on.
 
     ``base``, ``models``, ``recipe`` and ``backend`` as for :func:`freemerge.merge`, ``function`` as for
     :func:`evaluate`. Raises what they raise, and ArgumentError for an empty list of scales.
@@ -104,7 +104,7 @@ def sweep(
 
 
 def load_function(reference: str) -> ScoreFunction:
-    """The function named by ``"path/to/file.py:function"`` or ``"package.module:function"``. Runs that code.
+    """The function named by ``"path/to/file.py:function"`` or ``"package.module:function"``; executes that file.
 
     Raises ArgumentError if there is no such file, module or function.
     """

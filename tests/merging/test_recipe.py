@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import freemerge as fm
 from freemerge.merging.recipe import PRESETS
 from freemerge.merging.units import Rule, Split, Stack
+from freemerge.methods import METHODS
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -66,6 +70,11 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
         ({"views": [{"stak": ["*.q"]}]}, "views: expected"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype must be one of"),
         ({"out_dtype": "int8"}, "out_dtype must be one of"),
+        ({"method": "fre"}, "method must be one of average, fr, .*, got 'fre'; did you mean 'fr'"),
+        ({"method": None}, "method must be one of"),
+        ({"method": "average", "response": fm.HighPass(0.4)}, "method average has no field 'response'"),
+        ({"method": "average", "sclae": 1.0}, "no field 'sclae'; did you mean 'scale'"),
+        ({"wieghts": "sum"}, "no field 'wieghts'; did you mean 'weights'"),
     ],
 )
 def test_errors_name_the_field(changes: dict[str, object], message: str) -> None:
@@ -91,6 +100,10 @@ def test_errors_name_the_field(changes: dict[str, object], message: str) -> None
         ("response: {type: HighPass, cutoff: true}\n", "cutoff must be a finite number >= 0"),
         ("response: {type: BandGain, cutoff: 0.1, low: a, high: 1}\n", "low must be a finite number, got 'a'"),
         ("preset: 5\n", "preset must be one of"),
+        ("method: [fr]\n", "method must be one of"),
+        ("method: average\nalign: true\n", "method average has no field 'align'"),
+        ("response: null\n", "response must be"),
+        ("5: 6\n", "no field '5'"),
         ("preset: [paper]\n", "preset must be one of"),
         (f"scale: {'1' * 400}\n", "scale must be"),
         ("select: [{pattern: 5, action: merge}]\n", "select: a pattern must be a string"),
@@ -131,6 +144,51 @@ def test_the_default_is_the_documented_one() -> None:
     assert (recipe.weights, recipe.stats, recipe.scope, recipe.scale) == ("magnitude", "raw", "model", "auto")
     assert recipe.renormalize == "energy"
     assert fm.Recipe.preset("paper") == recipe.replace(scale=1.0, renormalize=None)
+
+
+def test_a_method_by_name_and_its_parameters() -> None:
+    recipe = fm.Recipe(method="task_arithmetic", weights=[0.3, 0.7], scale=0.5, out_dtype="bfloat16")
+    assert recipe.method == fm.methods.TaskArithmetic(weights=(0.3, 0.7))
+    assert recipe == fm.Recipe(method=fm.methods.TaskArithmetic(weights=(0.3, 0.7)), scale=0.5, out_dtype="bfloat16")
+    assert recipe.weights == (0.3, 0.7)
+    assert recipe.replace(weights="sum").method == fm.methods.TaskArithmetic()
+    assert recipe.replace(method="task_arithmetic") == recipe
+    assert recipe.replace(method="average").method == fm.methods.Average()
+    assert recipe.replace(method="average").out_dtype == "bfloat16"
+    assert "align" not in recipe.to_config()
+    with pytest.raises(AttributeError, match="task_arithmetic has no field 'align'"):
+        _ = recipe.align
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_survives_yaml(name: str, tmp_path: Path) -> None:
+    recipe = fm.Recipe(method=name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert f"method: {name}" in path.read_text()
+    assert fm.Recipe.from_yaml(path) == recipe
+
+
+def test_recipes_are_values() -> None:
+    recipe = fm.Recipe(fm.Gaussian(0.2), weights="sum", select=[("*.bias", "copy")])
+    assert pickle.loads(pickle.dumps(recipe)) == copy.deepcopy(recipe) == dataclasses.replace(recipe) == recipe
+    assert len({recipe, dataclasses.replace(recipe), recipe.replace(scale=1)}) == 2
+    assert dataclasses.replace(recipe, scale=0.5, align=True) == recipe.replace(scale=0.5, align=True)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.scale = 2.0  # type: ignore[misc]
+
+
+def test_the_magnitude_rule_has_an_earlier_name(tmp_path: Path) -> None:
+    assert fm.Recipe(weights="paper") == fm.Recipe(weights="magnitude")
+    (tmp_path / "recipe.yaml").write_text("weights: paper\n")
+    assert fm.Recipe.from_yaml(tmp_path / "recipe.yaml").to_config()["weights"] == "magnitude"
+
+
+def test_a_cutoff_is_short_for_a_response() -> None:
+    assert fm.Recipe(cutoff=0.2) == fm.Recipe(fm.HighPass(0.2))
+    assert fm.Recipe(fm.Gaussian(0.1), cutoff=0.2).response == fm.Gaussian(0.2)
+    assert fm.Recipe.preset("official-roberta").replace(cutoff=0.2).response == fm.HighPass(0.2)
+    assert fm.Recipe.from_config({"cutoff": 0.2}).to_config() == fm.Recipe(fm.HighPass(0.2)).to_config()
 
 
 def test_numbers_from_numpy_are_plain_numbers(tmp_path: Path) -> None:

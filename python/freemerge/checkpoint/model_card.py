@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from .. import __version__
 
 
-def model_card(*, title: str, base: str, models: Sequence[str], recipe: str) -> str:
+def model_card(
+    *, title: str, base: str, models: Sequence[str], recipe: str, method: str = "FR-Merging", paper: str | None = None
+) -> str:
     """A model card in Markdown with the front matter that model hubs read.
 
     Args:
         title: heading, for instance the output's name.
         base, models: names of the inputs, without local paths (:attr:`Checkpoint.name`).
         recipe: the recipe as YAML.
+        method, paper: what the merging method is called, and its arXiv number if it has one.
     """
+    cited = f"{method}, [arXiv {paper}](https://arxiv.org/abs/{paper})" if paper else method
     inputs = [base, *models]
     front = ["base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in inputs)]
     front += ["base_model_relation: merge", "library_name: transformers", "tags:", "- merge", "- freemerge"]
@@ -25,7 +29,7 @@ def model_card(*, title: str, base: str, models: Sequence[str], recipe: str) -> 
 ---
 # {title}
 
-Merged with freemerge {__version__} (FR-Merging, [arXiv 2411.16815](https://arxiv.org/abs/2411.16815)) from the base
+Merged with freemerge {__version__} ({cited}) from the base
 `{base}` and
 
 {listed}

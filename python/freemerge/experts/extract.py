@@ -17,13 +17,13 @@ from ..accumulate import abs_means, norm, task_vector_sum
 from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_model
 from ..checkpoint.compare import compare
 from ..errors import ArgumentError, CheckpointError
+from ..methods.rules import Scope
 from .coding import ValueCoding, value_coding
 from .expert import Expert, check_task_name
 from .select import ModelSelector, Selection, rows_of, select_largest
 from .tensor import ExpertTensor
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
-Scope = Literal["tensor", "row", "model"]
 Rescale = Literal["released", "paper", "projection"]
 
 # Running statistics are not weights: seven times a variance's change can make it negative.

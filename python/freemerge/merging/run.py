@@ -30,7 +30,11 @@ from .units import Unit
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge did: the weight of each model (None where every tensor has its own), the global scale, and where."""
+    """What a merge did, and where.
+
+    ``weights``: the weight of each model; None where every tensor has its own, or the method has none. ``scale``: the
+    global scale.
+    """
 
     out: Path
     weights: tuple[float, ...] | None
@@ -41,13 +45,14 @@ class Report:
 def merge(
     base: Source, models: Sequence[Source], recipe: Recipe | None = None, *, backend: str = "auto"
 ) -> dict[str, Tensor]:
-    """Merge fine-tuned models of one base in memory: ``theta_0 + scale * sum_i lambda_i filter(theta_i - theta_0)``.
+    """Merge fine-tuned models of one base in memory, by FR-Merging or the method that the recipe names.
 
     Args:
         base: state dict, module, or path of a checkpoint.
         models: K >= 1 of the same, with the base's tensor names and shapes, or directories of LoRA or IA3 adapters
             that PEFT trained on the base.
-        recipe: how to merge; the default is FR-Merging with settings that suit most models, see :class:`Recipe`.
+        recipe: how to merge; the default is FR-Merging, ``theta_0 + scale * sum_i lambda_i filter(theta_i - theta_0)``,
+            with settings that suit most models, see :class:`Recipe`.
         backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`). With "cuda" each
             tensor is merged on the GPU wherever it is read from; otherwise it is merged where the base holds it.
 
@@ -59,8 +64,6 @@ def merge(
     Raises:
         ArgumentError, CheckpointError: a bad recipe, mismatched or non-finite inputs; the message names the tensor.
         BackendError: the backend asked for cannot run.
-
-    Source: arXiv 2411.16815, FR-Merging.
     """
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
@@ -193,6 +196,8 @@ def _describe(
         base=merger.base.name,
         models=[model.name for model in merger.models],
         recipe=to_yaml(recipe.to_record()),
+        method=recipe.method.title,
+        paper=recipe.method.paper,
     )
     (writer.directory / "README.md").write_text(card, encoding="utf-8")
     decisions = report.inspection.decisions

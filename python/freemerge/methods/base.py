@@ -22,8 +22,8 @@ METHODS: dict[str, type[Method]] = {}
 class Measured:
     """What a method found out about the whole model before any unit is merged.
 
-    ``weights`` holds lambda_i of each model; it is empty where every tensor has its own. A method that needs more
-    returns a subclass.
+    ``weights`` holds lambda_i of each model; it is empty where every tensor has its own, or the method has none. A
+    method that needs more returns a subclass.
     """
 
     weights: tuple[float, ...] = ()
@@ -65,9 +65,9 @@ class Method(ABC):
                 object.__setattr__(self, field.name, checked)
 
     @property
-    def weights(self) -> Weights:
-        """lambda_i, a rule or K numbers. A method that lets users choose has a field of this name."""
-        return "sum"
+    def weights(self) -> Weights | None:
+        """The rule for lambda_i, or K numbers: a field, made by :func:`weights_parameter`, of methods that have any."""
+        return None
 
     @property
     def response(self) -> Response | None:
@@ -89,7 +89,7 @@ class Method(ABC):
 
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         """What merging needs to know about the whole model. Every iteration over ``units`` reads all tensors."""
-        return Measured(weights_by_rule(self.weights, count))
+        return Measured(weights_by_rule(self.weights, count) if self.weights is not None else ())
 
     @abstractmethod
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:

@@ -75,10 +75,7 @@ class Parameter:
             converted = self.kind.convert(value)
             if converted is not None:
                 return converted
-        allowed = [*map(repr, self.choices), *([self.kind.words] if self.kind is not None else [])]
-        listed = ", ".join(allowed[:-1]) + " or " + allowed[-1] if len(allowed) > 1 else allowed[0]
-        one_of = "" if self.kind is not None else "one of "
-        raise ArgumentError(f"{name} must be {one_of}{listed}, got {value!r}")
+        raise ArgumentError(f"{name} must be {self._allowed(self.choices)}, got {value!r}")
 
     def parse(self, name: str, text: str) -> Any:
         """The value that an option's text stands for; "none" is None. ArgumentError as :meth:`check`."""
@@ -86,7 +83,17 @@ class Parameter:
         if self.kind is not None and value not in (*self.choices, *self.aliases):
             with suppress(ValueError):  # check() says what is wrong with the text
                 value = self.kind.parse(text)
-        return self.check(name, value)
+        try:
+            return self.check(name, value)
+        except ArgumentError:
+            typed = [choice or "none" for choice in self.choices]
+            raise ArgumentError(f"{name} must be {self._allowed(typed)}, got {text!r}") from None
+
+    def _allowed(self, choices: Sequence[str | None]) -> str:
+        listed = ", ".join(map(repr, choices))
+        if self.kind is None:
+            return f"one of {listed}"
+        return f"{listed} or {self.kind.words}" if listed else self.kind.words
 
 
 def parameter(

@@ -1,0 +1,47 @@
+"""The public names: few in front, families in modules of their own, and every name of earlier versions."""
+
+from __future__ import annotations
+
+import inspect
+from types import ModuleType
+
+import pytest
+
+import freemerge as fm
+
+# What `freemerge.__all__` of version 0.1.0 listed.
+EARLIER = [
+    "ArgumentError", "BackendError", "BandGain", "BandPass", "BandStop", "Butterworth", "Center", "CheckpointError",
+    "Custom", "Decision", "Expert", "ExpertBank", "FreemergeError", "Gaussian", "HighPass", "Inspection", "LowPass",
+    "Official", "Recipe", "RefusedError", "Report", "Response", "Routed", "RoutedModel", "Router", "Rule",
+    "SavedExpert", "Split", "Stack", "backends", "explain", "extract_experts", "filter_", "filtered", "inspect",
+    "iter_experts", "merge", "merge_checkpoints", "save_experts",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_earlier_names_are_still_here(name: str) -> None:
+    value = getattr(fm, name)
+    assert inspect.isclass(value) or inspect.isfunction(value)
+    assert value.__name__ == name
+
+
+def test_the_front_is_small_and_complete() -> None:
+    assert set(fm.__all__) == {
+        "ExpertBank", "HighPass", "Recipe", "RoutedModel", "Router", "backends", "evaluate", "explain",
+        "extract_experts", "filter_", "filtered", "inspect", "merge", "merge_checkpoints", "merge_tensors", "verify",
+    }  # fmt: skip
+    for name in fm.__all__:
+        value = getattr(fm, name)
+        assert not isinstance(value, ModuleType), f"{name} must not be hidden by the module of this name"
+        assert value.__doc__
+
+
+def test_families_have_modules_of_their_own() -> None:
+    assert fm.responses.LowPass is fm.LowPass
+    assert fm.errors.ArgumentError is fm.ArgumentError
+    assert fm.methods.FR is type(fm.Recipe().method)
+    assert {cls.__name__ for cls in fm.methods.METHODS.values()} <= set(fm.methods.__all__)
+    assert all(getattr(fm.methods, name) is not None for name in fm.methods.__all__)
+    with pytest.raises(AttributeError, match="Nothing"):
+        fm.methods.Nothing  # noqa: B018
