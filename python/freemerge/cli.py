@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(error, REFUSED)
     except FreemergeError as error:
         return _complain(error, FAILED)
-    except BrokenPipeError:  # whoever read the output has seen enough; the flush at exit must not complain again
+    except BrokenPipeError:  # the reader has closed the pipe; the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:

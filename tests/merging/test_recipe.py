@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import freemerge as fm
 from freemerge.merging.recipe import PRESETS
@@ -196,3 +197,11 @@ def test_numbers_from_numpy_are_plain_numbers(tmp_path: Path) -> None:
     assert repr(recipe.response) == repr(fm.HighPass(0.25))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert fm.Recipe.from_yaml(tmp_path / "recipe.yaml") == recipe
+
+
+def test_the_documented_defaults_are_the_defaults() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "presets.md").read_text(encoding="utf-8")
+    documented = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    expected = fm.Recipe().to_config()
+    assert documented.keys() == expected.keys()
+    assert fm.Recipe.from_config(documented) == fm.Recipe()

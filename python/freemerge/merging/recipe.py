@@ -29,13 +29,13 @@ PRESETS = tuple(sorted(file.stem for file in _PRESET_FOLDER.glob("*.yaml")))  # 
 class Recipe:
     """How to merge: a method with its parameters, and what is common to all methods.
 
-    ``Recipe(HighPass(0.2), weights="uniform")`` is FR-Merging, ``Recipe(method="average", scale=0.5)`` something else.
-    Every keyword that is not listed here is a parameter of the method, and can be read from the recipe too.
+    ``Recipe(HighPass(0.2), weights="uniform")`` is FR-Merging with these parameters, ``Recipe(method="average")`` is
+    weight averaging. All keywords but those below are parameters of the method; they are attributes of the recipe too.
 
     Attributes:
         method: a method's name (see :data:`freemerge.methods.METHODS`), or the method itself. The result is
             ``theta_0 + scale * merged``, with the task vector that the method merges.
-        scale: a number, or ``"auto"``, which every method explains (:meth:`Method.default_scale`).
+        scale: a number, or ``"auto"`` for the default of the method.
         select: ordered rules or (pattern, action) pairs with action "filter" (treated as matrices, which FR-Merging
             filters), "merge" (entry by entry) or "copy"; the first match wins, and tensors that match none follow
             :func:`freemerge.merging.units.default_action`.
@@ -85,10 +85,9 @@ class Recipe:
         """The parameters of the method."""
         if name.startswith("_") or name == "method":  # not set yet while a recipe is copied or unpickled
             raise AttributeError(name)
-        try:
-            return getattr(self.method, name)
-        except AttributeError:
-            raise AttributeError(f"a recipe of method {self.method.name} has no field {name!r}") from None
+        if name not in (f.name for f in fields(self.method)):
+            raise AttributeError(f"a recipe of method {self.method.name} has no field {name!r}")
+        return getattr(self.method, name)
 
     def global_scale(self, count: int) -> float:
         """The scale of a merge of ``count`` models, as a number."""

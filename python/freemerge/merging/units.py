@@ -93,7 +93,7 @@ class Unit:
     """Tensors that are merged together: usually one; several where a view stacks them.
 
     ``parts``: rows of each matrix the (stacked) rows are filtered as; empty where the tensor is filtered whole.
-    ``must_agree``: a copied tensor that has to be equal in all models, because nobody asked for the base's.
+    ``must_agree``: a copied tensor that has to be equal in all models, because no rule asked for the base's.
     """
 
     names: tuple[str, ...]

@@ -85,11 +85,6 @@ class FR(Method):
         super().__post_init__()
 
     @property
-    def linear(self) -> bool:
-        """Whether the sum of the task vectors can be filtered instead of each of them."""
-        return not self.align and not self.sign_election
-
-    @property
     def passes(self) -> int:
         return 1 if self.weights == "magnitude" and self.scope == "model" else 0
 
@@ -155,7 +150,8 @@ class FR(Method):
 
     def _sums_first(self, as_matrices: bool) -> bool:
         """Whether the weighted sum is filtered, and not every task vector."""
-        return self.linear and not (self._own_weights and self._filtered_stats(as_matrices))
+        measures_filtered = self._own_weights and self._filtered_stats(as_matrices)
+        return not (self.align or self.sign_election or measures_filtered)
 
     def _means(self, vectors: TaskVectors) -> list[list[float]]:
         """For each member the mean magnitude of each model's task vector, raw or filtered as ``stats`` says."""
