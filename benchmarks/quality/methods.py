@@ -181,7 +181,7 @@ def _file_bytes(experts: Mapping[str, Expert]) -> float:
 
 
 def _fr(response: fm.Response) -> fm.Recipe:
-    return fm.Recipe(response=response, weights="paper", renormalize="energy")
+    return fm.Recipe(response=response, weights="magnitude", renormalize="energy")
 
 
 def _fr_at(cutoff: float, candidates: tuple[float, ...] = MEAN_SCALES) -> Static:
