@@ -10,10 +10,7 @@ wall time of each counts; GB/s are of the bytes read in one pass, from a warm pa
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,15 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import freemerge as fm
-
-WIDTH = 1024
-LAYER = {
-    "attention.qkv.weight": (3 * WIDTH, WIDTH),
-    "attention.out.weight": (WIDTH, WIDTH),
-    "mlp.up.weight": (4 * WIDTH, WIDTH),
-    "mlp.down.weight": (WIDTH, 4 * WIDTH),
-    "norm.weight": (WIDTH,),
-}
+from benchmarks import harness
+from benchmarks.models import write_models
 
 
 def main() -> None:
@@ -42,40 +32,18 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         paths = write_models(Path(folder), options.models + 1, options.megabytes)
-        work = jobs(paths, Path(folder) / "merged")
-        best = dict.fromkeys(work, float("inf"))
-        for _ in range(options.rounds):
-            for name, job in work.items():
-                start = time.perf_counter()
-                job()
-                best[name] = min(best[name], time.perf_counter() - start)
+        best = harness.least(jobs(paths, Path(folder) / "merged"), harness.wall_seconds, turns=options.rounds, budget=0)
         size = sum(path.stat().st_size for path in paths)
     rows = [
-        {"what": name, "seconds": round(seconds, 3), "gb_per_s": round(size / seconds / 1e9, 2)}
-        for name, seconds in best.items()
+        {"what": name, "seconds": round(ms / 1e3, 3), "gb_per_s": round(size / ms / 1e6, 2)}
+        for name, ms in best.items()
     ]
     print(f"{len(paths)} files, {size / 1e9:.2f} GB, {torch.get_num_threads()} threads")
     for row in rows:
         print(f"{row['what']:<34}{row['seconds']:8.2f} s {row['gb_per_s']:7.2f} GB/s")
     if options.report is not None:
-        machine = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        record = {**machine, "backends": fm.backends()["cpu"].details, "files": len(paths), "bytes": size, "rows": rows}
-        options.report.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def write_models(folder: Path, count: int, megabytes: int) -> list[Path]:
-    generator = torch.Generator().manual_seed(0)
-    layer_bytes = 2 * sum(torch.Size(shape).numel() for shape in LAYER.values())
-    layers = max(1, megabytes * 1_000_000 // layer_bytes)
-    shapes = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
-    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    paths = []
-    for index in range(count):
-        noise = 2e-3 if index else 0.0
-        model = {name: (t + noise * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()}
-        paths.append(folder / f"model-{index}.safetensors")
-        save_file(model, paths[-1])
-    return paths
+        report = {"machine": harness.machine(), "files": len(paths), "bytes": size, "rows": rows}
+        harness.write(options.report, report)
 
 
 def jobs(paths: list[Path], out: Path) -> dict[str, Callable[[], object]]:

@@ -1,0 +1,45 @@
+"""Models and experts that benchmarks make for themselves, by the public API alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import freemerge as fm
+
+WIDTH = 1024
+LAYER = {
+    "attention.qkv.weight": (3 * WIDTH, WIDTH),
+    "attention.out.weight": (WIDTH, WIDTH),
+    "mlp.up.weight": (4 * WIDTH, WIDTH),
+    "mlp.down.weight": (WIDTH, 4 * WIDTH),
+    "norm.weight": (WIDTH,),
+}
+
+
+def write_models(folder: Path, count: int, megabytes: int) -> list[Path]:
+    generator = torch.Generator().manual_seed(0)
+    layer_bytes = 2 * sum(torch.Size(shape).numel() for shape in LAYER.values())
+    layers = max(1, megabytes * 1_000_000 // layer_bytes)
+    shapes = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
+    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    paths = []
+    for index in range(count):
+        noise = 2e-3 if index else 0.0
+        model = {name: (t + noise * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()}
+        paths.append(folder / f"model-{index}.safetensors")
+        save_file(model, paths[-1])
+    return paths
+
+
+def bank_of_experts(
+    dtype: torch.dtype, device: str = "cpu", layers: int = 19, count: int = 8
+) -> tuple[fm.ExpertBank, nn.Module]:
+    """A model of layers of 5.3M parameters (19 make 100M) and one-percent experts for it."""
+    model = nn.ModuleList(nn.Linear(2304, 2304) for _ in range(layers)).to(device, dtype)
+    state = model.state_dict()
+    tuned = {f"t{i}": {name: value + torch.randn_like(value) for name, value in state.items()} for i in range(count)}
+    return fm.ExpertBank(model, fm.extract_experts(state, tuned)), model
