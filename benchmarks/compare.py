@@ -75,7 +75,7 @@ def workers(before: Path, after: Path) -> Iterator[dict[str, Worker]]:
 
 
 def judge(before: Sequence[float], control: Sequence[float], after: Sequence[float]) -> Row:
-    """Times of the same rounds: the median ratio, the noise, and whether one is beyond the other."""
+    """From times of the same rounds: the median of after / before, the noise, and the verdict."""
     ratio, scatter = median_and_error([a / b for a, b in zip(after, before, strict=True)])
     itself, its_scatter = median_and_error([c / b for c, b in zip(control, before, strict=True)])
     noise = max(SAME, abs(itself - 1) + 3 * max(scatter, its_scatter))

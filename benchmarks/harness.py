@@ -68,7 +68,7 @@ class Case:
 
 
 def steady_scale(response: fm.Response) -> float:
-    """With which a filter may run on its own output any number of times: Official has a ring of gain 2."""
+    """The scale at which a filter can run on its own output any number of times; Official has a ring of gain 2."""
     return 0.5 if isinstance(response, fm.Official) else 1.0
 
 

@@ -26,7 +26,7 @@ def times(seed: int, factor: float = 1.0, scatter: float = 0.02, rounds: int = 2
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("factor", "verdict"), [(1.0, "same"), (1.1, "slower"), (0.9, "faster")])
-def test_a_tenth_is_seen_through_scatter_and_nothing_where_nothing_is(seed: int, factor: float, verdict: str) -> None:
+def test_a_change_of_ten_percent_is_found_and_noise_is_not(seed: int, factor: float, verdict: str) -> None:
     found = compare.judge(times(3 * seed), times(3 * seed + 1), times(3 * seed + 2, factor))
     assert found["verdict"] == verdict
     assert found["ratio"] == pytest.approx(factor, abs=0.03)
@@ -38,7 +38,7 @@ def test_a_moment_that_slows_a_whole_round_changes_nothing() -> None:
     assert compare.judge(*slow)["ratio"] == pytest.approx(compare.judge(*rounds)["ratio"])
 
 
-def test_what_the_tree_before_differs_from_itself_is_noise() -> None:
+def test_a_difference_of_the_control_counts_as_noise() -> None:
     assert compare.judge(times(0), times(1, 1.1), times(2, 1.1))["verdict"] == "same"
 
 
