@@ -1,19 +1,19 @@
-"""Masks against their formulas, bin for bin, in Python and in C++."""
+"""Masks against their formulas, bin for bin, and what responses are as objects."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import freemerge as fm
 from cases import RESPONSES
-from freemerge import _core
-from freemerge.responses import Response, from_config, to_config
+from freemerge import responses
+from freemerge.responses import Response, base, from_config, to_config
+from freemerge.responses.radial import Radial
 
 OFFICIAL_SHAPES = [(768, 768), (2304, 768), (3072, 768), (51, 33), (1, 768)]
 
@@ -139,24 +139,54 @@ def test_derived_facts_agree_with_the_mask(response: Response, shape: tuple[int,
 
 
 @pytest.mark.parametrize("response", [r for r in RESPONSES if not isinstance(r, fm.Custom)], ids=str)
-@pytest.mark.parametrize("shape", [(12, 30), (51, 33), (64, 64), (1, 40), (40, 1), (96, 24)])
-def test_the_cpp_mask_is_the_python_mask(response: Response, shape: tuple[int, int]) -> None:
-    gains = _core.mask_gains(response.params(shape))
-    exact = not isinstance(response, fm.Butterworth | fm.Gaussian)
-    np.testing.assert_allclose(gains, response.half_mask(shape), rtol=0, atol=0 if exact else 1e-14)
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.floats(0, 1.5))
-def test_removed_fraction_counts_bins(height: int, width: int, cutoff: float) -> None:
-    mask = fm.HighPass(cutoff).mask((height, width))
-    assert fm.HighPass(cutoff).removed_fraction((height, width)) == pytest.approx(1 - mask.mean())
-
-
-@pytest.mark.parametrize("response", [r for r in RESPONSES if not isinstance(r, fm.Custom)], ids=str)
 def test_repr_is_code_and_config_goes_there_and_back(response: Response) -> None:
-    assert eval(repr(response), {**vars(fm)}) == response
+    assert eval(repr(response), {**vars(responses)}) == response
     assert from_config(to_config(response)) == response
     assert hash(from_config(to_config(response))) == hash(response)
+
+
+def test_subclasses_are_registered_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "RESPONSES", dict(responses.RESPONSES))
+
+    class Unfinished(Radial):
+        pass
+
+    @dataclass(frozen=True)
+    class _Hidden(fm.Center):
+        pass
+
+    @dataclass(frozen=True)
+    class Steeper(fm.Butterworth):
+        order: float = 4
+
+    assert {*base.RESPONSES} - {*responses.RESPONSES} == {"Steeper"}
+    assert base.RESPONSES["Steeper"] is Steeper
+    assert "Custom" not in base.RESPONSES, "a user's mask cannot be written down"
+
+
+def test_the_package_exports_every_response() -> None:
+    assert {*responses.RESPONSES} <= {*responses.__all__}
+    for name, response in responses.RESPONSES.items():
+        assert getattr(responses, name) is response
+
+
+@pytest.mark.parametrize(
+    "config", [None, "HighPass", {"cutoff": 0.4}, {"type": "Custom"}, {"type": ["HighPass"]}, {"type": "Radial"}]
+)
+def test_configs_of_no_response_are_refused(config: object) -> None:
+    with pytest.raises(fm.ArgumentError, match=r"type one of BandGain, BandPass, .*, Official, got"):
+        from_config(config)
+
+
+def test_configs_with_wrong_options_are_refused() -> None:
+    with pytest.raises(
+        fm.ArgumentError, match="response HighPass has no option 'order'; it takes cutoff, unit, metric"
+    ):
+        from_config({"type": "HighPass", "cutoff": 0.4, "order": 2})
+    with pytest.raises(fm.ArgumentError, match=r"response HighPass: .*cutoff"):
+        from_config({"type": "HighPass"})
+    with pytest.raises(fm.ArgumentError, match="response Custom cannot be serialised"):
+        to_config(fm.Custom([[1.0]]))
 
 
 @pytest.mark.parametrize(

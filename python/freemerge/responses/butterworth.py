@@ -1,0 +1,34 @@
+"""A smooth high-pass with a slope that the user chooses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .base import Gains, MaskParams, set_number
+from .radial import Metric, Radial, Unit
+
+
+@dataclass(frozen=True)
+class Butterworth(Radial):
+    """Smooth high-pass without ringing: M = 1 / (1 + (D0 / r)^(2 order)), 0 at DC; units as in :class:`HighPass`."""
+
+    cutoff: float
+    order: float = 2
+    unit: Unit = field(default="fraction", kw_only=True)
+    metric: Metric = field(default="bins", kw_only=True)
+
+    def __post_init__(self) -> None:
+        set_number(self, "cutoff", least=0)
+        set_number(self, "order", above=0)
+        super().__post_init__()
+
+    def params(self, shape: tuple[int, ...]) -> MaskParams:
+        return self._params("butterworth", shape, self.cutoff, order=self.order)
+
+    def _profile(self, radius: Gains, params: MaskParams) -> Gains:
+        positive = np.where(radius == 0.0, 1.0, radius)
+        with np.errstate(over="ignore"):  # far below the cutoff the power overflows and the gain is 0
+            gains = 1.0 / (1.0 + (params.edge0 / positive) ** (2.0 * params.order))
+        return np.where(radius == 0.0, 0.0, gains)

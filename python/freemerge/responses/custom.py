@@ -1,0 +1,88 @@
+"""Masks that the user brings, as an array or as a function."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+from .base import Gains, Response, matrix_shape
+
+MaskFunction = Callable[[Gains, Gains, tuple[int, int]], npt.ArrayLike]
+
+
+class Custom(Response):
+    """A user's own mask: an H x W array in stored order, or a callable ``mask(ky, kx, (H, W)) -> gains``.
+
+    A callable gets signed frequencies in bins as broadcastable float64 arrays of shapes (h, 1) and (1, w). Arrays are
+    copied, must be real and finite, and fit one shape only. Either is symmetrised. Callables compare by identity.
+    """
+
+    def __init__(self, mask: npt.ArrayLike | MaskFunction) -> None:
+        if callable(mask):
+            object.__setattr__(self, "_function", mask)
+            object.__setattr__(self, "_array", None)
+            object.__setattr__(self, "_key", (mask,))
+            return
+        try:
+            array = np.array(mask)
+            array = array.astype(np.float64, casting="same_kind" if array.dtype.kind == "c" else "unsafe")
+        except (TypeError, ValueError):
+            raise ArgumentError(f"mask must be a callable or an array of real numbers, got {mask!r}") from None
+        if array.ndim not in (1, 2) or array.size == 0 or not np.isfinite(array).all():
+            raise ArgumentError(f"mask must be a finite vector or matrix, got shape {array.shape}")
+        array.flags.writeable = False
+        object.__setattr__(self, "_function", None)
+        object.__setattr__(self, "_array", array.reshape(matrix_shape(array.shape)))
+        object.__setattr__(self, "_key", (array.shape, hashlib.blake2b(array.tobytes()).digest()))
+
+    _function: MaskFunction | None
+    _array: Gains | None
+    _key: tuple[object, ...]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Custom) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def identity(self) -> str:
+        """The mask's shape and hash, or the callable's name."""
+        if self._function is not None:
+            return (
+                f"{self._function.__module__}.{getattr(self._function, '__qualname__', type(self._function).__name__)}"
+            )
+        shape, digest = self._key
+        assert isinstance(digest, bytes)
+        return f"array {shape}, blake2b {digest.hex()}"
+
+    def __repr__(self) -> str:
+        inner = self._function if self._array is None else self._array.tolist()
+        return f"Custom({inner!r})"
+
+    def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
+        return 0.5 * (self._raw(ky, kx, matrix_shape(shape)) + self._raw(-ky, -kx, matrix_shape(shape)))
+
+    def _raw(self, ky: Gains, kx: Gains, shape: tuple[int, int]) -> Gains:
+        height, width = shape
+        if self._array is not None:
+            if self._array.shape != shape:
+                raise ArgumentError(f"mask has shape {self._array.shape} but the tensor has {shape}")
+            gains: Gains = self._array[(ky % height).astype(np.intp), (kx % width).astype(np.intp)]
+            return gains
+        assert self._function is not None
+        # The mirror image of a Nyquist bin is itself: hand the callable the stored sign.
+        ky = np.where(2 * ky == -height, -ky, ky)
+        kx = np.where(2 * kx == -width, -kx, kx)
+        called = np.asarray(self._function(ky, kx, shape))
+        if called.dtype.kind not in "fiub" or not np.isfinite(called).all():
+            raise ArgumentError(f"the mask callable must return finite real numbers, got {called.dtype} {called!r}")
+        called = called.astype(np.float64)
+        try:
+            return np.broadcast_to(called, np.broadcast_shapes(ky.shape, kx.shape))
+        except ValueError:
+            raise ArgumentError(f"mask callable returned shape {called.shape} for {ky.shape} x {kx.shape}") from None

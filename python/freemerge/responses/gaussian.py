@@ -1,0 +1,36 @@
+"""A smooth high-pass that is 1 beyond a few cutoffs, so that large matrices need few frequencies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .base import Box, Gains, MaskParams, set_number
+from .radial import Metric, Radial, Unit, band
+
+
+@dataclass(frozen=True)
+class Gaussian(Radial):
+    """Smooth high-pass without ringing: M = 1 - exp(-r^2 / (2 D0^2)); units as in :class:`HighPass`."""
+
+    cutoff: float
+    unit: Unit = field(default="fraction", kw_only=True)
+    metric: Metric = field(default="bins", kw_only=True)
+
+    def __post_init__(self) -> None:
+        set_number(self, "cutoff", above=0)
+        super().__post_init__()
+
+    def params(self, shape: tuple[int, ...]) -> MaskParams:
+        return self._params("gaussian", shape, self.cutoff)
+
+    def _profile(self, radius: Gains, params: MaskParams) -> Gains:
+        scaled = radius / params.edge0
+        return -np.expm1(-0.5 * (scaled * scaled))
+
+    def box(self, shape: tuple[int, ...]) -> Box:
+        params = self.params(shape)
+        edge = params.edge0 * math.sqrt(2 * math.log(1e13))  # beyond it 1 - M < 1e-13
+        return Box(1.0, (band(edge, params.unit_y), band(edge, params.unit_x)))

@@ -1,0 +1,40 @@
+"""Every response that numbers describe has one kind in csrc/common/mask.h, with the same gains."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cases
+from freemerge import _core
+from freemerge.responses import RESPONSES, MaskParams, Response, has_closed_form, transposed
+
+CLOSED_FORMS = [response for response in cases.RESPONSES if has_closed_form(response)]
+SHAPES = sorted({shape[-2:] for shape in cases.SHAPES} | {(12, 30), (64, 64), (1, 40), (40, 1), (96, 24)})
+COMPARED_BIT_BY_BIT = ("steps", "official", "center")  # the others round in different places
+
+
+def test_the_case_list_has_every_response() -> None:
+    listed = {type(response) for response in CLOSED_FORMS}
+    assert listed == {*RESPONSES.values()}, "tests/cases.py needs an example of each response"
+
+
+def test_every_kind_has_its_response() -> None:
+    kinds = {response.params((8, 8)).kind for response in CLOSED_FORMS}
+    assert kinds == {*_core.MASK_KINDS} - {"table"}
+
+
+@pytest.mark.parametrize("response", CLOSED_FORMS, ids=str)
+def test_gains_agree_on_every_bin(response: Response) -> None:
+    for shape in SHAPES:
+        turned = (transposed(response),) if len(shape) == 2 else ()
+        for described in (response, *turned):
+            params = described.params(shape)
+            allowed = 0 if params.kind in COMPARED_BIT_BY_BIT else 1e-14
+            gains = described.half_mask(shape)
+            np.testing.assert_allclose(_core.mask_gains(params), gains, rtol=0, atol=allowed, err_msg=str(shape))
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown mask kind 'other'"):
+        _core.mask_gains(MaskParams("other", 4, 4))
