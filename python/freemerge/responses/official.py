@@ -42,19 +42,19 @@ class Official(ClosedForm):
         return 0.5 * (self._raw(bin_y, bin_x, params) + self._raw(mirror_y, mirror_x, params))
 
     def removed_fraction(self, shape: tuple[int, ...]) -> float:
-        # The sum of 1 - min(M_s, 1) is H W, less the sum of M, plus what M_s exceeds 1 by: on a ring at most.
+        # The sum of 1 - min(M_s, 1) is H W, less the sum of M, plus what M_s exceeds 1 by, which only a ring can.
         params = self.params(shape)
         centre, dx = params.height // 2, np.arange(params.width, dtype=np.float64) - params.width // 2
-        # In each column, how many row distances 0, 1, 2, ... lie in the disc, in the ring, and within the ring.
-        disc, within, outer = (
+        # In each column, how many of the row distances 0, 1, 2, ... lie in the disc, below the ring, up to the ring.
+        disc, below, upto = (
             np.ceil(np.sqrt(np.maximum(squares - dx * dx, 0.0))).astype(np.int64) for squares in _squares(params)
         )
-        in_disc, inside_ring, in_ring = (np.clip(2 * n - 1, 0, params.height).sum() for n in (disc, within, outer))
-        kept = float(in_disc + in_ring - inside_ring)
+        in_disc, below_ring, upto_ring = (np.clip(2 * n - 1, 0, params.height).sum() for n in (disc, below, upto))
+        kept = float(in_disc + upto_ring - below_ring)
 
-        lengths = outer - within
+        lengths = upto - below
         columns = np.tile(np.repeat(np.arange(params.width), lengths), 2)
-        distances = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - outer, lengths)
+        distances = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - upto, lengths)
         rows = np.concatenate((centre - distances, centre + distances))
         exist = (rows >= 0) & (rows < params.height)
         ring = np.stack((rows[exist], columns[exist]))
@@ -96,7 +96,7 @@ class Official(ClosedForm):
 
 
 def _squares(params: MaskParams) -> tuple[int, int, int]:
-    """The numbers of squared distances 0, 1, 2, ... in the disc, closer than the ring, and up to the ring."""
+    """How many of the squared distances 0, 1, 2, ... lie in the disc, below the ring, and up to the ring."""
     squares = range(params.height**2 + params.width**2)
     disc, ring = np.float32(params.edge0), np.float32(params.edge1)
 
