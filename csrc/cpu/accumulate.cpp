@@ -3,8 +3,7 @@
 #include <algorithm>
 
 #include "common/error.h"
-#include "cpu/accumulate_kernels.h"
-#include "cpu/features.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
 
 namespace freemerge {
@@ -12,25 +11,6 @@ namespace {
 
 constexpr std::int64_t kBlock =
     1 << 15;  // entries whose |v| are summed together; fixes the order of the sums
-
-struct Kernels {
-  AccumulateKernel accumulate;
-  AddRoundKernel add_round;
-  SquareSumKernel square_sum;
-};
-
-Kernels kernels() {
-  switch (active_isa()) {
-#if defined(__x86_64__)
-    case Isa::kAvx512:
-      return {avx512::accumulate_range, avx512::add_round_range, avx512::square_sum_range};
-    case Isa::kAvx2:
-      return {avx2::accumulate_range, avx2::add_round_range, avx2::square_sum_range};
-#endif
-    default:
-      return {baseline::accumulate_range, baseline::add_round_range, baseline::square_sum_range};
-  }
-}
 
 std::int64_t block_count(std::int64_t n) { return (n + kBlock - 1) / kBlock; }
 
@@ -48,10 +28,10 @@ std::vector<double> accumulate(void* out, Storage base, const std::vector<Storag
   const AccumulateJob job{out,  wide ? DType::kFloat64 : DType::kFloat32, base, models.data(), weights.data(),
                           count};
   std::vector<double> sums(static_cast<std::size_t>(block_count(n)) * models.size());
-  const Kernels chosen = kernels();
+  const Kernels& k = active_kernels();
   parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
-    chosen.accumulate(job, begin, std::min(kBlock, n - begin), sums.data() + block * count);
+    k.accumulate_range(job, begin, std::min(kBlock, n - begin), sums.data() + block * count);
   });
   std::vector<double> means(models.size(), 0.0);
   for (std::size_t i = 0; i < sums.size(); ++i) means[i % models.size()] += sums[i];
@@ -64,20 +44,20 @@ void add_round(void* out, DType out_dtype, Storage base, Storage delta, double s
   require(n >= 0, "n must not be negative");
   const bool wide = base.dtype == DType::kFloat64 || delta.dtype == DType::kFloat64;
   const AddRoundJob job{out, out_dtype, wide ? DType::kFloat64 : DType::kFloat32, base, delta, scale};
-  const Kernels chosen = kernels();
+  const Kernels& k = active_kernels();
   parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
-    chosen.add_round(job, begin, std::min(kBlock, n - begin));
+    k.add_round_range(job, begin, std::min(kBlock, n - begin));
   });
 }
 
 double square_sum(Storage x, std::int64_t n, int threads) {
   require(n >= 0, "n must not be negative");
   std::vector<double> sums(static_cast<std::size_t>(block_count(n)));
-  const Kernels chosen = kernels();
+  const Kernels& k = active_kernels();
   parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
-    sums[static_cast<std::size_t>(block)] = chosen.square_sum(x, begin, std::min(kBlock, n - begin));
+    sums[static_cast<std::size_t>(block)] = k.square_sum_range(x, begin, std::min(kBlock, n - begin));
   });
   double total = 0.0;
   for (const double sum : sums) total += sum;

@@ -4,6 +4,7 @@
 
 namespace freemerge {
 
+// One per instruction set, each compiled from kernels_isa.cpp.
 namespace baseline {
 extern const Kernels kKernels;
 }
@@ -24,5 +25,7 @@ const Kernels& kernels(Isa isa) {
 #endif
   return baseline::kKernels;
 }
+
+const Kernels& active_kernels() { return kernels(active_isa()); }
 
 }  // namespace freemerge

@@ -6,10 +6,12 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "cpu/accumulate_kernels.h"
 #include "cpu/decimated_job.h"
 #include "cpu/features.h"
 #include "cpu/fft.h"
 #include "cpu/radial_table.h"
+#include "cpu/select_kernels.h"
 #include "cpu/spectrum.h"
 
 namespace freemerge {
@@ -71,10 +73,18 @@ struct Kernels {
   SignalKernels<double, double> float64;
   SignalKernels<freemerge::bfloat16, float> bfloat16;
   SignalKernels<freemerge::float16, float> float16;
+  AccumulateRange* accumulate_range;
+  AddRoundRange* add_round_range;
+  SquareSumRange* square_sum_range;
+  CollectRange* collect_range;
+  CountRange* count_range;
 };
 
 // Throws std::invalid_argument if this build or this processor lacks them.
 const Kernels& kernels(Isa isa);
+
+// Those of active_isa().
+const Kernels& active_kernels();
 
 // Kernels of one type.
 inline const TransformKernels<float>& transform_kernels(const Kernels& k, float) {

@@ -6,9 +6,8 @@
 #include <memory>
 
 #include "common/error.h"
-#include "cpu/features.h"
+#include "cpu/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/select_kernels.h"
 
 namespace freemerge {
 namespace {
@@ -20,24 +19,6 @@ constexpr std::int64_t kGuessFrom = 4 * kSample;
 constexpr std::int64_t kCountFrom = 1 << 13;  // below, sorting out all entries is cheaper than a histogram
 constexpr float kRowSlack = 0.85f;            // of one row's least magnitude, to start the next row from
 constexpr std::int64_t kSlackInSigmas = 5;  // a guess fails, and costs a second pass, about once in a million
-
-struct Kernels {
-  CollectKernel collect;
-  CountKernel count;
-};
-
-Kernels kernels() {
-  switch (active_isa()) {
-#if defined(__x86_64__)
-    case Isa::kAvx512:
-      return {avx512::collect_range, avx512::count_range};
-    case Isa::kAvx2:
-      return {avx2::collect_range, avx2::count_range};
-#endif
-    default:
-      return {baseline::collect_range, baseline::count_range};
-  }
-}
 
 // What a kernel finds in a range. Left uninitialised: clearing it would cost as much as finding.
 struct Hits {
@@ -108,7 +89,7 @@ Selection concatenate(const std::vector<Selection>& parts) {
 }
 
 Selection collect(TaskVector v, std::int64_t n, std::uint32_t threshold, int threads) {
-  const CollectKernel kernel = kernels().collect;
+  const auto kernel = active_kernels().collect_range;
   std::vector<Selection> parts(static_cast<std::size_t>((n + kBlock - 1) / kBlock));
   parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
@@ -186,7 +167,7 @@ Selection select_largest_per_row(TaskVector v, std::int64_t rows, std::int64_t w
   require(rows >= 0 && width >= 0 && k >= 0, "rows, width and k must not be negative");
   require(width <= 0xffffffff, "a row is too long");
   if (k == 0 || rows == 0 || width == 0) return {};
-  const CollectKernel kernel = kernels().collect;
+  const auto kernel = active_kernels().collect_range;
   const std::int64_t rows_per_task = std::max<std::int64_t>(1, kRowBlock / width);
   std::vector<Selection> parts(static_cast<std::size_t>((rows + rows_per_task - 1) / rows_per_task));
   parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t task, int) {
@@ -218,7 +199,7 @@ Selection select_largest_per_row(TaskVector v, std::int64_t rows, std::int64_t w
 
 void count_magnitudes(TaskVector v, std::int64_t n, std::int64_t* bins, int threads) {
   require(n >= 0, "n must not be negative");
-  const CountKernel kernel = kernels().count;
+  const auto kernel = active_kernels().count_range;
   const std::int64_t tasks = std::max(1, threads);
   // 32-bit counters stay in cache; a stretch of 2^31 entries cannot overflow one.
   constexpr std::int64_t kStretch = std::int64_t{1} << 31;

@@ -1,4 +1,4 @@
-// The table of one instruction set; see kernels.h. Each kernels_*.cpp includes this once.
+// The table of the instruction set FREEMERGE_ISA, and all of its kernels that work on vectors by hand.
 #include "cpu/decimated.inl"
 #include "cpu/kernels.h"
 #include "cpu/radial.inl"
@@ -6,6 +6,13 @@
 #include "cpu/step_gains.inl"
 
 namespace freemerge::FREEMERGE_ISA {
+
+// In accumulate_kernels.cpp and select_kernels.cpp.
+AccumulateRange accumulate_range;
+AddRoundRange add_round_range;
+SquareSumRange square_sum_range;
+CollectRange collect_range;
+CountRange count_range;
 
 template <typename T>
 void forward_kernel(const Fft<T>& plan, T* data, T* work) {
@@ -30,6 +37,8 @@ constexpr SignalKernels<Storage, Arithmetic<Storage>> signal_table() {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     radial_gains,          kDecimatedKernels,      transform_table<float>(), transform_table<double>(),
-    signal_table<float>(), signal_table<double>(), signal_table<bfloat16>(), signal_table<float16>()};
+    signal_table<float>(), signal_table<double>(), signal_table<bfloat16>(), signal_table<float16>(),
+    accumulate_range,      add_round_range,        square_sum_range,         collect_range,
+    count_range};
 
 }  // namespace freemerge::FREEMERGE_ISA
