@@ -3,14 +3,11 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
-#include "cpu/huge_pages.h"
 
 namespace freemerge {
 namespace {
 
-Storage storage(std::uintptr_t data, int dtype) {
-  return {reinterpret_cast<const void*>(data), to_dtype(dtype)};
-}
+Storage storage(std::uintptr_t data, int dtype) { return {pointer<const void>(data), to_dtype(dtype)}; }
 
 }  // namespace
 
@@ -24,9 +21,9 @@ void bind_accumulate(pybind11::module_& m) {
         std::vector<Storage> sources;
         for (std::size_t i = 0; i < models.size(); ++i)
           sources.push_back(storage(models[i], model_dtypes[i]));
-        const pybind11::gil_scoped_release release;
-        return accumulate(reinterpret_cast<void*>(out), storage(base, base_dtype), sources, weights, n,
-                          threads);
+        return without_gil([&] {
+          return accumulate(pointer<void>(out), storage(base, base_dtype), sources, weights, n, threads);
+        });
       },
       pybind11::arg("out"), pybind11::arg("base"), pybind11::arg("base_dtype"), pybind11::arg("models"),
       pybind11::arg("model_dtypes"), pybind11::arg("weights"), pybind11::arg("n"), pybind11::arg("threads"));
@@ -35,16 +32,12 @@ void bind_accumulate(pybind11::module_& m) {
       [](std::uintptr_t out, int out_dtype, std::uintptr_t base, int base_dtype, std::uintptr_t delta,
          int delta_dtype, double scale, std::int64_t n, int threads) {
         const pybind11::gil_scoped_release release;
-        add_round(reinterpret_cast<void*>(out), to_dtype(out_dtype), storage(base, base_dtype),
+        add_round(pointer<void>(out), to_dtype(out_dtype), storage(base, base_dtype),
                   storage(delta, delta_dtype), scale, n, threads);
       },
       pybind11::arg("out"), pybind11::arg("out_dtype"), pybind11::arg("base"), pybind11::arg("base_dtype"),
       pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("n"),
       pybind11::arg("threads"));
-  m.def(
-      "prefer_huge_pages",
-      [](std::uintptr_t data, std::size_t bytes) { prefer_huge_pages(reinterpret_cast<void*>(data), bytes); },
-      pybind11::arg("data"), pybind11::arg("bytes"));
   m.def(
       "square_sum",
       [](std::uintptr_t data, int dtype, std::int64_t n, int threads) {

@@ -8,15 +8,10 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/bindings.h"
 #include "cpu/select.h"
 
 namespace freemerge {
-
-template <typename Work>
-auto without_gil(const Work& work) {
-  const pybind11::gil_scoped_release release;
-  return work();
-}
 
 // A numpy array that owns the vector, without copying it.
 template <typename T>

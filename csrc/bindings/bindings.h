@@ -1,14 +1,36 @@
-// One bind function per topic, each in its own bind_*.cpp.
+// One bind function per topic, each in the file of that name, and what they share. Pointers are integers;
+// callers keep the memory alive. Bindings convert arguments and release the GIL, nothing else.
 #pragma once
 
 #include <pybind11/pybind11.h>
+
+#include <cstdint>
 
 namespace freemerge {
 
 void bind_accumulate(pybind11::module_& m);
 void bind_features(pybind11::module_& m);
+void bind_filter(pybind11::module_& m);
 void bind_select(pybind11::module_& m);
 void bind_sparse(pybind11::module_& m);
-void bind_filter(pybind11::module_& m);
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// The values of an enum by name, from its list.
+template <typename Named, std::size_t n, typename Code>
+pybind11::dict codes(const Named (&list)[n], Code Named::* code) {
+  pybind11::dict result;
+  for (const Named& entry : list) result[entry.name] = static_cast<int>(entry.*code);
+  return result;
+}
+
+template <typename Work>
+auto without_gil(const Work& work) {
+  const pybind11::gil_scoped_release release;
+  return work();
+}
 
 }  // namespace freemerge

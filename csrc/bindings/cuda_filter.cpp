@@ -21,12 +21,12 @@ py::array_t<T> to_numpy(const std::vector<T>& values) {
 
 // The tables of one axis, for upload: first, cell, weights, start, gathered and transform of WindowTables.
 py::tuple window_tables(std::int64_t samples, const Decimation& decimation, int padded) {
-  const auto window = window_for(samples, decimation);
+  const Window window = make_window(samples, decimation);
   const int taps = decimation.taps;
   const std::int64_t cells = decimation.cells;
   const auto first = [&](std::int64_t cell) {  // cells below 0 are the last ones, a turn earlier
     const bool turn = cell < 0;
-    return window->first[static_cast<std::size_t>(turn ? cell + cells : cell)] - (turn ? samples : 0);
+    return window.first[static_cast<std::size_t>(turn ? cell + cells : cell)] - (turn ? samples : 0);
   };
   std::int64_t reach = 0;
   for (std::int64_t c = 0; c < cells; ++c) reach = std::max(reach, first(c + 1) - first(c - taps + 1));
@@ -40,7 +40,7 @@ py::tuple window_tables(std::int64_t samples, const Decimation& decimation, int 
     for (std::int64_t n = first(c); n < first(c + 1); ++n) {
       cell[static_cast<std::size_t>(n)] = static_cast<std::int32_t>(c);
       for (int j = 0; j < taps; ++j) {
-        const float weight = window->weights[static_cast<std::size_t>(n * taps + j)];
+        const float weight = window.weights[static_cast<std::size_t>(n * taps + j)];
         weights[static_cast<std::size_t>(n * padded + j)] = weight;
         const std::int64_t target = c + j < cells ? c + j : c + j - cells;
         const std::int64_t turned = c + j < cells ? n : n - samples;
@@ -49,8 +49,8 @@ py::tuple window_tables(std::int64_t samples, const Decimation& decimation, int 
       }
     }
   }
-  return py::make_tuple(to_numpy(window->first), to_numpy(cell), to_numpy(weights), to_numpy(start),
-                        to_numpy(gathered), to_numpy(window->transform));
+  return py::make_tuple(to_numpy(window.first), to_numpy(cell), to_numpy(weights), to_numpy(start),
+                        to_numpy(gathered), to_numpy(window.transform));
 }
 
 // ColumnFilter::steps of a mask, as pairs: the boundaries fall from column to column.

@@ -1,46 +1,26 @@
+#include "cpu/filter.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 
+#include "bindings/arrays.h"
 #include "bindings/bindings.h"
 #include "bindings/mask.h"
-#include "common/error.h"
-#include "common/plan.h"
-#include "cpu/decimated.h"
-#include "cpu/row_column.h"
+#include "bindings/plan.h"
 
 namespace freemerge {
 namespace {
 
 namespace py = pybind11;
 
-void filter(const std::vector<std::uintptr_t>& pointers, int dtype, const Plan& plan, std::int64_t row_stride,
-            double scale, int threads, const std::optional<std::string>& isa) {
-  require(dtype >= 0 && dtype <= static_cast<int>(DType::kFloat16), "dtype must be between 0 and 3");
-  Matrices matrices{{}, static_cast<DType>(dtype), row_stride};
-  for (const std::uintptr_t pointer : pointers) {
-    require(pointer != 0, "pointers must not be null");
-    matrices.data.push_back(reinterpret_cast<void*>(pointer));
-  }
-  const Kernels& table = kernels(isa ? isa_from_name(*isa) : active_isa());
-  switch (plan.form) {
-    case Form::kDecimated:
-      return filter_decimated(plan, matrices, scale, threads, table);
-    case Form::kPruned:
-      return filter_pruned(plan, matrices, scale, threads, table);
-    case Form::kFull:
-      return filter_full(plan, matrices, scale, threads, table);
-    case Form::kScale:
-      break;
-  }
-  throw std::invalid_argument("form must be decimated, pruned or full");
-}
+using Gains = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 // Gains on the half spectrum, H x (W / 2 + 1).
-py::array_t<double> mask_gains(const py::object& params) {
+Gains mask_gains(const py::object& params) {
   const Mask mask = to_mask(params, nullptr);
-  py::array_t<double> gains({mask.height, mask.width / 2 + 1});
+  Gains gains({mask.height, mask.width / 2 + 1});
   auto values = gains.mutable_unchecked<2>();
   for (std::int64_t y = 0; y < values.shape(0); ++y) {
     for (std::int64_t x = 0; x < values.shape(1); ++x) values(y, x) = mask_gain(mask, y, x);
@@ -48,37 +28,53 @@ py::array_t<double> mask_gains(const py::object& params) {
   return gains;
 }
 
-Plan make_plan(int form, const py::object& mask, std::uintptr_t table, bool transposed, bool packed,
-               double background, const Decimation& rows, const Decimation& columns) {
-  require(form >= 0 && form <= static_cast<int>(Form::kFull), "form must be between 0 and 3");
-  return {static_cast<Form>(form),
-          to_mask(mask, reinterpret_cast<const float*>(table)),
-          transposed,
-          packed,
-          background,
-          rows,
-          columns};
+std::unique_ptr<Filter> to_filter(const std::string& form, const py::object& mask, std::uintptr_t table,
+                                  int dtype, bool transposed, bool packed, double background,
+                                  const py::object& rows, const py::object& columns,
+                                  const std::optional<Gains>& column_gains,
+                                  const std::optional<std::string>& isa) {
+  const Plan plan{to_form(form),
+                  to_mask(mask, pointer<const float>(table)),
+                  transposed,
+                  packed,
+                  background,
+                  to_decimation(rows),
+                  to_decimation(columns)};
+  std::vector<double> gains;
+  if (column_gains) gains.assign(column_gains->data(), column_gains->data() + column_gains->size());
+  const Kernels& chosen = isa ? kernels(isa_from_name(*isa)) : active_kernels();
+  return without_gil([&] { return make_filter(plan, to_dtype(dtype), std::move(gains), chosen); });
+}
+
+void run(const Filter& self, const std::vector<std::uintptr_t>& pointers, std::int64_t row_stride,
+         double scale, int threads) {
+  std::vector<void*> matrices;
+  matrices.reserve(pointers.size());
+  for (const std::uintptr_t address : pointers) {
+    require(address != 0, "pointers must not be null");
+    matrices.push_back(pointer<void>(address));
+  }
+  without_gil([&] { self.run(matrices, row_stride, scale, threads); });
 }
 
 }  // namespace
 
 void bind_filter(py::module_& m) {
-  py::dict kinds;
-  for (const MaskName& kind : kMaskNames) kinds[kind.name] = static_cast<int>(kind.kind);
-  m.attr("MASK_KINDS") = kinds;
+  m.attr("MASK_KINDS") = codes(kMaskNames, &MaskName::kind);
+  m.attr("FORMS") = codes(kFormNames, &FormName::form);
+  py::list taps;
+  for (int count = kMinTaps; count <= kMaxTaps; ++count) taps.append(count);
+  m.attr("TAPS") = py::tuple(taps);
+  m.attr("ROW_CELLS_MULTIPLE") = kRowCellsMultiple;
+  m.attr("MAX_LANES") = kMaxLanes;
   m.def("mask_gains", &mask_gains, py::arg("mask"));
-  py::class_<Decimation>(m, "Decimation")
-      .def(py::init([](std::int64_t cells, int taps, std::int64_t band, bool nyquist) {
-             return Decimation{cells, taps, band, nyquist};
-           }),
-           py::kw_only(), py::arg("cells"), py::arg("taps"), py::arg("band"), py::arg("nyquist") = false);
-  py::class_<Plan>(m, "Plan").def(py::init(&make_plan), py::kw_only(), py::arg("form"), py::arg("mask"),
-                                  py::arg("table") = 0, py::arg("transposed") = false,
-                                  py::arg("packed") = false, py::arg("background") = 0.0,
-                                  py::arg("rows") = Decimation{}, py::arg("columns") = Decimation{});
-  m.def("filter", &filter, py::call_guard<py::gil_scoped_release>(), py::arg("pointers"), py::arg("dtype"),
-        py::arg("plan"), py::arg("row_stride"), py::arg("scale"), py::arg("threads"),
-        py::arg("isa") = py::none());
+  py::class_<Filter>(m, "Filter")
+      .def(py::init(&to_filter), py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("table") = 0,
+           py::arg("dtype"), py::arg("transposed") = false, py::arg("packed") = false,
+           py::arg("background") = 0.0, py::arg("rows") = py::none(), py::arg("columns") = py::none(),
+           py::arg("column_gains") = py::none(), py::arg("isa") = py::none())
+      .def_property_readonly("nbytes", &Filter::nbytes)
+      .def("run", &run, py::arg("pointers"), py::arg("row_stride"), py::arg("scale"), py::arg("threads"));
 }
 
 }  // namespace freemerge

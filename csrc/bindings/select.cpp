@@ -7,8 +7,8 @@ namespace freemerge {
 namespace {
 
 TaskVector task_vector(std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype) {
-  return {{reinterpret_cast<const void*>(model), to_dtype(model_dtype)},
-          {reinterpret_cast<const void*>(base), to_dtype(base_dtype)}};
+  return {{pointer<const void>(model), to_dtype(model_dtype)},
+          {pointer<const void>(base), to_dtype(base_dtype)}};
 }
 
 }  // namespace
@@ -33,7 +33,7 @@ void bind_select(pybind11::module_& m) {
          std::uintptr_t bins, int threads) {
         const TaskVector v = task_vector(model, model_dtype, base, base_dtype);
         const pybind11::gil_scoped_release release;
-        count_magnitudes(v, n, reinterpret_cast<std::int64_t*>(bins), threads);
+        count_magnitudes(v, n, pointer<std::int64_t>(bins), threads);
       },
       pybind11::arg("model"), pybind11::arg("model_dtype"), pybind11::arg("base"),
       pybind11::arg("base_dtype"), pybind11::arg("n"), pybind11::arg("bins"), pybind11::arg("threads"));

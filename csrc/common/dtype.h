@@ -8,7 +8,17 @@
 
 namespace freemerge {
 
-enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+struct DTypeName {
+  DType dtype;
+  const char* name;
+};
+
+inline constexpr DTypeName kDTypeNames[] = {{DType::kFloat32, "float32"},
+                                            {DType::kFloat64, "float64"},
+                                            {DType::kBFloat16, "bfloat16"},
+                                            {DType::kFloat16, "float16"}};
 
 // The codes Python passes; an unknown one throws.
 inline DType to_dtype(int code) {

@@ -9,12 +9,19 @@
 namespace freemerge {
 
 enum class Form : int {
-  kScale = 0,      // the mask is one constant: y = background * x
-  kDecimated = 1,  // y = background * x + correction whose spectrum lies in a small box: windowed FIR, coarse
-                   // FFT, FIR back
-  kPruned = 2,     // y = background * x + correction on the columns of the spectrum whose gain varies
-  kFull = 3,       // row FFT, column FFT, mask, and back, for any mask
+  kDecimated,  // y = background * x + correction whose spectrum lies in a small box: spread onto a coarse
+               // grid, FFT, interpolate
+  kPruned,  // y = background * x + correction on the columns of the spectrum whose gain varies
+  kFull,    // row FFT, column FFT, mask, and back, for any mask
 };
+
+struct FormName {
+  Form form;
+  const char* name;
+};
+
+inline constexpr FormName kFormNames[] = {
+    {Form::kDecimated, "decimated"}, {Form::kPruned, "pruned"}, {Form::kFull, "full"}};
 
 // Decimation of one axis of n samples to `cells` coarse cells with a Kaiser-Bessel window of `taps` taps; no
 // taps leave the axis whole, cells = n.
@@ -28,15 +35,14 @@ struct Decimation {
 inline bool is_whole(const Decimation& axis) { return axis.taps == 0; }
 
 struct Plan {
-  Form form = Form::kScale;
+  Form form = Form::kFull;
   Mask mask;
-  // kPruned, kFull: treat columns as rows (column classes are taken along the other axis)
+  // kPruned, kFull: columns are treated as rows
   bool transposed = false;
-  bool packed = false;  // kFull: the spectrum is kept in the matrix's own memory; not with transposed
-  double background =
-      0.0;  // gain outside the box (kDecimated) or of the constant columns (kPruned), or everywhere (kScale)
-  Decimation rows;     // along H
-  Decimation columns;  // along W
+  bool packed = false;      // kFull: the spectrum is kept in the matrix's own memory; not with transposed
+  double background = 0.0;  // gain outside the box (kDecimated) or of the constant columns (kPruned)
+  Decimation rows;          // along H
+  Decimation columns;       // along W
 };
 
 }  // namespace freemerge

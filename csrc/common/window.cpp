@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <tuple>
 
-#include "common/cache.h"
 #include "common/error.h"
 
 namespace freemerge {
@@ -87,29 +85,25 @@ Window build_window(std::int64_t samples, const Decimation& d) {
   return window;
 }
 
-using Key = std::tuple<std::int64_t, std::int64_t, int, std::int64_t, bool>;
-
 }  // namespace
 
 std::int64_t first_cell(std::int64_t n, std::int64_t samples, const Decimation& d) {
   return leftmost(n, samples, d) - leftmost(0, samples, d);
 }
 
-std::shared_ptr<const Window> window_for(std::int64_t samples, const Decimation& d) {
+Window make_window(std::int64_t samples, const Decimation& d) {
   require(samples > 0 && d.band > 0, "decimation: samples and band must be positive");
   if (is_whole(d)) {
     require(d.cells == samples && d.band == samples / 2 + 1 && !d.nyquist,
             "decimation: a whole axis keeps all samples and frequencies");
-    return std::make_shared<const Window>(
-        Window{{}, {}, std::vector<double>(static_cast<std::size_t>(d.band), 1.0)});
+    return {{}, {}, std::vector<double>(static_cast<std::size_t>(d.band), 1.0)};
   }
   require(d.taps >= 2 && d.taps <= 16, "decimation: taps must be between 2 and 16");
   require(d.cells > 2 * (d.band - 1), "decimation: cells must exceed twice the highest frequency kept");
   require(d.cells <= samples, "decimation: cells must not exceed the samples");
   require(d.cells >= 2 * d.taps, "decimation: cells must be at least twice the taps");
   require(!d.nyquist || samples % 2 == 0, "decimation: a band around Nyquist needs an even length");
-  static LruCache<Key, Window> cache(64);
-  return cache.get({samples, d.cells, d.taps, d.band, d.nyquist}, [&] { return build_window(samples, d); });
+  return build_window(samples, d);
 }
 
 }  // namespace freemerge

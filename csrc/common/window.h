@@ -1,22 +1,22 @@
-// Kaiser-Bessel windows: how the samples of one axis are gathered into the cells of a coarse grid, and how
-// they are interpolated back.
+// Kaiser-Bessel windows: how the samples of one axis are spread onto a coarse grid, and how they are
+// interpolated back from it.
 //
 // Sample n lies at u = n * cells / samples on the coarse grid and touches the `taps` cells around it with
-// weights phi(u - cell). The DFT of the gathered cells is the DFT of the samples times phi's transform (for
+// weights phi(u - cell). The DFT of the spread samples is the DFT of the samples times phi's transform (for
 // |k| < band, up to an alias error of about exp(-pi * taps * sqrt(1 - (2 band - 1) / cells))).
 // Barnett, Magland, af Klinteberg, "A parallel non-uniform FFT library ...", SIAM J. Sci. Comput. 41 (2019).
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
+#include "common/bytes.h"
 #include "common/plan.h"
 
 namespace freemerge {
 
 // A window as the kernels see it.
-struct Taper {
+struct WindowView {
   const std::int64_t* first;
   const float* weights;
 };
@@ -28,7 +28,8 @@ struct Window {
   std::vector<float> weights;       // samples x taps; negated at odd samples when centred at Nyquist
   std::vector<double> transform;    // phi's transform at frequency k, 0 <= k < band
 
-  Taper taper() const { return {first.data(), weights.data()}; }
+  WindowView view() const { return {first.data(), weights.data()}; }
+  std::int64_t nbytes() const { return vector_bytes(first, weights, transform); }
 };
 
 // The first coarse point that sample n touches; it grows by at most one from a sample to the next.
@@ -36,7 +37,7 @@ std::int64_t first_cell(std::int64_t n, std::int64_t samples, const Decimation& 
 
 // Requires 2 * (band - 1) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; or a whole axis, whose
 // window has no weights and a transform of 1. The coarse origin is arbitrary, which a shift-invariant filter
-// does not see. Cached; safe to call from several threads.
-std::shared_ptr<const Window> window_for(std::int64_t samples, const Decimation& decimation);
+// does not see.
+Window make_window(std::int64_t samples, const Decimation& decimation);
 
 }  // namespace freemerge

@@ -1,9 +1,6 @@
 #include "cpu/box_gain.h"
 
-#include "common/cache.h"
-
 namespace freemerge {
-
 namespace {
 
 constexpr std::int64_t kLanes = 16;  // the widest vector of any instruction set
@@ -13,8 +10,9 @@ std::int64_t stored_bin(std::int64_t offset, std::int64_t n, bool nyquist) {
   return ((nyquist ? n / 2 : 0) + offset + n) % n;
 }
 
-// The mask is symmetric under (ky, kx) -> (-ky, -kx), and mask_gain wants 0 <= bin_x <= W / 2.
-double departure(const Plan& plan, std::int64_t a, std::int64_t k) {
+// The mask less the background. It is symmetric under (ky, kx) -> (-ky, -kx), and mask_gain wants 0 <= bin_x
+// <= W / 2.
+double correction_gain(const Plan& plan, std::int64_t a, std::int64_t k) {
   const std::int64_t height = plan.mask.height, width = plan.mask.width;
   std::int64_t bin_y = stored_bin(a, height, plan.rows.nyquist);
   std::int64_t bin_x = stored_bin(k, width, plan.columns.nyquist);
@@ -41,7 +39,9 @@ bool add_steps(const std::vector<float>& column, std::int64_t band, std::size_t 
   return true;
 }
 
-BoxGain build_box_gain(const Plan& plan, const Window& rows, const Window& columns) {
+}  // namespace
+
+BoxGain make_box_gain(const Plan& plan, const Window& rows, const Window& columns) {
   const std::int64_t row_band = plan.rows.band, column_band = plan.columns.band;
   BoxGain gain;
   gain.band = row_band;
@@ -64,7 +64,7 @@ BoxGain build_box_gain(const Plan& plan, const Window& rows, const Window& colum
   bool steps = true;
   for (std::int64_t k = 0; k < column_band; ++k) {
     for (std::int64_t a = 1 - row_band; a < row_band; ++a) {
-      column[static_cast<std::size_t>(a + row_band - 1)] = static_cast<float>(departure(plan, a, k));
+      column[static_cast<std::size_t>(a + row_band - 1)] = static_cast<float>(correction_gain(plan, a, k));
     }
     const auto index = static_cast<std::size_t>(k);
     if (steps && add_steps(column, row_band, index, gain)) continue;
@@ -77,29 +77,6 @@ BoxGain build_box_gain(const Plan& plan, const Window& rows, const Window& colum
     for (std::size_t a = 0; a < height; ++a) gain.table[a * pitch + index] = column[a];
   }
   return gain;
-}
-
-// Everything a BoxGain depends on.
-struct Key {
-  Plan plan;
-};
-
-bool same(const Decimation& a, const Decimation& b) {
-  return a.cells == b.cells && a.taps == b.taps && a.band == b.band && a.nyquist == b.nyquist;
-}
-
-bool operator==(const Key& a, const Key& b) {
-  return a.plan.mask == b.plan.mask && a.plan.background == b.plan.background &&
-         same(a.plan.rows, b.plan.rows) && same(a.plan.columns, b.plan.columns);
-}
-
-}  // namespace
-
-std::shared_ptr<const BoxGain> box_gain_for(const Plan& plan, const Window& rows, const Window& columns) {
-  const auto build = [&] { return build_box_gain(plan, rows, columns); };
-  if (plan.mask.kind == MaskKind::kTable) return std::make_shared<const BoxGain>(build());
-  static LruCache<Key, BoxGain> cache(32);
-  return cache.get({plan}, build);
 }
 
 }  // namespace freemerge

@@ -7,105 +7,90 @@
 #include "cpu/parallel.h"
 
 namespace freemerge {
-
 namespace {
 
-// Everything of a job that its matrices share.
-class DecimatedFilter {
+class DecimatedFilter : public Filter {
  public:
-  DecimatedFilter(const Plan& plan, DType dtype, std::int64_t stride, double scale,
-                  const DecimatedKernels& kernels)
-      : kernels_(kernels),
-        rows_(window_for(plan.mask.height, plan.rows)),
-        columns_(window_for(plan.mask.width, plan.columns)),
-        gain_(box_gain_for(plan, *rows_, *columns_)),
-        row_fft_(shared_fft<float>(plan.columns.cells)),
-        column_fft_(shared_fft<float>(plan.rows.cells)),
-        job_{nullptr,
-             dtype,
-             plan.mask.height,
-             plan.mask.width,
-             stride,
-             static_cast<float>(scale * plan.background),
-             rows_->taper(),
-             columns_->taper(),
-             plan.rows,
-             plan.columns,
-             row_fft_.get(),
-             column_fft_.get(),
-             BoxGainView(*gain_),
-             static_cast<float>(scale),
-             nullptr} {}
+  DecimatedFilter(const Plan& plan, DType dtype, const DecimatedKernels& kernels)
+      : Filter(plan.mask),
+        kernels_(kernels),
+        background_(plan.background),
+        rows_(make_window(plan.mask.height, plan.rows)),
+        columns_(make_window(plan.mask.width, plan.columns)),
+        gain_(make_box_gain(plan, rows_, columns_)),
+        row_fft_(std::make_shared<const Fft<float>>(plan.columns.cells)),
+        column_fft_(plan.rows.cells == plan.columns.cells
+                        ? row_fft_
+                        : std::make_shared<const Fft<float>>(plan.rows.cells)),
+        job_{} {
+    job_.dtype = dtype;
+    job_.width = plan.mask.width;
+    job_.row_window = rows_.view();
+    job_.column_window = columns_.view();
+    job_.rows = plan.rows;
+    job_.columns = plan.columns;
+    job_.row_fft = row_fft_.get();
+    job_.column_fft = column_fft_.get();
+    job_.gain = gain_.view();
+  }
 
-  // Work areas of one worker, and the coarse spectrum of one matrix.
-  Buffer<float> scratch() const { return Buffer<float>(kernels_.scratch_floats(job_)); }
-  Buffer<float> spectrum() const { return Buffer<float>(blocks() * kernels_.lanes * job_.rows.cells * 2); }
-
-  // Blocks of the longest loop over one matrix.
-  std::int64_t parallel_blocks() const { return std::max(bands(), blocks()); }
-
-  // Filters one matrix with the first `workers` elements of `scratch`.
-  void run(void* matrix, float* spectrum, const Buffer<float>* scratch, int workers) const {
-    DecimatedJob job = job_;
-    job.data = matrix;
-    job.spectrum = spectrum;
-    const auto stage = [&](std::int64_t items, auto kernel) {
-      // One run of items per worker: each run starts with a few rows that its predecessor has too.
-      const std::int64_t parts = workers_for(items, workers);
-      parallel_for(parts, static_cast<int>(parts), [&](std::int64_t part, int worker) {
-        kernel(job, items * part / parts, items * (part + 1) / parts, scratch[worker].data());
-      });
-    };
-    stage(bands(), kernels_.gather);
-    stage(blocks(), kernels_.respond);
-    stage(bands(), kernels_.interpolate);
+  std::int64_t nbytes() const override {
+    const std::int64_t transforms =
+        row_fft_->nbytes() + (column_fft_ == row_fft_ ? 0 : column_fft_->nbytes());
+    return rows_.nbytes() + columns_.nbytes() + gain_.nbytes() + transforms;
   }
 
  private:
   std::int64_t bands() const { return job_.rows.cells / (2 * kernels_.lanes); }
   std::int64_t blocks() const { return (job_.columns.band + kernels_.lanes - 1) / kernels_.lanes; }
 
+  std::int64_t spectrum_bytes() const override {
+    return blocks() * kernels_.lanes * job_.rows.cells * 2 * static_cast<std::int64_t>(sizeof(float));
+  }
+  std::int64_t work_bytes() const override {
+    return kernels_.work_floats(job_) * static_cast<std::int64_t>(sizeof(float));
+  }
+  std::int64_t blocks_of_matrix() const override { return std::max(bands(), blocks()); }
+
+  void filter_matrix(void* matrix, const Call& call, void* spectrum, void* const* work,
+                     int workers) const override {
+    DecimatedJob job = job_;
+    job.data = matrix;
+    job.stride = call.row_stride;
+    job.background = static_cast<float>(call.scale * background_);
+    job.scale = static_cast<float>(call.scale);
+    job.spectrum = static_cast<float*>(spectrum);
+    const auto stage = [&](std::int64_t items, auto kernel) {
+      // One run of items per worker: each run starts with a few rows that its predecessor has too.
+      const std::int64_t parts = workers_for(items, workers);
+      parallel_for(parts, static_cast<int>(parts), [&](std::int64_t part, int worker) {
+        kernel(job, items * part / parts, items * (part + 1) / parts, static_cast<float*>(work[worker]));
+      });
+    };
+    stage(bands(), kernels_.spread);
+    stage(blocks(), kernels_.coarse_mask);
+    stage(bands(), kernels_.interpolate);
+  }
+
   const DecimatedKernels& kernels_;
-  const std::shared_ptr<const Window> rows_, columns_;
-  const std::shared_ptr<const BoxGain> gain_;
+  const double background_;
+  const Window rows_, columns_;
+  const BoxGain gain_;
   const std::shared_ptr<const Fft<float>> row_fft_, column_fft_;
-  const DecimatedJob job_;
+  DecimatedJob job_;  // of any matrix: what a call gives is left out
 };
 
-void check(const Plan& plan, const Matrices& matrices, int threads) {
-  require(matrices.dtype != DType::kFloat64, "the decimated form has no float64 arithmetic");
-  require(matrices.row_stride >= plan.mask.width, "row_stride must be at least the width");
-  require(threads >= 1, "threads must be at least 1");
+}  // namespace
+
+std::unique_ptr<Filter> make_decimated_filter(const Plan& plan, DType dtype,
+                                              const DecimatedKernels& kernels) {
+  require(dtype != DType::kFloat64, "the decimated form has no float64 arithmetic");
   const auto windowed = [](const Decimation& axis) { return axis.taps >= kMinTaps && axis.taps <= kMaxTaps; };
   require(windowed(plan.rows) && (windowed(plan.columns) || is_whole(plan.columns)),
           "decimation: taps must be between 6 and 9, or 0 along the width");
   require(plan.rows.cells % kRowCellsMultiple == 0,
           "decimation: cells along the height must be a multiple of 32");
-}
-
-}  // namespace
-
-void filter_decimated(const Plan& plan, const Matrices& matrices, double scale, int threads,
-                      const Kernels& kernels) {
-  check(plan, matrices, threads);
-  const DecimatedFilter filter(plan, matrices.dtype, matrices.row_stride, scale, kernels.decimated);
-  const auto count = static_cast<std::int64_t>(matrices.data.size());
-  // Whole matrices per worker where there are enough of them: no waiting, and each stays in one core's cache.
-  const bool whole = count >= threads;
-  const int workers = workers_for(whole ? count : filter.parallel_blocks(), threads);
-  std::vector<Buffer<float>> scratch, spectra;
-  for (int worker = 0; worker < workers; ++worker) {
-    scratch.push_back(filter.scratch());
-    if (whole || worker == 0) spectra.push_back(filter.spectrum());
-  }
-  if (whole) {
-    parallel_for(count, workers, [&](std::int64_t i, int worker) {
-      const auto index = static_cast<std::size_t>(worker);
-      filter.run(matrices.data[static_cast<std::size_t>(i)], spectra[index].data(), &scratch[index], 1);
-    });
-  } else {
-    for (void* const matrix : matrices.data) filter.run(matrix, spectra[0].data(), scratch.data(), workers);
-  }
+  return std::make_unique<DecimatedFilter>(plan, dtype, kernels);
 }
 
 }  // namespace freemerge

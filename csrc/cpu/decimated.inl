@@ -3,7 +3,7 @@
 
 #include "cpu/decimated_job.h"
 #include "cpu/fft.inl"
-#include "cpu/fir.inl"
+#include "cpu/window_passes.inl"
 
 namespace freemerge::FREEMERGE_ISA {
 
@@ -28,16 +28,16 @@ FM_INLINE std::int64_t ring_pitch(const DecimatedJob& job) {
   return pitch % 1024 < 80 ? pitch + 80 : pitch;
 }
 
-FM_INLINE Ring ring_in(const DecimatedJob& job, float* scratch) {
-  return {scratch, ring_pitch(job), ring_size(job)};
+FM_INLINE Ring ring_in(const DecimatedJob& job, float* work) {
+  return {work, ring_pitch(job), ring_size(job)};
 }
 
 // The row transform's data and work follow the ring.
-FM_INLINE float* transform_in(const DecimatedJob& job, float* scratch) {
-  return scratch + ring_pitch(job) * ring_size(job);
+FM_INLINE float* transform_in(const DecimatedJob& job, float* work) {
+  return work + ring_pitch(job) * ring_size(job);
 }
 
-inline std::int64_t scratch_floats(const DecimatedJob& job) {
+inline std::int64_t work_floats(const DecimatedJob& job) {
   const std::int64_t rows = job.row_fft->n + job.row_fft->work;
   const std::int64_t columns = job.column_fft->work;
   return ring_pitch(job) * ring_size(job) + kElement<float> * (rows > columns ? rows : columns);
@@ -49,10 +49,10 @@ FM_INLINE std::int64_t slot_of(const Fft<float>& plan, std::int64_t bin) {
 
 inline constexpr auto kTapIndices = std::make_integer_sequence<int, kMaxTaps - kMinTaps + 1>{};
 
-// The passes, by taps and storage type.
-struct Passes {
-  void (*gather_sweep)(const DecimatedJob& job, Sweep sweep);
-  void (*interpolate_sweep)(const DecimatedJob& job, Sweep sweep);
+// The passes along the rows axis, by taps and storage type.
+struct RowPasses {
+  void (*spread_rows)(const DecimatedJob& job, Sweep sweep);
+  void (*interpolate_rows)(const DecimatedJob& job, Sweep sweep);
   std::int64_t storage_bytes;
 };
 
@@ -61,22 +61,23 @@ FM_INLINE Samples<Storage> samples_of(const DecimatedJob& job) {
   return {static_cast<Storage*>(job.data), job.width, job.stride, job.background};
 }
 template <int Taps, typename Storage>
-void gather_job_sweep(const DecimatedJob& job, Sweep sweep) {
-  gather_sweep<Taps>(samples_of<Storage>(job), job.row_taper, sweep);
+void spread_job_rows(const DecimatedJob& job, Sweep sweep) {
+  spread_rows<Taps>(samples_of<Storage>(job), job.row_window, sweep);
 }
 template <int Taps, typename Storage>
-void interpolate_job_sweep(const DecimatedJob& job, Sweep sweep) {
-  interpolate_sweep<Taps>(samples_of<Storage>(job), job.row_taper, sweep);
+void interpolate_job_rows(const DecimatedJob& job, Sweep sweep) {
+  interpolate_rows<Taps>(samples_of<Storage>(job), job.row_window, sweep);
 }
 
 template <typename Storage, int... Index>
-FM_INLINE Passes passes_by_taps(int taps, std::integer_sequence<int, Index...>) {
-  static constexpr Passes table[] = {{gather_job_sweep<kMinTaps + Index, Storage>,
-                                      interpolate_job_sweep<kMinTaps + Index, Storage>, sizeof(Storage)}...};
+FM_INLINE RowPasses passes_by_taps(int taps, std::integer_sequence<int, Index...>) {
+  static constexpr RowPasses table[] = {{spread_job_rows<kMinTaps + Index, Storage>,
+                                         interpolate_job_rows<kMinTaps + Index, Storage>,
+                                         sizeof(Storage)}...};
   return table[taps - kMinTaps];
 }
 
-FM_INLINE Passes column_passes(const DecimatedJob& job) {
+FM_INLINE RowPasses row_passes(const DecimatedJob& job) {
   if (job.dtype == DType::kBFloat16) return passes_by_taps<bfloat16>(job.rows.taps, kTapIndices);
   if (job.dtype == DType::kFloat16) return passes_by_taps<float16>(job.rows.taps, kTapIndices);
   return passes_by_taps<float>(job.rows.taps, kTapIndices);
@@ -91,7 +92,7 @@ inline void sweep_cells(const DecimatedJob& job, Ring ring, std::int64_t first, 
   float* rows[kGroup + 2 * kMaxTaps];
   for (std::int64_t i = 0; i < last - first + job.rows.taps; ++i) rows[i] = ring.row(first + i);
   const std::int64_t wrap = first < 0 ? job.rows.cells : 0;
-  const std::int64_t* starts = job.row_taper.first + wrap;
+  const std::int64_t* starts = job.row_window.first + wrap;
   const std::int64_t start = starts[first], count = starts[last] - start;
   const std::int64_t parts = (count + most - 1) / most;
   std::int64_t cell = first, begin = start;
@@ -169,29 +170,29 @@ inline void join_band(const DecimatedJob& job, std::int64_t band, float* z) {
 // Stages
 // --------------------------------------------------------------------------------------------------------
 
-using GatherRows = void (*)(float* const*, std::int64_t, Taper, std::int64_t, float*, std::int64_t);
-using InterpolateRows = void (*)(const float*, std::int64_t, Taper, std::int64_t, std::int64_t,
-                                 float* const*);
+using SpreadColumns = void (*)(float* const*, std::int64_t, WindowView, std::int64_t, float*, std::int64_t);
+using InterpolateColumns = void (*)(const float*, std::int64_t, WindowView, std::int64_t, std::int64_t,
+                                    float* const*);
 
 template <int... Index>
-FM_INLINE GatherRows gather_rows_by_taps(int taps, std::integer_sequence<int, Index...>) {
-  static constexpr GatherRows table[] = {gather_rows<kMinTaps + Index>...};
-  return taps == 0 ? gather_whole_rows : table[taps - kMinTaps];
+FM_INLINE SpreadColumns spread_columns_by_taps(int taps, std::integer_sequence<int, Index...>) {
+  static constexpr SpreadColumns table[] = {spread_columns<kMinTaps + Index>...};
+  return taps == 0 ? spread_whole_columns : table[taps - kMinTaps];
 }
 template <int... Index>
-FM_INLINE InterpolateRows interpolate_rows_by_taps(int taps, std::integer_sequence<int, Index...>) {
-  static constexpr InterpolateRows table[] = {interpolate_rows<kMinTaps + Index>...};
-  return taps == 0 ? interpolate_whole_rows : table[taps - kMinTaps];
+FM_INLINE InterpolateColumns interpolate_columns_by_taps(int taps, std::integer_sequence<int, Index...>) {
+  static constexpr InterpolateColumns table[] = {interpolate_columns<kMinTaps + Index>...};
+  return taps == 0 ? interpolate_whole_columns : table[taps - kMinTaps];
 }
 
-inline void gather_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
-                         float* scratch) {
-  const Ring ring = ring_in(job, scratch);
-  float* const z = transform_in(job, scratch);
-  const Passes passes = column_passes(job);
-  const GatherRows gather = gather_rows_by_taps(job.columns.taps, kTapIndices);
+inline void spread_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
+                         float* work) {
+  const Ring ring = ring_in(job, work);
+  float* const z = transform_in(job, work);
+  const RowPasses passes = row_passes(job);
+  const SpreadColumns spread = spread_columns_by_taps(job.columns.taps, kTapIndices);
   const auto sweep = [&](std::int64_t first, std::int64_t last) {
-    sweep_cells(job, ring, first, last, passes.gather_sweep, passes.storage_bytes);
+    sweep_cells(job, ring, first, last, passes.spread_rows, passes.storage_bytes);
   };
   // A coarse row sums over the cells from taps - 1 before it: start there; the rows before it stay unused.
   const std::int64_t halo = job.rows.taps - 1;
@@ -204,20 +205,20 @@ inline void gather_bands(const DecimatedJob& job, std::int64_t first_band, std::
       sweep(row, row + kGroup);
       float* rows[kGroup];
       for (std::int64_t i = 0; i < kGroup; ++i) rows[i] = ring.row(row + i);
-      gather(rows, job.width, job.column_taper, job.columns.cells, z + half * kGroup, kElement<float>);
+      spread(rows, job.width, job.column_window, job.columns.cells, z + half * kGroup, kElement<float>);
     }
     forward(*job.row_fft, z, z + kElement<float> * job.row_fft->n);
     split_band(job, z, band);
   }
 }
 
-// From the last band to the first: what `gather` read last is still in cache.
+// From the last band to the first: what `spread` read last is still in cache.
 inline void interpolate_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
-                              float* scratch) {
-  const Ring ring = ring_in(job, scratch);
-  float* const z = transform_in(job, scratch);
-  const Passes passes = column_passes(job);
-  const InterpolateRows interpolate = interpolate_rows_by_taps(job.columns.taps, kTapIndices);
+                              float* work) {
+  const Ring ring = ring_in(job, work);
+  float* const z = transform_in(job, work);
+  const RowPasses passes = row_passes(job);
+  const InterpolateColumns interpolate = interpolate_columns_by_taps(job.columns.taps, kTapIndices);
   const auto coarse_band = [&](std::int64_t band) {
     join_band(job, band, z);
     inverse(*job.row_fft, z, z + kElement<float> * job.row_fft->n);
@@ -225,7 +226,7 @@ inline void interpolate_bands(const DecimatedJob& job, std::int64_t first_band, 
   const auto coarse_rows = [&](std::int64_t row, std::int64_t half) {
     float* rows[kGroup];
     for (std::int64_t i = 0; i < kGroup; ++i) rows[i] = ring.row(row + i);
-    interpolate(z + half * kGroup, kElement<float>, job.column_taper, job.columns.cells, job.width, rows);
+    interpolate(z + half * kGroup, kElement<float>, job.column_window, job.columns.cells, job.width, rows);
   };
   // Cells also need the taps - 1 rows after them, which are never more than a band.
   static_assert(kMaxTaps - 1 <= kBand);
@@ -238,7 +239,7 @@ inline void interpolate_bands(const DecimatedJob& job, std::int64_t first_band, 
     for (std::int64_t half = 2; half-- > 0;) {
       row -= kGroup;
       coarse_rows(row, half);
-      sweep_cells(job, ring, row, row + kGroup, passes.interpolate_sweep, passes.storage_bytes);
+      sweep_cells(job, ring, row, row + kGroup, passes.interpolate_rows, passes.storage_bytes);
     }
   }
 }
@@ -261,10 +262,10 @@ struct BlockGain {
 
   FM_INLINE FloatVec at(std::int64_t a) const {
     const std::int64_t magnitude = a < 0 ? -a : a;
-    return departure(a, static_cast<std::uint32_t>(magnitude)) * (factor * row_factor[magnitude]);
+    return difference(a, static_cast<std::uint32_t>(magnitude)) * (factor * row_factor[magnitude]);
   }
 
-  FM_INLINE FloatVec departure(std::int64_t a, std::uint32_t magnitude) const {
+  FM_INLINE FloatVec difference(std::int64_t a, std::uint32_t magnitude) const {
     if (table != nullptr) return load(table + a * pitch);
     const WordVec outer = select(bit_cast<WordVec>(magnitude < bound[1]), bit_cast<WordVec>(value[1]),
                                  bit_cast<WordVec>(value[2]));
@@ -273,12 +274,12 @@ struct BlockGain {
   }
 };
 
-inline void respond_blocks(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block,
-                           float* scratch) {
+inline void coarse_mask_blocks(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block,
+                               float* work) {
   const Fft<float>& plan = *job.column_fft;
   for (std::int64_t block = first_block; block < last_block; ++block) {
     float* const column = spectrum_at(job, block, 0);
-    forward(plan, column, scratch);
+    forward(plan, column, work);
     const BlockGain gain(job.gain, block * kGroup, job.scale);
     for (std::int64_t bin = 0; bin < plan.n; ++bin) {
       float* const element = column + kElement<float> * slot_of(plan, bin);
@@ -291,11 +292,11 @@ inline void respond_blocks(const DecimatedJob& job, std::int64_t first_block, st
         kForward<float>.store(element, Complex<float>{});
       }
     }
-    inverse(plan, column, scratch);
+    inverse(plan, column, work);
   }
 }
 
-inline constexpr DecimatedKernels kDecimatedKernels = {static_cast<int>(kGroup), scratch_floats, gather_bands,
-                                                       respond_blocks, interpolate_bands};
+inline constexpr DecimatedKernels kDecimatedKernels = {static_cast<int>(kGroup), work_floats, spread_bands,
+                                                       coarse_mask_blocks, interpolate_bands};
 
 }  // namespace freemerge::FREEMERGE_ISA

@@ -1,12 +1,11 @@
-// What the kernels of the decimated filter work on, and their three stages:
+// What the kernels of the decimated filter work on, and its three stages:
 //
-//   gather       down columns and along rows, windowed FIR onto the coarse grid; transform the coarse rows
-//   and keep
-//                the box's columns
-//   respond      transform those columns, multiply by the mask's departure from c, and back
-//   interpolate  transform the coarse rows back, the adjoint FIR along rows and columns, and the one write
+//   spread       windows down the rows axis and along the columns axis, from V to the coarse grid; transform
+//                the coarse rows and keep the box's columns
+//   coarse_mask  transform those columns, multiply by M - c, and back
+//   interpolate  transform the coarse rows back, the adjoint windows along both axes, and the one write
 //
-// V is the matrix; c the gain outside the box.
+// V is the matrix, M the mask, c its gain outside the box.
 #pragma once
 
 #include <cstdint>
@@ -22,11 +21,11 @@ namespace freemerge {
 struct DecimatedJob {
   void* data;
   DType dtype;
-  std::int64_t height, width, stride;
+  std::int64_t width, stride;
   float background;
 
-  Taper row_taper, column_taper;  // over the height, over the width
-  Decimation rows, columns;
+  WindowView row_window, column_window;
+  Decimation rows, columns;      // along the height, along the width
   const Fft<float>* row_fft;     // along coarse rows: columns.cells points
   const Fft<float>* column_fft;  // down coarse columns: rows.cells points
   BoxGainView gain;
@@ -39,11 +38,11 @@ struct DecimatedJob {
 // A band is a group of 2 * lanes coarse rows; a block is a group of `lanes` columns of the box.
 struct DecimatedKernels {
   int lanes;
-  std::int64_t (*scratch_floats)(const DecimatedJob& job);
-  void (*gather)(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band, float* scratch);
-  void (*respond)(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block, float* scratch);
-  void (*interpolate)(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
-                      float* scratch);
+  std::int64_t (*work_floats)(const DecimatedJob& job);
+  void (*spread)(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band, float* work);
+  void (*coarse_mask)(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block,
+                      float* work);
+  void (*interpolate)(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band, float* work);
 };
 
 // Taps the kernels are compiled for.

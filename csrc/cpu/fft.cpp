@@ -6,7 +6,7 @@
 #include <limits>
 #include <map>
 
-#include "common/cache.h"
+#include "common/bytes.h"
 #include "common/error.h"
 
 namespace freemerge {
@@ -304,22 +304,22 @@ void Fft<T>::plan_bluestein() {
   reference_transform(kernel.data(), spectrum.data(), m, 1);
   std::vector<T> spectrum_table(static_cast<std::size_t>(2 * m));
   for (std::int64_t k = 0; k < m; ++k) {
-    const auto place = static_cast<std::size_t>(2 * (convolution->slot ? convolution->slot[k] : k));
-    spectrum_table[place] = static_cast<T>(spectrum[static_cast<std::size_t>(k)].real());
-    spectrum_table[place + 1] = static_cast<T>(spectrum[static_cast<std::size_t>(k)].imag());
+    const auto position = static_cast<std::size_t>(2 * (convolution->slot ? convolution->slot[k] : k));
+    spectrum_table[position] = static_cast<T>(spectrum[static_cast<std::size_t>(k)].real());
+    spectrum_table[position + 1] = static_cast<T>(spectrum[static_cast<std::size_t>(k)].imag());
   }
   chirp_spectrum = keep(std::move(spectrum_table));
 }
 
 template <typename T>
-std::shared_ptr<const Fft<T>> shared_fft(std::int64_t n) {
-  static LruCache<std::int64_t, Fft<T>> cache(32);
-  return cache.get(n, [n] { return Fft<T>(n); });
+std::int64_t Fft<T>::nbytes() const {
+  std::int64_t bytes = vector_bytes(pass_storage_, slot_storage_);
+  for (const auto& table : tables_) bytes += vector_bytes(table);
+  for (const auto& child : children_) bytes += child->nbytes();
+  return bytes;
 }
 
 template class Fft<float>;
 template class Fft<double>;
-template std::shared_ptr<const Fft<float>> shared_fft<float>(std::int64_t);
-template std::shared_ptr<const Fft<double>> shared_fft<double>(std::int64_t);
 
 }  // namespace freemerge

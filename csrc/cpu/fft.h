@@ -64,21 +64,23 @@ class Fft {
   // kSplit: element j1 + rows.n * j2 of the data, bin k2 + columns.n * k1 at slot rows.n * k2 + k1.
   const Fft* rows = nullptr;     // over j1
   const Fft* columns = nullptr;  // over j2
-  // From one row to the next where the data are not in one piece: not a multiple of 4 KB, which would put a
-  // column into one set of the first-level cache. Slots are then loose_slot(k).
+  // From one row to the next where the data are padded: not a multiple of 4 KB, which would put a column into
+  // one set of the first-level cache.
   std::int64_t row_pitch = 0;
-  const T* twiddles = nullptr;  // kSplit: exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
+  const T* twiddles = nullptr;  // exp(-2 pi i j1 k2 / n), pairs (cos, sin), at j1 * columns.n + k2
 
   // kBluestein
   const Fft* convolution = nullptr;
   const T* chirp = nullptr;           // n pairs of exp(-pi i j^2 / n)
   const T* chirp_spectrum = nullptr;  // spectrum of the conjugate chirp over convolution.n, in its slots
 
-  // Elements of data that are not in one piece, and where bin k of their spectrum is; any method.
-  std::int64_t loose_size() const { return method == Method::kSplit ? columns->n * row_pitch : n; }
-  std::int64_t loose_slot(std::int64_t k) const {
+  // Elements of padded data, and where bin k of their spectrum is; any method.
+  std::int64_t padded_size() const { return method == Method::kSplit ? columns->n * row_pitch : n; }
+  std::int64_t padded_slot(std::int64_t k) const {
     return method == Method::kSplit ? row_pitch * (k % columns->n) + k / columns->n : k;
   }
+
+  std::int64_t nbytes() const;  // of all tables
 
  private:
   struct Ordered {};
@@ -94,9 +96,5 @@ class Fft {
   std::vector<std::vector<T>> tables_;
   std::vector<std::unique_ptr<Fft>> children_;
 };
-
-// The plan of length n from a bounded cache (least recently used goes first); safe from any thread.
-template <typename T>
-std::shared_ptr<const Fft<T>> shared_fft(std::int64_t n);
 
 }  // namespace freemerge

@@ -201,7 +201,7 @@ FM_INLINE void butterfly(Complex<T> (&a)[R], const T* roots) {
 
 // Where elements lie: element e at data + e * step.
 template <typename T>
-struct Place {
+struct Strided {
   T* data;
   std::int64_t step;
 
@@ -247,7 +247,7 @@ FM_INLINE void pass_step(const T* from, std::int64_t in_step, T* to, std::int64_
 }
 
 template <int R, Outer kOuter, typename T>
-void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
+void stockham_pass(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves<T> halves, Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
   const std::int64_t in_step = span * count * in.step, out_step = span * out.step;
   const std::int64_t outer_step = 2 * span * (kOuter == Outer::kLoad ? count : 1);
@@ -282,7 +282,8 @@ void stockham_pass(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> 
 
 // Any odd radix: as butterfly_odd, with the sums and differences in memory and a few bins at a time.
 template <Outer kOuter, typename T>
-void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
+void stockham_pass_odd(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves<T> halves,
+                       Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
   const int radix = pass.radix, half = (radix - 1) / 2;
   Complex<T> sum[kMaxRadix / 2 + 1], difference[kMaxRadix / 2 + 1];
@@ -340,7 +341,7 @@ void stockham_pass_odd(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves
 }
 
 template <Outer kOuter, typename T>
-void stockham(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halves, Batch<T> batch) {
+void stockham(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves<T> halves, Batch<T> batch) {
   switch (pass.radix) {
     case 2:
       return stockham_pass<2, kOuter>(pass, in, out, halves, batch);
@@ -379,13 +380,14 @@ void stockham(const FftPass<T>& pass, Place<T> in, Place<T> out, Halves<T> halve
 // Outer twiddles go with the first pass's loads or the last one's stores. In and out may be one place: the
 // last pass reads and writes the same elements in every butterfly, so a single pass needs no work space.
 template <Outer kOuter, typename T>
-void direct(const Fft<T>& plan, Place<T> in, Place<T> out, T* work, Halves<T> halves, Batch<T> batch) {
+void direct(const Fft<T>& plan, Strided<T> in, Strided<T> out, T* work, Halves<T> halves, Batch<T> batch) {
   if (plan.pass_count == 1) return stockham<kOuter>(plan.passes[0], in, out, halves, batch);
   for (; batch.count > 0; --batch.count) {
-    Place<T> from = in;
+    Strided<T> from = in;
     for (int i = 0; i < plan.pass_count; ++i) {
       const bool last = i == plan.pass_count - 1;
-      const Place<T> to = last ? out : Place<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
+      const Strided<T> to =
+          last ? out : Strided<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
       const Batch<T> one{1, 0, 0, batch.outer};
       if ((kOuter == Outer::kLoad && i == 0) || (kOuter == Outer::kStore && last)) {
         stockham<kOuter>(plan.passes[i], from, to, halves, one);
@@ -405,7 +407,7 @@ void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves);
 
 // Transforms that keep natural order: any method but kSplit.
 template <Outer kOuter, typename T>
-void ordered(const Fft<T>& plan, Place<T> in, Place<T> out, T* work, Halves<T> halves, Batch<T> batch) {
+void ordered(const Fft<T>& plan, Strided<T> in, Strided<T> out, T* work, Halves<T> halves, Batch<T> batch) {
   if (plan.method == Fft<T>::Method::kDirect) return direct<kOuter>(plan, in, out, work, halves, batch);
   for (; batch.count > 0; --batch.count) {
     for (std::int64_t j = 0; j < plan.n; ++j) {
@@ -427,18 +429,18 @@ void ordered(const Fft<T>& plan, Place<T> in, Place<T> out, T* work, Halves<T> h
 // inverse the same steps backwards, from the permuted spectrum to natural order.
 
 // Columns first .. first + count - 1, between the data and `columns`, column_pitch reals from one to the
-// next. The data need not be in one piece (see Fft::row_pitch).
+// next. The data may be padded (see Fft::row_pitch).
 template <typename T>
-void forward_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Place<T> columns,
+void forward_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Strided<T> columns,
                      std::int64_t column_pitch, T* work, Halves<T> halves) {
-  const Place<T> out{data + first * kElement<T>, kElement<T> * plan.row_pitch};
+  const Strided<T> out{data + first * kElement<T>, kElement<T> * plan.row_pitch};
   const Batch<T> batch{count, column_pitch, kElement<T>, plan.twiddles + 2 * first * plan.columns->n};
   ordered<Outer::kStore>(*plan.columns, columns, out, work, halves, batch);
 }
 template <typename T>
-void inverse_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Place<T> columns,
+void inverse_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Strided<T> columns,
                      std::int64_t column_pitch, T* work, Halves<T> halves) {
-  const Place<T> in{data + first * kElement<T>, kElement<T> * plan.row_pitch};
+  const Strided<T> in{data + first * kElement<T>, kElement<T> * plan.row_pitch};
   const Batch<T> batch{count, kElement<T>, column_pitch, plan.twiddles + 2 * first * plan.columns->n};
   ordered<Outer::kLoad>(*plan.columns, in, columns, work, halves, batch);
 }
@@ -447,14 +449,14 @@ void inverse_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64
 template <typename T>
 void split_rows(const Fft<T>& plan, T* data, std::int64_t pitch, std::int64_t count, T* work,
                 Halves<T> halves) {
-  const Place<T> place{data, kElement<T>};
+  const Strided<T> place{data, kElement<T>};
   const Batch<T> batch{count, kElement<T> * pitch, kElement<T> * pitch, nullptr};
   ordered<Outer::kNone>(*plan.rows, place, place, work, halves, batch);
 }
 
 template <Outer kOuter, typename T>
 void split_columns(const Fft<T>& plan, T* data, T* work, Halves<T> halves) {
-  const Place<T> first{data, kElement<T> * plan.rows->n};
+  const Strided<T> first{data, kElement<T> * plan.rows->n};
   const Batch<T> batch{plan.rows->n, kElement<T>, kElement<T>, plan.twiddles};
   ordered<kOuter>(*plan.columns, first, first, work, halves, batch);
 }
@@ -466,7 +468,7 @@ void forward(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kForward<T
     split_columns<Outer::kStore>(plan, data, work, halves);
     split_rows(plan, data, plan.rows->n, plan.columns->n, work, halves);
   } else {
-    const Place<T> place{data, kElement<T>};
+    const Strided<T> place{data, kElement<T>};
     ordered<Outer::kNone>(plan, place, place, work, halves, Batch<T>{1, 0, 0, nullptr});
   }
 }
@@ -478,7 +480,7 @@ void inverse(const Fft<T>& plan, T* data, T* work, Halves<T> halves = kInverse<T
     split_rows(plan, data, plan.rows->n, plan.columns->n, work, halves);
     split_columns<Outer::kLoad>(plan, data, work, halves);
   } else {
-    const Place<T> place{data, kElement<T>};
+    const Strided<T> place{data, kElement<T>};
     ordered<Outer::kNone>(plan, place, place, work, halves, Batch<T>{1, 0, 0, nullptr});
   }
 }

@@ -1,4 +1,4 @@
-// The tight loops, one table per instruction set. Everything else (threads, buffers, plans, masks) is
+// The inner loops, one table per instruction set. Everything else (threads, buffers, plans, masks) is
 // compiled once for all of them.
 #pragma once
 
@@ -35,10 +35,10 @@ struct TransformKernels {
   void (*inverse)(const Fft<T>& plan, T* data, T* work);
 
   // Filters column block `block` of the spectrum along its signals, in place. `scratch` holds
-  // plan.loose_size() + plan.work elements.
-  void (*filter_block)(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
-                       const BlockGains<T>& gains, T* scratch);
-  // Multiplies it by one number; by 0 also where it holds no number.
+  // plan.padded_size() + plan.work elements.
+  void (*column_filter)(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
+                        const BlockGains<T>& gains, T* scratch);
+  // Multiplies it by one number; a gain of 0 clears NaN and infinity too.
   void (*scale_block)(const Spectrum<T>& spectrum, std::int64_t block, T gain);
 
   // Gains of a block of columns; see step_gains.inl.
@@ -52,14 +52,13 @@ struct TransformKernels {
 template <typename Storage, typename T>
 struct SignalKernels {
   // Real transforms of group `group` of the signals into the spectrum. The signals may lie where the spectrum
-  // goes. `scratch` holds
-  // plan.loose_size() + plan.work elements.
-  void (*analyse)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
-                  std::int64_t group, T* scratch);
+  // goes. `scratch` holds plan.padded_size() + plan.work elements.
+  void (*forward_rows)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+                       std::int64_t group, T* scratch);
   // And back: signal = background * signal + factor * (unscaled inverse). The signals are not read when
   // background is 0.
-  void (*synthesise)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
-                     std::int64_t group, T background, T factor, T* scratch);
+  void (*inverse_rows)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+                       std::int64_t group, T background, T factor, T* scratch);
 };
 
 struct Kernels {

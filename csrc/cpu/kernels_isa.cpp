@@ -1,8 +1,8 @@
 // The table of the instruction set FREEMERGE_ISA, and all of its kernels that work on vectors by hand.
 #include "cpu/decimated.inl"
+#include "cpu/full.inl"
 #include "cpu/kernels.h"
 #include "cpu/radial.inl"
-#include "cpu/row_column.inl"
 #include "cpu/step_gains.inl"
 
 namespace freemerge::FREEMERGE_ISA {
@@ -25,20 +25,28 @@ void inverse_kernel(const Fft<T>& plan, T* data, T* work) {
 
 template <typename T>
 constexpr TransformKernels<T> transform_table() {
-  return {kLanes<T>,      forward_kernel<T>, inverse_kernel<T>, filter_block<T>,
+  return {kLanes<T>,      forward_kernel<T>, inverse_kernel<T>, column_filter<T>,
           scale_block<T>, step_gains<T>,     official_gains<T>};
 }
 
 template <typename Storage>
 constexpr SignalKernels<Storage, Arithmetic<Storage>> signal_table() {
-  return {analyse<Storage, Arithmetic<Storage>>, synthesise<Storage, Arithmetic<Storage>>};
+  return {forward_rows<Storage, Arithmetic<Storage>>, inverse_rows<Storage, Arithmetic<Storage>>};
 }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {
-    radial_gains,          kDecimatedKernels,      transform_table<float>(), transform_table<double>(),
-    signal_table<float>(), signal_table<double>(), signal_table<bfloat16>(), signal_table<float16>(),
-    accumulate_range,      add_round_range,        square_sum_range,         collect_range,
-    count_range};
+const Kernels kKernels = {radial_gains,
+                          kDecimatedKernels,
+                          transform_table<float>(),
+                          transform_table<double>(),
+                          signal_table<float>(),
+                          signal_table<double>(),
+                          signal_table<bfloat16>(),
+                          signal_table<float16>(),
+                          accumulate_range,
+                          add_round_range,
+                          square_sum_range,
+                          collect_range,
+                          count_range};
 
 }  // namespace freemerge::FREEMERGE_ISA

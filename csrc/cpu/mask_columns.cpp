@@ -5,13 +5,10 @@
 #include <limits>
 #include <type_traits>
 
-#include "common/cache.h"
+#include "common/bytes.h"
 
 namespace freemerge {
 namespace {
-
-// Masks of longer sides are not kept: they take memory, and little of such a filter's time.
-constexpr std::int64_t kMostCached = 1 << 15;
 
 // Smaller masks are evaluated bin by bin: a table would cost more.
 constexpr std::int64_t kLeastBinsForTable = 1 << 14;
@@ -37,33 +34,35 @@ MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed, const Kernels& ke
       signals_(transposed ? mask.width : mask.height) {
   const bool both_odd = length_ % 2 == 1 && signals_ % 2 == 1;
   mirrored_ = mask.kind != MaskKind::kTable && !(mask.kind == MaskKind::kOfficial && both_odd);
+  if (mask.table != nullptr) {
+    table_.assign(mask.table, mask.table + mask.height * (mask.width / 2 + 1));
+    mask_.table = table_.data();
+  }
   if (mask.kind == MaskKind::kSteps) find_steps();
   if (mask.kind == MaskKind::kOfficial) find_official_steps();
   if (is_smooth(mask.kind) && std::is_same_v<T, float> && length_ * signals_ >= kLeastBinsForTable)
     tabulate();
-  constants_.reserve(static_cast<std::size_t>(length_ / 2 + 1));
-  for (std::int64_t column = 0; column <= length_ / 2; ++column) constants_.push_back(find_constant(column));
 }
 
 template <typename T>
-double MaskColumns<T>::gain(std::int64_t column, std::int64_t row) const {
-  if (!transposed_) return mask_gain(mask_, row, column);
+double MaskColumns<T>::gain(const Mask& mask, std::int64_t column, std::int64_t row) const {
+  if (!transposed_) return mask_gain(mask, row, column);
   // mask_gain takes the left half of the spectrum: the right one mirrors it through the origin.
-  if (row <= mask_.width / 2) return mask_gain(mask_, column, row);
-  return mask_gain(mask_, column == 0 ? 0 : mask_.height - column, mask_.width - row);
+  if (row <= mask.width / 2) return mask_gain(mask, column, row);
+  return mask_gain(mask, column == 0 ? 0 : mask.height - column, mask.width - row);
 }
 
 template <typename T>
 void MaskColumns<T>::find_steps() {
   // Number the three zones: the radius, and so the zone, never falls from one row to the next.
-  MaskColumns zones = *this;
-  zones.mask_.gain0 = 0;
-  zones.mask_.gain1 = 1;
-  zones.mask_.gain2 = 2;
+  Mask zones = mask_;
+  zones.gain0 = 0;
+  zones.gain1 = 1;
+  zones.gain2 = 2;
   std::int32_t inner = 0, outer = 0;
   for (std::int64_t column = 0; column <= length_ / 2; ++column) {
-    inner = settle(inner, rows(), [&](std::int64_t row) { return zones.gain(column, row) < 1; });
-    outer = settle(outer, rows(), [&](std::int64_t row) { return zones.gain(column, row) < 2; });
+    inner = settle(inner, rows(), [&](std::int64_t row) { return gain(zones, column, row) < 1; });
+    outer = settle(outer, rows(), [&](std::int64_t row) { return gain(zones, column, row) < 2; });
     inner_.push_back(inner);
     outer_.push_back(outer);
   }
@@ -127,52 +126,8 @@ void MaskColumns<T>::fill_smooth(const std::int32_t* columns, int count, int lan
     kernels_->radial_gains(radial_->cells(), column_squared, row_squared_.data(), rows(),
                            static_cast<float>(factor), static_cast<float>(factor * background), out);
     for (int j = 0; j < count; ++j) {  // the table begins beyond the origin
-      if (columns[j] == 0) out[j] = static_cast<float>(factor * (gain(0, 0) - background));
+      if (columns[j] == 0) out[j] = static_cast<float>(factor * (gain(mask_, 0, 0) - background));
     }
-  }
-}
-
-template <typename T>
-std::optional<double> MaskColumns<T>::find_constant(std::int64_t column) const {
-  const auto index = static_cast<std::size_t>(column);
-  if (rows() == 1) return gain(column, 0);
-  if (is_smooth(mask_.kind)) {  // it rises or falls along the column, until rounding hides it
-    const double first = gain(column, 0);
-    return gain(column, rows() - 1) == first ? std::optional<double>(first) : std::nullopt;
-  }
-  switch (mask_.kind) {
-    case MaskKind::kSteps: {
-      const std::int32_t inner = inner_[index], outer = std::max(inner, outer_[index]);
-      double gains[3] = {};
-      int zones = 0;
-      if (inner > 0) gains[zones++] = mask_.gain0;
-      if (outer > inner) gains[zones++] = mask_.gain1;
-      if (rows() > outer) gains[zones++] = mask_.gain2;
-      const bool equal = std::all_of(gains, gains + zones, [&](double g) { return g == gains[0]; });
-      return equal ? std::optional<double>(gains[0]) : std::nullopt;
-    }
-    case MaskKind::kOfficial: {
-      double sum = 0;
-      for (const OfficialSteps* steps : {&own_, &mirror_}) {
-        const bool full = steps->disc[index] > signals_ / 2;
-        if (steps->ring_begin[index] != steps->ring_end[index]) return std::nullopt;
-        if (!full && steps->disc[index] != 0) return std::nullopt;
-        sum += full ? 1.0 : 0.0;
-      }
-      return sum / 2;
-    }
-    case MaskKind::kCenter:
-      if ((mask_.axis == 1) != transposed_) return column == 0 ? 0.0 : 1.0;
-      return std::nullopt;
-    case MaskKind::kTable: {
-      const double first = gain(column, 0);
-      for (std::int64_t row = 1; row < rows(); ++row) {
-        if (gain(column, row) != first) return std::nullopt;
-      }
-      return first;
-    }
-    default:
-      return std::nullopt;
   }
 }
 
@@ -207,37 +162,19 @@ void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, dou
   }
   if (radial_) return fill_smooth(columns, count, lanes, background, factor, out);
   for (std::int64_t row = 0; row < rows(); ++row) {
-    for (int j = 0; j < count; ++j) out[row * lanes + j] = value(gain(columns[j], row));
+    for (int j = 0; j < count; ++j) out[row * lanes + j] = value(gain(mask_, columns[j], row));
     for (int j = count; j < lanes; ++j) out[row * lanes + j] = T{0};
   }
 }
 
-namespace {
-
-struct Key {
-  Mask mask;
-  bool transposed;
-  const Kernels* kernels;
-};
-
-bool operator==(const Key& a, const Key& b) {
-  return a.mask == b.mask && a.transposed == b.transposed && a.kernels == b.kernels;
-}
-
-}  // namespace
-
 template <typename T>
-std::shared_ptr<const MaskColumns<T>> mask_columns_for(const Mask& mask, bool transposed,
-                                                       const Kernels& kernels) {
-  const auto build = [&] { return MaskColumns<T>(mask, transposed, kernels); };
-  const bool large = std::max(mask.height, mask.width) > kMostCached;
-  if (large || mask.kind == MaskKind::kTable) return std::make_shared<const MaskColumns<T>>(build());
-  static LruCache<Key, MaskColumns<T>> cache(32);
-  return cache.get({mask, transposed, &kernels}, build);
+std::int64_t MaskColumns<T>::nbytes() const {
+  std::int64_t bytes = vector_bytes(table_, inner_, outer_, row_squared_, column_squared_);
+  for (const OfficialSteps* steps : {&own_, &mirror_})
+    bytes += vector_bytes(steps->disc, steps->ring_begin, steps->ring_end);
+  return bytes + (radial_ ? radial_->nbytes() : 0);
 }
 
-template std::shared_ptr<const MaskColumns<float>> mask_columns_for(const Mask&, bool, const Kernels&);
-template std::shared_ptr<const MaskColumns<double>> mask_columns_for(const Mask&, bool, const Kernels&);
 template class MaskColumns<float>;
 template class MaskColumns<double>;
 

@@ -28,7 +28,7 @@ inline void radial_gains(const RadialCells& cells, const float* column_squared, 
     const WordVec bits = bit_cast<WordVec>(columns + row_squared[row]);
     Cells cell = bit_cast<Cells>(bits >> cells.shift) - cells.first;
     const Cells rest = bit_cast<Cells>(bits & ((1u << cells.shift) - 1u));
-    const FloatVec place = __builtin_convertvector(rest, FloatVec) * unit;
+    const FloatVec fraction = __builtin_convertvector(rest, FloatVec) * unit;
     cell &= cell >= 0;
     // Neighbouring columns mostly share a cell or lie in two.
     const std::int32_t first = radial_cell(cells, least + row_squared[row]);
@@ -38,7 +38,7 @@ inline void radial_gains(const RadialCells& cells, const float* column_squared, 
       const float* const c = cells.coefficients + static_cast<std::int64_t>(current) * RadialCells::kNodes;
       FloatVec gain = broadcast(c[RadialCells::kNodes - 1]);
 #pragma GCC unroll 8
-      for (int i = RadialCells::kNodes - 2; i >= 0; --i) gain = gain * (place - cells.node[i]) + c[i];
+      for (int i = RadialCells::kNodes - 2; i >= 0; --i) gain = gain * (fraction - cells.node[i]) + c[i];
       const WordVec here = bit_cast<WordVec>(cell == current);
       result = bit_cast<FloatVec>(select(here, bit_cast<WordVec>(gain), bit_cast<WordVec>(result)));
     }

@@ -37,7 +37,7 @@ bool RadialTable::fit(const Mask& mask, double least, double most) {
   for (std::int32_t cell = first_; cell <= last; ++cell) {
     const double begin = static_cast<double>(float_from_bits(static_cast<std::uint32_t>(cell) << shift_));
     const double end = static_cast<double>(float_from_bits(static_cast<std::uint32_t>(cell + 1) << shift_));
-    const auto at = [&](double place) { return smooth_gain(mask, begin + (end - begin) * place); };
+    const auto at = [&](double fraction) { return smooth_gain(mask, begin + (end - begin) * fraction); };
     double difference[kNodes];  // divided differences
     for (int i = 0; i < kNodes; ++i) difference[i] = at(static_cast<double>(node_[i]));
     for (int order = 1; order < kNodes; ++order) {
@@ -48,12 +48,12 @@ bool RadialTable::fit(const Mask& mask, double least, double most) {
     }
     for (const double d : difference) coefficients_.push_back(static_cast<float>(d));
     // Midway between nodes the error is about largest.
-    for (const double place : {0.0, 0.5}) {
+    for (const double fraction : {0.0, 0.5}) {
       double value = difference[kNodes - 1];
       for (int i = kNodes - 2; i >= 0; --i) {
-        value = value * (place - static_cast<double>(node_[i])) + difference[i];
+        value = value * (fraction - static_cast<double>(node_[i])) + difference[i];
       }
-      const double exact = at(place);
+      const double exact = at(fraction);
       if (!(std::abs(value - exact) <= kTolerance * std::abs(exact))) return false;
     }
   }

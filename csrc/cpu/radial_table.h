@@ -1,13 +1,14 @@
 // A smooth radial mask as a table of polynomials in the squared radius, for masks with many bins: mask.h
 // costs a pow or an exp per bin, this a few multiplications.
 //
-// Cells have equal widths within each octave, so that a float's top bits are its cell and the rest its place
-// in the cell.
+// Cells have equal widths within each octave, so that a float's top bits are its cell and the rest its
+// fraction in the cell.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "common/bytes.h"
 #include "common/mask.h"
 
 namespace freemerge {
@@ -29,6 +30,7 @@ class RadialTable {
 
   bool usable() const { return usable_; }
   RadialCells cells() const;
+  std::int64_t nbytes() const { return vector_bytes(coefficients_); }
 
  private:
   bool fit(const Mask& mask, double least, double most);

@@ -33,7 +33,7 @@ struct Spectrum {
   bool tiled;  // a group's blocks lie one after the other (column passes read that faster), not signal by
                // signal
   int lanes;
-  // Loose slots (fft.h) of bins k and length - k for every column; for the edge, those of DC and Nyquist, or
+  // Padded slots (fft.h) of bins k and length - k for every column; for the edge, those of DC and Nyquist, or
   // -1 where the bin is not kept.
   const std::int32_t* low;
   const std::int32_t* high;

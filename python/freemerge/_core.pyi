@@ -3,10 +3,14 @@
 import numpy as np
 import numpy.typing as npt
 
+from .planner.plan import Decimation
 from .responses import MaskParams
+
+DTYPES: dict[str, int]  #: ``enum class DType`` of csrc/common/dtype.h
 
 def active_isa() -> str: ...
 def detected_isa() -> str: ...
+def prefer_huge_pages(data: int, bytes: int) -> None: ...
 def accumulate(
     out: int,
     base: int,
@@ -28,7 +32,6 @@ def add_round(
     n: int,
     threads: int,
 ) -> None: ...
-def prefer_huge_pages(data: int, bytes: int) -> None: ...
 def square_sum(data: int, dtype: int, n: int, threads: int) -> float: ...
 
 MAGNITUDE_BINS: int
@@ -62,44 +65,45 @@ def decode_positions(
 ) -> None: ...
 
 MASK_KINDS: dict[str, int]  #: ``enum class MaskKind`` of csrc/common/mask.h
+FORMS: dict[str, int]  #: ``enum class Form`` of csrc/common/plan.h
+TAPS: tuple[int, ...]  #: of the decimated form's windows
+ROW_CELLS_MULTIPLE: int  #: of its cells along the height
+MAX_LANES: int  #: floats in the widest vector
 
 def mask_gains(mask: MaskParams) -> npt.NDArray[np.float64]:
     """Symmetrised gains on the half spectrum in stored order, H x (W//2 + 1), of any kind but "table"."""
 
-class Decimation:
-    """``struct Decimation`` of csrc/common/plan.h."""
+class Filter:
+    """A prepared filter of matrices of one shape and dtype; several threads may run it at the same time.
 
-    def __init__(self, *, cells: int, taps: int, band: int, nyquist: bool = False) -> None: ...
+    ``table`` is the address of the H x (W//2 + 1) floats of a mask of kind "table", which are copied. ``column_gains``
+    (pruned and full forms) has the gain of each column of the half spectrum whose gain does not vary, NaN for the
+    others; if ``transposed``, those of the transposed mask.
 
-class Plan:
-    """``struct Plan`` of csrc/common/plan.h; ``form`` is a value of ``enum class Form``.
-
-    ``table`` is the address of H x (W//2 + 1) floats, for masks of kind "table" only.
+    Raises ValueError for what the form cannot do.
     """
 
     def __init__(
         self,
         *,
-        form: int,
+        form: str,
         mask: MaskParams,
         table: int = 0,
+        dtype: int,
         transposed: bool = False,
         packed: bool = False,
         background: float = 0.0,
-        rows: Decimation = ...,
-        columns: Decimation = ...,
+        rows: Decimation | None = None,
+        columns: Decimation | None = None,
+        column_gains: npt.NDArray[np.floating] | None = None,
+        isa: str | None = None,
     ) -> None: ...
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables that it keeps."""
 
-def filter(
-    pointers: list[int],
-    dtype: int,
-    plan: Plan,
-    row_stride: int,
-    scale: float,
-    threads: int,
-    isa: str | None = None,
-) -> None:
-    """Filter matrices of the plan's shape in place; ``row_stride`` in elements.
+    def run(self, pointers: list[int], row_stride: int, scale: float, threads: int) -> None:
+        """Filter matrices in place and multiply them by ``scale``; ``row_stride`` in elements.
 
-    Raises ValueError, before anything is written, for an argument the plan's form cannot take.
-    """
+        Raises ValueError, before anything is written, for an invalid argument.
+        """

@@ -117,22 +117,22 @@ double wide(T x) {
 
 struct DeviceWindow {
   DeviceWindow(std::int64_t samples, const Decimation& d)
-      : host(window_for(samples, d)),
-        first(host->first),
+      : host(make_window(samples, d)),
+        first(host.first),
         cell(static_cast<std::size_t>(samples)),
         weights(static_cast<std::size_t>(samples * padded_taps(d.taps))),
         start(static_cast<std::size_t>(d.cells)),
         gathered(static_cast<std::size_t>(reach(samples, d) * d.cells)),
-        transform(host->transform) {
-    for (std::size_t c = 0; c + 1 < host->first.size(); ++c) {
-      for (std::int64_t n = host->first[c]; n < host->first[c + 1]; ++n)
+        transform(host.transform) {
+    for (std::size_t c = 0; c + 1 < host.first.size(); ++c) {
+      for (std::int64_t n = host.first[c]; n < host.first[c + 1]; ++n)
         cell[static_cast<std::size_t>(n)] = static_cast<std::int32_t>(c);
     }
     const int padded = padded_taps(d.taps);
     for (std::int64_t n = 0; n < samples; ++n) {
       for (int j = 0; j < padded; ++j)
         weights[static_cast<std::size_t>(n * padded + j)] =
-            j < d.taps ? host->weights[static_cast<std::size_t>(n * d.taps + j)] : 0.0f;
+            j < d.taps ? host.weights[static_cast<std::size_t>(n * d.taps + j)] : 0.0f;
     }
     for (std::int64_t c = 0; c < d.cells; ++c)
       start[static_cast<std::size_t>(c)] = static_cast<std::int32_t>(first_of(samples, d, c - d.taps + 1));
@@ -154,8 +154,8 @@ struct DeviceWindow {
 
   // The first sample of a cell; of the endless line, where the cell is below 0.
   std::int64_t first_of(std::int64_t samples, const Decimation& d, std::int64_t c) const {
-    return c < 0 ? host->first[static_cast<std::size_t>(c + d.cells)] - samples
-                 : host->first[static_cast<std::size_t>(c)];
+    return c < 0 ? host.first[static_cast<std::size_t>(c + d.cells)] - samples
+                 : host.first[static_cast<std::size_t>(c)];
   }
 
   std::int64_t reach(std::int64_t samples, const Decimation& d) const {
@@ -165,7 +165,7 @@ struct DeviceWindow {
     return most;
   }
 
-  std::shared_ptr<const Window> host;
+  Window host;
   Buffer<std::int64_t> first;
   Buffer<std::int32_t> cell;
   Buffer<float> weights;

@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "check.h"
-#include "cpu/decimated.h"
+#include "cpu/filter.h"
 #include "filter_oracle.h"
 
 namespace freemerge {
@@ -92,7 +92,7 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   const Storage gap = stored<Storage>(-7);
   std::vector<std::unique_ptr<Storage[]>> memory;
   std::vector<std::vector<double>> inputs;
-  Matrices matrices{{}, dtype, stride};
+  std::vector<void*> matrices;
   for (std::int64_t i = random.integer(1, 3); i > 0; --i) {
     memory.push_back(std::make_unique<Storage[]>(size));
     std::fill_n(memory.back().get(), size, gap);
@@ -105,10 +105,14 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
       }
     }
     inputs.push_back(std::move(input));
-    matrices.data.push_back(memory.back().get());
+    matrices.push_back(memory.back().get());
   }
 
-  filter_decimated(plan, matrices, scale, threads, kernels);
+  const auto filter = make_filter(plan, dtype, {}, kernels);
+  std::vector<float> lost(table.size(), std::nanf(""));  // the mask's table is not read any more
+  std::swap_ranges(table.begin(), table.end(), lost.begin());
+  filter->run(matrices, stride, scale, threads);
+  std::swap_ranges(table.begin(), table.end(), lost.begin());
 
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const std::vector<double> expected = reference(inputs[i], plan.mask, scale);
@@ -148,9 +152,11 @@ void test_determinism(const Kernels& kernels) {
   plan.columns = {80, 7, 20, false};
   std::vector<float> input(401 * 203), first;
   for (float& x : input) x = static_cast<float>(random.normal());
+  const auto filter = make_filter(plan, DType::kFloat32, {}, kernels);
+  check(filter->nbytes() > 0, "its tables take memory");
   for (const int threads : {1, 2, 3, 7}) {
     std::vector<float> x = input, y = input;
-    filter_decimated(plan, {{x.data(), y.data()}, DType::kFloat32, 203}, 1.0, threads, kernels);
+    filter->run({x.data(), y.data()}, 203, 1.0, threads);
     if (first.empty()) first = x;
     check(x == first && y == first, "results do not depend on the number of threads");
   }
@@ -168,7 +174,7 @@ void test_refusals(const Kernels& kernels) {
     change(changed);
     bool thrown = false;
     try {
-      filter_decimated(changed, {{x.data()}, dtype, stride}, 1.0, 1, kernels);
+      make_filter(changed, dtype, {}, kernels)->run({x.data()}, stride, 1.0, 1);
     } catch (const std::invalid_argument& error) {
       thrown = std::string(error.what()).find(what) != std::string::npos;
     }

@@ -2,7 +2,6 @@
 // one), on every instruction set of this processor, against the definition of the DFT in double precision.
 #include <complex>
 #include <random>
-#include <thread>
 
 #include "check.h"
 #include "cpu/buffer.h"
@@ -25,14 +24,14 @@ std::vector<std::complex<double>> roots_of_unity(std::int64_t n) {
 template <typename T>
 void test_length(Isa isa, std::int64_t n, double tolerance) {
   const TransformKernels<T>& transform = transform_kernels(kernels(isa), T{});
-  const auto plan = shared_fft<T>(n);
+  const Fft<T> plan(n);
   const int lanes = transform.lanes;
   const std::int64_t size = 2 * lanes * n;
   const std::string name = isa_name(isa) + " length " + std::to_string(n);
 
   // Guard elements around the data and after the work space must survive.
   constexpr T kGuard = T{12345};
-  const std::int64_t margin = 2 * lanes, work_size = plan->work * 2 * lanes;
+  const std::int64_t margin = 2 * lanes, work_size = plan.work * 2 * lanes;
   Buffer<T> memory(size + 2 * margin), work(work_size + margin);
   T* const data = memory.data() + margin;
   for (std::int64_t i = 0; i < margin; ++i) {
@@ -44,7 +43,7 @@ void test_length(Isa isa, std::int64_t n, double tolerance) {
   for (T& x : input) x = static_cast<T>(normal(random));
   for (std::int64_t i = 0; i < size; ++i) data[i] = input[static_cast<std::size_t>(i)];
 
-  transform.forward(*plan, data, work.data());
+  transform.forward(plan, data, work.data());
   const std::vector<std::complex<double>> roots = roots_of_unity(n);
   for (const int lane : {0, lanes - 1}) {
     std::vector<double> found, expected;
@@ -55,14 +54,14 @@ void test_length(Isa isa, std::int64_t n, double tolerance) {
         sum += std::complex<double>(static_cast<double>(element[0]), static_cast<double>(element[lanes])) *
                roots[static_cast<std::size_t>(j * k % n)];
       }
-      const T* const element = data + 2 * lanes * (plan->slot != nullptr ? plan->slot[k] : k) + lane;
+      const T* const element = data + 2 * lanes * (plan.slot != nullptr ? plan.slot[k] : k) + lane;
       expected.insert(expected.end(), {sum.real(), sum.imag()});
       found.insert(found.end(), {static_cast<double>(element[0]), static_cast<double>(element[lanes])});
     }
     check(relative_error(found, expected) < tolerance, name + " forward");
   }
 
-  transform.inverse(*plan, data, work.data());
+  transform.inverse(plan, data, work.data());
   std::vector<double> round_trip;
   for (std::int64_t i = 0; i < size; ++i) {
     round_trip.push_back(static_cast<double>(data[i]) / static_cast<double>(n));
@@ -74,25 +73,10 @@ void test_length(Isa isa, std::int64_t n, double tolerance) {
   }
 }
 
-void test_cache() {
-  const auto plan = shared_fft<float>(96);
-  check(shared_fft<float>(96) == plan, "a plan is made once");
-  for (std::int64_t n = 1; n <= 40; ++n) shared_fft<float>(n);
-  check(shared_fft<float>(96) != plan, "the cache is bounded");
-  check(plan->n == 96 && plan->passes != nullptr, "a plan in use outlives the cache");
-
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 4; ++i) {
-    threads.emplace_back([] {
-      for (std::int64_t n = 1; n <= 64; ++n)
-        check(shared_fft<double>(n)->n == n, "plans from several threads");
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-
+void test_length_zero() {
   bool refused = false;
   try {
-    shared_fft<float>(0);
+    Fft<float> plan(0);
   } catch (const std::invalid_argument&) {
     refused = true;
   }
@@ -105,7 +89,7 @@ void test_cache() {
 int main(int argc, char** argv) {
   using namespace freemerge;
   const std::int64_t longest = argc > 1 ? std::atoi(argv[1]) : 65536;
-  test_cache();
+  test_length_zero();
   for (const Isa isa : test::available_isas()) {
     std::vector<std::int64_t> lengths;
     for (std::int64_t n = 1; n <= 300; ++n) lengths.push_back(n);

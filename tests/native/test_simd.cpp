@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "check.h"
-#include "cpu/row_column.h"
+#include "cpu/filter.h"
 
 namespace freemerge {
 namespace {
@@ -31,7 +31,8 @@ void test_patterns(DType dtype, const Kernels& kernels, const std::string& name)
   for (const double scale : {1.0, 1.0009765625, 0.3333333, 1e-5}) {
     x = input;
     const auto width = static_cast<std::int64_t>(x.size());
-    filter_pruned(scaling(width), {{x.data()}, dtype, width}, scale, 1, kernels);
+    make_filter(scaling(width), dtype, std::vector<double>(x.size() / 2 + 1, 1.0), kernels)
+        ->run({x.data()}, width, scale, 1);
     for (std::size_t i = 0; i < x.size(); ++i) {
       const float value = to_float(input[i]) * static_cast<float>(scale);
       const Storage expected = round_to<Storage>(value);

@@ -14,17 +14,11 @@ import torch
 
 from .. import _core
 from ..planner.costs import Costs, Traits
-from ..planner.plan import Decimation, Form, Plan
+from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Entries, Executable
 from .memory import DTYPE_CODES, addresses
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
-
-_FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/common/plan.h
-
-_TAPS = (6, 7, 8, 9)
-_CELLS_MULTIPLE = 32
-_LANES = 16  # floats in the widest vector
 
 # Fitted to 130 plans of 7 shapes on one busy core of a Sapphire Rapids Xeon (AVX-512), ns.
 _COSTS = Costs(
@@ -49,13 +43,13 @@ class CpuBackend(Backend):
         if device.type != "cpu":
             return None
         return Traits(
-            forms=frozenset(("identity", "scale", *_FORM_CODES)),
+            forms=frozenset(("identity", "scale", *_core.FORMS)),
             dtypes=frozenset(DTYPE_CODES),
             costs=_COSTS,
-            taps=_TAPS,
+            taps=_core.TAPS,
             whole_columns=True,
             longest_sum=128,  # a chain of more loses the accuracy that plans promise
-            cells_multiple=_CELLS_MULTIPLE,
+            cells_multiple=_core.ROW_CELLS_MULTIPLE,
             transposes=True,
             packs=0,
             slow_rows="it fills one SIMD lane of its transforms",
@@ -65,7 +59,7 @@ class CpuBackend(Backend):
     def supports(self, plan: Plan) -> str | None:
         if plan.form == "thin":
             return "it has no dense windows"
-        if plan.form in _FORM_CODES and plan.dtype == torch.float64 and not has_closed_form(plan.response):
+        if plan.form in _core.FORMS and plan.dtype == torch.float64 and not has_closed_form(plan.response):
             return "its tables of gains are fp32"
         if plan.form == "decimated":
             if plan.dtype == torch.float64:
@@ -76,8 +70,8 @@ class CpuBackend(Backend):
             whole = plan.columns == Decimation(width, 0, width // 2 + 1)
             if not whole and not _windowed(width, plan.columns):
                 return f"it has no kernel for {plan.columns} along the width"
-            if plan.rows is not None and plan.rows.cells % _CELLS_MULTIPLE:
-                return f"its coarse rows come in groups of {_CELLS_MULTIPLE}"
+            if plan.rows is not None and plan.rows.cells % _core.ROW_CELLS_MULTIPLE:
+                return f"its coarse rows come in groups of {_core.ROW_CELLS_MULTIPLE}"
         return None
 
     def prepare(self, plan: Plan) -> Executable:
@@ -132,36 +126,36 @@ def _info() -> BackendInfo:
 
 
 class _Filter(Executable):
-    """A plan as the kernels take it, and the mask's table, whose memory it points to."""
+    """A native filter, which holds everything it needs."""
 
     def __init__(self, plan: Plan) -> None:
-        height, width = plan.matrix
-        self._table, background = None, plan.background
-        if not has_closed_form(plan.response):
-            self._table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
-            mask = MaskParams("table", height, width)
-            background = float(np.float32(background))  # as the table has it
+        response, gains, table, background = plan.response, plan.column_gains, None, plan.background
+        if has_closed_form(response):
+            mask = response.params(plan.shape)
         else:
-            mask = plan.response.params(plan.shape)
-        self._dtype = DTYPE_CODES[plan.dtype]
-        self._plan = _core.Plan(
-            form=_FORM_CODES[plan.form],
+            mask = MaskParams("table", *plan.matrix)
+            table = np.ascontiguousarray(response.half_mask(plan.shape), dtype=np.float32)
+            gains, background = gains.astype(np.float32), float(np.float32(background))  # as the table has them
+        self._native = _core.Filter(
+            form=plan.form,
             mask=mask,
-            table=0 if self._table is None else self._table.ctypes.data,
+            table=0 if table is None else table.ctypes.data,
+            dtype=DTYPE_CODES[plan.dtype],
             transposed=plan.transposed,
             packed=plan.packed,
             background=background,
-            rows=_native_decimation(plan.rows),
-            columns=_native_decimation(plan.columns),
+            rows=plan.rows,
+            columns=plan.columns,
+            column_gains=gains,
         )
-        self.nbytes = 0 if self._table is None else self._table.nbytes
+        self.nbytes = self._native.nbytes
 
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         by_stride: dict[int, list[int]] = {}
         for pointer, stride in zip(*addresses(batches), strict=True):
             by_stride.setdefault(stride, []).append(pointer)
         for stride, pointers in by_stride.items():
-            _core.filter(pointers, self._dtype, self._plan, stride, scale, torch.get_num_threads())
+            self._native.run(pointers, stride, scale, torch.get_num_threads())
 
 
 class _Switch(BackendSwitch):
@@ -197,17 +191,11 @@ def _workspace(plan: Plan) -> int:
     rows, and a transform with its work space."""
     if plan.form != "decimated" or plan.rows is None or plan.columns is None:
         return plan.workspace_bytes
-    columns = -(-plan.columns.band // _LANES) * _LANES
-    ring = (_LANES + plan.rows.taps) * (plan.matrix[1] + 5 * _LANES)
-    transform = 2 * _LANES * (max(plan.rows.cells, plan.columns.cells) + 2 * plan.columns.cells)
+    columns = -(-plan.columns.band // _core.MAX_LANES) * _core.MAX_LANES
+    ring = (_core.MAX_LANES + plan.rows.taps) * (plan.matrix[1] + 5 * _core.MAX_LANES)
+    transform = 2 * _core.MAX_LANES * (max(plan.rows.cells, plan.columns.cells) + 2 * plan.columns.cells)
     return 8 * plan.rows.cells * columns + 4 * (ring + transform)
 
 
 def _windowed(n: int, axis: Decimation | None) -> bool:
-    return axis is not None and axis.taps in _TAPS and 2 * axis.taps <= axis.cells <= n
-
-
-def _native_decimation(d: Decimation | None) -> _core.Decimation:
-    if d is None:
-        return _core.Decimation(cells=0, taps=0, band=0)
-    return _core.Decimation(cells=d.cells, taps=d.taps, band=d.band, nyquist=d.nyquist)
+    return axis is not None and axis.taps in _core.TAPS and 2 * axis.taps <= axis.cells <= n

@@ -9,8 +9,7 @@ import torch
 from .. import _core
 from ..errors import ArgumentError
 
-# The values of `enum class DType` in csrc/common/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in _core.DTYPES.items()}
 
 
 def dtype_code(tensor: torch.Tensor, name: str) -> int:

@@ -3,9 +3,10 @@
 #include <cstring>
 #include <iterator>
 #include <memory>
+#include <thread>
 
 #include "check.h"
-#include "cpu/row_column.h"
+#include "cpu/filter.h"
 #include "filter_oracle.h"
 
 namespace freemerge {
@@ -50,9 +51,9 @@ Mask random_mask(Random& random, std::int64_t height, std::int64_t width, std::v
   return mask;
 }
 
-// Gains of the columns (rows, if transposed) that are one number. The official mask is the mean of two discs:
-// both must be one number there.
-std::vector<double> constant_gains(const Mask& mask, bool transposed) {
+// The gain of each column (row, if transposed) that has one gain, NaN for the others. The official mask is
+// the mean of two discs: both must have one gain there.
+std::vector<double> column_gains(const Mask& mask, bool transposed) {
   const std::int64_t length = transposed ? mask.height : mask.width;
   const std::int64_t signals = transposed ? mask.width : mask.height;
   const bool official = mask.kind == MaskKind::kOfficial && signals > 1;
@@ -70,8 +71,10 @@ std::vector<double> constant_gains(const Mask& mask, bool transposed) {
   std::vector<double> gains;
   for (std::int64_t column = 0; column <= length / 2; ++column) {
     const std::int64_t mirror = (length - column) % length;
-    if (!constant(column) || (official && !constant(mirror))) continue;
-    gains.push_back(official ? (gain(column, 0) + gain(mirror, 0)) / 2 : gain(column, 0));
+    const bool varies = !constant(column) || (official && !constant(mirror));
+    gains.push_back(varies     ? std::nan("")
+                    : official ? (gain(column, 0) + gain(mirror, 0)) / 2
+                               : gain(column, 0));
   }
   return gains;
 }
@@ -97,13 +100,17 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   Plan plan;
   plan.mask = random_mask(random, height, width, table);
   plan.transposed = random.integer(0, 1) == 0;
-  const std::vector<double> gains = constant_gains(plan.mask, plan.transposed);
-  const bool pruned = !gains.empty() && random.integer(0, 2) > 0;
+  const std::vector<double> gains = column_gains(plan.mask, plan.transposed);
+  std::vector<double> backgrounds;
+  for (const double gain : gains) {
+    if (!std::isnan(gain)) backgrounds.push_back(gain);
+  }
+  const bool pruned = !backgrounds.empty() && random.integer(0, 2) > 0;
   plan.form = pruned ? Form::kPruned : Form::kFull;
   plan.packed = !pruned && !plan.transposed && sizeof(Storage) >= 4 && random.integer(0, 1) == 0;
   if (pruned) {
-    plan.background =
-        gains[static_cast<std::size_t>(random.integer(0, static_cast<std::int64_t>(gains.size()) - 1))];
+    plan.background = backgrounds[static_cast<std::size_t>(
+        random.integer(0, static_cast<std::int64_t>(backgrounds.size()) - 1))];
   }
   const double scale = random.integer(0, 1) == 0 ? 1 : random.real(-2, 2);
   const int threads = static_cast<int>(random.integer(1, 3));
@@ -120,7 +127,7 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   const Storage gap = stored<Storage>(-7);
   std::vector<std::unique_ptr<Storage[]>> memory;
   std::vector<std::vector<double>> inputs;
-  Matrices matrices{{}, dtype, stride};
+  std::vector<void*> matrices;
   for (std::int64_t i = random.integer(1, 3); i > 0; --i) {
     memory.push_back(std::make_unique<Storage[]>(size));
     std::fill_n(memory.back().get(), size, gap);
@@ -133,10 +140,14 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
       }
     }
     inputs.push_back(std::move(input));
-    matrices.data.push_back(memory.back().get());
+    matrices.push_back(memory.back().get());
   }
 
-  (pruned ? filter_pruned : filter_full)(plan, matrices, scale, threads, kernels);
+  const auto filter = make_filter(plan, dtype, gains, kernels);
+  std::vector<float> lost(table.size(), std::nanf(""));  // the mask's table is not read any more
+  std::swap_ranges(table.begin(), table.end(), lost.begin());
+  filter->run(matrices, stride, scale, threads);
+  std::swap_ranges(table.begin(), table.end(), lost.begin());
 
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const std::vector<double> expected = reference(inputs[i], plan.mask, scale);
@@ -166,7 +177,7 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   }
 }
 
-// Same bytes whatever the number of threads.
+// Same bytes whatever the number of threads, also where several run one filter at the same time.
 void test_determinism(const Kernels& kernels) {
   Random random(7);
   Plan plan;
@@ -179,29 +190,43 @@ void test_determinism(const Kernels& kernels) {
   plan.mask.gain1 = 1;
   std::vector<float> input(150 * 203), first;
   for (float& x : input) x = static_cast<float>(random.normal());
+  const auto filter = make_filter(plan, DType::kFloat32, column_gains(plan.mask, false), kernels);
+  check(filter->nbytes() > 0, "its tables take memory");
   for (const int threads : {1, 2, 5}) {
     std::vector<float> x = input;
-    filter_full(plan, {{x.data()}, DType::kFloat32, 203}, 1.0, threads, kernels);
+    filter->run({x.data()}, 203, 1.0, threads);
     if (first.empty()) first = x;
     check(x == first, "results do not depend on the number of threads");
   }
+  std::vector<std::vector<float>> matrices(4, input);
+  std::vector<std::thread> callers;
+  for (std::vector<float>& x : matrices) callers.emplace_back([&] { filter->run({x.data()}, 203, 1.0, 1); });
+  for (std::thread& caller : callers) caller.join();
+  for (const std::vector<float>& x : matrices) check(x == first, "several threads may run one filter");
 }
 
-// A background that no column has is refused before anything is written.
-void test_refusal(const Kernels& kernels) {
-  std::vector<float> x(64 * 64, 1.0f);
+// What cannot be is refused.
+void test_refusals(const Kernels& kernels) {
   Plan plan;
   plan.form = Form::kPruned;
   plan.mask.height = plan.mask.width = 64;
   plan.mask.edge0 = plan.mask.edge1 = 20;
   plan.mask.gain1 = plan.mask.gain2 = 1;
-  bool refused = false;
-  try {
-    filter_pruned(plan, {{x.data()}, DType::kFloat32, 64}, 1.0, 1, kernels);
-  } catch (const std::invalid_argument& error) {
-    refused = std::string(error.what()).find("background") != std::string::npos;
-  }
-  check(refused && x == std::vector<float>(64 * 64, 1.0f), "refused: a background that no column has");
+  const std::vector<double> gains = column_gains(plan.mask, false);
+  const auto refuses = [&](const Plan& wrong, std::vector<double> columns, const std::string& what) {
+    bool refused = false;
+    try {
+      make_filter(wrong, DType::kFloat32, std::move(columns), kernels);
+    } catch (const std::invalid_argument& error) {
+      refused = std::string(error.what()).find(what) != std::string::npos;
+    }
+    check(refused, "refused: " + what);
+  };
+  refuses(plan, gains, "background");
+  plan.background = 1;
+  refuses(plan, {1.0}, "column_gains");
+  plan.packed = true;
+  refuses(plan, gains, "packed");
 }
 
 }  // namespace
@@ -221,7 +246,7 @@ int main(int argc, char** argv) {
       test_case<float16>(random, DType::kFloat16, table, name + " float16");
     }
     test_determinism(table);
-    test_refusal(table);
+    test_refusals(table);
     std::printf("%s: %d cases of each type\n", name.c_str(), cases);
   }
 }

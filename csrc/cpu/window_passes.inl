@@ -1,5 +1,6 @@
-// The windowed FIR passes of the decimated filter, compiled once per instruction set. Down columns the SIMD
-// lanes are neighbouring columns; along rows they are neighbouring coarse rows, transposed on the way.
+// The windows of the decimated filter, applied along one axis at a time; compiled once per instruction set.
+// Along the rows axis the SIMD lanes are neighbouring columns; along the columns axis they are neighbouring
+// coarse rows, transposed on the way.
 //
 // Every pass walks the cells of a window in order with one register accumulator per tap. Passing to the next
 // cell shifts the accumulators by one coarse point, so each coarse point is summed over its samples in
@@ -11,7 +12,7 @@
 
 namespace freemerge::FREEMERGE_ISA {
 
-// Consecutive samples of a column pass. The first lies in `cell`, whose first coarse row is rows[0].
+// Consecutive rows of the matrix. The first lies in `cell`, whose first coarse row is rows[0].
 struct Sweep {
   std::int64_t begin, end;
   std::int64_t cell;
@@ -91,18 +92,18 @@ struct Panel {
   }
 };
 
-// Down columns: coarse[cell + j] += weight[n][j] * sample[n]. The coarse row after a sweep's last cell must
-// be there to be written; it starts the next sweep at zero.
+// Along the rows axis, spread: coarse[cell + j] += weight[n][j] * sample[n]. The coarse row after a sweep's
+// last cell must be there to be written; it starts the next sweep at zero.
 template <int Taps, int Vectors, typename Storage, typename Lanes>
-FM_INLINE void gather_panel(const Samples<Storage>& samples, Taper taper, Sweep sweep, std::int64_t x,
-                            Lanes lanes) {
+FM_INLINE void spread_rows_panel(const Samples<Storage>& samples, WindowView window, Sweep sweep,
+                                 std::int64_t x, Lanes lanes) {
   Panel<Taps, Vectors> sums;
   sums.load(sweep.rows, x);
   std::int64_t n = sweep.begin;
-  const std::int64_t* next = taper.first + sweep.cell + 1;
+  const std::int64_t* next = window.first + sweep.cell + 1;
   float* const* rows = sweep.rows;
   const Storage* in = samples.data + n * samples.stride + x;
-  const float* weights = taper.weights + n * Taps;
+  const float* weights = window.weights + n * Taps;
   for (;; ++next) {
     for (const std::int64_t stop = smaller(*next, sweep.end); n < stop; ++n) {
       FloatVec value[Vectors];
@@ -129,17 +130,17 @@ FM_INLINE void gather_panel(const Samples<Storage>& samples, Taper taper, Sweep 
   sums.store(rows, x);
 }
 
-// Back up: y[n] = background * x[n] + sum_j weight[n][j] * coarse[cell + j].
+// And interpolate: y[n] = background * x[n] + sum_j weight[n][j] * coarse[cell + j].
 template <int Taps, int Vectors, typename Storage, typename Lanes>
-FM_INLINE void interpolate_panel(const Samples<Storage>& samples, Taper taper, Sweep sweep, std::int64_t x,
-                                 Lanes lanes) {
+FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowView window, Sweep sweep,
+                                      std::int64_t x, Lanes lanes) {
   Panel<Taps, Vectors> coarse;
   coarse.load(sweep.rows, x);
   std::int64_t n = sweep.begin;
-  const std::int64_t* next = taper.first + sweep.cell + 1;
+  const std::int64_t* next = window.first + sweep.cell + 1;
   float* const* rows = sweep.rows;
   Storage* out = samples.data + n * samples.stride + x;
-  const float* weights = taper.weights + n * Taps;
+  const float* weights = window.weights + n * Taps;
   for (;; ++next) {
     for (const std::int64_t stop = smaller(*next, sweep.end); n < stop; ++n) {
       FloatVec value[Vectors];
@@ -167,27 +168,28 @@ FM_INLINE void interpolate_panel(const Samples<Storage>& samples, Taper taper, S
 
 // Columns x .. width - 1 by panels, then single vectors, then the rest of a vector.
 template <int Taps, typename Storage>
-void gather_sweep(const Samples<Storage>& samples, Taper taper, Sweep sweep) {
+void spread_rows(const Samples<Storage>& samples, WindowView window, Sweep sweep) {
   constexpr std::int64_t step = kPanelVectors<Taps> * kLanes<float>;
   std::int64_t x = 0;
   for (; x + step <= samples.width; x += step)
-    gather_panel<Taps, kPanelVectors<Taps>>(samples, taper, sweep, x, AllLanes{});
+    spread_rows_panel<Taps, kPanelVectors<Taps>>(samples, window, sweep, x, AllLanes{});
   for (; x < samples.width; x += kLanes<float>)
-    gather_panel<Taps, 1>(samples, taper, sweep, x, FirstLanes{smaller(samples.width - x, kLanes<float>)});
-}
-
-template <int Taps, typename Storage>
-void interpolate_sweep(const Samples<Storage>& samples, Taper taper, Sweep sweep) {
-  constexpr std::int64_t step = kPanelVectors<Taps> * kLanes<float>;
-  std::int64_t x = 0;
-  for (; x + step <= samples.width; x += step)
-    interpolate_panel<Taps, kPanelVectors<Taps>>(samples, taper, sweep, x, AllLanes{});
-  for (; x < samples.width; x += kLanes<float>)
-    interpolate_panel<Taps, 1>(samples, taper, sweep, x,
+    spread_rows_panel<Taps, 1>(samples, window, sweep, x,
                                FirstLanes{smaller(samples.width - x, kLanes<float>)});
 }
 
-// Along rows
+template <int Taps, typename Storage>
+void interpolate_rows(const Samples<Storage>& samples, WindowView window, Sweep sweep) {
+  constexpr std::int64_t step = kPanelVectors<Taps> * kLanes<float>;
+  std::int64_t x = 0;
+  for (; x + step <= samples.width; x += step)
+    interpolate_rows_panel<Taps, kPanelVectors<Taps>>(samples, window, sweep, x, AllLanes{});
+  for (; x < samples.width; x += kLanes<float>)
+    interpolate_rows_panel<Taps, 1>(samples, window, sweep, x,
+                                    FirstLanes{smaller(samples.width - x, kLanes<float>)});
+}
+
+// Along the columns axis
 // ----------------------------------------------------------------------------------------------------
 
 // Columns transposed at a time: a block of kLanes x kRowBlock values stays in L1.
@@ -220,8 +222,8 @@ FM_INLINE void store_transposed(float* const* rows, std::int64_t begin, std::int
 // kLanes coarse rows of `width` samples each become kLanes lanes of `cells` coarse points, `pitch` floats
 // apart.
 template <int Taps>
-void gather_rows(float* const* rows, std::int64_t width, Taper taper, std::int64_t cells, float* out,
-                 std::int64_t pitch) {
+void spread_columns(float* const* rows, std::int64_t width, WindowView window, std::int64_t cells, float* out,
+                    std::int64_t pitch) {
   float block[kRowBlock * kLanes<float>];
   FloatVec sums[Taps] = {};
   std::int64_t cell = 0;
@@ -229,13 +231,13 @@ void gather_rows(float* const* rows, std::int64_t width, Taper taper, std::int64
     const std::int64_t end = smaller(begin + kRowBlock, width);
     load_transposed(rows, begin, end - begin, block);
     for (std::int64_t n = begin;;) {
-      for (const std::int64_t stop = smaller(taper.first[cell + 1], end); n < stop; ++n) {
+      for (const std::int64_t stop = smaller(window.first[cell + 1], end); n < stop; ++n) {
         const FloatVec value = load(block + (n - begin) * kLanes<float>);
-        const float* weights = taper.weights + n * Taps;
+        const float* weights = window.weights + n * Taps;
 #pragma GCC unroll 16
         for (int j = 0; j < Taps; ++j) sums[j] += value * weights[j];
       }
-      if (n < taper.first[cell + 1] || cell == cells - 1) break;
+      if (n < window.first[cell + 1] || cell == cells - 1) break;
       store(out + cell * pitch, sums[0]);
 #pragma GCC unroll 16
       for (int j = 0; j + 1 < Taps; ++j) sums[j] = sums[j + 1];
@@ -252,10 +254,10 @@ void gather_rows(float* const* rows, std::int64_t width, Taper taper, std::int64
   }
 }
 
-// The adjoint: coarse points back to the samples of kLanes rows.
+// The adjoint, from coarse points to the samples of kLanes rows.
 template <int Taps>
-void interpolate_rows(const float* in, std::int64_t pitch, Taper taper, std::int64_t cells,
-                      std::int64_t width, float* const* rows) {
+void interpolate_columns(const float* in, std::int64_t pitch, WindowView window, std::int64_t cells,
+                         std::int64_t width, float* const* rows) {
   float block[kRowBlock * kLanes<float>];
   FloatVec coarse[Taps];
 #pragma GCC unroll 16
@@ -264,8 +266,8 @@ void interpolate_rows(const float* in, std::int64_t pitch, Taper taper, std::int
   for (std::int64_t begin = 0; begin < width; begin += kRowBlock) {
     const std::int64_t end = smaller(begin + kRowBlock, width);
     for (std::int64_t n = begin;;) {
-      for (const std::int64_t stop = smaller(taper.first[cell + 1], end); n < stop; ++n) {
-        const float* weights = taper.weights + n * Taps;
+      for (const std::int64_t stop = smaller(window.first[cell + 1], end); n < stop; ++n) {
+        const float* weights = window.weights + n * Taps;
         FloatVec even = coarse[0] * weights[0], odd = coarse[1] * weights[1];
 #pragma GCC unroll 16
         for (int j = 2; j < Taps; ++j) (j % 2 == 0 ? even : odd) += coarse[j] * weights[j];
@@ -282,9 +284,9 @@ void interpolate_rows(const float* in, std::int64_t pitch, Taper taper, std::int
   }
 }
 
-// The same where rows stay whole: every sample is a coarse point.
-inline void gather_whole_rows(float* const* rows, std::int64_t width, Taper, std::int64_t, float* out,
-                              std::int64_t pitch) {
+// The same where the axis stays whole: every sample is a coarse point.
+inline void spread_whole_columns(float* const* rows, std::int64_t width, WindowView, std::int64_t, float* out,
+                                 std::int64_t pitch) {
   for (std::int64_t x = 0; x < width; x += kLanes<float>) {
     float block[kLanes<float> * kLanes<float>];
     load_transposed(rows, x, kLanes<float>, block);
@@ -293,8 +295,8 @@ inline void gather_whole_rows(float* const* rows, std::int64_t width, Taper, std
   }
 }
 
-inline void interpolate_whole_rows(const float* in, std::int64_t pitch, Taper, std::int64_t,
-                                   std::int64_t width, float* const* rows) {
+inline void interpolate_whole_columns(const float* in, std::int64_t pitch, WindowView, std::int64_t,
+                                      std::int64_t width, float* const* rows) {
   float block[kLanes<float> * kLanes<float>] = {};
   for (std::int64_t x = 0; x < width; x += kLanes<float>) {
     for (std::int64_t i = 0; i < smaller(kLanes<float>, width - x); ++i)

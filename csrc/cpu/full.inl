@@ -17,9 +17,9 @@ FM_INLINE void transpose_tile(Row row, Put put) {
   for (int i = 0; i < kLanes<T>; ++i) put(i, tile[i]);
 }
 
-// Fft::loose_size, compiled for this instruction set.
+// Fft::padded_size, compiled for this instruction set.
 template <typename T>
-FM_INLINE std::int64_t loose_size(const Fft<T>& plan) {
+FM_INLINE std::int64_t padded_size(const Fft<T>& plan) {
   return plan.method == Fft<T>::Method::kSplit ? plan.columns->n * plan.row_pitch : plan.n;
 }
 
@@ -74,15 +74,15 @@ FM_INLINE void store_tile(const T* tile, std::int64_t pitch, Storage* x, std::in
     if (present >= n && count == n) {
       transpose_tile<T>([&](int j) { return load(from + j * pitch); },
                         [&](int i, Vec<T> v) {
-                          Storage* const place = to + i * stride;
-                          store(place, combine(v, place, background, factor));
+                          Storage* const target = to + i * stride;
+                          store(target, combine(v, target, background, factor));
                         });
     } else {
       transpose_tile<T>([&](int j) { return j < count ? load(from + j * pitch) : Vec<T>{}; },
                         [&](int i, Vec<T> v) {
                           if (i >= present) return;
-                          Storage* const place = to + i * stride;
-                          store_partial(place, combine_partial(v, place, count, background, factor), count);
+                          Storage* const target = to + i * stride;
+                          store_partial(target, combine_partial(v, target, count, background, factor), count);
                         });
     }
   }
@@ -296,7 +296,7 @@ struct Group {
 // back.
 inline constexpr std::int64_t kLongSignals = 8192;
 
-// tile(element, count, place) for all elements of a split transform in order, up to kLanes at a time.
+// tile(element, count, slot) for all elements of a split transform in order, up to kLanes at a time.
 template <typename T, typename Tile>
 FM_INLINE void for_split_tiles(const Fft<T>& plan, Tile tile) {
   constexpr std::int64_t n = kLanes<T>;
@@ -307,7 +307,7 @@ FM_INLINE void for_split_tiles(const Fft<T>& plan, Tile tile) {
   }
 }
 
-// From the signals to their transforms in loose slots. A split transform takes its columns straight from the
+// From the signals to their transforms in padded slots. A split transform takes its columns straight from the
 // signals, so that the batch is written but once before its rows are transformed.
 template <typename Storage, typename T>
 void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch, T* work) {
@@ -319,8 +319,8 @@ void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch
     return forward(plan, batch, work);
   }
   if (plan.n > kLongSignals) {
-    for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t place) {
-      group.load(element, count, batch + place * kElement<T>, kElement<T>);
+    for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t slot) {
+      group.load(element, count, batch + slot * kElement<T>, kElement<T>);
     });
     forward_columns(plan, batch, 0, plan.rows->n, {batch, plan.row_pitch * kElement<T>}, kElement<T>, work,
                     kForward<T>);
@@ -352,8 +352,8 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
     split_rows(plan, batch, plan.row_pitch, plan.columns->n, work, kInverse<T>);
     inverse_columns(plan, batch, 0, plan.rows->n, {batch, plan.row_pitch * kElement<T>}, kElement<T>, work,
                     kInverse<T>);
-    return for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t place) {
-      group.store(batch + place * kElement<T>, kElement<T>, element, count, background, factor);
+    return for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t slot) {
+      group.store(batch + slot * kElement<T>, kElement<T>, element, count, background, factor);
     });
   }
   const std::int64_t length = plan.columns->n, pitch = (length + 1) * kElement<T>;
@@ -368,10 +368,10 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
 }
 
 template <typename Storage, typename T>
-void analyse(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
-             std::int64_t group, T* scratch) {
+void forward_rows(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+                  std::int64_t group, T* scratch) {
   constexpr int n = kLanes<T>;
-  T *const batch = scratch, *const work = scratch + loose_size(plan) * kElement<T>;
+  T *const batch = scratch, *const work = scratch + padded_size(plan) * kElement<T>;
   const Group<Storage> source(signals, group * spectrum.group_size(), spectrum.signals_in(group));
   transform_signals(plan, source, batch, work);
   for (std::int64_t block = 0; block < spectrum.blocks(); ++block) {
@@ -385,12 +385,12 @@ void analyse(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum
 }
 
 template <typename Storage, typename T>
-void synthesise(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
-                std::int64_t group, T background, T factor, T* scratch) {
+void inverse_rows(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+                  std::int64_t group, T background, T factor, T* scratch) {
   constexpr int n = kLanes<T>;
-  T *const batch = scratch, *const work = scratch + loose_size(plan) * kElement<T>;
+  T *const batch = scratch, *const work = scratch + padded_size(plan) * kElement<T>;
   if (!spectrum.complete) {
-    __builtin_memset(batch, 0, static_cast<std::size_t>(loose_size(plan) * kElement<T>) * sizeof(T));
+    __builtin_memset(batch, 0, static_cast<std::size_t>(padded_size(plan) * kElement<T>) * sizeof(T));
   }
   for (std::int64_t block = 0; block < spectrum.blocks(); ++block) {
     if (is_full_block(spectrum, group, block)) {
@@ -431,7 +431,7 @@ struct BlockElements {
     const bool regular = width % kGroupSize == 0 && full + last_group * group_step == last;
     return regular && imaginary == kLanes<T> ? kGroupSize : 0;
   }
-  FM_INLINE Place<T> column(std::int64_t first, std::int64_t width) const {
+  FM_INLINE Strided<T> column(std::int64_t first, std::int64_t width) const {
     return {at(first), width / kGroupSize * group_step};
   }
 
@@ -514,8 +514,8 @@ void apply_edge_gains(const Fft<T>& plan, const BlockGains<T>& gains, std::int64
 // A split transform of a block: columns straight from the spectrum, then row by row there and back with the
 // gains in between, and columns back to the spectrum. The batch is read and written twice, not six times.
 template <typename T>
-void filter_split_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
-                        const BlockGains<T>& gains, T* batch, T* work) {
+void split_column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
+                         const BlockGains<T>& gains, T* batch, T* work) {
   const std::int64_t width = plan.rows->n, length = plan.columns->n;
   T* const rest = work + length * kElement<T>;
   const BlockElements<T> elements(spectrum, block);
@@ -547,11 +547,11 @@ void filter_split_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::in
 }
 
 template <typename T>
-void filter_block(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
-                  const BlockGains<T>& gains, T* scratch) {
-  T *const batch = scratch, *const work = scratch + loose_size(plan) * kElement<T>;
+void column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
+                   const BlockGains<T>& gains, T* scratch) {
+  T *const batch = scratch, *const work = scratch + padded_size(plan) * kElement<T>;
   if (plan.method == Fft<T>::Method::kSplit && gains.edge_difference == nullptr) {
-    return filter_split_block(plan, spectrum, block, gains, batch, work);
+    return split_column_filter(plan, spectrum, block, gains, batch, work);
   }
   const BlockElements<T> elements(spectrum, block);
   elements.load(0, 1, plan.n, batch);

@@ -1,0 +1,28 @@
+// Parts of a plan as Python describes them, for the CPU module and the GPU's.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "common/error.h"
+#include "common/plan.h"
+
+namespace freemerge {
+
+inline Form to_form(const std::string& name) {
+  for (const FormName& known : kFormNames) {
+    if (name == known.name) return known.form;
+  }
+  throw std::invalid_argument("unknown form '" + name + "'");
+}
+
+// `axis` is a freemerge.planner.plan.Decimation, or None.
+inline Decimation to_decimation(const pybind11::handle& axis) {
+  if (axis.is_none()) return {};
+  return {axis.attr("cells").cast<std::int64_t>(), axis.attr("taps").cast<int>(),
+          axis.attr("band").cast<std::int64_t>(), axis.attr("nyquist").cast<bool>()};
+}
+
+}  // namespace freemerge

@@ -1,0 +1,50 @@
+#include "cpu/filter.h"
+
+#include <utility>
+
+#include "common/error.h"
+#include "cpu/buffer.h"
+#include "cpu/decimated.h"
+#include "cpu/full.h"
+#include "cpu/parallel.h"
+
+namespace freemerge {
+
+Filter::Filter(const Mask& mask) : width_(mask.width) {
+  require(mask.height >= 1 && mask.width >= 1, "mask: height and width must be at least 1");
+}
+
+void Filter::run(const std::vector<void*>& matrices, std::int64_t row_stride, double scale,
+                 int threads) const {
+  require(row_stride >= width_, "row_stride must be at least the width");
+  require(threads >= 1, "threads must be at least 1");
+  const Call call{row_stride, scale};
+  const auto count = static_cast<std::int64_t>(matrices.size());
+  // Whole matrices per worker where there are enough of them: no waiting, and each stays in one core's cache.
+  const bool whole = count >= threads;
+  const int workers = workers_for(whole ? count : blocks_of_matrix(), threads);
+  std::vector<Buffer<char>> memory;
+  const auto take = [&](std::int64_t bytes, int times) {
+    std::vector<void*> areas;
+    for (int i = 0; i < times; ++i) areas.push_back(memory.emplace_back(bytes).data());
+    return areas;
+  };
+  const std::vector<void*> work = take(work_bytes(), workers);
+  const std::vector<void*> spectra = take(spectrum_bytes(), whole ? workers : 1);
+  if (!whole) {
+    for (void* const matrix : matrices) filter_matrix(matrix, call, spectra[0], work.data(), workers);
+    return;
+  }
+  parallel_for(count, workers, [&](std::int64_t i, int worker) {
+    const auto own = static_cast<std::size_t>(worker);
+    filter_matrix(matrices[static_cast<std::size_t>(i)], call, spectra[own], &work[own], 1);
+  });
+}
+
+std::unique_ptr<Filter> make_filter(const Plan& plan, DType dtype, std::vector<double> column_gains,
+                                    const Kernels& kernels) {
+  if (plan.form == Form::kDecimated) return make_decimated_filter(plan, dtype, kernels.decimated);
+  return make_full_filter(plan, dtype, std::move(column_gains), kernels);
+}
+
+}  // namespace freemerge
