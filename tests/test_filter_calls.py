@@ -181,8 +181,8 @@ def test_the_number_of_threads_is_asked_for_at_each_call(monkeypatch: pytest.Mon
     from freemerge import _core
 
     used: list[int] = []
-    native = _core.filter
-    monkeypatch.setattr(_core, "filter", lambda *args: (used.append(args[-1]), native(*args))[1])
+    native = _core.Filter.run
+    monkeypatch.setattr(_core.Filter, "run", lambda *args: (used.append(args[-1]), native(*args))[1])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 1):

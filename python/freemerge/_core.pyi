@@ -1,5 +1,7 @@
 """The compiled CPU kernels. Pointers come from torch tensors; callers keep them alive."""
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -65,7 +67,7 @@ def decode_positions(
 ) -> None: ...
 
 MASK_KINDS: dict[str, int]  #: ``enum class MaskKind`` of csrc/common/mask.h
-FORMS: dict[str, int]  #: ``enum class Form`` of csrc/common/plan.h
+FORMS: dict[Literal["decimated", "pruned", "full"], int]  #: ``enum class Form`` of csrc/common/plan.h
 TAPS: tuple[int, ...]  #: of the decimated form's windows
 ROW_CELLS_MULTIPLE: int  #: of its cells along the height
 MAX_LANES: int  #: floats in the widest vector

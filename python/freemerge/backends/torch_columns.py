@@ -56,7 +56,7 @@ def _ranges(indices: np.ndarray) -> list[tuple[int, int]]:
 
 def kept_columns(plan: Plan) -> Columns:
     """pruned: the columns whose gain is not the background, with gain - background. full: all columns."""
-    gains = plan.response.column_gains(plan.shape)
+    gains = plan.column_gains
     if plan.form == "full":
         kept, offset = np.arange(gains.size), 0.0
     else:

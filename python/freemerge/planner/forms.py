@@ -13,9 +13,9 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..responses import Box, Response, matrix_shape, transposed
+from ..responses import Box, Response, matrix_shape
 from .costs import Traits
-from .plan import Decimation, Plan
+from .plan import Decimation, Plan, column_gains
 from .windows import WindowError, window_error
 
 #: Largest error_bound of a plan in fp32 (and 16-bit storage) and in fp64.
@@ -101,7 +101,7 @@ class _Request:
         box = self.response.box(self.shape)
         if box is not None and 0 in box.bands:
             return box.background
-        gains = self.response.column_gains(self.shape)
+        gains = column_gains(self.response, self.shape, False)
         return float(gains[0]) if bool((gains == gains[0]).all()) else None
 
     def forms(self) -> Iterator[tuple[float, Plan]]:
@@ -228,11 +228,8 @@ class _Request:
 
     def _by_columns(self, transpose: bool) -> Iterator[tuple[float, Plan]]:
         """The exact forms: real FFTs along one axis, complex ones along the other where the gain varies."""
-        response, shape = self.response, self.shape
-        if transpose:
-            response, shape = transposed(response), (shape[-1], shape[-2])
-        height, width = matrix_shape(shape)
-        gains = response.column_gains(shape)
+        height, width = matrix_shape(self.shape)[::-1] if transpose else matrix_shape(self.shape)
+        gains = column_gains(self.response, self.shape, transpose)
         background = background_gain(gains)
         varying = int(np.count_nonzero(gains != background))
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
@@ -265,9 +262,9 @@ class _Request:
             )
 
 
-def background_gain(column_gains: np.ndarray) -> float:
+def background_gain(gains: np.ndarray) -> float:
     """The gain that most columns have throughout; 0 if every column varies."""
-    constant = column_gains[~np.isnan(column_gains)]
+    constant = gains[~np.isnan(gains)]
     if not constant.size:
         return 0.0
     values, counts = np.unique(constant, return_counts=True)

@@ -7,9 +7,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 
-from ..responses import Response, matrix_shape
+from ..cache import ByResponse
+from ..responses import Gains, Response, matrix_shape
+from ..responses import transposed as transposed_response
+
+_CACHED_CLASSES = 64
 
 Form = Literal["identity", "scale", "decimated", "thin", "pruned", "full"]
 
@@ -31,6 +36,16 @@ class Decimation:
     def __str__(self) -> str:
         window = f"{self.taps} taps" if self.taps else "dense"
         return f"{self.cells} cells, {window}, |k| < {self.band}{' from Nyquist' if self.nyquist else ''}"
+
+
+def _column_gains(response: Response, shape: tuple[int, ...], transpose: bool) -> Gains:
+    """:meth:`Response.column_gains` of a response, or of the transposed one."""
+    gains = transposed_response(response).column_gains(shape[::-1]) if transpose else response.column_gains(shape)
+    gains.flags.writeable = False
+    return gains
+
+
+column_gains = ByResponse(_column_gains, _CACHED_CLASSES)
 
 
 @dataclass(frozen=True)
@@ -86,6 +101,11 @@ class Plan:
         return {name: value for name, value in self.__dict__.items() if name != "_hash"}  # it differs by process
 
     @property
+    def column_gains(self) -> Gains:
+        """The class of each column of the half spectrum (row, if transposed): its gain if it has one, else NaN."""
+        return column_gains(self.response, self.shape, self.transposed)
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(H, W)."""
         return matrix_shape(self.shape)
@@ -104,6 +124,10 @@ class Plan:
             lines += [f"  rows       {self.rows}", f"  columns    {self.columns}"]
         if self.transposed:
             lines.append("  axes       transposed: real transforms run along the columns")
+        if self.form in ("pruned", "full"):
+            gains = self.column_gains
+            varying, other = int(np.isnan(gains).sum()), int((gains != self.background).sum())
+            lines.append(f"  columns    {gains.size}: gain varies in {varying}, is not the background in {other}")
         lines += [
             f"  traffic    {self.bytes_moved / 1e6:.2f} MB of input read and written",
             f"  workspace  {self.workspace_bytes / 1e6:.2f} MB",
