@@ -17,6 +17,9 @@ namespace {
 template <typename Storage>
 using ArithmeticOf = std::conditional_t<std::is_same_v<Storage, double>, double, float>;
 
+// Gains of smaller masks are kept: they would cost as much as the transforms.
+constexpr std::int64_t kMostKeptBins = 1 << 14;
+
 template <typename Storage>
 class FullFilter : public Filter {
  public:
@@ -40,25 +43,27 @@ class FullFilter : public Filter {
     require(plan.form == Form::kFull ||
                 std::find(column_gains_.begin(), column_gains_.end(), background_) != column_gains_.end(),
             "background must be the gain of a whole column of the mask");
-    keep_columns();
+    choose_columns();
+    if (mask_.length() * mask_.signals() <= kMostKeptBins) keep_gains();
   }
 
   std::int64_t nbytes() const override {
-    return mask_.nbytes() + vector_bytes(column_gains_, columns_, low_, high_) + first_->nbytes() +
-           (second_ == first_ ? 0 : second_->nbytes());
+    return mask_.nbytes() + vector_bytes(column_gains_, columns_, low_, high_, kept_, kept_memory_) +
+           first_->nbytes() + (second_ == first_ ? 0 : second_->nbytes());
   }
 
  private:
-  // In units of T: a batch of signals, gains of a block of columns, and those of the edge.
+  // In units of T: a batch of signals, what the edge is set aside in, and the gains of a block of columns.
   std::int64_t batch_size() const {
     return 2 * transforms_.lanes *
            std::max(first_->padded_size() + first_->work, second_->padded_size() + second_->work);
   }
-  std::int64_t gains_size() const { return mask_.rows() * transforms_.lanes; }
-  std::int64_t edge_size() const { return 3 * mask_.signals() + gains_size(); }
+  std::int64_t edge_size() const { return 2 * mask_.signals(); }
+  std::int64_t column_gains_size() const { return mask_.rows() * transforms_.lanes; }
+  std::int64_t gains_size() const { return 2 * column_gains_size() + mask_.signals(); }
 
   std::int64_t work_bytes() const override {
-    return (batch_size() + gains_size() + edge_size()) * static_cast<std::int64_t>(sizeof(T));
+    return (batch_size() + edge_size() + gains_size()) * static_cast<std::int64_t>(sizeof(T));
   }
   std::int64_t spectrum_bytes() const override {
     return packed_ ? 0 : spectrum_.width * spectrum_.signals * static_cast<std::int64_t>(sizeof(T));
@@ -91,8 +96,8 @@ class FullFilter : public Filter {
   std::int64_t slot(std::int64_t bin) const { return first_->padded_slot(bin); }
   double column_gain(std::int64_t column) const { return column_gains_[static_cast<std::size_t>(column)]; }
 
-  // Keeps the columns that differ from the background somewhere; the edge goes last.
-  void keep_columns() {
+  // Takes the columns that differ from the background somewhere; the edge goes last.
+  void choose_columns() {
     const std::int64_t length = mask_.length();
     const auto needed = [&](std::int64_t column) { return column_gain(column) != background_; };
     const auto keep = [&](std::int64_t column, std::int64_t low, std::int64_t high) {
@@ -138,31 +143,41 @@ class FullFilter : public Filter {
       if (correction != T{1}) transforms_.scale_block(spectrum, block, correction);
       return;
     }
-    const int lanes = spectrum.lanes;
-    const int count = static_cast<int>(spectrum.columns_in(block));
-    const double factor = 1.0 / static_cast<double>(mask_.signals());
-    T *const gains = work + batch_size(), *const edge = gains + gains_size();
-    mask_.fill(columns_.data() + block * lanes, count, lanes, background_, factor, gains);
-    BlockGains<T> block_gains{gains, mask_.mirrored(), nullptr, edge};
-    if (dc_ && nyquist_ && block == spectrum.blocks() - 1) {
-      block_gains.edge_difference = split_edge(count - 1, factor, gains, edge + 2 * mask_.signals());
-    }
-    transforms_.column_filter(*second_, spectrum, block, block_gains, work);
+    T *const edge_work = work + batch_size(), *const memory = edge_work + edge_size();
+    BlockGains<T> gains = kept_.empty() ? block_gains(block, memory) : kept_[static_cast<std::size_t>(block)];
+    gains.edge_work = edge_work;
+    transforms_.column_filter(*second_, spectrum, block, gains, work);
   }
 
-  // See BlockGains: `gains` has those of DC in lane `lane`; they become the mean of DC's and Nyquist's.
-  const T* split_edge(int lane, double factor, T* gains, T* work) const {
-    const std::int64_t signals = mask_.signals(), rows = mask_.rows(), lanes = transforms_.lanes;
+  // The gains of a block of columns, in `memory` of gains_size().
+  BlockGains<T> block_gains(std::int64_t block, T* memory) const {
+    const int lanes = transforms_.lanes, count = static_cast<int>(spectrum_.columns_in(block));
+    const double factor = 1.0 / static_cast<double>(mask_.signals());
+    const auto fill = [&](const std::int32_t* columns, int n, T* gains) {
+      mask_.fill(columns, n, lanes, background_, factor, gains);
+    };
+    fill(columns_.data() + block * lanes, count, memory);
+    if (!dc_ || !nyquist_ || block != spectrum_.blocks() - 1)
+      return {memory, mask_.mirrored(), nullptr, nullptr};
+    // See BlockGains: the edge has the gains of DC, which become the mean of DC's and Nyquist's.
+    const std::int64_t signals = mask_.signals();
+    T *const edge = memory + count - 1, *const nyquist = memory + column_gains_size();
+    T* const difference = nyquist + column_gains_size();
     const auto nyquist_column = static_cast<std::int32_t>(mask_.length() / 2);
-    T *const difference = work, *const nyquist = work + signals;
-    mask_.fill(&nyquist_column, 1, transforms_.lanes, background_, factor, nyquist);
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const T d = gains[row * lanes + lane], e = nyquist[row * lanes];
-      gains[row * lanes + lane] = (d + e) / 2;
+    fill(&nyquist_column, 1, nyquist);
+    for (std::int64_t row = 0; row < mask_.rows(); ++row) {
+      const T d = edge[row * lanes], e = nyquist[row * lanes];
+      edge[row * lanes] = (d + e) / 2;
       difference[row] = (d - e) / 2;
       if (mask_.mirrored() && row > 0) difference[signals - row] = difference[row];
     }
-    return difference;
+    return {memory, mask_.mirrored(), difference, nullptr};
+  }
+
+  void keep_gains() {
+    kept_memory_.resize(static_cast<std::size_t>(spectrum_.blocks() * gains_size()));
+    for (std::int64_t block = 0; block < spectrum_.blocks(); ++block)
+      kept_.push_back(block_gains(block, kept_memory_.data() + block * gains_size()));
   }
 
   const TransformKernels<T>& transforms_;
@@ -175,6 +190,8 @@ class FullFilter : public Filter {
   std::vector<std::int32_t> columns_, low_, high_;
   bool dc_ = false, nyquist_ = false;
   Spectrum<T> spectrum_{};  // of any matrix: its memory is left out
+  std::vector<T> kept_memory_;
+  std::vector<BlockGains<T>> kept_;  // of every block, or none
 };
 
 }  // namespace
