@@ -44,7 +44,7 @@ inline constexpr MaskName kMaskNames[] = {
 #undef FM_NAME
 };
 
-// Plain data, so that it can be a kernel argument and a cache key.
+// Plain data, so that it can be a kernel argument.
 struct Mask {
   MaskKind kind = MaskKind::kSteps;
   std::int64_t height = 1;
@@ -61,14 +61,6 @@ struct Mask {
   int axis = 1;                  // kCenter: 1 removes each row's mean (kx = 0), 0 each column's (ky = 0)
   const float* table = nullptr;  // kTable: symmetrised gains, H x (W/2 + 1), row-major, stored order
 };
-
-// Compared as numbers, so padding does not matter. Tables are the same if they lie at the same place.
-inline bool operator==(const Mask& a, const Mask& b) {
-  return a.kind == b.kind && a.height == b.height && a.width == b.width && a.unit_y == b.unit_y &&
-         a.unit_x == b.unit_x && a.edge0 == b.edge0 && a.edge1 == b.edge1 && a.gain0 == b.gain0 &&
-         a.gain1 == b.gain1 && a.gain2 == b.gain2 && a.order == b.order && a.axis == b.axis &&
-         a.table == b.table;
-}
 
 FM_HOST_DEVICE inline double signed_frequency(std::int64_t bin, std::int64_t n) {
   return static_cast<double>(bin <= n / 2 ? bin : bin - n);

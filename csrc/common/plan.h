@@ -11,8 +11,8 @@ namespace freemerge {
 enum class Form : int {
   kDecimated,  // y = background * x + correction whose spectrum lies in a small box: spread onto a coarse
                // grid, FFT, interpolate
-  kPruned,  // y = background * x + correction on the columns of the spectrum whose gain varies
-  kFull,    // row FFT, column FFT, mask, and back, for any mask
+  kPruned,     // y = background * x + correction on the columns of the spectrum whose gain varies
+  kFull,       // row FFT, column FFT, mask, and back, for any mask
 };
 
 struct FormName {

@@ -1,9 +1,9 @@
 #include "cpu/box_gain.h"
 
+#include "cpu/features.h"
+
 namespace freemerge {
 namespace {
-
-constexpr std::int64_t kLanes = 16;  // the widest vector of any instruction set
 
 // Stored bin of offset `offset` from the centre of a box along an axis of `n` bins.
 std::int64_t stored_bin(std::int64_t offset, std::int64_t n, bool nyquist) {
@@ -45,7 +45,7 @@ BoxGain make_box_gain(const Plan& plan, const Window& rows, const Window& column
   const std::int64_t row_band = plan.rows.band, column_band = plan.columns.band;
   BoxGain gain;
   gain.band = row_band;
-  gain.pitch = (column_band + kLanes - 1) / kLanes * kLanes;
+  gain.pitch = (column_band + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
   const auto pitch = static_cast<std::size_t>(gain.pitch);
   for (const double transform : rows.transform) {
     gain.row_factor.push_back(static_cast<float>(1.0 / (transform * transform)));

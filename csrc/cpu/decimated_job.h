@@ -49,6 +49,6 @@ struct DecimatedKernels {
 inline constexpr int kMinTaps = 6;
 inline constexpr int kMaxTaps = 9;
 // Coarse rows come in whole bands of the widest instruction set.
-inline constexpr std::int64_t kRowCellsMultiple = 32;
+inline constexpr std::int64_t kRowCellsMultiple = 2 * kMaxLanes;
 
 }  // namespace freemerge

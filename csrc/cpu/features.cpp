@@ -51,22 +51,12 @@ Isa active_isa() {
 }
 
 Isa isa_from_name(const std::string& name) {
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa_name(isa) == name) return isa;
+  for (const IsaName& known : kIsaNames) {
+    if (name == known.name) return known.isa;
   }
   throw std::invalid_argument("isa must be avx512, avx2 or baseline, got " + name);
 }
 
-std::string isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::kAvx512:
-      return "avx512";
-    case Isa::kAvx2:
-      return "avx2";
-    case Isa::kBaseline:
-      break;
-  }
-  return "baseline";
-}
+std::string isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)].name; }
 
 }  // namespace freemerge

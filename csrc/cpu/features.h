@@ -5,7 +5,18 @@
 
 namespace freemerge {
 
-enum class Isa : int { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kBaseline, kAvx2, kAvx512 };
+
+struct IsaName {
+  Isa isa;
+  const char* name;
+};
+
+inline constexpr IsaName kIsaNames[] = {
+    {Isa::kBaseline, "baseline"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512, "avx512"}};
+
+// Floats in the widest vector.
+inline constexpr int kMaxLanes = 16;
 
 // Best instruction set of this processor.
 Isa detected_isa();

@@ -10,6 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "cpu/features.h"
+
 namespace freemerge {
 
 // Largest radix of a direct pass; larger prime factors go through Bluestein.
@@ -18,9 +20,8 @@ inline constexpr int kMaxRadix = 61;
 inline constexpr int kMaxUnrolledRadix = 16;
 inline constexpr int kRotatedBins = 4;
 
-// Columns of a split transform that are worked on together, at most, outside the data (see kSplit): the lanes
-// of the widest vector.
-inline constexpr std::int64_t kColumnsAtOnce = 16;
+// Columns of a split transform that are worked on together, at most, outside the data (see kSplit).
+inline constexpr std::int64_t kColumnsAtOnce = kMaxLanes;
 
 // One Stockham pass: `span` interleaved transforms of length radix * count become radix times as many of
 // length `count`.

@@ -53,14 +53,15 @@ class FullFilter : public Filter {
   }
 
  private:
-  // In units of T: a batch of signals, what the edge is set aside in, and the gains of a block of columns.
+  // In units of T: a batch of signals, what the edge sets aside, gains of all lanes, and those of a block
+  // with the edge.
   std::int64_t batch_size() const {
     return 2 * transforms_.lanes *
            std::max(first_->padded_size() + first_->work, second_->padded_size() + second_->work);
   }
   std::int64_t edge_size() const { return 2 * mask_.signals(); }
-  std::int64_t column_gains_size() const { return mask_.rows() * transforms_.lanes; }
-  std::int64_t gains_size() const { return 2 * column_gains_size() + mask_.signals(); }
+  std::int64_t table_size() const { return mask_.rows() * transforms_.lanes; }
+  std::int64_t gains_size() const { return 2 * table_size() + mask_.signals(); }
 
   std::int64_t work_bytes() const override {
     return (batch_size() + edge_size() + gains_size()) * static_cast<std::int64_t>(sizeof(T));
@@ -126,7 +127,7 @@ class FullFilter : public Filter {
   }
 
   // The gain of all columns of a block if it is one number, else NaN.
-  double block_gain(std::int64_t block) const {
+  double constant_gain(std::int64_t block) const {
     constexpr double kVaries = std::numeric_limits<double>::quiet_NaN();
     const std::int64_t begin = block * spectrum_.lanes, end = begin + spectrum_.columns_in(block);
     const double gain = column_gain(columns_[static_cast<std::size_t>(begin)]);
@@ -138,7 +139,7 @@ class FullFilter : public Filter {
   }
 
   void filter_columns(const Spectrum<T>& spectrum, std::int64_t block, T* work) const {
-    if (const double gain = block_gain(block); !std::isnan(gain)) {
+    if (const double gain = constant_gain(block); !std::isnan(gain)) {
       const T correction = static_cast<T>(gain - background_);
       if (correction != T{1}) transforms_.scale_block(spectrum, block, correction);
       return;
@@ -161,8 +162,8 @@ class FullFilter : public Filter {
       return {memory, mask_.mirrored(), nullptr, nullptr};
     // See BlockGains: the edge has the gains of DC, which become the mean of DC's and Nyquist's.
     const std::int64_t signals = mask_.signals();
-    T *const edge = memory + count - 1, *const nyquist = memory + column_gains_size();
-    T* const difference = nyquist + column_gains_size();
+    T *const edge = memory + count - 1, *const nyquist = memory + table_size();
+    T* const difference = nyquist + table_size();
     const auto nyquist_column = static_cast<std::int32_t>(mask_.length() / 2);
     fill(&nyquist_column, 1, nyquist);
     for (std::int64_t row = 0; row < mask_.rows(); ++row) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "common/dtype.h"
 #include "cpu/accumulate_kernels.h"
@@ -15,8 +14,6 @@
 #include "cpu/spectrum.h"
 
 namespace freemerge {
-
-inline constexpr int kMaxLanes = 16;
 
 // Of a block of columns of the released code's mask: distances below disc lie in the disc, those from
 // ring_begin to ring_end on the ring.

@@ -14,8 +14,8 @@ namespace freemerge::test {
 // The instruction sets that this processor has.
 inline std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
-  for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa <= detected_isa()) isas.push_back(isa);
+  for (const IsaName& known : kIsaNames) {
+    if (known.isa <= detected_isa()) isas.push_back(known.isa);
   }
   return isas;
 }

@@ -1,4 +1,4 @@
-// Gains of blocks of columns, as the row-column transforms multiply with them, against mask.h bin by bin:
+// Gains of blocks of columns, as the full form multiplies with them, against mask.h bin by bin:
 // every kind of mask on every instruction set, in float and double, along both axes, for columns that are not
 // neighbours.
 #include <algorithm>

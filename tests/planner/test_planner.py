@@ -223,3 +223,25 @@ def test_a_background_that_no_column_has_is_refused() -> None:
     with pytest.raises(ValueError, match="background"):
         backend.prepare(replace(pruned, background=0.5)).run([x[None]], 1.0)
     assert torch.equal(x, torch.ones(64, 64))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (1, 9), (8, 8)], ids=str)
+@pytest.mark.parametrize(
+    "response",
+    [fm.HighPass(0.3), fm.Butterworth(0.2), fm.Official(0.3), fm.Center(-2), fm.Custom(lambda ky, kx, shape: kx > 2)],
+    ids=lambda response: type(response).__name__,
+)
+def test_a_plan_knows_the_columns_of_one_gain(response: fm.Response, shape: tuple[int, int], transpose: bool) -> None:
+    plan = replace(fm.explain(shape, response), transposed=transpose)
+    mask = response.mask(shape).T if transpose else response.mask(shape)
+    columns = mask[:, : mask.shape[1] // 2 + 1]
+    expected = np.where((columns == columns[0]).all(axis=0), columns[0], np.nan)
+    np.testing.assert_array_equal(plan.column_gains, expected)
+    varying = int(np.isnan(expected).sum())
+    assert f"{expected.size}: gain varies in {varying}," in str(replace(plan, form="full"))
+
+
+def test_an_executable_of_the_cpu_knows_its_memory() -> None:
+    small, large = (CpuBackend().prepare(fm.explain((n, n), fm.HighPass(0.4))) for n in (32, 512))
+    assert 0 < small.nbytes < large.nbytes
