@@ -226,10 +226,18 @@ def test_a_background_that_no_column_has_is_refused() -> None:
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (1, 9), (8, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(20, 31), (31, 20), (1, 9), (9, 1), (64, 8)], ids=str)
 @pytest.mark.parametrize(
     "response",
-    [fm.HighPass(0.3), fm.Butterworth(0.2), fm.Official(0.3), fm.Center(-2), fm.Custom(lambda ky, kx, shape: kx > 2)],
+    [
+        fm.HighPass(0.3),
+        fm.BandStop(0.02, 0.08),
+        fm.BandPass(0.05, 0.3),
+        fm.Butterworth(0.2),
+        fm.Official(0.3),
+        fm.Center(-2),
+        fm.Custom(lambda ky, kx, shape: kx > 2),
+    ],
     ids=lambda response: type(response).__name__,
 )
 def test_a_plan_knows_the_columns_of_one_gain(response: fm.Response, shape: tuple[int, int], transpose: bool) -> None:

@@ -20,7 +20,7 @@ class Radial(ClosedForm):
     """A response of the radius of a bin only, measured in DFT bins or in cycles per sample (``metric``).
 
     Subclasses are frozen dataclasses with the fields ``unit`` and ``metric``. They define :meth:`params`, as
-    :meth:`_params` of their edges, and :meth:`_profile`, which rises or falls throughout between its edges.
+    :meth:`_params` of their edges, and :meth:`_profile`, which rises or falls throughout (or :meth:`_columns` too).
     """
 
     unit: Unit
@@ -66,15 +66,11 @@ class Radial(ClosedForm):
         return mean_over_bins(lambda ky, kx: removed(self.gain(ky, kx, shape)), *matrix_shape(shape))
 
     def _columns(self, params: MaskParams) -> Gains:
-        # The radius grows with |ky|, and every profile here is monotone between its edges: the two ends decide,
-        # unless both edges of a band fall inside one column.
+        # The radius grows with |ky| and the profile rises or falls throughout: the two ends decide.
         fx = params.unit_x * np.arange(params.width // 2 + 1, dtype=np.float64)
         near, far = np.sqrt(fx * fx), bin_radius(params.unit_y * float(params.height // 2), fx)
         low, high = self._profile(near, params), self._profile(far, params)
-        constant = low == high
-        for edge in (params.edge0, params.edge1):
-            constant &= ~((near < edge) & (far >= edge))
-        return np.where(constant, low, np.nan)
+        return np.where(low == high, low, np.nan)
 
 
 def bin_radius(fy: Gains | float, fx: Gains) -> Gains:

@@ -30,15 +30,29 @@ class Steps(Radial):
         counts = np.array([inner, outer - inner, bins - outer])
         return float(removed(np.array([params.gain0, params.gain1, params.gain2])) @ counts) / bins
 
+    def _columns(self, params: MaskParams) -> Gains:
+        rows = params.height // 2 + 1
+        inner, outer = (np.minimum(_frequencies_below(edge, params), rows) for edge in (params.edge0, params.edge1))
+        present = np.array([inner > 0, outer > inner, rows > np.maximum(inner, outer)])
+        gains = np.array([[params.gain0], [params.gain1], [params.gain2]])
+        low, high = np.where(present, gains, np.inf).min(axis=0), np.where(present, gains, -np.inf).max(axis=0)
+        return np.where(low == high, low, np.nan)
+
 
 def _bins_below(edge: float, params: MaskParams) -> float:
     """The number of bins whose radius lies below the edge."""
+    bins = np.clip(2.0 * _frequencies_below(edge, params) - 1.0, 0.0, params.height)
+    return float(bins @ column_weights(params.width))
+
+
+def _frequencies_below(edge: float, params: MaskParams) -> Gains:
+    """In each column, how many of the row frequencies 0, 1, 2, ..., H lie below the edge."""
     fx = params.unit_x * np.arange(params.width // 2 + 1, dtype=np.float64)
-    # In each column, the frequencies 0, 1, 2, ... below the edge: an estimate, which rounding may put off by one.
+    # An estimate, which rounding may put off by one.
     estimate = np.ceil(np.sqrt(np.maximum(edge * edge - fx * fx, 0.0)) / params.unit_y)
     count = np.clip(estimate - 1.0, 0.0, params.height)
     count += sum(bin_radius(params.unit_y * (count + step), fx) < edge for step in (0.0, 1.0))
-    return float(np.clip(2.0 * count - 1.0, 0.0, params.height) @ column_weights(params.width))
+    return count
 
 
 @dataclass(frozen=True)
