@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.kernels import accumulate, codec, selection
 from benchmarks.models import bank_of_experts
-from freemerge.experts.coding import VALUE_CODINGS
+from freemerge.experts.values import CODINGS
 
 CACHE_LINE = 64  # bytes
 
@@ -106,7 +106,7 @@ def main(out: str, *threads: str) -> None:
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for values in VALUE_CODINGS:
+    for values in CODINGS:
         record(codec(values), shape=(4096, 11008))
     for number in threads or ("1",):
         torch.set_num_threads(int(number))

@@ -14,8 +14,9 @@ from benchmarks.harness import Row
 from freemerge import _core
 from freemerge.accumulate import abs_means, add_round, task_vector_sum
 from freemerge.backends.memory import dtype_code
-from freemerge.experts import coding
+from freemerge.experts.payload import Reader
 from freemerge.experts.select import select_largest
+from freemerge.experts.values import CODINGS
 
 Works = dict[str, Callable[[], object]]
 
@@ -82,28 +83,18 @@ def selection(shape: tuple[int, int], dtype: torch.dtype, density: float = 0.01)
     return {"what": "select", "density": density, "count": k, **times, **ratios}
 
 
-def codec(values: coding.ValueCoding, density: float = 0.01, shape: tuple[int, int] = (4096, 11008)) -> Row:
+def codec(values: str, density: float = 0.01, shape: tuple[int, int] = (4096, 11008)) -> Row:
     base, model = torch.zeros(shape), torch.randn(shape)
     expert = fm.extract_experts({"w": base}, {"t": {"w": model}}, density=density, values=values)["t"]
     tensor = expert.tensors["w"]
-    count = tensor.indices.numel()
-    positions, raw = coding.encode_positions(tensor.indices), coding.values_to_bytes(tensor.coded)
-    assert torch.equal(coding.decode_positions(positions, count, tensor.numel), tensor.indices)
-    nbytes = positions.data.size + raw.size
-
-    def encode() -> None:
-        coding.encode_positions(tensor.indices)
-        coding.values_to_bytes(tensor.coded)
-
-    def decode() -> None:
-        indices = coding.decode_positions(positions, count, tensor.numel)
-        coding.values_from_bytes(values, raw, indices, shape[1])
-
+    count, raw = tensor.entries, tensor.to_bytes()
+    assert torch.equal(CODINGS[values].from_bytes(shape, Reader(raw)).dense(), tensor.dense())
+    nbytes = raw.size
     with TemporaryDirectory() as folder:
         path = Path(folder) / "expert.safetensors"
         works: Works = {
-            "encode": encode,
-            "decode": decode,
+            "encode": tensor.to_bytes,
+            "decode": lambda: CODINGS[values].from_bytes(shape, Reader(raw)),
             "save": lambda: expert.save(path, force=True),
             "load": lambda: fm.Expert.load(path),
         }

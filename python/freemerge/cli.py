@@ -17,8 +17,8 @@ from .checkpoint import verify
 from .errors import ArgumentError, FreemergeError, RefusedError
 from .evaluation import evaluate, evaluate_experts, load_function, table
 from .experts import iter_experts, save_experts
-from .experts.coding import ValueCoding
-from .experts.extract import Rescale
+from .experts.rescale import RULES
+from .experts.values import CODINGS
 from .merging.inspection import Inspection
 from .merging.recipe import PRESETS, Recipe
 from .merging.run import Report, inspect, merge_checkpoints
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     extracting.add_argument("--scope", choices=get_args(Scope), default="tensor")
     extracting.add_argument("--rescale", type=_rescale, default="released", metavar="R", help="a rule or mu itself")
-    extracting.add_argument("--values", choices=get_args(ValueCoding), default="bf16")
+    extracting.add_argument("--values", choices=list(CODINGS), default="bf16")
     extracting.add_argument("--trim", type=float, default=0.0, metavar="T", help="share of the largest left out")
     extracting.add_argument("--backbone", type=Path, metavar="MERGED", help="merged model, for --rescale projection")
     extracting.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -321,7 +321,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rescale(text: str) -> str | float:
-    return text if text in get_args(Rescale) else _number(text, f"{', '.join(get_args(Rescale))} or a number")
+    return text if text in RULES else _number(text, f"{', '.join(RULES)} or a number")
 
 
 def _number(text: str, expected: str) -> float:

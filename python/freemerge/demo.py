@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from .errors import ArgumentError, FreemergeError, RefusedError
 from .experts import ExpertBank, RoutedModel, Router, iter_experts, save_experts
-from .experts.extract import Rescale
 from .merging.recipe import Recipe
 from .merging.run import merge_checkpoints
 
@@ -58,7 +57,7 @@ METHODS = {
 
 # Density and rescale rule of the experts: the paper's density with the released rule, and one that suits a network as
 # narrow as this.
-EXPERTS: dict[str, tuple[float, Rescale]] = {"FREE  1 %": (0.01, "released"), "FREE 10 %": (0.1, "projection")}
+EXPERTS: dict[str, tuple[float, str]] = {"FREE  1 %": (0.01, "released"), "FREE 10 %": (0.1, "projection")}
 
 
 class Digits:

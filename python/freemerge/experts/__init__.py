@@ -6,7 +6,7 @@ from .extract import extract_experts, iter_experts
 from .folder import SavedExpert, save_experts
 from .routed import Routed, RoutedModel
 from .router import PooledState, Router
-from .tensor import ExpertTensor
+from .values import ExpertTensor
 
 __all__ = [
     "Expert",

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ArgumentError, CheckpointError
-from .coding import ValueCoding, value_coding
 from .format import read_file, write_file
-from .tensor import ExpertTensor
+from .values import ExpertTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +24,7 @@ class Expert:
         density: d.
         scope: "tensor", "row" or "model": where the largest entries were counted.
         rescale: the rule that chose mu.
-        values: how the values are rounded, one of ``VALUE_CODINGS``.
+        values: how the values are rounded, a name of :data:`freemerge.experts.values.CODINGS`.
     """
 
     tensors: Mapping[str, ExpertTensor]
@@ -33,12 +32,12 @@ class Expert:
     density: float
     scope: str
     rescale: str
-    values: ValueCoding
+    values: str
 
     @property
     def entries(self) -> int:
         """Number of kept entries."""
-        return sum(tensor.indices.numel() for tensor in self.tensors.values())
+        return sum(tensor.entries for tensor in self.tensors.values())
 
     def dense(self) -> dict[str, torch.Tensor]:
         """mu * M as dense float32 tensors, for tensors that hold entries."""
@@ -69,7 +68,7 @@ class Expert:
             raise CheckpointError(f"{path}: bad expert metadata: {error}") from None
         if not math.isfinite(mu) or not 0 < density < 1:
             raise CheckpointError(f"{path}: bad expert metadata: mu={mu}, density={density}")
-        return Expert(tensors, mu, density, scope, rescale, value_coding(values))
+        return Expert(tensors, mu, density, scope, rescale, values)
 
 
 def check_task_name(name: str) -> str:

@@ -6,10 +6,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 
@@ -18,13 +19,12 @@ from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_model
 from ..checkpoint.compare import compare
 from ..errors import ArgumentError, CheckpointError
 from ..methods.rules import Scope
-from .coding import ValueCoding, value_coding
 from .expert import Expert, check_task_name
+from .rescale import Statistics, TensorStatistics, check_rescale, mu_of
 from .select import ModelSelector, Selection, rows_of, select_largest
-from .tensor import ExpertTensor
+from .values import ExpertTensor, SparseTensor, coding_of
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
-Rescale = Literal["released", "paper", "projection"]
 
 # Running statistics are not weights: seven times a variance's change can make it negative.
 _STATISTICS = ("*running_mean", "*running_var")
@@ -36,8 +36,8 @@ def extract_experts(
     *,
     density: float = 0.01,
     scope: Scope = "tensor",
-    rescale: Rescale | float = "released",
-    values: ValueCoding = "bf16",
+    rescale: str | float = "released",
+    values: str = "bf16",
     trim: float = 0.0,
     backbone: Model | None = None,
 ) -> dict[str, Expert]:
@@ -94,8 +94,8 @@ def iter_experts(
     *,
     density: float = 0.01,
     scope: Scope = "tensor",
-    rescale: Rescale | float = "released",
-    values: ValueCoding = "bf16",
+    rescale: str | float = "released",
+    values: str = "bf16",
     trim: float = 0.0,
     backbone: Model | None = None,
 ) -> Iterator[tuple[str, Expert]]:
@@ -103,9 +103,10 @@ def iter_experts(
 
     As :func:`extract_experts`; all arguments and checkpoints are checked before the first expert is made.
     """
-    settings = _Settings(density, scope, rescale, value_coding(values), trim)
-    if (backbone is not None) != (rescale == "projection"):
-        raise ArgumentError("backbone must be given for rescale='projection', and for that only")
+    criterion, coding = _Criterion(density, scope, trim), coding_of(values)
+    if not issubclass(coding, SparseTensor):
+        raise ArgumentError(f"values: {values} does not code single entries, which density keeps")
+    check_rescale(rescale, backbone=backbone is not None)
     stack = ExitStack()
     with stack:
         opened_base = stack.enter_context(Checkpoint.open(base))
@@ -114,7 +115,7 @@ def iter_experts(
         others = [*opened.values(), *([merged] if merged is not None else [])]
         comparison = compare(opened_base, others)
         names = [name for name in comparison.names if has_expert(opened_base.specs[name])]
-        extraction = _Extraction(opened_base, list(opened.values()), names, merged, settings)
+        extraction = _Extraction(opened_base, list(opened.values()), names, merged, criterion, rescale, coding)
         stack = stack.pop_all()
     return _generate(extraction, list(opened), stack)
 
@@ -141,11 +142,11 @@ def kept_entries(n: int, density: float) -> int:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _Criterion:
+    """Which entries are kept."""
+
     density: float
-    scope: str
-    rescale: str | float
-    values: ValueCoding
+    scope: Scope
     trim: float
 
     def __post_init__(self) -> None:
@@ -155,11 +156,6 @@ class _Settings:
             raise ArgumentError(f"trim must be at least 0 and less than 1, got {self.trim!r}")
         if self.scope not in get_args(Scope):
             raise ArgumentError(f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}")
-        known = self.rescale in get_args(Rescale)
-        if not known and (isinstance(self.rescale, str) or not math.isfinite(self.rescale)):
-            raise ArgumentError(
-                f"rescale must be one of {', '.join(get_args(Rescale))} or a finite number, got {self.rescale!r}"
-            )
 
     def counts(self, n: int) -> tuple[int, int]:
         """For a scope of n entries: how many to select, and how many of them to leave out again."""
@@ -167,16 +163,12 @@ class _Settings:
         return kept_entries(n, self.density) + trimmed, trimmed
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sums:
-    """What the rules for mu need, summed over tensors in float64."""
+    """Of one tensor: sum |v|, and ||v||^2 - <theta_m - theta_0, v> if there is a backbone theta_m."""
 
-    entries: int = 0
-    magnitude: list[float] = field(default_factory=list)  # sum |v|
-    kept_entries: int = 0
-    kept_magnitude: list[float] = field(default_factory=list)  # sum |M|
-    shortfall: list[float] = field(default_factory=list)  # ||v||^2 - <theta_m - theta_0, v>
-    kept_product: list[float] = field(default_factory=list)  # <M, v>, M as it is stored
+    magnitude: float
+    shortfall: float
 
 
 @dataclass
@@ -185,48 +177,46 @@ class _Extraction:
     models: Sequence[Checkpoint]
     names: Sequence[str]
     backbone: Checkpoint | None
-    settings: _Settings
-    _means: list[float] | None = None
+    criterion: _Criterion
+    rescale: str | float
+    coding: type[SparseTensor]
 
     def expert(self, i: int) -> Expert:
         """The expert of model i."""
-        sums = _Sums()
-        tensors = {}
-        for name, selection in self._selections(i):
-            tensor = ExpertTensor.encode(self.base.specs[name].shape, selection, self.settings.values)
-            sums.kept_entries += selection.values.numel()
-            sums.kept_magnitude.append(float(selection.values.abs().double().numpy().sum()))
-            if self.backbone is not None:
-                products = tensor.sparse().values.double() * selection.values.double()
-                sums.kept_product.append(float(products.numpy().sum()))
-            if selection.values.numel():
+        tensors: dict[str, ExpertTensor] = {}
+        statistics = []
+        for name, selection, sums in self._selections(i):
+            tensor = self.coding.encode(self.base.specs[name].shape, selection)
+            statistics.append(self._statistics(tensor, selection, sums))
+            if tensor.entries:
                 tensors[name] = tensor
-        for name in self.names:
-            self._add_dense_sums(i, name, sums)
-        settings = self.settings
-        rescale = settings.rescale if isinstance(settings.rescale, str) else "number"
-        return Expert(tensors, self._mu(i, sums), settings.density, settings.scope, rescale, settings.values)
+        density, scope = self.criterion.density, self.criterion.scope
+        mu = mu_of(self.rescale, Statistics(statistics, density, lambda: self.model_means))
+        rescale = self.rescale if isinstance(self.rescale, str) else "number"
+        return Expert(tensors, mu, density, scope, rescale, self.coding.coding)
 
-    def _selections(self, i: int) -> Iterator[tuple[str, Selection]]:
-        if self.settings.scope == "model":
+    def _selections(self, i: int) -> Iterator[tuple[str, Selection, _Sums]]:
+        """The kept entries of every tensor of model i, each read once, or twice to choose among those of the model."""
+        if self.criterion.scope == "model":
             yield from self._model_selections(i)
             return
-        by_row = self.settings.scope == "row"
+        by_row = self.criterion.scope == "row"
         for name in self.names:
             base, model = self._read(i, name)
-            wanted, trimmed = self.settings.counts(rows_of(base.shape)[1] if by_row else base.numel())
+            wanted, trimmed = self.criterion.counts(rows_of(base.shape)[1] if by_row else base.numel())
             selection = select_largest(model, base, wanted, by_row=by_row)
             self._check(i, name, selection)
             if trimmed:
                 selection = selection.without(select_largest(model, base, trimmed, by_row=by_row))
-            yield name, selection
+            yield name, selection, self._sums(i, name, base, model)
 
-    def _model_selections(self, i: int) -> Iterator[tuple[str, Selection]]:
-        wanted, trimmed = self.settings.counts(sum(self.base.specs[name].numel for name in self.names))
-        selector = ModelSelector()
+    def _model_selections(self, i: int) -> Iterator[tuple[str, Selection, _Sums]]:
+        wanted, trimmed = self.criterion.counts(sum(self.base.specs[name].numel for name in self.names))
+        selector, sums = ModelSelector(), []
         for name in self.names:
             base, model = self._read(i, name)
             selector.count(model, base)
+            sums.append(self._sums(i, name, base, model))
         for name in self.names:
             base, model = self._read(i, name)
             selector.collect(model, base, wanted)
@@ -234,7 +224,7 @@ class _Extraction:
         largest = selector.finish(trimmed) if trimmed else None
         for j, (name, selection) in enumerate(zip(self.names, selections, strict=True)):
             self._check(i, name, selection)
-            yield name, selection.without(largest[j]) if largest else selection
+            yield name, selection.without(largest[j]) if largest else selection, sums[j]
 
     def _read(self, i: int, name: str) -> tuple[Tensor, Tensor]:
         base = self.base.read(name)
@@ -245,50 +235,39 @@ class _Extraction:
         if not selection.values.isfinite().all():
             raise CheckpointError(f"{self.models[i].label}: the task vector of {name!r} is not finite")
 
-    def _add_dense_sums(self, i: int, name: str, sums: _Sums) -> None:
-        base, model = self._read(i, name)
+    def _sums(self, i: int, name: str, base: Tensor, model: Tensor) -> _Sums:
         mean = abs_means(base, [model])[0]
         if not math.isfinite(mean):
             raise CheckpointError(f"{self.models[i].label}: the task vector of {name!r} is not finite")
-        sums.entries += base.numel()
-        sums.magnitude.append(mean * base.numel())
+        shortfall = 0.0
         if self.backbone is not None:
             merged = self.backbone.read(name).to(base.device)
             # ||v||^2 - <m, v> = (||v||^2 + ||v - m||^2 - ||m||^2) / 2 with v and m counted from theta_0.
             squares = [_square(base, model), _square(merged, model), _square(base, merged)]
             if not all(math.isfinite(square) for square in squares):
                 raise CheckpointError(f"{self.backbone.label}: tensor {name!r} is not finite")
-            sums.shortfall.append((squares[0] + squares[1] - squares[2]) / 2)
+            shortfall = (squares[0] + squares[1] - squares[2]) / 2
+        return _Sums(mean * base.numel(), shortfall)
 
-    def _mu(self, i: int, sums: _Sums) -> float:
-        rule, density = self.settings.rescale, self.settings.density
-        if not isinstance(rule, str):
-            return float(rule)
-        total, kept = math.fsum(sums.magnitude), math.fsum(sums.kept_magnitude)
-        if kept == 0:
-            return 0.0
-        mean = total / sums.entries
-        if rule == "released":
-            return -kept / sums.kept_entries * math.log10(density) / mean
-        if rule == "paper":
-            share = mean / math.fsum(self._model_means())
-            return -kept / sums.entries * math.log(density) / (share * mean)
-        product = math.fsum(sums.kept_product)
-        return math.fsum(sums.shortfall) / product if product else 0.0
+    def _statistics(self, tensor: SparseTensor, selection: Selection, sums: _Sums) -> TensorStatistics:
+        product = 0.0
+        if self.backbone is not None:
+            product = float((tensor.values().double() * selection.values.double()).numpy().sum())
+        kept = float(selection.values.abs().double().numpy().sum())
+        return TensorStatistics(tensor.numel, sums.magnitude, tensor.entries, kept, sums.shortfall, product)
 
-    def _model_means(self) -> list[float]:
+    @cached_property
+    def model_means(self) -> list[float]:
         """E(v_j) of every model, in one pass over all of them."""
-        if self._means is None:
-            totals: list[list[float]] = [[] for _ in self.models]
-            entries = 0
-            for name in self.names:
-                base = self.base.read(name)
-                means = abs_means(base, [model.read(name).to(base.device) for model in self.models])
-                for total, mean in zip(totals, means, strict=True):
-                    total.append(mean * base.numel())
-                entries += base.numel()
-            self._means = [math.fsum(total) / entries for total in totals]
-        return self._means
+        totals: list[list[float]] = [[] for _ in self.models]
+        entries = 0
+        for name in self.names:
+            base = self.base.read(name)
+            means = abs_means(base, [model.read(name).to(base.device) for model in self.models])
+            for total, mean in zip(totals, means, strict=True):
+                total.append(mean * base.numel())
+            entries += base.numel()
+        return [math.fsum(total) / entries for total in totals]
 
 
 def _square(origin: Tensor, tensor: Tensor) -> float:

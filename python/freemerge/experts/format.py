@@ -1,4 +1,4 @@
-"""Expert files: safetensors whose entries are coded sparse tensors. docs/expert-format.md describes every byte."""
+"""Expert files: safetensors whose entries are coded tensors. docs/expert-format.md describes every byte."""
 
 from __future__ import annotations
 
@@ -13,18 +13,8 @@ import torch
 from ..checkpoint import CheckpointWriter, TensorSpec
 from ..checkpoint.safetensors_file import SafetensorsFile
 from ..errors import ArgumentError, CheckpointError
-from .coding import (
-    Bytes,
-    CodedPositions,
-    ValueCoding,
-    decode_positions,
-    encode_positions,
-    value_coding,
-    values_from_bytes,
-    values_to_bytes,
-)
-from .select import rows_of
-from .tensor import ExpertTensor
+from .payload import Bytes, Reader, numbers_to_bytes
+from .values import ExpertTensor, coding_of
 
 FORMAT = "freemerge-expert"
 VERSION = "1"
@@ -59,7 +49,7 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, ExpertTensor], di
             f"{path} is an expert file of version {file.metadata.get('version')!r}; this freemerge reads {VERSION}"
         )
     try:
-        values = value_coding(file.metadata.get("values"))
+        coding = coding_of(file.metadata.get("values"))
     except ArgumentError as error:
         raise CheckpointError(f"{path}: {error}") from None
     tensors = {}
@@ -67,65 +57,21 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, ExpertTensor], di
         try:
             if slot.spec.dtype != torch.uint8 or len(slot.spec.shape) != 1:
                 raise ValueError("it must be a vector of U8")
-            tensors[name] = _from_payload(file.read(name).numpy(), values)
+            tensors[name] = _from_payload(coding, Reader(file.read(name).numpy()))
         except ValueError as error:
             raise CheckpointError(f"{path}: tensor {name!r} is corrupted: {error}") from None
     return tensors, file.metadata
 
 
 def _to_payload(tensor: ExpertTensor) -> Bytes:
-    positions = encode_positions(tensor.indices)
-    numbers = [
-        len(tensor.shape), *tensor.shape, tensor.indices.numel(),
-        positions.coding, positions.parameter, positions.data.size,
-    ]  # fmt: skip
-    header = np.frombuffer(b"".join(_varint(number) for number in numbers), dtype=np.uint8)
-    return np.concatenate([header, positions.data, values_to_bytes(tensor.coded)])
+    return np.concatenate([numbers_to_bytes(len(tensor.shape), *tensor.shape), tensor.to_bytes()])
 
 
-def _from_payload(payload: Bytes, values: ValueCoding) -> ExpertTensor:
-    header = _Header(payload)
-    dimensions = header.number()
+def _from_payload(coding: type[ExpertTensor], reader: Reader) -> ExpertTensor:
+    dimensions = reader.number()
     if dimensions > _MAX_DIMENSIONS:
         raise ValueError(f"{dimensions} dimensions")
-    shape = tuple(header.number() for _ in range(dimensions))
-    numel = math.prod(shape)
-    count, coding, parameter, position_bytes = (header.number() for _ in range(4))
-    if numel > _MAX_NUMEL or count > min(numel, 8 * payload.size):
-        raise ValueError(f"{count} entries of shape {shape} in {payload.size} bytes")
-    positions, rest = np.split(payload[header.end :], [min(position_bytes, payload.size)])
-    if positions.size != position_bytes:
-        raise ValueError("the positions end early")
-    # A copy, because the payload may be a memory map whose file goes away.
-    indices = decode_positions(CodedPositions(coding, parameter, positions.copy()), count, numel)
-    return ExpertTensor(shape, indices, values_from_bytes(values, rest, indices, rows_of(shape)[1]))
-
-
-def _varint(number: int) -> bytes:
-    """Unsigned LEB128."""
-    groups = bytearray()
-    while number >= 128:
-        groups.append(number & 127 | 128)
-        number >>= 7
-    groups.append(number)
-    return bytes(groups)
-
-
-class _Header:
-    """Reads the unsigned LEB128 numbers at the start of a payload."""
-
-    def __init__(self, payload: Bytes) -> None:
-        self._payload = payload
-        self.end = 0
-
-    def number(self) -> int:
-        value = 0
-        for shift in range(0, 63, 7):
-            if self.end >= self._payload.size:
-                break
-            byte = int(self._payload[self.end])
-            self.end += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                return value
-        raise ValueError("its header is cut or too large")
+    shape = tuple(reader.number() for _ in range(dimensions))
+    if math.prod(shape) > _MAX_NUMEL:
+        raise ValueError(f"shape {shape}")
+    return coding.from_bytes(shape, reader)

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from position_codec import decode_positions
 from safetensors import safe_open
 
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
-from freemerge.experts.coding import VALUE_CODINGS, CodedPositions, ValueCoding, decode_positions_numpy
+from freemerge.experts.positions import CodedPositions
+from freemerge.experts.values import CODINGS
 
 LAYER = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
 
@@ -32,7 +34,7 @@ def family(layers: int, vocabulary: int) -> tuple[dict[str, torch.Tensor], dict[
     return base, {name: 0.01 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def extract(values: ValueCoding, layers: int = 2, vocabulary: int = 3000) -> fx.Expert:
+def extract(values: str, layers: int = 2, vocabulary: int = 3000) -> fx.Expert:
     """A one-percent expert of it."""
     base, model = family(layers, vocabulary)
     return fx.extract_experts(base, {"task": model}, density=0.01, values=values)["task"]
@@ -43,8 +45,8 @@ def dense_bytes(expert: fx.Expert) -> int:
     return 2 * sum(tensor.numel for tensor in expert.tensors.values())
 
 
-@pytest.mark.parametrize("values", VALUE_CODINGS)
-def test_a_saved_expert_is_loaded_as_it_was(values: ValueCoding, tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", CODINGS)
+def test_a_saved_expert_is_loaded_as_it_was(values: str, tmp_path: Path) -> None:
     expert = extract(values)
     size = expert.save(tmp_path / "task.safetensors")
     assert size == (tmp_path / "task.safetensors").stat().st_size
@@ -66,7 +68,7 @@ def test_a_saved_expert_is_loaded_as_it_was(values: ValueCoding, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("values", "percent"), [("bf16", 1.6), ("sign", 0.6), ("int8", 1.3), ("fp32", 2.6)])
-def test_size_of_a_one_percent_expert(values: ValueCoding, percent: float, tmp_path: Path) -> None:
+def test_size_of_a_one_percent_expert(values: str, percent: float, tmp_path: Path) -> None:
     expert = extract(values, layers=6, vocabulary=30_522)
     assert expert.save(tmp_path / "task.safetensors") <= percent / 100 * dense_bytes(expert)
 
@@ -104,7 +106,7 @@ def test_the_documented_format_can_be_read_without_this_package_s_reader(tmp_pat
                 number, at = take(payload, at)
                 numbers.append(number)
             *shape, count, coding, parameter, size = numbers
-            positions = decode_positions_numpy(
+            positions = decode_positions(
                 CodedPositions(coding, parameter, np.frombuffer(payload[at : at + size], np.uint8)), count
             )
             values = payload[at + size :]
@@ -131,7 +133,7 @@ def rewrite(path: Path, *, metadata: dict[str, str] | None = None, payload: byte
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def small_file(tmp_path: Path, values: ValueCoding = "bf16") -> Path:
+def small_file(tmp_path: Path, values: str = "bf16") -> Path:
     model = torch.randn(30, 40, generator=torch.Generator().manual_seed(2))
     path = tmp_path / "small.safetensors"
     fx.extract_experts({"w": torch.zeros(30, 40)}, {"t": {"w": model}}, density=0.1, values=values)["t"].save(path)
@@ -143,8 +145,41 @@ def payload_of(path: Path) -> bytes:
     return raw[8 + int.from_bytes(raw[:8], "little") :]
 
 
-@pytest.mark.parametrize("values", VALUE_CODINGS)
-def test_cut_and_extended_payloads_are_named(values: ValueCoding, tmp_path: Path) -> None:
+PUBLISHED = {
+    "fp32": "01ac0202010603800a2100004040000080bf0203050301010203230000003f000000c00000803f",
+    "bf16": "01ac0202010603800a21404080bf020305030101020323003f00c0803f",
+    "fp16": "01ac0202010603800a21004200bc020305030101020323003800c0003c",
+    "int8": "01ac0202010603800a21c23c7fd6020305030101020323823c023c20827e",
+    "sign": "01ac0202010603800a2100000040020203050301010203235555953f02",
+}
+"""Both payloads, b and w, of the expert below in a file that version 0.1 wrote."""
+
+
+@pytest.mark.parametrize("values", CODINGS)
+def test_the_bytes_of_published_files(values: str, tmp_path: Path) -> None:
+    base = {"w": torch.zeros(3, 5), "b": torch.zeros(300)}
+    w = torch.tensor([[0, 0.5, 0, -2, 0], [0, 0, 0, 0, 0], [1, 0, 0, 0, -0.25]])
+    b = torch.zeros(300).index_put((torch.tensor([0, 299]),), torch.tensor([3.0, -1.0]))
+    path = tmp_path / "t.safetensors"
+    fx.extract_experts(base, {"t": {"w": w, "b": b}}, density=0.25, values=values, rescale=1.5)["t"].save(path)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    payloads = bytes.fromhex(PUBLISHED[values])
+    assert raw[8 + size :] == payloads
+    cut = {"fp32": 18, "sign": 15}.get(values, 14)
+    header = {
+        "__metadata__": {
+            "density": "0.25", "format": "freemerge-expert", "mu": "1.5", "rescale": "number", "scope": "tensor",
+            "values": values, "version": "1",
+        },
+        "b": {"dtype": "U8", "shape": [cut], "data_offsets": [0, cut]},
+        "w": {"dtype": "U8", "shape": [len(payloads) - cut], "data_offsets": [cut, len(payloads)]},
+    }  # fmt: skip
+    assert raw[8 : 8 + size].rstrip() == json.dumps(header, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize("values", CODINGS)
+def test_cut_and_extended_payloads_are_named(values: str, tmp_path: Path) -> None:
     path = small_file(tmp_path, values)
     payload = payload_of(path)
     for damaged in [payload[:n] for n in range(0, len(payload), 7)] + [payload + b"\0"]:

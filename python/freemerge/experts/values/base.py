@@ -1,0 +1,71 @@
+"""What an expert holds of one tensor, and the registry of its codings."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ...backends.sparse import SparseVector
+from ...errors import ArgumentError
+from ..payload import Bytes, Reader
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertTensor(ABC):
+    """One tensor of an expert, coded; a subclass with a ``coding`` registers itself under that name.
+
+    To add a coding, write one file into this folder: how a tensor is encoded, what it adds to the weights, its bytes
+    in the expert file, and what makes these bytes invalid.
+    """
+
+    coding: ClassVar[str]  #: its name in metadata and arguments
+    shape: tuple[int, ...]
+
+    def __init_subclass__(cls) -> None:
+        if "coding" in cls.__dict__ and CODINGS.setdefault(cls.coding, cls) is not cls:
+            raise TypeError(f"there are two codings called {cls.coding!r}")
+
+    @property
+    def numel(self) -> int:
+        """Number of entries of the dense tensor."""
+        return math.prod(self.shape)
+
+    @property
+    @abstractmethod
+    def entries(self) -> int:
+        """Number of entries that are kept."""
+
+    @abstractmethod
+    def sparse(self) -> SparseVector:
+        """What is added to the weights: positions and values (float32), not yet multiplied by mu."""
+
+    @abstractmethod
+    def to_bytes(self) -> Bytes:
+        """All but the shape, for the expert file."""
+
+    @classmethod
+    @abstractmethod
+    def from_bytes(cls, shape: tuple[int, ...], reader: Reader) -> ExpertTensor:
+        """The inverse of :meth:`to_bytes`; ValueError for bytes that it does not write."""
+
+    def dense(self) -> torch.Tensor:
+        """:meth:`sparse` as a dense float32 tensor."""
+        sparse = self.sparse()
+        flat = torch.zeros(self.numel)
+        flat[sparse.indices.long()] = sparse.values
+        return flat.view(self.shape)
+
+
+CODINGS: dict[str, type[ExpertTensor]] = {}
+"""All codings by name."""
+
+
+def coding_of(name: object) -> type[ExpertTensor]:
+    """The coding called ``name``; ArgumentError if there is none."""
+    if not isinstance(name, str) or name not in CODINGS:
+        raise ArgumentError(f"values must be one of {', '.join(CODINGS)}, got {name!r}")
+    return CODINGS[name]

@@ -1,0 +1,54 @@
+"""Values as int8 multiples of one scale per row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..payload import Bytes, Reader, tensors_to_bytes
+from ..select import rows_of
+from .sparse import SparseTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Int8(SparseTensor):
+    """``scales`` holds max / 127 in bfloat16, rounded up, of each row that has entries, in order."""
+
+    coding = "int8"
+    data: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def rounded(cls, shape: tuple[int, ...], indices: torch.Tensor, values: torch.Tensor) -> Int8:
+        row, rows = _filled_rows(shape, indices)
+        largest = torch.zeros(rows).scatter_reduce_(0, row, values.abs(), "amax")
+        scales = _round_up_to_bfloat16(largest / 127)
+        divisors = torch.where(scales > 0, scales, 1).float()  # of subnormal values the scale may be zero
+        data = (values / divisors[row]).round().clamp(-127, 127).to(torch.int8)
+        return cls(shape, indices, data, scales)
+
+    def values(self) -> torch.Tensor:
+        return self.data.float() * self.scales.float()[_filled_rows(self.shape, self.indices)[0]]
+
+    def values_to_bytes(self) -> Bytes:
+        return tensors_to_bytes(self.scales, self.data)
+
+    @classmethod
+    def values_from_bytes(cls, shape: tuple[int, ...], indices: torch.Tensor, reader: Reader) -> Int8:
+        scales, data = reader.tensors((torch.bfloat16, _filled_rows(shape, indices)[1]), (torch.int8, indices.numel()))
+        return cls(shape, indices, data, scales)
+
+
+def _round_up_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
+    """The next bfloat16 not below non-negative x."""
+    return ((x.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _filled_rows(shape: tuple[int, ...], indices: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """For each entry the number of its row among those that hold entries (int64); how many such rows there are."""
+    row = torch.div(indices, max(1, rows_of(shape)[1]), rounding_mode="floor")
+    starts = torch.ones_like(row, dtype=torch.bool)
+    starts[1:] = row[1:] != row[:-1]
+    numbers = starts.cumsum(0) - 1
+    return numbers, int(numbers[-1]) + 1 if numbers.numel() else 0
