@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backends.sparse import Scratch, SparseVector, Update
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError, CheckpointError
-from .deltas import forward_deltas
+from .deltas import forward_deltas, unserved
 from .expert import Expert
 from .switch import Switch, weighted_sum
 
@@ -100,28 +100,42 @@ class ExpertBank(Mapping[str, Expert]):
     def deltas(self, experts: Sequence[str | Mapping[str, float] | None]) -> Iterator[None]:
         """Within the block, sample j of a batch is computed with ``experts[j]``; the weights stay as they are.
 
-        Every module with touched parameters adds the sparse product ``(sum_i w_i e_i) x`` to its output, for the
-        samples concerned, so one forward pass serves a batch of mixed tasks. The model must be a module, and the batch
-        the first dimension of what every such module gets. Linear, Embedding, convolutions, LayerNorm, GroupNorm and
-        batch norms in eval mode can do it; a module that hands its parameters to a function, instead of calling their
-        owner, is out of reach. Raises ArgumentError naming the module for any other kind, before anything is computed,
-        and for an input whose first dimension is neither ``len(experts)`` nor 1.
+        Every module with touched parameters adds the sparse products ``w_i (e_i x)`` to its output, for the samples
+        concerned, so one forward pass serves a batch of mixed experts; results agree with :meth:`active` to rounding.
+        The model must be a module, and the batch the first dimension of what every such module gets. Linear, Embedding,
+        convolutions, LayerNorm, GroupNorm and batch norms in eval mode can do it; a module that hands its parameters to
+        a function, instead of calling their owner, is out of reach. Raises ArgumentError with what
+        :meth:`serves_deltas` says, before anything is computed, and for an input whose first dimension is neither
+        ``len(experts)`` nor 1.
+        """
+        samples = [{} if chosen is None else self._weights(chosen) for chosen in experts]
+        tasks = [task for task in self._experts if any(task in weights for weights in samples)]
+        reason = self.serves_deltas(tasks)
+        if reason is not None:
+            raise ArgumentError(reason)
+        assert isinstance(self._model, nn.Module)
+        weights = torch.tensor([[chosen.get(task, 0.0) for task in tasks] for chosen in samples])
+        with self._lock:
+            updates = [
+                {name: self._update(name, self._tensor(name), {task: 1.0}) for name in self._names[task]}
+                for task in tasks
+            ]
+            with forward_deltas(self._model, weights.view(len(samples), len(tasks)), updates):
+                yield
+
+    def serves_deltas(self, tasks: Iterable[str] | None = None, run: Callable[[], object] | None = None) -> str | None:
+        """Why :meth:`deltas` cannot serve the experts of ``tasks`` (by default, all); None if it can.
+
+        ``run``, if given, runs the model on a batch of one sample, without gradients and with no expert on. It shows
+        what the modules alone do not tell: whether their inputs have the batch in front, and whether their parameters
+        are used in other ways than by calling them.
         """
         if not isinstance(self._model, nn.Module):
-            raise ArgumentError("deltas needs a bank that is attached to a module, not to a state dict")
-        samples = [{} if chosen is None else self._weights(chosen) for chosen in experts]
-        groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
-        for sample, weights in enumerate(samples):
-            groups.setdefault(tuple(weights.items()), []).append(sample)
+            return "deltas needs a bank that is attached to a module, not to a state dict"
+        names = self._touched(self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0)))
         with self._lock:
-            mixtures = []
-            for key, rows in groups.items():
-                weights = dict(key)
-                updates = {name: self._update(name, self._tensor(name), weights) for name in self._touched(weights)}
-                if updates:
-                    mixtures.append((torch.tensor(rows), updates))
-            with forward_deltas(self._model, len(samples), mixtures):
-                yield
+            reason = unserved(self._model, names, run)
+        return None if reason is None else f"deltas cannot serve {reason}"
 
     def _weights(self, experts: str | Mapping[str, float]) -> dict[str, float]:
         weights = {experts: 1.0} if isinstance(experts, str) else {task: float(w) for task, w in experts.items()}

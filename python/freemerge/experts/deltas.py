@@ -2,65 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..backends.sparse import SparseVector
 from ..errors import ArgumentError
 
-Updates = Mapping[str, tuple[SparseVector, float]]
-Mixture = tuple[Tensor, Updates]  # rows of the batch, and each touched tensor's entries and factor
+Updates = Mapping[str, tuple[SparseVector, float]]  # each touched tensor's entries and factor
+_Term = tuple[Tensor, dict[str, Tensor]]  # an expert's weight for each sample, and its changes of a module's parameters
+_Owners = Mapping[str, Sequence[tuple[nn.Module, str]]]  # the modules that use a parameter, and what they call it
 
-# (module, input rows, deltas of its parameters by attribute) -> what to add to the output rows. All these modules are
-# linear in their weight and bias, so the delta's output is the module applied with the delta for parameters.
-_Contribution = Callable[[Any, Tensor, Mapping[str, Tensor]], Tensor]
+
+def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] | None = None) -> str | None:
+    """Why updates of these tensors cannot be served in the forward pass; None if they can.
+
+    Modules alone do not tell whether a model calls them with the batch in front, and whether something else uses their
+    parameters. ``run``, a forward pass of one sample, shows it.
+    """
+    owners, names = _owners(model), list(names)
+    for name in names:
+        if name not in owners:
+            return f"{name!r}: it is not a parameter"
+        for module, _ in owners[name]:
+            if _contribution(module) is None:
+                return f"{name!r}: it belongs to a {type(module).__name__}"
+            if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
+                return f"{name!r}: its batch norm mixes the samples of a batch; use model.eval()"
+    return None if run is None else _observed(model, {name: owners[name] for name in names}, run)
 
 
 @contextmanager
-def forward_deltas(model: nn.Module, batch: int, mixtures: Sequence[Mixture]) -> Iterator[None]:
-    """Within the block, ``model`` computes the rows of each mixture as if its updates were added to the weights."""
-    owners = _owners(model)
-    parts: dict[nn.Module, list[tuple[Tensor, dict[str, Tensor]]]] = {}
-    for rows, updates in mixtures:
+def forward_deltas(model: nn.Module, weights: Tensor, experts: Sequence[Updates]) -> Iterator[None]:
+    """Within the block, ``model`` computes sample j as if ``sum_i weights[j, i] * experts[i]`` were added to it.
+
+    :func:`unserved` must be asked before. Raises ArgumentError, in the forward pass, for a module whose input has
+    neither one row per sample nor a single row.
+    """
+    owners, batch = _owners(model), len(weights)
+    terms: dict[nn.Module, list[_Term]] = {}
+    for column, updates in zip(weights.t(), experts, strict=True):
         by_module: dict[nn.Module, dict[str, Tensor]] = {}
         for name, (update, scale) in updates.items():
-            prefix, _, attribute = name.rpartition(".")
-            weights = getattr(model.get_submodule(prefix), attribute)
-            delta = _delta(weights, update, scale)
-            for module, place in owners.get(id(weights), []):
-                _contribution(module, name)
-                by_module.setdefault(module, {})[place] = delta
+            delta = _delta(model.get_parameter(name), update, scale)
+            for module, attribute in owners[name]:
+                by_module.setdefault(module, {})[attribute] = delta
         for module, deltas in by_module.items():
-            parts.setdefault(module, []).append((rows, deltas))
+            terms.setdefault(module, []).append((column, deltas))
     names = {module: name or "the model" for name, module in model.named_modules()}
     with ExitStack() as hooks:
-        for module, own in parts.items():
+        for module, own in terms.items():
             hooks.callback(module.register_forward_hook(_hook(names[module], batch, own)).remove)
         yield
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """The modules that hold each parameter, by its id: several if it is tied."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+def _owners(model: nn.Module) -> _Owners:
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((module, attribute))
-        if isinstance(module, nn.MultiheadAttention):  # it uses the weights of its out_proj without calling it
-            owners.setdefault(id(module.out_proj.weight), []).append((module, "out_proj.weight"))
-            owners.setdefault(id(module.out_proj.bias), []).append((module, "out_proj.bias"))
-    return owners
+            users.setdefault(id(parameter), []).append((module, attribute))
+        if isinstance(module, nn.MultiheadAttention):  # it uses the parameters of its out_proj without calling it
+            for attribute, parameter in module.out_proj.named_parameters():
+                users.setdefault(id(parameter), []).append((module, f"out_proj.{attribute}"))
+    return {name: users[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
-def _contribution(module: nn.Module, name: str) -> _Contribution:
-    for kind, contribution in _CONTRIBUTIONS.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
-            return contribution
-    raise ArgumentError(f"deltas cannot serve {name!r}: it belongs to a {type(module).__name__}")
+def _observed(model: nn.Module, owners: _Owners, run: Callable[[], object]) -> str | None:
+    """What a forward pass of one sample shows against serving the parameters of ``owners``."""
+    names = {module: name for name, owning in owners.items() for module, _ in owning}
+    uses = _Uses({id(model.get_parameter(name)): name for name in owners})
+    called = set()
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        uses.running += 1
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        uses.running -= 1
+        called.add(module)
+        if not all(isinstance(x, Tensor) and x.ndim and len(x) == 1 for x in (*(args[:1] or [None]), output)):
+            uses.reasons.append(f"{names[module]!r}: its module does not get the batch in front")
+
+    with ExitStack() as stack:
+        for module in names:
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(uses)
+        run()
+    uses.reasons += [f"{name!r}: its module is not called" for m, name in names.items() if m not in called]
+    return uses.reasons[0] if uses.reasons else None
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which parameters are used while none of the modules runs that they belong to."""
+
+    def __init__(self, parameters: Mapping[int, str]) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self.running = 0
+        self.reasons: list[str] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.running and isinstance(result, Tensor | tuple) and not isinstance(result, torch.Size):
+            used = [self._parameters[id(arg)] for arg in (*args, *kwargs.values()) if id(arg) in self._parameters]
+            self.reasons += [f"{name!r}: it is used outside of its module" for name in used]
+        return result
+
+
+def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+    """What adds the terms to a module's output. Experts of the same samples share what only depends on the input."""
+    groups: dict[tuple[int, ...], list[_Term]] = {}
+    for column, deltas in terms:
+        rows = column.nonzero().squeeze(1)
+        groups.setdefault(tuple(rows.tolist()), []).append((column[rows], deltas))
+
+    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim and len(x) == 1:
+            # What is the same for all samples, as position embeddings, no longer is.
+            x, output = x.expand(batch, *x.shape[1:]), output.expand(batch, *output.shape[1:])
+        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.ndim or len(x) != batch:
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ArgumentError(f"deltas: {name!r} got {shape} where the first dimension should be the batch, {batch}")
+        kind = _contribution(module)
+        assert kind is not None
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        total = output.to(dtype, copy=True)
+        for samples, members in groups.items():
+            rows = slice(None) if len(samples) == batch else torch.tensor(samples, device=x.device)
+            contribution = kind(module, x[rows], output[rows].shape, dtype)
+            for weights, deltas in members:
+                contribution.add(weights.to(x.device, dtype), deltas)
+            total[rows] += contribution.result()
+        return total.to(output.dtype)
+
+    return add
 
 
 def _delta(weights: Tensor, update: SparseVector, scale: float) -> Tensor:
@@ -79,95 +165,133 @@ def _delta(weights: Tensor, update: SparseVector, scale: float) -> Tensor:
     )
 
 
-def _hook(
-    name: str, batch: int, parts: Sequence[tuple[Tensor, dict[str, Tensor]]]
-) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
-    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
-        x = args[0] if args else None
-        if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim and len(x) == 1:
-            # What is the same for all samples, as position embeddings, no longer is.
-            x, output = x.expand(batch, *x.shape[1:]), output.expand(batch, *output.shape[1:])
-        if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.ndim or len(x) != batch:
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ArgumentError(f"deltas: {name!r} got {shape} where the first dimension should be the batch, {batch}")
-        contribution = _contribution(module, name)
-        result = output.clone()
-        for rows, parameters in parts:
-            where = rows.to(x.device)
-            result[where] += contribution(module, x[where], parameters).to(output.dtype)
-        return result
+class _Contribution(ABC):
+    """What changes of a module's parameters add to its output for some samples.
 
-    return add
+    All modules served are linear in their weight and bias, so it is the module applied with the change for parameters.
+    """
 
+    def __init__(self, module: Any, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.module = module
+        self.x = self.prepared(x, dtype)
+        self.total = torch.zeros(shape, dtype=dtype, device=x.device)
 
-def _dtype(deltas: Mapping[str, Tensor]) -> torch.dtype:
-    return next(iter(deltas.values())).dtype
+    def add(self, weights: Tensor, deltas: Mapping[str, Tensor]) -> None:
+        """Add one expert's part: its weight for each sample, and its changes of the parameters."""
+        self.total.addcmul_(self.output(deltas), weights.view(-1, *[1] * (self.total.ndim - 1)))
 
+    def result(self) -> Tensor:
+        """The sum, in the shape of the module's output."""
+        return self.total
 
-def _linear(module: nn.Linear, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
-    shape = (*x.shape[:-1], module.out_features)
-    if "weight" not in deltas:
-        return deltas["bias"].expand(shape)
-    weight = deltas["weight"]
-    flat = x.reshape(-1, module.in_features).to(weight.dtype)
-    out: Tensor = torch.sparse.mm(weight, flat.t()).t().reshape(shape)
-    return out + deltas["bias"] if "bias" in deltas else out
+    @abstractmethod
+    def prepared(self, x: Tensor, dtype: torch.dtype) -> Any:
+        """What all experts need of the input."""
+
+    @abstractmethod
+    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+        """The module's output for the prepared input with these parameters."""
 
 
-def _embedding(module: nn.Embedding, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
-    entry_rows, columns = deltas["weight"].indices()
-    values = deltas["weight"].values()
-    starts = torch.searchsorted(entry_rows, torch.arange(module.num_embeddings + 1, device=x.device))
-    used, place = torch.unique(x, return_inverse=True)
-    lengths = starts[used + 1] - starts[used]
-    row = torch.repeat_interleave(torch.arange(len(used), device=x.device), lengths)
-    offset = torch.arange(len(row), device=x.device) - (lengths.cumsum(0) - lengths)[row]
-    entry = starts[used][row] + offset
-    dense = torch.zeros(len(used), module.embedding_dim, dtype=values.dtype, device=x.device)
-    dense[row, columns[entry]] = values[entry]
-    return dense[place]
+class _Linear(_Contribution):
+    """The input's vectors are columns, because a sparse product reads and writes rows of contiguous memory."""
+
+    def __init__(self, module: nn.Linear, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__(module, x, torch.Size((module.out_features, x.numel() // module.in_features)), dtype)
+        self._shape = shape
+
+    def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.reshape(-1, self.module.in_features).to(dtype).t().contiguous()
+
+    def add(self, weights: Tensor, deltas: Mapping[str, Tensor]) -> None:
+        self.total.addcmul_(self.output(deltas), weights.repeat_interleave(self.total.shape[1] // len(weights)))
+
+    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+        bias = deltas["bias"][:, None] if "bias" in deltas else None
+        if "weight" not in deltas:
+            assert bias is not None
+            return bias
+        product: Tensor = torch.sparse.mm(deltas["weight"], self.x)
+        return product if bias is None else product.add_(bias)
+
+    def result(self) -> Tensor:
+        return self.total.t().reshape(self._shape)
 
 
-def _layer_norm(module: nn.LayerNorm, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
-    normal = F.layer_norm(x.to(_dtype(deltas)), module.normalized_shape, None, None, module.eps)
-    return _affine(normal, deltas, tuple(module.normalized_shape))
+class _Embedding(_Contribution):
+    def prepared(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        used, place = torch.unique(x, return_inverse=True)
+        return used, place
+
+    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+        used, place = self.x
+        entry_rows, columns = deltas["weight"].indices()
+        values = deltas["weight"].values()
+        starts, ends = torch.searchsorted(entry_rows, used), torch.searchsorted(entry_rows, used, right=True)
+        lengths = ends - starts
+        row = torch.repeat_interleave(torch.arange(len(used), device=used.device), lengths)
+        entry = torch.arange(len(row), device=used.device) + (starts - lengths.cumsum(0) + lengths)[row]
+        dense = torch.zeros(len(used), self.module.embedding_dim, dtype=values.dtype, device=used.device)
+        dense[row, columns[entry]] = values[entry]
+        return dense[place]
 
 
-def _group_norm(module: nn.GroupNorm, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
-    normal = F.group_norm(x.to(_dtype(deltas)), module.num_groups, None, None, module.eps)
-    return _affine(normal, deltas, (-1, *[1] * (x.ndim - 2)))
+class _Norm(_Contribution):
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """What makes the parameters broadcast over the output."""
+        return (-1, *[1] * (self.total.ndim - 2))
+
+    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+        out = torch.zeros_like(self.total)
+        if "weight" in deltas:
+            out = self.x * deltas["weight"].view(self.parameter_shape)
+        return out + deltas["bias"].view(self.parameter_shape) if "bias" in deltas else out
 
 
-def _batch_norm(module: nn.BatchNorm2d, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
-    if module.training or module.running_mean is None or module.running_var is None:
-        raise ArgumentError("deltas: a batch norm in training mode mixes the samples of a batch; use model.eval()")
-    dtype = _dtype(deltas)
-    normal = F.batch_norm(x.to(dtype), module.running_mean.to(dtype), module.running_var.to(dtype), eps=module.eps)
-    return _affine(normal, deltas, (-1, *[1] * (x.ndim - 2)))
+class _LayerNorm(_Norm):
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        return tuple(self.module.normalized_shape)
+
+    def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.layer_norm(x.to(dtype), self.module.normalized_shape, None, None, self.module.eps)
 
 
-def _affine(normal: Tensor, deltas: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    out = normal * deltas["weight"].view(shape) if "weight" in deltas else torch.zeros_like(normal)
-    return out + deltas["bias"].view(shape) if "bias" in deltas else out
+class _GroupNorm(_Norm):
+    def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.group_norm(x.to(dtype), self.module.num_groups, None, None, self.module.eps)
 
 
-def _convolution(module: nn.Conv2d, x: Tensor, deltas: Mapping[str, Tensor]) -> Tensor:
-    weight = deltas.get("weight")
-    if weight is None:
-        weight = torch.zeros_like(module.weight, dtype=_dtype(deltas))
-    out: Tensor = module._conv_forward(x.to(weight.dtype), weight, deltas.get("bias"))
-    return out
+class _BatchNorm(_Norm):
+    def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        mean, variance = self.module.running_mean.to(dtype), self.module.running_var.to(dtype)
+        return F.batch_norm(x.to(dtype), mean, variance, eps=self.module.eps)
 
 
-_CONTRIBUTIONS: dict[type[nn.Module], _Contribution] = {
-    nn.Linear: _linear,
-    nn.Embedding: _embedding,
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
-    nn.BatchNorm3d: _batch_norm,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-    nn.Conv3d: _convolution,
+class _Convolution(_Contribution):
+    def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype)
+
+    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+        weight = deltas["weight"] if "weight" in deltas else torch.zeros_like(self.module.weight, dtype=self.x.dtype)
+        out: Tensor = self.module._conv_forward(self.x, weight, deltas.get("bias"))
+        return out
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONTRIBUTIONS: dict[type[nn.Module], type[_Contribution]] = {
+    nn.Linear: _Linear,
+    nn.Embedding: _Embedding,
+    nn.LayerNorm: _LayerNorm,
+    nn.GroupNorm: _GroupNorm,
+    **dict.fromkeys(_BATCH_NORMS, _BatchNorm),
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _Convolution),
 }
+
+
+def _contribution(module: nn.Module) -> type[_Contribution] | None:
+    for kind, contribution in _CONTRIBUTIONS.items():
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return contribution
+    return None

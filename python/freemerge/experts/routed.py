@@ -48,13 +48,17 @@ class RoutedModel:
             columns follow the order of the bank.
         features: the name of a submodule, whose pooled output on the backbone is the router's input, or a function of
             the model's arguments that returns features (N, D).
-        combine: how an expert meets the backbone, see :meth:`ExpertBank.active`.
+        combine: how an expert is combined with the backbone, see :meth:`ExpertBank.active`.
 
-    Calling it takes the model's own arguments. Samples with the same weights form one group, and each group is one
-    forward pass with its experts switched on, so a top-1 batch costs one pass for each expert it needs; softmax weights
-    differ from sample to sample and cost one pass each. Tensor arguments whose first dimension is the batch are split
-    along it, all others are handed to every pass. Raises ArgumentError if the weights do not fit the bank, or if the
-    model returns something other than tensors with the batch in front (in tuples, lists or mappings) and None.
+    Calling it takes the model's own arguments. Samples with the same weights form one group, and a group is served by
+    one forward pass with its experts switched on: a top-1 batch costs a pass for each expert that it needs. A batch
+    with more groups than there are experts, as softmax weights make, is served by :meth:`ExpertBank.deltas` in a single
+    pass, if ``combine`` is "add" and :meth:`ExpertBank.serves_deltas`, which sees a pass of one sample when it is
+    first asked, knows no reason against it. Both agree to rounding.
+
+    Tensor arguments whose first dimension is the batch are split along it, all others are given to every pass. Raises
+    ArgumentError if the weights do not fit the bank, or if the model returns something other than tensors with the
+    batch in front (in tuples, lists or mappings) and None.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class RoutedModel:
         unknown = [task for task in self.tasks if task not in tuple(bank)]
         if unknown:
             raise ArgumentError(f"router: the bank has no expert {', '.join(map(repr, unknown))}; it has {list(bank)}")
+        self._one_pass: bool | None = None  # what a pass of one sample shows about deltas
 
     def __call__(self, *args: Any, **kwargs: Any) -> Routed:
         """Run a batch; gradients are recorded or not as the caller's context says, except for the routing."""
@@ -82,13 +87,27 @@ class RoutedModel:
         if not batch:
             raise ArgumentError("the batch is empty")
         distinct, group_of = torch.unique(weights, dim=0, return_inverse=True)
+        mixtures = int(distinct.any(1).sum())
+        if mixtures > len(self.tasks) and self._serves_deltas(args, kwargs, batch):
+            with self.bank.deltas([self._experts(row) for row in weights]):
+                output = self.model(*args, **kwargs)
+            return Routed(_join([output], [batch], torch.arange(batch)), weights, self.tasks)
         rows = [torch.nonzero(group_of == group).flatten() for group in range(len(distinct))]
         outputs = []
         for group, members in zip(distinct, rows, strict=True):
             own_args, own_kwargs = _take((args, kwargs), members, batch)
-            outputs.append(self._run(self._experts(group), own_args, own_kwargs))
+            with self.bank.active(self._experts(group), combine=self.combine):
+                outputs.append(self.model(*own_args, **own_kwargs))
         order = torch.cat(rows).argsort()
         return Routed(_join(outputs, [len(members) for members in rows], order), weights, self.tasks)
+
+    def _serves_deltas(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int) -> bool:
+        if self.combine != "add" or self.bank.serves_deltas(self.tasks) is not None:
+            return False
+        if self._one_pass is None:
+            one_args, one_kwargs = _take((args, kwargs), torch.tensor([0]), batch)
+            self._one_pass = self.bank.serves_deltas(self.tasks, lambda: self.model(*one_args, **one_kwargs)) is None
+        return self._one_pass
 
     def _weights(self, features: Tensor) -> Tensor:
         weights = self.router(features)
@@ -102,10 +121,6 @@ class RoutedModel:
         """A name for a single expert at full strength, else every expert's weight."""
         chosen = {task: weight for task, weight in zip(self.tasks, weights.tolist(), strict=True) if weight != 0}
         return next(iter(chosen)) if list(chosen.values()) == [1.0] else chosen
-
-    def _run(self, experts: str | dict[str, float], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        with self.bank.active(experts, combine=self.combine):
-            return self.model(*args, **kwargs)
 
 
 def _take(value: Any, rows: Tensor, batch: int) -> Any:

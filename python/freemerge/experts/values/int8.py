@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..payload import Bytes, Reader, tensors_to_bytes
@@ -21,7 +23,8 @@ class Int8(SparseTensor):
 
     @classmethod
     def rounded(cls, shape: tuple[int, ...], indices: torch.Tensor, values: torch.Tensor) -> Int8:
-        row, rows = _filled_rows(shape, indices)
+        row = _filled_row(shape, indices)
+        rows = int(row[-1]) + 1 if row.numel() else 0
         largest = torch.zeros(rows).scatter_reduce_(0, row, values.abs(), "amax")
         scales = _round_up_to_bfloat16(largest / 127)
         divisors = torch.where(scales > 0, scales, 1).float()  # of subnormal values the scale may be zero
@@ -29,14 +32,15 @@ class Int8(SparseTensor):
         return cls(shape, indices, data, scales)
 
     def values(self) -> torch.Tensor:
-        return self.data.float() * self.scales.float()[_filled_rows(self.shape, self.indices)[0]]
+        return self.data.float() * self.scales.float()[_filled_row(self.shape, self.indices)]
 
     def values_to_bytes(self) -> Bytes:
         return tensors_to_bytes(self.scales, self.data)
 
     @classmethod
     def values_from_bytes(cls, shape: tuple[int, ...], indices: torch.Tensor, reader: Reader) -> Int8:
-        scales, data = reader.tensors((torch.bfloat16, _filled_rows(shape, indices)[1]), (torch.int8, indices.numel()))
+        rows = int(np.count_nonzero(_row_starts(shape, indices)))
+        scales, data = reader.tensors((torch.bfloat16, rows), (torch.int8, indices.numel()))
         return cls(shape, indices, data, scales)
 
 
@@ -45,10 +49,13 @@ def _round_up_to_bfloat16(x: torch.Tensor) -> torch.Tensor:
     return ((x.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def _filled_rows(shape: tuple[int, ...], indices: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """For each entry the number of its row among those that hold entries (int64); how many such rows there are."""
-    row = torch.div(indices, max(1, rows_of(shape)[1]), rounding_mode="floor")
-    starts = torch.ones_like(row, dtype=torch.bool)
-    starts[1:] = row[1:] != row[:-1]
-    numbers = starts.cumsum(0) - 1
-    return numbers, int(numbers[-1]) + 1 if numbers.numel() else 0
+def _row_starts(shape: tuple[int, ...], indices: torch.Tensor) -> npt.NDArray[np.bool_]:
+    """Which entries are the first of their row."""
+    row = indices.numpy() // max(1, rows_of(shape)[1])
+    starts: npt.NDArray[np.bool_] = np.concatenate([np.ones(min(1, row.size), np.bool_), row[1:] != row[:-1]])
+    return starts
+
+
+def _filled_row(shape: tuple[int, ...], indices: torch.Tensor) -> torch.Tensor:
+    """For each entry, the number of its row among the rows that hold entries (int64)."""
+    return torch.from_numpy(np.cumsum(_row_starts(shape, indices)) - 1)
