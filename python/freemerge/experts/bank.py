@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -93,7 +93,11 @@ class ExpertBank(Mapping[str, Expert]):
             raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
         with self._lock:
             tensors = {name: self._tensor(name) for name in self._touched(weights)}
-            with self._switch(weights, combine, tensors).on([*tensors.values()]):
+            with ExitStack() as undo:
+                # Autocast keeps what it made of the weights before.
+                undo.callback(torch.clear_autocast_cache)
+                undo.enter_context(self._switch(weights, combine, tensors).on([*tensors.values()]))
+                torch.clear_autocast_cache()
                 yield
 
     @contextmanager

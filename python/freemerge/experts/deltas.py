@@ -199,23 +199,26 @@ class _Linear(_Contribution):
     def __init__(self, module: nn.Linear, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
         super().__init__(module, x, torch.Size((module.out_features, x.numel() // module.in_features)), dtype)
         self._shape = shape
+        self._bias = torch.zeros(shape[0], module.out_features, dtype=dtype, device=x.device)
 
     def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.reshape(-1, self.module.in_features).to(dtype).t().contiguous()
 
     def add(self, weights: Tensor, deltas: Mapping[str, Tensor]) -> None:
-        self.total.addcmul_(self.output(deltas), weights.repeat_interleave(self.total.shape[1] // len(weights)))
+        if "weight" in deltas:
+            columns = weights[:, None].expand(-1, self.total.shape[1] // len(weights)).reshape(-1)
+            self.total.addcmul_(self.output(deltas), columns)
+        if "bias" in deltas:
+            self._bias.addcmul_(weights[:, None], deltas["bias"])
 
     def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
-        bias = deltas["bias"][:, None] if "bias" in deltas else None
-        if "weight" not in deltas:
-            assert bias is not None
-            return bias
         product: Tensor = torch.sparse.mm(deltas["weight"], self.x)
-        return product if bias is None else product.add_(bias)
+        return product
 
     def result(self) -> Tensor:
-        return self.total.t().reshape(self._shape)
+        samples, *between, width = self._shape
+        bias = self._bias.view(samples, *[1] * len(between), width)
+        return self.total.t().contiguous().view(self._shape).add_(bias)
 
 
 class _Embedding(_Contribution):
