@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
 from freemerge.backends.sparse import SparseVector, Update
+from freemerge.experts.switch import Switch
 
 SHAPES = [(130, 301), (7,), (64, 3, 5, 5), (1, 1), (40, 900)]
 
@@ -16,6 +18,11 @@ def sparse(numel: int, count: int, seed: int, index_dtype: torch.dtype = torch.i
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randperm(numel, generator=generator)[:count].sort().values
     return SparseVector(indices.to(index_dtype), torch.randn(count, generator=generator))
+
+
+def apply_(updates: Sequence[Update], *, backend: str = "auto") -> ExitStack:
+    """Make the changes in place, in their order; closing the stack undoes them."""
+    return Switch(updates, backend=backend).on([update.weights for update in updates])
 
 
 def mixed_updates(dtypes: Sequence[torch.dtype], count: int, device: str = "cpu") -> list[Update]:

@@ -29,13 +29,12 @@ from freemerge.cache import forget_all
 from freemerge.checkpoint import TensorSpec
 from freemerge.errors import ArgumentError, BackendError, CudaError
 from freemerge.experts.select import select_largest
-from freemerge.experts.switch import apply_
 from freemerge.merging.units import plan_units
 from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Form, Plan
 from freemerge.responses import Response
 from reference import reference_filter, reference_merge
-from updates import expected, mixed_updates, sparse
+from updates import apply_, expected, mixed_updates, sparse
 
 HIGH_PASS = fm.HighPass(0.05)
 RESPONSES = [

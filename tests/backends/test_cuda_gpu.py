@@ -12,10 +12,9 @@ import freemerge.experts as fx
 from freemerge.accumulate import add_round, task_vector_sum
 from freemerge.backends.sparse import SparseVector, Update
 from freemerge.experts.select import select_largest
-from freemerge.experts.switch import apply_
 from freemerge.responses import Response
 from reference import reference_filter
-from updates import expected, mixed_updates
+from updates import apply_, expected, mixed_updates
 
 CUDA = fm.backends()["cuda"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=f"no CUDA backend: {CUDA.reason}")]

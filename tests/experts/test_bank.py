@@ -1,4 +1,4 @@
-"""Switching experts on a model: exact arithmetic, exact undo, threads, and the forward-pass mode."""
+"""Switching experts on a model: exact arithmetic, exact undo, threads."""
 
 from __future__ import annotations
 
@@ -9,84 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from expert_models import TASKS, Text, Vision, assert_same, make, snapshot, untied
+from torch import nn
 
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError, CheckpointError
 from freemerge.experts.bank import Combine
-
-TASKS = [f"task{i}" for i in range(8)]
-
-
-class Text(nn.Module):
-    """Token and position embeddings, a block, a tied head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(50, 24)
-        self.positions = nn.Embedding(12, 24)
-        self.norm = nn.LayerNorm(24)
-        self.up, self.down = nn.Linear(24, 48), nn.Linear(48, 24)
-        self.head = nn.Linear(24, 50, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])
-        x = x + self.down(torch.relu(self.up(self.norm(x))))
-        return self.head(x)
-
-
-class Vision(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(3, 8, 3, padding=1),
-            nn.BatchNorm2d(8),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, stride=2, groups=2, bias=False),
-            nn.GroupNorm(2, 8),
-            nn.Flatten(),
-            nn.Linear(8 * 3 * 3, 5),
-        )
-
-
-def tuned(model: nn.Module, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    noise: dict[int, Tensor] = {}
-    state = {}
-    for name, value in model.state_dict().items():
-        if value.data_ptr() not in noise:
-            noise[value.data_ptr()] = 0.1 * torch.randn(value.shape, generator=generator)
-        moved = value + noise[value.data_ptr()] if value.is_floating_point() else value
-        state[name] = moved.abs() if "running_var" in name else moved
-    return state
-
-
-def make(
-    kind: Callable[[], nn.Module], dtype: torch.dtype = torch.float32, density: float = 0.1
-) -> tuple[nn.Module, dict[str, fx.Expert], dict[str, Tensor]]:
-    """A backbone, the experts of eight tasks, and the base they are counted from."""
-    torch.manual_seed(0)
-    model = kind().eval()
-    base = {name: value.clone() for name, value in model.state_dict().items()}
-    tasks = {task: untied(tuned(model, i + 1)) for i, task in enumerate(TASKS)}
-    experts = fx.extract_experts(untied(base), tasks, density=density)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape))
-    return model.to(dtype), experts, base
-
-
-def untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if name != "head.weight"}
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same(model: nn.Module, before: dict[str, Tensor]) -> None:
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -297,6 +225,20 @@ def test_a_backward_pass_through_switched_weights_is_an_error() -> None:
         loss.backward()
 
 
+def test_experts_are_on_under_autocast() -> None:
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad(), bank.active("task0"), torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # keeps copies of the weights
+        backbone = model(ids)
+        with bank.active("task0"):
+            assert torch.equal(model(ids), expected)
+        assert torch.equal(model(ids), backbone)
+    assert not torch.equal(backbone, expected)
+
+
 def test_load_takes_every_file_of_a_folder(tmp_path: Path) -> None:
     model, experts, _ = make(Vision)
     for task, expert in experts.items():
@@ -311,59 +253,6 @@ def test_load_takes_every_file_of_a_folder(tmp_path: Path) -> None:
         assert_same(model, expected)
     with pytest.raises(CheckpointError, match="holds no expert files"):
         fx.ExpertBank.load(model, tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("kind", [Text, Vision])
-def test_a_mixed_batch_in_delta_mode_equals_each_sample_under_its_expert(kind: Callable[[], nn.Module]) -> None:
-    model, experts, _ = make(kind)
-    bank = fx.ExpertBank(model, experts)
-    generator = torch.Generator().manual_seed(5)
-    x = (
-        torch.randint(50, (6, 11), generator=generator)
-        if kind is Text
-        else torch.randn(6, 3, 8, 8, generator=generator)
-    )
-    assignment = ["task3", None, "task0", "task3", {"task1": 0.4, "task2": 0.6}, {}]
-    before = snapshot(model)
-    with torch.no_grad():
-        expected = []
-        for sample, chosen in zip(x, assignment, strict=True):
-            with bank.active(chosen or {}):
-                expected.append(model(sample[None]))
-        with bank.deltas(assignment):
-            out = model(x)
-            assert_same(model, before)
-        torch.testing.assert_close(out, torch.cat(expected), rtol=1e-4, atol=1e-5)
-        with bank.deltas([None] * 6):
-            assert torch.equal(model(x), model(x))
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_delta_mode_names_what_it_cannot_serve() -> None:
-    attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    state = tuned(attention, 1)
-    experts = fx.extract_experts(attention.state_dict(), {"t": state}, density=0.1)
-    bank = fx.ExpertBank(attention, experts)
-    with pytest.raises(ArgumentError, match="deltas cannot serve 'in_proj_bias': it belongs to a MultiheadAttention"):
-        bank.deltas(["t"]).__enter__()
-
-    class Scaled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    scaled = Scaled(4, 4)
-    experts = fx.extract_experts(scaled.state_dict(), {"t": tuned(scaled, 1)})
-    with pytest.raises(ArgumentError, match="it belongs to a Scaled"):
-        fx.ExpertBank(scaled, experts).deltas(["t"]).__enter__()
-    model, experts, _ = make(Vision)
-    bank = fx.ExpertBank(model, experts)
-    with pytest.raises(ArgumentError, match="first dimension should be the batch, 3"), bank.deltas(["task0"] * 3):
-        model(torch.zeros(2, 3, 8, 8))
-    model.train()
-    with pytest.raises(ArgumentError, match=r"use model\.eval"), bank.deltas(["task0"] * 2):
-        model(torch.zeros(2, 3, 8, 8))
-    with pytest.raises(ArgumentError, match="attached to a module"):
-        fx.ExpertBank(model.state_dict(), experts).deltas(["task0"]).__enter__()
 
 
 def test_misfits_are_named() -> None:
@@ -392,33 +281,3 @@ def test_misfits_are_named() -> None:
     both = fx.extract_experts(clone, {"t": {name: value + 1 for name, value in clone.items()}})
     with pytest.raises(ArgumentError, match=r"'head\.weight' and 'tokens\.weight', which the model ties"):
         fx.ExpertBank(model, both)
-
-
-def test_a_transformers_text_classifier() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=60,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        num_labels=3,
-    )
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).eval()
-    base = model.state_dict()
-    experts = fx.extract_experts(base, {task: tuned(model, i + 1) for i, task in enumerate(TASKS)}, density=0.05)
-    bank = fx.ExpertBank(model, experts)
-    before = snapshot(model)
-    ids = torch.randint(60, (4, 9), generator=torch.Generator().manual_seed(1))
-    assignment = ["task1", "task0", None, "task1"]
-    with torch.no_grad():
-        expected = []
-        for sample, task in zip(ids, assignment, strict=True):
-            with bank.active({} if task is None else task):
-                expected.append(model(sample[None]).logits)
-        with bank.deltas(assignment):
-            mixed = model(ids).logits
-    torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-4, atol=1e-5)
-    assert_same(model, before)

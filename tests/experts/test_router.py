@@ -1,33 +1,28 @@
-"""Routers, feature extractors and routed models."""
+"""Routers and feature extractors."""
 
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from routing import TASKS, Sequences, blobs, fitted_router
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from freemerge.errors import ArgumentError, CheckpointError
-from freemerge.experts import ExpertBank, PooledState, RoutedModel, Router, extract_experts
+from freemerge.experts import PooledState, Router
 from freemerge.experts.router import pooled
-
-TASKS = ("cats", "dogs", "birds")
-
-
-def blobs(count: int, seed: int, spread: float = 0.5) -> tuple[Tensor, list[str]]:
-    """Features around three fixed centres in 6-D, far from standardised."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, (count,), generator=generator)
-    centres = torch.eye(6)[:3] * 4
-    features = centres[ids] + spread * torch.randn(count, 6, generator=generator)
-    return 100 * features + 1000, [TASKS[i] for i in ids]
 
 
 @pytest.fixture(scope="module")
 def router() -> Router:
-    return Router.fit(*blobs(150, seed=0), hidden=16, steps=100)
+    return fitted_router()
+
+
+@pytest.fixture
+def sequences() -> Sequences:
+    torch.manual_seed(3)
+    return Sequences().eval()
 
 
 def test_a_fitted_router_tells_held_out_tasks_apart(router: Router) -> None:
@@ -65,6 +60,8 @@ def test_fitting_depends_on_its_arguments_only() -> None:
     torch.manual_seed(1)
     second = Router.fit(features, ids, hidden=8, steps=20)
     other = Router.fit(features, ids, hidden=8, steps=20, seed=9)
+    former = Router.fit(features, task_ids=ids, hidden=8, steps=20)
+    assert torch.equal(former.tensors["hidden.weight"], first.tensors["hidden.weight"])
     torch.manual_seed(0)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(first.tensors[name], tensor) for name, tensor in second.tensors.items())
@@ -118,8 +115,10 @@ def test_files_that_are_no_routers_are_refused(router: Router, tmp_path: Path) -
 
 def test_bad_arguments_are_named(router: Router) -> None:
     features, ids = blobs(10, seed=8)
-    with pytest.raises(ArgumentError, match="task_ids"):
+    with pytest.raises(ArgumentError, match="tasks must name"):
         Router.fit(features, ids[:9])
+    with pytest.raises(ArgumentError, match="tasks must name"):
+        Router.fit(features)
     with pytest.raises(ArgumentError, match="hidden and steps"):
         Router.fit(features, ids, hidden=0)
     with pytest.raises(ArgumentError, match="finite"):
@@ -133,63 +132,6 @@ def test_bad_arguments_are_named(router: Router) -> None:
     for name, value in (("temperature", 0.0), ("abstain", 1.5), ("mode", "x")):
         with pytest.raises(ArgumentError, match=name):
             replace(router, **{name: value})
-
-
-class Sequences(nn.Module):
-    """Token ids (N, T) -> embeddings -> logits (N, 4), with a mask, as text classifiers are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(11, 6)
-        self.mix = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 4)
-        self.passes = 0
-
-    def forward(self, ids: Tensor, *, attention_mask: Tensor | None = None) -> dict[str, Tensor | None]:
-        states = self.embed(ids)
-        self.passes += 1
-        states = torch.tanh(self.mix(states))
-        return {"logits": self.head(pooled(states, attention_mask, "mean")), "loss": None}
-
-
-class Vision(nn.Module):
-    """Images (N, 3, 8, 8) -> logits (N, 5)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3)
-        self.norm = nn.BatchNorm2d(6)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = torch.relu(self.norm(self.conv(images))).mean((2, 3))
-        return self.head(features)
-
-
-def make_bank(model: nn.Module, names: tuple[str, ...]) -> ExpertBank:
-    """Experts that move half of every tensor's entries by about one."""
-    generator = torch.Generator().manual_seed(0)
-    base = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    models = {
-        name: {key: tensor + torch.randn(tensor.shape, generator=generator) for key, tensor in base.items()}
-        for name in names
-    }
-    return ExpertBank(model, extract_experts(base, models, density=0.5, rescale=1.0, values="fp32"))
-
-
-@pytest.fixture
-def sequences() -> Sequences:
-    torch.manual_seed(3)
-    return Sequences().eval()
-
-
-def by_first_token(ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    return ids[:, :1].float()
-
-
-def one_expert_a_token(features: Tensor) -> Tensor:
-    """Token 0-2 -> that expert; anything else -> the backbone."""
-    return nn.functional.one_hot(features[:, 0].long().clamp(max=3), 4)[:, :3].float()
 
 
 def test_pooled_state_stops_at_the_submodule_and_leaves_out_padding(sequences: Sequences) -> None:
@@ -231,127 +173,3 @@ def test_pooled_state_names_what_is_wrong(sequences: Sequences) -> None:
     with pytest.raises(ArgumentError, match="'unused'"):
         PooledState(sequences, "unused")(torch.zeros(1, 2, dtype=torch.long))
     assert not sequences.unused._forward_hooks
-
-
-def test_a_routed_batch_equals_each_sample_under_its_expert_alone(sequences: Sequences) -> None:
-    bank = make_bank(sequences, TASKS)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, (17, 6), generator=generator)
-    mask = (torch.rand(17, 6, generator=generator) < 0.8).long()
-    mask[:, 0] = 1
-    before = {name: tensor.clone() for name, tensor in sequences.state_dict().items()}
-    routed = RoutedModel(sequences, bank, one_expert_a_token, features=by_first_token)(ids, attention_mask=mask)
-    assert sequences.passes == 4  # three experts and the backbone, once each
-    assert routed.output["loss"] is None
-    for row in range(17):
-        expert = TASKS[int(ids[row, 0])] if ids[row, 0] < 3 else None
-        assert routed.served[row] == expert
-        with bank.active({} if expert is None else expert):
-            alone = sequences(ids[row : row + 1], attention_mask=mask[row : row + 1])["logits"]
-        torch.testing.assert_close(routed.output["logits"][row], alone[0], rtol=1e-5, atol=1e-5)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in sequences.state_dict().items())
-
-
-def test_soft_mixtures_sample_by_sample(router: Router, sequences: Sequences) -> None:
-    bank = make_bank(sequences, TASKS)
-    soft = replace(router, mode="softmax", temperature=20.0)
-    features, _ = blobs(5, seed=9)
-    ids = torch.arange(30).view(5, 6) % 11
-    routed = RoutedModel(sequences, bank, soft, features=lambda ids: features)(ids)
-    torch.testing.assert_close(routed.weights, soft(features))
-    for row in range(5):
-        with bank.active(dict(zip(soft.tasks, soft(features)[row].tolist(), strict=True))):
-            torch.testing.assert_close(routed.output["logits"][row], sequences(ids[row : row + 1])["logits"][0])
-
-
-def test_a_routed_vision_model_with_features_by_name() -> None:
-    torch.manual_seed(5)
-    model = Vision().eval()
-    bank = make_bank(model, ("light", "dark"))
-    images = torch.rand(12, 3, 8, 8)
-    images[::3] += 4
-    features = PooledState(model, "conv")(images)
-    router = Router.fit(features, ["light" if row % 3 == 0 else "dark" for row in range(12)], hidden=8, steps=60)
-    routed = RoutedModel(model, bank, router, features="conv")(images)
-    assert routed.served == tuple("light" if row % 3 == 0 else "dark" for row in range(12))
-    for row, expert in enumerate(routed.served):
-        assert expert is not None
-        with bank.active(expert):
-            torch.testing.assert_close(routed.output[row], model(images[row : row + 1])[0], rtol=1e-5, atol=1e-5)
-
-
-def test_structures_come_back_as_they_were() -> None:
-    Pair = namedtuple("Pair", "first second")
-
-    class Structured(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(1))
-
-        def forward(self, pair: list[Tensor] | Pair, scale: Tensor) -> Pair:
-            return Pair(self.weight * pair[0] * scale, [pair[1], (pair[0],)])
-
-    model = Structured()
-    bank = make_bank(model, ("a", "b"))
-    first, second = torch.arange(4.0), torch.arange(8.0).view(4, 2)
-    weights = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
-    routed = RoutedModel(model, bank, lambda _: weights, features=lambda pair, scale: pair[0][:, None])
-    factors = [1 + float(bank[name].dense()["weight"]) if name else 1.0 for name in ("b", "a", None, "b")]
-    for pair in ([first, second], Pair(first, second)):
-        output = routed(pair, torch.tensor(2.0)).output
-        assert isinstance(output, Pair)
-        torch.testing.assert_close(output.first, torch.tensor(factors) * first * 2)
-        assert torch.equal(output.second[0], second)
-        assert torch.equal(output.second[1][0], first)
-
-
-def test_misfits_are_named(router: Router, sequences: Sequences) -> None:
-    bank = make_bank(sequences, TASKS[:2])
-    with pytest.raises(ArgumentError, match="'birds'"):
-        RoutedModel(sequences, bank, router, features="embed")
-    wide = RoutedModel(sequences, bank, lambda features: torch.ones(len(features), 3), features=by_first_token)
-    with pytest.raises(ArgumentError, match=r"expected weights \(2, 2\), got \(2, 3\)"):
-        wide(torch.zeros(2, 3, dtype=torch.long))
-    with pytest.raises(ArgumentError, match="empty"):
-        RoutedModel(sequences, bank, lambda f: torch.ones(len(f), 2), features=by_first_token)(
-            torch.zeros(0, 3, dtype=torch.long)
-        )
-
-
-def test_a_model_that_sums_over_the_batch_cannot_be_routed(sequences: Sequences) -> None:
-    class Summing(nn.Module):
-        def __init__(self, result: object) -> None:
-            super().__init__()
-            self.weight, self.result = nn.Parameter(torch.ones(1)), result
-
-        def forward(self, x: Tensor) -> object:
-            return self.result if self.result is not None else x.sum()
-
-    for result, message in ((None, "shape"), ("text", "str")):
-        model = Summing(result)
-        routed = RoutedModel(model, make_bank(model, ("a",)), lambda f: torch.ones(len(f), 1), features=lambda x: x)
-        with pytest.raises(ArgumentError, match=message):
-            routed(torch.ones(3, 2))
-
-
-def test_a_routed_transformers_classifier() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, num_labels=3
-    )
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).eval()
-    bank = make_bank(model, ("a", "b"))
-    ids = torch.randint(1, 50, (9, 7))
-    mask = (torch.arange(7) < torch.randint(2, 8, (9, 1))).long()
-    features = PooledState(model, "bert.embeddings")(input_ids=ids, attention_mask=mask)
-    router = Router.fit(features, ["a", "b", "a"] * 3, hidden=32, steps=80)
-    with torch.no_grad():
-        routed = RoutedModel(model, bank, router, features="bert.embeddings")(input_ids=ids, attention_mask=mask)
-        assert isinstance(routed.output, transformers.modeling_outputs.SequenceClassifierOutput)
-        assert routed.served == ("a", "b", "a") * 3
-        for row, expert in enumerate(routed.served):
-            assert expert is not None
-            with bank.active(expert):
-                alone = model(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1]).logits[0]
-            torch.testing.assert_close(routed.output.logits[row], alone, rtol=1e-5, atol=1e-5)

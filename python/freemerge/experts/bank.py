@@ -94,7 +94,7 @@ class ExpertBank(Mapping[str, Expert]):
         with self._lock:
             tensors = {name: self._tensor(name) for name in self._touched(weights)}
             with ExitStack() as undo:
-                # Autocast keeps what it made of the weights before.
+                # Autocast keeps copies of weights in its own dtype.
                 undo.callback(torch.clear_autocast_cache)
                 undo.enter_context(self._switch(weights, combine, tensors).on([*tensors.values()]))
                 torch.clear_autocast_cache()
@@ -107,10 +107,10 @@ class ExpertBank(Mapping[str, Expert]):
         Every module with touched parameters adds the sparse products ``w_i (e_i x)`` to its output, for the samples
         concerned, so one forward pass serves a batch of mixed experts; results agree with :meth:`active` to rounding.
         The model must be a module, and the batch the first dimension of what every such module gets. Linear, Embedding,
-        convolutions, LayerNorm, GroupNorm and batch norms in eval mode can do it; a module that hands its parameters to
-        a function, instead of calling their owner, is out of reach. Raises ArgumentError with what
-        :meth:`serves_deltas` says, before anything is computed, and for an input whose first dimension is neither
-        ``len(experts)`` nor 1.
+        convolutions, LayerNorm, GroupNorm and batch norms in eval mode can do it. A model that passes a parameter to a
+        function, instead of calling the module that holds it, gets wrong results; :meth:`serves_deltas` tells. Raises
+        ArgumentError for what the modules themselves cannot serve, before anything is computed, and for an input whose
+        first dimension is neither ``len(experts)`` nor 1.
         """
         samples = [{} if chosen is None else self._weights(chosen) for chosen in experts]
         tasks = [task for task in self._experts if any(task in weights for weights in samples)]
@@ -128,11 +128,11 @@ class ExpertBank(Mapping[str, Expert]):
                 yield
 
     def serves_deltas(self, tasks: Iterable[str] | None = None, run: Callable[[], object] | None = None) -> str | None:
-        """Why :meth:`deltas` cannot serve the experts of ``tasks`` (by default, all); None if it can.
+        """Why :meth:`deltas` cannot serve the experts of ``tasks``, by default all; None if it can.
 
-        ``run``, if given, runs the model on a batch of one sample, without gradients and with no expert on. It shows
-        what the modules alone do not tell: whether their inputs have the batch in front, and whether their parameters
-        are used in other ways than by calling them.
+        ``run``, if given, must run the model on a batch of one sample. It is called without gradients, and shows what
+        the modules alone do not tell: whether each is called, with the batch as the first dimension, and whether its
+        parameters are used elsewhere.
         """
         if not isinstance(self._model, nn.Module):
             return "deltas needs a bank that is attached to a module, not to a state dict"

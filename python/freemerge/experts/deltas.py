@@ -129,7 +129,7 @@ def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module,
     def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         x = args[0] if args else None
         if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim and len(x) == 1:
-            # What is the same for all samples, as position embeddings, no longer is.
+            # An input that all samples share, such as position ids, gets an output for each of them.
             x, output = x.expand(batch, *x.shape[1:]), output.expand(batch, *output.shape[1:])
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.ndim or len(x) != batch:
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -168,7 +168,7 @@ def _delta(weights: Tensor, update: SparseVector, scale: float) -> Tensor:
 class _Contribution(ABC):
     """What changes of a module's parameters add to its output for some samples.
 
-    All modules served are linear in their weight and bias, so it is the module applied with the change for parameters.
+    All modules served are linear in their weight and bias: it is the module's output with the changes for parameters.
     """
 
     def __init__(self, module: Any, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ class Expert:
         tensors: the kept entries of each tensor; one without entries is left out.
         mu: the factor that makes up for the entries that were dropped.
         density: d.
-        scope: "tensor", "row" or "model": where the largest entries were counted.
+        scope: "tensor", "row" or "model": among which entries the largest were chosen.
         rescale: the rule that chose mu.
         values: how the values are rounded, a name of :data:`freemerge.experts.values.CODINGS`.
     """
@@ -72,7 +72,7 @@ class Expert:
 
 
 def check_task_name(name: str) -> str:
-    """A task's name is also a file name: refuse one that is not plain."""
+    """``name`` itself; ArgumentError if it cannot be the name of a file."""
     if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
         raise ArgumentError(f"models: {name!r} cannot name a task: it must be usable as a file name")
     return name

@@ -26,7 +26,7 @@ from .values import ExpertTensor, SparseTensor, coding_of
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
-# Running statistics are not weights: seven times a variance's change can make it negative.
+# Running statistics are not weights: an expert's factor, often about 7, could make a variance negative.
 _STATISTICS = ("*running_mean", "*running_var")
 
 
@@ -48,8 +48,8 @@ def extract_experts(
     Args:
         base: state dict, module, or path of a checkpoint.
         models: fine-tuned models of that base with the same tensors, or directories of LoRA or IA3 adapters that PEFT
-            trained on it; a mapping names the tasks. In a sequence, models
-            on disk are named after their directory or file, others ``task0``, ``task1`` and so on by place.
+            trained on it; a mapping names the tasks. In a sequence, models on disk are named after their directory or
+            file, others ``task0``, ``task1`` and so on by position.
         density: d. A scope of n entries keeps its k = max(1, floor(d n)) largest, or all its non-zero ones where they
             are fewer. Equal magnitudes are taken by tensor name, then by index, lowest first.
         scope: count by tensor; by row (one index of a tensor's first dimension; the released code); or over the whole
@@ -137,7 +137,7 @@ def has_expert(spec: TensorSpec) -> bool:
 
 
 def kept_entries(n: int, density: float) -> int:
-    """k = max(1, floor(d n)); what a float product loses, as in 0.29 * 100 = 28.999999999999996, is made up."""
+    """k = max(1, floor(d n)), without the rounding error of the product: 0.29 * 100 = 28.999999999999996 gives 29."""
     return max(1, math.floor(round(density * n, 9)))
 
 
@@ -196,7 +196,7 @@ class _Extraction:
         return Expert(tensors, mu, density, scope, rescale, self.coding.coding)
 
     def _selections(self, i: int) -> Iterator[tuple[str, Selection, _Sums]]:
-        """The kept entries of every tensor of model i, each read once, or twice to choose among those of the model."""
+        """The kept entries and sums of every tensor of model i. Each is read once, or twice for scope "model"."""
         if self.criterion.scope == "model":
             yield from self._model_selections(i)
             return

@@ -28,7 +28,7 @@ def tensors_to_bytes(*tensors: torch.Tensor) -> Bytes:
 
 
 class Reader:
-    """Reads a payload from its start. Bytes that end too early are a ValueError, as everything wrong with them is."""
+    """Reads a payload from its start. Whatever is wrong with the bytes is a ValueError."""
 
     def __init__(self, payload: Bytes) -> None:
         self._payload = payload

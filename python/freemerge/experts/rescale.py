@@ -23,7 +23,7 @@ class TensorStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the rules know about model i: the sums of every tensor, d, and E(v_j) of all models, made on demand."""
+    """What the rules know about model i: sums of every tensor, d, and E(v_j) of all models, computed on demand."""
 
     tensors: Sequence[TensorStatistics]
     density: float
@@ -52,7 +52,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule for mu; it is only asked where M is not zero."""
+    """A rule for mu. It is not called if nothing is kept."""
 
     mu: Callable[[Statistics], float]
     needs_backbone: bool
@@ -93,7 +93,7 @@ def projection(s: Statistics) -> float:
 
 
 def check_rescale(rescale: str | float, *, backbone: bool) -> None:
-    """ArgumentError if ``rescale`` is neither a rule nor a finite number, or for a backbone too many or too few."""
+    """ArgumentError for what is neither a rule nor a finite number, and for a backbone missing or not needed."""
     if rescale not in RULES and (isinstance(rescale, str) or not math.isfinite(rescale)):
         raise ArgumentError(f"rescale must be one of {', '.join(RULES)} or a finite number, got {rescale!r}")
     needing = [name for name, rule in RULES.items() if rule.needs_backbone]
@@ -103,7 +103,7 @@ def check_rescale(rescale: str | float, *, backbone: bool) -> None:
 
 
 def mu_of(rescale: str | float, statistics: Statistics) -> float:
-    """The factor by a rule, which is 0 where nothing is kept, or ``rescale`` itself."""
+    """The factor by the rule of this name, 0 if nothing is kept; or ``rescale`` itself if it is a number."""
     if not isinstance(rescale, str):
         return float(rescale)
     return RULES[rescale].mu(statistics) if statistics.kept_magnitude else 0.0

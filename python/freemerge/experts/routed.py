@@ -20,7 +20,7 @@ class Routed:
 
     Attributes:
         output: what the model returns, every tensor of it in the order of the samples.
-        weights: expert weights of each sample, (N, K); columns as ``tasks``.
+        weights: expert weights of each sample, (N, K), columns in the order of ``tasks``.
         tasks: names of the experts.
     """
 
@@ -50,11 +50,11 @@ class RoutedModel:
             the model's arguments that returns features (N, D).
         combine: how an expert is combined with the backbone, see :meth:`ExpertBank.active`.
 
-    Calling it takes the model's own arguments. Samples with the same weights form one group, and a group is served by
-    one forward pass with its experts switched on: a top-1 batch costs a pass for each expert that it needs. A batch
-    with more groups than there are experts, as softmax weights make, is served by :meth:`ExpertBank.deltas` in a single
-    pass, if ``combine`` is "add" and :meth:`ExpertBank.serves_deltas`, which sees a pass of one sample when it is
-    first asked, knows no reason against it. Both agree to rounding.
+    Calling it takes the model's own arguments. Samples with the same weights form one group, and each group is one
+    forward pass with its experts switched on: a top-1 batch costs a pass for each expert that it needs. A batch with
+    more mixtures than there are experts, as softmax weights make, is a single pass with :meth:`ExpertBank.deltas`, if
+    ``combine`` is "add" and :meth:`ExpertBank.serves_deltas` gives no reason against it; the first time, that takes a
+    pass of one sample. Both ways agree to rounding.
 
     Tensor arguments whose first dimension is the batch are split along it, all others are given to every pass. Raises
     ArgumentError if the weights do not fit the bank, or if the model returns something other than tensors with the

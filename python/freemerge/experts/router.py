@@ -26,7 +26,7 @@ TENSORS = ("center", "spread", "hidden.weight", "hidden.bias", "output.weight", 
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """A multilayer perceptron with one hidden layer on standardised features, and how to read its answer.
+    """A multilayer perceptron with one hidden layer on standardised features, and how to read its output.
 
     Calling it maps features (N, D) to one weight per sample and task (N, K), in the order of ``tasks``: a one-hot row
     for ``"top1"`` (argmax R(x), the paper's hard choice), softmax(R(x) / temperature) for ``"softmax"``. A sample whose
@@ -53,28 +53,31 @@ class Router:
     def fit(
         cls,
         features: Tensor,
-        task_ids: Sequence[str],
+        tasks: Sequence[str] | None = None,
         *,
         hidden: int = 128,
         steps: int = 100,
         learning_rate: float = 1e-2,
         weight_decay: float = 1e-2,
         seed: int = 0,
+        task_ids: Sequence[str] | None = None,
     ) -> Router:
         """Train a router on features (N, D) and the task name of each sample; full-batch AdamW on cross-entropy.
 
         About fifty samples a task suffice (section 4.3 of arXiv 2411.16815). Tasks keep the order in which they first
         appear. The result depends on the arguments only: torch's global random state is neither read nor changed.
+        ``task_ids`` is the former name of ``tasks``.
 
-        Raises ArgumentError for features that are no finite (N, D) matrix or do not fit ``task_ids``.
+        Raises ArgumentError for features that are not a finite (N, D) matrix or do not fit ``tasks``.
         """
         features = _checked(features)
-        if len(task_ids) != len(features) or not len(task_ids):
-            raise ArgumentError(f"task_ids must name a task for each of {len(features)} samples, got {len(task_ids)}")
+        names = task_ids if tasks is None else tasks
+        if names is None or len(names) != len(features) or not len(names):
+            raise ArgumentError(f"tasks must name a task for each of {len(features)} samples, got {len(names or [])}")
         if hidden < 1 or steps < 1:
             raise ArgumentError(f"hidden and steps must be at least 1, got {hidden} and {steps}")
-        tasks = tuple(dict.fromkeys(task_ids))
-        target = torch.tensor([tasks.index(task) for task in task_ids])
+        known = tuple(dict.fromkeys(names))
+        target = torch.tensor([known.index(name) for name in names])
         features = features.detach().float().cpu()
         width = features.shape[1]
         generator = torch.Generator().manual_seed(seed)
@@ -83,20 +86,20 @@ class Router:
             "spread": features.std(0, correction=0).clamp(min=1e-6),
             "hidden.weight": torch.randn(hidden, width, generator=generator) * math.sqrt(2 / width),
             "hidden.bias": torch.zeros(hidden),
-            "output.weight": torch.randn(len(tasks), hidden, generator=generator) / math.sqrt(hidden),
-            "output.bias": torch.zeros(len(tasks)),
+            "output.weight": torch.randn(len(known), hidden, generator=generator) / math.sqrt(hidden),
+            "output.bias": torch.zeros(len(known)),
         }
         trained = [tensors[name].requires_grad_() for name in TENSORS[2:]]
         optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        router = cls(tasks, tensors)
+        router = cls(known, tensors)
         with torch.enable_grad():
             for _ in range(steps):
                 optimizer.zero_grad()
                 F.cross_entropy(router.logits(features), target).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-        return cls(tasks, {name: tensor.detach() for name, tensor in tensors.items()})
+        return cls(known, {name: tensor.detach() for name, tensor in tensors.items()})
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores of each task, (N, K) float32, on the device of ``features``."""
@@ -169,21 +172,21 @@ def _checked(features: Tensor) -> Tensor:
 
 
 class _Reached(Exception):
-    """Not an error: carries a submodule's output out of a forward pass, ending it early."""
+    """Ends a forward pass at a submodule and carries its output out; not an error."""
 
     def __init__(self, output: Tensor) -> None:
         self.output = output
 
 
 class PooledState:
-    """Features of a batch: the output of one submodule of ``model``, pooled to one vector a sample.
+    """Features of a batch: the output of one submodule of ``model``, pooled to one vector per sample.
 
     Call it with the model's own arguments; the forward pass ends at the submodule. An output (N, T, D) is averaged over
     T, leaving out the positions where the keyword argument ``attention_mask`` (N, T) is zero; (N, C, H, W) over H and
-    W; (N, D) is taken as it is. ``pool="first"`` takes position 0 of (N, T, D), a class token. A submodule that returns
-    a tuple or a mapping counts with its first tensor.
+    W; (N, D) is used as it is. ``pool="first"`` takes position 0 of (N, T, D), a class token. Of a tuple or a mapping,
+    the first tensor is used.
 
-    Raises ArgumentError if the model has no such submodule, or if a call does not reach it.
+    Raises ArgumentError if the model has no such submodule or a forward pass does not reach it.
     """
 
     def __init__(self, model: nn.Module, submodule: str, pool: Pool = "mean") -> None:
@@ -216,7 +219,7 @@ def _stop(module: nn.Module, args: object, output: object) -> None:
 
 
 def pooled(states: Tensor, mask: Tensor | None, pool: Pool) -> Tensor:
-    """One float32 vector a sample from the states of a layer, see :class:`PooledState`."""
+    """One float32 vector per sample from the states of a layer, see :class:`PooledState`."""
     states = states.float()
     if states.ndim == 2:
         return states

@@ -51,14 +51,6 @@ class Switch:
             return undo.pop_all()
 
 
-def apply_(updates: Sequence[Update], *, backend: str = "auto") -> ExitStack:
-    """Make the changes in place, in their order. Leaving or closing the stack puts back what was there, bit for bit.
-
-    If one change cannot be made, none is.
-    """
-    return Switch(updates, backend=backend).on([update.weights for update in updates])
-
-
 def _check(update: Update) -> None:
     """Kernels trust what they are given: refuse what would read or write outside of a tensor."""
     weights, entries = update.weights, update.entries

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from freemerge.backends.sparse import SparseVector, Update
 from freemerge.errors import ArgumentError
-from freemerge.experts.switch import Switch, apply_, weighted_sum
-from updates import expected, mixed_updates, sparse
+from freemerge.experts.switch import Switch, weighted_sum
+from updates import apply_, expected, mixed_updates, sparse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 BACKENDS = ["cpu", "torch"]

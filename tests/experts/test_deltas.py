@@ -1,0 +1,202 @@
+"""Experts in the forward pass: agreement with switching, and what cannot be served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from expert_models import TASKS, Text, Vision, assert_same, make, snapshot, tuned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import freemerge.experts as fx
+from freemerge.errors import ArgumentError
+
+
+@pytest.mark.parametrize("kind", [Text, Vision])
+def test_a_mixed_batch_in_delta_mode_equals_each_sample_under_its_expert(kind: Callable[[], nn.Module]) -> None:
+    model, experts, _ = make(kind)
+    bank = fx.ExpertBank(model, experts)
+    generator = torch.Generator().manual_seed(5)
+    x = (
+        torch.randint(50, (6, 11), generator=generator)
+        if kind is Text
+        else torch.randn(6, 3, 8, 8, generator=generator)
+    )
+    assignment = ["task3", None, "task0", "task3", {"task1": 0.4, "task2": 0.6}, {}]
+    before = snapshot(model)
+    with torch.no_grad():
+        expected = []
+        for sample, chosen in zip(x, assignment, strict=True):
+            with bank.active(chosen or {}):
+                expected.append(model(sample[None]))
+        with bank.deltas(assignment):
+            out = model(x)
+            assert_same(model, before)
+        torch.testing.assert_close(out, torch.cat(expected), rtol=1e-4, atol=1e-5)
+        with bank.deltas([None] * 6):
+            assert torch.equal(model(x), model(x))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_delta_mode_names_what_it_cannot_serve() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    state = tuned(attention, 1)
+    experts = fx.extract_experts(attention.state_dict(), {"t": state}, density=0.1)
+    bank = fx.ExpertBank(attention, experts)
+    with pytest.raises(ArgumentError, match="deltas cannot serve 'in_proj_bias': it belongs to a MultiheadAttention"):
+        bank.deltas(["t"]).__enter__()
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    scaled = Scaled(4, 4)
+    experts = fx.extract_experts(scaled.state_dict(), {"t": tuned(scaled, 1)})
+    with pytest.raises(ArgumentError, match="it belongs to a Scaled"):
+        fx.ExpertBank(scaled, experts).deltas(["t"]).__enter__()
+    model, experts, _ = make(Vision)
+    bank = fx.ExpertBank(model, experts)
+    with pytest.raises(ArgumentError, match="first dimension should be the batch, 3"), bank.deltas(["task0"] * 3):
+        model(torch.zeros(2, 3, 8, 8))
+    model.train()
+    with pytest.raises(ArgumentError, match=r"use model\.eval"), bank.deltas(["task0"] * 2):
+        model(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ArgumentError, match="attached to a module"):
+        fx.ExpertBank(model.state_dict(), experts).deltas(["task0"]).__enter__()
+    with pytest.raises(ArgumentError, match="no expert 'poetry'"):
+        bank.serves_deltas(["poetry"])
+
+    class Shifted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.register_buffer("shift", torch.zeros(4))
+
+    shifted = Shifted()
+    experts = fx.extract_experts(shifted.state_dict(), {"t": tuned(shifted, 1)})
+    assert fx.ExpertBank(shifted, experts).serves_deltas() == "deltas cannot serve 'shift': it is not a parameter"
+
+
+@given(
+    weights=st.lists(st.lists(st.sampled_from([0.0, 0.3, 1.0, -0.7]), min_size=3, max_size=3), min_size=1, max_size=5),
+    kind=st.sampled_from([Text, Vision]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+@settings(max_examples=30)
+def test_any_weights_agree_with_switching_to_rounding(
+    weights: list[list[float]], kind: Callable[[], nn.Module], dtype: torch.dtype
+) -> None:
+    model, experts, _ = make(kind, dtype)
+    bank = fx.ExpertBank(model, experts)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(50, (len(weights), 4), generator=generator)
+    if kind is Vision:
+        x = torch.randn(len(weights), 3, 8, 8, generator=generator).to(dtype)
+    mixtures = [dict(zip(TASKS, row, strict=False)) for row in weights]
+    with torch.no_grad():
+        expected = []
+        for sample, mixture in zip(x, mixtures, strict=True):
+            with bank.active(mixture):
+                expected.append(model(sample[None]))
+        with bank.deltas(mixtures):
+            out = model(x)
+    error = float((out - torch.cat(expected)).norm() / torch.cat(expected).norm())
+    assert out.dtype == dtype
+    assert error < {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 0.05}[dtype]
+
+
+class Functional(Text):
+    """The head as a function of the embedding's weight."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None]))
+        return nn.functional.linear(self.down(torch.relu(self.up(x))), self.tokens.weight)
+
+
+class SequenceFirst(Text):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = (self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])).transpose(0, 1)
+        return self.head(x + self.down(torch.relu(self.up(self.norm(x))))).transpose(0, 1)
+
+
+class Flat(Text):
+    def forward(self, ids: Tensor) -> Tensor:
+        x = (self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])).flatten(0, 1)
+        return self.head(x + self.down(torch.relu(self.up(self.norm(x))))).view(*ids.shape, -1)
+
+
+class Idle(Text):
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.norm(self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])))
+
+
+class Curious(Text):
+    """Looks at a weight without using its values."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        assert self.up.weight.dtype == self.tokens.weight.dtype
+        assert len(self.up.weight.shape) == self.up.weight.dim() == 2
+        return super().forward(ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Text, None),
+        (Curious, None),
+        (Functional, "'tokens.weight': it is used outside of its module"),
+        (SequenceFirst, "'norm.weight': its module does not get the batch in front"),
+        (Flat, "'norm.weight': its module does not get the batch in front"),
+        (Idle, "'down.weight': its module is not called"),
+    ],
+)
+def test_a_pass_of_one_sample_shows_what_the_modules_do_not_tell(kind: Callable[[], nn.Module], reason: str) -> None:
+    model, experts, _ = make(kind)
+    bank = fx.ExpertBank(model, experts)
+    assert bank.serves_deltas() is None
+    found = bank.serves_deltas(["task1"], lambda: model(torch.arange(7)[None]))
+    assert found == (None if reason is None else f"deltas cannot serve {reason}")
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_gradients_go_through_deltas() -> None:
+    model, experts, _ = make(Text)
+    ids = torch.arange(12).view(2, 6)
+    with fx.ExpertBank(model, experts).deltas(["task0", {"task0": 0.5, "task1": 0.5}]):
+        model(ids).sum().backward()
+    gradient = model.get_parameter("up.weight").grad
+    assert gradient is not None
+    assert bool(gradient.isfinite().all())
+    assert bool(gradient.any())
+
+
+def test_a_transformers_text_classifier() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=60,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    base = model.state_dict()
+    experts = fx.extract_experts(base, {task: tuned(model, i + 1) for i, task in enumerate(TASKS)}, density=0.05)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+    ids = torch.randint(60, (4, 9), generator=torch.Generator().manual_seed(1))
+    assignment = ["task1", "task0", None, "task1"]
+    with torch.no_grad():
+        expected = []
+        for sample, task in zip(ids, assignment, strict=True):
+            with bank.active({} if task is None else task):
+                expected.append(model(sample[None]).logits)
+        with bank.deltas(assignment):
+            mixed = model(ids).logits
+    torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert_same(model, before)

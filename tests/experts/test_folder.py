@@ -1,0 +1,46 @@
+"""Folders of expert files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import freemerge.experts as fx
+from freemerge.errors import CheckpointError, RefusedError
+
+
+def experts(made: list[str]) -> Iterator[tuple[str, fx.Expert]]:
+    base = {"w": torch.zeros(20, 20)}
+    for task in ("cooking", "law"):
+        made.append(task)
+        yield from fx.iter_experts(base, {task: {"w": torch.full((20, 20), 2.0)}})
+
+
+def test_a_folder_holds_a_file_for_each_task(tmp_path: Path) -> None:
+    saved = fx.save_experts(experts([]), tmp_path / "out")
+    assert [(expert.task, expert.entries) for expert in saved] == [("cooking", 4), ("law", 4)]
+    for expert in saved:
+        file = tmp_path / "out" / f"{expert.task}.safetensors"
+        assert file.stat().st_size == expert.nbytes
+        assert fx.Expert.load(file).mu == expert.mu
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    def failing() -> Iterator[tuple[str, fx.Expert]]:
+        yield from experts([])
+        raise CheckpointError("unreadable")
+
+    with pytest.raises(CheckpointError, match="unreadable"):
+        fx.save_experts(failing(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    made: list[str] = []
+    with pytest.raises(RefusedError):
+        fx.save_experts(experts(made), tmp_path)
+    assert made == []
