@@ -64,7 +64,8 @@ def formula(method: str, vectors: list[Tensor]) -> Tensor:
 
 
 def tensors(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
-    generator = torch.Generator().manual_seed(sum(shape) + count)
+    """A base and models whose task vectors are far from singular (of square ones, some seeds are not)."""
+    generator = torch.Generator().manual_seed(100 + sum(shape) + count)
     base = torch.randn(shape, generator=generator).to(dtype)
     models = [(base + 0.1 * (i + 1) * torch.randn(shape, generator=generator)).to(dtype) for i in range(count)]
     return base, models

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,22 +18,25 @@ def kth_largest(pieces: Callable[[], Iterable[tuple[int, Tensor]]], count: int, 
     """
     upper = torch.zeros(count, 1 << 16, dtype=torch.int64)
     for model, piece in pieces():
-        upper[model] += torch.bincount(_bits(piece) >> LOW_BITS, minlength=1 << 16).cpu()
+        for bits in _bits(piece):
+            upper[model] += torch.bincount(bits >> LOW_BITS, minlength=1 << 16).cpu()
     ranks = [round(share * int(counts.sum())) for counts in upper]
     found = [_rank_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
     lower = torch.zeros(count, 1 << LOW_BITS, dtype=torch.int64)
     for model, piece in pieces():
-        bits = _bits(piece)
-        inside = bits[bits >> LOW_BITS == found[model][0]] & ((1 << LOW_BITS) - 1)
-        lower[model] += torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
+        for bits in _bits(piece):
+            inside = bits[bits >> LOW_BITS == found[model][0]] & ((1 << LOW_BITS) - 1)
+            lower[model] += torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
     return [
         _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else float("inf")
         for (high, rank), counts, k in zip(found, lower, ranks, strict=True)
     ]
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.flatten().float().view(torch.int32)
+def _bits(values: Tensor) -> Iterator[Tensor]:
+    """The bits of the numbers as float32, in chunks, because a histogram copies its input to int64."""
+    for chunk in values.flatten().split(1 << 18):
+        yield chunk.float().view(torch.int32)
 
 
 def _float(bits: int) -> float:
