@@ -35,7 +35,7 @@ def kth_largest(pieces: Callable[[], Iterable[tuple[int, Tensor]]], count: int, 
 
 def _bits(values: Tensor) -> Iterator[Tensor]:
     """The bits of the numbers as float32, in chunks, because a histogram copies its input to int64."""
-    for chunk in values.flatten().split(1 << 18):
+    for chunk in torch.split(values.flatten(), 1 << 18):
         yield chunk.float().view(torch.int32)
 
 
