@@ -117,6 +117,15 @@ def test_pcb(count: int, density: float, dtype: torch.dtype | None, scope: str) 
     check(recipe, *states(count, dtype or torch.float32), formula)
 
 
+def test_pcb_of_many_models() -> None:
+    base, models = states(120)
+    merged = fm.merge(base, models, fm.Recipe(method="pcb"))
+    for name, tensor in merged.items():
+        deltas = torch.stack([model[name] - base[name] for model in models])
+        assert (tensor - base[name] <= deltas.amax(0).clamp(min=0) + 1e-5).all(), "an average"
+        assert (tensor - base[name] >= deltas.amin(0).clamp(max=0) - 1e-5).all()
+
+
 @pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
 def test_task_vectors_of_zero(method: str) -> None:
     base, (model,) = states(1)

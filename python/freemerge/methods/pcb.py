@@ -25,7 +25,7 @@ class Competition(Measured):
     """What the scores of entries are relative to, for each pair of models, and the least score of each that is kept.
 
     ``least`` and ``span`` are of the products v_i v_j; ``inter`` is the mean of exp(norm(v_i v_j)), ``intra`` of
-    exp(K norm(v_i v_i)): softmax without a factor that is common to all scores.
+    exp(K norm(v_i v_i) - K): softmax without a factor that is common to all scores.
     """
 
     least: Tensor
@@ -43,7 +43,7 @@ class Competition(Measured):
         agreement = torch.zeros_like(deltas[i])
         for j in range(len(deltas)):
             agreement.add_(self.normal(deltas, i, j).exp_(), alpha=1.0 / float(self.inter[i, j]))
-        return self.normal(deltas, i, i).mul_(len(deltas)).exp_().mul_(agreement).div_(float(self.intra[i]))
+        return self.normal(deltas, i, i).sub_(1.0).mul_(len(deltas)).exp_().mul_(agreement).div_(float(self.intra[i]))
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class PCB(Method):
                 inter[i, j] += norm([half.exp()]) ** 2 / entries  # the same for any number of threads
                 inter[j, i] = inter[i, j]
                 if i == j:
-                    intra[i] += norm([half.mul_(count).exp_()]) ** 2 / entries
+                    intra[i] += norm([half.sub_(0.5).mul_(count).exp_()]) ** 2 / entries
         scored = dataclasses.replace(ranges, inter=inter, intra=intra)
 
         def scores() -> Iterator[tuple[int, Tensor]]:
