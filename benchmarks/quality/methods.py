@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -80,13 +80,9 @@ def recipe_merge(recipe: fm.Recipe) -> Callable[[Inputs], TaskVector]:
 
     def merge(inputs: Inputs) -> TaskVector:
         merged = fm.merge(inputs.base, list(inputs.models.values()), recipe.replace(scale=1.0))
-        return {name: merged[name] - inputs.base[name] for name in merged}
+        return {name: merged[name] - weights for name, weights in inputs.base.items()}
 
     return merge
-
-
-def from_vectors(function: Callable[[Sequence[TaskVector]], TaskVector]) -> Callable[[Inputs], TaskVector]:
-    return lambda inputs: function(inputs.vectors)
 
 
 def permuted_merge(recipe: fm.Recipe, seed: int = 0) -> Callable[[Inputs], TaskVector]:
@@ -180,6 +176,10 @@ def _file_bytes(experts: Mapping[str, Expert]) -> float:
         return fmean(expert.save(f"{folder}/{name}.safetensors") for name, expert in experts.items())
 
 
+def _by_name(method: str) -> Callable[[Inputs], TaskVector]:
+    return recipe_merge(fm.Recipe(method=method))
+
+
 def _fr(response: fm.Response) -> fm.Recipe:
     return fm.Recipe(response=response, weights="magnitude", renormalize="energy")
 
@@ -189,13 +189,13 @@ def _fr_at(cutoff: float, candidates: tuple[float, ...] = MEAN_SCALES) -> Static
 
 
 STATIC = (
-    Static("weight average", from_vectors(rivals.average), (1.0,)),
-    Static("Task Arithmetic", from_vectors(rivals.task_arithmetic), SUM_SCALES),
-    Static("TIES, top 20 %", from_vectors(rivals.ties), UNIT_SCALES),
-    Static("DARE, p = .9", from_vectors(rivals.dare), SUM_SCALES),
-    Static("PCB, top 10 %", from_vectors(rivals.pcb), UNIT_SCALES),
-    Static("Iso-C", from_vectors(rivals.iso_c), UNIT_SCALES),
-    Static("TSV-M", from_vectors(rivals.tsv_m), UNIT_SCALES),
+    Static("weight average", _by_name("average"), (1.0,)),
+    Static("Task Arithmetic", _by_name("task_arithmetic"), SUM_SCALES),
+    Static("TIES, top 20 %", _by_name("ties"), UNIT_SCALES),
+    Static("DARE, p = .9", _by_name("dare"), SUM_SCALES),
+    Static("PCB, top 10 %", _by_name("pcb"), UNIT_SCALES),
+    Static("Iso-C", _by_name("iso_c"), UNIT_SCALES),
+    Static("TSV-M", _by_name("tsv_m"), UNIT_SCALES),
     Static("no filter, weights of FR", recipe_merge(_fr(fm.HighPass(0))), MEAN_SCALES),
     *(_fr_at(cutoff) for cutoff in (0.05, 0.1, 0.2, 0.3)),
     Static("FR-Merging", recipe_merge(fm.Recipe()), MEAN_SCALES),

@@ -71,7 +71,7 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
         ({"views": [{"stak": ["*.q"]}]}, "views: expected"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype must be one of"),
         ({"out_dtype": "int8"}, "out_dtype must be one of"),
-        ({"method": "fre"}, "method must be one of average, fr, .*, got 'fre'; did you mean 'fr'"),
+        ({"method": "fre"}, "method must be one of average, .*, fr, .*, got 'fre'; did you mean 'fr'"),
         ({"method": None}, "method must be one of"),
         ({"method": "average", "response": fm.HighPass(0.4)}, "method average has no field 'response'"),
         ({"method": "average", "sclae": 1.0}, "no field 'sclae'; did you mean 'scale'"),

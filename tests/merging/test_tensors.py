@@ -27,6 +27,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "own weights": {"scope": "tensor"},
     "own filtered weights": {"scope": "tensor", "stats": "filtered"},
     "selected": {"select": [("a.*", "merge"), ("b.*", "filter"), ("c.*", "copy")]},
+    "ties": {"method": "ties", "scope": "tensor"},
+    "dare": {"method": "dare", "drop": 0.5},
+    "pcb": {"method": "pcb", "scope": "tensor"},
+    "Iso-C": {"method": "iso_c", "scale": 1.0},
+    "Iso-CTS": {"method": "iso_cts", "scale": 1.0},
+    "TSV-M": {"method": "tsv_m", "scale": 1.0},
     "split": {"views": [fm.Split("*.split", 3)]},
 }
 

@@ -15,6 +15,7 @@ from freemerge.methods.rules import (
     elect_and_sum,
     energy_factor,
     magnitude_weights,
+    projection_scale,
     weights_by_rule,
 )
 
@@ -80,3 +81,10 @@ def test_energy_factor() -> None:
     assert energy_factor(6.0, 2.0) == 3.0
     assert energy_factor(0.0, 0.0) == 1.0
     assert energy_factor(1.0, 1e-9) == 1.0, "rounding noise is not amplified"
+
+
+def test_projection_scale() -> None:
+    assert projection_scale([4.0, 2.0], [1.0, 2.0]) == 2.0
+    assert projection_scale([0.0], [0.0]) == 1.0
+    assert projection_scale([5.0, 5.0], [1e-9]) == 1.0, "task vectors that cancel"
+    assert projection_scale([1.0], [-1.0]) == 1.0

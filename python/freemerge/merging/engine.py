@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Merger:
         units: what is merged together, in the order of the tensors' names.
         tied: second name -> first name of the base's tensors that are one tensor of the model; they follow the first.
         written: the names that an output file holds: second names only where the base's files hold a copy of their own.
-        scale: the global scale, a number.
+        scale: the global scale; None if :meth:`measure` has to find it.
     """
 
     def __init__(self, base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe, backend: str = "auto") -> None:
@@ -78,20 +79,28 @@ class Merger:
             decisions += decide(unit, self.specs, self.method.response, dtype, device, self.backend)
         measured = sum(self._unit_bytes(unit) for unit in self.units if unit.action != "copy")
         read = sum(self._merge_bytes(unit) for unit in self.units) + self.method.passes * measured
+        passes = 1 + self.method.passes
+        if self.scale is None:
+            read += sum(self._merge_bytes(unit) for unit in self.units if unit.action != "copy")
+            passes += 1
         written = sum(self.out_spec(name).nbytes for name in self.written)
-        return Inspection(tuple(decisions), tuple(warnings(decisions)), read, written, 1 + self.method.passes)
+        return Inspection(tuple(decisions), tuple(warnings(decisions)), read, written, passes)
 
     def measure(self, on_read: OnRead | None = None) -> Measured:
-        """What the method finds out about the whole model: the weights, above all."""
+        """What the method finds out about the whole model, the weights above all, and the scale."""
 
-        def vectors() -> Iterator[TaskVectors]:
+        def vectors(read_bytes: Callable[[Unit], int]) -> Iterator[TaskVectors]:
             for unit in self.units:
                 if unit.action != "copy":
                     yield self._vectors(unit)
                     if on_read is not None:
-                        on_read(unit, self._unit_bytes(unit))
+                        on_read(unit, read_bytes(unit))
 
-        return self.method.measure(_Repeatable(vectors), len(self.models))
+        measured = self.method.measure(_Repeatable(partial(vectors, self._unit_bytes)), len(self.models))
+        scale = self.scale
+        if scale is None:
+            scale = self.method.measure_scale(_Repeatable(partial(vectors, self._merge_bytes)))
+        return dataclasses.replace(measured, scale=scale)
 
     def merged(self, unit: Unit, measured: Measured, on_read: OnRead | None = None) -> MergedUnit:
         """The merged tensors of a unit, new ones in their output dtype, with the second names of :attr:`written`."""
@@ -100,7 +109,7 @@ class Merger:
             notes: dict[str, dict[str, object]] = {}
         else:
             merged = self.method.merge(self._vectors(unit), measured)
-            tensors = dict(self._added(unit, merged))
+            tensors = dict(self._added(unit, merged, measured.scale))
             notes = dict(zip(unit.names, merged.notes, strict=True)) if merged.notes else {}
         for second, first in self.tied.items():
             if first in tensors and second in self.written:
@@ -109,13 +118,13 @@ class Merger:
             on_read(unit, self._merge_bytes(unit))
         return MergedUnit(tensors, notes)
 
-    def _added(self, unit: Unit, merged: Merged) -> Iterator[tuple[str, Tensor]]:
+    def _added(self, unit: Unit, merged: Merged, scale: float) -> Iterator[tuple[str, Tensor]]:
         """``theta_0 + scale * merged`` of each member, rounded to its output dtype."""
         for name, delta in zip(unit.names, merged.tensors, strict=True):
             spec = self.out_spec(name)
-            tensor = add_round(self.base.read(name).to(delta.device), delta, self.scale, spec.dtype)
+            tensor = add_round(self.base.read(name).to(delta.device), delta, scale, spec.dtype)
             # Finite inputs can still leave the range of float16, or of anything at a large scale.
-            check_finite(name, tensor, f"merged model at scale {self.scale:g} in {spec.dtype_name}")
+            check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
             yield name, tensor.to(self.base.device(name))
 
     def _copied(self, name: str, *, must_agree: bool) -> Tensor:

@@ -89,8 +89,8 @@ class Recipe:
             raise AttributeError(f"a recipe of method {self.method.name} has no field {name!r}")
         return getattr(self.method, name)
 
-    def global_scale(self, count: int) -> float:
-        """The scale of a merge of ``count`` models, as a number."""
+    def global_scale(self, count: int) -> float | None:
+        """The scale of a merge of ``count`` models; None if the method has to find it from the weights."""
         return self.method.default_scale(count) if self.scale == "auto" else self.scale
 
     @classmethod

@@ -121,7 +121,7 @@ def merge_checkpoints(
             notes |= merged.notes
             for name, tensor in merged.tensors.items():
                 writer.write(name, tensor)
-        report = Report(writer.out, measured.weights or None, merger.scale, inspection)
+        report = Report(writer.out, measured.weights or None, measured.scale, inspection)
         _describe(merger, writer, hashes, report, notes)
     return report
 

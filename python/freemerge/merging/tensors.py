@@ -51,7 +51,8 @@ def merge_tensors(
     recipe = Recipe(method=method) if method is not None else checked_recipe(recipe)
     _check_tensors(base, tensors)
     if weights is not None:
-        recipe = recipe.replace(weights=weights, scale=recipe.global_scale(len(tensors)))
+        scale = recipe.global_scale(len(tensors))
+        recipe = recipe.replace(weights=weights, scale="auto" if scale is None else scale)
     key = "tensor" if name is None else name
     select, views = _rules_for(TensorSpec(key, tuple(base.shape), base.dtype), recipe) if name is not None else ((), ())
     return merge({key: base}, [{key: tensor} for tensor in tensors], recipe.replace(select=select, views=views))[key]

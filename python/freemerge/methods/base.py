@@ -22,11 +22,12 @@ METHODS: dict[str, type[Method]] = {}
 class Measured:
     """What a method found out about the whole model before any unit is merged.
 
-    ``weights`` holds lambda_i of each model; it is empty where every tensor has its own, or the method has none. A
-    method that needs more returns a subclass.
+    ``weights`` holds lambda_i of each model; it is empty where every tensor has its own, or the method has none.
+    ``scale`` is the global scale, which the caller fills in. A method that needs more returns a subclass.
     """
 
     weights: tuple[float, ...] = ()
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,16 @@ class Method(ABC):
         """How often :meth:`merge` reads a unit (see :attr:`TaskVectors.as_matrices`)."""
         return 1
 
-    def default_scale(self, count: int) -> float:
-        """The scale that a recipe's "auto" stands for, with ``count`` models."""
+    def default_scale(self, count: int) -> float | None:
+        """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0
+
+    def measure_scale(self, units: Iterable[TaskVectors]) -> float:
+        """The scale where :meth:`default_scale` is None, from one iteration over ``units`` with the reads of a merge.
+
+        It is asked for only if the recipe's scale is "auto".
+        """
+        raise NotImplementedError
 
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         """What merging needs to know about the whole model. Every iteration over ``units`` reads all tensors."""

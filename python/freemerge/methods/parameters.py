@@ -37,6 +37,10 @@ def _parse_numbers(text: str) -> list[float]:
     return [float(number) for number in text.split(",")]
 
 
+def _whole_number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
 def _boolean(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
@@ -53,6 +57,7 @@ def number(least: float, most: float) -> Kind:
 
 NUMBER = Kind("a finite number", "N", finite_number, float)
 NUMBERS = Kind("a list of finite numbers", "N,N,...", _finite_numbers, _parse_numbers)
+WHOLE_NUMBER = Kind("a whole number >= 0", "N", _whole_number, int)
 FLAG = Kind("true or false", "", _boolean, str)
 
 

@@ -6,7 +6,7 @@ Nothing here knows about Fourier transforms or files, so every rule can be check
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -87,3 +87,13 @@ def energy_factor(norm_before: float, norm_after: float) -> float:
     """Factor that gives a filtered task vector its norm back; 1 where the filter left nothing to amplify."""
     # A filter that removes everything leaves rounding noise, which must not be amplified to full size.
     return norm_before / norm_after if norm_after > 1e-6 * norm_before else 1.0
+
+
+def projection_scale(squares: Iterable[float], overlaps: Iterable[float]) -> float:
+    """The scale c with <c X, sum_i v_i> = sum_i ||v_i||^2, for a merged task vector X over the whole model.
+
+    ``squares``: ||v_i||^2 of each tensor and model; ``overlaps``: <X, sum_i v_i> of each tensor. 1 where X has nothing
+    in common with the task vectors, as when they cancel.
+    """
+    square, overlap = math.fsum(squares), math.fsum(overlaps)
+    return square / overlap if overlap > 1e-6 * square else 1.0

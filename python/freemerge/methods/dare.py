@@ -1,0 +1,58 @@
+"""DARE (arXiv 2311.03099): drop entries at random and rescale the rest."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .base import Measured, Merged, Method
+from .parameters import WHOLE_NUMBER, number, parameter, weights_parameter
+from .rules import default_scale
+from .vectors import Deltas, TaskVectors
+
+
+@dataclass(frozen=True)
+class DARE(Method):
+    """DARE: task arithmetic of task vectors, each entry of which is dropped with probability p and else over 1 - p.
+
+    What is dropped depends on the seed, the tensor's name and the number of the model, and on nothing else: not on the
+    order of the tensors, the device or the number of threads.
+
+    Attributes:
+        drop: the probability p.
+        seed: another one drops other entries.
+        weights: lambda_i = 1 at scale 0.4, or given at scale 1.
+    """
+
+    name = "dare"
+    title = "DARE"
+    paper = "2311.03099"
+    sees_matrices = False
+
+    drop: float = parameter(0.9, "share of each task vector that is dropped", kind=number(0, 0.9999))
+    seed: int = parameter(0, "seed of what is dropped", kind=WHOLE_NUMBER)
+    weights: Literal["sum"] | tuple[float, ...] = weights_parameter("sum")
+
+    def default_scale(self, count: int) -> float:
+        return default_scale(self.weights, count)
+
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        return Merged([self._merged(tensor, measured.weights) for tensor in vectors.tensors])
+
+    def _merged(self, tensor: Deltas, weights: tuple[float, ...]) -> Tensor:
+        total: Tensor | None = None
+        for model, (delta, weight) in enumerate(zip(tensor.each(), weights, strict=True)):
+            delta.mul_(weight / (1.0 - self.drop)).masked_fill_(self._dropped(tensor, model).to(delta.device), 0.0)
+            total = delta if total is None else total.add_(delta)
+        assert total is not None
+        return total
+
+    def _dropped(self, tensor: Deltas, model: int) -> Tensor:
+        """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""
+        key = hashlib.sha256(f"{self.seed} {model} {tensor.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
+        return torch.rand(tensor.shape, generator=generator) < self.drop

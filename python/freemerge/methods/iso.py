@@ -1,0 +1,87 @@
+"""Isotropic merging (arXiv 2502.04959): the merged matrix has equal singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .parameters import number, parameter
+from .spectra import (
+    SpectralMethod,
+    add_up,
+    mean_of_nonzero,
+    polar_factor,
+    replace_matrices,
+    singular_triplets,
+    united,
+)
+from .vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class IsoC(SpectralMethod):
+    """Iso-C: U S V^T = sum_i v_i becomes mean(S) U V^T, which has the same nuclear norm; other tensors are averaged.
+
+    The mean is over the non-zero singular values, so that a sum of low rank, as of LoRA adapters, keeps its rank.
+    """
+
+    name = "iso_c"
+    title = "Iso-C"
+    paper = "2502.04959"
+
+    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
+        total, _ = add_up(each)
+        return replace_matrices(vectors, total, map(_isotropic, vectors.matrices(total)))
+
+
+@dataclass(frozen=True)
+class IsoCTS(SpectralMethod):
+    """Iso-CTS: as Iso-C, but the weakest directions of the sum give way to the strongest ones of each task.
+
+    Those are of what is left of v_i outside the directions that stay. All are made orthogonal by the polar factor.
+    Each unit is read twice: for the sum and for what is left.
+
+    Attributes:
+        common: share of the directions that come from the sum, rounded so that every task has as many as the others.
+    """
+
+    name = "iso_cts"
+    title = "Iso-CTS"
+    paper = "2502.04959"
+
+    common: float = parameter(0.8, "share of the singular directions that come from the sum", kind=number(0, 1))
+
+    def reads(self, as_matrices: bool) -> int:
+        return 2 if as_matrices else 1
+
+    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
+        total, count = add_up(each)
+        shapes = [matrix.shape for matrix in vectors.matrices(total)]
+        own = [self._own(min(shape[-2:]), count) for shape in shapes]
+        found = [
+            [singular_triplets(matrix, min(matrix.shape[-2:]) - count * directions)]
+            for matrix, directions in zip(vectors.matrices(total), own, strict=True)
+        ]
+        for deltas in vectors.each() if any(own) else ():
+            for matrix, directions, triplets in zip(vectors.matrices(deltas), own, found, strict=True):
+                shared = triplets[0][0]
+                rest = matrix.double() - shared @ (shared.mT @ matrix.double())
+                triplets.append(singular_triplets(rest, directions, torch.linalg.matrix_norm(matrix.double())))
+        return replace_matrices(vectors, total, map(_joined, found))
+
+    def _own(self, rank: int, count: int) -> int:
+        """The number of directions that each task contributes, as in the released code."""
+        return min(rank // count, round((rank - int(rank * self.common)) / count))
+
+
+def _isotropic(matrix: Tensor) -> Tensor:
+    factor, values = polar_factor(matrix)
+    return factor * mean_of_nonzero(values)[..., None, None]
+
+
+def _joined(triplets: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    left, values, right = united(triplets)
+    return left @ right * mean_of_nonzero(values)[..., None, None]

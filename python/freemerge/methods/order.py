@@ -1,0 +1,50 @@
+"""The k-th largest of the numbers of a whole model, seen piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+LOW_BITS = 15  # of a float32 >= 0, whose bits order as its value: 16 bits in the first pass, 15 in the second
+
+
+def kth_largest(pieces: Callable[[], Iterable[tuple[int, Tensor]]], count: int, share: float) -> list[float]:
+    """For each of ``count`` models the round(share * n)-th largest of its n numbers >= 0, as float32.
+
+    Infinity if that is the 0-th. ``pieces`` gives the numbers as (model, tensor). Exact, in two iterations over them
+    and the memory of a histogram for each model.
+    """
+    upper = torch.zeros(count, 1 << 16, dtype=torch.int64)
+    for model, piece in pieces():
+        for bits in _bits(piece):
+            upper[model] += torch.bincount(bits >> LOW_BITS, minlength=1 << 16).cpu()
+    ranks = [round(share * int(counts.sum())) for counts in upper]
+    found = [_rank_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
+    lower = torch.zeros(count, 1 << LOW_BITS, dtype=torch.int64)
+    for model, piece in pieces():
+        for bits in _bits(piece):
+            inside = bits[bits >> LOW_BITS == found[model][0]] & ((1 << LOW_BITS) - 1)
+            lower[model] += torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
+    return [
+        _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else float("inf")
+        for (high, rank), counts, k in zip(found, lower, ranks, strict=True)
+    ]
+
+
+def _bits(values: Tensor) -> Iterator[Tensor]:
+    """The bits of the numbers as float32, in chunks, because a histogram copies its input to int64."""
+    for chunk in torch.split(values.flatten(), 1 << 18):
+        yield chunk.float().view(torch.int32)
+
+
+def _float(bits: int) -> float:
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+
+
+def _rank_from_top(counts: Tensor, rank: int) -> tuple[int, int]:
+    """The bin of the number of a rank, counted from the largest, and its rank within the bin."""
+    above = counts.flip(0).cumsum(0)
+    index = min(int((above < rank).sum()), len(counts) - 1)
+    return len(counts) - 1 - index, rank - int(above[index] - counts.flip(0)[index])

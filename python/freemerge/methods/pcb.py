@@ -1,0 +1,130 @@
+"""PCB-Merging (arXiv 2410.02396): entries compete within a task and agree between tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..accumulate import norm
+from .base import Measured, Merged, Method
+from .order import kth_largest
+from .parameters import number, parameter
+from .vectors import TaskVectors
+
+SMALLEST_SPAN = 1e-30  # of products, so that equal ones are not divided by zero
+Pieces = Callable[[], Iterable[Sequence[Tensor]]]  # for each tensor its K task vectors
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Competition(Measured):
+    """What the scores of entries are relative to, for each pair of models, and the least score of each that is kept.
+
+    ``least`` and ``span`` are of the products v_i v_j; ``inter`` is the mean of exp(norm(v_i v_j)), ``intra`` of
+    exp(K norm(v_i v_i) - K): softmax without a factor that is common to all scores.
+    """
+
+    least: Tensor
+    span: Tensor
+    inter: Tensor = torch.empty(0)
+    intra: Tensor = torch.empty(0)
+    thresholds: tuple[float, ...] = ()
+
+    def normal(self, deltas: Sequence[Tensor], i: int, j: int) -> Tensor:
+        """norm(v_i v_j) of one tensor."""
+        return (deltas[i] * deltas[j]).sub_(float(self.least[i, j])).div_(float(self.span[i, j]))
+
+    def score(self, deltas: Sequence[Tensor], i: int) -> Tensor:
+        """beta_i of one tensor, before any is dropped."""
+        agreement = torch.zeros_like(deltas[i])
+        for j in range(len(deltas)):
+            agreement.add_(self.normal(deltas, i, j).exp_(), alpha=1.0 / float(self.inter[i, j]))
+        return self.normal(deltas, i, i).sub_(1.0).mul_(len(deltas)).exp_().mul_(agreement).div_(float(self.intra[i]))
+
+
+@dataclass(frozen=True)
+class PCB(Method):
+    """PCB-Merging: ``sum_i beta_i v_i / sum_i beta_i``, entry by entry, with the largest entries of each beta_i.
+
+    beta_i = softmax(K norm(v_i v_i)) * sum_j softmax(norm(v_i v_j)), as in section 3 of the paper; norm maps all
+    entries to [0, 1]. Kept are also all entries that are equal to the smallest one kept. K task vectors of a tensor are
+    in memory.
+
+    Attributes:
+        density: share of each beta_i that is kept.
+        scope: whether softmax, norm and density are over the whole ``"model"``, as in the paper, which takes four
+            passes of its own over all weights, or over each ``"tensor"``.
+    """
+
+    name = "pcb"
+    title = "PCB-Merging"
+    paper = "2410.02396"
+    sees_matrices = False
+
+    density: float = parameter(0.1, "share of each task vector's scores that is kept", kind=number(0, 1))
+    scope: Literal["model", "tensor"] = parameter(
+        "model", "over what the scores of entries are compared", choices=("model", "tensor")
+    )
+
+    @property
+    def passes(self) -> int:
+        return 4 if self.scope == "model" else 0
+
+    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
+        if self.scope == "tensor":
+            return Measured()
+
+        def pieces() -> Iterator[list[Tensor]]:
+            for vectors in units:
+                yield from (list(tensor.each()) for tensor in vectors.tensors if tensor.numel)
+
+        return self._competition(pieces, count)
+
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        return Merged([self._merged(list(tensor.each()), measured) for tensor in vectors.tensors])
+
+    def _merged(self, deltas: list[Tensor], measured: Measured) -> Tensor:
+        if not deltas[0].numel():
+            return deltas[0]
+        if not isinstance(measured, Competition):
+            measured = self._competition(lambda: [deltas], len(deltas))
+        total, weight = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+        for i, (delta, threshold) in enumerate(zip(deltas, measured.thresholds, strict=True)):
+            score = measured.score(deltas, i)
+            score.masked_fill_(score.float() < threshold, 0.0)
+            total.addcmul_(score, delta)
+            weight.add_(score)
+        return total.div_(weight).masked_fill_(weight == 0, 0.0)
+
+    def _competition(self, pieces: Pieces, count: int) -> Competition:
+        """Four looks at the task vectors: ranges, sums of exponentials, and two for the thresholds."""
+        pairs = [(i, j) for i in range(count) for j in range(i, count)]
+        least = torch.full((count, count), float("inf"), dtype=torch.float64)
+        most = -least
+        inter, intra = torch.zeros_like(least), torch.zeros(count, dtype=torch.float64)
+        entries = 0
+        for deltas in pieces():
+            entries += deltas[0].numel()
+            for i, j in pairs:
+                low, high = torch.aminmax(deltas[i] * deltas[j])
+                least[i, j] = least[j, i] = min(float(least[i, j]), float(low))
+                most[i, j] = most[j, i] = max(float(most[i, j]), float(high))
+        ranges = Competition(least=least, span=(most - least).clamp(min=SMALLEST_SPAN))
+        for deltas in pieces():
+            for i, j in pairs:
+                half = ranges.normal(deltas, i, j).div_(2)
+                inter[i, j] += norm([half.exp()]) ** 2 / entries  # the same for any number of threads
+                inter[j, i] = inter[i, j]
+                if i == j:
+                    intra[i] += norm([half.sub_(0.5).mul_(count).exp_()]) ** 2 / entries
+        scored = dataclasses.replace(ranges, inter=inter, intra=intra)
+
+        def scores() -> Iterator[tuple[int, Tensor]]:
+            for deltas in pieces():
+                yield from ((i, scored.score(deltas, i)) for i in range(count))
+
+        return dataclasses.replace(scored, thresholds=tuple(kth_largest(scores, count, self.density)))

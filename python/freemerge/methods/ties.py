@@ -1,0 +1,86 @@
+"""TIES-Merging (arXiv 2306.01708): trim, elect signs, average what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .base import Measured, Merged, Method
+from .order import kth_largest
+from .parameters import number, parameter
+from .vectors import Deltas, TaskVectors
+
+
+@dataclass(frozen=True)
+class Thresholds(Measured):
+    """For each model the magnitude from which on an entry is kept; empty where every tensor has its own."""
+
+    thresholds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TIES(Method):
+    """TIES-Merging: the mean of those entries of the trimmed v_i whose sign is that of their sum.
+
+    Trimming keeps the largest entries of each v_i, and all that are equal to the smallest of them. Where the trimmed
+    entries sum to zero, no sign is elected, and the merged entry is zero.
+
+    Attributes:
+        density: share of each v_i that is kept.
+        scope: whether that share is of the ``"model"``, as in the paper, which takes two passes of its own over all
+            weights, or of each ``"tensor"``.
+    """
+
+    name = "ties"
+    title = "TIES-Merging"
+    paper = "2306.01708"
+    sees_matrices = False
+
+    density: float = parameter(0.2, "share of each task vector that is kept", kind=number(0, 1))
+    scope: Literal["model", "tensor"] = parameter(
+        "model", "of what the largest entries are kept", choices=("model", "tensor")
+    )
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.scope == "model" else 0
+
+    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
+        if self.scope == "tensor":
+            return Measured()
+
+        def magnitudes() -> Iterator[tuple[int, Tensor]]:
+            for vectors in units:
+                for deltas in (tensor.each() for tensor in vectors.tensors):
+                    yield from ((model, delta.abs_()) for model, delta in enumerate(deltas))
+
+        return Thresholds(thresholds=tuple(kth_largest(magnitudes, count, self.density)))
+
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        thresholds = measured.thresholds if isinstance(measured, Thresholds) else ()
+        return Merged([self._merged(tensor, thresholds) for tensor in vectors.tensors])
+
+    def _threshold(self, magnitude: Tensor) -> float:
+        return kth_largest(lambda: [(0, magnitude)], 1, self.density)[0]
+
+    def _merged(self, tensor: Deltas, thresholds: tuple[float, ...]) -> Tensor:
+        """One look at each model: the sums and counts of both signs are kept until the sign is known."""
+        sums: list[Tensor] = []
+        counts: list[Tensor] = []
+        for model, delta in enumerate(tensor.each()):
+            magnitude = delta.abs().float()
+            delta.masked_fill_(magnitude < (thresholds[model] if thresholds else self._threshold(magnitude)), 0.0)
+            if not sums:
+                sums = [torch.zeros_like(delta) for _ in range(2)]
+                counts = [torch.zeros_like(delta, dtype=torch.int32) for _ in range(2)]
+            for total, agreeing, part in zip(sums, counts, (delta.clamp(min=0), delta.clamp(max=0)), strict=True):
+                total.add_(part)
+                agreeing.add_(part != 0)
+        (positive, negative), (positives, negatives) = sums, counts
+        elected = positive + negative
+        mean = torch.where(elected > 0, positive / positives, negative / negatives)
+        return mean.masked_fill_(elected == 0, 0.0)

@@ -1,0 +1,36 @@
+"""TSV-Merge (arXiv 2412.00081): the strongest singular directions of each task, made orthogonal to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .spectra import SpectralMethod, replace_matrices, singular_triplets, united
+from .vectors import TaskVectors
+
+
+@dataclass(frozen=True)
+class TSVM(SpectralMethod):
+    """TSV-M: the top min(H, W) / K singular triplets of each v_i; U diag(s) V^T of all, with U and V made orthogonal.
+
+    Orthogonal bases are the polar factors of the concatenated ones. Tensors that are no matrices are averaged.
+    """
+
+    name = "tsv_m"
+    title = "TSV-M"
+    paper = "2412.00081"
+
+    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
+        count = len(vectors.tensors[0].models)
+        found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+        for deltas in each:
+            matrices = vectors.matrices(deltas)
+            found.append([singular_triplets(matrix, max(1, min(matrix.shape[-2:]) // count)) for matrix in matrices])
+        return replace_matrices(vectors, deltas, map(_joined, zip(*found, strict=True)))
+
+
+def _joined(triplets: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> Tensor:
+    left, values, right = united(triplets)
+    return left * values[..., None, :] @ right

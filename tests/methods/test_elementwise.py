@@ -1,0 +1,207 @@
+"""TIES, DARE and PCB against their papers' formulas, written out over all entries of the model in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+import freemerge as fm
+
+State = dict[str, Tensor]
+Array = npt.NDArray[np.float64]
+SHAPES = {
+    "wide.weight": (4, 30),
+    "tall.weight": (21, 5),
+    "norm.bias": (7,),
+    "conv.weight": (3, 2, 3, 3),
+    "none": (0, 4),
+}
+
+
+def states(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[State, list[State]]:
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    models = [
+        {n: (t + 0.1 * (i + 1) * torch.randn(t.shape, generator=generator)).to(dtype) for n, t in base.items()}
+        for i in range(count)
+    ]
+    return base, models
+
+
+def vectors(base: State, models: list[State], names: list[str]) -> list[Array]:
+    """The task vectors as the engine sees them, one flat float64 array a model."""
+    return [np.concatenate([(m[n].float() - base[n].float()).double().numpy().ravel() for n in names]) for m in models]
+
+
+def check(recipe: fm.Recipe, base: State, models: list[State], formula: Any) -> None:
+    """Compare a merge with a formula of the task vectors of the model, or of each tensor."""
+    merged = fm.merge(base, models, recipe.replace(scale=1.0, out_dtype="float32"))
+    groups = [[name] for name in base] if recipe.scope == "tensor" else [list(base)]
+    for names in groups:
+        actual = np.concatenate([(merged[n].double() - base[n].double()).numpy().ravel() for n in names])
+        np.testing.assert_allclose(actual, formula(vectors(base, models, names)), rtol=1e-5, atol=1e-6)
+
+
+def largest(values: Array, density: float) -> npt.NDArray[np.bool_]:
+    """Which values are at least the k-th largest, k = round(density n)."""
+    k = round(density * values.size)
+    return values >= np.sort(values)[-k] if k else np.zeros(values.size, bool)
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize(
+    ("count", "density", "dtype"),
+    [
+        (1, 0.2, torch.float32),
+        (2, 0.5, torch.bfloat16),
+        (3, 0.3, torch.float32),
+        (5, 1.0, torch.bfloat16),
+        (4, 0, None),
+    ],
+)
+def test_ties(count: int, density: float, dtype: torch.dtype | None, scope: str) -> None:
+    def formula(values: list[Array]) -> Array:
+        trimmed = np.array([np.where(largest(np.abs(v), density), v, 0.0) for v in values])
+        merged = np.zeros(trimmed.shape[1])
+        for entry, column in enumerate(trimmed.T):
+            agreeing = [v for v in column if v != 0 and np.sign(v) == np.sign(column.sum())]
+            merged[entry] = np.mean(agreeing) if agreeing else 0.0
+        return merged
+
+    check(fm.Recipe(method="ties", density=density, scope=scope), *states(count, dtype or torch.float32), formula)
+
+
+def test_ties_by_hand() -> None:
+    base = torch.zeros(5)
+    models = [torch.tensor([4.0, 3.0, 0.1, -2.0, 2.0]), torch.tensor([-1.0, 5.0, 0.2, -6.0, -2.0])]
+    recipe = fm.Recipe(method="ties", density=0.8, scale=1)
+    assert fm.merge_tensors(base, models, recipe=recipe).tolist() == [4.0, 4.0, 0.0, -4.0, 0.0]
+    assert fm.merge_tensors(base, models, method="ties").tolist() == [4.0, 0.0, 0.0, -6.0, 0.0]
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize(
+    ("count", "density", "dtype"),
+    [
+        (1, 0.1, torch.float32),
+        (2, 0.4, torch.bfloat16),
+        (3, 0.4, torch.float32),
+        (5, 1.0, torch.bfloat16),
+        (4, 0, None),
+    ],
+)
+def test_pcb(count: int, density: float, dtype: torch.dtype | None, scope: str) -> None:
+    def norm(x: Array) -> Array:
+        return (x - x.min()) / (x.max() - x.min())
+
+    def softmax(x: Array) -> Array:
+        return np.exp(x) / np.exp(x).sum()
+
+    def formula(values: list[Array]) -> Array:
+        if not values[0].size:
+            return values[0]
+        numerator, denominator = np.zeros(values[0].size), np.zeros(values[0].size)
+        for own in values:
+            beta = softmax(count * norm(own * own)) * sum(softmax(norm(own * other)) for other in values)
+            beta = np.where(largest(np.float32(beta * beta.size**2), density), beta, 0.0)
+            numerator += beta * own
+            denominator += beta
+        return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
+
+    recipe = fm.Recipe(method="pcb", density=density, scope=scope, compute_dtype="float64")
+    check(recipe, *states(count, dtype or torch.float32), formula)
+
+
+def test_pcb_of_many_models() -> None:
+    base, models = states(120)
+    merged = fm.merge(base, models, fm.Recipe(method="pcb"))
+    for name, tensor in merged.items():
+        deltas = torch.stack([model[name] - base[name] for model in models])
+        assert (tensor - base[name] <= deltas.amax(0).clamp(min=0) + 1e-5).all(), "an average"
+        assert (tensor - base[name] >= deltas.amin(0).clamp(max=0) - 1e-5).all()
+
+
+@pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
+def test_task_vectors_of_zero(method: str) -> None:
+    base, (model,) = states(1)
+    assert all(torch.equal(t, base[n]) for n, t in fm.merge(base, [base, base], fm.Recipe(method=method)).items())
+    merged = fm.merge(base, [base, model], fm.Recipe(method=method))
+    assert all(torch.isfinite(tensor).all() for tensor in merged.values())
+
+
+def test_dare_keeps_rescaled_entries_and_the_expectation() -> None:
+    base, models = torch.zeros(50, 40), [torch.ones(50, 40), torch.full((50, 40), 3.0)]
+
+    def merged(**options: Any) -> Tensor:
+        return fm.merge_tensors(base, models, recipe=fm.Recipe(method="dare", scale=1, **options))
+
+    entries = merged(drop=0.75)
+    assert sorted(entries.unique().tolist()) == [0.0, 4.0, 12.0, 16.0], "each model drops entries of its own"
+    assert float((entries % 12 == 4).double().mean()) == pytest.approx(0.25, abs=0.05)  # 5 sigma
+    assert float((entries >= 12).double().mean()) == pytest.approx(0.25, abs=0.05)
+    assert torch.equal(entries, merged(drop=0.75))
+    assert not torch.equal(entries, merged(drop=0.75, seed=1))
+    assert torch.equal(merged(drop=0), torch.full((50, 40), 4.0))
+    assert torch.equal(merged(drop=0, weights=[2.0, -1.0]), torch.full((50, 40), -1.0))
+
+
+@pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
+def test_order_threads_and_layout_do_not_matter(method: str) -> None:
+    base, models = states(3)
+    base["big"] = torch.zeros(300, 400)
+    for i, model in enumerate(models):
+        model["big"] = torch.randn(300, 400, generator=torch.Generator().manual_seed(i))
+    recipe = fm.Recipe(method=method)
+    merged = fm.merge(base, models, recipe)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = fm.merge(base, models, recipe)
+    finally:
+        torch.set_num_threads(threads)
+    transposed = [
+        {name: tensor.mT.contiguous().mT if tensor.ndim > 1 else tensor for name, tensor in model.items()}
+        for model in models
+    ]
+    for other in (alone, fm.merge(base, transposed, recipe)):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in merged.items())
+    if method == "dare":  # the sums of the others are over the model, in its order
+        backwards = fm.merge(dict(reversed(base.items())), models, recipe)
+        assert all(torch.equal(tensor, backwards[name]) for name, tensor in merged.items())
+
+
+def test_dare_goes_by_the_tensors_name() -> None:
+    base, models = {name: torch.zeros(40) for name in "ab"}, [{name: torch.ones(40) for name in "ab"}]
+    merged = fm.merge(base, models, fm.Recipe(method="dare", drop=0.5))
+    assert not torch.equal(merged["a"], merged["b"])
+
+
+@pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_found(method: str, bad: float) -> None:
+    base, models = states(2)
+    models[1]["tall.weight"][3, 2] = bad
+    with pytest.raises(fm.CheckpointError, match=r"tall\.weight"):
+        fm.merge(base, models, fm.Recipe(method=method))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "ties", "density": 1.5}, "density must be a number from 0 to 1"),
+        ({"method": "ties", "scope": "row"}, "scope must be one of"),
+        ({"method": "pcb", "density": -1}, "density must be"),
+        ({"method": "dare", "drop": 1}, "drop must be a number from 0 to 0.9999"),
+        ({"method": "dare", "seed": 1.5}, "seed must be a whole number >= 0, got 1.5"),
+        ({"method": "dare", "seed": True}, "seed must be"),
+        ({"method": "dare", "seed": -1}, "seed must be"),
+    ],
+)
+def test_errors_name_the_parameter(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(fm.ArgumentError, match=message):
+        fm.Recipe(**options)

@@ -1,0 +1,220 @@
+"""Iso-C, Iso-CTS and TSV-M against their papers' formulas with singular value decompositions in float64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import freemerge as fm
+from freemerge.cli import main
+
+METHODS = ("iso_c", "iso_cts", "tsv_m")
+SHAPES = [(12, 30), (30, 12), (16, 16), (2, 9), (3, 16, 20)]
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right
+
+
+def polar(matrix: Tensor) -> Tensor:
+    left, _, right = svd(matrix)
+    return left @ right
+
+
+def iso_c(vectors: list[Tensor]) -> Tensor:
+    left, values, right = svd(sum(vectors, torch.zeros_like(vectors[0])))
+    return values.mean() * left @ right
+
+
+def iso_cts(vectors: list[Tensor]) -> Tensor:
+    count, rank = len(vectors), min(vectors[0].shape)
+    own = min(rank // count, round((rank - int(0.8 * rank)) / count))
+    common = rank - count * own
+    left, values, right = svd(sum(vectors, torch.zeros_like(vectors[0])))
+    lefts, values_, rights = [left[:, :common]], [values[:common]], [right[:common]]
+    for vector in vectors:
+        u, s, vh = svd(vector - lefts[0] @ lefts[0].mT @ vector)
+        lefts, values_, rights = [*lefts, u[:, :own]], [*values_, s[:own]], [*rights, vh[:own]]
+    return torch.cat(values_).mean() * polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights))
+
+
+def tsv_m(vectors: list[Tensor]) -> Tensor:
+    rank = max(1, min(vectors[0].shape) // len(vectors))
+    parts = [svd(vector) for vector in vectors]
+    left = polar(torch.cat([u[:, :rank] for u, _, _ in parts], 1))
+    right = polar(torch.cat([vh[:rank] for _, _, vh in parts]))
+    return left @ torch.diag(torch.cat([s[:rank] for _, s, _ in parts])) @ right
+
+
+FORMULAS: dict[str, Callable[[list[Tensor]], Tensor]] = {"iso_c": iso_c, "iso_cts": iso_cts, "tsv_m": tsv_m}
+
+
+def formula(method: str, vectors: list[Tensor]) -> Tensor:
+    """The merged task vector; of a batch, matrix by matrix."""
+    if vectors[0].ndim == 2:
+        return FORMULAS[method](vectors)
+    return torch.stack([formula(method, list(matrices)) for matrices in zip(*vectors, strict=True)])
+
+
+def tensors(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+    """A base and models whose task vectors are far from singular (of square ones, some seeds are not)."""
+    generator = torch.Generator().manual_seed(100 + sum(shape) + count)
+    base = torch.randn(shape, generator=generator).to(dtype)
+    models = [(base + 0.1 * (i + 1) * torch.randn(shape, generator=generator)).to(dtype) for i in range(count)]
+    return base, models
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_formula(method: str, shape: tuple[int, ...], count: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        base, models = tensors(shape, count, dtype)
+        vectors = [model.double() - base.double() for model in models]
+        if method == "tsv_m" and count > min(shape[-2:]):
+            continue  # more directions than there is room for: their order decides, see below
+        for compute, error in (("float64", 1e-7), ("float32", 3e-5)):
+            recipe = fm.Recipe(method=method, scale=1.0, compute_dtype=compute, out_dtype="float64")
+            merged = fm.merge_tensors(base, models, recipe=recipe).double() - base.double()
+            expected = formula(method, vectors)
+            torch.testing.assert_close(merged, expected, rtol=0, atol=error * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_models_than_directions(method: str) -> None:
+    base, models = tensors((2, 9), 5)
+    merged = fm.merge_tensors(base, models, method=method)
+    assert torch.isfinite(merged).all()
+    assert not torch.equal(merged, base)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_model_and_no_model_at_all(method: str) -> None:
+    base, (model,) = tensors((12, 20), 1)
+    if method == "tsv_m":  # all its singular triplets
+        torch.testing.assert_close(fm.merge_tensors(base, [model], recipe=fm.Recipe(method=method, scale=1.0)), model)
+    assert torch.equal(fm.merge_tensors(base, [base, base], method=method), base)
+    assert torch.isfinite(fm.merge_tensors(base, [base, model], method=method)).all()
+
+
+def test_low_rank_stays_low_rank() -> None:
+    """Directions that no task vector has are rounding, and get nothing."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [
+        torch.randn(20, 2, generator=generator) @ torch.randn(2, 30, generator=generator) / (i + 1) for i in range(3)
+    ]
+    merged = {
+        method: fm.merge_tensors(torch.zeros(20, 30), vectors, recipe=fm.Recipe(method=method, scale=1.0)).double()
+        for method in METHODS
+    }
+    left, values, right = svd(sum(vector.double() for vector in vectors))
+    expected = values[:6].sum() / 6 * left[:, :6] @ right[:6]
+    torch.testing.assert_close(merged["iso_c"], expected, rtol=0, atol=1e-5)
+    for method, tensor in merged.items():
+        spectrum = torch.linalg.svdvals(tensor)
+        assert float(spectrum[6]) < 1e-5 * float(spectrum[0]), method
+    # TSV-M whitens the six pairs of vectors that there are.
+    triplets = [svd(vector.double()) for vector in vectors]
+    lefts = polar(torch.cat([u[:, :2] for u, _, _ in triplets], 1))
+    rights = polar(torch.cat([vh[:2] for _, _, vh in triplets]))
+    expected = lefts @ torch.diag(torch.cat([s[:2] for _, s, _ in triplets])) @ rights
+    torch.testing.assert_close(merged["tsv_m"], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_no_matrix_is_averaged(method: str) -> None:
+    base = {"bias": torch.zeros(6), "conv.weight": torch.zeros(4, 3, 3, 3), "embed.weight": torch.zeros(10, 4)}
+    models = [{name: torch.full_like(tensor, value) for name, tensor in base.items()} for value in (1.0, 2.0, 6.0)]
+    recipe = fm.Recipe(method=method, scale=2.0, select=[("embed*", "merge"), ("bias", "filter")])
+    assert {float(value) for tensor in fm.merge(base, models, recipe).values() for value in tensor.unique()} == {6.0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_views_are_the_matrices(method: str) -> None:
+    q, qs = tensors((12, 20), 3)
+    k, ks = tensors((18, 20), 3)
+    recipe = fm.Recipe(method=method, scale=1.0)
+    fused = fm.merge_tensors(torch.cat([q, k]), [torch.cat(pair) for pair in zip(qs, ks, strict=True)], recipe=recipe)
+    models = [{"a.q": own, "a.k": other} for own, other in zip(qs, ks, strict=True)]
+    stacked = fm.merge({"a.q": q, "a.k": k}, models, recipe.replace(views=[fm.Stack(("*.q", "*.k"))]))
+    assert torch.equal(torch.cat([stacked["a.q"], stacked["a.k"]]), fused)
+    split = fm.merge(
+        {"qk": torch.cat([q, k])},
+        [{"qk": torch.cat(pair)} for pair in zip(qs, ks, strict=True)],
+        recipe.replace(views=[fm.Split("qk", (12, 18))]),
+    )["qk"]
+    separate = fm.merge({"a.q": q, "a.k": k}, models, recipe)
+    torch.testing.assert_close(split, torch.cat([separate["a.q"], separate["a.k"]]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_scale_is_the_projection_on_the_task_vectors(method: str, tmp_path: Path) -> None:
+    made = {"a.weight": tensors((12, 20), 3), "b.weight": tensors((16, 9), 3), "b.bias": tensors((16,), 3)}
+    base = {name: tensor for name, (tensor, _) in made.items()} | {"steps": torch.tensor(3)}
+    models = [{n: made[n][1][i] for n in made} | {"steps": torch.tensor(3)} for i in range(3)]
+    unscaled = fm.merge(base, models, fm.Recipe(method=method, scale=1.0, out_dtype="float64"))
+    square = overlap = 0.0
+    for name in made:
+        vectors = torch.stack([model[name].double() - base[name].double() for model in models])
+        square += float(vectors.square().sum())
+        overlap += float(((unscaled[name] - base[name].double()) * vectors.sum(0)).sum())
+
+    report = fm.merge_checkpoints(base, models, tmp_path / "out", fm.Recipe(method=method), progress=False)
+    assert report.scale == pytest.approx(square / overlap, rel=1e-6)
+    assert report.weights is None
+    manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())
+    assert manifest["recipe"]["scale"] == "auto"
+    assert manifest["recipe"]["measured"] == {"weights": None, "scale": report.scale}
+    again = fm.merge(base, models, fm.Recipe(method=method, scale=report.scale))
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, again[name])
+
+
+def test_only_the_default_scale_costs_another_pass() -> None:
+    base, models = tensors((12, 20), 2)
+    state, others = {"w": base, "b": base[0]}, [{"w": model, "b": model[0]} for model in models]
+    once = 3 * (state["w"].nbytes + state["b"].nbytes)
+    for method, reads in (("iso_c", once), ("tsv_m", once), ("iso_cts", once + 3 * base.nbytes)):
+        known = fm.inspect(state, others, fm.Recipe(method=method, scale=1.0))
+        measured = fm.inspect(state, others, fm.Recipe(method=method))
+        assert (known.passes, known.read_bytes) == (1, reads)
+        assert (measured.passes, measured.read_bytes) == (2, 2 * reads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_found(method: str, bad: float) -> None:
+    base, models = tensors((12, 20), 2)
+    models[0][2, 3] = bad
+    for scale in ("auto", 1.0):
+        recipe = fm.Recipe(method=method, scale=scale)
+        with pytest.raises(fm.CheckpointError, match=r"a\.weight"):
+            fm.merge_tensors(base, models, recipe=recipe, name="a.weight")
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, models = tensors((12, 20), 2)
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+    for path, tensor in zip(paths, (base, *models), strict=True):
+        save_file({"w": tensor}, path)
+    for method, options in (("iso_c", []), ("iso_cts", ["--common", "0.5"]), ("tsv_m", []), ("ties", []), ("pcb", [])):
+        out = tmp_path / method
+        assert main(["merge", *paths, "-o", str(out), "--method", method, *options]) == 0
+        scale = json.loads((out / "freemerge.json").read_text())["recipe"]["measured"]["scale"]
+        assert capsys.readouterr().out == f"{out}: scale {scale:g}\n"
+        recipe = fm.Recipe(method=method, **({"common": 0.5} if options else {}))
+        assert torch.equal(load_file(out / "model.safetensors")["w"], fm.merge_tensors(base, models, recipe=recipe))
+    assert (
+        main(["merge", *paths, "-o", str(tmp_path / "dare"), "--method", "dare", "--seed", "7", "--drop", "0.5"]) == 0
+    )
+    expected = fm.merge_tensors(base, models, recipe=fm.Recipe(method="dare", seed=7, drop=0.5), name="w")
+    assert torch.equal(load_file(tmp_path / "dare" / "model.safetensors")["w"], expected)
+    assert main(["merge", *paths, "-o", str(tmp_path / "no"), "--method", "dare", "--seed", "x"]) == 2
+    assert "--seed must be a whole number >= 0" in capsys.readouterr().err
