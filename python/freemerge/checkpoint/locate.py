@@ -14,6 +14,9 @@ SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
+_FULL_WEIGHTS = (SAFETENSORS_INDEX, SAFETENSORS, PICKLE_INDEX, PICKLE)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth"})
 _MAX_INDEX_BYTES = 100_000_000
 
@@ -45,7 +48,30 @@ def locate(path: Path) -> Located:
     raise CheckpointError(f"{path}: not a model directory, .safetensors, .bin, .pt, .pth or .index.json file")
 
 
+def adapter_weights(directory: Path) -> Path | None:
+    """The weights of a PEFT adapter, if a directory is one.
+
+    A directory that is also a full model is refused: loaders disagree on which of the two it is. A leftover
+    adapter_config.json without weights makes no adapter.
+    """
+    weights = next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
+    if weights is None or not (directory / ADAPTER_CONFIG).is_file():
+        return None
+    full = next((name for name in _FULL_WEIGHTS if os.path.lexists(directory / name)), None)
+    if full is not None:
+        raise CheckpointError(
+            f"{directory} holds a full model ({full}) and an adapter ({weights.name}): give {directory / full} or "
+            f"{weights}, whichever is meant"
+        )
+    return weights
+
+
 def _locate_in_directory(directory: Path) -> Located:
+    if adapter_weights(directory) is not None:
+        raise CheckpointError(
+            f"{directory} is a PEFT adapter, not a full model; it can be one of the models, beside the base that it "
+            "was trained on"
+        )
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
         has_single, has_index = os.path.lexists(directory / single), os.path.lexists(directory / index)
         if has_single and has_index:
@@ -54,12 +80,12 @@ def _locate_in_directory(directory: Path) -> Located:
             return Located((entry(directory, single),), directory)
         if has_index:
             return _read_index(directory, entry(directory, index))
-    if (directory / "adapter_config.json").exists():
-        raise CheckpointError(f"{directory} is a PEFT adapter, not a full model")
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if len(others) == 1:
         return Located((entry(directory, others[0]),), directory)
     found = f"several files and no index: {', '.join(others[:10])}" if others else f"no {SAFETENSORS} or {PICKLE}"
+    if not others and (directory / ADAPTER_CONFIG).is_file():
+        found = f"an {ADAPTER_CONFIG} without {' or '.join(ADAPTER_WEIGHTS)}"
     raise CheckpointError(f"{directory}: not a model directory ({found})")
 
 

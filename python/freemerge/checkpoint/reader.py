@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Union
@@ -12,6 +13,7 @@ from typing import Union
 import torch
 
 from ..errors import ArgumentError, CheckpointError
+from .architecture import Architecture, built_from_config, read_config
 from .locate import Located, display_name, locate
 from .pickled import PickledFile
 from .safetensors_file import SafetensorsFile
@@ -31,6 +33,7 @@ class Checkpoint(ABC):
         path: what was opened, or None if it was in memory.
         directory: the model directory, if one was opened: config and tokenizer lie there.
         files: the weight files, for hashing; none if in memory.
+        module: the module that was opened, if it was one.
         label: what to call this model in messages.
         name: what to call it in a manifest: no path of this machine in it.
     """
@@ -40,6 +43,7 @@ class Checkpoint(ABC):
     path: Path | None = None
     directory: Path | None = None
     files: tuple[Path, ...] = ()
+    module: torch.nn.Module | None = None
     label: str
     name: str
 
@@ -52,7 +56,9 @@ class Checkpoint(ABC):
         if isinstance(source, Checkpoint):
             return source
         if isinstance(source, torch.nn.Module):
-            return _InMemory(source.state_dict(keep_vars=False), f"in-memory {type(source).__name__}")
+            opened = _InMemory(source.state_dict(keep_vars=False), f"in-memory {type(source).__name__}")
+            opened.module = source
+            return opened
         if isinstance(source, Mapping):
             return _InMemory(source, "in-memory state dict")
         if isinstance(source, (str, os.PathLike)):
@@ -84,6 +90,23 @@ class Checkpoint(ABC):
     def origin(self, name: str) -> str:
         """Where a tensor comes from, for messages: its file, or the label of a source in memory."""
         return self.label
+
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """What is known about the model beyond its tensors; None for a state dict, or an unknown config.json.
+
+        The first use may import transformers, which takes seconds.
+        """
+        return self._find_architecture()
+
+    @cached_property
+    def absent_ties(self) -> dict[str, str]:
+        """Second names of tied tensors that the model has and this checkpoint does not store, with the first names."""
+        ties = {} if self.architecture is None else self.architecture.ties()
+        return {second: first for second, first in ties.items() if second not in self.specs and first in self.specs}
+
+    def _find_architecture(self) -> Architecture | None:
+        return None if self.module is None else Architecture(self.module)
 
     @abstractmethod
     def close(self) -> None:
@@ -131,6 +154,9 @@ class _OnDisk(Checkpoint):
 
     def origin(self, name: str) -> str:
         return str(self._files[name].path)
+
+    def _find_architecture(self) -> Architecture | None:
+        return built_from_config(read_config(self.directory), len(self.specs))
 
     def read(self, name: str) -> torch.Tensor:
         return self._files[name].read(name)
