@@ -39,7 +39,7 @@ class AdaptedCheckpoint(Checkpoint):
     open.
 
     A head that the base ties to its embeddings, and that the adapter leaves alone, keeps the base's values, as it does
-    while the adapter is trained (with ``ensure_weight_tying`` it follows).
+    while the adapter is trained.
 
     Raises CheckpointError, naming the file, for other kinds of adapters and for tensors that do not fit the base.
     """
@@ -62,7 +62,7 @@ class AdaptedCheckpoint(Checkpoint):
         others = self._plan_lora() if self.config.kind == "LORA" else self._plan_ia3()
         for key in others:
             self._plan_replacement(key)
-        self._follow_ties()
+        self._keep_untouched_heads()
         self._set_specs()
 
     def read(self, name: str) -> Tensor:
@@ -253,30 +253,17 @@ class AdaptedCheckpoint(Checkpoint):
         first = self._base.specs[self._base.absent_ties[name]]
         return TensorSpec(name, first.shape, first.dtype)
 
-    def _follow_ties(self) -> None:
-        """Second names of what the adapter changes keep the base's values, or follow where PEFT ties them."""
+    def _keep_untouched_heads(self) -> None:
+        """Second names of what the adapter changes keep the base's values; PEFT stores those that it changes, too."""
         touched = self._full.keys() | self._changes.keys()
         ties = {**self._base.tied, **(self._base.absent_ties if self._touches_embeddings(touched) else {})}
         self.tied = {}
         for second, first in ties.items():
-            stored = second in self._base.specs
-            if second in touched or first not in touched:
-                changed = second in touched
-            else:
-                changed = not self.config.flag("ensure_weight_tying")
-                if stored and not changed:
-                    self._follow(first, second)
-            if stored and not changed:
-                self.tied[second] = first
-            elif not stored and changed:
+            changed = second in touched or first in touched
+            if changed and second not in self._base.specs:
                 self._stand_ins[second] = first
-
-    def _follow(self, first: str, second: str) -> None:
-        """Give a second name what the adapter does to the first."""
-        if first in self._full:
-            self._full[second] = self._full[first]
-        if first in self._changes:
-            self._changes[second] = self._changes[first]
+            elif not changed and second in self._base.specs:
+                self.tied[second] = first
 
     def _touches_embeddings(self, touched: Set[str]) -> bool:
         """Whether the adapter changes something that transformers may tie: asked before transformers is imported."""

@@ -19,17 +19,25 @@ _MAX_CONFIG_BYTES = 10_000_000
 _RECORDS = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type"}
 )
-_TARGETS = frozenset({"target_modules", "exclude_modules", "modules_to_save"})  # the file's names tell
+# What the names in the file tell.
+_TARGETS = frozenset({"target_modules", "exclude_modules", "modules_to_save"})
 NO_EFFECT = {
     "LORA": _RECORDS
     | _TARGETS
-    | {"lora_dropout", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"}
+    | {
+        "lora_dropout",
+        "layers_to_transform",
+        "layers_pattern",
+        "megatron_core",
+        "qalora_group_size",
+        "ensure_weight_tying",
+    }
     | {"runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"},  # of init_lora_weights
     "IA3": _RECORDS | _TARGETS | {"init_ia3_weights"},
 }
 FOLLOWED = {
     "LORA": frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"})
-    | {"lora_bias", "fan_in_fan_out", "init_lora_weights", "ensure_weight_tying"},
+    | {"lora_bias", "fan_in_fan_out", "init_lora_weights"},
     "IA3": frozenset({"feedforward_modules", "fan_in_fan_out"}),
 }
 # Beyond these, any option that is set is refused, known or not: it may change what A and B mean.

@@ -84,8 +84,8 @@ def _locate_in_directory(directory: Path) -> Located:
     if len(others) == 1:
         return Located((entry(directory, others[0]),), directory)
     found = f"several files and no index: {', '.join(others[:10])}" if others else f"no {SAFETENSORS} or {PICKLE}"
-    if not others and (directory / ADAPTER_CONFIG).is_file():
-        found = f"an {ADAPTER_CONFIG} without {' or '.join(ADAPTER_WEIGHTS)}"
+    if (directory / ADAPTER_CONFIG).is_file():
+        found = f"the {ADAPTER_CONFIG} of a PEFT adapter without {' or '.join(ADAPTER_WEIGHTS)}, and {found}"
     raise CheckpointError(f"{directory}: not a model directory ({found})")
 
 

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from .adapter import AdaptedCheckpoint
 from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights
 from .reader import Checkpoint, Source
+from .tied import untie
 
 
-def open_model(source: Source | Checkpoint, base: Checkpoint) -> Checkpoint:
+@dataclass(frozen=True)
+class Inputs:
+    """A base and its models, made to fit together; ``untied``: names that are tied in the base, but not any more."""
+
+    base: Checkpoint
+    models: tuple[Checkpoint, ...]
+    untied: tuple[str, ...]
+
+
+def open_inputs(
+    stack: ExitStack,
+    base: Source | Checkpoint,
+    models: Mapping[str, Source | Checkpoint],
+    *,
+    merged: Callable[[str], bool] = lambda name: True,
+) -> Inputs:
+    """Open a base and models of it, which the caller's ``stack`` closes. ``models`` have the arguments' names as keys.
+
+    ``merged(name)`` tells which tensors take part. Raises CheckpointError for what cannot be read.
+    """
+    opened = stack.enter_context(Checkpoint.open(base, argument="base"))
+    sources = [stack.enter_context(open_model(model, opened, argument)) for argument, model in models.items()]
+    untied = untie(opened, sources, merged)
+    return Inputs(untied.base, untied.models, untied.names)
+
+
+def open_model(source: Source | Checkpoint, base: Checkpoint, argument: str = "") -> Checkpoint:
     """Open a fine-tuned model of ``base``: any checkpoint, or a PEFT adapter trained on it (its directory or file)."""
     adapter = adapter_directory(source)
-    return Checkpoint.open(source) if adapter is None else AdaptedCheckpoint(adapter, base)
+    return Checkpoint.open(source, argument=argument) if adapter is None else AdaptedCheckpoint(adapter, base)
 
 
 def adapter_directory(source: object) -> Path | None:

@@ -34,12 +34,14 @@ class Checkpoint(ABC):
         directory: the model directory, if one was opened: config and tokenizer lie there.
         files: the weight files, for hashing; none if in memory.
         module: the module that was opened, if it was one.
+        copies: names in ``specs`` that are known to hold a copy of another tensor, each with the name of that.
         label: what to call this model in messages.
         name: what to call it in a manifest: no path of this machine in it.
     """
 
     specs: dict[str, TensorSpec]
     tied: dict[str, str]
+    copies: Mapping[str, str] = {}
     path: Path | None = None
     directory: Path | None = None
     files: tuple[Path, ...] = ()
@@ -48,19 +50,20 @@ class Checkpoint(ABC):
     name: str
 
     @staticmethod
-    def open(source: Source | Checkpoint) -> Checkpoint:
+    def open(source: Source | Checkpoint, *, argument: str = "") -> Checkpoint:
         """Open a model directory, a weight file, an ``*.index.json``, a state dict, or a module.
 
-        Headers are read and checked here; tensors are read on demand. Raises CheckpointError naming the file.
+        ``argument`` is what messages call a source in memory. Headers are read and checked here; tensors are read on
+        demand. Raises CheckpointError naming the file.
         """
         if isinstance(source, Checkpoint):
             return source
         if isinstance(source, torch.nn.Module):
-            opened = _InMemory(source.state_dict(keep_vars=False), f"in-memory {type(source).__name__}")
+            opened = _InMemory(source.state_dict(keep_vars=False), f"in-memory {type(source).__name__}", argument)
             opened.module = source
             return opened
         if isinstance(source, Mapping):
-            return _InMemory(source, "in-memory state dict")
+            return _InMemory(source, "in-memory state dict", argument)
         if isinstance(source, (str, os.PathLike)):
             path = Path(source)
             located = locate(path)
@@ -125,9 +128,10 @@ class Checkpoint(ABC):
 
 
 class _InMemory(Checkpoint):
-    def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
-        self.label = self.name = label
-        self._state = dense_tensors(label, state)
+    def __init__(self, state: Mapping[str, torch.Tensor], name: str, argument: str) -> None:
+        self.name = name
+        self.label = f"{argument} ({name})" if argument else name
+        self._state = dense_tensors(self.label, state)
         self.specs = specs_of(self._state)
         self.tied = tied_names(self._state)
 

@@ -42,6 +42,7 @@ class Merger:
         units: what is merged together, in the order of the tensors' names.
         tied: second name -> first name of the base's tensors that are one tensor of the model; they follow the first.
         written: the names that an output file holds: second names only where the base's files hold a copy of their own.
+        untied: names that the base ties and the merged model does not.
         scale: the global scale, a number.
     """
 
@@ -62,6 +63,7 @@ class Merger:
         units = plan_units(self.specs, recipe.select, recipe.views)
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
         self.scale = recipe.global_scale(len(self.models))
+        self.untied: tuple[str, ...] = ()
 
     def out_spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from ..checkpoint import (
     DEFAULT_SHARD_BYTES,
-    Checkpoint,
     CheckpointWriter,
     InputHashes,
     Source,
     build_manifest,
     carry_over,
-    open_model,
+    open_inputs,
 )
 from ..checkpoint.model_card import model_card
 from ..errors import ArgumentError, RefusedError
@@ -25,7 +24,7 @@ from .engine import Merger
 from .inspection import Decision, Inspection
 from .progress import Progress
 from .recipe import DTYPES, Recipe, checked_recipe, to_yaml
-from .units import Unit
+from .units import Unit, taken_from_base
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,15 @@ def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Reci
     weights = recipe.method.weights
     if isinstance(weights, tuple) and len(weights) != len(models):
         raise ArgumentError(f"weights has {len(weights)} numbers for {len(models)} models")
-    opened = stack.enter_context(Checkpoint.open(base))
-    sources = [stack.enter_context(open_model(model, opened)) for model in models]
-    return Merger(opened, sources, recipe, backend)
+    inputs = open_inputs(
+        stack,
+        base,
+        {f"models[{i}]": model for i, model in enumerate(models)},
+        merged=lambda name: not taken_from_base(name, recipe.select),
+    )
+    merger = Merger(inputs.base, inputs.models, recipe, backend)
+    merger.untied = inputs.untied
+    return merger
 
 
 def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: bool) -> CheckpointWriter:
@@ -177,7 +182,7 @@ def _carry_over(merger: Merger, writer: CheckpointWriter) -> None:
     """Config, tokenizer and code files of the base, which fail early where they are broken."""
     if writer.directory is not None and merger.base.directory is not None:
         out_dtype = DTYPES[merger.recipe.out_dtype] if merger.recipe.out_dtype is not None else None
-        carry_over(merger.base.directory, writer.directory, out_dtype=out_dtype)
+        carry_over(merger.base.directory, writer.directory, out_dtype=out_dtype, untied=bool(merger.untied))
 
 
 def _describe(
