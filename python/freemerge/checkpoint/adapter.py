@@ -119,7 +119,7 @@ class AdaptedCheckpoint(Checkpoint):
         return others
 
     def _lora_target(self, module: str, layer: Mapping[str, str]) -> Target:
-        if self._to_base(f"{module}.in_proj_weight") in self._base.specs:
+        if f"{module}.in_proj_weight" in self._base.specs:
             raise CheckpointError(f"{self.files[1]}: {module} is a MultiheadAttention, not merged here; {WAY_OUT}")
         a, b = self._floating(layer["A"]), self._floating(layer["B"])
         if a.shape and not a.shape[0]:

@@ -8,11 +8,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from .conversion import Layout, layout_of
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 10_000_000
@@ -20,13 +23,24 @@ _COUNTS = ("layer", "block", "depth", "expert")  # config entries that multiply 
 
 
 class Architecture:
-    """A module whose values do not matter: it may be on the meta device."""
+    """A module whose values do not matter: it may be on the meta device. Names are those of the model's files."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
+    @cached_property
+    def layout(self) -> Layout | None:
+        """How the module's tensors lie in files; None where it is the same."""
+        return layout_of(self.module)
+
+    def file_name(self, name: str) -> str:
+        """What files call a tensor of the module; its own name where they hold it otherwise."""
+        return (self.layout and self.layout.file_name(name)) or name
+
     def layer(self, name: str) -> str | None:
         """The class of the layer that holds the tensor ``name``: ``Linear``, ``Conv1D``; None if there is none."""
+        if self.layout is not None and name in self.layout.pieces:
+            name = self.layout.pieces[name][0].module
         owner = self.module
         for part in name.split(".")[:-1]:
             inner = owner._modules.get(part)
@@ -41,12 +55,12 @@ class Architecture:
         tied: dict[str, str] = {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
             if first.setdefault(id(parameter), name) != name:
-                tied[name] = first[id(parameter)]
+                tied[self.file_name(name)] = self.file_name(first[id(parameter)])
         return tied
 
     def buffers(self) -> set[str]:
         """Names of the tensors that are not parameters."""
-        return {name for name, _ in self.module.named_buffers(remove_duplicate=False)}
+        return {self.file_name(name) for name, _ in self.module.named_buffers(remove_duplicate=False)}
 
 
 def read_config(directory: Path | None) -> dict[str, Any]:

@@ -111,6 +111,10 @@ class Checkpoint(ABC):
     def _find_architecture(self) -> Architecture | None:
         return None if self.module is None else Architecture(self.module)
 
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors named and shaped as :attr:`specs` says, as what was opened names and shapes them."""
+        return dict(sorted(tensors.items()))
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the source: no more reads. Tensors already read stay valid."""

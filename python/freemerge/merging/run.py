@@ -71,7 +71,7 @@ def merge(
         for unit in merger.units:
             merged |= merger.merged(unit, measured).tensors
         merged |= {name: merged[first] for name, first in merger.tied.items()}
-        return {name: merged[name] for name in merger.base.specs}
+        return merger.base.restored({name: merged[name] for name in merger.base.specs})
 
 
 def merge_checkpoints(
