@@ -14,7 +14,7 @@ from .adapter_config import WAY_OUT, AdapterConfig
 from .adapter_layers import Ia3, Lora, fits, fits_ia3
 from .adapter_orientation import Orientation, Target
 from .architecture import Architecture
-from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, display_name
+from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, display_name, entry
 from .pickled import PickledFile
 from .reader import Checkpoint
 from .safetensors_file import SafetensorsFile
@@ -45,10 +45,10 @@ class AdaptedCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, base: Checkpoint, named: Callable[[str], str] = lambda name: name) -> None:
-        self.config = AdapterConfig.read(path / ADAPTER_CONFIG)
         self.path = self.directory = path
-        weights = next((path / name for name in ADAPTER_WEIGHTS if (path / name).exists()), path / ADAPTER_WEIGHTS[0])
-        self.files = (path / ADAPTER_CONFIG, weights)
+        weights = entry(path, next((name for name in ADAPTER_WEIGHTS if (path / name).exists()), ADAPTER_WEIGHTS[0]))
+        self.files = (entry(path, ADAPTER_CONFIG), weights)
+        self.config = AdapterConfig.read(self.files[0])
         self.label = str(path)
         self.name = display_name(path)
         self._base = base

@@ -12,6 +12,7 @@ import torch
 from ..errors import CheckpointError
 from .locate import entry
 from .publish import MANIFEST
+from .quantised import QUANTISATION
 from .safetensors_file import open_regular
 from .tied import with_untied_embeddings
 
@@ -26,12 +27,20 @@ _LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json"})
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
-def carry_over(base: Path, target: Path, *, out_dtype: torch.dtype | None = None, untied: bool = False) -> list[str]:
+def carry_over(
+    base: Path,
+    target: Path,
+    *,
+    out_dtype: torch.dtype | None = None,
+    untied: bool = False,
+    dequantised: bool = False,
+) -> list[str]:
     """Copy config, tokenizer, generation settings, chat templates, licence and custom code from ``base`` to ``target``.
 
     Left out are weights in any format and their indexes, exports (``onnx/`` and the like), training checkpoints and
     their results, hidden files and the model card. ``out_dtype``, if given, is written into ``config.json``; so is
-    that the embeddings are not tied, if they are ``untied``.
+    that the embeddings are not tied, if they are ``untied``. How the weights were quantised is left out of it if they
+    are ``dequantised``.
 
     Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
     ``base`` and for files that are not regular, before anything is copied.
@@ -42,10 +51,14 @@ def carry_over(base: Path, target: Path, *, out_dtype: torch.dtype | None = None
         destination.parent.mkdir(parents=True, exist_ok=True)
         with open(open_regular(base / name), "rb") as source, open(destination, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
+    if dequantised and out_dtype is None:
+        out_dtype = torch.float32
     if (out_dtype is not None or untied) and CONFIG in names:
         config = _read_config(base / CONFIG)
         if out_dtype is not None:
             _set_dtype(config, str(out_dtype).removeprefix("torch."))
+        if dequantised:
+            config = {name: value for name, value in config.items() if name not in QUANTISATION}
         if untied:
             config = with_untied_embeddings(config)
         (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .containers import GGUF_ADVICE
+from .hub_cache import REPOSITORY, stays_in_one_cache
 from .safetensors_file import open_regular
 
 SAFETENSORS = "model.safetensors"
@@ -17,7 +19,7 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 _FULL_WEIGHTS = (SAFETENSORS_INDEX, SAFETENSORS, PICKLE_INDEX, PICKLE)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth"})
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _MAX_INDEX_BYTES = 100_000_000
 
 
@@ -43,9 +45,23 @@ def locate(path: Path) -> Located:
         raise CheckpointError(f"{path}: no such file or directory (models are not downloaded; give a local path)")
     if path.name.endswith(".index.json"):
         return _read_index(path.parent, path)
-    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES:
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: {GGUF_ADVICE}")
+    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES or _is_blob(path):
         return Located((path,))
-    raise CheckpointError(f"{path}: not a model directory, .safetensors, .bin, .pt, .pth or .index.json file")
+    raise CheckpointError(f"{path}: not a model directory, .safetensors, .bin, .pt, .pth, .ckpt or .index.json file")
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its name, or for a blob of the Hub cache, which has none, by its beginning."""
+    if not _is_blob(path):
+        return path.suffix == ".safetensors"
+    with open(open_regular(path), "rb") as stream:
+        return stream.read(9)[8:] == b"{"
+
+
+def _is_blob(path: Path) -> bool:
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith(REPOSITORY) and not path.suffix
 
 
 def adapter_weights(directory: Path) -> Path | None:
@@ -121,8 +137,8 @@ def _is_plain(name: str) -> bool:
 def entry(directory: Path, name: str, *, home: Path | None = None) -> Path:
     """``directory / name``, provided that it exists and does not lead elsewhere.
 
-    A symbolic link may only end inside the directory (or the ``home`` it belongs to) or, as in the Hugging Face cache,
-    in the ``blobs`` folder beside ``snapshots``: otherwise a downloaded model could name, and a merged one publish, any
+    A symbolic link may only end inside the directory (or the ``home`` it belongs to) or in a Hugging Face cache, if
+    all links of the directory end in that one: otherwise a downloaded model could name, and a merged one publish, any
     file of this machine.
     """
     path = directory / name
@@ -131,12 +147,12 @@ def entry(directory: Path, name: str, *, home: Path | None = None) -> Path:
     except (OSError, RuntimeError):
         raise CheckpointError(f"{path}: no such file") from None
     home = (home or directory).resolve()
-    if home in target.parents:
+    if home in target.parents or stays_in_one_cache(home, target):
         return path
-    cache = next((parent.parent for parent in home.parents if parent.name == "snapshots"), None)
-    if cache is not None and target.parent == cache / "blobs":
-        return path
-    raise CheckpointError(f"{path} is a symbolic link out of its directory: copy the file, or name {target} itself")
+    raise CheckpointError(
+        f"{path} is a symbolic link out of its directory; copy the files to where the links are, as with "
+        f"`cp -rL {directory} COPY`, and give the copy"
+    )
 
 
 def display_name(path: Path) -> str:

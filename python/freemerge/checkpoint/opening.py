@@ -10,7 +10,9 @@ from pathlib import Path
 
 from .adapter import AdaptedCheckpoint
 from .conversion import Layout
+from .hub_cache import local_path
 from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights
+from .quantised import dequantised
 from .reader import Checkpoint, Source
 from .tied import untie
 from .views import InFileLayout
@@ -36,9 +38,9 @@ def open_inputs(
 
     ``merged(name)`` tells which tensors take part. Raises CheckpointError for what cannot be read.
     """
-    opened = stack.enter_context(Checkpoint.open(base, argument="base"))
+    opened = dequantised(stack.enter_context(Checkpoint.open(base, argument="base")))
     plain = {
-        argument: stack.enter_context(Checkpoint.open(model, argument=argument))
+        argument: dequantised(stack.enter_context(Checkpoint.open(model, argument=argument)))
         for argument, model in models.items()
         if adapter_directory(model) is None
     }
@@ -96,7 +98,7 @@ def adapter_directory(source: object) -> Path | None:
     """The directory of the PEFT adapter that ``source`` names, by the directory itself or by its weight file."""
     if not isinstance(source, (str, os.PathLike)):
         return None
-    path = Path(source)
+    path = local_path(source)
     if path.name in ADAPTER_WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file():
         return path.parent
     return path if adapter_weights(path) is not None else None

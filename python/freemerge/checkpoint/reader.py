@@ -14,7 +14,9 @@ import torch
 
 from ..errors import ArgumentError, CheckpointError
 from .architecture import Architecture, built_from_config, read_config
-from .locate import Located, display_name, locate
+from .containers import split_key, state_dict_in
+from .hub_cache import local_path
+from .locate import Located, display_name, is_safetensors, locate
 from .pickled import PickledFile
 from .safetensors_file import SafetensorsFile
 from .spec import TensorSpec
@@ -34,6 +36,7 @@ class Checkpoint(ABC):
         directory: the model directory, if one was opened: config and tokenizer lie there.
         files: the weight files, for hashing; none if in memory.
         module: the module that was opened, if it was one.
+        dequantised: whether some weights are stored in float8 and shown in float32.
         copies: names in ``specs`` that are known to hold a copy of another tensor, each with the name of that.
         label: what to call this model in messages.
         name: what to call it in a manifest: no path of this machine in it.
@@ -42,6 +45,7 @@ class Checkpoint(ABC):
     specs: dict[str, TensorSpec]
     tied: dict[str, str]
     copies: Mapping[str, str] = {}
+    dequantised: bool = False
     path: Path | None = None
     directory: Path | None = None
     files: tuple[Path, ...] = ()
@@ -51,8 +55,9 @@ class Checkpoint(ABC):
 
     @staticmethod
     def open(source: Source | Checkpoint, *, argument: str = "") -> Checkpoint:
-        """Open a model directory, a weight file, an ``*.index.json``, a state dict, or a module.
+        """Open a model directory, a weight file, an ``*.index.json``, a state dict, a module, or a Hub id in the cache.
 
+        ``FILE::key`` is a state dict among several in one torch file.
         ``argument`` is what messages call a source in memory. Headers are read and checked here; tensors are read on
         demand. Raises CheckpointError naming the file.
         """
@@ -63,12 +68,18 @@ class Checkpoint(ABC):
             opened.module = source
             return opened
         if isinstance(source, Mapping):
-            return _InMemory(source, "in-memory state dict", argument)
+            name = "in-memory state dict"
+            state = state_dict_in(source, f"{argument} ({name})" if argument else name)
+            return _InMemory(state, name, argument)
         if isinstance(source, (str, os.PathLike)):
-            path = Path(source)
+            file, key = split_key(os.fspath(source))
+            path = local_path(file)
             located = locate(path)
-            reader = _Safetensors if located.files[0].suffix == ".safetensors" else _Pickled
-            return reader(path, located)
+            if key and (len(located.files) > 1 or is_safetensors(located.files[0])):
+                raise CheckpointError(f"{source}: {file} is no torch file, so there is no {key!r} in it")
+            if is_safetensors(located.files[0]):
+                return _Safetensors(path, located)
+            return _Pickled(path, located, key)
         raise ArgumentError(f"a model must be a path, a state dict or a module, got {type(source).__name__}")
 
     @abstractmethod
@@ -207,9 +218,9 @@ class _Safetensors(_OnDisk):
 class _Pickled(_OnDisk):
     _files: Mapping[str, PickledFile]
 
-    def __init__(self, path: Path, located: Located) -> None:
+    def __init__(self, path: Path, located: Located, key: str = "") -> None:
         super().__init__(path, located)
-        files = {file: PickledFile(file) for file in located.files}
+        files = {file: PickledFile(file, key) for file in located.files}
         where = self._assign({file: content.specs for file, content in files.items()}, located)
         self._files = {name: files[where[name]] for name in sorted(where)}
         self.specs = {name: file.specs[name] for name, file in self._files.items()}

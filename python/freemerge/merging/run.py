@@ -182,7 +182,13 @@ def _carry_over(merger: Merger, writer: CheckpointWriter) -> None:
     """Config, tokenizer and code files of the base, which fail early where they are broken."""
     if writer.directory is not None and merger.base.directory is not None:
         out_dtype = DTYPES[merger.recipe.out_dtype] if merger.recipe.out_dtype is not None else None
-        carry_over(merger.base.directory, writer.directory, out_dtype=out_dtype, untied=bool(merger.untied))
+        carry_over(
+            merger.base.directory,
+            writer.directory,
+            out_dtype=out_dtype,
+            untied=bool(merger.untied),
+            dequantised=merger.base.dequantised,
+        )
 
 
 def _describe(
