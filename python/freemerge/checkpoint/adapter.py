@@ -44,6 +44,8 @@ class AdaptedCheckpoint(Checkpoint):
     Raises CheckpointError, naming the file, for other kinds of adapters and for tensors that do not fit the base.
     """
 
+    widened = True
+
     def __init__(self, path: Path, base: Checkpoint, named: Callable[[str], str] = lambda name: name) -> None:
         self.path = self.directory = path
         weights = entry(path, next((name for name in ADAPTER_WEIGHTS if (path / name).exists()), ADAPTER_WEIGHTS[0]))

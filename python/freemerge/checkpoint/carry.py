@@ -13,7 +13,9 @@ from ..errors import CheckpointError
 from .locate import entry
 from .publish import MANIFEST
 from .quantised import QUANTISATION
+from .reader import Checkpoint
 from .safetensors_file import open_regular
+from .side_files import is_tokenizer_file, token_ids
 from .tied import with_untied_embeddings
 
 CONFIG = "config.json"
@@ -34,27 +36,34 @@ def carry_over(
     out_dtype: torch.dtype | None = None,
     untied: bool = False,
     dequantised: bool = False,
+    tokenizer: Checkpoint | None = None,
 ) -> list[str]:
     """Copy config, tokenizer, generation settings, chat templates, licence and custom code from ``base`` to ``target``.
 
     Left out are weights in any format and their indexes, exports (``onnx/`` and the like), training checkpoints and
     their results, hidden files and the model card. ``out_dtype``, if given, is written into ``config.json``; so is
     that the embeddings are not tied, if they are ``untied``. How the weights were quantised is left out of it if they
-    are ``dequantised``.
+    are ``dequantised``. The files of the tokenizer and the special tokens come from ``tokenizer``, if it is given.
 
     Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
     ``base`` and for files that are not regular, before anything is copied.
     """
-    names = sorted(_carried(base, base))
+    sources = {name: base / name for name in _carried(base, base)}
+    if tokenizer is not None and tokenizer.directory is not None:
+        sources = {name: path for name, path in sources.items() if not is_tokenizer_file(name)}
+        others = _carried(tokenizer.directory, tokenizer.directory)
+        sources |= {name: tokenizer.directory / name for name in others if is_tokenizer_file(name)}
+    names = sorted(sources)
     for name in names:
         destination = target / name
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with open(open_regular(base / name), "rb") as source, open(destination, "wb") as sink:
+        with open(open_regular(sources[name]), "rb") as source, open(destination, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
     if dequantised and out_dtype is None:
         out_dtype = torch.float32
-    if (out_dtype is not None or untied) and CONFIG in names:
-        config = _read_config(base / CONFIG)
+    ids = {} if tokenizer is None else token_ids(tokenizer)
+    if (out_dtype is not None or untied or ids) and CONFIG in names:
+        config = _read_config(base / CONFIG) | ids
         if out_dtype is not None:
             _set_dtype(config, str(out_dtype).removeprefix("torch."))
         if dequantised:

@@ -56,6 +56,20 @@ def compare(
     return Comparison(names, tied, mixed)
 
 
+def mixed_dtype_notices(comparison: Comparison, base: Checkpoint, models: Sequence[Checkpoint]) -> list[str]:
+    """A line for each model, and pair of dtypes, whose tensors are stored otherwise than the base's."""
+    found: dict[tuple[int, str, str], int] = {}
+    for dtypes in comparison.mixed_dtypes.values():
+        for i, dtype in enumerate(dtypes[1:]):
+            if dtype != dtypes[0] and not models[i].widened:
+                key = i, str(dtype).removeprefix("torch."), str(dtypes[0]).removeprefix("torch.")
+                found[key] = found.get(key, 0) + 1
+    return [
+        f"models[{i}] ({models[i].name}) stores {count} tensors in {theirs}, the base in {ours}"
+        for (i, theirs, ours), count in sorted(found.items())
+    ]
+
+
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a float tensor holds neither NaN nor infinity."""
     if tensor.numel() == 0:

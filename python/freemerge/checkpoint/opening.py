@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,15 @@ from .views import InFileLayout
 
 @dataclass(frozen=True)
 class Inputs:
-    """A base and its models, made to fit together; ``untied``: names that are tied in the base, but not any more."""
+    """A base and its models, made to fit together.
+
+    ``untied``: names that are tied in the base, but not any more. ``notices``: what looks like a mistake.
+    """
 
     base: Checkpoint
     models: tuple[Checkpoint, ...]
     untied: tuple[str, ...]
+    notices: tuple[str, ...]
 
 
 def open_inputs(
@@ -51,7 +55,16 @@ def open_inputs(
         for argument, model in models.items()
     ]
     untied = untie(opened, sources, merged)
-    return Inputs(untied.base, untied.models, untied.names)
+    return Inputs(untied.base, untied.models, untied.names, tuple(_given_twice({"base": base, **models})))
+
+
+def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:
+    """Inputs that are the same object or path: a model that counts twice, or one that is the base."""
+    first: dict[object, str] = {}
+    for argument, source in sources.items():
+        key = os.path.realpath(local_path(source)) if isinstance(source, (str, os.PathLike)) else id(source)
+        if first.setdefault(key, argument) != argument:
+            yield f"{argument} is the same as {first[key]}"
 
 
 def in_file_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -82,7 +82,7 @@ def _packed(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
 class Dequantised(Checkpoint):
     """Float8 weights times their scales, in float32; the scales, and those of activations, are no tensors any more."""
 
-    dequantised = True
+    dequantised = widened = True
 
     def __init__(self, inner: Checkpoint, scales: Mapping[str, str], block: object) -> None:
         self.inner, self._scales = inner, scales

@@ -37,6 +37,7 @@ class Checkpoint(ABC):
         files: the weight files, for hashing; none if in memory.
         module: the module that was opened, if it was one.
         dequantised: whether some weights are stored in float8 and shown in float32.
+        widened: whether dtypes are wider than what is stored, so that they say nothing about the files.
         copies: names in ``specs`` that are known to hold a copy of another tensor, each with the name of that.
         label: what to call this model in messages.
         name: what to call it in a manifest: no path of this machine in it.
@@ -46,6 +47,7 @@ class Checkpoint(ABC):
     tied: dict[str, str]
     copies: Mapping[str, str] = {}
     dequantised: bool = False
+    widened: bool = False
     path: Path | None = None
     directory: Path | None = None
     files: tuple[Path, ...] = ()

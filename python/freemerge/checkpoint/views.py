@@ -19,7 +19,7 @@ class View(Checkpoint):
         self.inner = inner
         self.path, self.directory, self.files = inner.path, inner.directory, inner.files
         self.label, self.name, self.module = inner.label, inner.name, inner.module
-        self.dequantised = inner.dequantised
+        self.dequantised, self.widened = inner.dequantised, inner.widened
         self._sources = dict(sorted(sources.items()))
         self.tied = dict(tied)
         self.copies = dict(inner.copies)
@@ -76,7 +76,7 @@ class _Relaid(Checkpoint):
         self.inner, self.layout = inner, layout
         self.path, self.directory, self.files = inner.path, inner.directory, inner.files
         self.label, self.name, self.module = inner.label, inner.name, inner.module
-        self.dequantised = inner.dequantised
+        self.dequantised, self.widened = inner.dequantised, inner.widened
 
     def device(self, name: str) -> torch.device:
         return self.inner.device(self._source(name))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..accumulate import add_round
 from ..backends.registry import named
-from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec
-from ..checkpoint.compare import check_finite, compare
+from ..checkpoint import MERGEABLE, Checkpoint, Inputs, TensorSpec
+from ..checkpoint.compare import check_finite, compare, mixed_dtype_notices
 from ..errors import CheckpointError
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
@@ -42,7 +42,8 @@ class Merger:
         units: what is merged together, in the order of the tensors' names.
         tied: second name -> first name of the base's tensors that are one tensor of the model; they follow the first.
         written: the names that an output file holds: second names only where the base's files hold a copy of their own.
-        untied: names that the base ties and the merged model does not.
+        notices: what is worth knowing about the inputs, in sentences.
+        inputs: how base and models were opened.
         scale: the global scale, a number.
     """
 
@@ -63,7 +64,8 @@ class Merger:
         units = plan_units(self.specs, recipe.select, recipe.views)
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
         self.scale = recipe.global_scale(len(self.models))
-        self.untied: tuple[str, ...] = ()
+        self.inputs = Inputs(base, self.models, (), ())
+        self.notices = mixed_dtype_notices(comparison, base, models)
 
     def out_spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""
@@ -81,7 +83,8 @@ class Merger:
         measured = sum(self._unit_bytes(unit) for unit in self.units if unit.action != "copy")
         read = sum(self._merge_bytes(unit) for unit in self.units) + self.method.passes * measured
         written = sum(self.out_spec(name).nbytes for name in self.written)
-        return Inspection(tuple(decisions), tuple(warnings(decisions)), read, written, 1 + self.method.passes)
+        notices = (*self.notices, *warnings(decisions))
+        return Inspection(tuple(decisions), notices, read, written, 1 + self.method.passes)
 
     def measure(self, on_read: OnRead | None = None) -> Measured:
         """What the method finds out about the whole model: the weights, above all."""
