@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("-o", "--out", required=True, type=Path, help="output directory or .safetensors file")
     merging.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     merging.add_argument("--force", action="store_true", help="replace an existing output")
+    _add_tokenizer(merging)
     merging.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="for instance 2GB (default 5GB)"
     )
@@ -78,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspecting = commands.add_parser("inspect", allow_abbrev=False, help="what a merge would do to each tensor")
     _add_inputs(inspecting)
+    _add_tokenizer(inspecting)
     inspecting.set_defaults(run=_inspect)
 
     extracting = commands.add_parser("experts", allow_abbrev=False, help="extract a light expert of each model")
@@ -171,6 +173,17 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenizer-from",
+        type=_tokenizer,
+        default="base",
+        metavar="WHICH",
+        help="tokenizer, chat template and generation settings of base, of the model of that number (from 0), or auto: "
+        "the models', if all have the same",
+    )
+
+
 def _recipe(options: argparse.Namespace) -> Recipe:
     """The preset or the file, with every option that was given laid over it."""
     if options.preset and options.recipe:
@@ -209,6 +222,8 @@ def _merge(options: argparse.Namespace) -> int:
         force=options.force,
         max_shard_bytes=options.max_shard_size,
         progress=not options.json,
+        tokenizer_from=options.tokenizer_from,
+        on_start=lambda inspection: None if options.json else _print_warnings(inspection),
     )
     if options.json:
         print(json.dumps(_plain(report)))
@@ -218,7 +233,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace, **checks: Any) -> int:
-    inspection = inspect(options.base, options.models, _recipe(options), backend=options.backend, **checks)
+    checks |= {"backend": options.backend, "tokenizer_from": options.tokenizer_from}
+    inspection = inspect(options.base, options.models, _recipe(options), **checks)
     if options.json:
         print(json.dumps(_plain(inspection)))
     else:
@@ -298,7 +314,6 @@ def _print_inspection(inspection: Inspection) -> None:
 
 
 def _print_report(report: Report, recipe: Recipe) -> None:
-    _print_warnings(report.inspection)
     weights = "per tensor" if report.weights is None else ", ".join(f"{weight:.4f}" for weight in report.weights)
     found = f"weights {weights}; " if recipe.method.weights is not None else ""
     print(f"{report.out}: {found}scale {report.scale:g}")
@@ -318,6 +333,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _tokenizer(text: str) -> str | int:
+    if text in ("base", "auto"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected base, auto or the number of a model, got {text!r}")
+    return int(text)
 
 
 def _rescale(text: str) -> str | float:

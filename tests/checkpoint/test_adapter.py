@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -144,19 +147,19 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     a, b = torch.zeros(4, 16), torch.zeros(24, 4)
     cases: list[tuple[dict[str, Tensor], dict[str, Any], str]] = [
         ({}, {"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-        ({}, {"peft_type": "LORA", "use_dora": True}, "use_dora"),
+        ({"up.lora_A.weight": a, "up.lora_B.weight": b}, {"use_dora": True}, "up has no lora_magnitude_vector"),
         ({"side.lora_A.weight": a, "side.lora_B.weight": b}, {}, "side.weight"),
         ({"up.lora_A.weight": a}, {}, "only one of lora_A and lora_B"),
         ({"up.lora_A.weight": a, "up.lora_B.weight": b.T.contiguous()}, {}, "do not make up"),
         ({"down.lora_A.weight": a, "down.lora_B.weight": b}, {}, r"down.weight \(16, 24\)"),
         ({"norm": torch.zeros(3)}, {}, r"has shape \(3,\)"),
-        ({"up.ia3_l": torch.zeros(16, 1)}, {"peft_type": "IA3"}, "does not scale"),
+        ({"up.ia3_l": torch.zeros(16, 1)}, {"peft_type": "IA3", "lora_alpha": 0}, "does not scale"),
     ]
     for number, (tensors, config, message) in enumerate(cases):
         folder = write(tmp_path / str(number), tensors, **{"peft_type": "LORA", "lora_alpha": 8} | config)
         with pytest.raises(fm.CheckpointError, match=message):
             open_model(folder, base)
-    for config in ({"lora_alpha": None}, {"lora_alpha": "high"}, {"alpha_pattern": {"(": 1}}):
+    for config in ({"lora_alpha": None}, {"lora_alpha": "high"}, {"alpha_pattern": {"up": [1]}}):
         tensors = {"up.lora_A.weight": a, "up.lora_B.weight": b}
         folder = write(tmp_path / f"{config}", tensors, peft_type="LORA", **config)
         with pytest.raises(fm.CheckpointError, match=r"adapter_config\.json: lora_alpha or alpha_pattern of up"):
@@ -164,6 +167,93 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(fm.CheckpointError, match=r"adapter_config\.json"):
         open_model(folder, base)
+
+
+UP = {"up.lora_A.weight": torch.ones(4, 16), "up.lora_B.weight": torch.ones(24, 4)}
+MALFORMED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
+    "no tensors": ({}, {}, "the adapter holds no tensors"),
+    "rank 0": ({"up.lora_A.weight": torch.ones(0, 16), "up.lora_B.weight": torch.ones(24, 0)}, {}, "up has rank 0"),
+    "scalar A": ({**UP, "up.lora_A.weight": torch.tensor(1.0)}, {}, "do not make up"),
+    "scalar B": ({**UP, "up.lora_B.weight": torch.tensor(1.0)}, {}, "do not make up"),
+    "integer A": ({**UP, "up.lora_A.weight": torch.ones(4, 16, dtype=torch.int32)}, {}, "is int32, not floating"),
+    "a rank that the config denies": (UP, {"r": 8}, "up has rank 4, but adapter_config.json gives it rank 8"),
+    "alpha out of range": (UP, {"lora_alpha": 10**400}, "must be a number, not a number out of range"),
+    "alpha is infinite": (UP, {"lora_alpha": float("inf")}, "lora_alpha"),
+    "alpha is true": (UP, {"lora_alpha": True}, "lora_alpha"),
+    "a list of patterns": (UP, {"alpha_pattern": ["up"]}, "alpha_pattern must map patterns to numbers, got a list"),
+    "no pattern": (UP, {"rank_pattern": {"(": 4}}, "rank_pattern: '\\(' is no valid pattern"),
+    "an exponential pattern": (UP, {"alpha_pattern": {"(.*)*x": 1}}, "too complex"),
+    "another exponential pattern": (UP, {"alpha_pattern": {"(u|u)+x": 1}}, "too complex"),
+    "a polynomial pattern": (UP, {"alpha_pattern": {".*.*.*.*.*.*x": 1}}, "too complex"),
+    "two for one layer": ({**UP, "up.base_layer.lora_A.weight": torch.ones(4, 16)}, {}, "are for the same layer"),
+    "in full and changed": ({**UP, "up.weight": torch.ones(24, 16)}, {}, "replaces up.weight, which the adapter also"),
+    "in full twice": (
+        {"x.norm": torch.ones(16), "x.modules_to_save.norm": torch.zeros(16)},
+        {},
+        "both replace x.norm",
+    ),
+    "bytes for floats": ({"norm": torch.ones(16, dtype=torch.uint8)}, {}, "is uint8, not floating"),
+    "a bias of another shape": ({**UP, "up.lora_B.bias": torch.ones(3)}, {}, "does not have the shape"),
+    "a magnitude of another shape": (
+        {**UP, "up.lora_magnitude_vector": torch.ones(3)},
+        {"use_dora": True},
+        "one value for each output",
+    ),
+    "unknown weights": ({**UP, "up.lora_C.weight": torch.ones(3)}, {}, "not merged here"),
+    "a list as kind": (UP, {"peft_type": ["LORA"]}, "peft_type"),
+    "a list as initialisation": (UP, {"init_lora_weights": ["pissa"]}, "init_lora_weights"),
+    "feed-forward modules by number": (
+        {"up.ia3_l": torch.ones(24, 1)},
+        {"peft_type": "IA3", "feedforward_modules": 3},
+        "feedforward_modules must be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_adapters_are_refused_with_a_message(case: str, tmp_path: Path) -> None:
+    tensors, config, message = MALFORMED[case]
+    defaults = {"peft_type": "LORA"} | ({} if config.get("peft_type") == "IA3" else {"lora_alpha": 8})
+    folder = write(tmp_path / "adapter", tensors, **defaults | config)
+    base = base_weights() | {"x.norm": torch.ones(16)}
+    with pytest.raises(fm.CheckpointError, match=message):
+        open_model(folder, Checkpoint.open(base))
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_adapter_ends_in_another_error(tmp_path: Path, data: st.DataObject) -> None:
+    """Configs and tensors at random: read, or refused with a message."""
+    values = st.one_of(
+        st.none(), st.booleans(), st.integers(-2, 9), st.floats(), st.text(max_size=4), st.lists(st.integers())
+    )
+    options = st.sampled_from(["r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "init_lora_weights"])
+    patterns = st.dictionaries(st.text(max_size=4), values, max_size=2)
+    config = data.draw(st.dictionaries(options, st.one_of(values, patterns), max_size=4))
+    shapes = st.lists(st.sampled_from([0, 1, 4, 16, 24]), max_size=3).map(tuple)
+    names = st.sampled_from([*UP, "up.ia3_l", "up.bias", "up.lora_B.bias", "norm", "up.lora_embedding_A", "other"])
+    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])
+    drawn = data.draw(st.dictionaries(names, st.tuples(shapes, dtypes), max_size=4))
+    tensors = {name: torch.ones(shape).to(dtype) for name, (shape, dtype) in drawn.items()}
+    folder = tmp_path / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)
+    write(folder, tensors, peft_type=data.draw(st.sampled_from(["LORA", "IA3"])), **config)
+    try:
+        read(folder, base_weights())
+    except fm.CheckpointError as error:
+        refusal = str(error)
+    else:
+        return
+    assert str(folder) in refusal
+
+
+def test_an_adapter_saved_by_torch_is_read(tmp_path: Path) -> None:
+    folder = lora(tmp_path / "adapter")
+    expected = read(folder, base_weights())
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    found = read(folder, base_weights())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def models() -> dict[str, Any]:

@@ -277,7 +277,7 @@ def test_truncated_torch_file(tmp_path: Path) -> None:
     [
         ([torch.zeros(2)], "holds a list"),
         (torch.zeros(2), "holds a Tensor"),
-        ({"state_dict": {"a": torch.zeros(2)}}, "'state_dict' is a dict"),
+        ({"state_dict": {"a": 2}}, "'state_dict' is a dict"),
         ({"a": torch.zeros(2), "step": 3}, "'step' is a int"),
         ({3: torch.zeros(2)}, "the key 3"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),

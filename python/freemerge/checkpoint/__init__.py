@@ -1,10 +1,10 @@
 """Checkpoints in and out: lazy reading, preflight comparison, streaming and atomic writing, provenance."""
 
-from .adapter import open_model
 from .carry import carry_over
 from .compare import Comparison, check_finite, compare
 from .manifest import InputHashes, build_manifest, verify
 from .model_card import model_card
+from .opening import Inputs, open_inputs, open_model
 from .reader import Checkpoint, Source
 from .spec import MERGEABLE, TensorSpec
 from .writer import DEFAULT_SHARD_BYTES, CheckpointWriter
@@ -16,6 +16,7 @@ __all__ = [
     "CheckpointWriter",
     "Comparison",
     "InputHashes",
+    "Inputs",
     "Source",
     "TensorSpec",
     "build_manifest",
@@ -23,6 +24,7 @@ __all__ = [
     "check_finite",
     "compare",
     "model_card",
+    "open_inputs",
     "open_model",
     "verify",
 ]

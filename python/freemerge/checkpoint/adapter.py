@@ -2,195 +2,294 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .locate import display_name
-from .reader import Checkpoint, Source
+from .adapter_config import WAY_OUT, AdapterConfig
+from .adapter_layers import Ia3, Lora, fits, fits_ia3
+from .adapter_orientation import Orientation, Target
+from .architecture import Architecture
+from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, display_name, entry
+from .pickled import PickledFile
+from .reader import Checkpoint
 from .safetensors_file import SafetensorsFile
-from .spec import MERGEABLE
+from .spec import MERGEABLE, TensorSpec
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
+_LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?$")
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?$")
 _IA3 = re.compile(r"(.+)\.ia3_l$")
-
-
-def is_adapter(source: object) -> bool:
-    """Whether a path is the directory of a PEFT adapter."""
-    return isinstance(source, (str, os.PathLike)) and (Path(source) / CONFIG_FILE).is_file()
-
-
-def open_model(source: Source | Checkpoint, base: Checkpoint) -> Checkpoint:
-    """Open a fine-tuned model of ``base``: any checkpoint, or the directory of a PEFT adapter trained on it."""
-    return AdaptedCheckpoint(Path(str(source)), base) if is_adapter(source) else Checkpoint.open(source)
+_BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
+_HELD_IN_FULL = re.compile(r"\.(modules_to_save|base_layer)\.")
 
 
 class AdaptedCheckpoint(Checkpoint):
     """``base`` with a LoRA or IA3 adapter applied, as PEFT's ``merge_and_unload`` does, computed when it is read.
 
-    LoRA: W + s B A with s = lora_alpha / r (/ sqrt(r) with ``use_rslora``), rank and alpha patterns included. IA3:
-    W scaled along its outputs, or along its inputs for feed-forward modules; the bias of the former too. Tensors that
-    the adapter holds in full (``modules_to_save``, trained biases) replace the base's. Adapted tensors are float32
-    (float64 where the base is), so a task vector keeps what a bfloat16 sum would round away; nothing but the tensor
-    being read is ever held. ``base`` is shared, and stays open.
+    LoRA: W + s B A with s = lora_alpha / r (/ sqrt(r) with ``use_rslora``), rank and alpha patterns, DoRA, trained and
+    own biases, and the initialisations PiSSA and OLoRA included. IA3: W scaled along its outputs, or along its inputs
+    for feed-forward modules; the bias of the former too. Tensors that the adapter holds in full (``modules_to_save``,
+    trained biases) replace the base's. Adapted tensors are float32 (float64 where the base is), so a task vector keeps
+    what a bfloat16 sum would round away; nothing but the tensor being read is ever held. ``base`` is shared, and stays
+    open.
+
+    A head that the base ties to its embeddings, and that the adapter leaves alone, keeps the base's values, as it does
+    while the adapter is trained.
 
     Raises CheckpointError, naming the file, for other kinds of adapters and for tensors that do not fit the base.
     """
 
-    def __init__(self, path: Path, base: Checkpoint) -> None:
-        config = _config(path / CONFIG_FILE)
-        self.path = path
-        self.directory = None
-        self.files = (path / CONFIG_FILE, path / WEIGHTS_FILE)
+    widened = True
+
+    def __init__(self, path: Path, base: Checkpoint, named: Callable[[str], str] = lambda name: name) -> None:
+        self.path = self.directory = path
+        weights = entry(path, next((name for name in ADAPTER_WEIGHTS if (path / name).exists()), ADAPTER_WEIGHTS[0]))
+        self.files = (entry(path, ADAPTER_CONFIG), weights)
+        self.config = AdapterConfig.read(self.files[0])
         self.label = str(path)
         self.name = display_name(path)
         self._base = base
-        self._file = SafetensorsFile(path / WEIGHTS_FILE)
+        self._to_base = named
+        self._file = _open(weights)
+        if not self._stored:
+            raise CheckpointError(f"{weights}: the adapter holds no tensors")
         self._full: dict[str, str] = {}  # tensor -> the adapter's key that replaces it, before any change
         self._changes: dict[str, Callable[[Tensor], Tensor]] = {}
-        if config["peft_type"] == "LORA":
-            self._plan_lora(config)
-        else:
-            self._plan_ia3(config)
-        touched = self._full.keys() | self._changes.keys()
-        self.specs = {
-            name: spec.with_dtype(_wide(spec.dtype)) if name in touched else spec for name, spec in base.specs.items()
-        }
-        self.tied = {name: first for name, first in base.tied.items() if name not in touched}
+        self._stand_ins: dict[str, str] = {}  # tied names that the base does not store -> what it stores for them
+        others = self._plan_lora() if self.config.kind == "LORA" else self._plan_ia3()
+        for key in others:
+            self._plan_replacement(key)
+        self._keep_untouched_heads()
+        self._set_specs()
 
     def read(self, name: str) -> Tensor:
-        tensor = self._file.read(self._full[name]) if name in self._full else self._base.read(name)
+        if name in self._full:
+            tensor = self._file.read(self._full[name])
+        else:
+            tensor = self._base.read(self._stand_ins.get(name, name))
         tensor = tensor.to(self.specs[name].dtype)
         return self._changes[name](tensor) if name in self._changes else tensor
 
     def origin(self, name: str) -> str:
         touched = name in self._full or name in self._changes
-        return str(self.files[1]) if touched else self._base.origin(name)
+        return str(self.files[1]) if touched else self._base.origin(self._stand_ins.get(name, name))
 
     def close(self) -> None:
         self._full, self._changes = {}, {}
 
-    def _plan_lora(self, config: Mapping[str, Any]) -> None:
-        pairs: dict[str, dict[str, str]] = {}
-        for key in self._file.slots:
-            found = _LORA.match(key)
-            if found is None:
-                self._plan_replacement(key)
+    def _find_architecture(self) -> Architecture | None:
+        return self._base.architecture
+
+    @property
+    def _stored(self) -> Mapping[str, TensorSpec]:
+        if isinstance(self._file, PickledFile):
+            return self._file.specs
+        return {name: slot.spec for name, slot in self._file.slots.items()}
+
+    # LoRA
+
+    def _plan_lora(self) -> list[str]:
+        """Plan what LoRA changes; returns the keys that are not LoRA's."""
+        layers: dict[str, dict[str, str]] = {}
+        others = []
+        for key in self._stored:
+            found, magnitude = _LORA.match(key), _MAGNITUDE.match(key)
+            if found is None and magnitude is None:
+                others.append(key)
                 continue
-            module = found.group(1).removeprefix(_PREFIX)
-            pairs.setdefault(module, {})[found.group(3)] = key
-            pairs[module]["embedding"] = found.group(2) or ""
-        for module, pair in pairs.items():
-            name = self._named(f"{module}.weight", pair.get("A") or pair["B"])
-            if not {"A", "B"} <= set(pair):
+            module = self._module((found or magnitude).group(1))  # type: ignore[union-attr]
+            part = "M" if found is None else found.group(3) + ("bias" if found.group(4) == "bias" else "")
+            layer = layers.setdefault(module, {})
+            if part in layer:
+                raise CheckpointError(f"{self.files[1]}: {layer[part]} and {key} are for the same layer")
+            layer[part] = key
+            if found is not None and found.group(2):
+                layer["embedding"] = "yes"
+        for module, layer in layers.items():
+            if not {"A", "B"} <= layer.keys():
                 raise CheckpointError(f"{self.files[1]}: {module} has only one of lora_A and lora_B")
-            shapes = self._file.slots[pair["A"]].spec.shape, self._file.slots[pair["B"]].spec.shape
-            turned = bool(pair["embedding"]) or bool(config.get("fan_in_fan_out"))
-            product = (shapes[1][0], shapes[0][1]) if [len(shape) for shape in shapes] == [2, 2] else ()
-            expected = self._base.specs[name].shape
-            if shapes[0][0] != shapes[1][-1] or (product[::-1] if turned else product) != expected:
-                raise CheckpointError(
-                    f"{self.files[1]}: {module} has lora_A {shapes[0]} and lora_B {shapes[1]}, which do not make up "
-                    f"the base's {name} {expected}"
-                )
-            scale = _scale(config, self.files[0], module, shapes[0][0])
-            self._changes[name] = self._lora(pair["A"], pair["B"], scale, turned)
+        targets = {module: self._lora_target(module, layer) for module, layer in layers.items()}
+        matrices = [target for module, target in targets.items() if "embedding" not in layers[module]]
+        orientation = Orientation(self._base, self.config.flag("fan_in_fan_out"), matrices)
+        for module, layer in layers.items():
+            self._plan_layer(module, layer, targets[module], orientation)
+        return others
 
-    def _lora(self, key_a: str, key_b: str, scale: float, turned: bool) -> Callable[[Tensor], Tensor]:
-        def apply(weight: Tensor) -> Tensor:
-            # In float64, which autocast and lowered matmul precisions leave alone.
-            a, b = self._file.read(key_a).double(), self._file.read(key_b).double()
-            change = a.T @ b.T if turned else b @ a
-            return change.mul_(scale).add_(weight).to(weight.dtype)
+    def _lora_target(self, module: str, layer: Mapping[str, str]) -> Target:
+        if f"{module}.in_proj_weight" in self._base.specs:
+            raise CheckpointError(f"{self.files[1]}: {module} is a MultiheadAttention, not merged here; {WAY_OUT}")
+        a, b = self._floating(layer["A"]), self._floating(layer["B"])
+        if a.shape and not a.shape[0]:
+            raise CheckpointError(f"{self.files[1]}: {module} has rank 0")
+        name = self._named(f"{module}.weight", layer["A"])
+        expected = self._base_spec(name).shape
+        plain, turned = (fits(a, b, expected, turned=turned) for turned in (False, True))
+        if "embedding" in layer:
+            plain = False
+        misfit = (
+            f"{self.files[1]}: {module} has lora_A {a.shape} and lora_B {b.shape}, which do not make up the base's "
+            f"{name} {expected}"
+        )
+        if not plain and not turned:
+            raise CheckpointError(misfit)
+        rank = self.config.rank(module)
+        if rank is not None and rank != a.shape[0]:
+            raise CheckpointError(
+                f"{self.files[1]}: {module} has rank {a.shape[0]}, but {self.files[0].name} gives it rank {rank}"
+            )
+        return Target(name, plain, turned, misfit)
 
-        return apply
+    def _plan_layer(self, module: str, layer: Mapping[str, str], target: Target, orientation: Orientation) -> None:
+        rank = self._stored[layer["A"]].shape[0]
+        scale = self.config.scale(module, rank)
+        turned = "embedding" in layer or orientation.turned(target)
+        initialisation = "" if "embedding" in layer else self.config.initialisation
+        if initialisation and (len(self._base_spec(target.name).shape) != 2 or (turned and initialisation == "olora")):
+            raise CheckpointError(f"{self.files[0]}: PEFT does not initialise {module} by {initialisation}")
+        if self.config.flag("use_dora"):
+            self._check_magnitude(module, layer, target.name, turned=turned)
+        magnitude = layer["M"] if self.config.flag("use_dora") else ""
+        lora = Lora(layer["A"], layer["B"], scale, turned, magnitude, initialisation)
+        self._change(target.name, layer["A"], lambda weight: lora.apply(weight, self._file.read))
+        if "Bbias" in layer:
+            bias, key = self._named(f"{module}.bias", layer["Bbias"]), layer["Bbias"]
+            if self._floating(key).shape != self._base_spec(bias).shape:
+                raise CheckpointError(f"{self.files[1]}: {key} does not have the shape of the base's {bias}")
+            self._change(bias, key, lambda weight: weight + scale * self._file.read(key).to(weight.dtype))
 
-    def _plan_ia3(self, config: Mapping[str, Any]) -> None:
-        for key in self._file.slots:
+    def _check_magnitude(self, module: str, layer: Mapping[str, str], name: str, *, turned: bool) -> None:
+        if "M" not in layer:
+            raise CheckpointError(f"{self.files[1]}: {module} has no lora_magnitude_vector, but use_dora is set")
+        outputs = self._base_spec(name).shape[1 if turned else 0]
+        if self._floating(layer["M"]).numel != outputs:
+            raise CheckpointError(f"{self.files[1]}: {layer['M']} does not have one value for each output of {name}")
+
+    # IA3
+
+    def _plan_ia3(self) -> list[str]:
+        """Plan what IA3 changes; returns the keys that are not IA3's."""
+        layers: dict[str, str] = {}
+        others = []
+        for key in self._stored:
             found = _IA3.match(key)
             if found is None:
-                self._plan_replacement(key)
-                continue
-            module = found.group(1).removeprefix(_PREFIX)
-            name = self._named(f"{module}.weight", key)
-            shape, expected = self._file.slots[key].spec.shape, self._base.specs[name].shape
-            turned = bool(config.get("fan_in_fan_out"))
-            shape = shape[::-1] if turned else shape
-            if len(expected) != 2 or shape not in ((expected[0], 1), (1, expected[1])):
-                raise CheckpointError(f"{key} {shape} of {self.files[1]} does not scale the base's {name} {expected}")
-            self._changes[name] = self._ia3(key, shape)
-            bias = f"{module}.bias"
+                others.append(key)
+            elif layers.setdefault(module := self._module(found.group(1)), key) != key:
+                raise CheckpointError(f"{self.files[1]}: {layers[module]} and {key} are for the same layer")
+        targets = {module: self._ia3_target(module, key) for module, key in layers.items()}
+        orientation = Orientation(self._base, self.config.flag("fan_in_fan_out"), [*targets.values()])
+        for module, key in layers.items():
+            feedforward = self.config.is_feedforward(module)
+            ia3 = Ia3(key, feedforward, orientation.turned(targets[module]))
+            self._change(targets[module].name, key, lambda weight, ia3=ia3: ia3.apply(weight, self._file.read))  # type: ignore[misc]
+            bias = self._to_base(f"{module}.bias")
             # A feed-forward module's input is scaled, which its bias never meets.
-            if not _is_feedforward(config, module) and bias in self._base.specs:
-                self._changes[bias] = self._ia3(key, (-1,))
+            if not feedforward and bias in self._base.specs:
+                self._change(bias, key, lambda weight, ia3=ia3: ia3.apply(weight, self._file.read))  # type: ignore[misc]
+        return others
 
-    def _ia3(self, key: str, shape: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
-        return lambda weight: weight * self._file.read(key).to(weight.dtype).reshape(shape)
+    def _ia3_target(self, module: str, key: str) -> Target:
+        name = self._named(f"{module}.weight", key)
+        factors, expected = self._floating(key).shape, self._base_spec(name).shape
+        feedforward = self.config.is_feedforward(module)
+        plain = fits_ia3(factors, expected, feedforward=feedforward, turned=False)
+        turned = len(expected) == 2 and fits_ia3(factors, expected, feedforward=feedforward, turned=True)
+        misfit = f"{key} {factors} of {self.files[1]} does not scale the base's {name} {expected}"
+        if not plain and not turned:
+            raise CheckpointError(misfit)
+        return Target(name, plain, turned, misfit)
+
+    # Tensors held in full
 
     def _plan_replacement(self, key: str) -> None:
         """A tensor that the adapter holds in full; an adapted embedding is saved as ``base_layer`` beside its LoRA."""
-        name = self._named(re.sub(r"\.(modules_to_save|base_layer)\.", ".", key.removeprefix(_PREFIX)), key)
-        shape, expected = self._file.slots[key].spec.shape, self._base.specs[name].shape
-        if shape != expected:
-            raise CheckpointError(f"{self.files[1]}: {key} has shape {shape}, the base's {name} has {expected}")
+        if re.search(r"\.(lora_|ia3_|token_adapter\.)", key):
+            raise CheckpointError(f"{self.files[1]}: {key} is a kind of adapter weight that is not merged here")
+        name = self._to_base(_HELD_IN_FULL.sub(".", key.removeprefix(_PREFIX)))
+        if name in self._full:
+            raise CheckpointError(f"{self.files[1]}: {self._full[name]} and {key} both replace {name}")
+        if name in self._changes and ".base_layer." not in key:
+            raise CheckpointError(f"{self.files[1]}: {key} replaces {name}, which the adapter also changes")
+        if name in self._base.specs or name in self._base.absent_ties:
+            spec, expected = self._stored[key], self._base_spec(self._named(name, key))
+            if spec.shape != expected.shape:
+                raise CheckpointError(
+                    f"{self.files[1]}: {key} has shape {spec.shape}, the base's {name} has {expected.shape}"
+                )
+            self._floating(key)
         self._full[name] = key
+
+    # Shared
+
+    def _change(self, name: str, key: str, change: Callable[[Tensor], Tensor]) -> None:
+        if name in self._changes:
+            raise CheckpointError(f"{self.files[1]}: {key} is a second adapter of {name}")
+        self._changes[name] = change
+
+    def _module(self, path: str) -> str:
+        return _BASE_LAYER.sub("", path.removeprefix(_PREFIX))
+
+    def _floating(self, key: str) -> TensorSpec:
+        spec = self._stored[key]
+        if spec.dtype not in MERGEABLE:
+            raise CheckpointError(f"{self.files[1]}: {key} is {spec.dtype_name}, not floating point")
+        return spec
 
     def _named(self, name: str, key: str) -> str:
         """The base's tensor that an adapter's key is about."""
-        if name not in self._base.specs:
+        name = self._to_base(name)
+        if name not in self._base.specs and name not in self._base.absent_ties:
             raise CheckpointError(f"{self.files[1]}: {key} adapts {name}, which {self._base.label} does not have")
-        if self._base.specs[name].dtype not in MERGEABLE:
-            raise CheckpointError(f"{self.files[1]}: {key} adapts {name}, which is {self._base.specs[name].dtype_name}")
+        if self._base_spec(name).dtype not in MERGEABLE:
+            raise CheckpointError(f"{self.files[1]}: {key} adapts {name}, which is {self._base_spec(name).dtype_name}")
         return name
+
+    def _base_spec(self, name: str) -> TensorSpec:
+        if name in self._base.specs:
+            return self._base.specs[name]
+        first = self._base.specs[self._base.absent_ties[name]]
+        return TensorSpec(name, first.shape, first.dtype)
+
+    def _keep_untouched_heads(self) -> None:
+        """Second names of what the adapter changes keep the base's values; PEFT stores those that it changes, too."""
+        touched = self._full.keys() | self._changes.keys()
+        ties = {**self._base.tied, **(self._base.absent_ties if self._touches_embeddings(touched) else {})}
+        self.tied = {}
+        for second, first in ties.items():
+            changed = second in touched or first in touched
+            if changed and second not in self._base.specs:
+                self._stand_ins[second] = first
+            elif not changed and second in self._base.specs:
+                self.tied[second] = first
+
+    def _touches_embeddings(self, touched: Set[str]) -> bool:
+        """Whether the adapter changes something that transformers may tie: asked before transformers is imported."""
+        return any(
+            name not in self._base.specs or (name in self._full and len(self._base.specs[name].shape) > 1)
+            for name in touched
+        ) or any(".lora_embedding_" in key for key in self._stored)
+
+    def _set_specs(self) -> None:
+        base = dict(self._base.specs)
+        base |= {name: self._base_spec(name) for name in self._stand_ins}
+        base |= {name: self._stored[key] for name, key in self._full.items() if name not in base}
+        touched = self._full.keys() | self._changes.keys()
+        self.specs = {
+            name: TensorSpec(name, spec.shape, _wide(spec.dtype) if name in touched else spec.dtype)
+            for name, spec in sorted(base.items())
+        }
+
+
+def _open(path: Path) -> SafetensorsFile | PickledFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in MERGEABLE:
+        return dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "IA3"):
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise CheckpointError(f"{path}: only LoRA and IA3 adapters can be merged, peft_type is {kind!r}")
-    for option in ("use_dora", "layer_replication", "megatron_config"):
-        if config.get(option):
-            raise CheckpointError(f"{path}: adapters with {option} cannot be merged")
-    return config
-
-
-def _scale(config: Mapping[str, Any], path: Path, module: str, rank: int) -> float:
-    """lora_alpha / r of one module; the file's own rank is what counts."""
-    try:
-        alpha = float(_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha")))
-    except (TypeError, ValueError, re.error) as error:
-        raise CheckpointError(f"{path}: lora_alpha or alpha_pattern of {module}: {error}") from None
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _is_feedforward(config: Mapping[str, Any], module: str) -> bool:
-    """A name or a list of names is a suffix of the module's path; a string is a pattern for all of it."""
-    feedforward = config.get("feedforward_modules") or []
-    if isinstance(feedforward, str):
-        return re.fullmatch(feedforward, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in feedforward)

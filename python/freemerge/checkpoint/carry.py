@@ -12,7 +12,11 @@ import torch
 from ..errors import CheckpointError
 from .locate import entry
 from .publish import MANIFEST
+from .quantised import QUANTISATION
+from .reader import Checkpoint
 from .safetensors_file import open_regular
+from .side_files import is_tokenizer_file, token_ids
+from .tied import with_untied_embeddings
 
 CONFIG = "config.json"
 _WEIGHT_SUFFIXES = (
@@ -25,23 +29,48 @@ _LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json"})
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
-def carry_over(base: Path, target: Path, *, out_dtype: torch.dtype | None = None) -> list[str]:
+def carry_over(
+    base: Path,
+    target: Path,
+    *,
+    out_dtype: torch.dtype | None = None,
+    untied: bool = False,
+    dequantised: bool = False,
+    tokenizer: Checkpoint | None = None,
+) -> list[str]:
     """Copy config, tokenizer, generation settings, chat templates, licence and custom code from ``base`` to ``target``.
 
     Left out are weights in any format and their indexes, exports (``onnx/`` and the like), training checkpoints and
-    their results, hidden files and the model card. ``out_dtype``, if given, is written into ``config.json``.
+    their results, hidden files and the model card. ``out_dtype``, if given, is written into ``config.json``; so is
+    that the embeddings are not tied, if they are ``untied``. How the weights were quantised is left out of it if they
+    are ``dequantised``. The files of the tokenizer and the special tokens come from ``tokenizer``, if it is given.
 
     Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
     ``base`` and for files that are not regular, before anything is copied.
     """
-    names = sorted(_carried(base, base))
+    sources = {name: base / name for name in _carried(base, base)}
+    if tokenizer is not None and tokenizer.directory is not None:
+        sources = {name: path for name, path in sources.items() if not is_tokenizer_file(name)}
+        others = _carried(tokenizer.directory, tokenizer.directory)
+        sources |= {name: tokenizer.directory / name for name in others if is_tokenizer_file(name)}
+    names = sorted(sources)
     for name in names:
         destination = target / name
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with open(open_regular(base / name), "rb") as source, open(destination, "wb") as sink:
+        with open(open_regular(sources[name]), "rb") as source, open(destination, "wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)
-    if out_dtype is not None and CONFIG in names:
-        _set_dtype(target / CONFIG, base / CONFIG, str(out_dtype).removeprefix("torch."))
+    if dequantised and out_dtype is None:
+        out_dtype = torch.float32
+    ids = {} if tokenizer is None else token_ids(tokenizer)
+    if (out_dtype is not None or untied or ids) and CONFIG in names:
+        config = _read_config(base / CONFIG) | ids
+        if out_dtype is not None:
+            _set_dtype(config, str(out_dtype).removeprefix("torch."))
+        if dequantised:
+            config = {name: value for name, value in config.items() if name not in QUANTISATION}
+        if untied:
+            config = with_untied_embeddings(config)
+        (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return names
 
 
@@ -69,17 +98,20 @@ def _is_weight(path: Path) -> bool:
     )
 
 
-def _set_dtype(written: Path, source: Path, dtype: str) -> None:
+def _read_config(source: Path) -> dict[str, object]:
     try:
         config = json.loads(source.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{source}: not a JSON object")
+    return config
+
+
+def _set_dtype(config: dict[str, object], dtype: str) -> None:
     if not any(key in config for key in _DTYPE_KEYS):
         config[_DTYPE_KEYS[0]] = dtype
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in _DTYPE_KEYS:
             if isinstance(part.get(key), str):
                 part[key] = dtype
-    written.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +10,10 @@ import torch
 from ..errors import CheckpointError
 from .reader import Checkpoint
 from .spec import MERGEABLE, TensorSpec
+from .tied import VOCABULARY, copied_names, same_values
 
 _LISTED = 10
 _FINITE_BLOCK = 1 << 22
-# Names of tensors with one row per vocabulary entry, over the common architectures.
-_VOCABULARY = re.compile(
-    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|shared|lm_head|predictions\.decoder)\.(weight|bias)$"
-)
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ def compare(
     Raises CheckpointError that names tensors and models. Reads no tensor, except to explain a tied head.
     """
     everyone = (base, *models)
-    tied = {name: first for name, first in _tied_names(everyone).items() if merged(name)}
+    tied = _tied_names(everyone, merged)
     expected = {name for name in base.specs if merged(name) and name not in tied}
     for model in models:
         _check_names(base, model, expected, {name for name in model.specs if merged(name) and name not in tied})
@@ -58,6 +54,20 @@ def compare(
         if len(set(dtypes)) > 1:
             mixed[name] = dtypes
     return Comparison(names, tied, mixed)
+
+
+def mixed_dtype_notices(comparison: Comparison, base: Checkpoint, models: Sequence[Checkpoint]) -> list[str]:
+    """A line for each model, and pair of dtypes, whose tensors are stored otherwise than the base's."""
+    found: dict[tuple[int, str, str], int] = {}
+    for dtypes in comparison.mixed_dtypes.values():
+        for i, dtype in enumerate(dtypes[1:]):
+            if dtype != dtypes[0] and not models[i].widened:
+                key = i, str(dtype).removeprefix("torch."), str(dtypes[0]).removeprefix("torch.")
+                found[key] = found.get(key, 0) + 1
+    return [
+        f"models[{i}] ({models[i].name}) stores {count} tensors in {theirs}, the base in {ours}"
+        for (i, theirs, ours), count in sorted(found.items())
+    ]
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -81,43 +91,28 @@ def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
         )
 
 
-def _tied_names(everyone: Sequence[Checkpoint]) -> dict[str, str]:
+def _tied_names(everyone: Sequence[Checkpoint], merged: Callable[[str], bool]) -> dict[str, str]:
     """Second name -> first name of every tensor that one of the checkpoints ties.
 
     A file leaves second names out, a state dict lists them, and some exporters write a copy under each name. All three
-    are the same model, so copies are recognised by their values. One that differs is an error: the model is not tied.
+    are the same model, so copies are recognised by their values. One that differs is an error: the model is not tied,
+    and has to be taken apart first (:func:`freemerge.checkpoint.tied.untie`).
     """
     tied: dict[str, str] = {}
     for checkpoint in everyone:
-        for name, first in (*checkpoint.tied.items(), *_copied_heads(checkpoint, everyone)):
+        for name, first in (
+            checkpoint.tied | dict(checkpoint.copies) | copied_names(checkpoint, everyone, merged)
+        ).items():
             root = tied.get(first, first)  # another source may list the same pair in the other order
-            if name != root:
+            if name != root and merged(name):
                 tied.setdefault(name, root)
     for name, first in tied.items():
         for checkpoint in everyone:
-            if name in checkpoint.specs and not _equal(checkpoint, name, first):
+            if name in checkpoint.specs and not same_values(checkpoint, name, first):
                 raise CheckpointError(
                     f"{checkpoint.label}: {name} is not the same as {first}, but another of the models ties the two"
                 )
     return tied
-
-
-def _copied_heads(checkpoint: Checkpoint, everyone: Sequence[Checkpoint]) -> Iterator[tuple[str, str]]:
-    """Heads that some other checkpoint lacks and that are copies of this one's embeddings."""
-    vocabulary = [name for name in checkpoint.specs if _VOCABULARY.search(name)]
-    shared = [name for name in vocabulary if all(name in other.specs for other in everyone)]
-    for name in vocabulary:
-        if name not in shared and name not in checkpoint.tied:
-            yield from ((name, first) for first in shared if _equal(checkpoint, name, first))
-
-
-def _equal(checkpoint: Checkpoint, name: str, first: str) -> bool:
-    if checkpoint.tied.get(name, name) == checkpoint.tied.get(first, first):
-        return True
-    ours, theirs = checkpoint.specs[name], checkpoint.specs.get(first)
-    if theirs is None or (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-        return False
-    return torch.equal(checkpoint.read(name), checkpoint.read(first))
 
 
 def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found: set[str]) -> None:
@@ -129,10 +124,7 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
         parts.append(f"lacks {len(missing)} tensors of the base: {_some(missing)}")
     if unexpected:
         parts.append(f"has {len(unexpected)} tensors that the base lacks: {_some(unexpected)}")
-    hint = ""
-    if any(_VOCABULARY.search(name) for name in (*missing, *unexpected)):
-        hint = "; a model without a head of its own ties it to the embeddings and does not fit one that has a head"
-    raise CheckpointError(f"{model.label} {' and '.join(parts)} (base: {base.label}){hint}")
+    raise CheckpointError(f"{model.label} {' and '.join(parts)} (base: {base.label})")
 
 
 def _check_shapes(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> None:
@@ -151,7 +143,7 @@ def _check_shapes(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> 
 
 
 def _is_vocabulary(ours: TensorSpec, theirs: TensorSpec) -> bool:
-    return bool(_VOCABULARY.search(ours.name)) and ours.shape[1:] == theirs.shape[1:] and len(ours.shape) > 0
+    return bool(VOCABULARY.search(ours.name)) and ours.shape[1:] == theirs.shape[1:] and len(ours.shape) > 0
 
 
 def _check_kinds(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> None:

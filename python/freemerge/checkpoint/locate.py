@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .containers import GGUF_ADVICE
+from .hub_cache import REPOSITORY, stays_in_one_cache
 from .safetensors_file import open_regular
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth"})
+_FULL_WEIGHTS = (SAFETENSORS_INDEX, SAFETENSORS, PICKLE_INDEX, PICKLE)
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _MAX_INDEX_BYTES = 100_000_000
 
 
@@ -40,12 +45,49 @@ def locate(path: Path) -> Located:
         raise CheckpointError(f"{path}: no such file or directory (models are not downloaded; give a local path)")
     if path.name.endswith(".index.json"):
         return _read_index(path.parent, path)
-    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES:
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path}: {GGUF_ADVICE}")
+    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES or _is_blob(path):
         return Located((path,))
-    raise CheckpointError(f"{path}: not a model directory, .safetensors, .bin, .pt, .pth or .index.json file")
+    raise CheckpointError(f"{path}: not a model directory, .safetensors, .bin, .pt, .pth, .ckpt or .index.json file")
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its name, or for a blob of the Hub cache, which has none, by its beginning."""
+    if not _is_blob(path):
+        return path.suffix == ".safetensors"
+    with open(open_regular(path), "rb") as stream:
+        return stream.read(9)[8:] == b"{"
+
+
+def _is_blob(path: Path) -> bool:
+    return path.parent.name == "blobs" and path.parent.parent.name.startswith(REPOSITORY) and not path.suffix
+
+
+def adapter_weights(directory: Path) -> Path | None:
+    """The weights of a PEFT adapter, if a directory is one.
+
+    A directory that is also a full model is refused: loaders disagree on which of the two it is. A leftover
+    adapter_config.json without weights makes no adapter.
+    """
+    weights = next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
+    if weights is None or not (directory / ADAPTER_CONFIG).is_file():
+        return None
+    full = next((name for name in _FULL_WEIGHTS if os.path.lexists(directory / name)), None)
+    if full is not None:
+        raise CheckpointError(
+            f"{directory} holds a full model ({full}) and an adapter ({weights.name}): give {directory / full} or "
+            f"{weights}, whichever is meant"
+        )
+    return weights
 
 
 def _locate_in_directory(directory: Path) -> Located:
+    if adapter_weights(directory) is not None:
+        raise CheckpointError(
+            f"{directory} is a PEFT adapter, not a full model; it can be one of the models, beside the base that it "
+            "was trained on"
+        )
     for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
         has_single, has_index = os.path.lexists(directory / single), os.path.lexists(directory / index)
         if has_single and has_index:
@@ -54,12 +96,12 @@ def _locate_in_directory(directory: Path) -> Located:
             return Located((entry(directory, single),), directory)
         if has_index:
             return _read_index(directory, entry(directory, index))
-    if (directory / "adapter_config.json").exists():
-        raise CheckpointError(f"{directory} is a PEFT adapter, not a full model")
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if len(others) == 1:
         return Located((entry(directory, others[0]),), directory)
     found = f"several files and no index: {', '.join(others[:10])}" if others else f"no {SAFETENSORS} or {PICKLE}"
+    if (directory / ADAPTER_CONFIG).is_file():
+        found = f"the {ADAPTER_CONFIG} of a PEFT adapter without {' or '.join(ADAPTER_WEIGHTS)}, and {found}"
     raise CheckpointError(f"{directory}: not a model directory ({found})")
 
 
@@ -95,8 +137,8 @@ def _is_plain(name: str) -> bool:
 def entry(directory: Path, name: str, *, home: Path | None = None) -> Path:
     """``directory / name``, provided that it exists and does not lead elsewhere.
 
-    A symbolic link may only end inside the directory (or the ``home`` it belongs to) or, as in the Hugging Face cache,
-    in the ``blobs`` folder beside ``snapshots``: otherwise a downloaded model could name, and a merged one publish, any
+    A symbolic link may only end inside the directory (or the ``home`` it belongs to) or in a Hugging Face cache, if
+    all links of the directory end in that one: otherwise a downloaded model could name, and a merged one publish, any
     file of this machine.
     """
     path = directory / name
@@ -105,12 +147,12 @@ def entry(directory: Path, name: str, *, home: Path | None = None) -> Path:
     except (OSError, RuntimeError):
         raise CheckpointError(f"{path}: no such file") from None
     home = (home or directory).resolve()
-    if home in target.parents:
+    if home in target.parents or stays_in_one_cache(home, target):
         return path
-    cache = next((parent.parent for parent in home.parents if parent.name == "snapshots"), None)
-    if cache is not None and target.parent == cache / "blobs":
-        return path
-    raise CheckpointError(f"{path} is a symbolic link out of its directory: copy the file, or name {target} itself")
+    raise CheckpointError(
+        f"{path} is a symbolic link out of its directory; copy the files to where the links are, as with "
+        f"`cp -rL {directory} COPY`, and give the copy"
+    )
 
 
 def display_name(path: Path) -> str:

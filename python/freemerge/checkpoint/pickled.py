@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Mapping
+import re
+import zipfile
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
+from .containers import GGUF_ADVICE, SEPARATOR, state_dict_in
 from .safetensors_file import open_regular
 from .state_dict import dense_tensors, specs_of, tied_names
 
@@ -16,16 +19,23 @@ _RELEASE_AFTER_BYTES = 256 << 20
 
 
 class PickledFile:
-    """One ``.bin``, ``.pt`` or ``.pth`` file holding a state dict, memory-mapped if it is in torch's zip format.
+    """One ``.bin``, ``.pt``, ``.pth`` or ``.ckpt`` file holding a state dict; mapped if it is in torch's zip format.
 
-    The map is of the whole file, so pages that were read stay resident until it is released; the next read maps it
-    anew. Files in torch's format from before 1.6 cannot be mapped and are held in memory.
+    ``key`` says where in the file the state dict is, if there is more than one. The map is of the whole file, so pages
+    that were read stay resident until it is released; the next read maps it anew. Files in torch's format from before
+    1.6 cannot be mapped and are held in memory.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, key: str = "") -> None:
+        self.path, self._key = path, key
         with open(open_regular(path), "rb") as stream:
-            self._mapped = stream.read(4) == b"PK\x03\x04"
+            beginning = stream.read(4)
+            self._bytes = os.fstat(stream.fileno()).st_size
+        if beginning == b"GGUF":
+            raise CheckpointError(f"{path}: {GGUF_ADVICE}")
+        self._mapped = beginning == b"PK\x03\x04"
+        if self._mapped:
+            _check_archive(path, self._bytes)
         state = self._load()
         self.specs = specs_of(state)
         self.tied = tied_names(state)
@@ -50,12 +60,45 @@ class PickledFile:
 
     def _load(self) -> dict[str, torch.Tensor]:
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except pickle.UnpicklingError as error:
-            reason = str(error).split("\n")[0]
-            raise CheckpointError(f"{self.path}: refused, it is not plain tensors (weights_only): {reason}") from None
-        except Exception as error:  # a damaged or hostile file can make the unpickler raise anything
-            raise CheckpointError(f"{self.path}: not a readable torch file: {error}") from None
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"{self.path}: holds a {type(state).__name__}, not a state dict")
-        return dense_tensors(str(self.path), state)
+            raise CheckpointError(f"{self.path}: {_not_tensors(str(error))}") from None
+        except Exception:  # a damaged or hostile file can make the unpickler raise anything
+            raise CheckpointError(f"{self.path}: not a readable torch file: damaged, cut, or of another kind") from None
+        source = f"{self.path}{SEPARATOR}{self._key}" if self._key else str(self.path)
+        state = dense_tensors(source, state_dict_in(content, source, self._key))
+        for name, tensor in state.items():
+            if tensor.nbytes > self._bytes:
+                raise CheckpointError(
+                    f"{source}: tensor {name!r} would take {tensor.nbytes} bytes, the whole file has {self._bytes}"
+                )
+        return state
+
+
+def _not_tensors(reason: str) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", reason)
+    what = f"objects of {found.group(1)}" if found else "objects"
+    return (
+        f"refused, it holds {what}, not plain tensors, and opening it could run code; if you trust it, open it with "
+        "torch.load(PATH, weights_only=False) and save the state dict alone with torch.save"
+    )
+
+
+def _check_archive(path: Path, file_bytes: int) -> None:
+    """Refuse an archive that would be expanded: torch maps its records as they are."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError):
+        raise CheckpointError(f"{path}: not a readable torch file: damaged, cut, or of another kind") from None
+    if any(record.filename.endswith("/constants.pkl") for record in records):
+        raise CheckpointError(
+            f"{path}: a TorchScript program; save its tensors: torch.save(torch.jit.load(PATH).state_dict(), NEW)"
+        )
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise CheckpointError(
+            f"{path}: its records are compressed, which torch.save does not do; write it again: "
+            "torch.save(torch.load(PATH, weights_only=True), NEW)"
+        )
+    if sum(record.file_size for record in records) > file_bytes:
+        raise CheckpointError(f"{path}: not a readable torch file: its records are larger than the file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Union
@@ -12,7 +13,10 @@ from typing import Union
 import torch
 
 from ..errors import ArgumentError, CheckpointError
-from .locate import Located, display_name, locate
+from .architecture import Architecture, built_from_config, read_config
+from .containers import split_key, state_dict_in
+from .hub_cache import local_path
+from .locate import Located, display_name, is_safetensors, locate
 from .pickled import PickledFile
 from .safetensors_file import SafetensorsFile
 from .spec import TensorSpec
@@ -31,35 +35,53 @@ class Checkpoint(ABC):
         path: what was opened, or None if it was in memory.
         directory: the model directory, if one was opened: config and tokenizer lie there.
         files: the weight files, for hashing; none if in memory.
+        module: the module that was opened, if it was one.
+        dequantised: whether some weights are stored in float8 and shown in float32.
+        widened: whether dtypes are wider than what is stored, so that they say nothing about the files.
+        copies: names in ``specs`` that are known to hold a copy of another tensor, each with the name of that.
         label: what to call this model in messages.
         name: what to call it in a manifest: no path of this machine in it.
     """
 
     specs: dict[str, TensorSpec]
     tied: dict[str, str]
+    copies: Mapping[str, str] = {}
+    dequantised: bool = False
+    widened: bool = False
     path: Path | None = None
     directory: Path | None = None
     files: tuple[Path, ...] = ()
+    module: torch.nn.Module | None = None
     label: str
     name: str
 
     @staticmethod
-    def open(source: Source | Checkpoint) -> Checkpoint:
-        """Open a model directory, a weight file, an ``*.index.json``, a state dict, or a module.
+    def open(source: Source | Checkpoint, *, argument: str = "") -> Checkpoint:
+        """Open a model directory, a weight file, an ``*.index.json``, a state dict, a module, or a Hub id in the cache.
 
-        Headers are read and checked here; tensors are read on demand. Raises CheckpointError naming the file.
+        ``FILE::key`` is a state dict among several in one torch file.
+        ``argument`` is what messages call a source in memory. Headers are read and checked here; tensors are read on
+        demand. Raises CheckpointError naming the file.
         """
         if isinstance(source, Checkpoint):
             return source
         if isinstance(source, torch.nn.Module):
-            return _InMemory(source.state_dict(keep_vars=False), f"in-memory {type(source).__name__}")
+            opened = _InMemory(source.state_dict(keep_vars=False), f"in-memory {type(source).__name__}", argument)
+            opened.module = source
+            return opened
         if isinstance(source, Mapping):
-            return _InMemory(source, "in-memory state dict")
+            name = "in-memory state dict"
+            state = state_dict_in(source, f"{argument} ({name})" if argument else name)
+            return _InMemory(state, name, argument)
         if isinstance(source, (str, os.PathLike)):
-            path = Path(source)
+            file, key = split_key(os.fspath(source))
+            path = local_path(file)
             located = locate(path)
-            reader = _Safetensors if located.files[0].suffix == ".safetensors" else _Pickled
-            return reader(path, located)
+            if key and (len(located.files) > 1 or is_safetensors(located.files[0])):
+                raise CheckpointError(f"{source}: {file} is no torch file, so there is no {key!r} in it")
+            if is_safetensors(located.files[0]):
+                return _Safetensors(path, located)
+            return _Pickled(path, located, key)
         raise ArgumentError(f"a model must be a path, a state dict or a module, got {type(source).__name__}")
 
     @abstractmethod
@@ -85,6 +107,27 @@ class Checkpoint(ABC):
         """Where a tensor comes from, for messages: its file, or the label of a source in memory."""
         return self.label
 
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """What is known about the model beyond its tensors; None for a state dict, or an unknown config.json.
+
+        The first use may import transformers, which takes seconds.
+        """
+        return self._find_architecture()
+
+    @cached_property
+    def absent_ties(self) -> dict[str, str]:
+        """Second names of tied tensors that the model has and this checkpoint does not store, with the first names."""
+        ties = {} if self.architecture is None else self.architecture.ties()
+        return {second: first for second, first in ties.items() if second not in self.specs and first in self.specs}
+
+    def _find_architecture(self) -> Architecture | None:
+        return None if self.module is None else Architecture(self.module)
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors named and shaped as :attr:`specs` says, as what was opened names and shapes them."""
+        return dict(sorted(tensors.items()))
+
     @abstractmethod
     def close(self) -> None:
         """Let go of the source: no more reads. Tensors already read stay valid."""
@@ -102,9 +145,10 @@ class Checkpoint(ABC):
 
 
 class _InMemory(Checkpoint):
-    def __init__(self, state: Mapping[str, torch.Tensor], label: str) -> None:
-        self.label = self.name = label
-        self._state = dense_tensors(label, state)
+    def __init__(self, state: Mapping[str, torch.Tensor], name: str, argument: str) -> None:
+        self.name = name
+        self.label = f"{argument} ({name})" if argument else name
+        self._state = dense_tensors(self.label, state)
         self.specs = specs_of(self._state)
         self.tied = tied_names(self._state)
 
@@ -131,6 +175,9 @@ class _OnDisk(Checkpoint):
 
     def origin(self, name: str) -> str:
         return str(self._files[name].path)
+
+    def _find_architecture(self) -> Architecture | None:
+        return built_from_config(read_config(self.directory), len(self.specs))
 
     def read(self, name: str) -> torch.Tensor:
         return self._files[name].read(name)
@@ -173,9 +220,9 @@ class _Safetensors(_OnDisk):
 class _Pickled(_OnDisk):
     _files: Mapping[str, PickledFile]
 
-    def __init__(self, path: Path, located: Located) -> None:
+    def __init__(self, path: Path, located: Located, key: str = "") -> None:
         super().__init__(path, located)
-        files = {file: PickledFile(file) for file in located.files}
+        files = {file: PickledFile(file, key) for file in located.files}
         where = self._assign({file: content.specs for file, content in files.items()}, located)
         self._files = {name: files[where[name]] for name in sorted(where)}
         self.specs = {name: file.specs[name] for name, file in self._files.items()}

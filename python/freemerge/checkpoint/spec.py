@@ -55,6 +55,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
     @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes, contiguous."""
         return self.numel * self.dtype.itemsize

@@ -15,7 +15,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from ..accumulate import abs_means, norm, task_vector_sum
-from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_model
+from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_inputs
 from ..checkpoint.compare import compare
 from ..errors import ArgumentError, CheckpointError
 from ..methods.rules import Scope
@@ -109,15 +109,15 @@ def iter_experts(
     check_rescale(rescale, backbone=backbone is not None)
     stack = ExitStack()
     with stack:
-        opened_base = stack.enter_context(Checkpoint.open(base))
-        opened = {name: stack.enter_context(open_model(model, opened_base)) for name, model in _named(models).items()}
-        merged = stack.enter_context(Checkpoint.open(backbone)) if backbone is not None else None
-        others = [*opened.values(), *([merged] if merged is not None else [])]
-        comparison = compare(opened_base, others)
-        names = [name for name in comparison.names if has_expert(opened_base.specs[name])]
-        extraction = _Extraction(opened_base, list(opened.values()), names, merged, criterion, rescale, coding)
+        named = _named(models)
+        sources = {_argument(models, name): model for name, model in named.items()}
+        inputs = open_inputs(stack, base, sources if backbone is None else {**sources, "backbone": backbone})
+        comparison = compare(inputs.base, inputs.models)
+        names = [name for name in comparison.names if has_expert(inputs.base.specs[name])]
+        merged = None if backbone is None else inputs.models[-1]
+        extraction = _Extraction(inputs.base, inputs.models[: len(named)], names, merged, criterion, rescale, coding)
         stack = stack.pop_all()
-    return _generate(extraction, list(opened), stack)
+    return _generate(extraction, list(named), stack)
 
 
 def _generate(extraction: _Extraction, names: Sequence[str], stack: ExitStack) -> Iterator[tuple[str, Expert]]:
@@ -268,6 +268,13 @@ class _Extraction:
                 total.append(mean * base.numel())
             entries += base.numel()
         return [math.fsum(total) / entries for total in totals]
+
+
+def _argument(models: Mapping[str, Model] | Sequence[Model], name: str) -> str:
+    """What a message calls a model in memory."""
+    if isinstance(models, Mapping):
+        return f"models[{name!r}]"
+    return f"models[{list(_named(models)).index(name)}]"
 
 
 def _square(origin: Tensor, tensor: Tensor) -> float:

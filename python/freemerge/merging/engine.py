@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..accumulate import add_round
 from ..backends.registry import named
-from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec
-from ..checkpoint.compare import check_finite, compare
+from ..checkpoint import MERGEABLE, Checkpoint, Inputs, TensorSpec
+from ..checkpoint.compare import check_finite, compare, mixed_dtype_notices
 from ..errors import CheckpointError
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
@@ -43,6 +43,8 @@ class Merger:
         units: what is merged together, in the order of the tensors' names.
         tied: second name -> first name of the base's tensors that are one tensor of the model; they follow the first.
         written: the names that an output file holds: second names only where the base's files hold a copy of their own.
+        notices: what is worth knowing about the inputs, in sentences.
+        inputs: how base and models were opened.
         scale: the global scale; None if :meth:`measure` has to find it.
     """
 
@@ -63,6 +65,8 @@ class Merger:
         units = plan_units(self.specs, recipe.select, recipe.views)
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
         self.scale = recipe.global_scale(len(self.models))
+        self.inputs = Inputs(base, self.models, (), ())
+        self.notices = mixed_dtype_notices(comparison, base, models)
 
     def out_spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""
@@ -84,7 +88,8 @@ class Merger:
             read += sum(self._merge_bytes(unit) for unit in self.units if unit.action != "copy")
             passes += 1
         written = sum(self.out_spec(name).nbytes for name in self.written)
-        return Inspection(tuple(decisions), tuple(warnings(decisions)), read, written, passes)
+        notices = (*self.notices, *warnings(decisions))
+        return Inspection(tuple(decisions), notices, read, written, passes)
 
     def measure(self, on_read: OnRead | None = None) -> Measured:
         """What the method finds out about the whole model, the weights above all, and the scale."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,16 @@ from ..checkpoint import (
     Source,
     build_manifest,
     carry_over,
-    open_model,
+    open_inputs,
 )
 from ..checkpoint.model_card import model_card
+from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
 from ..errors import ArgumentError, RefusedError
 from .engine import Merger
 from .inspection import Decision, Inspection
 from .progress import Progress
 from .recipe import DTYPES, Recipe, checked_recipe, to_yaml
-from .units import Unit
+from .units import Unit, taken_from_base
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ def merge(
     """
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
+        for notice in merger.inputs.notices:
+            warnings.warn(notice, stacklevel=2)
         measured = merger.measure()
         merged: dict[str, Tensor] = {}
         for unit in merger.units:
             merged |= merger.merged(unit, measured).tensors
         merged |= {name: merged[first] for name, first in merger.tied.items()}
-        return {name: merged[name] for name in merger.base.specs}
+        return merger.base.restored({name: merged[name] for name in merger.base.specs})
 
 
 def merge_checkpoints(
@@ -85,6 +89,8 @@ def merge_checkpoints(
     force: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: bool = True,
+    tokenizer_from: TokenizerFrom = "base",
+    on_start: Callable[[Inspection], None] = lambda inspection: None,
 ) -> Report:
     """Merge checkpoints into the directory (or ``.safetensors`` file) ``out``, holding a few tensors at a time.
 
@@ -98,13 +104,18 @@ def merge_checkpoints(
         out: must not exist, unless ``force`` allows to replace an earlier output.
         max_shard_bytes: size above which the output is sharded.
         progress: show a progress bar on standard error.
+        tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
+            the base's, those of the model with that number, or with "auto" the models', if all have the same.
+        on_start: called with what is going to happen, before anything is written.
 
     Raises:
         RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
     """
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
+        tokenizer = _side_files(merger, tokenizer_from)
         inspection = merger.inspect()
+        on_start(inspection)
         writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models)))
         bar = stack.enter_context(Progress(inspection.read_bytes, enabled=progress))
@@ -114,7 +125,7 @@ def merge_checkpoints(
 
         measured = merger.measure(advance)  # where this reads every tensor, bad values are found before any is written
         stack.enter_context(writer)
-        _carry_over(merger, writer)
+        _carry_over(merger, writer, tokenizer)
         notes: dict[str, dict[str, object]] = {}
         for unit in merger.units:
             merged = merger.merged(unit, measured, advance)
@@ -135,6 +146,7 @@ def inspect(
     out: str | Path | None = None,
     force: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    tokenizer_from: TokenizerFrom = "base",
 ) -> Inspection:
     """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
 
@@ -144,6 +156,7 @@ def inspect(
         merger = _open(stack, base, models, recipe, backend)
         if out is not None:
             _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
+        _side_files(merger, tokenizer_from)
         return merger.inspect()
 
 
@@ -156,9 +169,22 @@ def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Reci
     weights = recipe.method.weights
     if isinstance(weights, tuple) and len(weights) != len(models):
         raise ArgumentError(f"weights has {len(weights)} numbers for {len(models)} models")
-    opened = stack.enter_context(Checkpoint.open(base))
-    sources = [stack.enter_context(open_model(model, opened)) for model in models]
-    return Merger(opened, sources, recipe, backend)
+    inputs = open_inputs(
+        stack,
+        base,
+        {f"models[{i}]": model for i, model in enumerate(models)},
+        merged=lambda name: not taken_from_base(name, recipe.select),
+    )
+    merger = Merger(inputs.base, inputs.models, recipe, backend)
+    merger.inputs = inputs
+    return merger
+
+
+def _side_files(merger: Merger, tokenizer_from: TokenizerFrom) -> Checkpoint:
+    """Whose tokenizer is taken; what of the others is not taken over becomes notices."""
+    tokenizer = tokenizer_source(merger.base, merger.models, tokenizer_from)
+    merger.notices += [*merger.inputs.notices, *differences(merger.base, merger.models, tokenizer)]
+    return tokenizer
 
 
 def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: bool) -> CheckpointWriter:
@@ -173,11 +199,18 @@ def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: boo
     return CheckpointWriter(out, specs, max_shard_bytes=max_shard_bytes, force=force)
 
 
-def _carry_over(merger: Merger, writer: CheckpointWriter) -> None:
+def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
     """Config, tokenizer and code files of the base, which fail early where they are broken."""
     if writer.directory is not None and merger.base.directory is not None:
         out_dtype = DTYPES[merger.recipe.out_dtype] if merger.recipe.out_dtype is not None else None
-        carry_over(merger.base.directory, writer.directory, out_dtype=out_dtype)
+        carry_over(
+            merger.base.directory,
+            writer.directory,
+            out_dtype=out_dtype,
+            untied=bool(merger.inputs.untied),
+            dequantised=merger.base.dequantised,
+            tokenizer=None if tokenizer is merger.base else tokenizer,
+        )
 
 
 def _describe(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import MERGEABLE, TensorSpec
+from ..checkpoint.quantised import FLOAT8, FLOAT8_ADVICE
 from ..errors import ArgumentError, CheckpointError
 
 Action = Literal["filter", "merge", "copy"]
@@ -218,6 +219,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 def require_equal(name: str, base: Tensor, model: Tensor, source: str) -> None:
     """Raise CheckpointError unless a tensor that cannot be merged has the same bytes in the base and in a model."""
     if base.dtype != model.dtype or not torch.equal(_bytes(base), _bytes(model)):
+        if base.dtype in FLOAT8:
+            raise CheckpointError(f"{source}: tensor {name} differs from the base's and is {FLOAT8_ADVICE}")
         raise CheckpointError(
             f"{source}: tensor {name} ({base.dtype}) cannot be merged and differs from the base's; "
             f"select it with action 'copy' to take the base's"

@@ -1,0 +1,119 @@
+"""What a module, or transformers given a config.json, says about a model: layer types, tied weights, buffers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .conversion import Layout, layout_of
+
+CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 10_000_000
+_COUNTS = ("layer", "block", "depth", "expert")  # config entries that multiply the modules of a model
+
+
+class Architecture:
+    """A module whose values do not matter: it may be on the meta device. Names are those of the model's files."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @cached_property
+    def layout(self) -> Layout | None:
+        """How the module's tensors lie in files; None where it is the same."""
+        return layout_of(self.module)
+
+    def file_name(self, name: str) -> str:
+        """What files call a tensor of the module; its own name where they hold it otherwise."""
+        return (self.layout and self.layout.file_name(name)) or name
+
+    def layer(self, name: str) -> str | None:
+        """The class of the layer that holds the tensor ``name``: ``Linear``, ``Conv1D``; None if there is none."""
+        if self.layout is not None and name in self.layout.pieces:
+            name = self.layout.pieces[name][0].module
+        owner = self.module
+        for part in name.split(".")[:-1]:
+            inner = owner._modules.get(part)
+            if inner is None:
+                return None
+            owner = inner
+        return type(owner).__name__
+
+    def ties(self) -> dict[str, str]:
+        """Second names of the same parameter, each with the name that comes first."""
+        first: dict[int, str] = {}
+        tied: dict[str, str] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            if first.setdefault(id(parameter), name) != name:
+                tied[self.file_name(name)] = self.file_name(first[id(parameter)])
+        return tied
+
+    def buffers(self) -> set[str]:
+        """Names of the tensors that are not parameters."""
+        return {self.file_name(name) for name, _ in self.module.named_buffers(remove_duplicate=False)}
+
+
+def read_config(directory: Path | None) -> dict[str, Any]:
+    """The config.json of a model directory; empty where there is none or it is not a JSON object."""
+    path = None if directory is None else directory / CONFIG
+    if path is None or not path.is_file() or path.stat().st_size > _MAX_CONFIG_BYTES:
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def built_from_config(config: dict[str, Any], tensors: int) -> Architecture | None:
+    """The model that transformers builds from a config, without memory for its weights.
+
+    None where transformers is not installed, the class is not its own (no code of a model directory is ever run), or
+    the config describes many more layers than the ``tensors`` of the checkpoint.
+    """
+    names = config.get("architectures")
+    if not isinstance(names, list) or not names or _largest_count(config) > max(1000, tensors):
+        return None
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    with _quiet_transformers() as transformers:
+        model_class = getattr(transformers, str(names[0]), None)
+        if not isinstance(model_class, type) or not issubclass(model_class, nn.Module):
+            return None
+        try:
+            with torch.device("meta"):
+                return Architecture(model_class(model_class.config_class.from_dict(config)))  # type: ignore[attr-defined]
+        except Exception:  # a config can be wrong in any way, and then tells nothing
+            return None
+
+
+def _largest_count(config: object, key: str = "") -> int:
+    if isinstance(config, dict):
+        return max((_largest_count(value, str(name)) for name, value in config.items()), default=0)
+    counted = isinstance(config, int) and any(word in key for word in _COUNTS)
+    return int(config) if counted else 0  # type: ignore[call-overload]
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[Any]:
+    """transformers, without what it prints about configs that are only looked at."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield transformers
+    finally:
+        transformers.logging.set_verbosity(verbosity)

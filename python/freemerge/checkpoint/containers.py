@@ -1,0 +1,57 @@
+"""State dicts inside of what training programs save: ``{"state_dict": tensors, "epoch": 3}`` and the like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+
+SEPARATOR = "::"
+GGUF_ADVICE = (
+    "a GGUF file, which is quantised or in another layout; dequantise it first, for instance with transformers: "
+    "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW)"
+)
+_DEPTH = 3
+# What a trainer keeps for itself may be a dictionary of tensors, too, but is never the model.
+_NEVER_MODELS = ("optim", "sched", "rng", "scaler", "callbacks", "hyper_param", "loops", "random")
+
+
+def split_key(source: str) -> tuple[str, str]:
+    """A path and the key behind it, as in ``model.pt::ema``; a file whose name holds the separator is a path."""
+    path, separator, key = source.partition(SEPARATOR)
+    return (source, "") if not separator or os.path.exists(source) else (path, key)
+
+
+def state_dict_in(content: object, source: str, key: str = "") -> Mapping[Any, Any]:
+    """The state dict that ``content`` is, or holds under ``key`` (keys joined by ``::``), or holds as the only one.
+
+    Raises CheckpointError that lists the keys to choose from, if there are several.
+    """
+    for part in key.split(SEPARATOR) if key else ():
+        if not isinstance(content, Mapping) or part not in content:
+            known = ", ".join(repr(name) for name in content) if isinstance(content, Mapping) else "no keys at all"
+            raise CheckpointError(f"{source}: there is no {part!r}, only {known}")
+        content = content[part]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{source}: holds a {type(content).__name__}, not a state dict")
+    if key or not content or any(isinstance(value, torch.Tensor) for value in content.values()):
+        return content
+    candidates = dict(_state_dicts(content, _DEPTH))
+    if len(candidates) > 1:
+        listed = " or ".join(f"{source.partition(SEPARATOR)[0]}{SEPARATOR}{name}" for name in candidates)
+        raise CheckpointError(f"{source}: holds several state dicts; say which by {listed}")
+    return next(iter(candidates.values()), content)
+
+
+def _state_dicts(content: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Mapping) or name.lower().startswith(_NEVER_MODELS):
+            continue
+        if value and all(isinstance(item, torch.Tensor) for item in value.values()):
+            yield name, value
+        elif depth > 1:
+            yield from ((f"{name}{SEPARATOR}{inner}", found) for inner, found in _state_dicts(value, depth - 1))

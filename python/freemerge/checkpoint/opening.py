@@ -1,0 +1,117 @@
+"""Opening what a merge is given: a base, and models of it, which may be adapters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from .adapter import AdaptedCheckpoint
+from .conversion import Layout
+from .hub_cache import local_path
+from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights
+from .quantised import dequantised
+from .reader import Checkpoint, Source
+from .tied import untie
+from .views import InFileLayout
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A base and its models, made to fit together.
+
+    ``untied``: names that are tied in the base, but not any more. ``notices``: what looks like a mistake.
+    """
+
+    base: Checkpoint
+    models: tuple[Checkpoint, ...]
+    untied: tuple[str, ...]
+    notices: tuple[str, ...]
+
+
+def open_inputs(
+    stack: ExitStack,
+    base: Source | Checkpoint,
+    models: Mapping[str, Source | Checkpoint],
+    *,
+    merged: Callable[[str], bool] = lambda name: True,
+) -> Inputs:
+    """Open a base and models of it, which the caller's ``stack`` closes. ``models`` have the arguments' names as keys.
+
+    ``merged(name)`` tells which tensors take part. Raises CheckpointError for what cannot be read.
+    """
+    opened = dequantised(stack.enter_context(Checkpoint.open(base, argument="base")))
+    plain = {
+        argument: dequantised(stack.enter_context(Checkpoint.open(model, argument=argument)))
+        for argument, model in models.items()
+        if adapter_directory(model) is None
+    }
+    opened, *others = in_file_layout([opened, *plain.values()])
+    plain = dict(zip(plain, others, strict=True))
+    sources = [
+        plain[argument] if argument in plain else stack.enter_context(open_model(model, opened))
+        for argument, model in models.items()
+    ]
+    untied = untie(opened, sources, merged)
+    return Inputs(untied.base, untied.models, untied.names, tuple(_given_twice({"base": base, **models})))
+
+
+def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:
+    """Inputs that are the same object or path: a model that counts twice, or one that is the base."""
+    first: dict[object, str] = {}
+    for argument, source in sources.items():
+        key = os.path.realpath(local_path(source)) if isinstance(source, (str, os.PathLike)) else id(source)
+        if first.setdefault(key, argument) != argument:
+            yield f"{argument} is the same as {first[key]}"
+
+
+def in_file_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Models of one architecture, all with the names and shapes that transformers' files have.
+
+    Modules show their layout. What else was saved from a module's memory is recognised where another of the models is
+    a module, or, if their names differ, where the first has a config.json.
+    """
+    layouts = [c.architecture.layout if c.module is not None and c.architecture else None for c in checkpoints]
+    known = next((layout for layout in layouts if layout is not None), None)
+    first = checkpoints[0]
+    if known is None and any(c.specs.keys() != first.specs.keys() for c in checkpoints):
+        known = first.architecture.layout if first.architecture is not None else None
+    shown = []
+    for checkpoint, own in zip(checkpoints, layouts, strict=True):
+        layout = own or _in_memory_layout(checkpoint, known)
+        shown.append(checkpoint if layout is None else InFileLayout(checkpoint, layout))
+    return shown
+
+
+def _in_memory_layout(checkpoint: Checkpoint, layout: Layout | None) -> Layout | None:
+    """``layout``, if the checkpoint has names that only the module has, and none that only files have."""
+    if layout is None or not checkpoint.specs.keys() & (layout.module.keys() - layout.files.keys()):
+        return None
+    return None if checkpoint.specs.keys() & (layout.files.keys() - layout.module.keys()) else layout
+
+
+def open_model(source: Source | Checkpoint, base: Checkpoint, argument: str = "") -> Checkpoint:
+    """Open a fine-tuned model of ``base``: any checkpoint, or a PEFT adapter trained on it (its directory or file)."""
+    adapter = adapter_directory(source)
+    if adapter is None:
+        return Checkpoint.open(source, argument=argument)
+
+    def named(name: str) -> str:
+        """PEFT names modules as they are in memory."""
+        if name in base.specs or base.architecture is None:
+            return name
+        return base.architecture.file_name(name)
+
+    return AdaptedCheckpoint(adapter, base, named)
+
+
+def adapter_directory(source: object) -> Path | None:
+    """The directory of the PEFT adapter that ``source`` names, by the directory itself or by its weight file."""
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = local_path(source)
+    if path.name in ADAPTER_WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file():
+        return path.parent
+    return path if adapter_weights(path) is not None else None

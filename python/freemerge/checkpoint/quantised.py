@@ -1,0 +1,179 @@
+"""Quantised weights: float8 with its scales is read as float32; packed formats are recognised and refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from ..errors import CheckpointError
+from .architecture import Architecture, read_config
+from .reader import Checkpoint
+from .spec import TensorSpec
+
+FLOAT8 = frozenset(
+    getattr(torch, name)
+    for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+    if hasattr(torch, name)
+)
+QUANTISATION = ("quantization_config", "compression_config")  # entries of config.json
+_BLOCK = 128  # of DeepSeek's format, where the config does not say
+
+_DEQUANTIZE = (
+    "dequantise it first, for instance with transformers: from_pretrained(PATH), then dequantize() and "
+    "save_pretrained(NEW)"
+)
+_ORIGINAL = (
+    "its weights cannot be restored exactly; merge the model that it was quantised from, and quantise the result"
+)
+# What marks a format among the names of tensors, and the way out.
+_PACKED = {
+    "bitsandbytes, 4 bit": (
+        re.compile(r"\.(quant_state\.bitsandbytes__\w+|nested_absmax|absmax|quant_map)$"),
+        _DEQUANTIZE,
+    ),
+    "bitsandbytes, 8 bit": (re.compile(r"\.SCB$"), _DEQUANTIZE),
+    "GPTQ": (re.compile(r"\.(g_idx|qweight_type)$"), _ORIGINAL),
+    "AWQ": (re.compile(r"\.(qweight|qzeros)$"), _ORIGINAL),
+    "compressed-tensors": (re.compile(r"\.(weight_packed|weight_zero_point)$"), _ORIGINAL),
+    "HQQ": (re.compile(r"\.W_q$"), _ORIGINAL),
+    "AQLM": (re.compile(r"\.codebooks$"), _ORIGINAL),
+    "quanto": (re.compile(r"\.weight\._data$"), _ORIGINAL),
+}
+
+
+FLOAT8_ADVICE = (
+    "float8 without a scale, which cannot be merged as it is; if its values are the weights themselves, convert all "
+    "models first, as in {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}"
+)
+
+
+def dequantised(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in floating point: itself, or a view that multiplies float8 by its scales.
+
+    Raises CheckpointError, saying what to do, for weights that are packed. Float8 without a scale stays what it is: it
+    can be copied, but not merged.
+    """
+    config = _quantisation(checkpoint)
+    packed = _packed(checkpoint)
+    if packed is not None:
+        kind, name, advice = packed
+        raise CheckpointError(f"{checkpoint.label} is quantised ({config.get('quant_method', kind)}: {name}); {advice}")
+    scales = {name: _scale_of(name, checkpoint.specs) for name in checkpoint.specs}
+    weights = {name: scale for name, scale in scales.items() if scale and checkpoint.specs[name].dtype in FLOAT8}
+    return Dequantised(checkpoint, weights, config.get("weight_block_size")) if weights else checkpoint
+
+
+def _packed(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
+    """The format, a tensor that shows it, and the way out, of weights that are integers with scales."""
+    for kind, (pattern, advice) in _PACKED.items():
+        found = next((name for name in checkpoint.specs if pattern.search(name)), None)
+        if found is not None:
+            return kind, found, advice
+    for name, spec in checkpoint.specs.items():
+        if spec.dtype == torch.uint8 and name.endswith("_blocks") and f"{name[:-7]}_scales" in checkpoint.specs:
+            return "MXFP4", name, _DEQUANTIZE
+        if not spec.dtype.is_floating_point and _scale_of(name, checkpoint.specs):
+            return spec.dtype_name, name, _ORIGINAL
+    return None
+
+
+class Dequantised(Checkpoint):
+    """Float8 weights times their scales, in float32; the scales, and those of activations, are no tensors any more."""
+
+    dequantised = widened = True
+
+    def __init__(self, inner: Checkpoint, scales: Mapping[str, str], block: object) -> None:
+        self.inner, self._scales = inner, scales
+        self.path, self.directory, self.files = inner.path, inner.directory, inner.files
+        self.label, self.name, self.module = inner.label, inner.name, inner.module
+        gone = set(scales.values()) | {
+            name for name in inner.specs if _is_activation_scale(name, scales) or name == "scaled_fp8"
+        }
+        self.specs = {
+            name: spec.with_dtype(torch.float32) if name in scales else spec
+            for name, spec in inner.specs.items()
+            if name not in gone
+        }
+        self.tied = {name: first for name, first in inner.tied.items() if name in self.specs and first in self.specs}
+        self._blocks = {
+            name: self._block(inner.specs[name], inner.specs[scale], block) for name, scale in scales.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self.inner.read(name)
+        if name not in self._scales:
+            return tensor
+        scale = _factors(self.inner.read(self._scales[name])).to(tensor.device)
+        scale = (
+            scale.reshape(scale.shape + (1,) * (tensor.ndim - scale.ndim)) if scale.numel() > 1 else scale.reshape(())
+        )
+        for dim, size in self._blocks[name].items():
+            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, tensor.shape[dim])
+        return tensor.float() * scale
+
+    def device(self, name: str) -> torch.device:
+        return self.inner.device(name)
+
+    def origin(self, name: str) -> str:
+        return self.inner.origin(name)
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.inner.restored(tensors)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _find_architecture(self) -> Architecture | None:
+        return self.inner.architecture
+
+    def _block(self, weight: TensorSpec, scale: TensorSpec, configured: object) -> dict[int, int]:
+        """How many rows and columns share each scale, by dimension; empty where the scale broadcasts."""
+        if scale.dtype != torch.uint8 and not scale.dtype.is_floating_point:
+            raise CheckpointError(f"{self.label}: {scale.name} scales {weight.name} and is {scale.dtype_name}")
+        if scale.numel == 1 or scale.shape in (weight.shape[:1], (*weight.shape[:-1], 1)):
+            return {}
+        sizes = (_BLOCK, _BLOCK)
+        if (
+            isinstance(configured, list)
+            and len(configured) == 2
+            and all(isinstance(n, int) and n > 0 for n in configured)
+        ):
+            sizes = (configured[0], configured[1])
+        rows = {weight.ndim - 2: sizes[0], weight.ndim - 1: sizes[1]}
+        if weight.ndim == scale.ndim >= 2:
+            even = {dim: -(-weight.shape[dim] // max(1, scale.shape[dim])) for dim in rows}
+            for block in (rows, even):
+                if scale.shape == tuple(-(-size // block.get(dim, 1)) for dim, size in enumerate(weight.shape)):
+                    return block
+        raise CheckpointError(
+            f"{self.label}: {scale.name} {scale.shape} does not scale {weight.name} {weight.shape} by rows or blocks"
+        )
+
+
+def _factors(scale: torch.Tensor) -> torch.Tensor:
+    """Scales as numbers: bytes are exponents of two, as in the OCP formats."""
+    return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+
+
+def _quantisation(checkpoint: Checkpoint) -> dict[str, object]:
+    config = read_config(checkpoint.directory)
+    for name in QUANTISATION:
+        found = config.get(name)
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _scale_of(name: str, specs: Mapping[str, TensorSpec]) -> str | None:
+    """The tensor that scales a quantised one."""
+    stem, _, last = name.rpartition(".")
+    dot = f"{stem}." if stem else ""
+    return next((s for s in (f"{name}_scale_inv", f"{name}_scale", f"{dot}scale_{last}") if s in specs), None)
+
+
+def _is_activation_scale(name: str, weights: Mapping[str, str]) -> bool:
+    stem, _, last = name.rpartition(".")
+    known = ("input_scale", "activation_scale", "output_scale", "scale_input", "input_scale_ub", "input_scale_inv")
+    return last in known and f"{stem}.weight" in weights

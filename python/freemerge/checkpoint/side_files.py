@@ -1,0 +1,147 @@
+"""What lies beside the weights: whose tokenizer the merged model gets, and what of the others is not taken over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ArgumentError
+from .architecture import CONFIG, read_config
+from .reader import Checkpoint
+
+TokenizerFrom = Literal["base", "auto"] | int
+
+# The tokenizer, and what has to agree with it: chat template, special tokens, and where generation stops.
+_TOKENIZER = (
+    *("tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json", "chat_template.*", "generation_config.json"),
+    "additional_chat_templates/*",
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id")
+# Entries of a config.json that do not change what the merged model computes or how it is used.
+_INCIDENTAL = frozenset(
+    {"_name_or_path", "name_or_path", "transformers_version", "use_cache", "_attn_implementation", "auto_map"}
+    | {"attn_implementation", "torchscript", "gradient_checkpointing", "tie_word_embeddings", "unsloth_version"}
+)
+_MAX_COMPARED_BYTES = 50_000_000
+_LISTED = 12
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of a model directory, by its relative name, belongs to the tokenizer."""
+    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER)
+
+
+def tokenizer_source(base: Checkpoint, models: Sequence[Checkpoint], choice: TokenizerFrom) -> Checkpoint:
+    """The input whose tokenizer, chat template and generation settings the merged model gets.
+
+    ``"base"``; the number of a model; or ``"auto"``: the models', if all that have a tokenizer have the same one, else
+    the base's.
+    """
+    if choice == "base":
+        return base
+    if choice == "auto":
+        having = [model for model in models if _files(model)]
+        contents = [_contents(model) for model in having]
+        return having[0] if having and all(content == contents[0] for content in contents) else base
+    if isinstance(choice, bool) or not isinstance(choice, int) or not 0 <= choice < len(models):
+        numbers = f"the number of a model from 0 to {len(models) - 1}"
+        raise ArgumentError(f"tokenizer_from must be 'base', 'auto' or {numbers}, got {choice!r}")
+    if not _files(models[choice]):
+        raise ArgumentError(f"tokenizer_from: {models[choice].label} holds no tokenizer files")
+    return models[choice]
+
+
+def token_ids(source: Checkpoint) -> dict[str, Any]:
+    """The special tokens in a config.json."""
+    config = read_config(source.directory)
+    return {name: config[name] for name in TOKEN_IDS if name in config}
+
+
+def differences(base: Checkpoint, models: Sequence[Checkpoint], tokenizer: Checkpoint) -> list[str]:
+    """A line for each difference among the inputs that the merged model does not take over."""
+    others = {f"models[{i}] ({model.name})": model for i, model in enumerate(models) if model.directory is not None}
+    if tokenizer is not base:
+        others = {"the base": base} | {name: model for name, model in others.items() if model is not tokenizer}
+    lines = [*_file_differences(tokenizer, others, "the base" if tokenizer is base else tokenizer.name)]
+    others = {f"models[{i}] ({model.name})": model for i, model in enumerate(models) if model.directory is not None}
+    lines += _config_differences(base, others, tokenizer)
+    return lines[:_LISTED] + ([f"and {len(lines) - _LISTED} more such differences"] if len(lines) > _LISTED else [])
+
+
+def _file_differences(taken: Checkpoint, others: Mapping[str, Checkpoint], name: str) -> Iterator[str]:
+    ours = _contents(taken)
+    theirs = {label: _contents(other) for label, other in others.items()}
+    for file in sorted({file for contents in (ours, *theirs.values()) for file in contents}):
+        having = [label for label, contents in theirs.items() if file in contents and contents[file] != ours.get(file)]
+        if having:
+            what = "another" if file in ours else "one"
+            kept = f"that of {name} is taken" if file in ours else f"{name} has none, and none is taken"
+            yield f"{file}: {_and(having)} {'have' if len(having) > 1 else 'has'} {what}; {kept} (see tokenizer_from)"
+
+
+def _config_differences(base: Checkpoint, others: Mapping[str, Checkpoint], tokenizer: Checkpoint) -> Iterator[str]:
+    ours = _flat(read_config(base.directory))
+    theirs = {label: _flat(read_config(other.directory)) for label, other in others.items()}
+    theirs = {label: config for label, config in theirs.items() if config}  # an adapter has none
+    if not ours:
+        return
+    taken = set(TOKEN_IDS) if tokenizer is not base else set()
+    for key in sorted({key for config in (ours, *theirs.values()) for key in config} - taken):
+        if key.rpartition(".")[2] in _INCIDENTAL:
+            continue
+        values: dict[str, list[str]] = {}
+        for label, config in theirs.items():
+            if config.get(key) != ours.get(key):
+                values.setdefault(_shown(config.get(key)), []).append(label)
+        for value, labels in values.items():
+            kept = _shown(ours.get(key))
+            yield f"{CONFIG}: {key} is {value} in {_and(labels)}; the merged model has the base's, {kept}"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key in ("text_config", "vision_config", "audio_config"):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{'dtype' if key == 'torch_dtype' else key}"] = value
+    return flat
+
+
+def _shown(value: object) -> str:
+    text = "not set" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _and(labels: Sequence[str]) -> str:
+    return " and ".join([", ".join(labels[:-1]), labels[-1]] if len(labels) > 1 else labels)
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, Path]:
+    directory = checkpoint.directory
+    if directory is None:
+        return {}
+    found = [path for path in (*directory.iterdir(), *directory.glob("additional_chat_templates/*")) if path.is_file()]
+    names = {path.relative_to(directory).as_posix(): path for path in found}
+    return {name: path for name, path in sorted(names.items()) if is_tokenizer_file(name)}
+
+
+def _contents(checkpoint: Checkpoint) -> dict[str, object]:
+    """What the tokenizer files hold: JSON by its values, which outlive another order of keys."""
+    contents: dict[str, object] = {}
+    for name, path in _files(checkpoint).items():
+        raw = path.read_bytes() if path.stat().st_size <= _MAX_COMPARED_BYTES else str(path.stat().st_size).encode()
+        contents[name] = raw
+        if name.endswith(".json"):
+            try:
+                content = json.loads(raw)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(content, dict):
+                content = {key: value for key, value in content.items() if key not in _INCIDENTAL}
+            contents[name] = content
+    return contents

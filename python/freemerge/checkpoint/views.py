@@ -1,0 +1,150 @@
+"""Checkpoints seen otherwise: under other names, with tensors that stand in for others, in another layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .architecture import Architecture
+from .conversion import Layout
+from .reader import Checkpoint
+from .spec import TensorSpec
+
+
+class View(Checkpoint):
+    """Another checkpoint, whose ``sources`` say which of its tensors each name shows. It closes with the inner one."""
+
+    def __init__(self, inner: Checkpoint, sources: Mapping[str, str], tied: Mapping[str, str]) -> None:
+        self.inner = inner
+        self.path, self.directory, self.files = inner.path, inner.directory, inner.files
+        self.label, self.name, self.module = inner.label, inner.name, inner.module
+        self.dequantised, self.widened = inner.dequantised, inner.widened
+        self._sources = dict(sorted(sources.items()))
+        self.tied = dict(tied)
+        self.copies = dict(inner.copies)
+        specs = {name: inner.specs[source] for name, source in self._sources.items()}
+        self.specs = {name: TensorSpec(name, spec.shape, spec.dtype) for name, spec in specs.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.inner.read(self._sources[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.inner.read_rows(self._sources[name], start, stop)
+
+    def device(self, name: str) -> torch.device:
+        return self.inner.device(self._sources[name])
+
+    def origin(self, name: str) -> str:
+        return self.inner.origin(self._sources[name])
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.inner.restored(tensors)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _find_architecture(self) -> Architecture | None:
+        return self.inner.architecture
+
+
+def with_stand_ins(inner: Checkpoint, stand_ins: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint that has each of the given names as a tensor of its own: its own one, or the one that stands in."""
+    sources = {name: name for name in inner.specs} | {
+        name: source for name, source in stand_ins.items() if name not in inner.specs
+    }
+    tied = {name: first for name, first in inner.tied.items() if name not in stand_ins}
+    if sources.keys() == inner.specs.keys() and tied == inner.tied:
+        return inner
+    return View(inner, sources, tied)
+
+
+def renamed(inner: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint under other names; ``names`` maps some of its own to new ones."""
+    changed = {name: new for name, new in names.items() if new != name}
+    if not changed:
+        return inner
+    sources = {changed.get(name, name): name for name in inner.specs}
+    tied = {changed.get(name, name): changed.get(first, first) for name, first in inner.tied.items()}
+    return View(inner, sources, tied)
+
+
+class _Relaid(Checkpoint):
+    """Another checkpoint in another layout; tensors that the layout does not know are as they are."""
+
+    def __init__(self, inner: Checkpoint, layout: Layout) -> None:
+        self.inner, self.layout = inner, layout
+        self.path, self.directory, self.files = inner.path, inner.directory, inner.files
+        self.label, self.name, self.module = inner.label, inner.name, inner.module
+        self.dequantised, self.widened = inner.dequantised, inner.widened
+
+    def device(self, name: str) -> torch.device:
+        return self.inner.device(self._source(name))
+
+    def origin(self, name: str) -> str:
+        return self.inner.origin(self._source(name))
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _source(self, name: str) -> str:
+        raise NotImplementedError
+
+    def _find_architecture(self) -> Architecture | None:
+        return self.inner.architecture
+
+
+class InFileLayout(_Relaid):
+    """The tensors of a module, named and shaped as transformers writes them to files."""
+
+    def __init__(self, inner: Checkpoint, layout: Layout) -> None:
+        super().__init__(inner, layout)
+        known = {
+            name: TensorSpec(name, shape, inner.specs[layout.pieces[name][0].module].dtype)
+            for name, shape in layout.files.items()
+            if all(piece.module in inner.specs for piece in layout.pieces[name])
+        }
+        others = {name: spec for name, spec in inner.specs.items() if name not in layout.module}
+        self.specs = dict(sorted((known | others).items()))
+        tied = {layout.file_name(name): layout.file_name(first) for name, first in inner.tied.items()}
+        self.tied = {name: first for name, first in tied.items() if name is not None and first is not None}
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.layout.pieces:
+            return self.inner.read(name)
+        return self.layout.file_tensor(name, self.inner.read)
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        known = {
+            name: self.layout.module_tensor(name, tensors.__getitem__)
+            for name in self.inner.specs
+            if name in self.layout.module
+        }
+        others = {name: tensor for name, tensor in tensors.items() if name not in self.layout.pieces}
+        return self.inner.restored(known | others)
+
+    def _source(self, name: str) -> str:
+        return self.layout.pieces[name][0].module if name in self.layout.pieces else name
+
+
+class InModuleLayout(_Relaid):
+    """The tensors of files, named and shaped as transformers holds them in a module."""
+
+    def __init__(self, inner: Checkpoint, layout: Layout) -> None:
+        super().__init__(inner, layout)
+        known = {
+            name: TensorSpec(name, shape, inner.specs[layout.module[name][0].file].dtype)
+            for name, shape in layout.shapes.items()
+            if all(piece.file in inner.specs for piece in layout.module[name])
+        }
+        others = {name: spec for name, spec in inner.specs.items() if name not in layout.pieces}
+        self.specs = dict(sorted((known | others).items()))
+        self.tied = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        if name not in self.layout.module:
+            return self.inner.read(name)
+        return self.layout.module_tensor(name, self.inner.read)
+
+    def _source(self, name: str) -> str:
+        return self.layout.module[name][0].file if name in self.layout.module else name

@@ -1,0 +1,117 @@
+"""The same model gives the same merge from files and from memory, where transformers 5 keeps its tensors otherwise."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import freemerge as fm
+from freemerge.checkpoint.conversion import layout_of
+from freemerge.checkpoint.reader import Checkpoint
+from freemerge.checkpoint.views import InFileLayout, InModuleLayout
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MODELS = {
+    "Qwen3Moe": SMALL | HEADS | EXPERTS | {"head_dim": 16},
+    "Qwen2Moe": SMALL | HEADS | EXPERTS | {"shared_expert_intermediate_size": 24},
+    "Mixtral": SMALL | HEADS | {"num_local_experts": 3},
+    "Olmoe": SMALL | HEADS | {"num_experts": 3},
+    "Phimoe": SMALL | HEADS | {"num_local_experts": 3},
+    "MiniMax": SMALL | HEADS | {"num_local_experts": 3},
+    "GPTNeoX": SMALL | {"num_attention_heads": 2},
+    "GptOss": SMALL | HEADS | {"num_local_experts": 3, "head_dim": 16},
+    "GraniteMoe": SMALL | HEADS | {"num_local_experts": 3},
+    "Llama": SMALL | HEADS,
+}
+EXACT = fm.Recipe(weights=(1.0,), scale=1.0, select=[fm.Rule("*", "merge")])
+
+
+def build(name: str, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**MODELS[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def copies(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_merge_from_files_modules_and_state_dicts(name: str, tmp_path: Path) -> None:
+    models = [build(name, seed) for seed in range(3)]
+    folders = []
+    for i, model in enumerate(models):
+        folders.append(tmp_path / f"model{i}")
+        model.save_pretrained(folders[i])
+    fm.merge_checkpoints(folders[0], folders[1:], tmp_path / "out", progress=False)
+    loaded = type(models[0]).from_pretrained(tmp_path / "out")
+    merged = fm.merge(models[0], models[1:])
+    assert same(merged, copies(loaded))
+    mixed = [folders[1], copies(models[2])], [models[1], folders[2]], [folders[1], models[2]]
+    for others in mixed:
+        assert same(fm.merge(models[0], others), merged)
+    in_files = fm.merge(folders[0], folders[1:])
+    for others in (models[1:], *mixed, [copies(model) for model in models[1:]]):
+        assert same(fm.merge(folders[0], others), in_files)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layout_is_what_transformers_writes_and_reads_back(name: str, tmp_path: Path) -> None:
+    model = build(name, 0)
+    model.save_pretrained(tmp_path)
+    stored, held = load_file(tmp_path / "model.safetensors"), copies(model)
+    layout = layout_of(model)
+    assert (layout is None) == (stored.keys() == held.keys())
+    if layout is None:
+        return
+    in_files = InFileLayout(Checkpoint.open(model), layout)
+    assert same({name: in_files.read(name) for name in in_files.specs}, stored)
+    assert all(in_files.specs[name].shape == tensor.shape for name, tensor in stored.items())
+    assert same(in_files.restored(stored), held)
+    in_memory = InModuleLayout(Checkpoint.open(tmp_path), layout)
+    assert same({name: in_memory.read(name) for name in in_memory.specs}, held)
+
+
+@pytest.mark.parametrize("name", ["Qwen3Moe", "GPTNeoX"])
+def test_an_adapter_names_the_layers_of_the_module(name: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = build(name, 0)
+    base.save_pretrained(tmp_path / "base")
+    targets = ["q_proj", "lm_head"] if name == "Qwen3Moe" else ["dense", "lm_head"]
+    adapted = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=targets))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = adapted.merge_and_unload()
+    assert not torch.equal(expected.lm_head.weight, base.lm_head.weight)
+    for source in (base, tmp_path / "base"):
+        merged = fm.merge(source, [tmp_path / "adapter"], EXACT)
+        merged = (
+            merged
+            if source is base
+            else {
+                key: InModuleLayout(Checkpoint.open(merged), layout_of(base)).read(key)  # type: ignore[arg-type]
+                for key in base.state_dict()
+            }
+        )
+        for key, tensor in expected.state_dict().items():
+            torch.testing.assert_close(merged[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
