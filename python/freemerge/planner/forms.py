@@ -256,9 +256,17 @@ class _Request:
             cost += 2 * costs.spectrum * height * int(np.count_nonzero(gains))  # NaN, a gain that varies, counts
             cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together
             work = blocks if packed else size + blocks
+            fused = not transpose and height <= traits.fused_length and largest_prime(height) <= traits.fused_prime
             yield (
                 cost,
-                replace(common, form="full", packed=packed, bytes_moved=moves * self.nbytes, workspace_bytes=work),
+                replace(
+                    common,
+                    form="full",
+                    packed=packed,
+                    fused=fused,
+                    bytes_moved=moves * self.nbytes,
+                    workspace_bytes=work,
+                ),
             )
 
 
