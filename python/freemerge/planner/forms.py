@@ -257,17 +257,8 @@ class _Request:
             cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together
             work = blocks if packed else size + blocks
             fused = not transpose and height <= traits.fused_length and largest_prime(height) <= traits.fused_prime
-            yield (
-                cost,
-                replace(
-                    common,
-                    form="full",
-                    packed=packed,
-                    fused=fused,
-                    bytes_moved=moves * self.nbytes,
-                    workspace_bytes=work,
-                ),
-            )
+            full = replace(common, form="full", packed=packed, fused=fused)
+            yield cost, replace(full, bytes_moved=moves * self.nbytes, workspace_bytes=work)
 
 
 def background_gain(gains: np.ndarray) -> float:
