@@ -20,7 +20,7 @@ struct Spectra {
   int count;
 };
 
-// Some rows of these matrices, numbered through: matrix * height + row.
+// Some rows of these matrices, counted over all of them: matrix * height + row.
 struct RowCopy {
   Matrices matrices;
   Spectra spectra;

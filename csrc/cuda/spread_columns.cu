@@ -24,19 +24,19 @@ __device__ void for_each_partial(const SpreadColumns& a, int cell, Visit visit) 
   const float* panel = a.partials + static_cast<std::int64_t>(blockIdx.z) * (a.chunks.end - a.chunks.begin) *
                                         a.chunks.reach * a.chunks.pitch;
   const int least = cell - a.rows.taps + 1;  // the first cell whose samples touch this one
-  // Cells below 0 are the last ones, a turn earlier.
+  // Cells below 0 are the last ones, one period earlier.
 #pragma unroll 1
-  for (int turn = least < 0 ? 1 : 0; turn >= 0; --turn) {
-    const int low = turn ? least + cells : (least < 0 ? 0 : least);
-    const int high = turn ? cells : cell + 1;
+  for (int period = least < 0 ? 1 : 0; period >= 0; --period) {
+    const int low = period ? least + cells : (least < 0 ? 0 : least);
+    const int high = period ? cells : cell + 1;
     int chunk = static_cast<int>(static_cast<unsigned>(load(a.rows.first + low)) / rows);
     int last = static_cast<int>(static_cast<unsigned>(load(a.rows.first + high) - 1) / rows);
     if (chunk < begin) chunk = begin;
     if (last >= end) last = end - 1;
 #pragma unroll 1
     for (; chunk <= last; ++chunk) {
-      const int place = cell + turn * cells - load(a.rows.cell + chunk * a.chunks.rows);
-      visit(panel + ((chunk - begin) * a.chunks.reach + place) * a.chunks.pitch);
+      const int offset = cell + period * cells - load(a.rows.cell + chunk * a.chunks.rows);
+      visit(panel + ((chunk - begin) * a.chunks.reach + offset) * a.chunks.pitch);
     }
   }
 }
@@ -58,13 +58,13 @@ __global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(SpreadColumns
   }
 }
 
-// A sample of the endless line, at most one turn away.
-__device__ int one_turn(int sample, int samples) {
+// The index of a sample of the periodic axis that is at most one period outside it.
+__device__ int wrap_once(int sample, int samples) {
   return sample < 0 ? sample + samples : (sample < samples ? sample : sample - samples);
 }
 
 // A skipped entry every 32 keeps equally spaced lanes in different banks.
-__device__ int padded_place(int sample) { return sample + sample / 32; }
+__device__ int padded_offset(int sample) { return sample + sample / 32; }
 
 // Brings samples [begin, end) of a coarse row to shared memory.
 __device__ void stage_row(const SpreadColumns& a, int cell, int begin, int end, float* line) {
@@ -75,12 +75,12 @@ __device__ void stage_row(const SpreadColumns& a, int cell, int begin, int end, 
 #pragma unroll
       for (int i = 0; i < kStaged; ++i) {
         const int sample = first + i * kLanes;
-        if (sample < end) staged[i] += load(row + one_turn(sample, samples));
+        if (sample < end) staged[i] += load(row + wrap_once(sample, samples));
       }
     });
 #pragma unroll
     for (int i = 0; i < kStaged; ++i) {
-      if (first + i * kLanes < end) line[padded_place(first + i * kLanes - begin)] = staged[i];
+      if (first + i * kLanes < end) line[padded_offset(first + i * kLanes - begin)] = staged[i];
     }
   }
 }
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 4) spread_columns_kernel(Sprea
   const int reach = static_cast<int>(window.reach);
   const int span_begin = load(window.start + first_column);
   const int span_end = load(window.start + last_column) + reach;
-  const int pitch = padded_place(kSegment);
+  const int pitch = padded_offset(kSegment);
 
   float sums[kRows] = {};
   for (int segment = span_begin; segment < span_end; segment += kSegment) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 4) spread_columns_kernel(Sprea
 #pragma unroll 4
     for (int k = begin + warp; k < end; k += kWarps) {
       const float weight = load(window.spread + k * window.cells + column);
-      const float* value = shared + padded_place(start + k - segment);
+      const float* value = shared + padded_offset(start + k - segment);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) sums[r] += weight * value[r * pitch];
     }

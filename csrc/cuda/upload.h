@@ -7,8 +7,8 @@
 
 namespace freemerge::cuda {
 
-// Copies bytes to the current device, waits for the copy and returns its address. Whoever gives the function
-// keeps the memory alive.
+// Copies bytes to the device of a filter, waits for the copy and returns its address. Whoever makes the
+// filter keeps the memory.
 using Upload = std::function<const void*(const void* bytes, std::size_t count)>;
 
 template <typename T>

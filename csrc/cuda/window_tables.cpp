@@ -49,7 +49,7 @@ WindowTables column_window(std::int64_t samples, const Decimation& axis, int pad
   WindowTables tables = by_sample(samples, axis, padded, window, upload);
   if (tables.whole()) return tables;
   const std::int64_t cells = axis.cells;
-  const auto first = [&](std::int64_t c) {  // cells below 0 are the last ones, a turn earlier
+  const auto first = [&](std::int64_t c) {  // cells below 0 are the last ones, one period earlier
     return c < 0 ? window.first[index(c + cells)] - samples : window.first[index(c)];
   };
   std::vector<std::int32_t> start;

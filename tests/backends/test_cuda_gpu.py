@@ -21,7 +21,7 @@ from updates import expected, mixed_updates
 CUDA = fm.backends()["cuda"]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.available, reason=f"no CUDA backend: {CUDA.reason}")]
 
-# Beyond those of the parity file, which runs on a GPU too.
+# Beyond those of test_parity.py, which runs on a GPU too.
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (1009, 1013), (50265, 64), (1, 65537)]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 

@@ -20,7 +20,10 @@ from freemerge.planner.plan import Plan
 from oracle import oracle_filter
 from reference import reference_filter
 
-BACKEND_NAMES = [*(known.name for known in BACKENDS), "cuda-emulated"]
+BACKEND_NAMES = [
+    *(pytest.param(known.name, marks=pytest.mark.gpu) if known.name == "cuda" else known.name for known in BACKENDS),
+    "cuda-emulated",
+]
 DEVICES = {"cuda": torch.device("cuda")}
 TOLERANCE = {torch.float64: 2e-13, torch.float32: 6e-7, torch.bfloat16: 6e-7, torch.float16: 6e-7}
 
