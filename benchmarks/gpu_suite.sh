@@ -19,7 +19,7 @@ isolation=--no-build-isolation
 FREEMERGE_CUDA=ON CUDAARCHS=${CUDAARCHS:-native} "$python" -m pip install --quiet --no-deps $isolation .
 
 echo "== tests"
-"$python" -m pytest -m gpu tests/backends/test_cuda_gpu.py
+"$python" -m pytest -m gpu tests/backends
 
 echo "== benchmark"
 "$python" -m benchmarks.gpu_suite --out "$result"

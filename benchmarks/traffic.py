@@ -1,7 +1,7 @@
 """What a plan of the CUDA backend moves, stage by stage, from the plan alone: the model behind its tuning.
 
-Memory is of two kinds. The matrix and the spectrum are too big for the cache and live in device memory. Panels (stages
-of lines, coarse rows) are written by one kernel and read by the next while they are still in L2.
+Memory is of two kinds. The matrix and the spectrum are too big for the cache and live in device memory. Panels (packed
+rows, coarse rows) are written by one kernel and read by the next while they are still in L2.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from freemerge.planner.forms import largest_prime
 from freemerge.planner.plan import Plan
 
 Where = Literal["matrix", "spectrum", "panel"]
 _FLOAT, _COMPLEX = 4, 8
-_LARGEST_RADIX = 7  # of csrc/cuda/butterfly.cuh
-_LONGEST_COLUMN = 6800  # of which four fit the shared memory of an H100
 
 
 @dataclass(frozen=True)
@@ -70,9 +67,9 @@ def _decimated(plan: Plan) -> list[Step]:
     spectrum = plan.rows.cells * (plan.columns.cells // 2 + 1) * _COMPLEX
     kept = matrix if plan.background else 0
     return [
-        Step("down_rows", "matrix", matrix, 0),
-        Step("down_rows", "panel", 0, panel),
-        Step("down_columns", "panel", panel + grid, 2 * grid),  # the grid is cleared, then added to
+        Step("spread_rows", "matrix", matrix, 0),
+        Step("spread_rows", "panel", 0, panel),
+        Step("spread_columns", "panel", panel + grid, 2 * grid),  # the grid is cleared, then added to
         Step("cuFFT R2C", "panel", grid, spectrum),
         Step("coarse_mask", "panel", spectrum, spectrum),
         Step("cuFFT C2R", "panel", spectrum, grid),
@@ -86,9 +83,8 @@ def _full(plan: Plan) -> list[Step]:
     matrix = _matrix_bytes(plan)
     rows = height * width * _FLOAT
     spectrum = height * (width // 2 + 1) * _COMPLEX
-    # Long columns, or with large prime factors, are left to cuFFT, which then moves the spectrum twice more.
-    fused = largest_prime(height) <= _LARGEST_RADIX and height <= _LONGEST_COLUMN
-    columns = [Step("column_filter" if fused else "column_mask", "spectrum", spectrum, spectrum)]
+    # Columns that are not fused are left to cuFFT, which then moves the spectrum twice more.
+    columns = [Step("column_filter" if plan.fused else "column_mask", "spectrum", spectrum, spectrum)]
     if plan.dtype.itemsize == _FLOAT:  # cuFFT reads and writes the matrix itself
         return [
             Step("cuFFT R2C", "matrix", matrix, 0),

@@ -3,19 +3,23 @@ set(FREEMERGE_CUDA_KERNELS
   cuda/accumulate.cu
   cuda/coarse_mask.cu
   cuda/column_filter.cu
-  cuda/decimate_columns.cu
-  cuda/decimate_rows.cu
   cuda/interpolate.cu
-  cuda/lines.cu
+  cuda/pack.cu
   cuda/sample_mean.cu
   cuda/select.cu
-  cuda/sparse.cu)
+  cuda/sparse.cu
+  cuda/spread_columns.cu
+  cuda/spread_rows.cu)
 set(FREEMERGE_CUDA_HOST
   common/window.cpp
+  cuda/column_tables.cpp
   cuda/cufft_api.cpp
+  cuda/decimated.cpp
   cuda/error.cpp
   cuda/fft.cpp
-  cuda/filter.cpp)
+  cuda/filter.cpp
+  cuda/full.cpp
+  cuda/window_tables.cpp)
 set(FREEMERGE_CUDA_BINDINGS
   bindings/cuda_device.cpp
   bindings/cuda_experts.cpp

@@ -1,6 +1,27 @@
-"""Settings of all tests: the same examples on every run, so that a failure can be run again."""
+"""Settings of all tests: the same examples on every run, so that a failure can be run again; and the backends."""
 
-from hypothesis import settings
+from __future__ import annotations
 
-settings.register_profile("reproducible", derandomize=True, deadline=None)
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import emulated
+from freemerge.backends import registry
+from freemerge.backends.torch import TorchBackend
+
+settings.register_profile(
+    "reproducible", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 settings.load_profile("reproducible")
+
+
+@pytest.fixture(params=["cpu", "torch", "cuda-emulated"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The name of each backend that takes CPU tensors. The emulation makes the CUDA backend one of them."""
+    if request.param == "cuda-emulated":
+        with registry.using(emulated.backend(), TorchBackend()):
+            yield "cuda"
+    else:
+        yield request.param

@@ -43,6 +43,7 @@ struct Plan {
   double background = 0.0;  // gain outside the box (kDecimated) or of the constant columns (kPruned)
   Decimation rows;          // along H
   Decimation columns;       // along W
+  bool fused = false;       // kFull on a GPU: columns are transformed and masked by one kernel
 };
 
 }  // namespace freemerge

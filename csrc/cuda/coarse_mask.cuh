@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "common/mask.h"
-#include "cuda/decimate_columns.cuh"
+#include "cuda/spread_columns.cuh"
 
 namespace freemerge::cuda {
 

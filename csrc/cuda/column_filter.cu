@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/error.h"
 #include "cuda/butterfly.cuh"
 #include "cuda/column_filter.cuh"
 #include "cuda/kernel.cuh"
@@ -34,37 +35,39 @@ struct Columns {
   int padding_log2;
 
   // Where the last radix is 16, one position in sixteen is skipped, which keeps its blocks in different
-  // banks. All other strides are multiples of 16 then, so that places remain equally spaced.
-  __device__ int place(int position) const { return (position + (position >> padding_log2)) << columns_log2; }
+  // banks. All other strides are multiples of 16 then, so offsets remain equally spaced.
+  __device__ int offset(int position) const {
+    return (position + (position >> padding_log2)) << columns_log2;
+  }
 
-  __device__ float2& at(int position, int column) const { return data[place(position) + column]; }
+  __device__ float2& at(int position, int column) const { return data[offset(position) + column]; }
 };
 
-struct Place {
+struct Butterfly {
   int column;
   int block;   // of M * R positions
   int within;  // 0 .. M - 1
 };
 
-// Calls visit(place) for each butterfly of a pass; consecutive threads take neighbouring columns.
+// Calls visit(butterfly) for each butterfly of a pass; consecutive threads take neighbouring columns.
 template <typename Visit>
 __device__ void for_each_butterfly(int count, int columns_log2, int stride, Visit visit) {
   for (int i = static_cast<int>(threadIdx.x); i < count << columns_log2; i += static_cast<int>(blockDim.x)) {
-    const unsigned butterfly = static_cast<unsigned>(i) >> columns_log2;
-    const unsigned block = butterfly / static_cast<unsigned>(stride);
-    visit(Place{i & ((1 << columns_log2) - 1), static_cast<int>(block),
-                static_cast<int>(butterfly - block * static_cast<unsigned>(stride))});
+    const unsigned number = static_cast<unsigned>(i) >> columns_log2;
+    const unsigned block = number / static_cast<unsigned>(stride);
+    visit(Butterfly{i & ((1 << columns_log2) - 1), static_cast<int>(block),
+                    static_cast<int>(number - block * static_cast<unsigned>(stride))});
   }
 }
 
 // A pass over blocks of `stride` * R positions.
 template <int R, bool kInverse>
 __device__ void pass(const Columns& columns, const float2* roots, int height, int stride) {
-  const int step = columns.place(stride);
+  const int step = columns.offset(stride);
   const int turns = height / (stride * R);
-  for_each_butterfly(height / R, columns.columns_log2, stride, [&](Place place) {
-    float2* first = &columns.at(place.block * stride * R + place.within, place.column);
-    const int turn = turns * place.within;
+  for_each_butterfly(height / R, columns.columns_log2, stride, [&](Butterfly b) {
+    float2* first = &columns.at(b.block * stride * R + b.within, b.column);
+    const int turn = turns * b.within;
     float2 x[R];
 #pragma unroll
     for (int q = 0; q < R; ++q) x[q] = first[q * step];
@@ -110,12 +113,12 @@ __device__ void mask_columns(const Job& job, const Columns& columns, int radix, 
   const ColumnFilter& a = job.filter;
   const int height = static_cast<int>(a.spectra.height);
   const int blocks = height / radix;
-  for_each_butterfly(height, columns.columns_log2, radix, [&](Place place) {
-    const std::int64_t bin = first_column + place.column;
+  for_each_butterfly(height, columns.columns_log2, radix, [&](Butterfly b) {
+    const std::int64_t bin = first_column + b.column;
     if (bin > a.spectra.width / 2) return;
-    const int frequency = first_frequency(job, place.block) + blocks * place.within;
+    const int frequency = first_frequency(job, b.block) + blocks * b.within;
     const auto gain = static_cast<float>(a.factor * mask_gain(a.mask, frequency, bin));
-    float2& value = columns.at(place.block * radix + place.within, place.column);
+    float2& value = columns.at(b.block * radix + b.within, b.column);
     value = make_float2(value.y * gain, value.x * gain);
   });
   __syncthreads();
@@ -132,16 +135,16 @@ template <int R>
 __device__ void masked_pass(const Job& job, const Columns& columns, std::int64_t first_column) {
   const ColumnFilter& a = job.filter;
   const int height = static_cast<int>(a.spectra.height);
-  const int step = columns.place(1);
-  for_each_butterfly(height / R, columns.columns_log2, 1, [&](Place place) {
-    const std::int64_t bin = first_column + place.column;
-    const int2 rows = bin <= a.spectra.width / 2 ? load(a.steps + bin) : make_int2(0, 0);
-    float2* first = &columns.at(place.block * R, place.column);
+  const int step = columns.offset(1);
+  for_each_butterfly(height / R, columns.columns_log2, 1, [&](Butterfly b) {
+    const std::int64_t bin = first_column + b.column;
+    const int2 rows = bin <= a.spectra.width / 2 ? load(a.tables.steps + bin) : make_int2(0, 0);
+    float2* first = &columns.at(b.block * R, b.column);
     float2 x[R];
 #pragma unroll
     for (int q = 0; q < R; ++q) x[q] = first[q * step];
     dft(x);
-    const int frequency = first_frequency(job, place.block);
+    const int frequency = first_frequency(job, b.block);
 #pragma unroll
     for (int p = 0; p < R; ++p) {
       const float gain = step_gain(a, rows, frequency + height / R * p);
@@ -157,11 +160,11 @@ __device__ void masked_pass(const Job& job, const Columns& columns, std::int64_t
 template <int R>
 __device__ void masked_passes(const Job& job, const Columns& columns, std::int64_t first_column) {
   const ColumnFilter& a = job.filter;
-  if (a.steps) return masked_pass<R>(job, columns, first_column);
+  if (a.tables.steps) return masked_pass<R>(job, columns, first_column);
   const int height = static_cast<int>(a.spectra.height);
-  pass<R, false>(columns, a.roots, height, 1);
+  pass<R, false>(columns, a.tables.roots, height, 1);
   mask_columns(job, columns, R, first_column);
-  pass<R, true>(columns, a.roots, height, 1);
+  pass<R, true>(columns, a.tables.roots, height, 1);
 }
 
 __device__ void masked_passes_of_radix(const Job& job, const Columns& columns, std::int64_t first_column) {
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) column_filter_kernel(Job job) {
   bool constant = true;
   for (int c = 0; c < count; ++c) {
     const std::int64_t bin = first_column + c;
-    if (bin < bins) constant = constant && !std::isnan(load(a.gains + bin));
+    if (bin < bins) constant = constant && !std::isnan(load(a.tables.gains + bin));
   }
   const int column = static_cast<int>(threadIdx.x) & (count - 1);
   const std::int64_t bin = first_column + column;
@@ -196,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) column_filter_kernel(Job job) {
   const int row_step = static_cast<int>(blockDim.x) >> job.columns_log2;
   if (constant) {  // the columns' own transforms would cancel, but for their factor H
     if (bin >= bins) return;
-    const float gain = static_cast<float>(a.factor * height) * load(a.gains + bin);
+    const float gain = static_cast<float>(a.factor * height) * load(a.tables.gains + bin);
 #pragma unroll 4
     for (int row = row_begin; row < height; row += row_step) {
       float2* value = spectrum + row * a.spectra.pitch + bin;
@@ -213,11 +216,11 @@ __global__ void __launch_bounds__(kThreads) column_filter_kernel(Job job) {
   int stride = height;
   for (int i = 0; i + 1 < job.passes; ++i) {
     stride /= job.radix[i];
-    pass_of_radix<false>(job.radix[i], columns, a.roots, height, stride);
+    pass_of_radix<false>(job.radix[i], columns, a.tables.roots, height, stride);
   }
   masked_passes_of_radix(job, columns, first_column);
   for (int i = job.passes - 2; i >= 0; --i) {
-    pass_of_radix<true>(job.radix[i], columns, a.roots, height, stride);
+    pass_of_radix<true>(job.radix[i], columns, a.tables.roots, height, stride);
     stride *= job.radix[i];
   }
   if (bin >= bins) return;
@@ -279,15 +282,17 @@ bool factor(std::int64_t height, Job* job) {
 
 }  // namespace
 
-bool column_filter_takes(std::int64_t height) {
-  Job job{};
-  return factor(height, &job) && shared_bytes(height, kMinColumns) <= most_shared();
+std::int64_t longest_column() {
+  const std::size_t bytes = most_shared();
+  auto height = static_cast<std::int64_t>(bytes / shared_bytes(0, kMinColumns));
+  while (shared_bytes(height, kMinColumns) > bytes) --height;
+  return height;
 }
 
 void column_filter(const ColumnFilter& arguments, cudaStream_t stream) {
   const Spectra& spectra = arguments.spectra;
   Job job{arguments, 0, {}, columns_log2(spectra.height, spectra.width / 2 + 1), 31};
-  factor(spectra.height, &job);
+  require(factor(spectra.height, &job), "the fused columns need a length without prime factors beyond 7");
   if (job.radix[job.passes - 1] == 16) job.padding_log2 = 4;
   const int columns = 1 << job.columns_log2;
   const dim3 grid(static_cast<unsigned>(ceil_div(spectra.width / 2 + 1, columns)),

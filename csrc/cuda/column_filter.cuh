@@ -7,30 +7,28 @@
 #include <cstdint>
 
 #include "common/mask.h"
-#include "cuda/lines.cuh"
+#include "cuda/column_tables.h"
+#include "cuda/pack.cuh"
 
 namespace freemerge::cuda {
 
 struct ColumnFilter {
   Spectra spectra;
   Mask mask;
-  double factor;       // scale / (H W)
-  const float* gains;  // for each bin of a row, the gain of its column, or NaN where that varies
-  // For masks of steps, else null: for each bin of a row, how many rows from frequency 0 on have the first
-  // gain, and how many the first or the second; and these gains, factor included.
-  const int2* steps;
-  float step_gains[3];
-  const float2* roots;  // exp(-2 pi i k / height) for 0 <= k < height
+  double factor;        // scale / (H W)
+  float step_gains[3];  // of a mask of steps, factor included
+  ColumnTables tables;
 };
 
-// Whether columns of this height fit: factors of 2, 3, 5 and 7 only, and short enough for a few of them to
-// share the current device's shared memory.
-bool column_filter_takes(std::int64_t height);
+// What column_filter() can take: a few columns must fit the current device's shared memory, and prime factors
+// are bounded.
+std::int64_t longest_column();
+constexpr int kLargestColumnPrime = 7;
 
 // Multiplies the columns' spectra by factor * M.
 void column_filter(const ColumnFilter& arguments, cudaStream_t stream);
 
-// The same multiplication alone, for spectra of whole matrices.
+// The same multiplication alone, for spectra of whole matrices. Uses no tables.
 void column_mask(const ColumnFilter& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -40,7 +40,7 @@ Error::Error(const std::string& operation_, const std::string& reason, int code_
 
 void check(cudaError_t error, const char* operation, const char* file, int line) {
   if (error == cudaSuccess) return;
-  static_cast<void>(cudaGetLastError());  // or the next launch would be blamed for it
+  static_cast<void>(cudaGetLastError());  // else the next launch would report it
   const std::string reason = std::string(cudaGetErrorName(error)) + ", " + cudaGetErrorString(error);
   throw Error(operation, reason, static_cast<int>(error), file, line);
 }

@@ -11,7 +11,7 @@ namespace freemerge::cuda {
 struct Error : std::runtime_error {
   Error(const std::string& operation, const std::string& reason, int code, const char* file, int line);
 
-  std::string operation;  // "cudaSetDevice", "cufftExecR2C", "launch of down_rows"
+  std::string operation;  // "cudaSetDevice", "cufftExecR2C", "launch of spread_rows"
   int code;               // cudaError_t or cufftResult; 0 where the failure has no code
   std::string file;
   int line;

@@ -1,4 +1,5 @@
-// Executes a Plan on matrices in device memory: the order of the kernels, and what they keep where.
+// A plan prepared for a device: its tables are there, and it filters any number of matrices of the plan's
+// shape.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,32 +8,37 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/dtype.h"
 #include "common/plan.h"
-#include "cuda/matrices.h"
+#include "cuda/column_tables.h"
+#include "cuda/window_tables.h"
 
 namespace freemerge::cuda {
 
-struct FilterJob {
-  Plan plan;  // decimated or full
-  DType dtype;
-  std::vector<void*> matrices;
+// Where matrices are in device memory. Columns are contiguous.
+struct MatrixList {
+  std::vector<void*> data;
   std::vector<std::int64_t> row_strides;  // in entries
-  double scale;
-  // kDecimated: windows of both axes, in device memory; the columns axis may be whole.
-  WindowTables rows;
-  WindowTables columns;
-  // kFull: see ColumnFilter; without roots, cuFFT transforms whole matrices.
-  const float* gains;
-  const int2* steps;
-  const float2* roots;
 };
 
-// Bytes of workspace that filter() needs for this job, or for any number of such matrices if `matrices` is
-// empty. Makes the cuFFT plans of the job for the current device.
-std::size_t filter_workspace(const FilterJob& job, cudaStream_t stream);
+struct Filter {
+  // `column_gains`, for fused columns: see ColumnTables.
+  Filter(const Plan& plan, DType dtype, const std::vector<float>& column_gains, const Upload& upload);
 
-// Filters each matrix in place on `stream` of the current device: y = scale * Re(ifft2(M * fft2(x))). Returns
-// as soon as everything is queued. `workspace` is device memory, aligned to 256 bytes.
-void filter(const FilterJob& job, void* workspace, std::size_t workspace_bytes, cudaStream_t stream);
+  // Bytes of workspace for these matrices, or for any number of them if there are none. Makes the cuFFT plans
+  // of the call for the current device.
+  std::size_t workspace_bytes(const MatrixList& matrices, cudaStream_t stream) const;
+
+  // Filters each matrix in place on `stream` of the current device: y = scale * Re(ifft2(M * fft2(x))).
+  // Returns as soon as everything is queued. `workspace` is device memory, aligned to 256 bytes.
+  void run(const MatrixList& matrices, double scale, void* workspace, std::size_t bytes,
+           cudaStream_t stream) const;
+
+  Plan plan;  // decimated or full
+  DType dtype;
+  WindowTables rows{};           // kDecimated
+  WindowTables columns{};        // kDecimated; or a whole axis
+  ColumnTables column_tables{};  // kFull with fused columns
+};
 
 }  // namespace freemerge::cuda

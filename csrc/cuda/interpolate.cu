@@ -28,9 +28,9 @@ struct ColumnPair {
     float values[kTaps + 1];
 #pragma unroll
     for (int j = 0; j <= kTaps; ++j) {
-      const std::int64_t place =
-          cell + j;  // cells >= 2 taps: one turn is enough, unless the window is padded
-      values[j] = load(line + (place < cells ? place : (place < 2 * cells ? place - cells : 0)));
+      // As cells >= 2 taps, one period is enough, except for the weights that pad a window.
+      const std::int64_t column = cell + j;
+      values[j] = load(line + (column < cells ? column : (column < 2 * cells ? column - cells : 0)));
     }
     float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_k
         sum.x += weights[j] * coarse[j].x;
         sum.y += weights[j] * coarse[j].y;
       }
-      // The large ones cancel first.
+      // The large terms cancel first.
       const float2 old = widen(pairs[i]);
       const float2 value =
           make_float2((a.gain * old.x + constant) + sum.x, (a.gain * old.y + constant) + sum.y);

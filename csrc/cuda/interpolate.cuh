@@ -1,11 +1,11 @@
-// Up from the coarse grids, along both axes at once, fused with what becomes of the matrix.
+// Interpolation of the coarse grids along both axes at once, fused with the last step of the filter.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "cuda/decimate_columns.cuh"
+#include "cuda/spread_columns.cuh"
 
 namespace freemerge::cuda {
 

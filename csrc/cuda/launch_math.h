@@ -9,7 +9,7 @@ namespace freemerge::cuda {
 
 FM_HOST_DEVICE inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// i modulo n, in 0 .. n - 1, for an i that is at most a few turns away: a 64-bit division costs a GPU a
+// i modulo n, in 0 .. n - 1, for an i that is at most a few periods outside: a 64-bit division costs a GPU a
 // hundred instructions.
 FM_HOST_DEVICE inline std::int64_t wrap(std::int64_t i, std::int64_t n) {
   while (i < 0) i += n;

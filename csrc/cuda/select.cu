@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kSelectThreads) pick_kernel(Job job) {
   for (int b = 0; b < kEach; ++b) mine += histogram[top - b];
   Count total = 0;
   Count before = block_prefix_sum(mine, scratch, &total);
-  __syncthreads();  // everybody has read `take`
+  __syncthreads();  // all threads have read `take`
   if (before < take && take <= before + mine) {
     int bin = top;
     for (; before + histogram[bin] < take; --bin) before += histogram[bin];
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kSelectThreads) scan_kernel(Job job) {
   }
 }
 
-// Entries over the threshold are kept, and the first `take` at it; kept entries before an entry give its
-// place.
+// Entries over the threshold are kept, and the first `take` at it; the number kept before an entry
+// is its position.
 __global__ void __launch_bounds__(kSelectThreads) write_kernel(Job job) {
   Count* scratch = shared_memory<Count>();
   const Chunk chunk = chunk_of_block(job);
@@ -184,9 +184,9 @@ __global__ void __launch_bounds__(kSelectThreads) write_kernel(Job job) {
     const Count e = equal_before + block_prefix_sum(Count{equal}, scratch, &equal_total);
     __syncthreads();
     if (above || (equal && e < threshold.take)) {
-      const Count place = a + (e < threshold.take ? e : threshold.take);
-      store(indices + place, row * job.selection.columns + i);
-      store(values + place, value);
+      const Count position = a + (e < threshold.take ? e : threshold.take);
+      store(indices + position, row * job.selection.columns + i);
+      store(values + position, value);
     }
     above_before += above_total;
     equal_before += equal_total;

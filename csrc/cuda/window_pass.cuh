@@ -6,7 +6,7 @@
 #include "cuda/heuristics.h"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
-#include "cuda/matrices.h"
+#include "cuda/window_tables.h"
 
 namespace freemerge::cuda {
 

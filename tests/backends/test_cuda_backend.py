@@ -23,7 +23,7 @@ from freemerge.accumulate import abs_means, add_round, task_vector_sum
 from freemerge.backends import registry
 from freemerge.backends.cuda import CudaBackend
 from freemerge.backends.cuda_runtime import Runtime, Stream
-from freemerge.backends.sparse import SparseVector, Update, native_updates
+from freemerge.backends.sparse import Update, native_updates
 from freemerge.backends.torch import TorchBackend
 from freemerge.cache import forget_all
 from freemerge.checkpoint import TensorSpec
@@ -37,19 +37,6 @@ from reference import reference_filter, reference_merge
 from updates import apply_, expected, mixed_updates, sparse
 
 HIGH_PASS = fm.HighPass(0.05)
-RESPONSES = [
-    HIGH_PASS,
-    fm.LowPass(0.1),
-    fm.BandPass(0.05, 0.15),
-    fm.Butterworth(0.1, 2),
-    fm.Gaussian(0.03),
-    fm.BandGain(0.08, 0.3, 1.2),
-    fm.Center(-1),
-    fm.Center(-2),
-    fm.Official(),
-    fm.HighPass(0.07, metric="normalized"),
-    fm.Custom(lambda ky, kx, shape: 1 / (1 + abs(ky) + abs(kx))),
-]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
@@ -92,29 +79,6 @@ def relative_error(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor) -> fl
     return float((got.double() - want).norm()) / norm
 
 
-@pytest.mark.parametrize(
-    "shape", [(96, 96), (128, 200), (97, 101), (40, 240), (1, 300), (127,), (7, 5), (1, 1)], ids=str
-)
-@pytest.mark.parametrize("response", RESPONSES, ids=lambda r: type(r).__name__)
-def test_every_plan_agrees_with_the_formula(shape: tuple[int, ...], response: Response) -> None:
-    if response == fm.Center(-2) and len(shape) == 1:
-        return
-    for dtype in TOLERANCE:
-        x = matrix(*shape, dtype=dtype)
-        want = 1.5 * reference_filter(x, response)
-        for plan in plans(x, response):
-            y = x.clone()
-            emulated.backend().executable(plan).run([y.view(1, -1, shape[-1])], 1.5)
-            assert relative_error(y, want, x) < TOLERANCE[dtype], f"{plan}"
-
-
-def test_all_forms_were_tried() -> None:
-    forms = {plan.form for r in RESPONSES for plan in plans(matrix(128, 200), r)}
-    assert forms == {"decimated", "full"}
-    whole = [plan for r in RESPONSES for plan in plans(matrix(240, 40), r) if plan.columns and not plan.columns.taps]
-    assert whole, "no columns axis was left as it is"
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_the_rounded_float32_result(dtype: torch.dtype) -> None:
     x = matrix(128, 200, dtype=dtype)
@@ -148,18 +112,6 @@ def test_a_batch_is_its_matrices_one_by_one(form: Form) -> None:
     assert torch.equal(together, alone)
 
 
-def test_strided_matrices_are_filtered_in_place() -> None:
-    storage = matrix(60, 100)
-    x = storage[3:51, 7:85]
-    want = reference_filter(x, HIGH_PASS)
-    outside = storage.clone()
-    assert fm.filter_(x, HIGH_PASS, backend="cuda") is x
-    assert relative_error(x, want, outside) < 1e-6
-    untouched = torch.ones_like(storage, dtype=torch.bool)
-    untouched[3:51, 7:85] = False
-    assert torch.equal(storage[untouched], outside[untouched])
-
-
 @pytest.mark.parametrize("form", ["decimated", "full"])
 def test_rows_more_than_two_to_the_31_entries_apart(form: Form) -> None:
     rows, width = 24, 30
@@ -176,15 +128,6 @@ def test_rows_more_than_two_to_the_31_entries_apart(form: Form) -> None:
     emulated.backend().executable(plan).run([x[None]], 1.0)
     emulated.backend().executable(plan).run([dense[None]], 1.0)
     assert torch.equal(x, dense)
-
-
-@pytest.mark.parametrize("shape", [(67, 1009), (1009, 67), (1, 65537)], ids=str)
-def test_large_primes(shape: tuple[int, int]) -> None:
-    x = matrix(*shape)
-    for plan in plans(x, HIGH_PASS):
-        y = x.clone()
-        emulated.backend().executable(plan).run([y[None]], 1.0)
-        assert relative_error(y, reference_filter(x, HIGH_PASS), x) < 1e-6, f"{plan}"
 
 
 def test_a_dominant_mean_keeps_its_accuracy() -> None:
@@ -327,124 +270,33 @@ def test_what_it_cannot_do_it_refuses() -> None:
         fm.filter_(x.double(), HIGH_PASS, backend="cuda")
 
 
-# --- task vectors and experts -----------------------------------------------------------------------------------------
+# --- switching experts ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [1, 2048, 5001])
-@pytest.mark.parametrize("count", [1, 3, 20])
-def test_weighted_sums_are_those_of_torch_bit_for_bit(n: int, count: int) -> None:
-    base = matrix(n, dtype=torch.bfloat16)
-    dtypes = itertools.cycle([torch.float32, torch.bfloat16, torch.float16])
-    models = [matrix(n, dtype=next(dtypes), seed=i + 1) for i in range(count)]
-    weights = [0.3 + 0.1 * i for i in range(count)]
-    total, means = task_vector_sum(base, models, weights, backend="cuda")
-    expected, expected_means = task_vector_sum(base, models, weights, backend="torch")
-    assert torch.equal(total, expected)
-    assert means == pytest.approx(expected_means, rel=1e-6)  # torch sums |v| in another order
-    assert abs_means(base, models, backend="cuda") == means
-    for dtype in TOLERANCE:
-        rounded = add_round(base, total, 0.7, dtype, backend="cuda")
-        assert torch.equal(rounded, add_round(base, total, 0.7, dtype, backend="torch"))
-
-
-@pytest.mark.parametrize("by_row", [False, True])
-@pytest.mark.parametrize("k", [1, 37, 20000])
-def test_selection_is_exact(k: int, by_row: bool) -> None:
-    base = matrix(5, 18000, dtype=torch.bfloat16)
-    model = base.float() + matrix(5, 18000, seed=1)
-    model[:, ::5] = base[:, ::5].float() + 1.25  # ties
-    model[2] = base[2].float()  # a row of zeros, which are never taken
-    got = select_largest(model, base, k, by_row=by_row, backend="cuda")
-    want = select_largest(model, base, k, by_row=by_row, backend="torch")
-    assert torch.equal(got.indices, want.indices)
-    assert torch.equal(got.values, want.values)
-
-
-@pytest.mark.parametrize("k", [100, 9000, 40000])
-def test_zeros_of_every_chunk_are_left_out(k: int) -> None:
-    v = matrix(40000)  # ranked in three chunks
-    v[torch.arange(40000) % 4 > 0] = 0.0
-    v[1::8] = -0.0
-    v[::12] = 2.5  # ties
-    got = select_largest(v, torch.zeros(40000), k, backend="cuda")
-    want = select_largest(v, torch.zeros(40000), k, backend="torch")
-    assert len(want.indices) == min(k, 10000)
-    assert torch.equal(got.indices, want.indices)
-    assert torch.equal(got.values, want.values)
-
-
-def test_selection_ranks_nan_above_infinity() -> None:
-    v = torch.tensor([1.0, float("inf"), float("nan"), -3.0])
-    assert select_largest(v, torch.zeros(4), 2, backend="cuda").indices.tolist() == [1, 2]
-
-
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_sparse_updates_are_undone_bit_for_bit(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
-    before = matrix(30, 40, dtype=dtype)
-    update = SparseVector(torch.tensor([0, 17, 1199], dtype=index_dtype), torch.tensor([1.0, -2.5, 0.125]))
-    origin = torch.tensor([3.0, 4.0, 5.0], dtype=dtype)
-    for start in (None, origin):
-        weights, expected = before.clone(), before.clone()
-        apply_([Update(expected, update, 0.7, start)], backend="torch")
-        with apply_([Update(weights, update, 0.7, start)], backend="cuda"):
-            assert torch.equal(weights, expected)
-        assert torch.equal(weights, before)
-
-
-def test_many_tensors_change_in_few_launches() -> None:
-    updates = mixed_updates([*TOLERANCE], 130)
-    before, after = [update.weights.clone() for update in updates], [expected(update) for update in updates]
-    for order in ("forward", "random"):
-        emulated.module().set_order(getattr(emulated.module().Order, order))
-        with apply_(updates, backend="cuda"):
-            assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
-        assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
-    jobs, _ = native_updates([update for update in updates if update.entries.indices.numel()])
+def test_many_tensors_share_a_launch_but_not_with_others_of_their_memory() -> None:
+    module, weights = emulated.module(), matrix(90, 80)
+    jobs, _ = native_updates([update for update in mixed_updates([*TOLERANCE], 130) if update.entries.indices.numel()])
     assert 60 < len(jobs) <= 120
-    assert emulated.module().SparseSwitch(jobs).launches == 2
-    assert emulated.module().SparseSwitch(jobs[:60]).launches == 1
-
-
-def test_updates_of_one_memory_keep_their_order_on_the_device() -> None:
-    weights, other = matrix(90, 80), matrix(50)
-    before = weights.clone()
-    updates = [
+    assert module.SparseSwitch(jobs).launches == 2
+    assert module.SparseSwitch(jobs[:60]).launches == 1
+    overlapping = [
         Update(weights, sparse(7200, 5000, 5), 0.5),
-        Update(other, sparse(50, 20, 7), 1.0),
+        Update(matrix(50), sparse(50, 20, 7), 1.0),
         Update(weights[1:], sparse(7120, 5000, 6, torch.int64), -2.0),
     ]
-    jobs, _ = native_updates(updates)
-    assert emulated.module().SparseSwitch(jobs).launches == 2
-    want = weights.clone()
-    for update, flat in ((updates[0], want.view(-1)), (updates[2], want[1:].view(-1))):
-        flat[update.entries.indices.long()] += update.entries.values * update.scale
+    assert module.SparseSwitch(native_updates(overlapping)[0]).launches == 2
+
+
+def test_the_order_of_blocks_and_threads_changes_no_update() -> None:
+    updates = mixed_updates([*TOLERANCE], 130)
+    before, after = [update.weights.clone() for update in updates], [expected(update) for update in updates]
+    emulated.module().set_order(emulated.module().Order.random)
     with apply_(updates, backend="cuda"):
-        assert torch.equal(weights, want)
-    assert torch.equal(weights, before)
+        assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
+    assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
 
 
-def test_nan_payloads_and_negative_zeros_come_back() -> None:
-    bits = torch.tensor([0x7FA1, 0xFFB2 - 0x10000, -0x8000, 0x7F80], dtype=torch.int16)
-    update = SparseVector(torch.arange(4), torch.ones(4))
-    for dtype in (torch.bfloat16, torch.float16):
-        weights = bits.clone().view(dtype)
-        with apply_([Update(weights, update, 1.0)], backend="cuda"):
-            pass
-        assert torch.equal(weights.view(torch.int16), bits)
-
-
-def test_an_index_outside_a_device_tensor_changes_nothing() -> None:
-    for bad in (10, -1):
-        weights, other = torch.ones(10), torch.ones(10)
-        update = SparseVector(torch.tensor([0, bad], dtype=torch.int32), torch.ones(2))
-        with pytest.raises(ArgumentError, match="outside the tensor"):
-            apply_([Update(other, sparse(10, 3, 0), 1.0), Update(weights, update, 1.0)], backend="cuda")
-        assert torch.equal(other, torch.ones(10))
-        assert torch.equal(weights, torch.ones(10))
-
-
-def test_thousand_device_switches_over_eight_experts_leave_every_weight_bit_identical() -> None:
+def test_a_bank_switches_on_the_device_and_leaves_every_weight_bit_identical() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 8).bfloat16())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tasks = {
@@ -453,11 +305,9 @@ def test_thousand_device_switches_over_eight_experts_leave_every_weight_bit_iden
     }
     experts = fx.extract_experts(before, tasks, density=0.1)
     bank, picks = fx.ExpertBank(model, experts, base=before), random.Random(0)
-    changed = 0
     for _ in range(1000):
         with bank.active(picks.choice([*tasks]), combine=picks.choice(["add", "replace"])):
-            changed += not torch.equal(model[0].weight, before["0.weight"])
-    assert changed == 1000
+            assert not torch.equal(model[0].weight, before["0.weight"])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -554,16 +404,6 @@ def test_a_sum_reads_every_model_once_and_writes_once(dtype: torch.dtype) -> Non
     add_round(base, out, 0.7, dtype, out=base, backend="cuda")
     assert module.watched() == [(stored, stored), (4 * n, 0)]
     module.unwatch_all()
-
-
-def test_tensors_of_two_devices_are_refused() -> None:
-    x, elsewhere = matrix(8), torch.empty(8, device="meta")
-    with pytest.raises(ArgumentError, match="out must be"):
-        task_vector_sum(x, [x], [1.0], out=elsewhere)
-    with pytest.raises(ArgumentError, match="out must be"):
-        add_round(x, x, 1.0, torch.float32, out=elsewhere)
-    with pytest.raises(ArgumentError, match="update must be on the device of the weights"):
-        apply_([Update(x, SparseVector(torch.empty(1, dtype=torch.int64, device="meta"), torch.ones(1)), 1.0)])
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------

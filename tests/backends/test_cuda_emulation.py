@@ -1,4 +1,4 @@
-"""The emulation bites: seeded bugs are caught, and the kernels pass under sanitizers in every thread order."""
+"""The emulation catches seeded bugs, and the kernels pass under sanitizers in every thread order."""
 
 from __future__ import annotations
 

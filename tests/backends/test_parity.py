@@ -16,9 +16,14 @@ from cases import DTYPES, RESPONSES, SHAPES
 from freemerge.backends.base import Backend
 from freemerge.backends.registry import BACKENDS
 from freemerge.planner.forms import candidates
+from freemerge.planner.plan import Plan
 from oracle import oracle_filter
+from reference import reference_filter
 
-BACKEND_NAMES = [*(known.name for known in BACKENDS), "cuda-emulated"]
+BACKEND_NAMES = [
+    *(pytest.param(known.name, marks=pytest.mark.gpu) if known.name == "cuda" else known.name for known in BACKENDS),
+    "cuda-emulated",
+]
 DEVICES = {"cuda": torch.device("cuda")}
 TOLERANCE = {torch.float64: 2e-13, torch.float32: 6e-7, torch.bfloat16: 6e-7, torch.float16: 6e-7}
 
@@ -72,21 +77,26 @@ def requests() -> Iterator[tuple[fm.Response, tuple[int, ...], torch.dtype]]:
                     yield response, shape, dtype
 
 
+def plans(name: str, response: fm.Response, shape: tuple[int, ...], dtype: torch.dtype) -> list[Plan]:
+    """Every plan that a backend has for a request, not only the best."""
+    backend, device = backend_by_name(name), DEVICES.get(name, torch.device("cpu"))
+    traits = backend.traits(device)
+    assert traits is not None
+    if dtype not in traits.dtypes:
+        return []
+    found = candidates(response, shape[-2:], dtype, str(device), backend.name, traits)
+    return [plan for plan in found if backend.supports(plan) is None]
+
+
 @pytest.mark.parametrize("name", BACKEND_NAMES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_plan_agrees_with_the_oracle(name: str, shape: tuple[int, ...]) -> None:
-    backend = backend_by_name(name)
-    device = DEVICES.get(name, torch.device("cpu"))
-    traits = backend.traits(device)
-    assert traits is not None
-    ran = 0
+    backend, ran = backend_by_name(name), 0
     for response, requested, dtype in requests():
-        if requested != shape or dtype not in traits.dtypes:
+        if requested != shape:
             continue
-        for plan in candidates(response, shape[-2:], dtype, str(device), backend.name, traits):
-            if backend.supports(plan) is not None:
-                continue
-            x = sample(shape, dtype).clone().to(device)
+        for plan in plans(name, response, shape, dtype):
+            x = sample(shape, dtype).clone().to(plan.device)
             backend.executable(plan).run([x.reshape(-1, *plan.matrix)], -0.75)
             try:
                 assert_filtered(x.cpu(), response, shape, scale=-0.75)
@@ -99,14 +109,35 @@ def test_every_plan_agrees_with_the_oracle(name: str, shape: tuple[int, ...]) ->
 @pytest.mark.parametrize("name", BACKEND_NAMES)
 def test_every_form_is_exercised(name: str) -> None:
     backend = backend_by_name(name)
-    device = DEVICES.get(name, torch.device("cpu"))
-    traits = backend.traits(device)
+    traits = backend.traits(DEVICES.get(name, torch.device("cpu")))
     assert traits is not None
-    forms = {
-        plan.form
-        for response, shape, dtype in requests()
-        if dtype in traits.dtypes
-        for plan in candidates(response, shape[-2:], dtype, str(device), backend.name, traits)
-        if backend.supports(plan) is None
-    }
-    assert forms >= traits.forms - {"identity", "scale"}
+    found = [plan for request in requests() for plan in plans(name, *request)]
+    assert {plan.form for plan in found} >= traits.forms - {"identity", "scale"}
+    if traits.whole_columns:
+        assert any(plan.columns is not None and not plan.columns.taps for plan in found)
+    assert {plan.fused for plan in found if plan.form == "full"} == ({False, True} if traits.fused_length else {False})
+
+
+@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize("response", [fm.HighPass(0.05), fm.HighPass(0.3), fm.Official(0.7)], ids=repr)
+def test_strided_matrices_are_filtered_in_place(name: str, response: fm.Response) -> None:
+    for plan in plans(name, response, (48, 78), torch.float32):
+        storage = sample((60, 101), torch.float32).clone().to(plan.device)
+        outside = torch.ones_like(storage, dtype=torch.bool)
+        outside[3:51, 7:85] = False
+        x, before = storage[3:51, 7:85], storage.clone()
+        want = reference_filter(x.cpu(), response)
+        backend_by_name(name).executable(plan).run([x[None]], 1.0)
+        assert float((x.cpu() - want).norm()) <= 1e-6 * float(before[3:51, 7:85].norm()), f"{plan}"
+        assert torch.equal(storage[outside], before[outside])
+
+
+@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize("shape", [(67, 1009), (1009, 67), (1, 65537)], ids=str)
+def test_lengths_with_large_prime_factors(name: str, shape: tuple[int, int]) -> None:
+    response, x = fm.HighPass(0.05), sample(shape, torch.float32)
+    want = reference_filter(x, response)
+    for plan in plans(name, response, shape, torch.float32):
+        y = x.clone().to(plan.device)
+        backend_by_name(name).executable(plan).run([y[None]], 1.0)
+        assert float((y.cpu() - want).norm()) <= 1e-6 * float(x.norm()), f"{plan}"

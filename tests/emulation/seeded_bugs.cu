@@ -1,5 +1,4 @@
-// Mistakes that CUDA code makes, one by one: `seeded_bugs NAME` must fail, and say why, on an emulation that
-// bites.
+// Mistakes that CUDA code makes, one by one: `seeded_bugs NAME` must fail under the emulation, and say why.
 #include <cmath>
 #include <cstdio>
 #include <cstring>

@@ -13,7 +13,6 @@ from freemerge.experts.switch import Switch, weighted_sum
 from updates import apply_, expected, mixed_updates, sparse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-BACKENDS = ["cpu", "torch"]
 
 
 def layouts(weights: torch.Tensor) -> list[torch.Tensor]:
@@ -23,10 +22,11 @@ def layouts(weights: torch.Tensor) -> list[torch.Tensor]:
     return [weights.clone(), weights.t().contiguous().t(), wide[:, ::2]]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
 def test_apply_is_dense_arithmetic_and_restores(backend: str, dtype: torch.dtype, index_dtype: torch.dtype) -> None:
+    if backend == "cuda" and dtype == torch.float64:
+        pytest.skip("the CUDA backend has no float64")
     original = torch.randn(130, 301, generator=torch.Generator().manual_seed(1)).to(dtype)
     update = sparse(original.numel(), 20_000, 2, index_dtype)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -42,19 +42,26 @@ def test_apply_is_dense_arithmetic_and_restores(backend: str, dtype: torch.dtype
             assert torch.equal(weights, original)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_many_tensors_change_at_once(backend: str) -> None:
-    updates = mixed_updates(DTYPES, 90)
+    updates = mixed_updates(DTYPES[:3] if backend == "cuda" else DTYPES, 130)
     before, after = [update.weights.clone() for update in updates], [expected(update) for update in updates]
     with apply_(updates, backend=backend):
         assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
     assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
 
 
+def test_nan_payloads_and_negative_zeros_come_back(backend: str) -> None:
+    bits = torch.tensor([0x7FA1, 0xFFB2 - 0x10000, -0x8000, 0x7F80], dtype=torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        weights = bits.clone().view(dtype)
+        with apply_([Update(weights, SparseVector(torch.arange(4), torch.ones(4)), 1.0)], backend=backend):
+            pass
+        assert torch.equal(weights.view(torch.int16), bits)
+
+
 ONES = torch.ones(2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("entries", "origin", "message"),
     [
@@ -79,7 +86,6 @@ def test_what_cannot_be_applied_changes_nothing(
     assert torch.equal(weights, torch.ones(10))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_switch_is_turned_on_again_and_within_itself(backend: str) -> None:
     updates = mixed_updates([torch.float32], 12)
     weights, before = [update.weights for update in updates], [update.weights.clone() for update in updates]
@@ -103,7 +109,6 @@ def test_a_switch_fits_tensors_that_lie_where_its_own_did() -> None:
         assert not switch.fits([other])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_that_get_other_data_meanwhile_are_restored_where_they_were(backend: str) -> None:
     weights = torch.nn.Parameter(torch.randn(300, 300))
     before, alias = weights.detach().clone(), weights.data
@@ -114,7 +119,6 @@ def test_weights_that_get_other_data_meanwhile_are_restored_where_they_were(back
     assert torch.equal(weights, torch.zeros(3))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_updates_of_one_memory_are_made_in_order_and_undone_in_reverse(backend: str) -> None:
     original = torch.randn(90, 80, generator=torch.Generator().manual_seed(4))
     weights = original.clone()

@@ -12,8 +12,8 @@ import torch
 from ..cache import Cache, table_bytes
 from ..errors import BackendError
 from ..planner.costs import Costs, Traits
-from ..planner.plan import Decimation, Form, Plan
-from ..responses import MaskParams, Response, has_closed_form, matrix_shape
+from ..planner.plan import Form, Plan
+from ..responses import MaskParams, has_closed_form
 from .base import BackendInfo, Entries, Executable
 from .cuda_runtime import DTYPES, Runtime, Stream
 from .memory import DTYPE_CODES, addresses
@@ -65,6 +65,7 @@ class CudaBackend(TorchVectors):
     def traits(self, device: torch.device) -> Traits | None:
         if device.type != self._runtime.device_type:
             return None
+        fused_length, fused_prime = self._fused_columns(device)
         return Traits(
             forms=_FORMS,
             dtypes=_DTYPES,
@@ -72,6 +73,8 @@ class CudaBackend(TorchVectors):
             taps=(8, 10, _MAX_TAPS),
             whole_columns=True,
             streams=True,
+            fused_length=fused_length,
+            fused_prime=fused_prime,
             workspace=self._workspace_bytes,
             centers=True,
         )
@@ -92,8 +95,31 @@ class CudaBackend(TorchVectors):
         stream = self._runtime.stream(torch.device(plan.device))
         if stream.capturing:
             raise BackendError("backend cuda cannot upload tables while a graph is recorded; run the same call before")
-        native, tables = self._native(plan, stream)
+        tables: list[torch.Tensor] = []
+
+        def upload(values: npt.NDArray[Any]) -> int:
+            # Waits for the copy, so that any stream may read the table afterwards.
+            tables.append(torch.from_numpy(values).to(plan.device, copy=True))
+            return tables[-1].data_ptr()
+
+        if has_closed_form(plan.response):
+            mask, gains = plan.response.params(plan.shape), 0
+        else:
+            table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
+            mask, gains = MaskParams("table", *plan.matrix), upload(table)
+        native = self._runtime.module.Filter(
+            form=plan.form, mask=mask, table=gains, dtype=DTYPE_CODES[plan.dtype], background=plan.background,
+            rows=plan.rows, columns=plan.columns, fused=plan.fused,
+            column_gains=plan.column_gains if plan.fused else (), upload=upload,
+        )  # fmt: skip
         return _Filter(self._runtime, native, tables, self._recorded)
+
+    def _fused_columns(self, device: torch.device) -> tuple[int, int]:
+        """The longest column that the fused kernel takes, and its largest prime factor; 0 where nothing can run."""
+        if not self.info().available:
+            return 0, 1
+        module = self._runtime.module
+        return module.longest_column(*self._runtime.place(device)), module.LARGEST_COLUMN_PRIME
 
     def _workspace_bytes(self, plan: Plan) -> int:
         if plan.form in ("identity", "scale"):
@@ -101,47 +127,6 @@ class CudaBackend(TorchVectors):
         executable = self.executable(plan)
         assert isinstance(executable, _Filter)
         return executable.workspace([], [], [], self._runtime.stream(torch.device(plan.device)))
-
-    def _native(self, plan: Plan, stream: Stream) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        """The native filter, and the device memory that it points into."""
-        code = DTYPE_CODES[plan.dtype]
-        module, device = self._runtime.module, plan.device
-        if plan.form == "decimated":
-            assert plan.rows is not None
-            assert plan.columns is not None
-            height, width = plan.matrix
-            padded = module.padded_taps(max(plan.rows.taps, plan.columns.taps))
-            rows, row_tables = self._window(height, plan.rows, padded, device)
-            columns, column_tables = self._window(width, plan.columns, padded, device)
-            mask = plan.response.params(plan.shape)
-            return module.Filter.decimated(mask, code, plan.background, rows, columns), row_tables + column_tables
-        height, _ = plan.matrix
-        mask, tables = self._mask(plan.response, plan.shape, device)
-        gains = _upload(plan.response.column_gains(plan.shape).astype(np.float32), device)
-        fused = module.column_filter_takes(height, stream.device, stream.handle)
-        roots = (_upload(_roots(height), device),) if fused else ()
-        steps = (_upload(module.step_rows(mask), device),) if fused and mask.kind == "steps" else ()
-        native = module.Filter.full(
-            mask, _address(tables), code, gains.data_ptr(), _address(steps), _address(roots),
-        )  # fmt: skip
-        return native, (gains, *steps, *roots, *tables)
-
-    def _window(self, n: int, d: Decimation, padded: int, device: str) -> tuple[Any, tuple[torch.Tensor, ...]]:
-        module, window = self._runtime.module, (n, d.cells, d.taps, d.band, d.nyquist, padded)
-        if not d.taps:
-            return module.Window.whole(n), ()
-        tables = tuple(_upload(array, device) for array in module.window_tables(*window))
-        reach = tables[4].numel() // d.cells
-        return module.Window(*window, reach, *(table.data_ptr() for table in tables)), tables
-
-    def _mask(
-        self, response: Response, shape: tuple[int, ...], device: str
-    ) -> tuple[MaskParams, tuple[torch.Tensor, ...]]:
-        """The mask in closed form, or a table of it where a response has none."""
-        if has_closed_form(response):
-            return response.params(shape), ()
-        height, width = matrix_shape(shape)
-        return MaskParams("table", height, width), (_upload(response.half_mask(shape).astype(np.float32), device),)
 
     # --- vectors ------------------------------------------------------------------------------------------------------
 
@@ -196,9 +181,7 @@ class CudaBackend(TorchVectors):
 class _Filter(Executable):
     """A native filter and the device memory it points into."""
 
-    def __init__(
-        self, runtime: Runtime, native: Any, tables: tuple[torch.Tensor, ...], recorded: set[Executable]
-    ) -> None:
+    def __init__(self, runtime: Runtime, native: Any, tables: list[torch.Tensor], recorded: set[Executable]) -> None:
         self._runtime, self._native, self._tables, self._recorded = runtime, native, tables, recorded
         self._sizes: Cache[tuple[int, ...], int] = Cache(_CACHED_SIZES)
         self._streams: set[int] = set()  # those whose work the tables' memory waits for when it is freed
@@ -211,7 +194,7 @@ class _Filter(Executable):
         the most that any need, if there are none."""
 
         def ask() -> int:
-            return int(self._native.workspace(pointers, strides, stream.device, stream.handle))
+            return int(self._native.workspace_bytes(pointers, strides, stream.device, stream.handle))
 
         if len(batches) != 1:
             return ask()
@@ -278,19 +261,3 @@ class _Switch(BackendSwitch):
 
 def _pointer(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
-
-
-def _roots(n: int) -> npt.NDArray[np.float32]:
-    """exp(-2 pi i k / n) for every k, as pairs of floats."""
-    angles = -2 * np.pi * np.arange(n) / n
-    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
-
-
-def _address(tables: Sequence[torch.Tensor]) -> int:
-    """Of the first table, or 0 if there is none."""
-    return tables[0].data_ptr() if tables else 0
-
-
-def _upload(array: npt.NDArray[Any], device: str) -> torch.Tensor:
-    # Waits for the copy, so that any stream may read the table afterwards.
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, copy=True)

@@ -46,6 +46,8 @@ class Traits:
     transposes: bool = False  #: has the transposed variants of pruned and full
     packs: int | None = None  #: full keeps a spectrum of more bytes in the matrix's own memory (fp32, fp64)
     streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
+    fused_length: int = 0  #: full has one kernel that transforms and masks columns, up to this length
+    fused_prime: int = 1  #: largest prime factor of such a length
     centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
     slow_rows: str = ""  #: why "auto" passes it over for a matrix of one row, if it does
     workspace: Callable[[Plan], int] | None = None  #: bytes for a plan, instead of the planner's estimate

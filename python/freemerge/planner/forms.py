@@ -256,10 +256,9 @@ class _Request:
             cost += 2 * costs.spectrum * height * int(np.count_nonzero(gains))  # NaN, a gain that varies, counts
             cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together
             work = blocks if packed else size + blocks
-            yield (
-                cost,
-                replace(common, form="full", packed=packed, bytes_moved=moves * self.nbytes, workspace_bytes=work),
-            )
+            fused = not transpose and height <= traits.fused_length and largest_prime(height) <= traits.fused_prime
+            full = replace(common, form="full", packed=packed, fused=fused)
+            yield cost, replace(full, bytes_moved=moves * self.nbytes, workspace_bytes=work)
 
 
 def background_gain(gains: np.ndarray) -> float:

@@ -66,8 +66,9 @@ class Plan:
 
     ``shape`` is (n,) for a vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
     and full) takes real FFTs along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's
-    own memory. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``; ``bytes_moved``
-    counts the reads and writes of x itself.
+    own memory; ``fused`` (full) transforms a column of the spectrum, masks it and transforms it back in one kernel.
+    ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``; ``bytes_moved`` counts the
+    reads and writes of x itself.
     """
 
     backend: str
@@ -82,6 +83,7 @@ class Plan:
     packed: bool = False
     rows: Decimation | None = None
     columns: Decimation | None = None
+    fused: bool = False
     # What follows from the rest makes no other plan.
     workspace_bytes: int = field(default=0, compare=False)
     bytes_moved: int = field(default=0, compare=False)
@@ -127,7 +129,8 @@ class Plan:
         if self.form in ("pruned", "full"):
             gains = self.column_gains
             varying, other = int(np.isnan(gains).sum()), int((gains != self.background).sum())
-            lines.append(f"  columns    {gains.size}: gain varies in {varying}, is not the background in {other}")
+            fused = "; one kernel transforms and masks them" * self.fused
+            lines.append(f"  columns    {gains.size}: gain varies in {varying}, is not the background in {other}{fused}")
         lines += [
             f"  traffic    {self.bytes_moved / 1e6:.2f} MB of input read and written",
             f"  workspace  {self.workspace_bytes / 1e6:.2f} MB",

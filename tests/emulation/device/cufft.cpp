@@ -280,8 +280,7 @@ int execute(int handle, float* in, float* out, int type, bool inverse) {
   if (plan.type != type || !in || !out) return kInvalidValue;
   if (reinterpret_cast<std::uintptr_t>(in) % 8 || reinterpret_cast<std::uintptr_t>(out) % 8)
     return kUnalignedData;
-  if (plan.auto_allocation || (plan.work_size > 0 && !plan.work))
-    return kExecFailed;  // memory nobody promised
+  if (plan.auto_allocation || (plan.work_size > 0 && !plan.work)) return kExecFailed;  // no work area was set
   std::memset(plan.work, 0xff, plan.work_size);
 
   const Index length = plan.n.back();

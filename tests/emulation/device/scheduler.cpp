@@ -135,7 +135,7 @@ void Scheduler::exchange(unsigned mask, const void* mine, void* all, std::size_t
     std::memcpy(static_cast<char*>(all) + static_cast<std::size_t>(i) * size,
                 &slots_[static_cast<std::size_t>(first + i) * kSlot], size);
   }
-  arrive_at_warp(mask);  // nobody writes its next value before everybody has read this one
+  arrive_at_warp(mask);  // no lane writes its next value before all have read this one
 }
 
 void Scheduler::resume(Worker* worker) {

@@ -13,8 +13,9 @@ constexpr std::size_t kMaxShared = 227 * 1024;  // of a block, when asked for
 
 enum class Order : int { kForward = 0, kReverse = 1, kRandom = 2 };
 
-// The order in which the threads of a block, and the blocks of a grid, start. Correct kernels don't care.
-// The environment variable FREEMERGE_EMULATION_ORDER (forward, reverse, random) sets the first value.
+// The order in which the threads of a block, and the blocks of a grid, start. Results of correct kernels do
+// not depend on it. The environment variable FREEMERGE_EMULATION_ORDER (forward, reverse, random) sets the
+// first value.
 void set_order(Order order);
 
 struct ThreadIndices {

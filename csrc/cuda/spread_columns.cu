@@ -1,8 +1,8 @@
 #include <algorithm>
 
-#include "cuda/decimate_columns.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
+#include "cuda/spread_columns.cuh"
 
 namespace freemerge::cuda {
 namespace {
@@ -16,7 +16,7 @@ constexpr int kSumThreads = 256;
 
 // Calls visit(partial row) for each one that coarse row `cell` is the sum of, in a fixed order.
 template <typename Visit>
-__device__ void for_each_partial(const DownColumns& a, int cell, Visit visit) {
+__device__ void for_each_partial(const SpreadColumns& a, int cell, Visit visit) {
   const auto rows = static_cast<unsigned>(a.chunks.rows);
   const auto begin = static_cast<int>(a.chunks.begin);
   const auto end = static_cast<int>(a.chunks.end);
@@ -24,29 +24,29 @@ __device__ void for_each_partial(const DownColumns& a, int cell, Visit visit) {
   const float* panel = a.partials + static_cast<std::int64_t>(blockIdx.z) * (a.chunks.end - a.chunks.begin) *
                                         a.chunks.reach * a.chunks.pitch;
   const int least = cell - a.rows.taps + 1;  // the first cell whose samples touch this one
-  // Cells below 0 are the last ones, a turn earlier.
+  // Cells below 0 are the last ones, one period earlier.
 #pragma unroll 1
-  for (int turn = least < 0 ? 1 : 0; turn >= 0; --turn) {
-    const int low = turn ? least + cells : (least < 0 ? 0 : least);
-    const int high = turn ? cells : cell + 1;
+  for (int period = least < 0 ? 1 : 0; period >= 0; --period) {
+    const int low = period ? least + cells : (least < 0 ? 0 : least);
+    const int high = period ? cells : cell + 1;
     int chunk = static_cast<int>(static_cast<unsigned>(load(a.rows.first + low)) / rows);
     int last = static_cast<int>(static_cast<unsigned>(load(a.rows.first + high) - 1) / rows);
     if (chunk < begin) chunk = begin;
     if (last >= end) last = end - 1;
 #pragma unroll 1
     for (; chunk <= last; ++chunk) {
-      const int place = cell + turn * cells - load(a.rows.cell + chunk * a.chunks.rows);
-      visit(panel + ((chunk - begin) * a.chunks.reach + place) * a.chunks.pitch);
+      const int offset = cell + period * cells - load(a.rows.cell + chunk * a.chunks.rows);
+      visit(panel + ((chunk - begin) * a.chunks.reach + offset) * a.chunks.pitch);
     }
   }
 }
 
-__device__ float* grid_entry(const DownColumns& a, std::int64_t cell, std::int64_t column) {
+__device__ float* grid_entry(const SpreadColumns& a, std::int64_t cell, std::int64_t column) {
   return a.grids.data + (static_cast<std::int64_t>(blockIdx.z) * a.grids.rows + cell) * a.grids.pitch +
          column;
 }
 
-__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(DownColumns a) {
+__global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(SpreadColumns a) {
   const std::int64_t column = static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   if (column >= a.grids.columns) return;
   for (std::int64_t i = blockIdx.y; i < a.row_count; i += gridDim.y) {
@@ -58,16 +58,16 @@ __global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(DownColumns a
   }
 }
 
-// A sample of the endless line, at most one turn away.
-__device__ int one_turn(int sample, int samples) {
+// The index of a sample of the periodic axis that is at most one period outside it.
+__device__ int wrap_once(int sample, int samples) {
   return sample < 0 ? sample + samples : (sample < samples ? sample : sample - samples);
 }
 
 // A skipped entry every 32 keeps equally spaced lanes in different banks.
-__device__ int padded_place(int sample) { return sample + sample / 32; }
+__device__ int padded_offset(int sample) { return sample + sample / 32; }
 
 // Brings samples [begin, end) of a coarse row to shared memory.
-__device__ void stage_row(const DownColumns& a, int cell, int begin, int end, float* line) {
+__device__ void stage_row(const SpreadColumns& a, int cell, int begin, int end, float* line) {
   const auto samples = static_cast<int>(a.columns.samples);
   for (int first = begin + static_cast<int>(threadIdx.x); first < end; first += kLanes * kStaged) {
     float staged[kStaged] = {};
@@ -75,19 +75,19 @@ __device__ void stage_row(const DownColumns& a, int cell, int begin, int end, fl
 #pragma unroll
       for (int i = 0; i < kStaged; ++i) {
         const int sample = first + i * kLanes;
-        if (sample < end) staged[i] += load(row + one_turn(sample, samples));
+        if (sample < end) staged[i] += load(row + wrap_once(sample, samples));
       }
     });
 #pragma unroll
     for (int i = 0; i < kStaged; ++i) {
-      if (first + i * kLanes < end) line[padded_place(first + i * kLanes - begin)] = staged[i];
+      if (first + i * kLanes < end) line[padded_offset(first + i * kLanes - begin)] = staged[i];
     }
   }
 }
 
 // Each warp brings one coarse row; then lanes are coarse columns, and the warps share the samples of a column
 // among them.
-__global__ void __launch_bounds__(kLanes* kWarps, 4) down_columns_kernel(DownColumns a) {
+__global__ void __launch_bounds__(kLanes* kWarps, 4) spread_columns_kernel(SpreadColumns a) {
   float* shared = shared_memory<float>();
   const WindowTables& window = a.columns;
   const int lane = static_cast<int>(threadIdx.x);
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 4) down_columns_kernel(DownCol
   const int reach = static_cast<int>(window.reach);
   const int span_begin = load(window.start + first_column);
   const int span_end = load(window.start + last_column) + reach;
-  const int pitch = padded_place(kSegment);
+  const int pitch = padded_offset(kSegment);
 
   float sums[kRows] = {};
   for (int segment = span_begin; segment < span_end; segment += kSegment) {
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kLanes* kWarps, 4) down_columns_kernel(DownCol
     const int end = segment_end - start < reach ? segment_end - start : reach;
 #pragma unroll 4
     for (int k = begin + warp; k < end; k += kWarps) {
-      const float weight = load(window.gathered + k * window.cells + column);
-      const float* value = shared + padded_place(start + k - segment);
+      const float weight = load(window.spread + k * window.cells + column);
+      const float* value = shared + padded_offset(start + k - segment);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) sums[r] += weight * value[r * pitch];
     }
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kLanes* kWarps, 4) down_columns_kernel(DownCol
 
 }  // namespace
 
-void down_columns(const DownColumns& arguments, cudaStream_t stream) {
+void spread_columns(const SpreadColumns& arguments, cudaStream_t stream) {
   const auto matrices = static_cast<unsigned>(arguments.grids.count);
   if (arguments.columns.whole()) {
     const dim3 grid(static_cast<unsigned>(ceil_div(arguments.grids.columns, kSumThreads)),
@@ -144,8 +144,8 @@ void down_columns(const DownColumns& arguments, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(arguments.columns.cells, kLanes)),
                   static_cast<unsigned>(ceil_div(arguments.row_count, kRows)), matrices);
   const std::size_t floats = std::max(kRows * (kSegment + kSegment / 32), kRows * kWarps * kLanes);
-  launch(down_columns_kernel,
-         Launch("down_columns", grid, dim3(kLanes, kWarps), floats * sizeof(float), stream), arguments);
+  launch(spread_columns_kernel,
+         Launch("spread_columns", grid, dim3(kLanes, kWarps), floats * sizeof(float), stream), arguments);
 }
 
 }  // namespace freemerge::cuda

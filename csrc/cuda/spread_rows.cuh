@@ -1,4 +1,4 @@
-// Down along the rows axis: H samples to partial coarse rows.
+// Spreading along the rows axis: H samples to partial coarse rows.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/matrices.h"
+#include "cuda/window_tables.h"
 
 namespace freemerge::cuda {
 
@@ -21,7 +22,7 @@ struct RowChunks {
   std::int64_t pitch;
 };
 
-struct DownRows {
+struct SpreadRows {
   Matrices matrices;
   WindowTables window;
   RowChunks chunks;
@@ -31,6 +32,6 @@ struct DownRows {
 };
 
 // partials = window^T * (matrices - centers), chunk by chunk
-void down_rows(const DownRows& arguments, cudaStream_t stream);
+void spread_rows(const SpreadRows& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

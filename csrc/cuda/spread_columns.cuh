@@ -1,11 +1,11 @@
-// Down along the columns axis: partial coarse rows of W samples to the coarse grid.
+// Spreading along the columns axis: partial coarse rows of W samples to the coarse grid.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "cuda/decimate_rows.cuh"
+#include "cuda/spread_rows.cuh"
 
 namespace freemerge::cuda {
 
@@ -18,7 +18,7 @@ struct CoarseGrids {
   int count;
 };
 
-struct DownColumns {
+struct SpreadColumns {
   CoarseGrids grids;
   WindowTables rows;
   WindowTables columns;  // or a whole axis: the coarse rows are the grid's
@@ -29,6 +29,6 @@ struct DownColumns {
 };
 
 // grids += window^T * (the sum of the partial rows of each coarse row). The grids start from zero.
-void down_columns(const DownColumns& arguments, cudaStream_t stream);
+void spread_columns(const SpreadColumns& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -1,4 +1,4 @@
-#include "cuda/decimate_rows.cuh"
+#include "cuda/spread_rows.cuh"
 #include "cuda/storage.cuh"
 #include "cuda/window_pass.cuh"
 
@@ -11,7 +11,7 @@ using heuristics::kRowPassThreads;
 // sums[j] belongs to coarse row `cell + j`; when the first sample of the next cell comes, sums[0] is final
 // and the registers move up by one.
 template <typename T, int kTaps>
-__global__ void __launch_bounds__(kRowPassThreads) down_rows_kernel(DownRows a) {
+__global__ void __launch_bounds__(kRowPassThreads) spread_rows_kernel(SpreadRows a) {
   const WindowTables& window = a.window;
   const std::int64_t column =
       static_cast<std::int64_t>(blockIdx.x) * kColumnsPerBlock + 2 * static_cast<int>(threadIdx.x);
@@ -62,13 +62,14 @@ __global__ void __launch_bounds__(kRowPassThreads) down_rows_kernel(DownRows a) 
 
 }  // namespace
 
-void down_rows(const DownRows& arguments, cudaStream_t stream) {
+void spread_rows(const SpreadRows& arguments, cudaStream_t stream) {
   const dim3 grid =
       row_pass_grid(arguments.width, arguments.chunks.end - arguments.chunks.begin, arguments.matrices.count);
-  const Launch how("down_rows", grid, dim3(kRowPassThreads), 0, stream);
+  const Launch how("spread_rows", grid, dim3(kRowPassThreads), 0, stream);
   visit_storage(arguments.matrices.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch(arguments.window.padded == 8 ? down_rows_kernel<T, 8> : down_rows_kernel<T, 12>, how, arguments);
+    launch(arguments.window.padded == 8 ? spread_rows_kernel<T, 8> : spread_rows_kernel<T, 12>, how,
+           arguments);
   });
 }
 

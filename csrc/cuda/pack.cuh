@@ -1,5 +1,5 @@
-// The full form's way between matrices and half spectra: real rows, widened in place where their spectra will
-// be.
+// Copies of rows between matrices and the memory of their spectra, where cuFFT cannot work on the matrices
+// themselves.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -20,8 +20,8 @@ struct Spectra {
   int count;
 };
 
-// Some rows of these matrices, numbered through: matrix * height + row.
-struct LineCopy {
+// Some rows of these matrices, counted over all of them: matrix * height + row.
+struct RowCopy {
   Matrices matrices;
   Spectra spectra;
   std::int64_t row_begin;
@@ -29,9 +29,9 @@ struct LineCopy {
 };
 
 // rows of the spectra = rows of the matrices, as floats
-void pack(const LineCopy& arguments, cudaStream_t stream);
+void pack(const RowCopy& arguments, cudaStream_t stream);
 
 // rows of the matrices = rows of the spectra, rounded to the storage dtype
-void unpack(const LineCopy& arguments, cudaStream_t stream);
+void unpack(const RowCopy& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -1,0 +1,128 @@
+#include <algorithm>
+
+#include "common/window.h"
+#include "cuda/coarse_mask.cuh"
+#include "cuda/error.h"
+#include "cuda/executor.h"
+#include "cuda/heuristics.h"
+#include "cuda/interpolate.cuh"
+#include "cuda/launch_math.h"
+#include "cuda/sample_mean.cuh"
+#include "cuda/spread_columns.cuh"
+#include "cuda/spread_rows.cuh"
+
+namespace freemerge::cuda {
+namespace {
+
+constexpr std::int64_t kMaxBlocks = 65535;  // of a grid, along the rows of a matrix
+
+// y = background * x + z, z being the coarse grid's correction, interpolated.
+class Decimated : public Executor {
+ public:
+  explicit Decimated(const Call& call)
+      : Executor(call),
+        rows_(call.filter.rows),
+        columns_(call.filter.columns),
+        pitch_(2 * (columns_.cells / 2 + 1)) {
+    const std::int64_t height = rows_.samples;
+    const std::int64_t width = columns_.samples;
+    const std::int64_t most = std::min<std::int64_t>(heuristics::kMatricesPerLaunch, call.count);
+    const std::int64_t rows = height * ceil_div(width, 64) * most / heuristics::kWarpsWanted;
+    chunks_.rows = std::max(
+        {std::min(rows, heuristics::kMaxChunkRows), heuristics::kMinChunkRows, ceil_div(height, kMaxBlocks)});
+    chunks_.rows = heuristics::kAhead * ceil_div(chunks_.rows, heuristics::kAhead);
+    chunks_.reach = ceil_div((chunks_.rows - 1) * rows_.cells, height) + rows_.taps;
+    chunks_.pitch = 2 * ceil_div(width, 2);
+    chunk_count_ = ceil_div(height, chunks_.rows);
+    const std::int64_t chunk_bytes = 4 * chunks_.reach * chunks_.pitch;
+    group_ = fit(heuristics::kBatchBytes, chunk_count_ * chunk_bytes, 1, most);
+    panel_chunks_ = fit(heuristics::kPanelBytes, group_ * chunk_bytes, 1, chunk_count_);
+  }
+
+ private:
+  void place(Arena& arena) override {
+    grids_ = {arena.take<float>(group_ * rows_.cells * pitch_), rows_.cells, columns_.cells, pitch_, 0};
+    partials_ = arena.take<float>(group_ * panel_chunks_ * chunks_.reach * chunks_.pitch);
+    centers_ = arena.take<float>(group_);
+    work_ = arena.rest();
+  }
+
+  std::size_t work_bytes() const override {
+    std::size_t most = 0;
+    in_groups([&](std::int64_t, std::int64_t count) { most = std::max(most, fft_work(keys(), count)); });
+    return most;
+  }
+
+  std::size_t work_bound() const override { return fft_work_bound(keys(), work_limit()); }
+
+  void run_groups() override {
+    in_groups([&](std::int64_t begin, std::int64_t count) { run_group(slice(begin, count)); });
+  }
+
+  FftKey key(cufft::Type type) const {
+    return {call_.device, type, rows_.cells, columns_.cells, 1, pitch_, pitch_ / 2};
+  }
+
+  FftKeys keys() const { return {key(cufft::kR2C), key(cufft::kC2R)}; }
+
+  std::size_t work_limit() const { return static_cast<std::size_t>(2 * group_ * 4 * rows_.cells * pitch_); }
+
+  template <typename Visit>
+  void in_groups(Visit visit) const {
+    in_batches(keys(), call_.count, group_, work_limit(), visit);
+  }
+
+  void transform(cufft::Type type) {
+    fft(key(type), grids_.count).execute(grids_.data, grids_.data, work_, call_.stream);
+  }
+
+  void run_group(const Matrices& matrices) {
+    const Plan& plan = call_.filter.plan;
+    const cudaStream_t stream = call_.stream;
+    grids_.count = matrices.count;
+    const auto grid_bytes = static_cast<std::size_t>(4 * matrices.count * grids_.rows * pitch_);
+    check(cudaMemsetAsync(grids_.data, 0, grid_bytes, stream), "cudaMemsetAsync");
+    sample_mean({matrices, rows_.samples, columns_.samples, centers_}, stream);
+    for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
+      spread(matrices, begin, std::min(begin + panel_chunks_, chunk_count_));
+    transform(cufft::kR2C);
+    coarse_mask({grids_, rows_, columns_, plan.mask, plan.background, call_.scale}, stream);
+    transform(cufft::kC2R);
+    const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
+    interpolate(
+        {matrices, rows_, columns_, grids_, chunks_.rows, centers_,
+         static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero)},
+        stream);
+  }
+
+  // Chunks [begin, end) of the rows, onto the coarse rows that they touch.
+  void spread(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
+    const Decimation& window = call_.filter.plan.rows;
+    const std::int64_t height = rows_.samples;
+    chunks_.begin = begin;
+    chunks_.end = end;
+    spread_rows({matrices, rows_, chunks_, columns_.samples, centers_, partials_}, call_.stream);
+    const std::int64_t first = first_cell(begin * chunks_.rows, height, window);
+    const std::int64_t last = first_cell(std::min(end * chunks_.rows, height) - 1, height, window);
+    const std::int64_t touched = std::min(last - first + rows_.taps, rows_.cells);
+    spread_columns({grids_, rows_, columns_, chunks_, partials_, first, touched}, call_.stream);
+  }
+
+  const WindowTables& rows_;
+  const WindowTables& columns_;
+  std::int64_t pitch_;         // of the grids
+  std::int64_t chunk_count_;   // of a matrix
+  std::int64_t group_;         // matrices at a time
+  std::int64_t panel_chunks_;  // chunks at a time
+  RowChunks chunks_{};
+  CoarseGrids grids_{};
+  float* partials_ = nullptr;
+  float* centers_ = nullptr;
+  void* work_ = nullptr;
+};
+
+}  // namespace
+
+std::unique_ptr<Executor> decimated(const Call& call) { return std::make_unique<Decimated>(call); }
+
+}  // namespace freemerge::cuda

@@ -1,0 +1,40 @@
+// The window of one axis in device memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/mask.h"
+#include "common/plan.h"
+#include "cuda/upload.h"
+
+namespace freemerge::cuda {
+
+// common/window.h defines first, weights and transform. A whole axis (no taps, as many cells as samples) has
+// no tables.
+struct WindowTables {
+  const std::int64_t* first;  // cells + 1
+  const std::int32_t* cell;   // samples: the first cell that each touches
+  const float* weights;       // samples x padded
+  const std::int32_t* start;  // cells: the first sample that touches each; negative, counted from the end
+  const float* spread;        // reach x cells: the weight of sample start[c] + k in cell c, or 0
+  const double* transform;    // band
+  std::int64_t samples;
+  std::int64_t cells;
+  std::int64_t band;
+  std::int64_t reach;
+  int taps;
+  int padded;  // 8 or 12, the same for both axes
+  bool nyquist;
+
+  FM_HOST_DEVICE bool whole() const { return taps == 0; }
+};
+
+// Kernels exist for two widths; narrower windows are padded with zero weights.
+constexpr int kMaxTaps = 12;
+inline int padded_taps(int taps) { return taps <= 8 ? 8 : kMaxTaps; }
+
+// The rows axis is spread sample by sample, without `start` and `spread`; the columns axis cell by cell.
+WindowTables row_window(std::int64_t samples, const Decimation& axis, int padded, const Upload& upload);
+WindowTables column_window(std::int64_t samples, const Decimation& axis, int padded, const Upload& upload);
+
+}  // namespace freemerge::cuda
