@@ -1,4 +1,4 @@
-"""What a backend is told to do: a frozen value that :mod:`.planner` makes and that prints well."""
+"""What a backend is told to do: a frozen value that :mod:`.forms` makes and that prints well."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 
-from ..responses import Response, matrix_shape
+from ..responses import Gains, Response, matrix_shape
 
-Form = Literal["identity", "scale", "decimated", "thin", "pruned", "full"]
+Form = Literal["identity", "scale", "mean", "decimated", "pruned", "full"]
 
 
 @dataclass(frozen=True)
 class Decimation:
     """Reduction of one axis of n samples to ``cells`` coarse cells, which carry the offsets ``|k| < band``.
 
-    ``taps`` is the width of the Kaiser-Bessel window in cells; ``taps == 0`` stands for the periodic Dirichlet kernel,
-    which is exact and dense, and leaves an axis of n = ``cells`` whole. ``nyquist`` centres the band on Nyquist instead
-    of DC (n and cells are even then).
+    ``taps`` is the width of the Kaiser-Bessel window in cells; ``taps == 0`` leaves an axis of n = ``cells`` samples
+    whole. ``nyquist`` centres the band on Nyquist instead of DC (n and cells are even then).
     """
 
     cells: int
@@ -29,7 +29,7 @@ class Decimation:
     nyquist: bool = False
 
     def __str__(self) -> str:
-        window = f"{self.taps} taps" if self.taps else "dense"
+        window = f"{self.taps} taps" if self.taps else "whole"
         return f"{self.cells} cells, {window}, |k| < {self.band}{' from Nyquist' if self.nyquist else ''}"
 
 
@@ -42,17 +42,20 @@ class Plan:
     ========= ==========================================================================================
     identity  M is 1 everywhere: y = x
     scale     M is one constant: y = background * x
-    decimated y = background * x + z, where the spectrum of z lies in a box: windows down to a coarse grid,
-              a small FFT, and back by the transposed windows
-    thin      the same by products with cosines and sines, for M(k, l) = M(k, -l)
+    mean      of a row, M is one constant but at DC: y = background * x + (M(0) - background) * mean(x)
+    decimated y = background * x + z, where the spectrum of z lies in a box: windows spread x on a coarse
+              grid, a small FFT filters it, and the transposed windows interpolate z
     pruned    y = background * x + z, where z lives on the spectrum's columns whose gain is not background
     full      row FFTs, column FFTs, mask, and back
     ========= ==========================================================================================
 
     ``shape`` is (n,) for a vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
     and full) takes real FFTs along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's
-    own memory. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``; ``bytes_moved``
-    counts the reads and writes of x itself.
+    own memory; ``library`` (full) makes the transforms, if not the backend itself; ``centers`` takes the mean of
+    x out where it is dominant, and adds M(0, 0) times it to y. ``column_gains`` are those of the response (transposed,
+    if the axes are), for the forms mean, pruned and full. ``error_bound`` bounds
+    ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``; ``bytes_moved`` counts the reads and writes of x
+    itself.
     """
 
     backend: str
@@ -65,9 +68,12 @@ class Plan:
     reason: str = field(compare=False)
     transposed: bool = False
     packed: bool = False
+    library: str = ""
+    centers: bool = False
     rows: Decimation | None = None
     columns: Decimation | None = None
     # What follows from the rest makes no other plan.
+    column_gains: Gains = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
     workspace_bytes: int = field(default=0, compare=False)
     bytes_moved: int = field(default=0, compare=False)
     error_bound: float = field(default=0.0, compare=False)
@@ -104,6 +110,12 @@ class Plan:
             lines += [f"  rows       {self.rows}", f"  columns    {self.columns}"]
         if self.transposed:
             lines.append("  axes       transposed: real transforms run along the columns")
+        if self.packed:
+            lines.append("  spectrum   packed: in the memory of the input")
+        if self.library:
+            lines.append(f"  FFTs       by {self.library}")
+        if self.centers:
+            lines.append("  mean       taken out first where it is dominant")
         lines += [
             f"  traffic    {self.bytes_moved / 1e6:.2f} MB of input read and written",
             f"  workspace  {self.workspace_bytes / 1e6:.2f} MB",
