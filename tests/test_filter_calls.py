@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import freemerge as fm
+from fallback import Elsewhere
 from freemerge import filter as filtering
 from freemerge.backends import base, registry
-from freemerge.backends.torch import TorchBackend
 from freemerge.cache import Cache, forget_all, table_bytes
+from freemerge.planner.forms import candidates
 
 BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
 AVAILABLE = pytest.mark.parametrize("backend", BACKENDS)
@@ -225,23 +226,25 @@ def test_the_mode_of_the_first_call_does_not_bind_the_next(backend: str, shape: 
 
 
 def test_autocast_changes_nothing() -> None:
-    for shape, cutoff in (((64, 64), 0.05), ((300, 400), 0.05), ((64, 64), 0.4)):
-        want = fm.filtered(noise(*shape), fm.HighPass(cutoff), backend="torch")
+    backend, shape = Elsewhere(), (300, 400)
+    traits = backend.traits(torch.device("cpu"))
+    plans = candidates(fm.HighPass(0.05), shape, torch.float32, "cpu", "torch", traits)
+    assert {plan.form for plan in plans} == {"decimated", "full"}
+    for plan in plans:
+        want, got, executable = noise(*shape), noise(*shape), backend.prepare(plan)
+        executable.run([want], 1.0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(fm.filtered(noise(*shape), fm.HighPass(cutoff), backend="torch"), want)
+            executable.run([got], 1.0)
+        assert torch.equal(got, want)
 
 
-def test_numpy_of_either_kind_is_not_needed_for_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    from freemerge.backends import torch_columns
+def test_vectors_need_no_numpy_that_writes_into_given_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freemerge.backends import torch as backend
 
     x, response = noise(600), fm.Butterworth(0.2)
-    monkeypatch.setattr(torch_columns, "_NUMPY_FFT", False)
-    plan = fm.explain(x, response, backend="torch")
-    assert plan.form == "full"
-    assert isinstance(torch_columns.vector_gains(plan), torch.Tensor)
-    y = x.clone()
-    TorchBackend().prepare(plan).run([y[None]], 1.0)
-    assert_filtered(y, x, response)
+    monkeypatch.setattr(backend, "_NUMPY_OUT", False)
+    assert fm.explain(x, response, backend="torch").library == "numpy"
+    assert_filtered(fm.filtered(x, response, backend="torch"), x, response)
 
 
 # --- the cache itself -------------------------------------------------------------------------------------------------

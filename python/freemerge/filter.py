@@ -15,7 +15,7 @@ import torch
 from .backends.base import Backend
 from .backends.memory import empty, matrices, multiply_
 from .backends.registry import choose, named
-from .backends.torch_products import exact_products
+from .backends.torch import exact_products
 from .cache import ByResponse
 from .errors import ArgumentError
 from .overlap import internal_overlap, overlapping_pair
@@ -25,8 +25,6 @@ from .responses import Response, finite_number, transposed
 T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SAMPLE = (16, 64)  # rows and columns of the sample that estimates a matrix's mean
-_SMALL = 1 << 14  # elements
 _FLOAT_MAX = torch.finfo(torch.float32).max
 _CACHED_ROUTES = 1024
 
@@ -40,7 +38,6 @@ class _Route:
     whole: bool  #: a tensor is a matrix or a batch as it is
     transposed: bool  #: the last two axes change places, as the last but one is contiguous
     copies: bool  #: neither is contiguous: one matrix at a time is copied out and back
-    centers: bool  #: a dominant mean is taken out before the plan runs
 
 
 def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
@@ -176,7 +173,7 @@ def _find_route(
         matrix, steps, wanted = (*shape[:-2], shape[-1], shape[-2]), steps[::-1], transposed(response)
     chosen, plan = choose(wanted, matrix, dtype, device, backend)
     whole = len(shape) in (2, 3) and strides[-1] == 1
-    return _Route(chosen, plan, whole, flips, steps[-1] != 1 and matrix[-1] > 1, _centers(chosen, plan))
+    return _Route(chosen, plan, whole, flips, steps[-1] != 1 and matrix[-1] > 1)
 
 
 _route = ByResponse(_find_route, _CACHED_ROUTES)
@@ -229,12 +226,14 @@ def _write(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None
         batches = [b for x in tensors for b in _batches(x.transpose(-1, -2) if route.transposed else x)]
     if not scale:
         multiply_(batches, 0.0)
-    elif not route.copies:
-        _run_rows(route, batches, scale)
+        return
+    executable = route.backend.executable(route.plan)
+    if not route.copies:
+        executable.run(batches, scale)
     else:
         for matrix in matrices(batches):
             copy = matrix.contiguous()
-            _run_rows(route, [copy], scale)
+            executable.run([copy], scale)
             matrix.copy_(copy)
 
 
@@ -252,41 +251,3 @@ def _batches(x: torch.Tensor) -> list[torch.Tensor]:
         size, stride = (math.prod(x.shape[:-2]), *x.shape[-2:]), (step, *x.stride()[-2:])
         return [x.as_strided(size, stride)]
     return [batch for part in x.unbind(0) for batch in _batches(part)]
-
-
-def _centers(backend: Backend, plan: Plan) -> bool:
-    """Whether a large mean, which would drown a small result in rounding, is subtracted first.
-
-    A constant passes the filter on its own, as M(0, 0) times itself, so any constant may be taken out exactly. The
-    forms made of FFTs need none of it, nor do small matrices, whose sums are short, nor 16-bit storage: its entries are
-    rounded more coarsely than the filter rounds.
-    """
-    windowed = plan.form == "decimated" or (plan.form == "thin" and math.prod(plan.matrix) > _SMALL)
-    if not windowed or plan.dtype not in (torch.float32, torch.float64):
-        return False
-    traits = backend.traits(torch.device(plan.device))
-    return traits is not None and not traits.centers
-
-
-def _run_rows(route: _Route, batches: Sequence[torch.Tensor], scale: float) -> None:
-    if not route.centers:
-        route.backend.executable(route.plan).run(batches, scale)
-        return
-    means = ((x, _dominant_mean(x)) for x in matrices(batches))
-    centered = [(x, mean) for x, mean in means if mean]
-    for x, mean in centered:
-        x.sub_(mean)
-    route.backend.executable(route.plan).run(batches, scale)
-    if centered:
-        zero = np.zeros((1, 1))
-        gain = scale * float(route.plan.response.gain(zero, zero, route.plan.shape)[0, 0])
-        for x, mean in centered if gain else ():
-            x.add_(gain * mean)
-
-
-def _dominant_mean(x: torch.Tensor) -> float:
-    """The mean of a sample if it exceeds the sample's deviation, else 0."""
-    steps = [max(1, n // count) for n, count in zip(x.shape, _SAMPLE, strict=True)]
-    deviation, mean = torch.std_mean(x[:: steps[0], :: steps[1]], correction=0)
-    value = float(mean)
-    return value if math.isfinite(value) and abs(value) > float(deviation) else 0.0

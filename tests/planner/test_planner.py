@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import freemerge as fm
+from fallback import Elsewhere
+from freemerge.backends.base import Backend
 from freemerge.backends.cpu import CpuBackend
-from freemerge.backends.registry import BACKENDS
+from freemerge.backends.torch import TorchBackend
 from freemerge.planner.forms import ERROR_LIMIT, _smooth, candidates
 from freemerge.planner.plan import Decimation
 from freemerge.planner.windows import Window, window_transform
@@ -42,20 +44,16 @@ def dense(n: int, d: Decimation, block: int) -> tuple[np.ndarray, np.ndarray]:
     """The matrices that the products of a window add up to, on the way down and back."""
     window = Window(n, d)
     down, up = np.zeros((d.cells, n)), np.zeros((d.cells, n))
-    for p in window.gather(block):
-        assert p.weights is not None
+    for p in window.spread(block):
         down[p.cell0 : p.cell1, p.sample0 : p.sample1] += p.weights.numpy()
-    for p in window.scatter(block):
-        assert p.weights is not None
+    for p in window.interpolate(block):
         for cell in range(p.cell0, p.cell1):
             up[cell % d.cells, p.sample0 : p.sample1] += p.weights[:, cell - p.cell0].numpy()
     return down, up
 
 
 @pytest.mark.parametrize("nyquist", [False, True])
-@pytest.mark.parametrize(
-    ("n", "cells", "taps", "band"), [(64, 24, 6, 5), (97, 30, 9, 8), (210, 36, 7, 9), (50, 9, 0, 5)]
-)
+@pytest.mark.parametrize(("n", "cells", "taps", "band"), [(64, 24, 6, 5), (97, 30, 9, 8), (210, 36, 7, 9)])
 @pytest.mark.parametrize("block", [1, 4, 100])
 def test_windows_are_one_operator_however_they_are_cut(
     n: int, cells: int, taps: int, band: int, nyquist: bool, block: int
@@ -70,13 +68,20 @@ def test_windows_are_one_operator_however_they_are_cut(
     offsets = np.arange(1 - band, band)
     samples = np.fft.fft(x)[(offsets + (n // 2 if nyquist else 0)) % n]
     coarse = np.fft.fft(down @ x)[offsets % cells] / window_transform(d, offsets.astype(float))
-    assert np.abs(coarse - samples).max() < (1e-3 if taps else 1e-12) * np.linalg.norm(x) * math.sqrt(n)
+    assert np.abs(coarse - samples).max() < 1e-3 * np.linalg.norm(x) * math.sqrt(n)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+ON_A_CPU = pytest.mark.parametrize(
+    "backend", [CpuBackend(), TorchBackend(), Elsewhere()], ids=["cpu", "torch", "elsewhere"]
+)
+
+
+@ON_A_CPU
 @pytest.mark.parametrize("kind", ["constant", "ramp", "tone"])
-@pytest.mark.parametrize("shape", [(1, 1000), (1, 1024), (1, 16384), (1000, 3), (64, 64), (16384, 4), (200, 64)])
-def test_every_plan_keeps_its_bound_on_inputs_that_add_up(backend: str, kind: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "shape", [(1, 1000), (1, 1024), (1, 16384), (1000, 3), (64, 64), (16384, 4), (200, 64), (211, 331), (2, 32003)]
+)
+def test_every_plan_keeps_its_bound_on_inputs_that_add_up(backend: Backend, kind: str, shape: tuple[int, int]) -> None:
     """Noise hides the rounding of long sums; what is all at low frequencies does not."""
     height, width = shape
     y, x = torch.arange(height, dtype=torch.float64)[:, None], torch.arange(width, dtype=torch.float64)[None, :]
@@ -89,73 +94,94 @@ def test_every_plan_keeps_its_bound_on_inputs_that_add_up(backend: str, kind: st
     response = fm.HighPass(3, unit="bins")
     mask = torch.from_numpy(response.mask(shape))
     exact = torch.fft.ifft2(mask * torch.fft.fft2(matrix.double())).real
-    chosen = next(known for known in BACKENDS if known.name == backend)
-    traits = chosen.traits(torch.device("cpu"))
+    traits = backend.traits(torch.device("cpu"))
     assert traits is not None
-    for plan in candidates(response, shape, torch.float32, "cpu", backend, traits):
-        if chosen.supports(plan) is None:
+    for plan in candidates(response, shape, torch.float32, "cpu", backend.name, traits):
+        if backend.supports(plan) is None:
             result = matrix.clone()
-            chosen.executable(plan).run([result[None]], 1.0)
+            backend.prepare(plan).run([result[None]], 1.0)
             error = float((result.double() - exact).norm() / matrix.double().norm())
-            assert error <= max(plan.error_bound, 5e-7), plan
+            assert error <= plan.error_bound, plan
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@ON_A_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("shape", "cutoff"), [((768, 768), 0.05), ((513, 2048), 0.2), ((1009, 640), 0.1)])
 def test_the_error_bound_holds_for_the_worst_input(
-    backend: str, dtype: torch.dtype, shape: tuple[int, int], cutoff: float
+    backend: Backend, dtype: torch.dtype, shape: tuple[int, int], cutoff: float
 ) -> None:
     """All energy at the frequency that aliases onto the edge of the band, which the filter must leave alone."""
-    plan = fm.explain(shape, fm.HighPass(cutoff), dtype=dtype, backend=backend)
+    response, traits = fm.HighPass(cutoff), backend.traits(torch.device("cpu"))
+    assert traits is not None
+    plans = [plan for plan in candidates(response, shape, dtype, "cpu", backend.name, traits) if plan.rows]
+    if not plans or backend.supports(plans[0]) is not None:
+        pytest.skip("no windows, no aliases")
+    (plan,) = plans
     assert plan.error_bound <= ERROR_LIMIT[dtype]
-    if plan.rows is None or not plan.rows.taps:
-        pytest.skip(f"planned as {plan.form}, which has no aliases")
+    assert plan.rows is not None
     alias = (plan.rows.band - 1 - plan.rows.cells) % shape[0]
     rows = torch.arange(shape[0], dtype=torch.float64)[:, None]
     tone = torch.cos(2 * math.pi * alias / shape[0] * rows).expand(shape).to(dtype).contiguous()
     tone /= tone.norm()
-    y = fm.filtered(tone, fm.HighPass(cutoff), backend=backend)
-    mask = torch.from_numpy(fm.HighPass(cutoff).mask(shape))
+    y = tone.clone()
+    backend.prepare(plan).run([y], 1.0)
+    mask = torch.from_numpy(response.mask(shape))
     exact = torch.fft.ifft2(mask * torch.fft.fft2(tone.double())).real
     assert float((y.double() - exact).norm()) <= plan.error_bound
 
 
+@ON_A_CPU
+@pytest.mark.parametrize("shape", [(300, 400), (257, 129)])
+@pytest.mark.parametrize("response", [fm.HighPass(0.03), fm.BandGain(0.03, 0.0, 1.5)], ids=repr)
+def test_a_mean_that_is_taken_out_does_not_drown_the_result(
+    backend: Backend, shape: tuple[int, int], response: fm.Response
+) -> None:
+    """|y| << |x|: the error stays in proportion to the result."""
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 300).float()
+    mask = torch.from_numpy(response.mask(shape))
+    expected = 2 * torch.fft.ifft2(mask * torch.fft.fft2(x.double())).real
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    plans = candidates(response, shape, torch.float32, "cpu", backend.name, traits)
+    assert any(plan.centers for plan in plans)
+    for plan in plans:
+        if plan.centers:
+            y = x.clone()
+            backend.prepare(plan).run([y], 2.0)
+            assert (y.double() - expected).norm() <= 2e-5 * expected.norm(), plan
+
+
+def test_the_torch_backend_decimates_where_products_are_fast() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((4096, 11008), (128256, 4096)):
+            assert fm.explain(shape, fm.HighPass(0.05), dtype=dtype, device="cuda", backend="torch").form == "decimated"
+            assert fm.explain(shape, fm.HighPass(0.05), dtype=dtype, backend="torch").form == "full"
+
+
 def test_a_lowered_matmul_precision_rules_out_products() -> None:
     precision = torch.get_float32_matmul_precision()
-    shape, response = (768, 768), fm.HighPass(0.05)
-    assert fm.explain(shape, response, backend="torch").form == "decimated"
+
+    def form() -> str:
+        return fm.explain((4096, 11008), fm.HighPass(0.05), device="cuda", backend="torch").form
+
+    assert form() == "decimated"
     try:
         torch.set_float32_matmul_precision("medium")
-        assert fm.explain(shape, response, backend="torch").form in ("pruned", "full")
+        assert form() == "full"
     finally:
         torch.set_float32_matmul_precision(precision)
+    assert form() == "decimated"
 
 
 def test_the_newer_way_to_lower_the_precision_is_seen_too() -> None:
     script = (
         "import torch, freemerge as fm; torch.backends.mkldnn.matmul.fp32_precision = 'bf16';"
-        "x = torch.randn(768, 768); fm.filter_(x, fm.HighPass(0.05), backend='torch');"
-        "print(fm.explain(x, fm.HighPass(0.05), backend='torch').form)"
+        "print(fm.explain((4096, 11008), fm.HighPass(0.05), device='cuda', backend='torch').form)"
     )
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this torch has only the older way")
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert run.stdout.strip() in ("pruned", "full"), run.stderr
-
-
-def test_torch_products_give_the_same_bytes_for_any_number_of_threads() -> None:
-    threads = torch.get_num_threads()
-    x = torch.randn(1024, 2048, generator=torch.Generator().manual_seed(0))
-    try:
-        results = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(fm.filtered(x, fm.HighPass(0.01), backend="torch"))
-            assert torch.get_num_threads() == count
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[0]) for result in results)
+    assert run.stdout.strip() == "full", run.stderr
 
 
 @pytest.mark.parametrize("shape", [(4096,), (1, 768), (3, 1, 768)])

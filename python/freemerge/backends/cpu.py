@@ -17,12 +17,12 @@ from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Entries, Executable
-from .memory import DTYPE_CODES, addresses
+from .memory import DTYPE_CODES, addresses, matrices, sample
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
 
 # Fitted to 130 plans of 7 shapes on one busy core of a Sapphire Rapids Xeon (AVX-512), ns.
 _COSTS = Costs(
-    move=0.1, tap=0.035, dense=0.0, row_fft=0.11, column_fft=0.28, coarse_fft=0.05, spectrum=0.15, transposed=1.1,
+    move=0.1, tap=0.035, row_fft=0.11, column_fft=0.28, coarse_fft=0.05, spectrum=0.15, transposed=1.1,
     call=80.0,  # before a decimated form runs, the mean is looked at, which counts where the matrix is tiny
 )  # fmt: skip
 
@@ -51,14 +51,15 @@ class CpuBackend(Backend):
             longest_sum=128,  # a chain of more loses the accuracy that plans promise
             cells_multiple=_core.ROW_CELLS_MULTIPLE,
             transposes=True,
-            packs=0,
+            packs=True,
+            chirp_stages=2.0,
             slow_rows="it fills one SIMD lane of its transforms",
+            # Other forms sum less, and 16-bit storage is rounded more coarsely than the filter rounds.
+            centers={"decimated": frozenset((torch.float32,))},
             workspace=_workspace,
         )
 
     def supports(self, plan: Plan) -> str | None:
-        if plan.form == "thin":
-            return "it has no dense windows"
         if plan.form in _core.FORMS and plan.dtype == torch.float64 and not has_closed_form(plan.response):
             return "its tables of gains are fp32"
         if plan.form == "decimated":
@@ -75,7 +76,8 @@ class CpuBackend(Backend):
         return None
 
     def prepare(self, plan: Plan) -> Executable:
-        return _Filter(plan)
+        native = _Filter(plan)
+        return _Centered(native, plan) if plan.centers else native
 
     def weighted_sum(
         self,
@@ -158,6 +160,23 @@ class _Filter(Executable):
             self._native.run(pointers, stride, scale, torch.get_num_threads())
 
 
+class _Centered(Executable):
+    """Takes out the dominant mean of each matrix before a filter runs, and adds its share of the result afterwards."""
+
+    def __init__(self, inner: Executable, plan: Plan) -> None:
+        self._inner, self.nbytes = inner, inner.nbytes
+        self._gain = float(plan.response.gain(np.zeros((1, 1)), np.zeros((1, 1)), plan.shape)[0, 0])
+
+    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
+        centered = [(x, mean) for x in matrices(batches) if (mean := _dominant_mean(x))]
+        for x, mean in centered:
+            x.sub_(mean)
+        self._inner.run(batches, scale)
+        gain = self._gain * scale
+        for x, mean in centered if gain else ():
+            x.add_(gain * mean)
+
+
 class _Switch(BackendSwitch):
     def __init__(self, updates: Sequence[Update]) -> None:
         jobs, self._kept = native_updates(updates)
@@ -175,6 +194,12 @@ class _Switch(BackendSwitch):
             scratch.give(saved)
 
         return restore
+
+
+def _dominant_mean(x: torch.Tensor) -> float:
+    """The mean of a matrix, by a sample, if it exceeds the sample's deviation, else 0."""
+    deviation, mean = map(float, torch.std_mean(sample(x), correction=0))
+    return mean if abs(mean) > deviation else 0.0  # where a value is not finite, deviation is NaN
 
 
 def _pointer(tensor: torch.Tensor) -> tuple[int, int]:

@@ -26,7 +26,7 @@ _MAX_TAPS = 12
 
 # Fitted to benchmarks/gpu_suite.py on an H100: ns, on 13 shapes from 768 x 768 to 151936 x 896.
 _COSTS = Costs(
-    move=0.0024, tap=0.00008, dense=0.0, row_fft=0.0001, column_fft=0.001, coarse_fft=0.0008, column_tap=0.00033,
+    move=0.0024, tap=0.00008, row_fft=0.0001, column_fft=0.001, coarse_fft=0.0008, column_tap=0.00033,
     start=60_000.0,
 )  # fmt: skip
 
@@ -76,7 +76,7 @@ class CudaBackend(TorchVectors):
             fused_length=fused_length,
             fused_prime=fused_prime,
             workspace=self._workspace_bytes,
-            centers=True,
+            centers={"decimated": _DTYPES},
         )
 
     def supports(self, plan: Plan) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from .. import _core
 from ..errors import ArgumentError
 
+_SAMPLE = (16, 64)  # rows and columns that estimate a matrix's mean
+
 DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in _core.DTYPES.items()}
 
 
@@ -41,6 +43,12 @@ def matrices(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield x
         else:
             yield from x.unbind(0)
+
+
+def sample(x: torch.Tensor) -> torch.Tensor:
+    """The entries of each matrix that estimate its mean."""
+    rows, columns = (max(1, n // count) for n, count in zip(x.shape[-2:], _SAMPLE, strict=True))
+    return x[..., ::rows, ::columns]
 
 
 def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:

@@ -19,7 +19,7 @@ from ..planner.forms import candidates
 from ..planner.plan import Plan
 from ..responses import Response, matrix_shape
 from .base import Backend, BackendInfo
-from .torch_products import exact_products
+from .torch import exact_products
 
 _CACHED_PLANS = 512
 _LARGE_BATCH = 16  # matrices beyond which a batch's size changes no plan

@@ -1,36 +1,34 @@
-"""The pure-torch backend: every form, any device, in blocks of rows and panels of columns.
+"""The torch backend: the reference and the fallback, on any device, in torch and NumPy operations alone.
 
-It allocates one set of block buffers per call and reads or writes the matrices in place. Products and transforms write
-into those buffers (``out=``), which saves page faults.
+The form full is the plain formula, rfft2, gains, irfft2. A GPU without native kernels also has the form decimated, by
+matrix products (:mod:`.torch_decimated`). "auto" chooses this backend on a CPU for single rows and for float64 masks
+without closed form, and has it on other devices for what their own backend does not take.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
-from ..cache import table_bytes
 from ..planner.costs import Costs, Traits
+from ..planner.forms import compute_dtype
 from ..planner.plan import Form, Plan
 from .base import BackendInfo, Executable
-from .torch_columns import SMALL_ELEMENTS, kept_columns, run_blocks, run_small, run_vectors, small_gains, vector_gains
-from .torch_decimated import decimated_tables, run_decimated
-from .torch_products import exact_products
-from .torch_thin import run_thin, thin_tables
+from .torch_decimated import Decimated, decimated_bytes, dominant_means
 from .torch_vectors import TorchVectors
 
-Tables = TypeVar("Tables")
-
-# Measured on one core of a Sapphire Rapids Xeon with MKL, ns; benchmarks/test_filter.py shows the outcome.
-_CPU_COSTS = Costs(move=0.25, tap=0.04, dense=0.02, row_fft=0.18, column_fft=0.45, coarse_fft=0.2, call=6000.0)
-_OTHER_COSTS = Costs(move=0.005, tap=0.0004, dense=0.0001, row_fft=0.001, column_fft=0.003, coarse_fft=0.002, call=2e4)
-
-_FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "thin", "pruned", "full"))
-_EXACT: frozenset[Form] = frozenset(("identity", "scale", "pruned", "full"))
+# Where products and launches are those of a GPU; nothing else has to be compared.
+_COSTS = Costs(
+    move=0.005, tap=0.0009, row_fft=0.001, column_fft=0.003, coarse_fft=0.002, call=300.0, start=40_000.0,
+)  # fmt: skip
+_CENTERED = frozenset((torch.float32, torch.float64))  # 16-bit storage is rounded more coarsely than the filter rounds
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_FORMS: frozenset[Form] = frozenset(("identity", "scale", "mean", "full"))
+_NUMPY_OUT = int(np.__version__.partition(".")[0]) >= 2  # its FFTs can write into given memory
+_BATCH_ELEMENTS = 1 << 18  # of the matrices that are transformed together, if there are several
 
 
 class TorchBackend(TorchVectors):
@@ -46,44 +44,118 @@ class TorchBackend(TorchVectors):
         return None
 
     def traits(self, device: torch.device) -> Traits:
-        # A lowered matmul precision (TF32, bf16) would break the error bound of every form made of products.
-        exact = exact_products()
         cpu = device.type == "cpu"
+        # A lowered matmul precision (TF32, bf16) would break the error bound of products.
+        products = not cpu and exact_products()
         return Traits(
-            forms=_FORMS if exact else _EXACT,
+            forms=_FORMS | {"decimated"} if products else _FORMS,
             dtypes=_DTYPES,
-            costs=_CPU_COSTS if cpu else _OTHER_COSTS,
+            costs=_COSTS,
             taps=tuple(range(6, 21)),
-            dense=exact,
-            extra_taps=8 if cpu else 64,
-            packs=16 << 20,  # a smaller spectrum is faster in memory of its own
+            oversamplings=(2.0, 2.5, 3.0, 4.0),
+            whole_columns=True,
+            longest_sum=128,
+            chirp_stages=5.0,  # measured with MKL
+            centers={"decimated": _CENTERED, "full": _CENTERED} if not cpu else {"full": _CENTERED},
+            row_library="numpy" if cpu else "",
+            workspace=_workspace,
         )
 
     def supports(self, plan: Plan) -> str | None:
-        if plan.dtype not in _DTYPES:
-            return f"has no arithmetic for {plan.dtype}"
-        return "has no transposed forms" if plan.transposed else None
+        return None if plan.dtype in _DTYPES else f"has no arithmetic for {plan.dtype}"
 
     def prepare(self, plan: Plan) -> Executable:
         if plan.form == "decimated":
-            return _Filter(plan, decimated_tables(plan), run_decimated)
-        if plan.form == "thin":
-            return _Filter(plan, thin_tables(plan), run_thin)
-        if plan.form == "full" and plan.matrix[0] == 1:
-            return _Filter(plan, vector_gains(plan), run_vectors)
-        if plan.form == "full" and not plan.packed and math.prod(plan.matrix) <= SMALL_ELEMENTS:
-            return _Filter(plan, small_gains(plan), run_small)
-        return _Filter(plan, kept_columns(plan), run_blocks)
+            return Decimated(plan)
+        if plan.form == "mean":
+            return _Mean(plan)
+        return _NumpyRows(plan) if plan.library == "numpy" else _Full(plan)
 
 
-class _Filter(Executable, Generic[Tables]):
-    """The tables of a plan and the function that runs it."""
+def exact_products() -> bool:
+    """Whether products of float32 matrices are computed in float32, as far as torch can tell."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set by torch's newer interface, for some operation or device
+        return False
 
-    def __init__(
-        self, plan: Plan, tables: Tables, run: Callable[[Plan, Tables, Sequence[torch.Tensor], float], None]
-    ) -> None:
-        self._plan, self._tables, self._run = plan, tables, run
-        self.nbytes = table_bytes(tables)
+
+class _Full(Executable):
+    """Transforms of whole matrices, as many at a time as are small enough together."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._shape, self._dtype = plan.matrix, compute_dtype(plan.dtype)
+        gains = plan.response.half_mask(plan.shape)
+        # Complex, as a product of complex tensors is faster.
+        self._gains = torch.tensor(gains, dtype=self._dtype.to_complex()).to(plan.device)
+        self._centers, self._at_zero = plan.centers, float(gains[0, 0])
+        self.nbytes = self._gains.nbytes
 
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
-        self._run(self._plan, self._tables, batches, scale)
+        for x in _parts(batches):
+            y = x.to(self._dtype)
+            mean = dominant_means(y) if self._centers else None
+            spectrum = torch.fft.rfft2(y if mean is None else y - mean).mul_(self._gains)
+            y = torch.fft.irfft2(spectrum, s=self._shape)
+            _write(x, y if mean is None else y.add_(mean, alpha=self._at_zero), scale)
+
+
+class _NumpyRows(Executable):
+    """Single rows, by NumPy, whose transforms cost less to set up and are faster at lengths that are no power of 2."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._dtype = compute_dtype(plan.dtype)
+        self._gains = plan.column_gains.astype(np.complex128 if self._dtype == torch.float64 else np.complex64)
+        self.nbytes = self._gains.nbytes
+
+    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
+        for x in _parts(batches):
+            y = x if x.dtype == self._dtype else x.to(self._dtype)
+            values = y.numpy()
+            spectrum = np.fft.rfft(values)
+            spectrum *= self._gains
+            if _NUMPY_OUT:
+                np.fft.irfft(spectrum, values.shape[-1], out=values)
+            else:
+                values[...] = np.fft.irfft(spectrum, values.shape[-1])
+            if y is not x or scale != 1.0:
+                _write(x, y, scale)
+
+
+class _Mean(Executable):
+    """Single rows: y = background * x + (M(0) - background) * mean(x), whose sums are float64."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._dtype, self._background = compute_dtype(plan.dtype), plan.background
+        self._share = (float(plan.column_gains[0]) - plan.background) / plan.matrix[1]
+
+    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
+        for x in batches:
+            y = x if x.dtype == self._dtype else x.to(self._dtype)
+            mean = y.sum(-1, keepdim=True, dtype=torch.float64).mul_(self._share * scale).to(self._dtype)
+            if self._background * scale != 1.0:
+                y.mul_(self._background * scale)
+            y.add_(mean)
+            if y is not x:
+                x.copy_(y)
+
+
+def _write(x: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+    """x = scale * y, rounded once; y is overwritten."""
+    x.copy_(y if scale == 1.0 else y.mul_(scale))
+
+
+def _parts(batches: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The batches in parts of at most _BATCH_ELEMENTS elements, or of one matrix."""
+    for x in batches:
+        if x.ndim == 2 or x.numel() <= _BATCH_ELEMENTS:
+            yield x
+        else:
+            yield from torch.split(x, max(1, _BATCH_ELEMENTS // (x.shape[-2] * x.shape[-1])))
+
+
+def _workspace(plan: Plan) -> int:
+    if plan.form == "decimated":
+        return decimated_bytes(plan)
+    size = compute_dtype(plan.dtype).itemsize * math.prod(plan.matrix)
+    return 2 * size if plan.form == "full" else 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,7 +19,6 @@ class Costs:
 
     move: float  #: read or write one element of the matrix
     tap: float  #: one multiply-add of a windowed FIR pass
-    dense: float  #: one multiply-add of a dense matrix product
     row_fft: float  #: one element and one factor of two of a real FFT along contiguous rows
     column_fft: float  #: one complex element and one factor of two of an FFT down columns, mask included
     coarse_fft: float  #: one element and one factor of two of the real 2-D FFT of a coarse grid
@@ -30,24 +29,26 @@ class Costs:
     start: float = 0.0  #: fixed cost of the decimated form beyond that of the others
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Traits:
     """What the planner must know about a backend on one device."""
 
     forms: frozenset[Form]
     dtypes: frozenset[torch.dtype]
     costs: Costs
-    taps: tuple[int, ...]  #: window widths it has kernels for
-    dense: bool = False  #: an axis of the decimated form may have dense windows, or be left as it is
+    taps: tuple[int, ...] = ()  #: window widths it has kernels for
+    oversamplings: tuple[float, ...] = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)  #: of coarse grids; small ones amplify rounding
     whole_columns: bool = False  #: the decimated form may leave the axis of the width as it is
-    longest_sum: int = 0  #: samples of a cell that the rows axis may sum where the width is whole; 0: any number
+    longest_sum: int = 0  #: samples from one cell to the next at most, as chains of sums lose digits; 0: any number
     cells_multiple: int = 1  #: coarse sizes are this times 2^a 3^b 5^c
-    extra_taps: int = 0  #: taps of work beyond the window's own (a blocked product works on blocks of cells)
     transposes: bool = False  #: has the transposed variants of pruned and full
-    packs: int | None = None  #: full keeps a spectrum of more bytes in the matrix's own memory (fp32, fp64)
+    packs: bool = False  #: full keeps the spectrum in the matrix's own memory (fp32, fp64)
     streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
     fused_length: int = 0  #: full has one kernel that transforms and masks columns, up to this length
     fused_prime: int = 1  #: largest prime factor of such a length
-    centers: bool = False  #: takes out a dominant mean by itself, without waiting for the device
+    chirp_stages: float = 3.0  #: roundings over log2 n of an FFT whose length n has a large prime factor (Bluestein)
+    row_library: str = ""  #: what transforms single rows, if not what transforms matrices
+    #: Forms, and dtypes, that take out a dominant mean first, which would drown a small result in rounding.
+    centers: Mapping[Form, frozenset[torch.dtype]] = field(default_factory=dict)
     slow_rows: str = ""  #: why "auto" passes it over for a matrix of one row, if it does
     workspace: Callable[[Plan], int] | None = None  #: bytes for a plan, instead of the planner's estimate

@@ -1,6 +1,6 @@
 """The one planner: classifies a response on a shape, costs the forms that can do it, and writes them down as Plans.
 
-Backends differ only by the numbers in their :class:`~.backend.Traits`.
+Backends differ only by the numbers in their :class:`~.costs.Traits`.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ from .plan import Decimation, Plan, column_gains
 from .windows import WindowError, window_error
 
 #: Largest error_bound of a plan in fp32 (and 16-bit storage) and in fp64.
-ERROR_LIMIT = {torch.float32: 5e-7, torch.float64: 1e-12}
+ERROR_LIMIT = {torch.float32: 6.2e-7, torch.float64: 1e-12}
+
+_ALIAS_LIMIT = {torch.float32: 2.5e-7, torch.float64: 5e-13}  # of one axis
 
 _ROUNDING = {torch.float32: 6e-8, torch.float64: 1e-15}  # of one operation
-_MIN_OVERSAMPLING = 1.5  # below it the window's transform at the band edge is so small that rounding is amplified
-_OVERSAMPLINGS = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 _CACHED_GRID = 1 << 20  # elements of a coarse grid whose FFT runs in cache
 _GRID_SHARE = 0.6  # a coarse grid larger than this share of the matrix is no decimation
-_THIN_AXIS = 512  # samples at most
-_THIN_PRODUCTS = 512  # multiply-adds per element at most
-_FLAT_ELEMENTS = 1 << 17  # of the matrix that does both axes at once
-_THIN_BLOCK = 1 << 19  # elements of a matrix that one round of products takes
 _PRUNED_SHARE = 0.25  # a pruned spectrum larger than this share of the matrix is not worth its memory
 _SMALL_BYTES = 16 << 20  # a spectrum that may always have memory of its own
+_DIRECT_PRIME = 13  # FFT libraries have no direct transform of a larger prime length, or a slow one
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,7 +64,14 @@ def candidates(
         return []
     best = costed[0][0]
     summary = ", ".join(f"{plan.form}{' transposed' * plan.transposed} {cost / best:.1f}" for cost, plan in costed)
-    return [replace(plan, reason=f"estimated relative cost: {summary}") for _, plan in costed]
+    return [
+        replace(
+            plan,
+            reason=f"estimated relative cost: {summary}",
+            centers=dtype in traits.centers.get(plan.form, ()) and not plan.library,
+        )
+        for _, plan in costed
+    ]
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ class _Request:
 
     @property
     def rounding(self) -> float:
-        """Rounding error of a filter with exact transforms; it grows with the root of the number of FFT stages."""
-        return _ROUNDING[compute_dtype(self.dtype)] * 1.2 * math.sqrt(1 + math.log2(math.prod(self.shape)))
+        """Rounding error of a filter with exact transforms: the root of the number of FFT stages, gain, scale and y."""
+        stages = sum(math.log2(n) * (1.0 if _direct(n) else self.traits.chirp_stages) for n in self.shape)
+        return _ROUNDING[compute_dtype(self.dtype)] * 1.2 * math.sqrt(3 + stages)
 
     @property
     def nbytes(self) -> int:
@@ -110,10 +115,10 @@ class _Request:
             decimated = self._decimated(box)
             if decimated is not None:
                 yield decimated
-        if "thin" in self.traits.forms:
-            thin = self._thin(box)
-            if thin is not None:
-                yield thin
+        if "mean" in self.traits.forms:
+            mean = self._mean()
+            if mean is not None:
+                yield mean
         yield from self._by_columns(transpose=False)
         if self.traits.transposes and len(self.shape) > 1:
             yield from self._by_columns(transpose=True)
@@ -125,13 +130,9 @@ class _Request:
         best: tuple[float, Plan] | None = None
         for rows, row_error in self._axis(height, band_y, nyquist_y):
             for columns, column_error in self._column_axis(width, band_x, nyquist_x):
-                if not (rows.taps or columns.taps):
-                    continue  # the thin form does that
-                if not columns.taps and self.traits.longest_sum and height > self.traits.longest_sum * rows.cells:
-                    continue
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
                 error = math.sqrt(2) * math.hypot(row_error.alias, column_error.alias)
-                error += 2 * _ROUNDING[dtype] * math.sqrt(row_error.amplification * column_error.amplification) ** 0.5
+                error += 2 * _ROUNDING[dtype] * (1 + (row_error.amplification * column_error.amplification) ** 0.25)
                 if error > ERROR_LIMIT[dtype]:
                     continue
                 grid = rows.cells * columns.cells
@@ -139,10 +140,10 @@ class _Request:
                     continue
                 coarse = 2 * costs.coarse_fft * grid * math.log2(grid + 1) * (2 if grid > _CACHED_GRID else 1)
                 cost = 3 * costs.move * height * width + coarse + costs.start / self.count
-                down = self._fir(height, rows, costs.tap) * height
-                across = self._fir(width, columns, costs.column_tap or costs.tap) * rows.cells
+                down = costs.tap * rows.taps * height
+                across = (costs.column_tap or costs.tap) * columns.taps * rows.cells
                 cost += 2 * width * (down + across)
-                cost += costs.call * 2 * ((rows.cells + columns.cells) / max(1, self.traits.extra_taps) + 4)
+                cost += costs.call * 2 * (rows.cells + columns.cells + 4)
                 if best is None or cost < best[0]:
                     best = cost, replace(
                         self.plan,
@@ -152,61 +153,32 @@ class _Request:
                         columns=columns,
                         error_bound=error,
                         bytes_moved=self.nbytes * (3 if box.background else 2),
-                        workspace_bytes=dtype.itemsize * (3 * grid + 128 * width),
                     )  # fmt: skip
         return best
 
-    def _thin(self, box: Box | None) -> tuple[float, Plan] | None:
-        """Dense products with the cosines and sines of the box, or of all frequencies, where the mask allows it."""
-        (height, width), costs = matrix_shape(self.shape), self.traits.costs
-        if box is None:
-            box = Box(0.0, (height // 2 + 1, width // 2 + 1))
-        rows, columns = (
-            Decimation(min(n, 2 * band - 1), 0, min(band, n // 2 + 1), nyquist)
-            for n, band, nyquist in zip((height, width), box.bands, box.nyquist, strict=True)
-        )
-        products = 2 * columns.cells * height * (width + rows.cells)
-        flat = thin_is_flat((height, width), rows, columns)
-        # Products add up in one long chain, whose rounding would grow with a long axis.
-        if (max(height, width) > _THIN_AXIS and not flat) or products > _THIN_PRODUCTS * height * width:
+    def _mean(self) -> tuple[float, Plan] | None:
+        """A single row whose gains are equal but at DC."""
+        (height, width), gains = matrix_shape(self.shape), column_gains(self.response, self.shape, False)
+        if height > 1 or bool((gains[1:] != gains[1]).any()):
             return None
-        if not self._mirrored(rows, columns):
-            return None
-        rounds = max(1.0 / self.count, height * width / _THIN_BLOCK)
-        # One matrix for both axes does less arithmetic than it reads: once for a batch, in fp64 on the way down.
-        work = 1.5 * costs.move * height * width * rows.cells * columns.cells / self.count
         plan = replace(
             self.plan,
-            form="thin",
-            background=box.background,
-            rows=rows,
-            columns=columns,
-            bytes_moved=self.nbytes * (3 if box.background else 2),
-            error_bound=ERROR_LIMIT[compute_dtype(self.dtype)],
-            workspace_bytes=compute_dtype(self.dtype).itemsize * columns.cells * (height + 2 * rows.cells),
+            form="mean",
+            background=float(gains[1]),
+            bytes_moved=3 * self.nbytes,
+            error_bound=3 * _ROUNDING[compute_dtype(self.dtype)],
         )
-        cost = 3 * costs.move * height * width + (work if flat else costs.dense * products)
-        return cost + 2.5 * costs.call * rounds, plan
-
-    def _mirrored(self, rows: Decimation, columns: Decimation) -> bool:
-        """Whether M(k, l) = M(k, -l) on the box, so that products of cosines and sines are eigenvectors."""
-        height, width = matrix_shape(self.shape)
-        ky, kx = thin_bins(height, rows)[:, None], thin_bins(width, columns)[None, :]
-        gain, shape = self.response.gain, self.shape
-        return bool(np.array_equal(gain(ky, kx, shape), gain(ky, -kx, shape)))
+        return 3 * self.traits.costs.move * width, plan
 
     def _axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
-        """Ways to reduce one axis: for each oversampling, the two narrowest windows that are accurate enough."""
-        traits, exact = self.traits, WindowError(0.0, 1.0)
+        """Windows that reduce one axis: for each oversampling, the two narrowest that are accurate enough."""
         if 2 * band - 1 >= n:
-            if traits.dense:
-                yield Decimation(n, 0, n // 2 + 1), exact  # the whole axis: nothing to reduce
             return
-        if traits.dense:
-            yield Decimation(_smooth(2 * band - 1, 1), 0, band, nyquist), exact
-        limit = ERROR_LIMIT[compute_dtype(self.dtype)] / 2
-        for sigma in _OVERSAMPLINGS:
-            cells = _smooth(math.ceil(sigma * (2 * band - 1)), traits.cells_multiple)
+        traits = self.traits
+        limit = _ALIAS_LIMIT[compute_dtype(self.dtype)]
+        least = n / traits.longest_sum if traits.longest_sum else 0
+        wanted = (math.ceil(max(least, sigma * (2 * band - 1))) for sigma in traits.oversamplings)
+        for cells in dict.fromkeys(_smooth(minimum, traits.cells_multiple) for minimum in wanted):
             accurate = 0
             for taps in traits.taps:
                 d = Decimation(cells, taps, band, nyquist)
@@ -216,15 +188,8 @@ class _Request:
 
     def _column_axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
         yield from self._axis(n, band, nyquist)
-        if self.traits.whole_columns and not self.traits.dense:
+        if self.traits.whole_columns:
             yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
-
-    def _fir(self, n: int, d: Decimation, tap: float) -> float:
-        """Cost per element of one pass along an axis."""
-        if d.cells == n:
-            return 0.0
-        costs = self.traits.costs
-        return tap * (d.taps + self.traits.extra_taps) if d.taps else costs.dense * d.cells
 
     def _by_columns(self, transpose: bool) -> Iterator[tuple[float, Plan]]:
         """The exact forms: real FFTs along one axis, complex ones along the other where the gain varies."""
@@ -239,8 +204,8 @@ class _Request:
         size = dtype.itemsize * height * (width + 2)
         pruned_size = 2 * dtype.itemsize * height * varying
         blocks = dtype.itemsize * (3 * width + 6 * height) * 16
-        packs = traits.packs is not None and self.dtype == dtype
-        packed = packs and not transpose and size > (traits.packs or 0)
+        packs = traits.packs and self.dtype == dtype
+        packed = packs and not transpose
         common = replace(self.plan, background=background, transposed=transpose)
         large = packs and size > _SMALL_BYTES
         if "pruned" in traits.forms and varying < gains.size and (not large or pruned_size <= _PRUNED_SHARE * size):
@@ -257,7 +222,8 @@ class _Request:
             cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together
             work = blocks if packed else size + blocks
             fused = not transpose and height <= traits.fused_length and largest_prime(height) <= traits.fused_prime
-            full = replace(common, form="full", packed=packed, fused=fused)
+            library = traits.row_library if height == 1 else ""
+            full = replace(common, form="full", packed=packed, fused=fused, library=library)
             yield cost, replace(full, bytes_moved=moves * self.nbytes, workspace_bytes=work)
 
 
@@ -268,17 +234,6 @@ def background_gain(gains: np.ndarray) -> float:
         return 0.0
     values, counts = np.unique(constant, return_counts=True)
     return float(values[np.argmax(counts)])
-
-
-def thin_is_flat(shape: tuple[int, int], rows: Decimation, columns: Decimation) -> bool:
-    """Whether the bases of both axes make one small matrix, for a product with the matrix as one vector."""
-    return math.prod(shape) * rows.cells * columns.cells <= _FLAT_ELEMENTS
-
-
-def thin_bins(n: int, d: Decimation) -> np.ndarray:
-    """The frequencies of a thin axis without their signs: the first ones, or the last ones, of 0 .. n // 2."""
-    offsets = np.arange(d.band, dtype=np.float64)
-    return n // 2 - offsets if d.nyquist else offsets
 
 
 @lru_cache(maxsize=4096)
@@ -299,7 +254,12 @@ def _smooth(minimum: int, multiple: int) -> int:
 
 def _fft_factor(n: int) -> float:
     """log2 n, with the price of lengths that have a large prime factor."""
-    return math.log2(n + 1) * (1.0 if largest_prime(n) <= 13 else 3.0)
+    return math.log2(n + 1) * (1.0 if _direct(n) else 3.0)
+
+
+def _direct(n: int) -> bool:
+    """Whether the prime factors of a length are small enough for an FFT without a convolution."""
+    return largest_prime(n) <= _DIRECT_PRIME
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""What a backend is told to do: a frozen value that :mod:`.planner` makes and that prints well."""
+"""What a backend is told to do: a frozen value that :mod:`.forms` makes and that prints well."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from ..responses import transposed as transposed_response
 
 _CACHED_CLASSES = 64
 
-Form = Literal["identity", "scale", "decimated", "thin", "pruned", "full"]
+Form = Literal["identity", "scale", "mean", "decimated", "pruned", "full"]
 
 
 @dataclass(frozen=True)
 class Decimation:
     """Reduction of one axis of n samples to ``cells`` coarse cells, which carry the offsets ``|k| < band``.
 
-    ``taps`` is the width of the Kaiser-Bessel window in cells; ``taps == 0`` stands for the periodic Dirichlet kernel,
-    which is exact and dense, and leaves an axis of n = ``cells`` whole. ``nyquist`` centres the band on Nyquist instead
-    of DC (n and cells are even then).
+    ``taps`` is the width of the Kaiser-Bessel window in cells; ``taps == 0`` leaves an axis of n = ``cells`` samples
+    whole. ``nyquist`` centres the band on Nyquist instead of DC (n and cells are even then).
     """
 
     cells: int
@@ -34,7 +33,7 @@ class Decimation:
     nyquist: bool = False
 
     def __str__(self) -> str:
-        window = f"{self.taps} taps" if self.taps else "dense"
+        window = f"{self.taps} taps" if self.taps else "whole"
         return f"{self.cells} cells, {window}, |k| < {self.band}{' from Nyquist' if self.nyquist else ''}"
 
 
@@ -57,18 +56,19 @@ class Plan:
     ========= ==========================================================================================
     identity  M is 1 everywhere: y = x
     scale     M is one constant: y = background * x
-    decimated y = background * x + z, where the spectrum of z lies in a box: windows down to a coarse grid,
-              a small FFT, and back by the transposed windows
-    thin      the same by products with cosines and sines, for M(k, l) = M(k, -l)
+    mean      of a row, M is one constant but at DC: y = background * x + (M(0) - background) * mean(x)
+    decimated y = background * x + z, where the spectrum of z lies in a box: windows spread x on a coarse
+              grid, a small FFT filters it, and the transposed windows interpolate z
     pruned    y = background * x + z, where z lives on the spectrum's columns whose gain is not background
     full      row FFTs, column FFTs, mask, and back
     ========= ==========================================================================================
 
     ``shape`` is (n,) for a vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
     and full) takes real FFTs along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's
-    own memory; ``fused`` (full) transforms a column of the spectrum, masks it and transforms it back in one kernel.
-    ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``; ``bytes_moved`` counts the
-    reads and writes of x itself.
+    own memory; ``fused`` (full) transforms a column of the spectrum, masks it and transforms it back in one kernel;
+    ``library`` (full) makes the transforms, if not the backend itself; ``centers`` takes the mean of x out where it is
+    dominant, and adds M(0, 0) times it to y. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded
+    to ``dtype``; ``bytes_moved`` counts the reads and writes of x itself.
     """
 
     backend: str
@@ -81,6 +81,8 @@ class Plan:
     reason: str = field(compare=False)
     transposed: bool = False
     packed: bool = False
+    library: str = ""
+    centers: bool = False
     rows: Decimation | None = None
     columns: Decimation | None = None
     fused: bool = False
@@ -129,8 +131,15 @@ class Plan:
         if self.form in ("pruned", "full"):
             gains = self.column_gains
             varying, other = int(np.isnan(gains).sum()), int((gains != self.background).sum())
-            fused = "; one kernel transforms and masks them" * self.fused
-            lines.append(f"  columns    {gains.size}: gain varies in {varying}, is not the background in {other}{fused}")
+            lines.append(f"  columns    {gains.size}: gain varies in {varying}, is not the background in {other}")
+        if self.fused:
+            lines.append("  fused      one kernel transforms and masks a column, and transforms it back")
+        if self.packed:
+            lines.append("  spectrum   packed: in the memory of the input")
+        if self.library:
+            lines.append(f"  FFTs       by {self.library}")
+        if self.centers:
+            lines.append("  mean       taken out first where it is dominant")
         lines += [
             f"  traffic    {self.bytes_moved / 1e6:.2f} MB of input read and written",
             f"  workspace  {self.workspace_bytes / 1e6:.2f} MB",

@@ -1,9 +1,9 @@
 """Decimation of one axis: window weights, their transform, and the error they leave.
 
-With n samples, P cells and u_s = s P / n the position of sample s in cells, ``C[p] = sum_s phi(u_s - p) x[s]`` has the
-P-point DFT ``phihat(k) X[k]`` for the offsets |k| < band of the plan, up to aliases; expanding back by the same
-weights multiplies by phihat(k) once more. phi is the Kaiser-Bessel window of Fessler and Sutton (2003), with beta as in
-Beatty, Nishimura and Pauly (2005), or the periodic Dirichlet kernel, which has no aliases and phihat = 1.
+With n samples, P cells and u_s = s P / n the position of sample s in cells, spreading, ``C[p] = sum_s phi(u_s - p)
+x[s]``, has the P-point DFT ``phihat(k) X[k]`` for the offsets |k| < band of the plan, up to aliases; interpolating back
+by the same weights multiplies by phihat(k) once more. phi is the Kaiser-Bessel window of Fessler and Sutton (2003),
+with beta as in Beatty, Nishimura and Pauly (2005).
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ def _profile(d: Decimation, offset: int) -> float:
 
 @dataclass(frozen=True)
 class Piece:
-    """One product: cells [cell0, cell1) from samples [sample0, sample1), or back. ``first`` starts a sum.
+    """One product of a window: spread samples [sample0, sample1) on cells [cell0, cell1), or interpolate them.
 
-    ``weights`` is None for an axis left as it is.
+    ``first`` starts a sum over several pieces.
     """
 
     cell0: int
     cell1: int
     sample0: int
     sample1: int
-    weights: torch.Tensor | None
+    weights: torch.Tensor
     first: bool = True
 
 
@@ -94,7 +94,7 @@ class Window:
         self._dtype, self._device = dtype, device
         self._shared: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def gather(self, block: int) -> list[Piece]:
+    def spread(self, block: int) -> list[Piece]:
         """Products that fill all cells, ``block`` cells at a time; a block that wraps around takes two.
 
         Weights have shape (cells, samples).
@@ -106,66 +106,59 @@ class Window:
             half = d.taps / 2
             low = math.ceil((cell0 - half) * n / d.cells)
             high = math.floor((cell1 - 1 + half) * n / d.cells) + 1
-            ranges = [(0, n)] if not d.taps or high - low >= n else list(_wrap(low, high, n))
+            ranges = [(0, n)] if high - low >= n else list(_wrap(low, high, n))
             for first, (sample0, sample1) in enumerate(ranges):
-                weights = self._weights(cell0, cell1, sample0, sample1, gathers=True)
+                weights = self._weights(cell0, cell1, sample0, sample1, spreads=True)
                 pieces.append(Piece(cell0, cell1, sample0, sample1, weights, first == 0))
         return pieces
 
-    def scatter(self, block: int) -> list[Piece]:
+    def interpolate(self, block: int) -> list[Piece]:
         """Products that fill all samples, about ``block`` cells at a time.
 
         Cells are numbered past both ends, -taps <= cell < cells + taps: the grid is extended periodically. Weights have
         shape (samples, cells).
         """
         n, d = self._n, self._d
-        if not d.taps:
-            return [Piece(0, d.cells, 0, n, self._weights(0, d.cells, 0, n, gathers=False))]
         pieces = []
         step = max(1, round(block * n / d.cells))
         for sample0 in range(0, n, step):
             sample1 = min(sample0 + step, n)
             cell0 = math.ceil(sample0 * d.cells / n - d.taps / 2)
             cell1 = math.floor((sample1 - 1) * d.cells / n + d.taps / 2) + 1
-            weights = self._weights(cell0, cell1, sample0, sample1, gathers=False)
+            weights = self._weights(cell0, cell1, sample0, sample1, spreads=False)
             pieces.append(Piece(cell0, cell1, sample0, sample1, weights))
         return pieces
 
-    def _weights(self, cell0: int, cell1: int, sample0: int, sample1: int, *, gathers: bool) -> torch.Tensor:
-        """phi between the cells and samples; gathering takes the shorter way around the axis."""
+    def _weights(self, cell0: int, cell1: int, sample0: int, sample1: int, *, spreads: bool) -> torch.Tensor:
+        """phi between the cells and samples; spreading takes the shorter way around the axis."""
         n, d = self._n, self._d
         period = n * d.cells
         offset = sample0 * d.cells - cell0 * n
         key = (
-            offset % period if gathers else offset,
+            offset % period if spreads else offset,
             cell1 - cell0,
             sample1 - sample0,
             sample0 % 2 * d.nyquist,
-            gathers,
+            spreads,
         )
         if key not in self._shared:
             samples = np.arange(sample0, sample1, dtype=np.int64)
             distance = samples[None, :] * d.cells - np.arange(cell0, cell1, dtype=np.int64)[:, None] * n
-            if gathers:
+            if spreads:
                 distance = (distance + period // 2) % period - period // 2
             weights = _kernel(d, distance / n)  # of integers up to here: no rounding, however long the axis
             if d.nyquist:
                 weights *= 1.0 - 2.0 * (samples % 2)
-            weights = np.ascontiguousarray(weights if gathers else weights.T)
+            weights = np.ascontiguousarray(weights if spreads else weights.T)
             self._shared[key] = torch.tensor(weights, dtype=self._dtype, device=self._device)
         return self._shared[key]
 
 
 def _kernel(d: Decimation, t: Array) -> Array:
     """phi at distances t, in cells."""
-    if d.taps:
-        beta = kaiser_beta(d)
-        inside = np.clip(1.0 - (2.0 * t / d.taps) ** 2, 0.0, None)
-        return np.where(np.abs(2.0 * t) <= d.taps, np.i0(beta * np.sqrt(inside)) / np.i0(beta), 0.0)
-    angle = math.pi * t / d.cells
-    near = np.abs(np.sin(angle)) < 1e-9
-    safe = np.where(near, 1.0, angle)
-    return np.where(near, 2 * d.band - 1.0, np.sin((2 * d.band - 1) * safe) / np.sin(safe)) / d.cells
+    beta = kaiser_beta(d)
+    inside = np.clip(1.0 - (2.0 * t / d.taps) ** 2, 0.0, None)
+    return np.where(np.abs(2.0 * t) <= d.taps, np.i0(beta * np.sqrt(inside)) / np.i0(beta), 0.0)
 
 
 def _wrap(low: int, high: int, n: int) -> Iterator[tuple[int, int]]:
