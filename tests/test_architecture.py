@@ -1,77 +1,133 @@
-"""The arrows between modules go one way: docs/architecture.md draws them, this test walks the imports."""
+"""The rules of docs/architecture.md that a program can check: which way imports go, and that there is one of each."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import freemerge
+from cases import RESPONSES
+from freemerge import _core
+from freemerge.backends.registry import BACKENDS
+from freemerge.responses import RESPONSES as REGISTERED
 
 PACKAGE = Path(freemerge.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 
-# A module may import from those on lower levels (and from its own folder, one way).
+# A module or folder may import from those on lower levels, and a folder from itself.
 LEVELS = [
     {"errors", "_core", "_cuda"},
-    {"responses", "native", "progress", "cuda"},
-    {"accumulate", "merging", "spectral", "checkpoint"},
-    {"task_vector"},
-    {"recipe", "inspection"},
-    {"merger", "experts"},
-    {"pipeline"},
-    {"evaluation", "integrations", "demo"},
+    {"responses", "overlap"},
+    {"cache"},
+    {"planner"},
+    {"backends"},
+    {"accumulate", "filter", "checkpoint"},
+    {"methods"},
+    {"merging"},
+    {"experts"},
+    {"evaluation", "demo", "integrations"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+NEUTRAL = {"registry", "base", "memory", "sparse"}  # modules of backends/ that belong to no single backend
+OPTIONAL = {"transformers", "peft", "mergekit", "fusion_bench", "sd_mecha", "sklearn", "matplotlib"}
 
 
-def module_of(path: Path) -> str:
+def sources(*folders: str) -> list[Path]:
+    """The package's Python files, or those of some of its folders; not the front door, which imports everything."""
+    found = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+    return [path for path in found if not folders or room_of(path) in folders]
+
+
+def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def internal_imports(path: Path) -> set[str]:
-    """Top-level names inside the package that a file imports, at any nesting depth."""
-    depth = len(path.relative_to(PACKAGE).parts)
-    found: set[str] = set()
+def internal_imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """Modules inside the package that a file imports, at any depth of nesting, as paths from the package."""
+    folder = path.relative_to(PACKAGE).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == depth:
-            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "freemerge":
-            found.add(node.module.split(".")[1] if "." in node.module else "")
-        elif isinstance(node, ast.Import):
-            assert not any(alias.name.split(".")[0] == "freemerge" for alias in node.names), (
-                f"{path}: import relatively"
+        if isinstance(node, ast.ImportFrom) and node.level:
+            origin = folder[: len(folder) + 1 - node.level] + tuple(
+                (node.module or "").split(".") if node.module else ()
             )
-    return found
-
-
-def sources() -> list[Path]:
-    return [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py" or path.parent != PACKAGE]
+            yield from [origin] if origin else [(alias.name,) for alias in node.names]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "freemerge" for name in names), f"{path}: import relatively"
 
 
 def test_imports_go_one_way() -> None:
     wrong = []
     for path in sources():
-        importer = module_of(path)
-        for imported in internal_imports(path) - {importer, "__version__", ""}:
+        importer = room_of(path)
+        for imported in {target[0] for target in internal_imports(path)} - {importer, "__version__"}:
             if LEVEL[imported] >= LEVEL[importer]:
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {imported}")
     assert not wrong
 
 
-def test_merging_rules_know_no_fourier_transform() -> None:
-    assert internal_imports(PACKAGE / "merging.py") <= {"errors"}
+def test_every_room_is_on_the_map() -> None:
+    rooms = {room_of(path) for path in sources()}
+    assert rooms <= set(LEVEL), "put it into LEVELS and docs/architecture.md"
+    described = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert not [room for room in rooms if f" {room}" not in described]
 
 
-def test_nothing_imports_the_integrations() -> None:
-    assert not [path for path in sources() if "integrations" in internal_imports(path) and module_of(path) != "cli"]
+def test_methods_know_no_files_and_only_fr_knows_the_filter() -> None:
+    for path in sources("methods"):
+        rooms = {target[0] for target in internal_imports(path)} - {"methods"}
+        allowed = {"errors", "accumulate", "responses"} | ({"filter"} if path.stem == "fr" else set())
+        assert rooms <= allowed, f"{path.name} imports {rooms - allowed}"
+
+
+def test_there_is_one_list_of_backends() -> None:
+    """Only the registry imports them, by looking into the folder; nothing else asks what a device is."""
+    names = {backend.name for backend in BACKENDS}
+    for path in sources():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        inside = room_of(path) == "backends"
+        for target in internal_imports(path):
+            single = target[0] == "backends" and len(target) > 1 and target[1] not in NEUTRAL
+            assert inside or not single, f"{path} imports {'.'.join(target)}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Tuple | ast.List | ast.Set):
+                held = {item.value for item in node.elts if isinstance(item, ast.Constant)}
+                assert len(held & names) < 2, f"{path}:{node.lineno} lists backends"
+            compared = isinstance(node, ast.Compare) and {
+                item.value for item in (node.left, *node.comparators) if isinstance(item, ast.Constant)
+            }
+            assert inside or not compared or not compared & names, f"{path}:{node.lineno} branches on a backend"
+            asks = isinstance(node, ast.Attribute) and node.attr == "is_cuda"
+            assert inside or not asks, f"{path}:{node.lineno} branches on a device"
+
+
+def test_every_response_has_its_cpp_twin_and_the_other_way_round() -> None:
+    """That their gains agree bin by bin is the matter of tests/responses/test_cpp_twin.py."""
+    examples = [response for response in RESPONSES if type(response).__name__ in REGISTERED]
+    assert {type(response).__name__ for response in examples} == set(REGISTERED)
+    assert {response.params((48, 40)).kind for response in examples} | {"table"} == set(_core.MASK_KINDS)
 
 
 def test_optional_frameworks_are_imported_only_where_they_are_used() -> None:
-    optional = {"transformers", "peft", "mergekit", "fusion_bench", "sd_mecha", "sklearn", "matplotlib"}
     for path in sources():
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = {node.module or ""}
-            imported = {name.split(".")[0] for name in names} & optional
-            assert not imported or module_of(path) == "integrations", f"{path} imports {imported} at the top"
+            imported = {name.split(".")[0] for name in names} & OPTIONAL
+            assert not imported or room_of(path) == "integrations", f"{path} imports {imported} at the top"
+
+
+def test_native_siblings_do_not_include_each_other() -> None:
+    """csrc: cpu/ and cuda/ know common/ and themselves; only bindings/ knows Python."""
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix not in (".h", ".cpp", ".cu", ".cuh", ".inl"):
+            continue
+        room = path.relative_to(ROOT / "csrc").parts[0]
+        text = path.read_text(encoding="utf-8")
+        for other in {"common", "cpu", "cuda", "bindings"} - {room, "common"}:
+            assert room == "bindings" or f'#include "{other}/' not in text, f"{path} includes {other}/"
+        assert room == "bindings" or "pybind11" not in text, f"{path} knows Python"
