@@ -17,7 +17,7 @@ from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Form, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Entries, Executable
-from .memory import DTYPE_CODES, addresses, matrices, sample
+from .memory import DTYPE_CODES, by_stride, matrices, sample
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
 
 _FORM_CODES: dict[Form, int] = {"decimated": 1, "pruned": 2, "full": 3}  # enum class Form in csrc/common/plan.h
@@ -46,24 +46,7 @@ class CpuBackend(Backend):
         return None if all(tensor.is_cpu for tensor in tensors) else "needs CPU tensors"
 
     def traits(self, device: torch.device) -> Traits | None:
-        if device.type != "cpu":
-            return None
-        return Traits(
-            forms=frozenset(("identity", "scale", *_FORM_CODES)),
-            dtypes=frozenset(DTYPE_CODES),
-            costs=_COSTS,
-            taps=_TAPS,
-            whole_columns=True,
-            longest_sum=128,  # a chain of more loses the accuracy that plans promise
-            cells_multiple=_CELLS_MULTIPLE,
-            transposes=True,
-            packs=True,
-            chirp_stages=2.0,
-            slow_rows="it fills one SIMD lane of its transforms",
-            # Other forms sum less, and 16-bit storage is rounded more coarsely than the filter rounds.
-            centers={"decimated": frozenset((torch.float32,))},
-            workspace=_workspace,
-        )
+        return _traits() if device.type == "cpu" else None
 
     def supports(self, plan: Plan) -> str | None:
         if plan.form in _FORM_CODES and plan.dtype == torch.float64 and not has_closed_form(plan.response):
@@ -133,11 +116,32 @@ def _info() -> BackendInfo:
     return BackendInfo(CpuBackend.name, True, details={"isa": isa, "processor": _core.detected_isa()})
 
 
+@cache
+def _traits() -> Traits:
+    return Traits(
+        forms=frozenset(("identity", "scale", *_FORM_CODES)),
+        dtypes=frozenset(DTYPE_CODES),
+        costs=_COSTS,
+        taps=_TAPS,
+        whole_columns=True,
+        longest_sum=128,  # a chain of more loses the accuracy that plans promise
+        cells_multiple=_CELLS_MULTIPLE,
+        transposes=True,
+        packs=True,
+        chirp_stages=2.0,
+        slow_rows="it fills one SIMD lane of its transforms",
+        # Other forms sum less, and 16-bit storage is rounded more coarsely than the filter rounds.
+        centers={"decimated": frozenset((torch.float32,))},
+        workspace=_workspace,
+    )
+
+
 class _Filter(Executable):
     """A plan as the kernels take it, and the mask's table, whose memory it points to."""
 
     def __init__(self, plan: Plan) -> None:
         height, width = plan.matrix
+        self._rows, self._width = height, width
         self._table, background = None, plan.background
         if not has_closed_form(plan.response):
             self._table = np.ascontiguousarray(plan.response.half_mask(plan.shape), dtype=np.float32)
@@ -159,11 +163,13 @@ class _Filter(Executable):
         self.nbytes = 0 if self._table is None else self._table.nbytes
 
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
-        by_stride: dict[int, list[int]] = {}
-        for pointer, stride in zip(*addresses(batches), strict=True):
-            by_stride.setdefault(stride, []).append(pointer)
-        for stride, pointers in by_stride.items():
-            _core.filter(pointers, self._dtype, self._plan, stride, scale, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        if len(batches) == 1 and (x := batches[0]).ndim == 2:  # in little time, as for a small matrix it counts
+            stride = x.stride()[0] if self._rows > 1 else self._width
+            _core.filter([x.data_ptr()], self._dtype, self._plan, stride, scale, threads)
+            return
+        for stride, pointers in by_stride(batches):
+            _core.filter(pointers, self._dtype, self._plan, stride, scale, threads)
 
 
 class _Centered(Executable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,10 @@ class CudaBackend(TorchVectors):
     # --- filter -------------------------------------------------------------------------------------------------------
 
     def traits(self, device: torch.device) -> Traits | None:
-        if device.type != self._runtime.device_type:
-            return None
+        return self._traits if device.type == self._runtime.device_type else None
+
+    @cached_property
+    def _traits(self) -> Traits:
         return Traits(
             forms=_FORMS,
             dtypes=_DTYPES,

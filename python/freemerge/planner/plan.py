@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..responses import Gains, Response, matrix_shape
+from ..responses import Gains, Response, matrix_shape, transposed
+from .layout import ROWS, Layout
 
 Form = Literal["identity", "scale", "mean", "decimated", "pruned", "full"]
 
@@ -49,7 +50,8 @@ class Plan:
     full      row FFTs, column FFTs, mask, and back
     ========= ==========================================================================================
 
-    ``shape`` is (n,) for a vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
+    ``layout`` tells how the matrix is reached; ``shape`` and ``response`` are those after it. ``shape`` is (n,) for a
+    vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
     and full) takes real FFTs along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's
     own memory; ``library`` (full) makes the transforms, if not the backend itself; ``centers`` takes the mean of
     x out where it is dominant, and adds M(0, 0) times it to y. ``column_gains`` are those of the response (transposed,
@@ -72,7 +74,8 @@ class Plan:
     centers: bool = False
     rows: Decimation | None = None
     columns: Decimation | None = None
-    # What follows from the rest makes no other plan.
+    # What follows from the rest, or is done before and after it, makes no other plan.
+    layout: Layout = field(default=ROWS, compare=False)
     column_gains: Gains = field(default_factory=lambda: np.empty(0), compare=False, repr=False)
     workspace_bytes: int = field(default=0, compare=False)
     bytes_moved: int = field(default=0, compare=False)
@@ -101,11 +104,18 @@ class Plan:
         return replace(self, reason="; ".join([self.reason, *refusals])) if refusals else self
 
     def __str__(self) -> str:
+        shape, response = self.shape, self.response
+        if self.layout.flipped:
+            shape, response = shape[::-1], transposed(response)
         lines = [
             f"{self.form} on backend {self.backend}",
-            f"  input      {' x '.join(map(str, self.shape))} {str(self.dtype)[6:]} on {self.device}",
-            f"  response   {self.response!r}, background gain {self.background:g}",
+            f"  input      {' x '.join(map(str, shape))} {str(self.dtype)[6:]} on {self.device}",
+            f"  response   {response!r}, background gain {self.background:g}",
         ]
+        if self.layout.flipped:
+            lines.append("  layout     columns are contiguous: the transpose is filtered")
+        if self.layout.copied:
+            lines.append("  layout     not contiguous: each matrix is copied out and back")
         if self.rows is not None and self.columns is not None:
             lines += [f"  rows       {self.rows}", f"  columns    {self.columns}"]
         if self.transposed:
