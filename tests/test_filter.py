@@ -170,6 +170,8 @@ def test_bad_options_are_named() -> None:
         fm.filter_(x, fm.HighPass(0.1), backend="mkl")
     with pytest.raises(fm.ArgumentError, match="backend must be"):
         fm.filter_([], fm.HighPass(0.1), backend="mkl")
+    with pytest.raises(fm.ArgumentError, match="backend must be"):
+        fm.filter_(x, fm.HighPass(0.1), backend=["cpu"])  # type: ignore[arg-type]
     with pytest.raises(fm.ArgumentError, match="whole numbers"):
         fm.explain((4.7, 5), fm.HighPass(0.1))  # type: ignore[arg-type]
     with pytest.raises(fm.ArgumentError, match="shape of whole numbers"):
@@ -202,6 +204,33 @@ def test_explain() -> None:
     assert fm.explain((8, 8), fm.HighPass(0)).form == "identity"
     assert fm.explain((8, 8), fm.HighPass(9)).form == "scale"
     assert fm.explain(noise(8, 8, dtype=torch.float64), fm.HighPass(0.3)).dtype == torch.float64
+
+
+def test_explain_tells_how_a_tensor_is_reached() -> None:
+    x, response = noise(60, 90), fm.HighPass(0.2)
+    plan = fm.explain(x.t(), response)
+    assert plan.layout.flipped
+    assert not plan.layout.copied
+    assert plan.shape == (60, 90), "the transpose is filtered"
+    assert "input      90 x 60" in str(plan)
+    assert "the transpose is filtered" in str(plan)
+    assert repr(response) in str(plan)
+    assert fm.explain(x[:, ::2], response).layout.copied
+    assert "copied out and back" in str(fm.explain(x[:, ::2], response))
+    assert fm.explain(x[::2], response) == fm.explain((30, 90), response)
+    assert not fm.explain(x[::2], response).layout.copied
+
+
+@AVAILABLE
+def test_a_list_of_tensors_of_inference_and_others(backend: str) -> None:
+    with torch.inference_mode():
+        frozen = noise(16, 24)
+    x, want = noise(16, 24), fm.filtered(noise(16, 24), fm.HighPass(0.2), backend=backend)
+    version = x._version
+    fm.filter_([frozen, x], fm.HighPass(0.2), backend=backend)
+    assert torch.equal(x, want)
+    assert torch.equal(frozen, want)
+    assert x._version > version
 
 
 sizes = st.integers(1, 70)

@@ -7,6 +7,7 @@ import math
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ import freemerge as fm
 from fallback import Elsewhere
 from freemerge import filter as filtering
 from freemerge.backends import base, registry
+from freemerge.backends.torch import TorchBackend
 from freemerge.cache import Cache, forget_all, table_bytes
+from freemerge.planner.costs import Traits
 from freemerge.planner.forms import candidates
 
 BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
@@ -101,10 +104,11 @@ def test_matrices_of_a_batch_do_not_meet(backend: str, dtype: torch.dtype) -> No
             assert not batch[5].any(), "a matrix of zeros stays one"
 
 
-def test_masks_are_let_go(no_routes: None) -> None:
+def test_masks_are_let_go(no_routes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base._EXECUTABLES, "capacity", 10 << 16)
     kept = []
     for i in range(40):
-        response = fm.Custom(np.full((12, 14), float(i)))
+        response = fm.Custom(np.full((12, 14), float(i)) + np.eye(12, 14))
         kept.append(weakref.ref(response._array))
         fm.filter_(noise(12, 14), response, backend="torch")
     del response
@@ -147,10 +151,10 @@ def test_routes_are_bounded_and_made_once_for_a_kind(monkeypatch: pytest.MonkeyP
         fm.filter_([noise(8, 9), noise(8, 9, seed=1)], fm.HighPass(0.1))
         fm.filter_(noise(8, 9), fm.HighPass(0.1))
     assert made == [(8, 9)]
-    limit = filtering._route.capacity
+    limit = filtering._ROUTES.capacity
     for width in range(1, limit + 20):
         fm.filter_(torch.ones(1, width), fm.HighPass(9.0))
-    assert len(filtering._route) <= limit
+    assert 1 < len(filtering._ROUTES) <= limit
 
 
 @AVAILABLE
@@ -251,7 +255,7 @@ def test_vectors_need_no_numpy_that_writes_into_given_memory(monkeypatch: pytest
 
 
 def test_a_cache_keeps_the_latest_by_weight() -> None:
-    cache: Cache[str, bytes] = Cache(10, len)
+    cache: Cache[str, bytes] = Cache(10, lambda key, value: len(value))
     assert cache.get("first", lambda: b"1234") == b"1234"
     for key in "abc":
         cache.get(key, lambda: b"123")
@@ -284,9 +288,49 @@ def test_tables_are_weighed_once_each() -> None:
 
 
 def test_the_tables_of_many_filters_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base._EXECUTABLES, "_capacity", 1 << 20)
+    monkeypatch.setattr(base._EXECUTABLES, "capacity", 1 << 20)
     forget_all()
     for height in range(200, 240):
         fm.filter_(noise(height, 400), fm.Butterworth(0.4), backend="torch")
     assert 1 < len(base._EXECUTABLES) < 40
     assert base._EXECUTABLES.weight <= 1 << 20
+
+
+@pytest.mark.usefixtures("no_routes")
+def test_what_a_full_cache_let_go_is_prepared_again_and_what_is_used_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[tuple[int, ...]] = []
+    prepare = TorchBackend.prepare
+    monkeypatch.setattr(
+        TorchBackend, "prepare", lambda self, plan: (prepared.append(plan.shape), prepare(self, plan))[1]
+    )
+    monkeypatch.setattr(base._EXECUTABLES, "capacity", 4 << 16)
+    response, often, once = fm.Butterworth(0.4), noise(8, 9), noise(9, 8)
+    want = fm.filtered(once, response, backend="torch")
+    for height in range(10, 20):
+        fm.filter_(often, response, backend="torch")
+        fm.filter_(noise(height, 8), response, backend="torch")
+    assert torch.equal(fm.filtered(once, response, backend="torch"), want)
+    assert prepared.count((8, 9)) == 1
+    assert prepared.count((9, 8)) == 2
+
+
+@pytest.mark.usefixtures("no_routes")
+def test_a_route_is_made_again_when_the_traits_of_its_backend_vary() -> None:
+    fewer = [False]
+
+    class Changing(Elsewhere):
+        def traits(self, device: torch.device) -> Traits:
+            full = super().traits(device)
+            return narrow if fewer[0] else full
+
+    narrow = replace(Elsewhere().traits(torch.device("cpu")), forms=frozenset(("identity", "scale")))
+    x = noise(16, 16)
+    with registry.using(Changing()):
+        fm.filter_(x, fm.HighPass(0.3))
+        fewer[0] = True
+        with pytest.raises(fm.BackendError, match="has no form"):
+            fm.filter_(x, fm.HighPass(0.3))
+        with pytest.raises(fm.BackendError, match="has no form"):
+            fm.explain(x, fm.HighPass(0.3))
+        fewer[0] = False
+        fm.filter_(x, fm.HighPass(0.3))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
 from threading import Lock
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
@@ -13,73 +11,92 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
-from .responses import Response, holds_array
-
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
-_MASKS = 8  # responses that hold an array, whose results are kept
+CACHED_MASKS = 8  # responses that hold an array, in a cache of what follows from a response
 TABLE_BYTES = 128 << 20  # of what the tables of one kind may take
 
 
-class Cache(Generic[Key, Value]):
-    """The most recently used values that together weigh at most ``capacity``, and the latest in any case.
+class Entry(Generic[Value]):
+    """A place in a cache. Who keeps it finds the value there, and sets ``used``, until the cache lets go of it."""
 
-    ``weigh`` tells a value's weight, 1 if it is not given.
+    __slots__ = ("used", "value", "weight")
+
+    def __init__(self, value: Value, weight: int) -> None:
+        self.value: Value | None = value
+        self.weight = weight
+        self.used = False
+
+
+class Cache(Generic[Key, Value]):
+    """Values that together weigh at most ``capacity``, and the latest in any case.
+
+    ``weigh`` tells the weight of a key and its value, 1 if it is not given. What was used since it was last passed over
+    stays longest (the clock algorithm): a value is found without a lock.
     """
 
-    def __init__(self, capacity: int, weigh: Callable[[Value], int] | None = None) -> None:
-        self._capacity, self._weigh, self._lock = capacity, weigh or (lambda _: 1), Lock()
-        self._recent: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
+    def __init__(self, capacity: int, weigh: Callable[[Key, Value], int] | None = None) -> None:
+        self.capacity, self._weigh, self._lock = capacity, weigh or (lambda key, value: 1), Lock()
+        self._entries: dict[Key, Entry[Value]] = {}
         self.weight = 0  #: of all values
         _ALL.add(self)
 
     def __len__(self) -> int:
         """The number of values."""
-        return len(self._recent)
+        return len(self._entries)
+
+    def find(self, key: Key) -> Value | None:
+        """The value of a key, if there is one."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        entry.used = True
+        return entry.value
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """The value of a key; ``make`` makes it if there is none, and what that raises is not kept."""
-        with self._lock:
-            entry = self._recent.get(key)
-            if entry is not None:
-                self._recent.move_to_end(key)
-                return entry[0]
+        return self.entry(key, make)[1]
+
+    def entry(self, key: Key, make: Callable[[], Value]) -> tuple[Entry[Value], Value]:
+        """The same with its place."""
+        entry = self._entries.get(key)
+        if entry is not None and (value := entry.value) is not None:
+            entry.used = True
+            return entry, value
         value = make()  # outside the lock: two threads may make the same value once each
-        weight = self._weigh(value)
+        return self.put(key, value), value
+
+    def put(self, key: Key, value: Value) -> Entry[Value]:
+        """Keep a value, in the stead of a former one."""
+        entry = Entry(value, self._weigh(key, value))
         with self._lock:
-            self.weight += weight - self._recent.pop(key, (value, 0))[1]
-            self._recent[key] = value, weight
-            while self.weight > self._capacity and len(self._recent) > 1:
-                self.weight -= self._recent.popitem(last=False)[1][1]
-        return value
+            self._drop(key)
+            self._entries[key] = entry
+            self.weight += entry.weight
+            self._shrink(entry)
+        return entry
 
     def clear(self) -> None:
         """Forget all values."""
         with self._lock:
-            self._recent.clear()
-            self.weight = 0
+            for key in list(self._entries):
+                self._drop(key)
 
+    def _drop(self, key: Key) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.weight -= entry.weight
+            entry.value = None
 
-class ByResponse(Generic[Value]):
-    """Keeps the latest results of a function whose first argument is a response: few where that holds a mask."""
-
-    def __init__(self, make: Callable[..., Value], capacity: int) -> None:
-        self.capacity = capacity
-        self._known, self._masks = lru_cache(capacity)(make), lru_cache(_MASKS)(make)
-        _ALL.add(self)
-
-    def __call__(self, response: Response, *rest: Hashable) -> Value:
-        return (self._masks if holds_array(response) else self._known)(response, *rest)
-
-    def __len__(self) -> int:
-        """The number of results kept."""
-        return sum(cache.cache_info().currsize for cache in (self._known, self._masks))
-
-    def clear(self) -> None:
-        """Forget all results."""
-        self._known.cache_clear()
-        self._masks.cache_clear()
+    def _shrink(self, latest: Entry[Value]) -> None:
+        while self.weight > self.capacity and len(self._entries) > 1:
+            key, entry = next(iter(self._entries.items()))
+            if entry.used or entry is latest:
+                entry.used = False
+                self._entries[key] = self._entries.pop(key)
+            else:
+                self._drop(key)
 
 
 def table_bytes(value: object) -> int:
@@ -98,7 +115,7 @@ def _tables(value: object) -> Iterator[torch.Tensor | np.ndarray]:
         yield from _tables(part)
 
 
-_ALL: WeakSet[Cache[Any, Any] | ByResponse[Any]] = WeakSet()
+_ALL: WeakSet[Cache[Any, Any]] = WeakSet()
 
 
 def forget_all() -> None:

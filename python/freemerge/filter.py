@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from torch.autograd.graph import increment_version
 
-from .backends.base import Backend
+from .backends.base import Backend, Executable
 from .backends.memory import empty, matrices, multiply_
 from .backends.registry import choose, named
-from .backends.torch import exact_products
-from .cache import ByResponse
+from .cache import CACHED_MASKS, Cache
 from .errors import ArgumentError
 from .overlap import internal_overlap, overlapping_pair
+from .planner.layout import ROWS
 from .planner.plan import Plan
-from .responses import Response, finite_number, transposed
+from .responses import Response, finite_number, holds_array
 
 T = TypeVar("T")
 
@@ -29,15 +29,54 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 _CACHED_ROUTES = 1024
 
 
-@dataclass(frozen=True, eq=False)
 class _Route:
     """What filtering a tensor comes to, for all tensors of one shape, with equal strides, dtype and device."""
 
-    backend: Backend
-    plan: Plan
-    whole: bool  #: a tensor is a matrix or a batch as it is
-    transposed: bool  #: the last two axes change places, as the last but one is contiguous
-    copies: bool  #: neither is contiguous: one matrix at a time is copied out and back
+    def __init__(self, backend: Backend, plan: Plan, device: torch.device, whole: bool) -> None:
+        self.plan = plan
+        self._backend, self._device = backend, device
+        traits = backend.traits(device)
+        self._traits = traits if traits is not None and traits.vary else None
+        self._whole = whole and plan.layout == ROWS  # a tensor is a matrix or a batch as it is
+        self.entry, _ = backend.entry(plan)  #: where its executable is
+
+    def holds(self) -> bool:
+        """Whether the backend is still as it was when the plan was made."""
+        return self._traits is None or self._backend.traits(self._device) is self._traits
+
+    def run(self, tensors: Sequence[torch.Tensor], scale: float) -> None:
+        """Filter tensors of which all or none are inference tensors."""
+        executable = self.entry.value
+        if executable is None:  # other plans needed the memory
+            self.entry, executable = self._backend.entry(self.plan)
+        if tensors[0].is_inference():
+            with torch.inference_mode():  # only there may such tensors be written; they have no version
+                self._rearrange(executable, tensors, scale)
+            return
+        if self._whole and scale:
+            executable.run(tensors, scale)
+        else:
+            self._rearrange(executable, tensors, scale)
+        for x in tensors:
+            increment_version(x)
+
+    def _rearrange(self, executable: Executable, tensors: Sequence[torch.Tensor], scale: float) -> None:
+        layout = self.plan.layout
+        batches = [b for x in tensors for b in _batches(x.transpose(-1, -2) if layout.flipped else x)]
+        if not scale:
+            multiply_(batches, 0.0)
+        elif not layout.copied:
+            executable.run(batches, scale)
+        else:
+            for matrix in matrices(batches):
+                copy = matrix.contiguous()
+                executable.run([copy], scale)
+                matrix.copy_(copy)
+
+
+_ROUTES: Cache[tuple[Hashable, ...], _Route] = Cache(
+    _CACHED_ROUTES, lambda key, route: _CACHED_ROUTES // CACHED_MASKS if holds_array(route.plan.response) else 1
+)
 
 
 def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
@@ -59,25 +98,27 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
-    response, several, exact = _checked_response(response), isinstance(x, (list, tuple)), exact_products()
+    _check_request(response, backend)
+    if not isinstance(x, (list, tuple)):
+        one = (_tensor(x, "x"),)
+        route = _route(response, one[0], backend, "x")
+        if type(scale) is not float or not -_FLOAT_MAX <= scale <= _FLOAT_MAX:
+            scale = _checked_scale(scale, one)
+        route.run(one, scale)
+        return x
     named(backend)
-    tensors: list[torch.Tensor] = []
-    work: dict[_Route, list[torch.Tensor]] = {}
-    for i, item in enumerate(cast(Sequence[Any], x) if several else (x,)):
-        name = f"x[{i}]" if several else "x"
-        tensor = _tensor(item, name)
-        route = _route(response, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, backend, exact)
-        if isinstance(route, str):
-            raise ArgumentError(route.format(name=name))
-        tensors.append(tensor)
-        work.setdefault(route, []).append(tensor)
-    if several:
-        pair = overlapping_pair(tensors)
-        if pair is not None:
-            raise ArgumentError(f"x[{pair[0]}] and x[{pair[1]}] share memory; each would be filtered twice")
+    names = [f"x[{i}]" for i in range(len(x))]
+    tensors = [_tensor(item, name) for item, name in zip(x, names, strict=True)]
+    work: dict[tuple[_Route, bool], list[torch.Tensor]] = {}
+    for tensor, name in zip(tensors, names, strict=True):
+        route = _route(response, tensor, backend, name)
+        work.setdefault((route, tensor.is_inference()), []).append(tensor)
+    pair = overlapping_pair(tensors)
+    if pair is not None:
+        raise ArgumentError(f"x[{pair[0]}] and x[{pair[1]}] share memory; each would be filtered twice")
     number = _checked_scale(scale, tensors)
-    for route, group in work.items():
-        _run(route, group, number)
+    for (route, _), group in work.items():
+        route.run(group, number)
     return x
 
 
@@ -103,29 +144,33 @@ def explain(
 
     The plan tells the backend, the form, its error bound, its memory and traffic, and why it was chosen; print it.
     """
+    _check_request(response, backend)
     if isinstance(x, torch.Tensor):
-        shape, dtype, device = tuple(x.shape), x.dtype, x.device
-    else:
-        try:
-            shape = tuple(operator.index(n) for n in x)
-        except TypeError:
-            raise ArgumentError(f"x must be a tensor or a shape of whole numbers, got {x!r}") from None
+        _check_kind(x.shape, x.dtype)
+        return choose(response, tuple(x.shape), x.dtype, x.device, backend, x.stride())[1]
+    try:
+        shape = tuple(operator.index(n) for n in x)
+    except TypeError:
+        raise ArgumentError(f"x must be a tensor or a shape of whole numbers, got {x!r}") from None
+    _check_kind(shape, dtype)
+    return choose(response, shape, dtype, torch.device(device), backend)[1]
+
+
+def _check_kind(shape: Sequence[int], dtype: torch.dtype) -> None:
     if not shape or min(shape) < 1:
-        raise ArgumentError(f"x must have at least one axis and no empty one, got shape {shape}")
+        raise ArgumentError(f"x must have at least one axis and no empty one, got shape {tuple(shape)}")
     if dtype not in _DTYPES:
         raise ArgumentError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
-    return choose(_checked_response(response), shape, dtype, torch.device(device), backend)[1]
 
 
-def _checked_response(response: object) -> Response:
+def _check_request(response: object, backend: object) -> None:
     if not isinstance(response, Response):
         raise ArgumentError(f"response must be a frequency response such as HighPass(0.4), got {response!r}")
-    return response
+    if not isinstance(backend, str):
+        raise ArgumentError(f"backend must be a name, got {backend!r}")
 
 
-def _checked_scale(scale: object, tensors: Iterable[torch.Tensor]) -> float:
-    if type(scale) is float and -_FLOAT_MAX <= scale <= _FLOAT_MAX:
-        return scale
+def _checked_scale(scale: object, tensors: Sequence[torch.Tensor]) -> float:
     number = finite_number(scale)
     if number is None or (abs(number) > _FLOAT_MAX and any(x.dtype != torch.float64 for x in tensors)):
         raise ArgumentError(f"scale must be a finite number in the arithmetic of the tensors, got {scale!r}")
@@ -137,8 +182,8 @@ def _tensor(item: Any, name: str) -> torch.Tensor:
     x = item if isinstance(item, torch.Tensor) else _as_tensor(item, name)
     if x.layout is not torch.strided:
         raise ArgumentError(f"{name} must be a dense tensor with data, got layout {x.layout} on device {x.device}")
-    if x.is_neg() or x.is_conj():
-        raise ArgumentError(f"{name} is a lazily negated or conjugated view; pass {name}.resolve_neg()")
+    if x.is_neg():
+        raise ArgumentError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
     if x.requires_grad:
         if not x.is_leaf:
             raise ArgumentError(
@@ -148,35 +193,25 @@ def _tensor(item: Any, name: str) -> torch.Tensor:
     return x
 
 
-def _find_route(
-    response: Response,
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: str,
-    exact: bool,
-) -> _Route | str:
-    """The route of such tensors, or what is wrong with them, as a sentence about {name}."""
-    del exact  # part of the key: plans depend on it
+def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Route:
+    key = response, x.shape, x.stride(), x.dtype, x.device, backend
+    route = _ROUTES.find(key)
+    if route is not None and route.holds():
+        route.entry.used = True
+        return route
+    _, shape, strides, dtype, device, _ = key
     if device.type == "meta":
-        return f"{{name}} must be a dense tensor with data, got layout torch.strided on device {device}"
+        raise ArgumentError(f"{name} must be a dense tensor with data, got layout torch.strided on device {device}")
     if dtype not in _DTYPES:
-        return f"{{name}} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {dtype}"
+        raise ArgumentError(f"{name} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {dtype}")
     if not shape or 0 in shape:
-        return f"{{name}} must have at least one axis and one entry, got shape {tuple(shape)}"
+        raise ArgumentError(f"{name} must have at least one axis and one entry, got shape {tuple(shape)}")
     if internal_overlap(shape, strides):
-        return f"{{name}} may overlap itself in memory (strides {strides}); pass {{name}}.contiguous()"
-    matrix, steps, wanted = tuple(shape), strides[-2:], response
-    flips = len(shape) > 1 and steps[1] != 1 and steps[0] == 1 and shape[-1] > 1
-    if flips:
-        matrix, steps, wanted = (*shape[:-2], shape[-1], shape[-2]), steps[::-1], transposed(response)
-    chosen, plan = choose(wanted, matrix, dtype, device, backend)
-    whole = len(shape) in (2, 3) and strides[-1] == 1
-    return _Route(chosen, plan, whole, flips, steps[-1] != 1 and matrix[-1] > 1)
-
-
-_route = ByResponse(_find_route, _CACHED_ROUTES)
+        raise ArgumentError(f"{name} may overlap itself in memory (strides {strides}); pass {name}.contiguous()")
+    chosen, plan = choose(response, tuple(shape), dtype, device, backend, strides)
+    route = _Route(chosen, plan, device, len(shape) in (2, 3) and strides[-1] == 1)
+    _ROUTES.put(key, route)
+    return route
 
 
 def _as_tensor(item: Any, name: str) -> torch.Tensor:
@@ -206,35 +241,6 @@ def _copy(item: Any, name: str) -> Any:
     if x.layout is not torch.strided or x.dtype not in _DTYPES:
         return x  # an error of filter_
     return empty(x.shape, x.dtype, x.device).copy_(x.detach())
-
-
-def _run(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
-    inference = any(map(torch.Tensor.is_inference, tensors))
-    if inference:
-        with torch.inference_mode():  # only there may such a tensor be written
-            _write(route, tensors, scale)
-    else:
-        _write(route, tensors, scale)
-    for x in tensors:
-        if not (inference and x.is_inference()):  # such a tensor has no version
-            torch.autograd.graph.increment_version(x)
-
-
-def _write(route: _Route, tensors: Sequence[torch.Tensor], scale: float) -> None:
-    batches = tensors
-    if not route.whole:
-        batches = [b for x in tensors for b in _batches(x.transpose(-1, -2) if route.transposed else x)]
-    if not scale:
-        multiply_(batches, 0.0)
-        return
-    executable = route.backend.executable(route.plan)
-    if not route.copies:
-        executable.run(batches, scale)
-    else:
-        for matrix in matrices(batches):
-            copy = matrix.contiguous()
-            executable.run([copy], scale)
-            matrix.copy_(copy)
 
 
 def _batches(x: torch.Tensor) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ refuses them; it makes no decision about a filter.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from typing import ClassVar
 
 import torch
 
-from ..cache import TABLE_BYTES, Cache
+from ..cache import TABLE_BYTES, Cache, Entry
 from ..errors import BackendError
 from ..planner.costs import Traits
 from ..planner.plan import Plan
+from ..responses import holds_array
 from .memory import multiply_
 from .sparse import BackendSwitch, Update
 
@@ -89,7 +91,10 @@ class Backend(ABC):
 
     @abstractmethod
     def traits(self, device: torch.device) -> Traits | None:
-        """Its capabilities on a device, or None if it cannot use that kind of device."""
+        """Its capabilities on a device, or None if it cannot use that kind of device.
+
+        The same object as long as they are the same: plans are kept by it.
+        """
 
     @abstractmethod
     def supports(self, plan: Plan) -> str | None:
@@ -101,9 +106,14 @@ class Backend(ABC):
 
     def executable(self, plan: Plan) -> Executable:
         """What runs a plan; prepared once for all calls, while it is among the latest :data:`TABLE_BYTES`."""
-        if plan.form in ("identity", "scale"):
-            return Multiplication(plan.background)
-        return _EXECUTABLES.get((self, plan), lambda: self.prepare(plan))
+        return self.entry(plan)[1]
+
+    def entry(self, plan: Plan) -> tuple[Entry[Executable], Executable]:
+        """The same with its place in the cache, where later calls find it without a look-up."""
+        return _EXECUTABLES.entry((self, plan), lambda: self._make(plan))
+
+    def _make(self, plan: Plan) -> Executable:
+        return Multiplication(plan.background) if plan.form in ("identity", "scale") else self.prepare(plan)
 
     # Accumulate: base, models, delta and out are contiguous, of one shape, and on one device.
 
@@ -150,6 +160,10 @@ class Backend(ABC):
         """Prepare updates, each of at least one entry, of tensors on one device."""
 
 
-_EXECUTABLES: Cache[tuple[Backend, Plan], Executable] = Cache(
-    TABLE_BYTES, lambda executable: _LEAST_BYTES + executable.nbytes
-)
+def _weigh(key: tuple[Backend, Plan], executable: Executable) -> int:
+    _, plan = key
+    mask = 8 * math.prod(plan.matrix) if holds_array(plan.response) else 0
+    return _LEAST_BYTES + executable.nbytes + mask
+
+
+_EXECUTABLES: Cache[tuple[Backend, Plan], Executable] = Cache(TABLE_BYTES, _weigh)

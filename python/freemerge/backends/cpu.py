@@ -17,7 +17,7 @@ from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Entries, Executable
-from .memory import DTYPE_CODES, addresses, matrices, sample
+from .memory import DTYPE_CODES, by_stride, matrices, sample
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
 
 # Fitted to 130 plans of 7 shapes on one busy core of a Sapphire Rapids Xeon (AVX-512), ns.
@@ -40,24 +40,7 @@ class CpuBackend(Backend):
         return None if all(tensor.is_cpu for tensor in tensors) else "needs CPU tensors"
 
     def traits(self, device: torch.device) -> Traits | None:
-        if device.type != "cpu":
-            return None
-        return Traits(
-            forms=frozenset(("identity", "scale", *_core.FORMS)),
-            dtypes=frozenset(DTYPE_CODES),
-            costs=_COSTS,
-            taps=_core.TAPS,
-            whole_columns=True,
-            longest_sum=128,  # a chain of more loses the accuracy that plans promise
-            cells_multiple=_core.ROW_CELLS_MULTIPLE,
-            transposes=True,
-            packs=True,
-            chirp_stages=2.0,
-            slow_rows="it fills one SIMD lane of its transforms",
-            # Other forms sum less, and 16-bit storage is rounded more coarsely than the filter rounds.
-            centers={"decimated": frozenset((torch.float32,))},
-            workspace=_workspace,
-        )
+        return _traits() if device.type == "cpu" else None
 
     def supports(self, plan: Plan) -> str | None:
         if plan.form in _core.FORMS and plan.dtype == torch.float64 and not has_closed_form(plan.response):
@@ -127,10 +110,31 @@ def _info() -> BackendInfo:
     return BackendInfo(CpuBackend.name, True, details={"isa": isa, "processor": _core.detected_isa()})
 
 
+@cache
+def _traits() -> Traits:
+    return Traits(
+        forms=frozenset(("identity", "scale", *_core.FORMS)),
+        dtypes=frozenset(DTYPE_CODES),
+        costs=_COSTS,
+        taps=_core.TAPS,
+        whole_columns=True,
+        longest_sum=128,  # a chain of more loses the accuracy that plans promise
+        cells_multiple=_core.ROW_CELLS_MULTIPLE,
+        transposes=True,
+        packs=True,
+        chirp_stages=2.0,
+        slow_rows="it fills one SIMD lane of its transforms",
+        # Other forms sum less, and 16-bit storage is rounded more coarsely than the filter rounds.
+        centers={"decimated": frozenset((torch.float32,))},
+        workspace=_workspace,
+    )
+
+
 class _Filter(Executable):
     """A native filter, which holds everything it needs."""
 
     def __init__(self, plan: Plan) -> None:
+        self._rows, self._width = plan.matrix
         response, gains, table, background = plan.response, plan.column_gains, None, plan.background
         if has_closed_form(response):
             mask = response.params(plan.shape)
@@ -153,11 +157,13 @@ class _Filter(Executable):
         self.nbytes = self._native.nbytes
 
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
-        by_stride: dict[int, list[int]] = {}
-        for pointer, stride in zip(*addresses(batches), strict=True):
-            by_stride.setdefault(stride, []).append(pointer)
-        for stride, pointers in by_stride.items():
-            self._native.run(pointers, stride, scale, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        if len(batches) == 1 and (x := batches[0]).ndim == 2:  # in little time, as for a small matrix it counts
+            stride = x.stride()[0] if self._rows > 1 else self._width
+            self._native.run([x.data_ptr()], stride, scale, threads)
+            return
+        for stride, pointers in by_stride(batches):
+            self._native.run(pointers, stride, scale, threads)
 
 
 class _Centered(Executable):

@@ -47,6 +47,7 @@ class CudaBackend(TorchVectors):
     def __init__(self, runtime: Runtime | None = None) -> None:
         self._runtime = Runtime() if runtime is None else runtime
         self._recorded: set[Executable] = set()
+        self._traits: dict[torch.device, Traits] = {}
 
     def info(self) -> BackendInfo:
         reason, details = self._runtime.state
@@ -65,19 +66,22 @@ class CudaBackend(TorchVectors):
     def traits(self, device: torch.device) -> Traits | None:
         if device.type != self._runtime.device_type:
             return None
-        fused_length, fused_prime = self._fused_columns(device)
-        return Traits(
-            forms=_FORMS,
-            dtypes=_DTYPES,
-            costs=_COSTS,
-            taps=(8, 10, _MAX_TAPS),
-            whole_columns=True,
-            streams=True,
-            fused_length=fused_length,
-            fused_prime=fused_prime,
-            workspace=self._workspace_bytes,
-            centers={"decimated": _DTYPES},
-        )
+        known = self._traits.get(device)
+        if known is None:
+            fused_length, fused_prime = self._fused_columns(device)
+            known = self._traits[device] = Traits(
+                forms=_FORMS,
+                dtypes=_DTYPES,
+                costs=_COSTS,
+                taps=(8, 10, _MAX_TAPS),
+                whole_columns=True,
+                streams=True,
+                fused_length=fused_length,
+                fused_prime=fused_prime,
+                workspace=self._workspace_bytes,
+                centers={"decimated": _DTYPES},
+            )
+        return known
 
     def supports(self, plan: Plan) -> str | None:
         if plan.dtype not in _DTYPES:

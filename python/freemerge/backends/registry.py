@@ -6,20 +6,20 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from ..cache import ByResponse, forget_all
+from ..cache import CACHED_MASKS, Cache, forget_all
 from ..errors import ArgumentError, BackendError
 from ..planner.costs import Traits
-from ..planner.forms import candidates
+from ..planner.forms import first_plan
+from ..planner.layout import ROWS, lay_out
 from ..planner.plan import Plan
-from ..responses import Response, matrix_shape
+from ..responses import Response, holds_array
 from .base import Backend, BackendInfo
-from .torch import exact_products
 
 _CACHED_PLANS = 512
 _LARGE_BATCH = 16  # matrices beyond which a batch's size changes no plan
@@ -92,15 +92,28 @@ def pick(name: str, tensors: Sequence[torch.Tensor]) -> Backend:
 
 
 def choose(
-    response: Response, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, backend: str
+    response: Response,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    strides: Sequence[int] | None = None,
 ) -> tuple[Backend, Plan]:
-    """The backend and plan for each matrix of a tensor's shape; plans are cached.
+    """The backend and plan for each matrix of a tensor, contiguous unless its strides are given; plans are cached.
 
     Raises :class:`ArgumentError` for an unknown backend name, and :class:`BackendError` if a backend asked for by name
     cannot run the request.
     """
+    named(backend)
+    layout = ROWS
+    if strides is not None:
+        response, shape, layout = lay_out(response, shape, strides)
     count = 1 if len(shape) < 3 else min(math.prod(shape[:-2]), _LARGE_BATCH)
-    return _choose(response, shape[-2:], count, dtype, device, backend, exact_products())
+    asked = tuple(known for known in BACKENDS if backend in ("auto", known.name))
+    traits = tuple(known.traits(device) for known in asked)
+    key = response, shape[-2:], count, dtype, device, backend, traits
+    chosen, plan = _CHOICES.get(key, lambda: _first_that_can(response, shape[-2:], count, dtype, device, asked, traits))
+    return chosen, plan if layout is ROWS else replace(plan, layout=layout)
 
 
 def _first_that_can(
@@ -109,55 +122,29 @@ def _first_that_can(
     count: int,
     dtype: torch.dtype,
     device: torch.device,
-    backend: str,
-    exact: bool,
+    asked: Sequence[Backend],
+    traits: Sequence[Traits | None],
 ) -> tuple[Backend, Plan]:
-    del exact  # part of the key: traits depend on it
-    named(backend)
     refusals: list[str] = []
-    for candidate in BACKENDS:
-        if backend not in ("auto", candidate.name):
-            continue
-        traits = candidate.traits(device)
-        # As in `pick`: a GPU's driver is not started for a tensor of another device.
-        if traits is not None or backend != "auto":
-            info = candidate.info()
+    for backend, known in zip(asked, traits, strict=True):
+        # As in `pick`: a GPU's driver is not started for a tensor of another device, unless it is asked for by name.
+        if known is not None or len(asked) == 1:
+            info = backend.info()
             if not info.available:
-                refusals.append(f"backend {candidate.name} is not available: {info.reason}")
+                refusals.append(f"backend {backend.name} is not available: {info.reason}")
                 continue
-        if traits is None:
-            refusals.append(f"backend {candidate.name} does not run on device {device}")
+        if known is None:
+            refusals.append(f"backend {backend.name} does not run on device {device}")
             continue
-        if backend == "auto" and traits.slow_rows and matrix_shape(shape)[0] == 1:
-            refusals.append(f"backend {candidate.name} is slow on a single row: {traits.slow_rows}")
-            continue
-        plan, refusal = _first_supported(candidate, traits, response, shape, count, dtype, device)
-        if plan is not None:
-            return candidate, plan.because(refusals)
-        refusals.append(f"backend {candidate.name} {refusal}")
+        plan = first_plan(
+            response, shape, dtype, str(device), backend.name, known, count, backend.supports, forced=len(asked) == 1
+        )
+        if not isinstance(plan, str):
+            return backend, plan.because(refusals)
+        refusals.append(f"backend {backend.name} {plan}")
     raise BackendError("; ".join(refusals))
 
 
-_choose = ByResponse(_first_that_can, _CACHED_PLANS)
-
-
-def _first_supported(
-    backend: Backend,
-    traits: Traits,
-    response: Response,
-    shape: tuple[int, ...],
-    count: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Plan | None, str]:
-    if dtype not in traits.dtypes:
-        return None, f"has no kernels for {dtype}"
-    refusals: list[str] = []
-    for plan in candidates(response, shape, dtype, str(device), backend.name, traits, count):
-        refusal = backend.supports(plan)
-        if refusal is None:
-            if traits.workspace is not None:
-                plan = replace(plan, workspace_bytes=traits.workspace(plan))
-            return plan.because(refusals), ""
-        refusals.append(f"form {plan.form}: {refusal}")
-    return None, "; ".join(refusals) or f"has no form for {response!r} at {' x '.join(map(str, shape))}"
+_CHOICES: Cache[tuple[Hashable, ...], tuple[Backend, Plan]] = Cache(
+    _CACHED_PLANS, lambda key, choice: _CACHED_PLANS // CACHED_MASKS if holds_array(choice[1].response) else 1
+)

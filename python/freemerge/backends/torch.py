@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ _COSTS = Costs(
 _CENTERED = frozenset((torch.float32, torch.float64))  # 16-bit storage is rounded more coarsely than the filter rounds
 _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "mean", "full"))
+_PRODUCTS: frozenset[Form] = frozenset(("decimated",))
 _NUMPY_OUT = int(np.__version__.partition(".")[0]) >= 2  # its FFTs can write into given memory
 _BATCH_ELEMENTS = 1 << 18  # of the matrices that are transformed together, if there are several
 
@@ -44,22 +46,8 @@ class TorchBackend(TorchVectors):
         return None
 
     def traits(self, device: torch.device) -> Traits:
-        cpu = device.type == "cpu"
         # A lowered matmul precision (TF32, bf16) would break the error bound of products.
-        products = not cpu and exact_products()
-        return Traits(
-            forms=_FORMS | {"decimated"} if products else _FORMS,
-            dtypes=_DTYPES,
-            costs=_COSTS,
-            taps=tuple(range(6, 21)),
-            oversamplings=(2.0, 2.5, 3.0, 4.0),
-            whole_columns=True,
-            longest_sum=128,
-            chirp_stages=5.0,  # measured with MKL
-            centers={"decimated": _CENTERED, "full": _CENTERED} if not cpu else {"full": _CENTERED},
-            row_library="numpy" if cpu else "",
-            workspace=_workspace,
-        )
+        return _traits(products=exact_products()) if device.type != "cpu" else _traits(products=False, library="numpy")
 
     def supports(self, plan: Plan) -> str | None:
         return None if plan.dtype in _DTYPES else f"has no arithmetic for {plan.dtype}"
@@ -70,6 +58,24 @@ class TorchBackend(TorchVectors):
         if plan.form == "mean":
             return _Mean(plan)
         return _NumpyRows(plan) if plan.library == "numpy" else _Full(plan)
+
+
+@cache
+def _traits(*, products: bool, library: str = "") -> Traits:
+    return Traits(
+        forms=_FORMS | _PRODUCTS if products else _FORMS,
+        dtypes=_DTYPES,
+        costs=_COSTS,
+        taps=tuple(range(6, 21)),
+        oversamplings=(2.0, 2.5, 3.0, 4.0),
+        whole_columns=True,
+        longest_sum=128,
+        chirp_stages=5.0,  # measured with MKL
+        centers=dict.fromkeys(("decimated", "full"), _CENTERED),
+        row_library=library,
+        vary=not library,
+        workspace=_workspace,
+    )
 
 
 def exact_products() -> bool:

@@ -6,7 +6,7 @@ Backends differ only by the numbers in their :class:`~.costs.Traits`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -72,6 +72,37 @@ def candidates(
         )
         for _, plan in costed
     ]
+
+
+def first_plan(
+    response: Response,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str,
+    backend: str,
+    traits: Traits,
+    count: int,
+    supports: Callable[[Plan], str | None],
+    *,
+    forced: bool,
+) -> Plan | str:
+    """The cheapest plan that a backend supports, or why there is none, as the rest of a sentence after its name.
+
+    ``forced``: no other backend is asked, so that a slow plan is one, too.
+    """
+    if dtype not in traits.dtypes:
+        return f"has no kernels for {dtype}"
+    if traits.slow_rows and not forced and matrix_shape(shape)[0] == 1:
+        return f"is slow on a single row: {traits.slow_rows}"
+    refusals: list[str] = []
+    for plan in candidates(response, shape, dtype, device, backend, traits, count):
+        refusal = supports(plan)
+        if refusal is None:
+            if traits.workspace is not None:
+                plan = replace(plan, workspace_bytes=traits.workspace(plan))
+            return plan.because(refusals)
+        refusals.append(f"form {plan.form}: {refusal}")
+    return "; ".join(refusals) or f"has no form for {response!r} at {' x '.join(map(str, shape))}"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..cache import ByResponse
-from ..responses import Gains, Response, matrix_shape
+from ..cache import CACHED_MASKS, Cache
+from ..responses import Gains, Response, holds_array, matrix_shape
 from ..responses import transposed as transposed_response
+from .layout import ROWS, Layout
 
 _CACHED_CLASSES = 64
 
@@ -37,14 +38,20 @@ class Decimation:
         return f"{self.cells} cells, {window}, |k| < {self.band}{' from Nyquist' if self.nyquist else ''}"
 
 
-def _column_gains(response: Response, shape: tuple[int, ...], transpose: bool) -> Gains:
-    """:meth:`Response.column_gains` of a response, or of the transposed one."""
-    gains = transposed_response(response).column_gains(shape[::-1]) if transpose else response.column_gains(shape)
-    gains.flags.writeable = False
-    return gains
+def column_gains(response: Response, shape: tuple[int, ...], transpose: bool) -> Gains:
+    """:meth:`Response.column_gains` of a response, or of the transposed one; computed once."""
+
+    def make() -> Gains:
+        gains = transposed_response(response).column_gains(shape[::-1]) if transpose else response.column_gains(shape)
+        gains.flags.writeable = False
+        return gains
+
+    return _COLUMN_GAINS.get((response, shape, transpose), make)
 
 
-column_gains = ByResponse(_column_gains, _CACHED_CLASSES)
+_COLUMN_GAINS: Cache[tuple[Response, tuple[int, ...], bool], Gains] = Cache(
+    _CACHED_CLASSES, lambda key, gains: _CACHED_CLASSES // CACHED_MASKS if holds_array(key[0]) else 1
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ class Plan:
     full      row FFTs, column FFTs, mask, and back
     ========= ==========================================================================================
 
-    ``shape`` is (n,) for a vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
+    ``layout`` tells how the matrix is reached; ``shape`` and ``response`` are those after it. ``shape`` is (n,) for a
+    vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
     and full) takes real FFTs along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's
     own memory; ``fused`` (full) transforms a column of the spectrum, masks it and transforms it back in one kernel;
     ``library`` (full) makes the transforms, if not the backend itself; ``centers`` takes the mean of x out where it is
@@ -86,7 +94,8 @@ class Plan:
     rows: Decimation | None = None
     columns: Decimation | None = None
     fused: bool = False
-    # What follows from the rest makes no other plan.
+    # What follows from the rest, or is done before and after it, makes no other plan.
+    layout: Layout = field(default=ROWS, compare=False)
     workspace_bytes: int = field(default=0, compare=False)
     bytes_moved: int = field(default=0, compare=False)
     error_bound: float = field(default=0.0, compare=False)
@@ -119,11 +128,18 @@ class Plan:
         return replace(self, reason="; ".join([self.reason, *refusals])) if refusals else self
 
     def __str__(self) -> str:
+        shape, response = self.shape, self.response
+        if self.layout.flipped:
+            shape, response = shape[::-1], transposed_response(response)
         lines = [
             f"{self.form} on backend {self.backend}",
-            f"  input      {' x '.join(map(str, self.shape))} {str(self.dtype)[6:]} on {self.device}",
-            f"  response   {self.response!r}, background gain {self.background:g}",
+            f"  input      {' x '.join(map(str, shape))} {str(self.dtype)[6:]} on {self.device}",
+            f"  response   {response!r}, background gain {self.background:g}",
         ]
+        if self.layout.flipped:
+            lines.append("  layout     columns are contiguous: the transpose is filtered")
+        if self.layout.copied:
+            lines.append("  layout     not contiguous: each matrix is copied out and back")
         if self.rows is not None and self.columns is not None:
             lines += [f"  rows       {self.rows}", f"  columns    {self.columns}"]
         if self.transposed:
