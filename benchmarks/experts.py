@@ -1,4 +1,4 @@
-"""Speed of everything an expert goes through: accumulate, select, code, switch. Each answer is checked, then timed.
+"""Speed of all that is done to an expert: accumulate, select, code, switch, route. Each answer is checked, then timed.
 
     python -m benchmarks.experts benchmarks/results/experts.json [THREADS...]
 
@@ -8,10 +8,13 @@ threads given; with more than one they are wall time, for a machine that has not
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +26,7 @@ import freemerge as fm
 from benchmarks import harness
 from benchmarks.harness import Row
 from benchmarks.kernels import accumulate, codec, selection
-from benchmarks.models import bank_of_experts
+from benchmarks.models import Encoder, bank_of_experts
 from freemerge.experts.values import CODINGS
 
 CACHE_LINE = 64  # bytes
@@ -96,6 +99,43 @@ def switched_lines(expert: fm.Expert, dtype: torch.dtype) -> int:
     return sum(torch.unique_consecutive(tensor.indices // per_line).numel() for tensor in expert.tensors.values())
 
 
+@torch.no_grad()
+def routing(count: int, samples: int, tokens: int) -> Row:
+    """A batch for several experts: a pass for each mixture of them, switched on, and one pass with deltas."""
+    model = Encoder().eval()
+    state = model.state_dict()
+    tuned = {
+        f"t{i}": {name: value + 0.02 * torch.randn_like(value) for name, value in state.items()} for i in range(count)
+    }
+    bank = fm.ExpertBank(model, fm.extract_experts(state, tuned, rescale=1.0))
+    ids = torch.randint(4000, (samples, tokens))
+    weights = torch.randn(samples, count).softmax(1)
+
+    def switched(mixtures: Sequence[dict[str, float]]) -> torch.Tensor:
+        out = torch.empty(samples, tokens, 8)
+        for mixture in {tuple(mixture.items()): mixture for mixture in mixtures}.values():
+            rows = torch.tensor([j for j, other in enumerate(mixtures) if other == mixture])
+            with bank.active(mixture):
+                out[rows] = model(ids[rows])
+        return out
+
+    def added(mixtures: Sequence[dict[str, float]]) -> torch.Tensor:
+        with bank.deltas(mixtures):
+            return model(ids)
+
+    works: dict[str, Callable[[], object]] = {"backbone": lambda: model(ids)}
+    top1 = [{name: 1.0} for name, _ in zip(cycle(bank), range(samples), strict=False)]
+    soft = [dict(zip(bank, row.tolist(), strict=True)) for row in weights]
+    for name, mixtures in {"top1": top1, "soft": soft}.items():
+        torch.testing.assert_close(added(mixtures), switched(mixtures), rtol=1e-4, atol=1e-5)
+        works[f"{name}_switched"] = partial(switched, mixtures)
+        works[f"{name}_deltas"] = partial(added, mixtures)
+    clock = harness.cpu_seconds if torch.get_num_threads() == 1 else harness.wall_seconds
+    times = harness.least(works, clock, turns=3)
+    ratios = {f"{name}_ratio": times[f"{name}_switched"] / times[f"{name}_deltas"] for name in ("top1", "soft")}
+    return {"what": "routing", "experts": count, "samples": samples, "tokens": tokens, **times, **ratios}
+
+
 def main(out: str, *threads: str) -> None:
     rows: list[Row] = []
 
@@ -117,6 +157,8 @@ def main(out: str, *threads: str) -> None:
             for count in (1, 8):
                 record(accumulate((4096, 4096), dtype, count), shape=(4096, 4096), dtype=name)
             record(switching(dtype), dtype=name)
+        for count, tokens in itertools.product((2, 4, 8), (8, 32, 128)):
+            record(routing(count, 16, tokens))
     harness.write(Path(out), {"machine": harness.machine(), "results": rows})
 
 

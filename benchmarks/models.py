@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import freemerge as fm
 
@@ -43,3 +44,24 @@ def bank_of_experts(
     state = model.state_dict()
     tuned = {f"t{i}": {name: value + torch.randn_like(value) for name, value in state.items()} for i in range(count)}
     return fm.ExpertBank(model, fm.extract_experts(state, tuned)), model
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention_norm, self.norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = self.attention_norm(x)
+        heads = [layer(normal).unflatten(2, (6, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        x = x + self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Encoder(nn.Sequential):
+    """A transformer of 12M parameters, the size of small sentence encoders: token ids to class scores."""
+
+    def __init__(self, width: int = 384, layers: int = 6) -> None:
+        super().__init__(nn.Embedding(4000, width), *(Block(width) for _ in range(layers)), nn.Linear(width, 8))

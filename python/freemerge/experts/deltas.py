@@ -17,6 +17,7 @@ from ..errors import ArgumentError
 
 Updates = Mapping[str, tuple[SparseVector, float]]  # each touched tensor's entries and factor
 _Term = tuple[Tensor, dict[str, Tensor]]  # an expert's weight for each sample, and its changes of a module's parameters
+_BLOCK = 1 << 20  # output elements that are computed together, so that they stay in the cache
 _Owners = Mapping[str, Sequence[tuple[nn.Module, str]]]  # the modules that use a parameter, and what they call it
 
 
@@ -138,12 +139,15 @@ def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module,
         assert kind is not None
         dtype = torch.promote_types(output.dtype, torch.float32)
         total = output.to(dtype, copy=True)
+        block = max(1, _BLOCK * batch // max(1, output.numel()))
         for samples, members in groups.items():
-            rows = slice(None) if len(samples) == batch else torch.tensor(samples, device=x.device)
-            contribution = kind(module, x[rows], output[rows].shape, dtype)
-            for weights, deltas in members:
-                contribution.add(weights.to(x.device, dtype), deltas)
-            total[rows] += contribution.result()
+            for start in range(0, len(samples), block):
+                part = slice(start, start + block)
+                rows = part if len(samples) == batch else torch.tensor(samples[part], device=x.device)
+                contribution = kind(module, x[rows], output[rows].shape, dtype)
+                for weights, deltas in members:
+                    contribution.add(weights[part].to(x.device, dtype), deltas)
+                total[rows] += contribution.result()
         return total.to(output.dtype)
 
     return add
