@@ -11,10 +11,12 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
+from .responses import holds_array
+
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
-CACHED_MASKS = 8  # responses that hold an array, in a cache of what follows from a response
+_MASKS = 8  # responses that hold an array, of those that a cache keeps
 TABLE_BYTES = 128 << 20  # of what the tables of one kind may take
 
 
@@ -68,7 +70,7 @@ class Cache(Generic[Key, Value]):
         return self.put(key, value), value
 
     def put(self, key: Key, value: Value) -> Entry[Value]:
-        """Keep a value, in the stead of a former one."""
+        """Keep a value; it replaces a former one."""
         entry = Entry(value, self._weigh(key, value))
         with self._lock:
             self._drop(key)
@@ -97,6 +99,13 @@ class Cache(Generic[Key, Value]):
                 self._entries[key] = self._entries.pop(key)
             else:
                 self._drop(key)
+
+
+class ByResponse(Cache[tuple[Any, ...], Value]):
+    """Values that follow from a response, the first part of their keys: few where that holds a mask."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity, lambda key, _: capacity // _MASKS if holds_array(key[0]) else 1)
 
 
 def table_bytes(value: object) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
@@ -15,18 +15,17 @@ from torch.autograd.graph import increment_version
 from .backends.base import Backend, Executable
 from .backends.memory import empty, matrices, multiply_
 from .backends.registry import choose, named
-from .cache import CACHED_MASKS, Cache
+from .cache import ByResponse
 from .errors import ArgumentError
 from .overlap import internal_overlap, overlapping_pair
 from .planner.layout import ROWS
 from .planner.plan import Plan
-from .responses import Response, finite_number, holds_array
+from .responses import Response, finite_number
 
 T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _FLOAT_MAX = torch.finfo(torch.float32).max
-_CACHED_ROUTES = 1024
 
 
 class _Route:
@@ -74,9 +73,7 @@ class _Route:
                 matrix.copy_(copy)
 
 
-_ROUTES: Cache[tuple[Hashable, ...], _Route] = Cache(
-    _CACHED_ROUTES, lambda key, route: _CACHED_ROUTES // CACHED_MASKS if holds_array(route.plan.response) else 1
-)
+_ROUTES: ByResponse[_Route] = ByResponse(1024)
 
 
 def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:

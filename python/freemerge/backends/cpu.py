@@ -17,7 +17,7 @@ from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Entries, Executable
-from .memory import DTYPE_CODES, by_stride, matrices, sample
+from .memory import DTYPE_CODES, addresses, matrices, sample
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
 
 # Fitted to 130 plans of 7 shapes on one busy core of a Sapphire Rapids Xeon (AVX-512), ns.
@@ -159,10 +159,12 @@ class _Filter(Executable):
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         threads = torch.get_num_threads()
         if len(batches) == 1 and (x := batches[0]).ndim == 2:  # in little time, as for a small matrix it counts
-            stride = x.stride()[0] if self._rows > 1 else self._width
-            self._native.run([x.data_ptr()], stride, scale, threads)
+            self._native.run([x.data_ptr()], x.stride()[0] if self._rows > 1 else self._width, scale, threads)
             return
-        for stride, pointers in by_stride(batches):
+        by_stride: dict[int, list[int]] = {}
+        for pointer, stride in zip(*addresses(batches), strict=True):
+            by_stride.setdefault(stride, []).append(pointer)
+        for stride, pointers in by_stride.items():
             self._native.run(pointers, stride, scale, threads)
 
 

@@ -66,22 +66,24 @@ class CudaBackend(TorchVectors):
     def traits(self, device: torch.device) -> Traits | None:
         if device.type != self._runtime.device_type:
             return None
-        known = self._traits.get(device)
-        if known is None:
-            fused_length, fused_prime = self._fused_columns(device)
-            known = self._traits[device] = Traits(
-                forms=_FORMS,
-                dtypes=_DTYPES,
-                costs=_COSTS,
-                taps=(8, 10, _MAX_TAPS),
-                whole_columns=True,
-                streams=True,
-                fused_length=fused_length,
-                fused_prime=fused_prime,
-                workspace=self._workspace_bytes,
-                centers={"decimated": _DTYPES},
-            )
-        return known
+        if device not in self._traits:
+            self._traits[device] = self._traits_of(device)
+        return self._traits[device]
+
+    def _traits_of(self, device: torch.device) -> Traits:
+        fused_length, fused_prime = self._fused_columns(device)
+        return Traits(
+            forms=_FORMS,
+            dtypes=_DTYPES,
+            costs=_COSTS,
+            taps=(8, 10, _MAX_TAPS),
+            whole_columns=True,
+            streams=True,
+            fused_length=fused_length,
+            fused_prime=fused_prime,
+            workspace=self._workspace_bytes,
+            centers={"decimated": _DTYPES},
+        )
 
     def supports(self, plan: Plan) -> str | None:
         if plan.dtype not in _DTYPES:

@@ -68,14 +68,6 @@ def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
     return pointers, strides
 
 
-def by_stride(batches: Sequence[torch.Tensor]) -> Iterable[tuple[int, list[int]]]:
-    """The row strides of the batches, and the addresses of the matrices that have each."""
-    found: dict[int, list[int]] = {}
-    for pointer, stride in zip(*addresses(batches), strict=True):
-        found.setdefault(stride, []).append(pointer)
-    return found.items()
-
-
 def multiply_(batches: Sequence[torch.Tensor], factor: float) -> None:
     """Multiply in place; a factor of 0 clears even what is not finite."""
     if factor != 1.0:

@@ -6,22 +6,21 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from ..cache import CACHED_MASKS, Cache, forget_all
+from ..cache import ByResponse, forget_all
 from ..errors import ArgumentError, BackendError
 from ..planner.costs import Traits
 from ..planner.forms import first_plan
 from ..planner.layout import ROWS, lay_out
 from ..planner.plan import Plan
-from ..responses import Response, holds_array
+from ..responses import Response
 from .base import Backend, BackendInfo
 
-_CACHED_PLANS = 512
 _LARGE_BATCH = 16  # matrices beyond which a batch's size changes no plan
 
 
@@ -109,42 +108,36 @@ def choose(
     if strides is not None:
         response, shape, layout = lay_out(response, shape, strides)
     count = 1 if len(shape) < 3 else min(math.prod(shape[:-2]), _LARGE_BATCH)
-    asked = tuple(known for known in BACKENDS if backend in ("auto", known.name))
-    traits = tuple(known.traits(device) for known in asked)
-    key = response, shape[-2:], count, dtype, device, backend, traits
-    chosen, plan = _CHOICES.get(key, lambda: _first_that_can(response, shape[-2:], count, dtype, device, asked, traits))
+    asked = [(known, known.traits(device)) for known in BACKENDS if backend in ("auto", known.name)]
+    request = response, shape[-2:], dtype, str(device)
+    key = *request, count, backend, *(traits for _, traits in asked)
+    chosen, plan = _CHOICES.get(key, lambda: _first_that_can(request, count, asked, forced=backend != "auto"))
     return chosen, plan if layout is ROWS else replace(plan, layout=layout)
 
 
 def _first_that_can(
-    response: Response,
-    shape: tuple[int, ...],
+    request: tuple[Response, tuple[int, ...], torch.dtype, str],
     count: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    asked: Sequence[Backend],
-    traits: Sequence[Traits | None],
+    asked: Sequence[tuple[Backend, Traits | None]],
+    *,
+    forced: bool,
 ) -> tuple[Backend, Plan]:
     refusals: list[str] = []
-    for backend, known in zip(asked, traits, strict=True):
+    for backend, traits in asked:
         # As in `pick`: a GPU's driver is not started for a tensor of another device, unless it is asked for by name.
-        if known is not None or len(asked) == 1:
+        if traits is not None or forced:
             info = backend.info()
             if not info.available:
                 refusals.append(f"backend {backend.name} is not available: {info.reason}")
                 continue
-        if known is None:
-            refusals.append(f"backend {backend.name} does not run on device {device}")
+        if traits is None:
+            refusals.append(f"backend {backend.name} does not run on device {request[-1]}")
             continue
-        plan = first_plan(
-            response, shape, dtype, str(device), backend.name, known, count, backend.supports, forced=len(asked) == 1
-        )
+        plan = first_plan(*request, backend.name, traits, count, backend.supports, forced=forced)
         if not isinstance(plan, str):
             return backend, plan.because(refusals)
         refusals.append(f"backend {backend.name} {plan}")
     raise BackendError("; ".join(refusals))
 
 
-_CHOICES: Cache[tuple[Hashable, ...], tuple[Backend, Plan]] = Cache(
-    _CACHED_PLANS, lambda key, choice: _CACHED_PLANS // CACHED_MASKS if holds_array(choice[1].response) else 1
-)
+_CHOICES: ByResponse[tuple[Backend, Plan]] = ByResponse(512)

@@ -88,7 +88,7 @@ def first_plan(
 ) -> Plan | str:
     """The cheapest plan that a backend supports, or why there is none, as the rest of a sentence after its name.
 
-    ``forced``: no other backend is asked, so that a slow plan is one, too.
+    A backend that is ``forced``, and not chosen among others, is not passed over for being slow.
     """
     if dtype not in traits.dtypes:
         return f"has no kernels for {dtype}"

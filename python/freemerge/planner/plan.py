@@ -10,12 +10,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..cache import CACHED_MASKS, Cache
-from ..responses import Gains, Response, holds_array, matrix_shape
-from ..responses import transposed as transposed_response
+from ..cache import ByResponse
+from ..responses import Gains, Response, matrix_shape, transposed
 from .layout import ROWS, Layout
-
-_CACHED_CLASSES = 64
 
 Form = Literal["identity", "scale", "mean", "decimated", "pruned", "full"]
 
@@ -39,19 +36,17 @@ class Decimation:
 
 
 def column_gains(response: Response, shape: tuple[int, ...], transpose: bool) -> Gains:
-    """:meth:`Response.column_gains` of a response, or of the transposed one; computed once."""
+    """:meth:`Response.column_gains` of a response, or of the transposed one; kept for the plans that share them."""
 
     def make() -> Gains:
-        gains = transposed_response(response).column_gains(shape[::-1]) if transpose else response.column_gains(shape)
+        gains = transposed(response).column_gains(shape[::-1]) if transpose else response.column_gains(shape)
         gains.flags.writeable = False
         return gains
 
     return _COLUMN_GAINS.get((response, shape, transpose), make)
 
 
-_COLUMN_GAINS: Cache[tuple[Response, tuple[int, ...], bool], Gains] = Cache(
-    _CACHED_CLASSES, lambda key, gains: _CACHED_CLASSES // CACHED_MASKS if holds_array(key[0]) else 1
-)
+_COLUMN_GAINS: ByResponse[Gains] = ByResponse(64)
 
 
 @dataclass(frozen=True)
@@ -71,12 +66,12 @@ class Plan:
     ========= ==========================================================================================
 
     ``layout`` tells how the matrix is reached; ``shape`` and ``response`` are those after it. ``shape`` is (n,) for a
-    vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned
-    and full) takes real FFTs along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's
-    own memory; ``fused`` (full) transforms a column of the spectrum, masks it and transforms it back in one kernel;
-    ``library`` (full) makes the transforms, if not the backend itself; ``centers`` takes the mean of x out where it is
-    dominant, and adds M(0, 0) times it to y. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded
-    to ``dtype``; ``bytes_moved`` counts the reads and writes of x itself.
+    vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned, full) takes real FFTs
+    along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's own memory; ``fused`` (full)
+    transforms a column of the spectrum, masks it and transforms it back in one kernel; ``library`` (full) makes the
+    transforms, if not the backend itself; ``centers`` takes the mean of x out where it is dominant, and adds M(0, 0)
+    times it to y. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``;
+    ``bytes_moved`` counts the reads and writes of x itself.
     """
 
     backend: str
@@ -130,7 +125,7 @@ class Plan:
     def __str__(self) -> str:
         shape, response = self.shape, self.response
         if self.layout.flipped:
-            shape, response = shape[::-1], transposed_response(response)
+            shape, response = shape[::-1], transposed(response)
         lines = [
             f"{self.form} on backend {self.backend}",
             f"  input      {' x '.join(map(str, shape))} {str(self.dtype)[6:]} on {self.device}",
