@@ -115,6 +115,15 @@ class Functional(Text):
         return nn.functional.linear(self.down(torch.relu(self.up(x))), self.tokens.weight)
 
 
+class Fused(Text):
+    """Two layers as one, from the weights of both."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.down(torch.relu(self.up(self.norm(self.tokens(ids)))))
+        both = torch.cat([self.up.weight, self.down.weight.T])
+        return self.head(nn.functional.linear(self.positions(torch.arange(ids.shape[1])[None]), both)[..., :24])
+
+
 class SequenceFirst(Text):
     def forward(self, ids: Tensor) -> Tensor:
         x = (self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])).transpose(0, 1)
@@ -147,6 +156,7 @@ class Curious(Text):
         (Text, None),
         (Curious, None),
         (Functional, "'tokens.weight': it is used outside of its module"),
+        (Fused, "'down.weight': it is used outside of its module"),
         (SequenceFirst, "'norm.weight': its module does not get the batch in front"),
         (Flat, "'norm.weight': its module does not get the batch in front"),
         (Idle, "'down.weight': its module is not called"),

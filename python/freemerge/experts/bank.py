@@ -91,14 +91,13 @@ class ExpertBank(Mapping[str, Expert]):
             raise ArgumentError(f"combine must be 'add' or 'replace', got {combine!r}")
         if combine == "replace" and self._base is None:
             raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
-        with self._lock:
-            tensors = {name: self._tensor(name) for name in self._touched(weights)}
-            with ExitStack() as undo:
-                # Autocast keeps copies of weights in its own dtype.
-                undo.callback(torch.clear_autocast_cache)
+        with self._lock, ExitStack() as undo:
+            if weights:
+                tensors = {name: self._tensor(name) for name in self._touched(weights)}
+                undo.callback(torch.clear_autocast_cache)  # it keeps copies of weights
                 undo.enter_context(self._switch(weights, combine, tensors).on([*tensors.values()]))
                 torch.clear_autocast_cache()
-                yield
+            yield
 
     @contextmanager
     def deltas(self, experts: Sequence[str | Mapping[str, float] | None]) -> Iterator[None]:
@@ -118,7 +117,7 @@ class ExpertBank(Mapping[str, Expert]):
         if reason is not None:
             raise ArgumentError(reason)
         assert isinstance(self._model, nn.Module)
-        weights = torch.tensor([[chosen.get(task, 0.0) for task in tasks] for chosen in samples])
+        weights = torch.tensor([[chosen.get(task, 0.0) for task in tasks] for chosen in samples], dtype=torch.float64)
         with self._lock:
             updates = [
                 {name: self._update(name, self._tensor(name), {task: 1.0}) for name in self._names[task]}

@@ -115,8 +115,10 @@ class _Uses(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if not self.running and isinstance(result, Tensor | tuple) and not isinstance(result, torch.Size):
-            used = [self._parameters[id(arg)] for arg in (*args, *kwargs.values()) if id(arg) in self._parameters]
-            self.reasons += [f"{name!r}: it is used outside of its module" for name in used]
+            for arg in (*args, *kwargs.values()):
+                for name in map(self._parameters.get, map(id, arg if isinstance(arg, tuple | list) else [arg])):
+                    if name is not None:
+                        self.reasons.append(f"{name!r}: it is used outside of its module")
         return result
 
 
