@@ -22,6 +22,7 @@ from .experts.values import CODINGS
 from .merging.inspection import Inspection
 from .merging.recipe import PRESETS, Recipe
 from .merging.run import Report, inspect, merge_checkpoints
+from .merging.units import Action
 from .methods import METHODS
 from .methods.parameters import FLAG, Parameter, parameters_of
 from .methods.rules import Scope
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     extracting.add_argument("--values", choices=list(CODINGS), default="bf16")
     extracting.add_argument("--trim", type=float, default=0.0, metavar="T", help="share of the largest left out")
     extracting.add_argument("--backbone", type=Path, metavar="MERGED", help="merged model, for --rescale projection")
+    _add_names(extracting)
     extracting.add_argument("--json", action="store_true", help="print the result as JSON")
     extracting.set_defaults(run=_experts)
 
@@ -137,7 +139,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=sorted(METHODS), help="merging method (default fr, or the recipe's)")
     for name, common in parameters_of(Recipe).items():
         _add_parameter(parser, name, [common], common.help)
-    parser.add_argument("--select", type=_rule, action="append", metavar="PATTERN=ACTION", help="filter, merge or copy")
+    _add_names(parser)
     parser.add_argument("--backend", default="auto", help="auto or one of those that `freemerge backends` lists")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     group = parser.add_argument_group("parameters of the methods")
@@ -173,6 +175,23 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _add_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--select",
+        type=_rule,
+        action="append",
+        metavar="PATTERN=ACTION",
+        help=", ".join(get_args(Action)) + "; repeatable",
+    )
+    parser.add_argument(
+        "--rename",
+        type=_renaming,
+        action="append",
+        metavar="OLD=NEW",
+        help="names of models that begin with OLD begin with NEW instead, as the base's do; repeatable",
+    )
+
+
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer-from",
@@ -205,6 +224,8 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         changes[name] = value if isinstance(value, bool) else known[name].parse(_flag(name), value)
     if options.select is not None:
         changes["select"] = (*options.select, *recipe.select)
+    if options.rename is not None:
+        changes["rename"] = (*options.rename, *recipe.rename)
     return recipe.replace(**changes)
 
 
@@ -252,6 +273,8 @@ def _experts(options: argparse.Namespace) -> int:
         values=options.values,
         trim=options.trim,
         backbone=options.backbone,
+        select=options.select or (),
+        rename=options.rename or (),
     )
     saved = save_experts(experts, options.out)
     if options.json:
@@ -356,9 +379,17 @@ def _number(text: str, expected: str) -> float:
 
 def _rule(text: str) -> tuple[str, str]:
     pattern, separator, action = text.rpartition("=")
-    if not separator or action not in ("filter", "merge", "copy"):
-        raise argparse.ArgumentTypeError(f"expected PATTERN=filter, PATTERN=merge or PATTERN=copy, got {text!r}")
+    if not separator or action not in get_args(Action):
+        actions = ", ".join(get_args(Action))
+        raise argparse.ArgumentTypeError(f"expected PATTERN=ACTION with one of {actions}, got {text!r}")
     return pattern, action
+
+
+def _renaming(text: str) -> tuple[str, str]:
+    old, separator, new = text.partition("=")
+    if not separator or old == new:
+        raise argparse.ArgumentTypeError(f"expected OLD=NEW, two prefixes of which one may be empty, got {text!r}")
+    return old, new
 
 
 def _size(text: str) -> int:

@@ -115,3 +115,38 @@ def test_an_adapter_names_the_layers_of_the_module(name: str, tmp_path: Path) ->
         )
         for key, tensor in expected.state_dict().items():
             torch.testing.assert_close(merged[key], tensor, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_a_state_dict_alone_is_split_by_a_view() -> None:
+    """Nothing says that its stacks are experts of gates and ups; a view filters them as the files' matrices."""
+    models = [build("Qwen3Moe", seed) for seed in range(3)]
+    recipe = fm.Recipe(renormalize=None, weights="uniform")  # a norm is given back to the whole stack
+    expected = fm.merge(models[0], models[1:], recipe)
+    states = [copies(model) for model in models]
+    views = [fm.Split("*.experts.gate_up_proj", 2), fm.Split("*.experts.down_proj", 1)]
+    merged = fm.merge(states[0], states[1:], recipe.replace(views=views))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    (decision,) = (
+        d
+        for d in fm.inspect(states[0], states[1:], recipe.replace(views=views)).decisions
+        if d.name == "model.layers.0.mlp.experts.gate_up_proj"
+    )
+    assert decision.seen_as == ((3, 24, 32), (3, 24, 32))
+    unsplit = fm.merge(states[0], states[1:], recipe)
+    assert not torch.allclose(unsplit["model.layers.0.mlp.experts.gate_up_proj"], tensor_of(expected), atol=1e-6)
+
+
+def tensor_of(state: dict[str, Tensor]) -> Tensor:
+    return state["model.layers.0.mlp.experts.gate_up_proj"]
+
+
+def test_rules_may_use_the_names_of_the_module() -> None:
+    models = [build("Qwen3Moe", seed) for seed in range(2)]
+    for pattern in ("*.experts.gate_up_proj", "*.experts.*.up_proj.weight"):
+        merged = fm.merge(models[0], models[1:], EXACT.replace(select=[(pattern, "copy"), ("*", "merge")]))
+        gate_up, base = tensor_of(merged), tensor_of(copies(models[0]))
+        assert torch.equal(gate_up[:, 24:], base[:, 24:])
+        assert torch.equal(gate_up[:, :24], base[:, :24]) == (pattern == "*.experts.gate_up_proj")
+    with pytest.raises(fm.ArgumentError, match="matches no tensor"):
+        fm.merge(models[0], models[1:], EXACT.replace(select=[("*.experts.gate_down_proj", "copy")]))

@@ -80,7 +80,12 @@ def test_views_group_and_split() -> None:
         ([], [Split("*.nothing", 2)], "matches no filtered tensor"),
         ([], [Split("*.qkv.weight", 5)], "24 rows, which do not split into 5"),
         ([], [Split("*.qkv.weight", (8, 8))], "parts .* have 16"),
-        ([], [Split("*.experts.weight", 3)], "only matrices can be viewed"),
+        ([], [Split("*.experts.weight", 3)], "16 rows, which do not split into 3"),
+        (
+            [],
+            [Stack(("*.experts.weight", "*.w_proj.weight"))],
+            "only matrices can be stacked, and stacks of them split",
+        ),
         ([], [Stack(("*.q_proj.weight", "*.w_proj.weight"))], "stacked with layer.w_proj.weight, which does not exist"),
         ([], [Stack(("e*.weight", "layer.experts*.weight"))], "does not exist"),
         ([Rule("*.k_proj.*", "copy")], [Stack(("*.q_proj.weight", "*.k_proj.weight"))], "but selected to copy"),

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CheckpointError
+from .patterns import patterns_for
+from .prefixes import prefix_change
 from .reader import Checkpoint
 from .spec import MERGEABLE, TensorSpec
 from .tied import VOCABULARY, copied_names, same_values
 
 _LISTED = 10
+_RULES = 20
 _FINITE_BLOCK = 1 << 22
 
 
@@ -119,12 +122,35 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
     missing, unexpected = sorted(expected - found), sorted(found - expected)
     if not missing and not unexpected:
         return
-    parts = []
+    parts, advice = [], []
     if missing:
         parts.append(f"lacks {len(missing)} tensors of the base: {_some(missing)}")
     if unexpected:
         parts.append(f"has {len(unexpected)} tensors that the base lacks: {_some(unexpected)}")
-    raise CheckpointError(f"{model.label} {' and '.join(parts)} (base: {base.label})")
+    change = prefix_change(
+        {name: model.specs[name] for name in unexpected}, {name: base.specs[name] for name in missing}
+    )
+    if change is not None:
+        advice.append(
+            f"the names differ by a prefix: rename {change[0]!r} to {change[1]!r} (--rename '{'='.join(change)}')"
+        )
+        renamed = {change[1] + name[len(change[0]) :]: name for name in unexpected if name.startswith(change[0])}
+        missing = [name for name in missing if name not in renamed]
+        unexpected = [name for name in unexpected if name not in {renamed[new] for new in renamed.keys() & expected}]
+    everything = base.specs.keys() | model.specs.keys()
+    if missing:
+        advice.append(f"take the base's with {_rules(missing, everything, 'copy')}, or leave them out with =drop")
+    if unexpected:
+        advice.append(f"leave out what only the model has with {_rules(unexpected, everything, 'drop')}")
+    raise CheckpointError(f"{model.label} {' and '.join(parts)} ({base.label}); {'; '.join(advice)}")
+
+
+def _rules(names: Sequence[str], everything: Iterable[str], action: str) -> str:
+    """The rules of a recipe's select, or of --select, that match some tensors and no others."""
+    patterns = patterns_for(names, everything)
+    listed = " ".join(f"'{pattern}={action}'" for pattern in patterns[:_RULES])
+    more = f" and {len(patterns) - _RULES} more" if len(patterns) > _RULES else ""
+    return f"select {listed}{more}"
 
 
 def _check_shapes(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> None:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from ..errors import CheckpointError
 from .adapter import AdaptedCheckpoint
 from .conversion import Layout
 from .hub_cache import local_path
 from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights
+from .prefixes import Naming, Rename
 from .quantised import dequantised
 from .reader import Checkpoint, Source
 from .tied import untie
-from .views import InFileLayout
+from .views import InFileLayout, renamed
+
+_ADAPTER_WEIGHT = re.compile(r"\.(lora_(embedding_)?[AB]|ia3_l)\.")
 
 
 @dataclass(frozen=True)
@@ -30,17 +36,25 @@ class Inputs:
     untied: tuple[str, ...]
     notices: tuple[str, ...]
 
+    @cached_property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Every tensor of any input, with all names that it has."""
+        everything = dict.fromkeys(name for source in (self.base, *self.models) for name in source.specs)
+        return {name: (name, *self.base.aliases(name)) for name in everything}
+
 
 def open_inputs(
     stack: ExitStack,
     base: Source | Checkpoint,
     models: Mapping[str, Source | Checkpoint],
     *,
-    merged: Callable[[str], bool] = lambda name: True,
+    merged: Callable[[Sequence[str]], bool] = lambda names: True,
+    renames: Sequence[Rename] = (),
 ) -> Inputs:
     """Open a base and models of it, which the caller's ``stack`` closes. ``models`` have the arguments' names as keys.
 
-    ``merged(name)`` tells which tensors take part. Raises CheckpointError for what cannot be read.
+    ``merged(names)`` tells, by all names of a tensor, whether it takes part; ``renames`` change prefixes of the models'
+    names that the base does not have. Raises CheckpointError for what cannot be read.
     """
     opened = dequantised(stack.enter_context(Checkpoint.open(base, argument="base")))
     plain = {
@@ -49,13 +63,25 @@ def open_inputs(
         if adapter_directory(model) is None
     }
     opened, *others = in_file_layout([opened, *plain.values()])
-    plain = dict(zip(plain, others, strict=True))
+    naming = Naming(opened.specs, renames)
+    plain = {argument: renamed(other, naming.of(other.specs)) for argument, other in zip(plain, others, strict=True)}
+    for other in plain.values():
+        _refuse_unmerged_adapter(other)
     sources = [
-        plain[argument] if argument in plain else stack.enter_context(open_model(model, opened))
+        plain[argument] if argument in plain else stack.enter_context(open_model(model, opened, naming=naming))
         for argument, model in models.items()
     ]
-    untied = untie(opened, sources, merged)
+    untied = untie(opened, sources, lambda name: merged((name, *opened.aliases(name))))
     return Inputs(untied.base, untied.models, untied.names, tuple(_given_twice({"base": base, **models})))
+
+
+def _refuse_unmerged_adapter(model: Checkpoint) -> None:
+    adapted = next((name for name in model.specs if _ADAPTER_WEIGHT.search(name)), None)
+    if adapted is not None:
+        raise CheckpointError(
+            f"{model.label} holds an adapter that is not merged ({adapted}); pass what its merge_and_unload() returns, "
+            "or the directory that its save_pretrained() writes"
+        )
 
 
 def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:
@@ -92,7 +118,9 @@ def _in_memory_layout(checkpoint: Checkpoint, layout: Layout | None) -> Layout |
     return None if checkpoint.specs.keys() & (layout.files.keys() - layout.module.keys()) else layout
 
 
-def open_model(source: Source | Checkpoint, base: Checkpoint, argument: str = "") -> Checkpoint:
+def open_model(
+    source: Source | Checkpoint, base: Checkpoint, argument: str = "", naming: Callable[[str], str] = lambda name: name
+) -> Checkpoint:
     """Open a fine-tuned model of ``base``: any checkpoint, or a PEFT adapter trained on it (its directory or file)."""
     adapter = adapter_directory(source)
     if adapter is None:
@@ -100,6 +128,7 @@ def open_model(source: Source | Checkpoint, base: Checkpoint, argument: str = ""
 
     def named(name: str) -> str:
         """PEFT names modules as they are in memory."""
+        name = naming(name)
         if name in base.specs or base.architecture is None:
             return name
         return base.architecture.file_name(name)

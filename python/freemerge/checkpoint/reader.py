@@ -121,6 +121,15 @@ class Checkpoint(ABC):
         ties = {} if self.architecture is None else self.architecture.ties()
         return {second: first for second, first in ties.items() if second not in self.specs and first in self.specs}
 
+    @cached_property
+    def buffers(self) -> set[str]:
+        """Names of the tensors that are known not to be parameters: those of a module."""
+        return self.architecture.buffers() if self.module is not None and self.architecture is not None else set()
+
+    def aliases(self, name: str) -> tuple[str, ...]:
+        """What else a tensor is called: where it lies in the module that was opened."""
+        return ()
+
     def _find_architecture(self) -> Architecture | None:
         return None if self.module is None else Architecture(self.module)
 

@@ -41,6 +41,9 @@ class View(Checkpoint):
     def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.inner.restored(tensors)
 
+    def aliases(self, name: str) -> tuple[str, ...]:
+        return self.inner.aliases(name)
+
     def close(self) -> None:
         self.inner.close()
 
@@ -118,10 +121,14 @@ class InFileLayout(_Relaid):
         known = {
             name: self.layout.module_tensor(name, tensors.__getitem__)
             for name in self.inner.specs
-            if name in self.layout.module
+            if name in self.layout.module and all(piece.file in tensors for piece in self.layout.module[name])
         }
         others = {name: tensor for name, tensor in tensors.items() if name not in self.layout.pieces}
         return self.inner.restored(known | others)
+
+    def aliases(self, name: str) -> tuple[str, ...]:
+        modules = dict.fromkeys(piece.module for piece in self.layout.pieces.get(name, []))
+        return tuple(module for module in modules if module != name)
 
     def _source(self, name: str) -> str:
         return self.layout.pieces[name][0].module if name in self.layout.pieces else name

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from ..backends.sparse import Scratch, SparseVector, Update
 from ..checkpoint import Checkpoint
+from ..checkpoint.prefixes import Naming
+from ..checkpoint.views import InModuleLayout, renamed
 from ..errors import ArgumentError, CheckpointError
 from .deltas import forward_deltas, unserved
 from .expert import Expert
+from .placement import Part, Placement, gathered
 from .switch import Switch, weighted_sum
 
 Combine = Literal["add", "replace"]
@@ -29,7 +32,8 @@ class ExpertBank(Mapping[str, Expert]):
     Args:
         model: the merged backbone: a module, or a state dict of float tensors. Its tensors are changed in place, on
             whatever device they are, while an expert is active, and are bit for bit as before afterwards.
-        experts: as :func:`extract_experts` returns them.
+        experts: as :func:`extract_experts` returns them. Their names may be those of the model's files, where
+            transformers loads separate tensors into stacked ones, or lack what wrappers such as torch.compile add.
         base: theta_0 (state dict, module or path), which ``combine="replace"`` needs.
 
     Raises ArgumentError or CheckpointError, naming the tensor, if an expert does not fit the model or the base. It is
@@ -46,8 +50,10 @@ class ExpertBank(Mapping[str, Expert]):
     ) -> None:
         self._model = model
         self._experts = dict(experts)
-        self._names = {task: sorted(expert.tensors) for task, expert in self._experts.items()}
-        self._base = None if base is None else Checkpoint.open(base)
+        self._placement = Placement(model)
+        self._parts = {task: self._placed(task, expert) for task, expert in self._experts.items()}
+        self._names = {task: list(parts) for task, parts in self._parts.items()}
+        self._base = None if base is None else self._in_place(Checkpoint.open(base, argument="base"))
         self._lock = threading.RLock()
         self._vectors: dict[tuple[str, str], SparseVector] = {}
         self._origins: dict[tuple[str, str], Tensor] = {}
@@ -179,14 +185,14 @@ class ExpertBank(Mapping[str, Expert]):
         terms = [
             (self._vector(task, name, tensor.device), weight * self._experts[task].mu)
             for task, weight in weights.items()
-            if name in self._experts[task].tensors
+            if name in self._parts[task]
         ]
         return terms[0] if len(terms) == 1 else (weighted_sum(terms), 1.0)
 
     def _vector(self, task: str, name: str, device: torch.device) -> SparseVector:
         vector = self._vectors.get((task, name))
         if vector is None or vector.indices.device != device:
-            vector = self._experts[task].tensors[name].sparse().to(device)
+            vector = gathered(self._parts[task][name], self._experts[task].tensors).to(device)
             self._vectors[task, name] = vector
         return vector
 
@@ -223,23 +229,39 @@ class ExpertBank(Mapping[str, Expert]):
             raise KeyError(name)
         return held
 
+    def _in_place(self, base: Checkpoint) -> Checkpoint:
+        """The base under the model's names and in its layout."""
+        layout = self._placement.layout if base.specs.keys() - self._placement.names else None
+        if layout is not None and base.specs.keys() & (layout.files.keys() - layout.module.keys()):
+            base = InModuleLayout(base, layout)
+        return renamed(base, Naming(self._placement.names).of(base.specs))
+
+    def _placed(self, task: str, expert: Expert) -> dict[str, list[Part]]:
+        try:
+            return self._placement.parts(expert.tensors)
+        except KeyError as error:
+            raise ArgumentError(f"experts: {task!r} has an entry {error.args[0]!r}, which the model lacks") from None
+        except ValueError as error:
+            raise ArgumentError(f"experts: {task!r}: {error}") from None
+
     def _check(self, task: str, expert: Expert) -> None:
         memory: dict[int, str] = {}
-        for name, kept in expert.tensors.items():
+        for name, parts in self._parts[task].items():
             try:
                 tensor = self._tensor(name)
             except KeyError:
                 raise ArgumentError(f"experts: {task!r} has an entry {name!r}, which the model lacks") from None
-            if tuple(tensor.shape) != kept.shape:
-                raise ArgumentError(
-                    f"experts: {name!r} of {task!r} has shape {kept.shape}, the model's has {tuple(tensor.shape)}"
-                )
+            shape = tuple(tensor.shape)
+            kept = expert.tensors[parts[0].entry].shape if parts[0].piece is None else shape
+            if shape != kept:
+                raise ArgumentError(f"experts: {name!r} of {task!r} has shape {kept}, the model's has {shape}")
             if not tensor.is_floating_point() or tensor.layout != torch.strided:
                 raise ArgumentError(f"experts: {name!r} of the model must be a dense float tensor, not {tensor.dtype}")
             first = memory.setdefault(tensor.data_ptr(), name)
-            if first != name:
-                raise ArgumentError(f"experts: {task!r} has {first!r} and {name!r}, which the model ties")
+            if first != name or (len(parts) > 1 and parts[0].piece is None):
+                names = [part.entry for part in (*self._parts[task][first], *parts)]
+                raise ArgumentError(f"experts: {task!r} has {names[0]!r} and {names[-1]!r}, which the model ties")
             if self._base is not None:
                 spec = self._base.specs.get(name)
-                if spec is None or spec.shape != kept.shape:
+                if spec is None or spec.shape != shape:
                     raise CheckpointError(f"{self._base.label}: tensor {name!r} is missing or has another shape")

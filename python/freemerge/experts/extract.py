@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
@@ -17,7 +16,10 @@ from torch import Tensor, nn
 from ..accumulate import abs_means, norm, task_vector_sum
 from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_inputs
 from ..checkpoint.compare import compare
+from ..checkpoint.prefixes import Rename, renames_of
 from ..errors import ArgumentError, CheckpointError
+from ..merging.statistics_buffers import is_statistic
+from ..merging.units import Action, Rule, check_rules, left_alone, rules_of
 from ..methods.rules import Scope
 from .expert import Expert, check_task_name
 from .rescale import Statistics, TensorStatistics, check_rescale, mu_of
@@ -25,9 +27,6 @@ from .select import ModelSelector, Selection, rows_of, select_largest
 from .values import ExpertTensor, SparseTensor, coding_of
 
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
-
-# Running statistics are not weights: an expert's factor, often about 7, could make a variance negative.
-_STATISTICS = ("*running_mean", "*running_var")
 
 
 def extract_experts(
@@ -40,6 +39,8 @@ def extract_experts(
     values: str = "bf16",
     trim: float = 0.0,
     backbone: Model | None = None,
+    select: Sequence[Rule | tuple[str, Action]] = (),
+    rename: Sequence[Rename] = (),
 ) -> dict[str, Expert]:
     """The light expert of each model: its task vector's largest entries, times a factor mu.
 
@@ -65,10 +66,12 @@ def extract_experts(
         values: how values are stored: "fp32", "bf16", "fp16", "int8" (a scale per row), "sign" (a scale per tensor).
         trim: the share of largest entries to leave out: the k after the first floor(trim n) of a scope are kept.
         backbone: the merged model, for ``rescale="projection"`` only.
+        select: rules as of a recipe: tensors with action "copy" or "drop" have no experts, and models may lack them.
+        rename: changes of prefixes in the models' names, as in a recipe.
 
     Returns:
         Experts by task name. They cover every floating tensor that has at least one dimension, except running
-        statistics of batch norms; scalars, integers and second names of tied tensors have none.
+        statistics; scalars, integers and second names of tied tensors have none.
 
     Raises:
         ArgumentError: a bad argument; the message names it.
@@ -84,6 +87,8 @@ def extract_experts(
             values=values,
             trim=trim,
             backbone=backbone,
+            select=select,
+            rename=rename,
         )
     )
 
@@ -98,6 +103,8 @@ def iter_experts(
     values: str = "bf16",
     trim: float = 0.0,
     backbone: Model | None = None,
+    select: Sequence[Rule | tuple[str, Action]] = (),
+    rename: Sequence[Rename] = (),
 ) -> Iterator[tuple[str, Expert]]:
     """Task names and experts one after the other, holding one expert and a few tensors at a time.
 
@@ -107,13 +114,22 @@ def iter_experts(
     if not issubclass(coding, SparseTensor):
         raise ArgumentError(f"values: {values} does not code single entries, which density keeps")
     check_rescale(rescale, backbone=backbone is not None)
+    rules, renames = rules_of(select), renames_of(rename)
     stack = ExitStack()
     with stack:
         named = _named(models)
         sources = {_argument(models, name): model for name, model in named.items()}
-        inputs = open_inputs(stack, base, sources if backbone is None else {**sources, "backbone": backbone})
-        comparison = compare(inputs.base, inputs.models)
-        names = [name for name in comparison.names if has_expert(inputs.base.specs[name])]
+        inputs = open_inputs(
+            stack,
+            base,
+            sources if backbone is None else {**sources, "backbone": backbone},
+            merged=lambda names: not left_alone(names, rules),
+            renames=renames,
+        )
+        check_rules(rules, inputs.names)
+        comparison = compare(inputs.base, inputs.models, merged=lambda name: not left_alone(inputs.names[name], rules))
+        made = (name for name in comparison.names if has_expert(inputs.base.specs[name]))
+        names = [name for name in made if name not in inputs.base.buffers]
         merged = None if backbone is None else inputs.models[-1]
         extraction = _Extraction(inputs.base, inputs.models[: len(named)], names, merged, criterion, rescale, coding)
         stack = stack.pop_all()
@@ -128,12 +144,7 @@ def _generate(extraction: _Extraction, names: Sequence[str], stack: ExitStack) -
 
 def has_expert(spec: TensorSpec) -> bool:
     """Whether experts are made of a tensor: a float of one dimension or more that is not a running statistic."""
-    return (
-        spec.dtype in MERGEABLE
-        and len(spec.shape) > 0
-        and spec.numel > 0
-        and not any(fnmatchcase(spec.name, pattern) for pattern in _STATISTICS)
-    )
+    return spec.dtype in MERGEABLE and len(spec.shape) > 0 and spec.numel > 0 and not is_statistic(spec.name)
 
 
 def kept_entries(n: int, density: float) -> int:

@@ -20,7 +20,8 @@ from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
 from .inspection import Decision, Inspection, decide, warnings
 from .recipe import DTYPES, Recipe
-from .units import Unit, plan_units, require_equal, taken_from_base, without_matrices
+from .statistics_buffers import check_variance, convex
+from .units import Unit, drops, left_alone, plan_units, require_equal, without_matrices
 
 OnRead = Callable[[Unit, int], None]  # called with a unit and the bytes just read of it
 
@@ -55,14 +56,24 @@ class Merger:
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
         self.method = recipe.method
 
-        def takes_part(name: str) -> bool:
-            return not taken_from_base(base.tied.get(name, name), recipe.select)
+        def names(name: str) -> tuple[str, ...]:
+            first = base.tied.get(name, name)
+            return (first, *base.aliases(first))
 
-        comparison = compare(base, models, merged=takes_part)
-        self.tied = {name: first for name, first in (base.tied | comparison.tied).items() if name in base.specs}
-        self.written = [name for name in base.specs if name not in base.tied]
-        self.specs = {name: spec for name, spec in base.specs.items() if name not in self.tied}
-        units = plan_units(self.specs, recipe.select, recipe.views)
+        comparison = compare(base, models, merged=lambda name: not left_alone(names(name), recipe.select))
+        dropped = {name for name in base.specs if drops(names(name), recipe.select)}
+        ties = {name: first for name, first in (base.tied | comparison.tied).items() if name in base.specs}
+        self.tied = {name: first for name, first in ties.items() if name not in dropped}
+        self.written = [name for name in base.specs if name not in base.tied and name not in dropped]
+        self.specs = {name: spec for name, spec in base.specs.items() if name not in ties}
+        units = plan_units(
+            self.specs,
+            recipe.select,
+            recipe.views,
+            others=dict.fromkeys(name for model in models for name in model.specs if name not in self.specs),
+            aliases=base.aliases,
+            buffers=base.buffers,
+        )
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
         self.scale = recipe.global_scale(len(self.models))
         self.inputs = Inputs(base, self.models, (), ())
@@ -112,6 +123,8 @@ class Merger:
         if unit.action == "copy":
             tensors = {name: self._copied(name, must_agree=unit.must_agree) for name in unit.names}
             notes: dict[str, dict[str, object]] = {}
+        elif unit.action == "average":
+            tensors, notes = self._averaged(unit, measured), {}
         else:
             merged = self.method.merge(self._vectors(unit), measured)
             tensors = dict(self._added(unit, merged, measured.scale))
@@ -132,6 +145,20 @@ class Merger:
             check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
             yield name, tensor.to(self.base.device(name))
 
+    def _averaged(self, unit: Unit, measured: Measured) -> dict[str, Tensor]:
+        """Running statistics of a unit: an average of base and models, whatever the method and its scale."""
+        count = len(self.models)
+        weights, scale = convex(measured.weights or [1 / count] * count, measured.scale)
+        tensors = {}
+        for vectors in self._vectors(unit).tensors:
+            delta = vectors.sum(weights)
+            name, dtype = vectors.name, self.out_spec(vectors.name).dtype
+            tensor = add_round(self.base.read(name).to(delta.device), delta, scale, dtype)
+            check_finite(name, tensor, f"merged model in {str(dtype).removeprefix('torch.')}")
+            check_variance(name, tensor, ((source.label, source.read(name)) for source in (self.base, *self.models)))
+            tensors[name] = tensor.to(self.base.device(name))
+        return tensors
+
     def _copied(self, name: str, *, must_agree: bool) -> Tensor:
         base = self.base.read(name)
         if must_agree:
@@ -147,11 +174,13 @@ class Merger:
 
     def _merge_bytes(self, unit: Unit) -> int:
         """What merging a unit reads."""
-        return self._unit_bytes(unit) * (1 if unit.action == "copy" else self.method.reads(unit.action == "filter"))
+        once = unit.action in ("copy", "average")
+        return self._unit_bytes(unit) * (1 if once else self.method.reads(unit.action == "filter"))
 
     def _unit_bytes(self, unit: Unit) -> int:
         """What one look at a unit reads."""
-        sources = (self.base,) if taken_from_base(unit.names[0], self.recipe.select) else (self.base, *self.models)
+        alone = unit.action == "copy" and not unit.must_agree
+        sources = (self.base,) if alone else (self.base, *self.models)
         return sum(source.specs[name].nbytes for name in unit.names for source in sources)
 
     # Reading

@@ -95,7 +95,7 @@ def _matrix_shapes(unit: Unit, specs: Mapping[str, TensorSpec]) -> tuple[tuple[i
     shape = specs[unit.names[0]].shape
     if len(unit.names) > 1:
         return ((sum(specs[name].shape[0] for name in unit.names), shape[1]),)
-    return tuple((rows, *shape[1:]) for rows in unit.parts) or (shape,)
+    return tuple((*shape[:-2], rows, shape[-1]) for rows in unit.parts) or (shape,)
 
 
 def _removed_share(response: Response, shapes: Sequence[tuple[int, ...]]) -> float:

@@ -11,11 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 import yaml
 
+from ..checkpoint.prefixes import Rename, renames_of
 from ..errors import ArgumentError
 from ..methods import METHODS, Method
 from ..methods.parameters import NUMBER, did_you_mean, parameter, parameters_of
 from ..responses import Response, to_config, to_record
-from .units import Rule, Split, Stack, View
+from .units import Rule, Split, Stack, View, rules_of
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ComputeDType = Literal["float32", "float64"]
@@ -37,8 +38,10 @@ class Recipe:
             ``theta_0 + scale * merged``, with the task vector that the method merges.
         scale: a number, or ``"auto"`` for the default of the method.
         select: ordered rules or (pattern, action) pairs with action "filter" (treated as matrices, which FR-Merging
-            filters), "merge" (entry by entry) or "copy"; the first match wins, and tensors that match none follow
-            :func:`freemerge.merging.units.default_action`.
+            filters), "merge" (entry by entry), "average", "copy" or "drop" (:class:`Rule`); the first match wins, and
+            tensors that match none follow :func:`freemerge.merging.units.default_action`.
+        rename: pairs (old, new): a name of a model that begins with old begins with new instead, where that makes it a
+            name of the base. ``[("", "language_model.")]`` fits a language model into a larger one.
         views: stacks and splits of tensors that are treated as matrices (:class:`Stack`, :class:`Split`).
         compute_dtype: arithmetic of the merge; float64 is used anyway for tensors stored in float64.
         out_dtype: dtype of the merged floating-point tensors; ``None`` keeps each tensor's dtype in the base.
@@ -52,6 +55,7 @@ class Recipe:
     )
     select: tuple[Rule, ...] = ()
     views: tuple[View, ...] = ()
+    rename: tuple[Rename, ...] = ()
     compute_dtype: ComputeDType = parameter("float32", "arithmetic of the merge", choices=get_args(ComputeDType))
     out_dtype: OutDType | None = parameter(None, "dtype of the merged weights", choices=(None, *get_args(OutDType)))
 
@@ -63,6 +67,7 @@ class Recipe:
         scale: Literal["auto"] | float = "auto",
         select: Sequence[Any] = (),
         views: Sequence[Any] = (),
+        rename: Sequence[Any] = (),
         compute_dtype: ComputeDType = "float32",
         out_dtype: OutDType | None = None,
         **parameters: Any,
@@ -72,8 +77,9 @@ class Recipe:
         values = {
             "method": _method(method, parameters),
             "scale": scale,
-            "select": tuple(_rule(rule) for rule in _sequence("select", select)),
+            "select": rules_of(select),
             "views": tuple(_view(view) for view in _sequence("views", views)),
+            "rename": renames_of(rename),
             "compute_dtype": compute_dtype,
             "out_dtype": out_dtype,
         }
@@ -126,6 +132,8 @@ class Recipe:
         config["scale"] = self.scale
         config["select"] = [{"pattern": rule.pattern, "action": rule.action} for rule in self.select]
         config["views"] = [_view_config(view) for view in self.views]
+        if self.rename:
+            config["rename"] = [{"from": old, "to": new} for old, new in self.rename]
         return config | {"compute_dtype": self.compute_dtype, "out_dtype": self.out_dtype}
 
     @classmethod
@@ -200,16 +208,6 @@ def _sequence(name: str, value: object) -> Sequence[Any]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise ArgumentError(f"{name} must be a list, got {value!r}")
     return value
-
-
-def _rule(rule: object) -> Rule:
-    if isinstance(rule, Rule):
-        return rule
-    if isinstance(rule, Mapping) and set(rule) == {"pattern", "action"}:
-        return Rule(rule["pattern"], rule["action"])
-    if isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2:
-        return Rule(*rule)
-    raise ArgumentError(f"select: a rule is a pattern and an action, got {rule!r}")
 
 
 def _view(view: object) -> View:

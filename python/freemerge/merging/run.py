@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from .engine import Merger
 from .inspection import Decision, Inspection
 from .progress import Progress
 from .recipe import DTYPES, Recipe, checked_recipe, to_yaml
-from .units import Unit, taken_from_base
+from .units import Unit, left_alone
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,12 @@ def merge(
     """
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
-        for notice in merger.inputs.notices:
-            warnings.warn(notice, stacklevel=2)
         measured = merger.measure()
         merged: dict[str, Tensor] = {}
         for unit in merger.units:
             merged |= merger.merged(unit, measured).tensors
         merged |= {name: merged[first] for name, first in merger.tied.items()}
-        return merger.base.restored({name: merged[name] for name in merger.base.specs})
+        return merger.base.restored(merged)
 
 
 def merge_checkpoints(
@@ -173,7 +170,8 @@ def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Reci
         stack,
         base,
         {f"models[{i}]": model for i, model in enumerate(models)},
-        merged=lambda name: not taken_from_base(name, recipe.select),
+        merged=lambda names: not left_alone(names, recipe.select),
+        renames=recipe.rename,
     )
     merger = Merger(inputs.base, inputs.models, recipe, backend)
     merger.inputs = inputs

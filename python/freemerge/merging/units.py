@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -13,8 +13,9 @@ from torch import Tensor
 from ..checkpoint import MERGEABLE, TensorSpec
 from ..checkpoint.quantised import FLOAT8, FLOAT8_ADVICE
 from ..errors import ArgumentError, CheckpointError
+from .statistics_buffers import is_statistic
 
-Action = Literal["filter", "merge", "copy"]
+Action = Literal["filter", "merge", "average", "copy", "drop"]
 SMALLEST_STACKED_SIDE = 16  # a 3-D weight with a shorter side is a convolution kernel, not a stack of matrices
 
 
@@ -46,7 +47,8 @@ class Stack:
 class Split:
     """Filter one tensor as several matrices, split along its rows, for instance a fused qkv weight.
 
-    ``parts``: the number of equal parts, or the number of rows of each.
+    A stack of matrices, as the experts of a model in memory are, is split in each of them. ``parts``: the number of
+    equal parts, or the number of rows of each.
     """
 
     pattern: str
@@ -78,7 +80,12 @@ View = Stack | Split
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors whose name matches ``pattern`` (shell style, case-sensitive) are treated by ``action``."""
+    """Tensors whose name matches ``pattern`` (shell style, case-sensitive) are treated by ``action``.
+
+    The names are those of all inputs. "filter": as matrices, which FR-Merging filters. "merge": entry by entry.
+    "average": within the range of the inputs, as running statistics are anyway. "copy": the base's tensor is taken; one
+    that the base lacks is left out. "drop": left out.
+    """
 
     pattern: str
     action: Action
@@ -87,6 +94,23 @@ class Rule:
         _check_pattern("select", self.pattern)
         if self.action not in get_args(Action):
             raise ArgumentError(f"select: action must be one of {', '.join(get_args(Action))}, got {self.action!r}")
+
+
+def rules_of(select: object) -> tuple[Rule, ...]:
+    """Rules, pairs of a pattern and an action, or mappings of the two, as they are written in recipes."""
+    if isinstance(select, str) or not isinstance(select, Sequence):
+        raise ArgumentError(f"select must be a list, got {select!r}")
+    return tuple(map(_rule, select))
+
+
+def _rule(rule: object) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, Mapping) and set(rule) == {"pattern", "action"}:
+        return Rule(rule["pattern"], rule["action"])
+    if isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2:
+        return Rule(*rule)
+    raise ArgumentError(f"select: a rule is a pattern and an action, got {rule!r}")
 
 
 @dataclass(frozen=True)
@@ -103,10 +127,28 @@ class Unit:
     must_agree: bool = False
 
 
-def taken_from_base(name: str, select: Sequence[Rule]) -> bool:
-    """Whether the rules copy a tensor from the base, so that the models' own need not even exist."""
-    rule = next((rule for rule in select if fnmatchcase(name, rule.pattern)), None)
-    return rule is not None and rule.action == "copy"
+def rule_of(names: Sequence[str], select: Sequence[Rule]) -> Rule | None:
+    """The first rule that matches one of a tensor's names: its own, or one that a module has for it."""
+    return next((rule for rule in select if any(fnmatchcase(name, rule.pattern) for name in names)), None)
+
+
+def left_alone(names: Sequence[str], select: Sequence[Rule]) -> bool:
+    """Whether the rules copy or drop a tensor, so that the models' own need not fit, nor even exist."""
+    rule = rule_of(names, select)
+    return rule is not None and rule.action in ("copy", "drop")
+
+
+def drops(names: Sequence[str], select: Sequence[Rule]) -> bool:
+    """Whether the rules leave a tensor out of the merged model."""
+    rule = rule_of(names, select)
+    return rule is not None and rule.action == "drop"
+
+
+def check_rules(select: Sequence[Rule], names: Mapping[str, Sequence[str]]) -> None:
+    """Raise ArgumentError for a rule that matches no tensor of any input: a misspelt pattern must not pass."""
+    for rule in select:
+        if not any(rule_of(all_names, [rule]) for all_names in names.values()):
+            raise ArgumentError(f"select: pattern {rule.pattern!r} matches no tensor of the base or the models")
 
 
 def default_action(spec: TensorSpec) -> Action:
@@ -127,16 +169,32 @@ def default_action(spec: TensorSpec) -> Action:
     return "merge"
 
 
-def plan_units(specs: Mapping[str, TensorSpec], select: Sequence[Rule] = (), views: Sequence[View] = ()) -> list[Unit]:
+def plan_units(
+    specs: Mapping[str, TensorSpec],
+    select: Sequence[Rule] = (),
+    views: Sequence[View] = (),
+    *,
+    others: Iterable[str] = (),
+    aliases: Callable[[str], Sequence[str]] = lambda name: (),
+    buffers: Collection[str] = (),
+) -> list[Unit]:
     """Decide what happens to every tensor of ``specs``, in their order. The first matching rule wins.
+
+    Args:
+        specs: the base's tensors; those that a rule drops get no unit.
+        others: names that only other inputs have, which rules may match, too.
+        aliases: further names of a tensor, which rules may use.
+        buffers: names of tensors that are not parameters: they are averaged as running statistics are.
 
     Raises ArgumentError for a rule or view that matches nothing or cannot apply: a misspelt pattern must not pass.
     """
-    for rule in select:
-        if not any(fnmatchcase(name, rule.pattern) for name in specs):
-            raise ArgumentError(f"select: pattern {rule.pattern!r} matches no tensor")
-    rules = {name: next((rule for rule in select if fnmatchcase(name, rule.pattern)), None) for name in specs}
-    actions = {name: _action(spec, rules[name]) for name, spec in specs.items()}
+    known = {name: (name, *aliases(name)) for name in (*specs, *others)}
+    check_rules(select, known)
+    rules = {name: rule_of(known[name], select) for name in specs}
+    actions = {
+        name: _action(spec, rules[name], statistic=name in buffers or is_statistic(name))
+        for name, spec in specs.items()
+    }
     stacked, splits = _resolve_views(specs, actions, views)
     units: list[Unit] = []
     for name, spec in specs.items():
@@ -146,9 +204,10 @@ def plan_units(specs: Mapping[str, TensorSpec], select: Sequence[Rule] = (), vie
             if group[0] == name:
                 units.append(Unit(group, "filter"))
         elif name in splits:
-            units.append(Unit((name,), "filter", splits[name].rows(name, spec.shape[0])))
-        else:
-            units.append(Unit((name,), action, must_agree=action == "copy" and not taken_from_base(name, select)))
+            units.append(Unit((name,), "filter", splits[name].rows(name, spec.shape[-2])))
+        elif action != "drop":
+            asked = left_alone(known[name], select) or is_statistic(name)
+            units.append(Unit((name,), action, must_agree=action == "copy" and not asked))
     return units
 
 
@@ -158,14 +217,18 @@ def without_matrices(units: Iterable[Unit]) -> Iterator[Unit]:
         yield from (Unit((name,), "merge") for name in unit.names) if unit.action == "filter" else (unit,)
 
 
-def _action(spec: TensorSpec, rule: Rule | None) -> Action:
-    if rule is None or rule.action == "copy":
-        return default_action(spec) if rule is None else "copy"
+def _action(spec: TensorSpec, rule: Rule | None, *, statistic: bool) -> Action:
+    if rule is not None and rule.action in ("copy", "drop"):
+        return rule.action
     if spec.dtype not in MERGEABLE:
-        if rule.pattern == spec.name:
+        if rule is not None and rule.pattern == spec.name:
             raise ArgumentError(f"select: {spec.name} has dtype {spec.dtype}, which can only be copied")
         return "copy"
-    return rule.action if spec.shape and spec.numel else "merge"
+    if statistic:
+        return "average"
+    if rule is None:
+        return default_action(spec)
+    return rule.action if rule.action == "average" or (spec.shape and spec.numel) else "merge"
 
 
 def _resolve_views(
@@ -180,8 +243,10 @@ def _resolve_views(
         for name, spec in specs.items():
             if not fnmatchcase(name, pattern) or actions[name] != "filter":
                 continue
-            if len(spec.shape) != 2:
-                raise ArgumentError(f"views: {name} has shape {spec.shape}; only matrices can be viewed")
+            if len(spec.shape) != 2 and not (isinstance(view, Split) and len(spec.shape) == 3):
+                raise ArgumentError(
+                    f"views: {name} has shape {spec.shape}; only matrices can be stacked, and stacks of them split"
+                )
             group = _stack_of(name, view, specs) if isinstance(view, Stack) else (name,)
             for member in group:
                 if member in stacked or member in splits:

@@ -68,7 +68,8 @@ class TaskVectors:
         tensors: the members of the unit.
         as_matrices: whether the recipe treats the unit as matrices (action "filter"), which :meth:`matrices` gives;
             otherwise (action "merge") it is merged entry by entry.
-        parts: rows of the matrices that a view splits the (stacked) rows into; empty where they are one matrix.
+        parts: rows of the matrices that a view splits the (stacked) rows, or those of each matrix of a batch, into;
+            empty where they are one matrix.
         backend: the backend that must do the work, or "auto".
     """
 
@@ -87,7 +88,10 @@ class TaskVectors:
         They share memory with the task vectors, unless several are stacked: :meth:`unstack` copies their rows back.
         """
         matrix = deltas[0] if len(deltas) == 1 else torch.cat(list(deltas))
-        return list(torch.split(matrix, list(self.parts))) if self.parts else [matrix]
+        if not self.parts:
+            return [matrix]
+        each = [matrix] if matrix.ndim == 2 else list(matrix)
+        return [part for whole in each for part in torch.split(whole, list(self.parts))]
 
     def unstack(self, matrices: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
         """Copy changed :meth:`matrices` of several stacked members back; nothing to do for one."""

@@ -1,0 +1,114 @@
+"""Names that differ by a prefix: wrappers that add nothing, and parts of larger models."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch import nn
+
+from ..errors import ArgumentError
+from .spec import TensorSpec
+
+# Attributes under which torch.compile, FSDP, activation checkpointing, DDP and DataParallel keep the module they wrap.
+_ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_IN_FRONT = frozenset({"module"})
+WRAPPERS = _ANYWHERE | _IN_FRONT
+_TRIED = 5
+
+Rename = tuple[str, str]  # (old, new): names that begin with old begin with new
+
+
+def renames_of(renames: object) -> tuple[Rename, ...]:
+    """Pairs of prefixes, or mappings of ``from`` and ``to``, as they are written in recipes."""
+    if isinstance(renames, str) or not isinstance(renames, Sequence):
+        raise ArgumentError(f"rename must be a list, got {renames!r}")
+    pairs = []
+    for given in renames:
+        pair = (given["from"], given["to"]) if isinstance(given, Mapping) and set(given) == {"from", "to"} else given
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ArgumentError(f"rename: expected two prefixes, from and to, got {given!r}")
+        pairs.append((pair[0], pair[1]))
+    return tuple(pairs)
+
+
+def unwrapped(name: str) -> str:
+    """A name without what wrappers add to it."""
+    parts = [part for part in name.split(".") if part not in _ANYWHERE]
+    while len(parts) > 1 and parts[0] in _IN_FRONT:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def inner_module(module: nn.Module) -> nn.Module:
+    """The module inside of a wrapper; itself, if it is none."""
+    while len(module._modules) == 1 and not module._parameters and not module._buffers:
+        name, inner = next(iter(module._modules.items()))
+        if name not in WRAPPERS or inner is None:
+            break
+        module = inner
+    return module
+
+
+class Naming:
+    """What the base calls a model's tensors.
+
+    Wrappers are seen through; otherwise the first of ``renames`` that gives a name of the base counts. A name that the
+    base has in no form stays as it is.
+    """
+
+    def __init__(self, base: Iterable[str], renames: Sequence[Rename] = ()) -> None:
+        self._renames = renames
+        self._base = set(base)
+        self._unwrapped = {unwrapped(name): name for name in sorted(self._base, reverse=True)}
+
+    def __call__(self, name: str) -> str:
+        changed = (new + name[len(old) :] for old, new in self._renames if name.startswith(old))
+        for candidate in (name, *changed):
+            if candidate in self._base:
+                return candidate
+            if unwrapped(candidate) in self._unwrapped:
+                return self._unwrapped[unwrapped(candidate)]
+        return name
+
+    def of(self, names: Collection[str]) -> dict[str, str]:
+        """The new name of each; those that would take another's stay as they are."""
+        new = {name: self(name) for name in names}
+        taken: dict[str, int] = {}
+        for name in new.values():
+            taken[name] = taken.get(name, 0) + 1
+        return {name: to if taken[to] == 1 else name for name, to in new.items()}
+
+
+def prefix_change(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> Rename | None:
+    """The change of prefix that gives most of the names ``found`` the names ``expected``, with the same shapes.
+
+    None unless it explains half of the names on the smaller side.
+    """
+    by_ending: dict[tuple[str, ...], list[str]] = {}
+    for name in expected:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            by_ending.setdefault(tuple(parts[start:]), []).append(name)
+    ordered = sorted(found, key=len)
+    changes: dict[Rename, None] = {}
+    for name in (*ordered[:_TRIED], *ordered[-_TRIED:]):
+        parts = name.split(".")
+        for start in range(len(parts)):
+            alike = by_ending.get(tuple(parts[start:]), ())
+            for other in alike[:_TRIED]:
+                changes[_prefix(parts[:start]), other[: len(other) - len(".".join(parts[start:]))]] = None
+            if alike:  # the longest common ending
+                break
+
+    def explained(change: Rename) -> int:
+        names = (
+            (change[1] + name[len(change[0]) :], spec) for name, spec in found.items() if name.startswith(change[0])
+        )
+        return sum(name in expected and expected[name].shape == spec.shape for name, spec in names)
+
+    best = max(changes, key=explained, default=None)
+    return best if best is not None and 2 * explained(best) >= min(len(found), len(expected)) else None
+
+
+def _prefix(parts: Sequence[str]) -> str:
+    return "".join(f"{part}." for part in parts)

@@ -1,0 +1,100 @@
+"""Where the entries of experts lie in a model: under other names, or inside of stacked and fused tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.sparse import SparseVector
+from ..checkpoint.conversion import Layout, Piece, layout_of
+from ..checkpoint.prefixes import inner_module, unwrapped
+from .values import ExpertTensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one tensor of an expert contributes to a tensor of the model: all of it, or the entries of a piece."""
+
+    entry: str
+    piece: Piece | None = None
+
+
+class Placement:
+    """The names of a model's tensors, and where files keep their values.
+
+    Experts made from files have the files' names, those of a module may have what wrappers add. ``layout`` is looked
+    up when a name is not the model's own.
+    """
+
+    def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        self._model = model
+        if isinstance(model, nn.Module):
+            held = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+            held += [name for name, _ in model.named_buffers(remove_duplicate=False)]
+        else:
+            held = list(model)
+        self.names = set(held)
+        self._names = {unwrapped(name): name for name in held} | {name: name for name in held}
+        self._layout: Layout | None = None
+        self._asked = False
+
+    @property
+    def layout(self) -> Layout | None:
+        if not self._asked:
+            self._asked = True
+            self._layout = layout_of(inner_module(self._model)) if isinstance(self._model, nn.Module) else None
+        return self._layout
+
+    def parts(self, entries: Mapping[str, ExpertTensor]) -> dict[str, list[Part]]:
+        """For each tensor of the model that an expert changes, the parts that it is changed by.
+
+        Raises KeyError for a name that the model has in no form, ValueError for a shape that is not the layout's.
+        """
+        placed: dict[str, list[Part]] = {}
+        for entry, tensor in entries.items():
+            name = self._names.get(entry) or self._names.get(unwrapped(entry))
+            if name is not None:
+                placed.setdefault(name, []).append(Part(entry))
+                continue
+            pieces = self.layout.pieces.get(unwrapped(entry)) if self.layout is not None else None
+            if not pieces or self.layout is None:
+                raise KeyError(entry)
+            if self.layout.files[unwrapped(entry)] != tensor.shape:
+                raise ValueError(f"{entry!r} has shape {tensor.shape}, files of the model hold {pieces[0].shape}")
+            for piece in pieces:
+                placed.setdefault(self._names[piece.module], []).append(Part(entry, piece))
+        return dict(sorted(placed.items()))
+
+
+def gathered(parts: list[Part], entries: Mapping[str, ExpertTensor]) -> SparseVector:
+    """The entries of one tensor of a model, from the parts of an expert's tensors."""
+    if len(parts) == 1 and parts[0].piece is None:
+        return entries[parts[0].entry].sparse()
+    indices, values = [], []
+    for part in parts:
+        sparse = entries[part.entry].sparse()
+        found, inside = _in_module(sparse.indices.long(), entries[part.entry].shape, part.piece)
+        indices.append(found)
+        values.append(sparse.values[inside])
+    joined = torch.cat(indices)
+    order = joined.argsort()
+    dtype = torch.int32 if not len(joined) or int(joined.max()) < 2**31 else torch.int64
+    return SparseVector(joined[order].to(dtype), torch.cat(values)[order])
+
+
+def _in_module(indices: Tensor, shape: tuple[int, ...], piece: Piece | None) -> tuple[Tensor, Tensor]:
+    """Flat positions in the module's tensor, and which of the entries they are of."""
+    if piece is None:
+        return indices, torch.ones(len(indices), dtype=torch.bool)
+    place = torch.full_like(indices, piece.offset)
+    inside = torch.ones(len(indices), dtype=torch.bool)
+    rest = indices
+    for size, start, extent, stride in reversed(list(zip(shape, piece.start, piece.shape, piece.strides, strict=True))):
+        position = rest % size - start
+        rest = rest // size
+        inside &= (position >= 0) & (position < extent)
+        place += position * stride
+    return place[inside], inside

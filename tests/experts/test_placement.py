@@ -1,0 +1,136 @@
+"""Experts made of files act on the model that transformers loads from them, stacked and renamed as it keeps it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import freemerge as fm
+from freemerge.checkpoint import Checkpoint
+from freemerge.checkpoint.conversion import Layout, Piece, layout_of
+from freemerge.checkpoint.views import InModuleLayout
+from freemerge.experts.placement import Part, gathered
+from freemerge.experts.select import Selection
+from freemerge.experts.values import coding_of
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MODELS = {
+    "Qwen3Moe": SMALL | HEADS | EXPERTS | {"head_dim": 16},
+    "Mixtral": SMALL | HEADS | {"num_local_experts": 3},
+    "Olmoe": SMALL | HEADS | {"num_experts": 3},
+    "Phimoe": SMALL | HEADS | {"num_local_experts": 3},
+    "GPTNeoX": SMALL | {"num_attention_heads": 2},
+    "GptOss": SMALL | HEADS | {"num_local_experts": 3, "head_dim": 16},
+}
+
+
+def build(name: str, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**MODELS[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_of_files_on_a_loaded_model(name: str, tmp_path: Path) -> None:
+    for task, seed in (("base", 0), ("a", 1), ("b", 2)):
+        build(name, seed).save_pretrained(tmp_path / task)
+    experts = fm.extract_experts(tmp_path / "base", {task: tmp_path / task for task in "ab"}, density=0.05)
+    model = type(build(name, 0)).from_pretrained(tmp_path / "base").eval()
+    bank = fm.ExpertBank(model, experts, base=tmp_path / "base")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    stored = load_file(tmp_path / "base" / "model.safetensors")
+    dense = {task: experts[task].dense() for task in "ab"}
+    cases: list[tuple[Any, dict[str, float]]] = [("a", {"a": 1.0}), ({"a": 0.5, "b": -0.25}, {"a": 0.5, "b": -0.25})]
+    for chosen, weights in cases:
+        expected = {key: tensor.clone() for key, tensor in stored.items()}
+        for task, weight in weights.items():
+            for key, tensor in dense[task].items():
+                expected[key] += weight * tensor
+        in_memory = Checkpoint.open(expected)
+        layout = layout_of(model)
+        view = in_memory if layout is None else InModuleLayout(in_memory, layout)
+        for combine in ("add", "replace"):
+            with bank.active(chosen, combine=combine):  # type: ignore[arg-type]
+                changed = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            for key in view.specs:
+                torch.testing.assert_close(changed[key], view.read(key), rtol=1e-5, atol=1e-6, msg=key)
+            assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_experts_from_files_and_from_memory(name: str, tmp_path: Path) -> None:
+    base, tuned = build(name, 0), build(name, 1)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "a")
+    from_files = fm.extract_experts(tmp_path / "base", {"a": tmp_path / "a"}, density=0.05)["a"]
+    mixed: list[tuple[Any, Any]] = [(base, tuned), (tmp_path / "base", tuned), (base, tmp_path / "a")]
+    for sources in mixed:
+        expert = fm.extract_experts(sources[0], {"a": sources[1]}, density=0.05)["a"]
+        assert expert.mu == from_files.mu
+        assert same(expert.dense(), from_files.dense())
+    saved = fm.experts.folder.save_experts([("a", from_files)], tmp_path / "experts")
+    assert saved[0].entries == from_files.entries
+    with fm.ExpertBank.load(copy.deepcopy(base), tmp_path / "experts").active("a"):
+        pass
+
+
+def sparse(shape: tuple[int, ...]) -> Any:
+    numel = int(torch.tensor(shape).prod())
+    indices = torch.arange(0, numel, 2)
+    return coding_of("fp32").encode(shape, Selection(indices, indices.float() + 1))  # type: ignore[attr-defined]
+
+
+def test_pieces_of_any_kind() -> None:
+    """Stacked, split along either side, transposed: what the layout views is what the entries reach."""
+    layout = Layout(
+        {"e0": (4, 6), "e1": (4, 6), "turned": (5, 3), "fused": (6, 2)},
+        {"stack": (2, 4, 6), "t": (3, 5), "q": (2, 2), "k": (4, 2)},
+        [
+            Piece("e0", (0, 0), "stack", 0, (4, 6), (6, 1)),
+            Piece("e1", (0, 0), "stack", 24, (4, 6), (6, 1)),
+            Piece("turned", (0, 0), "t", 0, (5, 3), (1, 5)),
+            Piece("fused", (0, 0), "q", 0, (2, 2), (2, 1)),
+            Piece("fused", (2, 0), "k", 0, (4, 2), (2, 1)),
+        ],
+    )
+    entries = {name: sparse(shape) for name, shape in layout.files.items()}
+    dense = {name: tensor.dense() for name, tensor in entries.items()}
+    for name, shape in layout.shapes.items():
+        parts = [Part(piece.file, piece) for piece in layout.module[name]]
+        vector = gathered(parts, entries)
+        found = torch.zeros(shape).flatten()
+        found[vector.indices.long()] = vector.values
+        assert torch.equal(found.view(shape), layout.module_tensor(name, dense.__getitem__))
+        assert bool((vector.indices.diff() > 0).all())
+
+
+def test_names_and_shapes_that_the_model_has_in_no_form_are_refused() -> None:
+    model = build("Qwen3Moe", 0)
+    tuned = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    expert = fm.extract_experts(model.state_dict(), {"a": tuned}, density=0.05)["a"]
+    fm.ExpertBank(model, {"a": expert})  # the module's own names
+    (first, *_) = expert.tensors
+    wrong = {"model.layers.9.mlp.experts.0.up_proj.weight": expert.tensors[first]}
+    with pytest.raises(fm.ArgumentError, match=r"'a' has an entry 'model\.layers\.9\..*', which the model lacks"):
+        fm.ExpertBank(model, {"a": type(expert)(wrong, 1.0, 0.1, "tensor", "number", "fp32")})
+    misfit = {"model.layers.0.mlp.experts.0.up_proj.weight": sparse((3, 3))}
+    with pytest.raises(fm.ArgumentError, match=r"up_proj\.weight' has shape \(3, 3\), files of the model hold"):
+        fm.ExpertBank(model, {"a": type(expert)(misfit, 1.0, 0.1, "tensor", "number", "fp32")})
