@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -147,10 +148,9 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
 
 def _rules(names: Sequence[str], everything: Iterable[str], action: str) -> str:
     """The rules of a recipe's select, or of --select, that match some tensors and no others."""
-    patterns = patterns_for(names, everything)
+    patterns = list(islice(patterns_for(names, everything), _RULES + 1))
     listed = " ".join(f"'{pattern}={action}'" for pattern in patterns[:_RULES])
-    more = f" and {len(patterns) - _RULES} more" if len(patterns) > _RULES else ""
-    return f"select {listed}{more}"
+    return f"select {listed}{' and more' if len(patterns) > _RULES else ''}"
 
 
 def _check_shapes(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> None:

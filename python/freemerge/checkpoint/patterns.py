@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 _SPECIAL = re.compile(r"([*?[])")
 
 
-def patterns_for(names: Sequence[str], others: Iterable[str]) -> list[str]:
+def patterns_for(names: Sequence[str], others: Iterable[str]) -> Iterator[str]:
     """Shell patterns that together match all ``names`` and none of ``others``.
 
     A whole module where it can be (``vision_tower.*``), the same tensor of every layer, or a name as it is.
     """
     apart = set(others) - set(names)
     left = sorted(names)
-    patterns: list[str] = []
     while left:
         pattern = next(found for found in _candidates(left[0]) if not any(fnmatchcase(name, found) for name in apart))
-        patterns.append(pattern)
+        yield pattern
         left = [name for name in left if not fnmatchcase(name, pattern)]
-    return patterns
 
 
 def _candidates(name: str) -> list[str]:

@@ -49,9 +49,9 @@ def merge(
     """Merge fine-tuned models of one base in memory, by FR-Merging or the method that the recipe names.
 
     Args:
-        base: state dict, module, or path of a checkpoint.
+        base: state dict, module, path of a checkpoint, or the Hub id of one in the local cache.
         models: K >= 1 of the same, with the base's tensor names and shapes, or directories of LoRA or IA3 adapters
-            that PEFT trained on the base.
+            that PEFT trained on the base. docs/inputs.md lists what else is converted, and what is refused.
         recipe: how to merge; the default is FR-Merging, ``theta_0 + scale * sum_i lambda_i filter(theta_i - theta_0)``,
             with settings that suit most models, see :class:`Recipe`.
         backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`). With "cuda" each
@@ -59,8 +59,8 @@ def merge(
 
     Returns:
         A new state dict with the base's names, shapes and (unless ``recipe.out_dtype``) dtypes. Inputs are not
-        modified and no returned tensor shares memory with them; names tied in the base are tied in the result. Tensors
-        are on the base's device.
+        modified and no returned tensor shares memory with them; names tied in the base are tied in the result, unless
+        one of the models has a head of its own, which the result then has too. Tensors are on the base's device.
 
     Raises:
         ArgumentError, CheckpointError: a bad recipe, mismatched or non-finite inputs; the message names the tensor.
