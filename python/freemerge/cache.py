@@ -21,7 +21,7 @@ TABLE_BYTES = 128 << 20  # of what the tables of one kind may take
 
 
 class Entry(Generic[Value]):
-    """A place in a cache. Who keeps it finds the value there, and sets ``used``, until the cache lets go of it."""
+    """A value in a cache; None after its eviction, which comes later if a holder of the entry sets ``used``."""
 
     __slots__ = ("used", "value", "weight")
 
@@ -34,8 +34,8 @@ class Entry(Generic[Value]):
 class Cache(Generic[Key, Value]):
     """Values that together weigh at most ``capacity``, and the latest in any case.
 
-    ``weigh`` tells the weight of a key and its value, 1 if it is not given. What was used since it was last passed over
-    stays longest (the clock algorithm): a value is found without a lock.
+    ``weigh`` tells the weight of a key and its value, 1 if it is not given. Eviction follows the clock algorithm, which
+    spares what was used since its last round; look-ups take no lock.
     """
 
     def __init__(self, capacity: int, weigh: Callable[[Key, Value], int] | None = None) -> None:
@@ -61,7 +61,7 @@ class Cache(Generic[Key, Value]):
         return self.entry(key, make)[1]
 
     def entry(self, key: Key, make: Callable[[], Value]) -> tuple[Entry[Value], Value]:
-        """The same with its place."""
+        """The same with its entry."""
         entry = self._entries.get(key)
         if entry is not None and (value := entry.value) is not None:
             entry.used = True

@@ -29,7 +29,7 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class _Route:
-    """What filtering a tensor comes to, for all tensors of one shape, with equal strides, dtype and device."""
+    """A plan with its backend and executable, for all tensors of one shape, with equal strides, dtype and device."""
 
     def __init__(self, backend: Backend, plan: Plan, device: torch.device, whole: bool) -> None:
         self.plan = plan
@@ -37,7 +37,7 @@ class _Route:
         traits = backend.traits(device)
         self._traits = traits if traits is not None and traits.vary else None
         self._whole = whole and plan.layout == ROWS  # a tensor is a matrix or a batch as it is
-        self.entry, _ = backend.entry(plan)  #: where its executable is
+        self.entry, _ = backend.entry(plan)
 
     def holds(self) -> bool:
         """Whether the backend is still as it was when the plan was made."""
@@ -46,7 +46,7 @@ class _Route:
     def run(self, tensors: Sequence[torch.Tensor], scale: float) -> None:
         """Filter tensors of which all or none are inference tensors."""
         executable = self.entry.value
-        if executable is None:  # other plans needed the memory
+        if executable is None:  # evicted
             self.entry, executable = self._backend.entry(self.plan)
         if tensors[0].is_inference():
             with torch.inference_mode():  # only there may such tensors be written; they have no version

@@ -109,7 +109,7 @@ class Backend(ABC):
         return self.entry(plan)[1]
 
     def entry(self, plan: Plan) -> tuple[Entry[Executable], Executable]:
-        """The same with its place in the cache, where later calls find it without a look-up."""
+        """The same with its entry in the cache, by which later calls reach it without a look-up."""
         return _EXECUTABLES.entry((self, plan), lambda: self._make(plan))
 
     def _make(self, plan: Plan) -> Executable:

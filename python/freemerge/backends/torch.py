@@ -2,7 +2,7 @@
 
 The form full is the plain formula, rfft2, gains, irfft2. A GPU without native kernels also has the form decimated, by
 matrix products (:mod:`.torch_decimated`). "auto" chooses this backend on a CPU for single rows and for float64 masks
-without closed form, and has it on other devices for what their own backend does not take.
+without closed form, and on other devices for what no native backend takes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _traits(*, products: bool, library: str = "") -> Traits:
         costs=_COSTS,
         taps=tuple(range(6, 21)),
         oversamplings=(2.0, 2.5, 3.0, 4.0),
-        whole_columns=True,
+        whole_columns=products,
         longest_sum=128,
         chirp_stages=5.0,  # measured with MKL
         centers=dict.fromkeys(("decimated", "full"), _CENTERED),

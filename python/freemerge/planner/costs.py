@@ -51,5 +51,5 @@ class Traits:
     #: Forms, and dtypes, that take out a dominant mean first, which would drown a small result in rounding.
     centers: Mapping[Form, frozenset[torch.dtype]] = field(default_factory=dict)
     slow_rows: str = ""  #: why "auto" passes it over for a matrix of one row, if it does
-    vary: bool = False  #: with a setting of the process, so that plans are kept only as long as it stays
+    vary: bool = False  #: they depend on a setting of the process; plans are kept as long as it stays
     workspace: Callable[[Plan], int] | None = None  #: bytes for a plan, instead of the planner's estimate

@@ -88,7 +88,7 @@ def first_plan(
 ) -> Plan | str:
     """The cheapest plan that a backend supports, or why there is none, as the rest of a sentence after its name.
 
-    A backend that is ``forced``, and not chosen among others, is not passed over for being slow.
+    With ``forced``, a backend that is slow on this shape is used all the same.
     """
     if dtype not in traits.dtypes:
         return f"has no kernels for {dtype}"

@@ -1,4 +1,4 @@
-"""In what order the entries of a tensor are taken, so that the rows of each matrix are contiguous."""
+"""How the matrices of a tensor are handed to a backend, which needs contiguous rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..responses import Response, transposed
 
 @dataclass(frozen=True)
 class Layout:
-    """How the matrices of a tensor are reached."""
+    """What is done to the matrices of a tensor before they are filtered, and after."""
 
     flipped: bool = False  #: their columns are contiguous: their transposes are filtered
     copied: bool = False  #: neither rows nor columns are: one matrix at a time is copied out and back
@@ -22,7 +22,7 @@ ROWS = Layout()
 def lay_out(
     response: Response, shape: tuple[int, ...], strides: Sequence[int]
 ) -> tuple[Response, tuple[int, ...], Layout]:
-    """The response and shape that are filtered for a tensor with these, and how its matrices are reached."""
+    """The layout of a tensor, and the response and shape to filter with in that layout."""
     if strides[-1] == 1 or shape[-1] == 1:
         return response, shape, ROWS
     if len(shape) > 1 and strides[-2] == 1:

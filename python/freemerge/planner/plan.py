@@ -65,7 +65,7 @@ class Plan:
     full      row FFTs, column FFTs, mask, and back
     ========= ==========================================================================================
 
-    ``layout`` tells how the matrix is reached; ``shape`` and ``response`` are those after it. ``shape`` is (n,) for a
+    ``shape`` and ``response`` are those in this ``layout``. ``shape`` is (n,) for a
     vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned, full) takes real FFTs
     along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's own memory; ``fused`` (full)
     transforms a column of the spectrum, masks it and transforms it back in one kernel; ``library`` (full) makes the
