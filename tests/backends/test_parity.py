@@ -118,7 +118,7 @@ def test_every_form_is_exercised(name: str) -> None:
     assert traits is not None
     found = [plan for request in requests() for plan in plans(name, *request)]
     assert {plan.form for plan in found} >= traits.forms - {"identity", "scale"}
-    if traits.whole_columns and "decimated" in traits.forms:
+    if traits.whole_columns:
         assert any(plan.columns is not None and not plan.columns.taps for plan in found)
     assert {plan.fused for plan in found if plan.form == "full"} == ({False, True} if traits.fused_length else {False})
 
