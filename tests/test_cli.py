@@ -100,6 +100,39 @@ def test_json_output_is_json_alone(files: list[str], tmp_path: Path, capsys: pyt
     assert captured.err == ""
 
 
+@pytest.mark.parametrize("cutoff", ["0.9", "2", "9"])
+def test_a_cutoff_that_removes_nearly_everything_is_told_before_the_merge(
+    cutoff: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    told: list[bool] = []
+    fm.merge_checkpoints(
+        files[0],
+        files[1:],
+        out,
+        fm.Recipe(cutoff=float(cutoff)),
+        progress=False,
+        on_start=lambda inspection: told.append(bool(inspection.warnings) and not out.exists()),
+    )
+    assert told == [True]
+    assert run("merge", *files, "-o", tmp_path / "again", "--cutoff", cutoff) == 0
+    assert "warning: the filter removes more than 90% of the spectrum of a.weight" in capsys.readouterr().err
+
+
+def test_control_characters_in_names_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a\x1b[31m\x07.weight"
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    save_file({name: torch.ones(8, 8), "b": torch.ones(3)}, paths[0])
+    save_file({"b": torch.ones(3)}, paths[1])
+    assert run("merge", *paths, "-o", tmp_path / "out") == 1
+    assert run("inspect", paths[0], paths[0]) == 0
+    captured = capsys.readouterr()
+    assert "a\\x1b[31m\\x07.weight" in captured.err
+    assert not set("\x1b\x07") & set(captured.err + captured.out)
+
+
 def test_dry_run_and_inspect_write_nothing(
     files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

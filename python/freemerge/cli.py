@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: object, code: int) -> int:
-    print(f"freemerge: {error}", file=sys.stderr)
+    print(f"freemerge: {_printable(error)}", file=sys.stderr)
     return code
 
 
@@ -321,7 +321,7 @@ def _print_inspection(inspection: Inspection) -> None:
     width = max((len(decision.name) for decision in inspection.decisions), default=4)
     for decision in inspection.decisions:
         shape = "x".join(map(str, decision.shape)) or "scalar"
-        line = f"{decision.name:{width}}  {shape:>14}  {decision.dtype:8}  {decision.action:6}"
+        line = f"{_printable(decision.name):{width}}  {shape:>14}  {decision.dtype:8}  {decision.action:6}"
         if decision.removed is not None:
             line += f"  removes {decision.removed:6.2%}  {decision.backend}: {decision.form}"
         if decision.stacked_with:
@@ -344,7 +344,12 @@ def _print_report(report: Report, recipe: Recipe) -> None:
 
 def _print_warnings(inspection: Inspection) -> None:
     for warning in inspection.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {_printable(warning)}", file=sys.stderr)
+
+
+def _printable(text: object) -> str:
+    """Without control characters, which names in files may hold."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
 
 
 def _plain(value: Any) -> Any:

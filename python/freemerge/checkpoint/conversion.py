@@ -106,7 +106,15 @@ def layout_of(module: nn.Module) -> Layout | None:
         config=module.config, get_parameter=module.get_parameter, _weight_conversions=conversions
     )
     with _Recorder() as recorder:
-        files = revert_weight_conversion(model, dict(traced))
+        try:
+            files = revert_weight_conversion(model, dict(traced))
+        except Exception:  # a conversion that has no reverse, or needs values: transformers could not save it either
+            return None
+    return _layout(files, traced, recorder)
+
+
+def _layout(files: Mapping[str, Tensor], traced: Mapping[str, Tensor], recorder: _Recorder) -> Layout | None:
+    """The layout that a reversed conversion made; None if it is more than names and pieces, or nothing at all."""
     modules = {_storage(tensor): name for name, tensor in traced.items()}
     pieces = []
     for name, tensor in files.items():
@@ -135,14 +143,16 @@ def _conversions(module: nn.Module) -> list[Any]:
         return []
     if importlib.util.find_spec("transformers.conversion_mapping") is None:
         return []
+    from transformers import core_model_loading
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange
     from transformers.modeling_utils import PreTrainedModel
 
     if not isinstance(module, PreTrainedModel):
         return []
+    # Whether files have a prefix that the module lacks is known only of the file that it was loaded from.
+    prefixes = getattr(core_model_loading, "PrefixChange", ())
     conversions = get_model_conversion_mapping(module, add_legacy=False)
-    return [conversion for conversion in conversions if not isinstance(conversion, PrefixChange)]
+    return [conversion for conversion in conversions if not isinstance(conversion, prefixes)]
 
 
 class _Recorder(TorchFunctionMode):

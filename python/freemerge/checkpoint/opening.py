@@ -72,7 +72,12 @@ def open_inputs(
         for argument, model in models.items()
     ]
     untied = untie(opened, sources, lambda name: merged((name, *opened.aliases(name))))
-    return Inputs(untied.base, untied.models, untied.names, tuple(_given_twice({"base": base, **models})))
+    notices = [*_given_twice({"base": base, **models})]
+    if untied.names:
+        notices.append(
+            f"the merged model does not tie {', '.join(untied.names)} to the embeddings, as not all models do"
+        )
+    return Inputs(untied.base, untied.models, untied.names, tuple(notices))
 
 
 def _refuse_unmerged_adapter(model: Checkpoint) -> None:

@@ -41,7 +41,12 @@ def untie(base: Checkpoint, models: Sequence[Checkpoint], merged: Callable[[str]
     declared = _declared(base)
     pairs = {name: first for name, first in (declared | _pairs(everyone, merged)).items() if merged(name)}
     separate = {name for name, first in pairs.items() if any(_is_separate(model, name, first) for model in everyone)}
-    base.copies = {name: first for name, first in declared.items() if name not in separate}
+    for model in everyone:
+        model.copies = {
+            name: first
+            for name, first in pairs.items()
+            if name not in separate and name not in model.tied and {name, first} <= model.specs.keys()
+        }
     if not separate:
         return Untied(base, tuple(models), ())
     stand_ins = {name: pairs[name] for name in separate} | _no_longer_tied(base)
