@@ -19,7 +19,7 @@ from .config import from_config, to_config, to_record
 from .custom import Custom, MaskFunction
 from .gaussian import Gaussian
 from .official import Official
-from .radial import Metric, Unit
+from .radial import CutoffUnit, Metric
 from .steps import BandGain, BandPass, BandStop, HighPass, LowPass
 from .transposed import has_closed_form, holds_array, transposed
 
@@ -31,6 +31,7 @@ __all__ = [
     "Butterworth",
     "Center",
     "Custom",
+    "CutoffUnit",
     "Gains",
     "Gaussian",
     "HighPass",
@@ -41,7 +42,6 @@ __all__ = [
     "Official",
     "RESPONSES",
     "Response",
-    "Unit",
     "finite_number",
     "from_config",
     "has_closed_form",

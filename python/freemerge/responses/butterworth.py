@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .base import Gains, MaskParams, set_number
-from .radial import Metric, Radial, Unit
+from .radial import CutoffUnit, Metric, Radial
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Butterworth(Radial):
 
     cutoff: float
     order: float = 2
-    unit: Unit = field(default="fraction", kw_only=True)
+    unit: CutoffUnit = field(default="fraction", kw_only=True)
     metric: Metric = field(default="bins", kw_only=True)
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .base import Box, Gains, MaskParams, set_number
-from .radial import Metric, Radial, Unit, band
+from .radial import CutoffUnit, Metric, Radial, band
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Gaussian(Radial):
     """Smooth high-pass without ringing: M = 1 - exp(-r^2 / (2 D0^2)); units as in :class:`HighPass`."""
 
     cutoff: float
-    unit: Unit = field(default="fraction", kw_only=True)
+    unit: CutoffUnit = field(default="fraction", kw_only=True)
     metric: Metric = field(default="bins", kw_only=True)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from ..errors import ArgumentError
 from .base import ClosedForm, Gains, MaskParams, matrix_shape, removed
 from .sums import mean_over_bins
 
-Unit = Literal["fraction", "bins"]
+CutoffUnit = Literal["fraction", "bins"]
 Metric = Literal["bins", "normalized"]
 
 
@@ -23,7 +23,7 @@ class Radial(ClosedForm):
     :meth:`_params` of their edges, and :meth:`_profile`, which rises or falls throughout (or :meth:`_columns` too).
     """
 
-    unit: Unit
+    unit: CutoffUnit
     metric: Metric
 
     def __post_init__(self) -> None:

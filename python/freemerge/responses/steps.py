@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .base import Box, Gains, MaskParams, column_weights, removed, set_number
-from .radial import Metric, Radial, Unit, band, bin_radius
+from .radial import CutoffUnit, Metric, Radial, band, bin_radius
 
 
 class Steps(Radial):
@@ -58,7 +58,7 @@ def _frequencies_below(edge: float, params: MaskParams) -> Gains:
 @dataclass(frozen=True)
 class _SingleCutoff(Steps):
     cutoff: float
-    unit: Unit = field(default="fraction", kw_only=True)
+    unit: CutoffUnit = field(default="fraction", kw_only=True)
     metric: Metric = field(default="bins", kw_only=True)
 
     _gains: ClassVar[tuple[float, float]]
@@ -95,7 +95,7 @@ class LowPass(_SingleCutoff):
 class _TwoCutoffs(Steps):
     low: float
     high: float
-    unit: Unit = field(default="fraction", kw_only=True)
+    unit: CutoffUnit = field(default="fraction", kw_only=True)
     metric: Metric = field(default="bins", kw_only=True)
 
     _gains: ClassVar[tuple[float, float, float]]
@@ -132,7 +132,7 @@ class BandGain(Steps):
     cutoff: float
     low: float
     high: float
-    unit: Unit = field(default="fraction", kw_only=True)
+    unit: CutoffUnit = field(default="fraction", kw_only=True)
     metric: Metric = field(default="bins", kw_only=True)
 
     def __post_init__(self) -> None:
