@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freemerge as fm
@@ -150,3 +150,56 @@ def test_rules_may_use_the_names_of_the_module() -> None:
         assert torch.equal(gate_up[:, :24], base[:, :24]) == (pattern == "*.experts.gate_up_proj")
     with pytest.raises(fm.ArgumentError, match="matches no tensor"):
         fm.merge(models[0], models[1:], EXACT.replace(select=[("*.experts.gate_down_proj", "copy")]))
+
+
+@pytest.mark.parametrize("older", ["the base", "the model", "both"])
+def test_files_of_older_versions_with_other_names(older: str, tmp_path: Path) -> None:
+    """BERT's files on the Hub call the parameters of norms gamma and beta."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=40))
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / str(seed))
+        models.append(model)
+    expected = fm.merge(tmp_path / "0", [tmp_path / "1"])
+    changed = {"the base": (0,), "the model": (1,), "both": (0, 1)}[older]
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+
+    def older_name(name: str) -> str:
+        return next((name.replace(new, past) for new, past in old.items() if name.endswith(new)), name)
+
+    for i in changed:
+        file = tmp_path / str(i) / "model.safetensors"
+        save_file({older_name(name): tensor for name, tensor in load_file(file).items()}, file)
+    for source in (tmp_path / "1", models[1]):
+        merged = fm.merge(tmp_path / "0", [source])
+        names = {name: older_name(name) if 0 in changed else name for name in expected}
+        assert same(merged, {names[name]: tensor for name, tensor in expected.items()})
+    fm.merge_checkpoints(tmp_path / "0", [tmp_path / "1"], tmp_path / "out", progress=False)
+    loaded, info = transformers.BertForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(loaded.state_dict()[next(iter(expected))], expected[next(iter(expected))])
+
+
+@pytest.mark.parametrize("whole", ["the base", "the model"])
+def test_a_bare_encoder_and_a_model_with_a_head(whole: str, tmp_path: Path) -> None:
+    """transformers loads either into the other; the head is left out, or the base's."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(**sizes, vocab_size=40)
+    torch.manual_seed(0)
+    bare, full = transformers.BertModel(config), transformers.BertForSequenceClassification(config)
+    bare.save_pretrained(tmp_path / "bare")
+    full.save_pretrained(tmp_path / "full")
+    base, model = (full, bare) if whole == "the base" else (bare, full)
+    folders = [tmp_path / ("full" if each is full else "bare") for each in (base, model)]
+    recipe = EXACT.replace(select=[("classifier.*", "copy"), ("*", "merge")])
+    for sources in (folders, [folders[0], model], [base, folders[1]], [base, model]):
+        merged = fm.merge(sources[0], sources[1:], recipe)
+        assert merged.keys() == base.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            key = f"bert.{name}" if base is full else name.removeprefix("bert.")
+            if key in merged and "classifier" not in key and "pooler" not in key:
+                torch.testing.assert_close(merged[key], tensor, msg=key)

@@ -43,6 +43,20 @@ def test_any_mixture_of_state_dicts_merges_with_the_embeddings_as_the_head_where
     assert (HEAD in merged) == ("own" in kinds or kinds[0] != "absent")
 
 
+@pytest.mark.parametrize("order", [False, True])
+def test_the_order_of_the_names_in_a_tied_state_dict_does_not_matter(order: bool) -> None:
+    tied, own = state("tied", 0), state("own", 1)
+    if order:
+        tied = dict(reversed(tied.items()))
+    expected = fm.merge({**state("absent", 0)}, [own], HALF)
+    merged = fm.merge(tied, [own], HALF)
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    back = fm.merge(own, [tied], EXACT)
+    for name, tensor in back.items():
+        torch.testing.assert_close(tensor, tied[name])
+
+
 def test_a_head_that_only_a_model_lacks_is_not_made_up() -> None:
     """It may be a model without any head, such as a classifier: nothing says that it was tied."""
     with pytest.raises(fm.CheckpointError, match=r"models\[0\] .*lacks 1 tensors of the base: lm_head\.weight"):

@@ -122,6 +122,21 @@ def test_pieces_of_any_kind() -> None:
         assert bool((vector.indices.diff() > 0).all())
 
 
+def test_entries_under_names_of_older_versions_and_of_a_bare_encoder() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.BertConfig(**sizes, vocab_size=40)
+    model = transformers.BertForSequenceClassification(config)
+    bare = {name: tensor.clone() for name, tensor in transformers.BertModel(config).state_dict().items()}
+    older = {name.replace("LayerNorm.weight", "LayerNorm.gamma"): tensor for name, tensor in bare.items()}
+    tuned = {name: tensor + 1.0 if tensor.is_floating_point() else tensor for name, tensor in older.items()}
+    bank = fm.ExpertBank(model, fm.extract_experts(older, {"a": tuned}, density=0.5))
+    norm = model.bert.embeddings.LayerNorm.weight
+    before = norm.clone()
+    with bank.active("a"):
+        assert not torch.equal(norm, before)
+    assert torch.equal(norm, before)
+
+
 def test_names_and_shapes_that_the_model_has_in_no_form_are_refused() -> None:
     model = build("Qwen3Moe", 0)
     tuned = {name: tensor + 1 for name, tensor in model.state_dict().items()}

@@ -298,6 +298,27 @@ def test_a_peft_model_in_memory_is_refused_and_the_ways_out_work(tmp_path: Path)
     assert not torch.equal(from_module["layer.weight"], base["layer.weight"])
 
 
+def test_a_head_that_an_adapter_trained_is_left_out_by_the_rule_that_is_named(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.add_module("body", Net())
+    base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    net.add_module("classifier", nn.Linear(8, 3))
+    config = peft.LoraConfig(r=2, target_modules=["layer"], modules_to_save=["classifier"], init_lora_weights=False)
+    adapted = peft.get_peft_model(net, config)
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(fm.CheckpointError, match=r"has 2 tensors that the base lacks: classifier\.bias") as refusal:
+        fm.merge(base, [tmp_path], EXACT)
+    rules = advised(str(refusal.value), "drop")
+    assert rules == [("classifier.*", "drop")]
+    merged = fm.merge(base, [tmp_path], EXACT.replace(select=[*rules, *EXACT.select]))
+    expected = adapted.merge_and_unload().state_dict()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert merged.keys() == base.keys()
+
+
 names = st.lists(
     st.lists(st.sampled_from(["a", "b", "layers", "0", "1", "12", "w", "x[0]", "*"]), min_size=1, max_size=4).map(
         ".".join

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .conversion import Layout, layout_of
+from .conversion import Layout, layout_of, loaded_names
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 10_000_000
@@ -36,6 +36,11 @@ class Architecture:
     def file_name(self, name: str) -> str:
         """What files call a tensor of the module; its own name where they hold it otherwise."""
         return (self.layout and self.layout.file_name(name)) or name
+
+    @cached_property
+    def loaded_name(self) -> Callable[[str], str]:
+        """What a tensor of a file is called once it is loaded, for files of any version."""
+        return loaded_names(self.module)
 
     def layer(self, name: str) -> str | None:
         """The class of the layer that holds the tensor ``name``: ``Linear``, ``Conv1D``; None if there is none."""

@@ -129,6 +129,26 @@ def _layout(files: Mapping[str, Tensor], traced: Mapping[str, Tensor], recorder:
     return None if all(layout.file_name(name) == name for name in traced) else layout
 
 
+def loaded_names(module: nn.Module) -> Callable[[str], str]:
+    """What transformers calls a tensor of a file once it is loaded: names of older versions, with the model's prefix.
+
+    A name that it does not know stays as it is.
+    """
+    conversions = _conversions(module, legacy=True)
+    if not conversions:
+        return lambda name: name
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    held = module.state_dict()
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+
+    def loaded(name: str) -> str:
+        renamed, _ = rename_source_key(name, renamings, [], module.base_model_prefix, held)  # type: ignore[arg-type]
+        return renamed if renamed in held else name
+
+    return loaded
+
+
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -137,8 +157,11 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def _conversions(module: nn.Module) -> list[Any]:
-    """transformers' conversions of a model's class, none for other modules and for versions before 5."""
+def _conversions(module: nn.Module, *, legacy: bool = False) -> list[Any]:
+    """transformers' conversions of a model's class, none for other modules and for versions before 5.
+
+    Those of names in files of older versions are among them if ``legacy``.
+    """
     if not any(base.__module__.startswith("transformers.") for base in type(module).__mro__):
         return []
     if importlib.util.find_spec("transformers.conversion_mapping") is None:
@@ -149,6 +172,8 @@ def _conversions(module: nn.Module) -> list[Any]:
 
     if not isinstance(module, PreTrainedModel):
         return []
+    if legacy:
+        return list(get_model_conversion_mapping(module))
     # Whether files have a prefix that the module lacks is known only of the file that it was loaded from.
     prefixes = getattr(core_model_loading, "PrefixChange", ())
     conversions = get_model_conversion_mapping(module, add_legacy=False)

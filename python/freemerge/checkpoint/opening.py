@@ -63,7 +63,9 @@ def open_inputs(
         if adapter_directory(model) is None
     }
     opened, *others = in_file_layout([opened, *plain.values()])
-    naming = Naming(opened.specs, renames)
+    differ = any(other.specs.keys() - opened.specs.keys() for other in others)
+    known = opened.architecture if differ else None  # asked only where it can help: it may import transformers
+    naming = Naming(opened.specs, renames, known.loaded_name if known is not None else None)
     plain = {argument: renamed(other, naming.of(other.specs)) for argument, other in zip(plain, others, strict=True)}
     for other in plain.values():
         _refuse_unmerged_adapter(other)
@@ -74,9 +76,8 @@ def open_inputs(
     untied = untie(opened, sources, lambda name: merged((name, *opened.aliases(name))))
     notices = [*_given_twice({"base": base, **models})]
     if untied.names:
-        notices.append(
-            f"the merged model does not tie {', '.join(untied.names)} to the embeddings, as not all models do"
-        )
+        names = ", ".join(untied.names)
+        notices.append(f"the merged model does not tie {names} to the embeddings, as not all models do")
     return Inputs(untied.base, untied.models, untied.names, tuple(notices))
 
 

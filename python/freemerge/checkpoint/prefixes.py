@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -52,14 +52,21 @@ def inner_module(module: nn.Module) -> nn.Module:
 class Naming:
     """What the base calls a model's tensors.
 
-    Wrappers are seen through; otherwise the first of ``renames`` that gives a name of the base counts. A name that the
-    base has in no form stays as it is.
+    Wrappers are seen through; otherwise the first of ``renames`` that gives a name of the base counts, or else what
+    ``loaded_name`` makes of a name and of one of the base's. A name that the base has in no form stays as it is.
     """
 
-    def __init__(self, base: Iterable[str], renames: Sequence[Rename] = ()) -> None:
+    def __init__(
+        self,
+        base: Iterable[str],
+        renames: Sequence[Rename] = (),
+        loaded_name: Callable[[str], str] | None = None,
+    ) -> None:
         self._renames = renames
+        self._loaded_name = loaded_name
         self._base = set(base)
         self._unwrapped = {unwrapped(name): name for name in sorted(self._base, reverse=True)}
+        self._loaded = {} if loaded_name is None else {loaded_name(name): name for name in sorted(self._base)}
 
     def __call__(self, name: str) -> str:
         changed = (new + name[len(old) :] for old, new in self._renames if name.startswith(old))
@@ -68,6 +75,8 @@ class Naming:
                 return candidate
             if unwrapped(candidate) in self._unwrapped:
                 return self._unwrapped[unwrapped(candidate)]
+        if self._loaded_name is not None:
+            return self._loaded.get(self._loaded_name(unwrapped(name)), name)
         return name
 
     def of(self, names: Collection[str]) -> dict[str, str]:

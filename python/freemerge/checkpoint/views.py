@@ -56,7 +56,8 @@ def with_stand_ins(inner: Checkpoint, stand_ins: Mapping[str, str]) -> Checkpoin
     sources = {name: name for name in inner.specs} | {
         name: source for name, source in stand_ins.items() if name not in inner.specs
     }
-    tied = {name: first for name, first in inner.tied.items() if name not in stand_ins}
+    apart = {frozenset(pair) for pair in stand_ins.items()}  # sources may list a pair in either order
+    tied = {name: first for name, first in inner.tied.items() if frozenset((name, first)) not in apart}
     if sources.keys() == inner.specs.keys() and tied == inner.tied:
         return inner
     return View(inner, sources, tied)

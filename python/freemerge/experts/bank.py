@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..backends.sparse import Scratch, SparseVector, Update
 from ..checkpoint import Checkpoint
 from ..checkpoint.prefixes import Naming
+from ..checkpoint.quantised import dequantised
 from ..checkpoint.views import InModuleLayout, renamed
 from ..errors import ArgumentError, CheckpointError
 from .deltas import forward_deltas, unserved
@@ -53,7 +54,7 @@ class ExpertBank(Mapping[str, Expert]):
         self._placement = Placement(model)
         self._parts = {task: self._placed(task, expert) for task, expert in self._experts.items()}
         self._names = {task: list(parts) for task, parts in self._parts.items()}
-        self._base = None if base is None else self._in_place(Checkpoint.open(base, argument="base"))
+        self._base = None if base is None else self._in_place(dequantised(Checkpoint.open(base, argument="base")))
         self._lock = threading.RLock()
         self._vectors: dict[tuple[str, str], SparseVector] = {}
         self._origins: dict[tuple[str, str], Tensor] = {}

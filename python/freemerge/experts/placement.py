@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.sparse import SparseVector
-from ..checkpoint.conversion import Layout, Piece, layout_of
+from ..checkpoint.conversion import Layout, Piece, layout_of, loaded_names
 from ..checkpoint.prefixes import inner_module, unwrapped
 from .values import ExpertTensor
 
@@ -40,6 +40,7 @@ class Placement:
         self._names = {unwrapped(name): name for name in held} | {name: name for name in held}
         self._layout: Layout | None = None
         self._asked = False
+        self._loaded_name: Callable[[str], str] | None = None
 
     @property
     def layout(self) -> Layout | None:
@@ -48,6 +49,14 @@ class Placement:
             self._layout = layout_of(inner_module(self._model)) if isinstance(self._model, nn.Module) else None
         return self._layout
 
+    def _loaded(self, entry: str) -> str | None:
+        """The name of what transformers loads from files of an older version, or of a model without this one's head."""
+        if not isinstance(self._model, nn.Module):
+            return None
+        if self._loaded_name is None:
+            self._loaded_name = loaded_names(inner_module(self._model))
+        return self._names.get(self._loaded_name(unwrapped(entry)))
+
     def parts(self, entries: Mapping[str, ExpertTensor]) -> dict[str, list[Part]]:
         """For each tensor of the model that an expert changes, the parts that it is changed by.
 
@@ -55,7 +64,7 @@ class Placement:
         """
         placed: dict[str, list[Part]] = {}
         for entry, tensor in entries.items():
-            name = self._names.get(entry) or self._names.get(unwrapped(entry))
+            name = self._names.get(entry) or self._names.get(unwrapped(entry)) or self._loaded(entry)
             if name is not None:
                 placed.setdefault(name, []).append(Part(entry))
                 continue
