@@ -176,7 +176,7 @@ def test_what_peft_does_otherwise_is_refused_by_name(case: str, tmp_path: Path) 
 def test_every_option_that_peft_knows_is_followed_harmless_or_refused(kind: str, config: Any, tmp_path: Path) -> None:
     """A new version of PEFT fails here until its new options are looked at."""
     decided = FOLLOWED[kind] | NO_EFFECT[kind] | REFUSED_OPTIONS[kind]
-    assert {field.name for field in dataclasses.fields(config)} == decided
+    assert {field.name for field in dataclasses.fields(config)} <= decided
     base, _ = trained(
         config(target_modules=["lin"], **({"feedforward_modules": []} if kind == "IA3" else {})), tmp_path
     )
