@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+import textwrap
 from types import ModuleType
 
 import pytest
@@ -45,3 +48,20 @@ def test_families_have_modules_of_their_own() -> None:
     assert all(getattr(fm.methods, name) is not None for name in fm.methods.__all__)
     with pytest.raises(AttributeError, match="Nothing"):
         fm.methods.Nothing  # noqa: B018
+
+
+def test_names_come_when_they_are_used() -> None:
+    script = """
+        import sys
+        import freemerge as fm
+        assert "torch" not in sys.modules
+        assert "ExpertBank" in dir(fm)
+        fm.ArgumentError
+        assert "torch" not in sys.modules
+        import freemerge.backends.base
+        assert list(fm.backends()) == list(freemerge.backends()), "the folder of this name does not hide the function"
+        assert "torch" in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    with pytest.raises(AttributeError, match="module 'freemerge' has no attribute 'nothing'"):
+        fm.nothing  # noqa: B018

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,45 @@ def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pyte
     assert "File name too long" in capsys.readouterr().err
     assert run("merge", "x" * 300, *files, "-o", tmp_path / "out") == 1
     assert "File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["merge", "--help"], 0),
+        (["inspect", "--help"], 0),
+        (["verify", "--help"], 0),
+        ([], 2),
+        (["merge", "base", "-o", "out"], 2),
+        (["merge", "base", "model", "-o", "out", "--cutof", "0.1"], 2),
+        (["merge", "base", "model", "-o", "out", "--weights", "foo"], 2),
+        (["merge", "base", "model", "-o", "out", "--recipe", "nowhere.yaml"], 2),
+    ],
+)
+def test_help_and_wrong_arguments_do_not_wait_for_torch(arguments: list[str], code: int) -> None:
+    script = f"""
+        import sys
+        from freemerge.cli import main
+        try:
+            code = main({arguments})
+        except SystemExit as stop:
+            code = stop.code
+        assert code == {code}, code
+        assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True)
+
+
+def test_help_lists_every_method_and_parameter(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("merge", "--help")
+    told = capsys.readouterr().out
+    assert all(method in told for method in fm.methods.METHODS)
+    assert all(
+        f"--{name.replace('_', '-')} " in told for cls in fm.methods.METHODS.values() for name in parameters_of(cls)
+    )
 
 
 def test_a_reader_that_stops_early_is_no_error_message(files: list[str]) -> None:

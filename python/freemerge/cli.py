@@ -1,4 +1,7 @@
-"""The ``freemerge`` command: argument parsing and printing only."""
+"""The ``freemerge`` command: argument parsing and printing only.
+
+What a command runs is imported when it runs, so that help and wrong arguments do not wait for torch.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,21 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from . import __version__
-from .backends.registry import backends
-from .checkpoint import verify
 from .errors import ArgumentError, FreemergeError, RefusedError
-from .evaluation import evaluate, evaluate_experts, load_function, table
-from .experts import iter_experts, save_experts
-from .experts.rescale import RULES
-from .experts.values import CODINGS
-from .merging.inspection import Inspection
 from .merging.recipe import PRESETS, Recipe
-from .merging.run import Report, inspect, merge_checkpoints
-from .merging.units import Action
+from .merging.selection import Action
 from .methods import METHODS
 from .methods.parameters import FLAG, Parameter, parameters_of
 from .methods.rules import Scope
+
+if TYPE_CHECKING:
+    from .merging.inspection import Inspection
+    from .merging.run import Report
 
 _SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -58,8 +57,19 @@ def _complain(error: object, code: int) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that may add its arguments when it is about to parse."""
+
+    fill: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self.fill is not None:
+            self.fill(self)
+        return super().parse_known_args(args, namespace)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="freemerge",
         description="Merge fine-tuned models of one base in the frequency domain.",
         allow_abbrev=False,
@@ -84,18 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     inspecting.set_defaults(run=_inspect)
 
     extracting = commands.add_parser("experts", allow_abbrev=False, help="extract a light expert of each model")
-    _add_models(extracting)
-    extracting.add_argument("-o", "--out", required=True, type=Path, help="new directory for the expert files")
-    extracting.add_argument(
-        "--density", type=float, default=0.01, metavar="D", help="share of entries kept (default 0.01)"
-    )
-    extracting.add_argument("--scope", choices=get_args(Scope), default="tensor")
-    extracting.add_argument("--rescale", type=_rescale, default="released", metavar="R", help="a rule or mu itself")
-    extracting.add_argument("--values", choices=list(CODINGS), default="bf16")
-    extracting.add_argument("--trim", type=float, default=0.0, metavar="T", help="share of the largest left out")
-    extracting.add_argument("--backbone", type=Path, metavar="MERGED", help="merged model, for --rescale projection")
-    _add_names(extracting)
-    extracting.add_argument("--json", action="store_true", help="print the result as JSON")
+    extracting.fill = _add_experts
     extracting.set_defaults(run=_experts)
 
     evaluating = commands.add_parser("evaluate", allow_abbrev=False, help="score models with your own function")
@@ -125,6 +124,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     listing.set_defaults(run=_backends)
     return parser
+
+
+def _add_experts(parser: argparse.ArgumentParser) -> None:
+    from .experts.rescale import RULES
+    from .experts.values import CODINGS
+
+    def rescale(text: str) -> str | float:
+        return text if text in RULES else _number(text, f"{', '.join(RULES)} or a number")
+
+    _add_models(parser)
+    parser.add_argument("-o", "--out", required=True, type=Path, help="new directory for the expert files")
+    parser.add_argument("--density", type=float, default=0.01, metavar="D", help="share of entries kept (default 0.01)")
+    parser.add_argument("--scope", choices=get_args(Scope), default="tensor")
+    parser.add_argument("--rescale", type=rescale, default="released", metavar="R", help="a rule or mu itself")
+    parser.add_argument("--values", choices=list(CODINGS), default="bf16")
+    parser.add_argument("--trim", type=float, default=0.0, metavar="T", help="share of the largest left out")
+    parser.add_argument("--backbone", type=Path, metavar="MERGED", help="merged model, for --rescale projection")
+    _add_names(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -234,6 +252,8 @@ def _merge(options: argparse.Namespace) -> int:
         checks = {"out": options.out, "force": options.force, "max_shard_bytes": options.max_shard_size}
         return _inspect(options, **checks)
     recipe = _recipe(options)
+    from .merging.run import merge_checkpoints
+
     report = merge_checkpoints(
         options.base,
         options.models,
@@ -254,8 +274,11 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace, **checks: Any) -> int:
+    recipe = _recipe(options)
+    from .merging.run import inspect
+
     checks |= {"backend": options.backend, "tokenizer_from": options.tokenizer_from}
-    inspection = inspect(options.base, options.models, _recipe(options), **checks)
+    inspection = inspect(options.base, options.models, recipe, **checks)
     if options.json:
         print(json.dumps(_plain(inspection)))
     else:
@@ -264,6 +287,8 @@ def _inspect(options: argparse.Namespace, **checks: Any) -> int:
 
 
 def _experts(options: argparse.Namespace) -> int:
+    from .experts import iter_experts, save_experts
+
     experts = iter_experts(
         options.base,
         options.models,
@@ -286,6 +311,8 @@ def _experts(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    from .evaluation import evaluate, evaluate_experts, load_function, table
+
     function = load_function(options.function)
     evaluations = [evaluate(model, function) for model in options.models]
     if options.experts is not None:
@@ -295,6 +322,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from .checkpoint import verify
+
     problems = verify(options.directory)
     for problem in problems:
         print(problem)
@@ -310,6 +339,8 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _backends(options: argparse.Namespace) -> int:
+    from .backends.registry import backends
+
     for backend in backends().values():
         print(f"{backend.name:8} {'available' if backend.available else 'not available: ' + backend.reason}")
         for key, value in backend.details.items():
@@ -369,10 +400,6 @@ def _tokenizer(text: str) -> str | int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected base, auto or the number of a model, got {text!r}")
     return int(text)
-
-
-def _rescale(text: str) -> str | float:
-    return text if text in RULES else _number(text, f"{', '.join(RULES)} or a number")
 
 
 def _number(text: str, expected: str) -> float:

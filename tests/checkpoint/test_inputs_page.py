@@ -10,7 +10,7 @@ import pytest
 from freemerge.checkpoint.adapter_config import _INITIALISATIONS, _PEFT_CANNOT_MERGE
 from freemerge.checkpoint.locate import PICKLE_SUFFIXES
 from freemerge.checkpoint.quantised import _PACKED
-from freemerge.merging.units import Action
+from freemerge.merging.selection import Action
 
 PAGE = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
 

@@ -13,7 +13,7 @@ import yaml
 
 import freemerge as fm
 from freemerge.merging.recipe import PRESETS
-from freemerge.merging.units import Rule, Split, Stack
+from freemerge.merging.selection import Rule, Split, Stack
 from freemerge.methods import METHODS
 
 

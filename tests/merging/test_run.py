@@ -21,7 +21,6 @@ import freemerge as fm
 from freemerge.checkpoint import Checkpoint, TensorSpec, verify
 from freemerge.merging.engine import Merger
 from freemerge.merging.units import plan_units
-from freemerge.methods import fr
 from reference import reference_merge
 
 State = dict[str, Tensor]
@@ -178,12 +177,13 @@ def test_a_filter_that_removes_everything_gives_the_base_back() -> None:
 def test_linearity_saves_filters(recipe: fm.Recipe, per_tensor: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base, models = random_models(8)
     filtered: list[int] = []
+    filter_ = fm.filter_
 
     def counting(matrices: list[Tensor], response: fm.Response, *, backend: str) -> list[Tensor]:
         filtered.append(len(matrices))
-        return fm.filter_(matrices, response, backend=backend)
+        return filter_(matrices, response, backend=backend)
 
-    monkeypatch.setattr(fr, "filter_", counting)
+    monkeypatch.setattr("freemerge.filter.filter_", counting)
     fm.merge(base, models, recipe)
     matrices = sum(unit.action == "filter" for unit in plan_units(Checkpoint.open(base).specs))
     assert sum(filtered) == matrices * per_tensor

@@ -7,7 +7,8 @@ import torch
 
 import freemerge as fm
 from freemerge.checkpoint import TensorSpec
-from freemerge.merging.units import Rule, Split, Stack, Unit, plan_units, without_matrices
+from freemerge.merging.selection import Rule, Split, Stack
+from freemerge.merging.units import Unit, plan_units, without_matrices
 
 SHAPES = {
     "embed.weight": (50, 8),

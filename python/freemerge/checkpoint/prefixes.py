@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from ..errors import ArgumentError
 from .spec import TensorSpec
 
 # Attributes under which torch.compile, FSDP, activation checkpointing, DDP and DataParallel keep the module they wrap.
@@ -16,19 +15,6 @@ WRAPPERS = _ANYWHERE | _IN_FRONT
 _TRIED = 5
 
 Rename = tuple[str, str]  # (old, new): names that begin with old begin with new
-
-
-def renames_of(renames: object) -> tuple[Rename, ...]:
-    """Pairs of prefixes, or mappings of ``from`` and ``to``, as they are written in recipes."""
-    if isinstance(renames, str) or not isinstance(renames, Sequence):
-        raise ArgumentError(f"rename must be a list, got {renames!r}")
-    pairs = []
-    for given in renames:
-        pair = (given["from"], given["to"]) if isinstance(given, Mapping) and set(given) == {"from", "to"} else given
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise ArgumentError(f"rename: expected two prefixes, from and to, got {given!r}")
-        pairs.append((pair[0], pair[1]))
-    return tuple(pairs)
 
 
 def unwrapped(name: str) -> str:

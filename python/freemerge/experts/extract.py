@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..accumulate import abs_means, norm, task_vector_sum
 from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_inputs
 from ..checkpoint.compare import compare
-from ..checkpoint.prefixes import Rename, renames_of
+from ..checkpoint.prefixes import Rename
 from ..errors import ArgumentError, CheckpointError
+from ..merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
 from ..merging.statistics_buffers import is_statistic
-from ..merging.units import Action, Rule, check_rules, left_alone, rules_of
 from ..methods.rules import Scope
 from .expert import Expert, check_task_name
 from .rescale import Statistics, TensorStatistics, check_rescale, mu_of

@@ -19,9 +19,10 @@ from ..errors import CheckpointError
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
 from .inspection import Decision, Inspection, decide, warnings
-from .recipe import DTYPES, Recipe
+from .recipe import Recipe
+from .selection import drops, left_alone
 from .statistics_buffers import check_variance, convex
-from .units import Unit, drops, left_alone, plan_units, require_equal, without_matrices
+from .units import Unit, plan_units, require_equal, without_matrices
 
 OnRead = Callable[[Unit, int], None]  # called with a unit and the bytes just read of it
 
@@ -83,7 +84,7 @@ class Merger:
         """Shape and dtype of a merged tensor."""
         spec = self.base.specs[name]
         wanted = self.recipe.out_dtype
-        return spec.with_dtype(DTYPES[wanted]) if wanted is not None and spec.dtype in MERGEABLE else spec
+        return spec.with_dtype(getattr(torch, wanted)) if wanted is not None and spec.dtype in MERGEABLE else spec
 
     def inspect(self) -> Inspection:
         """Say what will happen, without reading any data."""
@@ -204,7 +205,8 @@ class Merger:
 
     def _compute_dtype(self, name: str) -> torch.dtype:
         stored = [source.specs[name].dtype for source in (self.base, *self.models) if name in source.specs]
-        return torch.float64 if torch.float64 in stored else DTYPES[self.recipe.compute_dtype]
+        widest: torch.dtype = getattr(torch, self.recipe.compute_dtype)
+        return torch.float64 if torch.float64 in stored else widest
 
     def _device(self, name: str) -> torch.device:
         """Where a tensor is merged: where the base holds it, unless the backend asked for needs another device."""

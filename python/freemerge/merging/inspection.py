@@ -12,7 +12,8 @@ import torch
 from ..checkpoint import TensorSpec
 from ..filter import explain
 from ..responses import Response
-from .units import Action, Unit
+from .selection import Action
+from .units import Unit
 
 REMOVED_TOO_LITTLE = 1e-3  # below this share of the spectrum a filter hardly does anything
 REMOVED_TOO_MUCH = 0.9

@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 import yaml
 
-from ..checkpoint.prefixes import Rename, renames_of
 from ..errors import ArgumentError
 from ..methods import METHODS, Method
 from ..methods.parameters import NUMBER, did_you_mean, parameter, parameters_of
 from ..responses import Response, to_config, to_record
-from .units import Rule, Split, Stack, View, rules_of
+from .selection import Rule, Split, Stack, View, renames_of, rules_of
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+if TYPE_CHECKING:
+    from ..checkpoint.prefixes import Rename
+
 ComputeDType = Literal["float32", "float64"]
 OutDType = Literal["float32", "float64", "bfloat16", "float16"]
 

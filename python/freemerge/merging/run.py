@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint import (
@@ -25,8 +26,9 @@ from ..errors import ArgumentError, RefusedError
 from .engine import Merger
 from .inspection import Decision, Inspection
 from .progress import Progress
-from .recipe import DTYPES, Recipe, checked_recipe, to_yaml
-from .units import Unit, left_alone
+from .recipe import Recipe, checked_recipe, to_yaml
+from .selection import left_alone
+from .units import Unit
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: boo
 def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
     """Config, tokenizer and code files of the base, which fail early where they are broken."""
     if writer.directory is not None and merger.base.directory is not None:
-        out_dtype = DTYPES[merger.recipe.out_dtype] if merger.recipe.out_dtype is not None else None
+        out_dtype = getattr(torch, merger.recipe.out_dtype) if merger.recipe.out_dtype is not None else None
         carry_over(
             merger.base.directory,
             writer.directory,

@@ -13,7 +13,8 @@ from ..errors import ArgumentError
 from ..methods import Method
 from .recipe import Recipe, checked_recipe
 from .run import merge
-from .units import Rule, Split, Stack, View, plan_units
+from .selection import Rule, Split, Stack, View
+from .units import plan_units
 
 
 def merge_tensors(

@@ -6,13 +6,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..responses import Response
 from .rules import Weights, weights_by_rule
 from .vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METHODS: dict[str, type[Method]] = {}
 """All methods by name. Defining a subclass of :class:`Method` adds it."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from ..lazy import torch
 from .base import Measured, Merged, Method
 from .parameters import WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale
 from .vectors import Deltas, TaskVectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
-
-from ..accumulate import abs_means, norm
 from ..errors import ArgumentError
-from ..filter import filter_
 from ..responses import HighPass, Response, from_config
 from .base import Measured, Merged, Method
 from .parameters import FLAG, NUMBER, parameter, weights_parameter
@@ -27,6 +23,9 @@ from .rules import (
     weighted_sum,
 )
 from .vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -112,6 +111,8 @@ class FR(Method):
         return Measured(magnitude_weights([math.fsum(total) / max(1, entries) for total in totals]))
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        from ..accumulate import norm
+
         tensors, filters = vectors.tensors, vectors.as_matrices
         norm_before = 0.0
         if self._sums_first(filters):
@@ -189,6 +190,8 @@ class FR(Method):
         return filtered
 
     def _filter(self, vectors: TaskVectors, deltas: Sequence[Tensor]) -> None:
+        from ..filter import filter_
+
         matrices = vectors.matrices(deltas)
         filter_(matrices, self.response, backend=vectors.backend)
         vectors.unstack(matrices, deltas)
@@ -196,4 +199,6 @@ class FR(Method):
 
 def _means(filtered: Sequence[Sequence[Tensor]]) -> list[list[float]]:
     """mean |G_i| of each member and model."""
+    from ..accumulate import abs_means
+
     return [abs_means(deltas[0].new_zeros(()).expand_as(deltas[0]), deltas) for deltas in zip(*filtered, strict=True)]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from ..lazy import torch
 from .parameters import number, parameter
 from .spectra import (
     SpectralMethod,
@@ -19,6 +18,9 @@ from .spectra import (
     united,
 )
 from .vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

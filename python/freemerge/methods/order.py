@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ..lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 LOW_BITS = 15  # of a float32 >= 0, whose bits order as its value: 16 bits in the first pass, 15 in the second
 

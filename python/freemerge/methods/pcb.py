@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from ..accumulate import norm
+from ..lazy import torch
 from .base import Measured, Merged, Method
 from .order import kth_largest
 from .parameters import number, parameter
 from .vectors import TaskVectors
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Pieces = Callable[[], Iterable[Sequence[Tensor]]]  # for each tensor its K task vectors
+
 SMALLEST_SPAN = 1e-30  # of products, so that equal ones are not divided by zero
-Pieces = Callable[[], Iterable[Sequence[Tensor]]]  # for each tensor its K task vectors
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,8 +31,8 @@ class Competition(Measured):
 
     least: Tensor
     span: Tensor
-    inter: Tensor = torch.empty(0)
-    intra: Tensor = torch.empty(0)
+    inter: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    intra: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
     thresholds: tuple[float, ...] = ()
 
     def normal(self, deltas: Sequence[Tensor], i: int, j: int) -> Tensor:
@@ -102,6 +103,8 @@ class PCB(Method):
 
     def _competition(self, pieces: Pieces, count: int) -> Competition:
         """Four looks at the task vectors: ranges, sums of exponentials, and two for the thresholds."""
+        from ..accumulate import norm
+
         pairs = [(i, j) for i in range(count) for j in range(i, count)]
         least = torch.full((count, count), float("inf"), dtype=torch.float64)
         most = -least

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from ..lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 Weights = Literal["magnitude", "uniform", "sum"] | tuple[float, ...]
 Scope = Literal["tensor", "row", "model"]  #: over what entries are counted or averaged

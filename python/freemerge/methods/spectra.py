@@ -11,14 +11,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from ..accumulate import norm
+from ..lazy import torch
 from .base import Measured, Merged, Method
 from .rules import projection_scale
 from .vectors import TaskVectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RANK_TOLERANCE = 1e-5
 
@@ -116,6 +117,8 @@ def replace_matrices(vectors: TaskVectors, deltas: list[Tensor], merged: Iterabl
 
 def _watched(each: Iterator[list[Tensor]], sums: list[Tensor], squares: list[float]) -> Iterator[list[Tensor]]:
     """The same task vectors; their sums and squared norms are taken on the way."""
+    from ..accumulate import norm
+
     for deltas in each:
         squares.append(norm(deltas) ** 2)
         for i, delta in enumerate(deltas):

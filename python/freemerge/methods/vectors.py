@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from ..lazy import torch
 
-from ..accumulate import abs_means, task_vector_sum
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Deltas:
 
     def means(self) -> list[float]:
         """E(v_i) = mean |v_i| of each model."""
+        from ..accumulate import abs_means
+
         base = self.base()
         means = abs_means(base, [read().to(base.device) for read in self.models])
         self.check(means)
@@ -46,6 +49,8 @@ class Deltas:
 
     def sum(self, weights: Sequence[float]) -> Tensor:
         """sum_i weights[i] v_i in one pass."""
+        from ..accumulate import task_vector_sum
+
         base = self.base()
         total, means = task_vector_sum(base, [read().to(base.device) for read in self.models], weights)
         self.check(means)
@@ -53,6 +58,8 @@ class Deltas:
 
     def each(self) -> Iterator[Tensor]:
         """v_1, v_2, ..., v_K, one at a time."""
+        from ..accumulate import task_vector_sum
+
         base = self.base()
         for read in self.models:
             delta, means = task_vector_sum(base, [read().to(base.device)], [1.0])

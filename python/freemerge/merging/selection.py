@@ -1,0 +1,146 @@
+"""What a recipe says about tensors by their names: rules, views as matrices, and other prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Literal, get_args
+
+from ..errors import ArgumentError
+
+if TYPE_CHECKING:
+    from ..checkpoint.prefixes import Rename
+
+Action = Literal["filter", "merge", "average", "copy", "drop"]
+
+
+def _check_pattern(field: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ArgumentError(f"{field}: a pattern must be a string, got {pattern!r}")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Filter several tensors as one matrix, their rows one below the other, for instance separate q, k and v.
+
+    ``patterns`` hold one ``*`` each, which stands for the same text in all: ``Stack(("*.q_proj.weight",
+    "*.k_proj.weight", "*.v_proj.weight"))``.
+    """
+
+    patterns: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.patterns, (list, tuple)):
+            object.__setattr__(self, "patterns", tuple(self.patterns))
+        if not isinstance(self.patterns, tuple) or not all(isinstance(pattern, str) for pattern in self.patterns):
+            raise ArgumentError(f"views: a stack is a list of patterns, got {self.patterns!r}")
+        if len(self.patterns) < 2 or any(pattern.count("*") != 1 for pattern in self.patterns):
+            raise ArgumentError(f"views: a stack needs at least two patterns with one '*' each, got {self.patterns!r}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Filter one tensor as several matrices, split along its rows, for instance a fused qkv weight.
+
+    A stack of matrices, as the experts of a model in memory are, is split in each of them. ``parts``: the number of
+    equal parts, or the number of rows of each.
+    """
+
+    pattern: str
+    parts: int | tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _check_pattern("views", self.pattern)
+        if isinstance(self.parts, (list, tuple)):
+            object.__setattr__(self, "parts", tuple(self.parts))
+        sizes = self.parts if isinstance(self.parts, tuple) else (self.parts,)
+        if not sizes or any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+            raise ArgumentError(f"views: parts must be a positive integer or a list of them, got {self.parts!r}")
+
+    def rows(self, name: str, height: int) -> tuple[int, ...]:
+        """Rows of each part of the tensor ``name``, which has ``height`` rows."""
+        if isinstance(self.parts, tuple):
+            if sum(self.parts) != height:
+                raise ArgumentError(
+                    f"views: {name} has {height} rows, but its parts {self.parts} have {sum(self.parts)}"
+                )
+            return self.parts
+        if height % self.parts:
+            raise ArgumentError(f"views: {name} has {height} rows, which do not split into {self.parts} equal parts")
+        return (height // self.parts,) * self.parts
+
+
+View = Stack | Split
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors whose name matches ``pattern`` (shell style, case-sensitive) are treated by ``action``.
+
+    The names are those of all inputs. "filter": as matrices, which FR-Merging filters. "merge": entry by entry.
+    "average": within the range of the inputs, as running statistics are anyway. "copy": the base's tensor is taken; one
+    that the base lacks is left out. "drop": left out.
+    """
+
+    pattern: str
+    action: Action
+
+    def __post_init__(self) -> None:
+        _check_pattern("select", self.pattern)
+        if self.action not in get_args(Action):
+            raise ArgumentError(f"select: action must be one of {', '.join(get_args(Action))}, got {self.action!r}")
+
+
+def rules_of(select: object) -> tuple[Rule, ...]:
+    """Rules, pairs of a pattern and an action, or mappings of the two, as they are written in recipes."""
+    if isinstance(select, str) or not isinstance(select, Sequence):
+        raise ArgumentError(f"select must be a list, got {select!r}")
+    return tuple(map(_rule, select))
+
+
+def _rule(rule: object) -> Rule:
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, Mapping) and set(rule) == {"pattern", "action"}:
+        return Rule(rule["pattern"], rule["action"])
+    if isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2:
+        return Rule(*rule)
+    raise ArgumentError(f"select: a rule is a pattern and an action, got {rule!r}")
+
+
+def rule_of(names: Sequence[str], select: Sequence[Rule]) -> Rule | None:
+    """The first rule that matches one of a tensor's names: its own, or one that a module has for it."""
+    return next((rule for rule in select if any(fnmatchcase(name, rule.pattern) for name in names)), None)
+
+
+def left_alone(names: Sequence[str], select: Sequence[Rule]) -> bool:
+    """Whether the rules copy or drop a tensor, so that the models' own need not fit, nor even exist."""
+    rule = rule_of(names, select)
+    return rule is not None and rule.action in ("copy", "drop")
+
+
+def drops(names: Sequence[str], select: Sequence[Rule]) -> bool:
+    """Whether the rules leave a tensor out of the merged model."""
+    rule = rule_of(names, select)
+    return rule is not None and rule.action == "drop"
+
+
+def check_rules(select: Sequence[Rule], names: Mapping[str, Sequence[str]]) -> None:
+    """Raise ArgumentError for a rule that matches no tensor of any input: a misspelt pattern must not pass."""
+    for rule in select:
+        if not any(rule_of(all_names, [rule]) for all_names in names.values()):
+            raise ArgumentError(f"select: pattern {rule.pattern!r} matches no tensor of the base or the models")
+
+
+def renames_of(renames: object) -> tuple[Rename, ...]:
+    """Pairs of prefixes, or mappings of ``from`` and ``to``, as they are written in recipes."""
+    if isinstance(renames, str) or not isinstance(renames, Sequence):
+        raise ArgumentError(f"rename must be a list, got {renames!r}")
+    pairs = []
+    for given in renames:
+        pair = (given["from"], given["to"]) if isinstance(given, Mapping) and set(given) == {"from", "to"} else given
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ArgumentError(f"rename: expected two prefixes, from and to, got {given!r}")
+        pairs.append((pair[0], pair[1]))
+    return tuple(pairs)
