@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import math
@@ -53,7 +54,7 @@ def evaluate(model: Source, function: ScoreFunction) -> Evaluation:
 
     Raises ArgumentError if the function returns no finite numbers.
     """
-    with Checkpoint.open(model) as opened:
+    with Checkpoint.open(model, argument="model") as opened:
         weights = {name: opened.read(name) for name in opened.specs}
         return Evaluation(opened.name, _scores(function(weights)))
 
@@ -65,9 +66,13 @@ def evaluate_experts(model: Source, experts: str | Path | Mapping[str, Expert], 
     weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. The errors of a real
     router are not included: measure them with :class:`freemerge.RoutedModel`.
     """
-    with Checkpoint.open(model) as opened:
-        weights = {name: opened.read(name).clone() for name in opened.specs}
-        bank = ExpertBank(weights, experts) if isinstance(experts, Mapping) else ExpertBank.load(weights, experts)
+    with Checkpoint.open(model, argument="model") as opened:
+        # A copy of the module, as only a module knows where experts with the names of its files belong.
+        module = None if opened.module is None else copy.deepcopy(opened.module)
+        stored = module.state_dict() if module is not None else {n: opened.read(n).clone() for n in opened.specs}
+        weights = {name: tensor.detach() for name, tensor in stored.items()}
+        attached = module if module is not None else weights
+        bank = ExpertBank(attached, experts) if isinstance(experts, Mapping) else ExpertBank.load(attached, experts)
         scores = {}
         for task in bank:
             with bank.active(task):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import freemerge as fm
+import freemerge.evaluation
 from freemerge.checkpoint import Checkpoint
 from freemerge.checkpoint.conversion import Layout, Piece, layout_of
 from freemerge.checkpoint.views import InModuleLayout
@@ -99,16 +100,24 @@ def sparse(shape: tuple[int, ...]) -> Any:
 
 
 def test_pieces_of_any_kind() -> None:
-    """Stacked, split along either side, transposed: what the layout views is what the entries reach."""
+    """Stacked, split along either side, transposed, interleaved: what the layout views is what the entries reach."""
+
+    def piece(file: str, module: str, shape: tuple[int, ...], strides: tuple[int, ...], **where: Any) -> Piece:
+        own = tuple(torch.empty(shape).stride())
+        return Piece(shape, file, where.get("start", 0), where.get("file_strides", own), module, where["at"], strides)
+
     layout = Layout(
-        {"e0": (4, 6), "e1": (4, 6), "turned": (5, 3), "fused": (6, 2)},
-        {"stack": (2, 4, 6), "t": (3, 5), "q": (2, 2), "k": (4, 2)},
+        {"e0": (4, 6), "e1": (4, 6), "turned": (5, 3), "fused": (6, 2), "wide": (3, 5), "mixed": (1, 6, 2)},
+        {"stack": (2, 4, 6), "t": (3, 5), "q": (2, 2), "k": (4, 2), "l": (3, 2), "r": (3, 3), "halves": (6, 2)},
         [
-            Piece("e0", (0, 0), "stack", 0, (4, 6), (6, 1)),
-            Piece("e1", (0, 0), "stack", 24, (4, 6), (6, 1)),
-            Piece("turned", (0, 0), "t", 0, (5, 3), (1, 5)),
-            Piece("fused", (0, 0), "q", 0, (2, 2), (2, 1)),
-            Piece("fused", (2, 0), "k", 0, (4, 2), (2, 1)),
+            piece("e0", "stack", (4, 6), (6, 1), at=0),
+            piece("e1", "stack", (4, 6), (6, 1), at=24),
+            piece("turned", "t", (5, 3), (1, 5), at=0),
+            piece("fused", "q", (2, 2), (2, 1), at=0),
+            piece("fused", "k", (4, 2), (2, 1), at=0, start=4),
+            piece("wide", "l", (3, 2), (2, 1), at=0, file_strides=(5, 1)),
+            piece("wide", "r", (3, 3), (3, 1), at=0, start=2, file_strides=(5, 1)),
+            piece("mixed", "halves", (1, 3, 2, 2), (12, 2, 6, 1), at=0),
         ],
     )
     entries = {name: sparse(shape) for name, shape in layout.files.items()}
@@ -149,3 +158,28 @@ def test_names_and_shapes_that_the_model_has_in_no_form_are_refused() -> None:
     misfit = {"model.layers.0.mlp.experts.0.up_proj.weight": sparse((3, 3))}
     with pytest.raises(fm.ArgumentError, match=r"up_proj\.weight' has shape \(3, 3\), files of the model hold"):
         fm.ExpertBank(model, {"a": type(expert)(misfit, 1.0, 0.1, "tensor", "number", "fp32")})
+
+
+def test_a_module_is_scored_with_experts_of_its_files(tmp_path: Path) -> None:
+    """The function gets the module's own names, and the module stays as it is; ties stay ties."""
+    for task, seed in (("base", 0), ("a", 1)):
+        build("Qwen3Moe", seed).save_pretrained(tmp_path / task)
+    experts = fm.extract_experts(tmp_path / "base", {"a": tmp_path / "a"}, density=0.05)
+    fm.experts.folder.save_experts(experts.items(), tmp_path / "experts")
+    model = build("Qwen3Moe", 0)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    expected = copy.deepcopy(model)
+    bank = fm.ExpertBank(expected, experts)
+    for given in (experts, tmp_path / "experts"):
+        seen: list[dict[str, Tensor]] = []
+
+        def score(weights: dict[str, Tensor], seen: list[dict[str, Tensor]] = seen) -> dict[str, float]:
+            seen.append({key: tensor.clone() for key, tensor in weights.items()})
+            return {"a": 1.0}
+
+        evaluation = fm.evaluation.evaluate_experts(model, given, score)  # type: ignore[arg-type]
+        assert evaluation.scores == {"a": 1.0}
+        with bank.active("a"):
+            assert same(seen[0], dict(expected.state_dict()))
+        assert not same(seen[0], before)
+        assert same(dict(model.state_dict()), before)

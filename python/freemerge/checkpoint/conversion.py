@@ -11,6 +11,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,27 +19,28 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import CheckpointError
+
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a file's tensor, starting at ``start``, that is a strided view of a module's tensor."""
+    """Entries that a file's tensor and a module's have in common: a strided view of either, both contiguous."""
 
+    shape: tuple[int, ...]
     file: str
-    start: tuple[int, ...]
+    file_offset: int
+    file_strides: tuple[int, ...]
     module: str
     offset: int
-    shape: tuple[int, ...]
     strides: tuple[int, ...]
 
     def of_module(self, tensor: Tensor) -> Tensor:
-        """The piece, as a view of the (contiguous) module's tensor."""
+        """The piece, as a view of the module's tensor."""
         return tensor.as_strided(self.shape, self.strides, tensor.storage_offset() + self.offset)
 
     def of_file(self, tensor: Tensor) -> Tensor:
         """The piece, as a view of the file's tensor."""
-        for dim, (start, size) in enumerate(zip(self.start, self.shape, strict=True)):
-            tensor = tensor.narrow(dim, start, size)
-        return tensor
+        return tensor.as_strided(self.shape, self.file_strides, tensor.storage_offset() + self.file_offset)
 
 
 class Layout:
@@ -65,14 +67,14 @@ class Layout:
         """What files call a tensor that they hold as the module does; None for one that they hold otherwise."""
         pieces = self.module.get(name, [])
         whole = len(pieces) == 1 and len(self.pieces[pieces[0].file]) == 1
-        return pieces[0].file if whole and pieces[0].strides == _strides(self.files[pieces[0].file]) else None
+        return pieces[0].file if whole and pieces[0].strides == pieces[0].file_strides else None
 
     def file_tensor(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """A tensor as files hold it: a view of the module's where it is one piece, else put together."""
-        pieces = self.pieces[name]
-        if len(pieces) == 1 and pieces[0].shape == self.files[name]:
+        pieces, shape = self.pieces[name], self.files[name]
+        if len(pieces) == 1 and (pieces[0].shape, pieces[0].file_strides) == (shape, _strides(shape)):
             return pieces[0].of_module(read(pieces[0].module).contiguous())
-        out = read(pieces[0].module).new_empty(self.files[name])
+        out = read(pieces[0].module).new_empty(shape)
         for piece in pieces:
             piece.of_file(out).copy_(piece.of_module(read(piece.module).contiguous()))
         return out
@@ -81,17 +83,18 @@ class Layout:
         """A tensor of the module, from the tensors of files."""
         file = self.file_name(name)
         if file is not None:
-            return read(file)
+            return read(file).reshape(self.shapes[name])
         out = read(self.module[name][0].file).new_empty(self.shapes[name])
         for piece in self.module[name]:
-            piece.of_module(out).copy_(piece.of_file(read(piece.file)))
+            piece.of_module(out).copy_(piece.of_file(read(piece.file).contiguous()))
         return out
 
 
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a transformers model's files; None for other modules, and where it is the module's own.
 
-    It is the one that a new model is saved in, whatever file ``module`` was loaded from.
+    It is the one that a new model is saved in, whatever file ``module`` was loaded from. Raises CheckpointError where
+    transformers' conversion cannot be followed, so that nothing is merged under other names without a word.
     """
     conversions = _conversions(module)
     if not conversions:
@@ -108,25 +111,28 @@ def layout_of(module: nn.Module) -> Layout | None:
     with _Recorder() as recorder:
         try:
             files = revert_weight_conversion(model, dict(traced))
-        except Exception:  # a conversion that has no reverse, or needs values: transformers could not save it either
-            return None
-    return _layout(files, traced, recorder)
-
-
-def _layout(files: Mapping[str, Tensor], traced: Mapping[str, Tensor], recorder: _Recorder) -> Layout | None:
-    """The layout that a reversed conversion made; None if it is more than names and pieces, or nothing at all."""
+        except Exception as error:  # conversions are code of any kind: one without a reverse, or that needs values
+            raise _not_followed(module, f"{type(error).__name__}: {error}") from error
     modules = {_storage(tensor): name for name, tensor in traced.items()}
     pieces = []
     for name, tensor in files.items():
         found = recorder.pieces(tensor, modules)
         if found is None:
-            return None
+            raise _not_followed(module, f"{name} is more than parts of the module's tensors")
         pieces += [replace(piece, file=name) for piece in found]
     layout = Layout(_shapes(files), _shapes(traced), pieces)
     covered = {name: sum(math.prod(piece.shape) for piece in parts) for name, parts in layout.module.items()}
-    if covered != {name: tensor.numel() for name, tensor in traced.items()}:
-        return None
-    return None if all(layout.file_name(name) == name for name in traced) else layout
+    for name, tensor in traced.items():
+        if covered.get(name, 0) != tensor.numel():
+            raise _not_followed(module, f"files do not hold all of {name}")
+    return None if layout.files == layout.shapes and all(layout.file_name(n) == n for n in traced) else layout
+
+
+def _not_followed(module: nn.Module, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"how files hold a {type(module).__name__} cannot be told from transformers' conversion ({reason}); pass state "
+        "dicts of all models, as model.state_dict() returns them, which are merged in the module's layout"
+    )
 
 
 def loaded_names(module: nn.Module) -> Callable[[str], str]:
@@ -181,46 +187,78 @@ def _conversions(module: nn.Module, *, legacy: bool = False) -> list[Any]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Keeps views views, and notes which parts a concatenation has."""
+    """Keeps views views, and notes what new tensors are put together from."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.parts: dict[int, tuple[Tensor, list[tuple[tuple[int, ...], Tensor]]]] = {}
+        self._made: dict[int, tuple[Tensor, list[tuple[Tensor, Tensor]]]] = {}  # storage -> (tensor, [(box, source)])
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.contiguous:
+        if func in (Tensor.contiguous, Tensor.clone, torch.clone):
             return args[0]
         out = func(*args, **(kwargs or {}))
-        if func in (torch.cat, torch.stack):
+        if func in (torch.cat, torch.concat, torch.concatenate, torch.stack):
             dim = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0) % out.ndim
-            parts, position = [], 0
+            boxes, position = [], 0
             for part in args[0]:
                 part = part.unsqueeze(dim) if func is torch.stack else part
-                parts.append((tuple(position if i == dim else 0 for i in range(out.ndim)), part))
+                boxes.append((out.narrow(dim, position, part.shape[dim]), part))
                 position += part.shape[dim]
-            self.parts[_storage(out)] = (out, parts)
+            self._made[_storage(out)] = out, boxes
+        elif func in (Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten) and _storage(out) != _storage(
+            args[0]
+        ):
+            self._made[_storage(out)] = out, [(out.view(args[0].shape), args[0])]
         return out
 
     def pieces(self, tensor: Tensor, modules: Mapping[int, str]) -> list[Piece] | None:
-        """What a tensor without data consists of; None if it is more than a concatenation of views."""
+        """What a tensor without data consists of; None if it is more than views of modules' tensors put together."""
+        shape, own = tuple(tensor.shape), _strides(tuple(tensor.shape))
         name = modules.get(_storage(tensor))
         if name is not None:
-            start = (0,) * tensor.ndim
-            return [Piece("", start, name, int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())]
-        whole, parts = self.parts.get(_storage(tensor), (None, []))
-        if whole is None or (whole.shape, whole.stride(), 0) != (
-            tensor.shape,
-            tensor.stride(),
-            tensor.storage_offset(),
-        ):
+            return [Piece(shape, "", 0, own, name, int(tensor.storage_offset()), tensor.stride())]
+        made, boxes = self._made.get(_storage(tensor), (tensor, []))
+        if not boxes or made.numel() != tensor.numel():
             return None
-        found = []
-        for start, part in parts:
-            inner = self.pieces(part, modules)
-            if inner is None:
+        placed: list[Piece | None] = []
+        nothing: list[Piece | None] = [None]
+        for box, source in boxes:
+            within = list(zip(box.shape, _strides(tuple(box.shape)), box.stride(), strict=True))
+            for piece in self.pieces(source, modules) or nothing:
+                inside = piece and _moved(piece, within, int(box.storage_offset()))
+                placed.append(inside and _moved(inside, zip(shape, tensor.stride(), own, strict=True)))
+        found = [piece for piece in placed if piece is not None]
+        return found if len(found) == len(placed) and found else None
+
+
+def _moved(piece: Piece, digits: Iterable[tuple[int, int, int]], shift: int = 0) -> Piece | None:
+    """A piece of a file's tensor whose entries are in another order: None if it is no strided view of that.
+
+    ``digits`` are the size, the old and the new stride of each dimension in which positions are counted.
+    """
+    counted = sorted((digit for digit in digits if digit[0] > 1), key=lambda digit: -digit[1])
+    if any(outer[1] != size * stride for outer, (size, stride, _) in pairwise(counted)):
+        return None
+    reached, rest, offset = {}, piece.file_offset, shift
+    for _, old, new in counted:
+        reached[old], rest = divmod(rest, old)
+        offset += reached[old] * new
+    dims: list[tuple[int, int, int]] = []  # size, stride in the file, stride in the module
+    for size, stride, inside in reversed(list(zip(piece.shape, piece.file_strides, piece.strides, strict=True))):
+        if size < 2:
+            dims.append((size, 1, inside))
+        while size > 1:
+            radix, old, new = next((digit for digit in counted if digit[1] <= stride), (0, 1, 1))
+            count = min(size, radix * old // stride)
+            if not count or stride % old or size % count:
                 return None
-            found += [replace(piece, start=tuple(map(sum, zip(start, piece.start, strict=True)))) for piece in inner]
-        return found
+            reached[old] += (count - 1) * (stride // old)
+            if reached[old] >= radix:
+                return None
+            dims.append((count, stride // old * new, inside))
+            size, stride, inside = size // count, stride * count, inside * count
+    shape, strides, module_strides = zip(*reversed(dims), strict=True) if dims else ((), (), ())
+    return replace(piece, shape=shape, file_offset=offset, file_strides=strides, strides=module_strides)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -72,7 +72,8 @@ class Placement:
             if not pieces or self.layout is None:
                 raise KeyError(entry)
             if self.layout.files[unwrapped(entry)] != tensor.shape:
-                raise ValueError(f"{entry!r} has shape {tensor.shape}, files of the model hold {pieces[0].shape}")
+                expected = self.layout.files[unwrapped(entry)]
+                raise ValueError(f"{entry!r} has shape {tensor.shape}, files of the model hold {expected}")
             for piece in pieces:
                 placed.setdefault(self._names[piece.module], []).append(Part(entry, piece))
         return dict(sorted(placed.items()))
@@ -85,7 +86,7 @@ def gathered(parts: list[Part], entries: Mapping[str, ExpertTensor]) -> SparseVe
     indices, values = [], []
     for part in parts:
         sparse = entries[part.entry].sparse()
-        found, inside = _in_module(sparse.indices.long(), entries[part.entry].shape, part.piece)
+        found, inside = _in_module(sparse.indices.long(), part.piece)
         indices.append(found)
         values.append(sparse.values[inside])
     joined = torch.cat(indices)
@@ -94,16 +95,17 @@ def gathered(parts: list[Part], entries: Mapping[str, ExpertTensor]) -> SparseVe
     return SparseVector(joined[order].to(dtype), torch.cat(values)[order])
 
 
-def _in_module(indices: Tensor, shape: tuple[int, ...], piece: Piece | None) -> tuple[Tensor, Tensor]:
+def _in_module(indices: Tensor, piece: Piece | None) -> tuple[Tensor, Tensor]:
     """Flat positions in the module's tensor, and which of the entries they are of."""
     if piece is None:
         return indices, torch.ones(len(indices), dtype=torch.bool)
-    place = torch.full_like(indices, piece.offset)
-    inside = torch.ones(len(indices), dtype=torch.bool)
-    rest = indices
-    for size, start, extent, stride in reversed(list(zip(shape, piece.start, piece.shape, piece.strides, strict=True))):
-        position = rest % size - start
-        rest = rest // size
-        inside &= (position >= 0) & (position < extent)
-        place += position * stride
+    place, rest = torch.full_like(indices, piece.offset), indices - piece.file_offset
+    inside = rest >= 0
+    dims = zip(piece.file_strides, piece.shape, piece.strides, strict=True)
+    for stride, size, target in sorted((dim for dim in dims if dim[1] != 1), reverse=True):
+        position = rest.div(stride, rounding_mode="floor")
+        rest = rest - position * stride
+        inside &= position < size
+        place += position * target
+    inside &= rest == 0
     return place[inside], inside
