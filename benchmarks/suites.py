@@ -146,6 +146,7 @@ FILTERS = [
     *(Case(MAIN[2], text) for text in ("HighPass(0.2)", "Official(0.7)", "Butterworth(0.2)")),
     *(Case(MAIN[2], text, dtype) for dtype in ("float32", "bfloat16") for text in (NARROW, WIDE)),
     *(Case(shape, text) for shape in (VOCABULARY[0], MAIN[3]) for text in (NARROW, WIDE)),
+    Case(VOCABULARY[0], "Butterworth(0.1)"),
     Case(MAIN[3], NARROW, "bfloat16"),
     Case(LARGEST, NARROW),
 ]

@@ -51,6 +51,7 @@ RESPONSES: tuple[fm.Response, ...] = (
     fm.BandPass(0.05, 0.3),
     fm.BandStop(0.02, 0.08),
     fm.Butterworth(0.2, 2),
+    fm.Butterworth(0.02, 4),
     fm.Gaussian(0.03),
     fm.Gaussian(0.3),
     fm.BandGain(0.1, 0.5, 1.5),

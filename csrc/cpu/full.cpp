@@ -20,6 +20,9 @@ using ArithmeticOf = std::conditional_t<std::is_same_v<Storage, double>, double,
 // Gains of smaller masks are kept: they would cost as much as the transforms.
 constexpr std::int64_t kMostKeptBins = 1 << 14;
 
+// Asking early for the memory that is read next pays for larger spectra than this.
+constexpr std::int64_t kNearBytes = 4 << 20;
+
 template <typename Storage>
 class FullFilter : public Filter {
  public:
@@ -82,15 +85,29 @@ class FullFilter : public Filter {
     const T background = static_cast<T>(call.scale * background_);
     const T factor = static_cast<T>(call.scale * 0.5 / static_cast<double>(mask_.length()));
     const auto work_of = [&](int worker) { return static_cast<T*>(work[worker]); };
+    // What this worker reads after item `item`, as far as one can tell.
+    const bool far = spectrum.signals * spectrum.width * static_cast<std::int64_t>(sizeof(T)) > kNearBytes;
+    const auto after = [&](std::int64_t item, std::int64_t items, auto upcoming) {
+      return far && item + workers < items ? upcoming(item + workers) : Upcoming{};
+    };
+    const std::int64_t groups = spectrum.groups(), blocks = spectrum.blocks();
     if (spectrum.columns > 0) {
-      parallel_for(spectrum.groups(), workers, [&](std::int64_t group, int worker) {
-        signals_.forward_rows(*first_, signals, spectrum, group, work_of(worker));
+      parallel_for(groups, workers, [&](std::int64_t group, int worker) {
+        const Upcoming next = after(group, groups, [&](std::int64_t other) {
+          return signals.upcoming(other * spectrum.group_size(), spectrum.signals_in(other));
+        });
+        signals_.forward_rows(*first_, signals, spectrum, group, work_of(worker), next);
       });
-      parallel_for(spectrum.blocks(), workers,
-                   [&](std::int64_t block, int worker) { filter_columns(spectrum, block, work_of(worker)); });
+      parallel_for(blocks, workers, [&](std::int64_t block, int worker) {
+        const Upcoming next =
+            after(block, blocks, [&](std::int64_t other) { return spectrum.upcoming_block(other); });
+        filter_columns(spectrum, block, work_of(worker), next);
+      });
     }
-    parallel_for(spectrum.groups(), workers, [&](std::int64_t group, int worker) {
-      signals_.inverse_rows(*first_, signals, spectrum, group, background, factor, work_of(worker));
+    parallel_for(groups, workers, [&](std::int64_t group, int worker) {
+      const Upcoming next =
+          after(group, groups, [&](std::int64_t other) { return spectrum.upcoming_group(other); });
+      signals_.inverse_rows(*first_, signals, spectrum, group, background, factor, work_of(worker), next);
     });
   }
 
@@ -138,7 +155,7 @@ class FullFilter : public Filter {
     return with_nyquist && column_gain(mask_.length() / 2) != gain ? kVaries : gain;
   }
 
-  void filter_columns(const Spectrum<T>& spectrum, std::int64_t block, T* work) const {
+  void filter_columns(const Spectrum<T>& spectrum, std::int64_t block, T* work, Upcoming next) const {
     if (const double gain = constant_gain(block); !std::isnan(gain)) {
       const T correction = static_cast<T>(gain - background_);
       if (correction != T{1}) transforms_.scale_block(spectrum, block, correction);
@@ -147,7 +164,7 @@ class FullFilter : public Filter {
     T *const edge_work = work + batch_size(), *const memory = edge_work + edge_size();
     BlockGains<T> gains = kept_.empty() ? block_gains(block, memory) : kept_[static_cast<std::size_t>(block)];
     gains.edge_work = edge_work;
-    transforms_.column_filter(*second_, spectrum, block, gains, work);
+    transforms_.column_filter(*second_, spectrum, block, gains, work, next);
   }
 
   // The gains of a block of columns, in `memory` of gains_size().

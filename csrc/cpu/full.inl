@@ -23,6 +23,20 @@ FM_INLINE std::int64_t padded_size(const Fft<T>& plan) {
   return plan.method == Fft<T>::Method::kSplit ? plan.columns->n * plan.row_pitch : plan.n;
 }
 
+// One of `parts` parts of what is read next.
+FM_INLINE void prefetch_part(const Upcoming& next, std::int64_t part, std::int64_t parts) {
+  constexpr std::int64_t kLine = 64;
+  const std::int64_t lines = (next.bytes + kLine - 1) / kLine, total = next.rows * lines;
+  const std::int64_t end = total * (part + 1) / parts;
+  for (std::int64_t line = total * part / parts; line < end;) {
+    const std::int64_t row = line / lines, first = row * lines, stop = smaller(end, first + lines);
+    const std::uintptr_t start = next.data + static_cast<std::uintptr_t>(row * next.stride);
+    for (; line < stop; ++line) {
+      prefetch_l2(reinterpret_cast<const void*>(start + static_cast<std::uintptr_t>((line - first) * kLine)));
+    }
+  }
+}
+
 // Matrix <-> batch
 // ------------------------------------------------------------------------------------------------
 
@@ -307,10 +321,19 @@ FM_INLINE void for_split_tiles(const Fft<T>& plan, Tile tile) {
   }
 }
 
+// All rows of a split transform, and what is read next with them.
+template <typename T>
+void all_split_rows(const Fft<T>& plan, T* batch, T* work, Halves<T> halves, Upcoming next) {
+  for (std::int64_t row = 0; row < plan.columns->n; ++row) {
+    prefetch_part(next, row, plan.columns->n);
+    split_rows(plan, batch + row * plan.row_pitch * kElement<T>, 0, 1, work, halves);
+  }
+}
+
 // From the signals to their transforms in padded slots. A split transform takes its columns straight from the
 // signals, so that the batch is written but once before its rows are transformed.
 template <typename Storage, typename T>
-void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch, T* work) {
+void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch, T* work, Upcoming next) {
   constexpr std::int64_t n = kLanes<T>;
   if (plan.method != Fft<T>::Method::kSplit) {
     for (std::int64_t e = 0; e < plan.n; e += n) {
@@ -334,12 +357,12 @@ void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch
     }
     forward_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kForward<T>);
   }
-  split_rows(plan, batch, plan.row_pitch, length, work, kForward<T>);
+  all_split_rows(plan, batch, work, kForward<T>, next);
 }
 
 template <typename Storage, typename T>
 void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T background, T factor, T* batch,
-                     T* work) {
+                     T* work, Upcoming next) {
   constexpr std::int64_t n = kLanes<T>;
   if (plan.method != Fft<T>::Method::kSplit) {
     inverse(plan, batch, work);
@@ -357,7 +380,7 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
     });
   }
   const std::int64_t length = plan.columns->n, pitch = (length + 1) * kElement<T>;
-  split_rows(plan, batch, plan.row_pitch, length, work, kInverse<T>);
+  all_split_rows(plan, batch, work, kInverse<T>, next);
   for (std::int64_t first = 0; first < plan.rows->n; first += n) {
     const std::int64_t count = smaller(n, plan.rows->n - first);
     inverse_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kInverse<T>);
@@ -369,11 +392,11 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
 
 template <typename Storage, typename T>
 void forward_rows(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
-                  std::int64_t group, T* scratch) {
+                  std::int64_t group, T* scratch, Upcoming next) {
   constexpr int n = kLanes<T>;
   T *const batch = scratch, *const work = scratch + padded_size(plan) * kElement<T>;
   const Group<Storage> source(signals, group * spectrum.group_size(), spectrum.signals_in(group));
-  transform_signals(plan, source, batch, work);
+  transform_signals(plan, source, batch, work, next);
   for (std::int64_t block = 0; block < spectrum.blocks(); ++block) {
     if (is_full_block(spectrum, group, block)) {
       store_full_block(batch, spectrum.low + block * n, spectrum.high + block * n, spectrum.at(group, block),
@@ -386,7 +409,7 @@ void forward_rows(const Fft<T>& plan, const Signals<Storage>& signals, const Spe
 
 template <typename Storage, typename T>
 void inverse_rows(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
-                  std::int64_t group, T background, T factor, T* scratch) {
+                  std::int64_t group, T background, T factor, T* scratch, Upcoming next) {
   constexpr int n = kLanes<T>;
   T *const batch = scratch, *const work = scratch + padded_size(plan) * kElement<T>;
   if (!spectrum.complete) {
@@ -401,7 +424,7 @@ void inverse_rows(const Fft<T>& plan, const Signals<Storage>& signals, const Spe
     }
   }
   const Group<Storage> target(signals, group * spectrum.group_size(), spectrum.signals_in(group));
-  restore_signals(plan, target, background, factor, batch, work);
+  restore_signals(plan, target, background, factor, batch, work, next);
 }
 
 // One block of columns, element by element along the signals.
@@ -515,7 +538,7 @@ void apply_edge_gains(const Fft<T>& plan, const BlockGains<T>& gains, std::int64
 // gains in between, and columns back to the spectrum. The batch is read and written twice, not six times.
 template <typename T>
 void split_column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
-                         const BlockGains<T>& gains, T* batch, T* work) {
+                         const BlockGains<T>& gains, T* batch, T* work, Upcoming next) {
   const std::int64_t width = plan.rows->n, length = plan.columns->n;
   T* const rest = work + length * kElement<T>;
   const BlockElements<T> elements(spectrum, block);
@@ -528,6 +551,7 @@ void split_column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::i
     forward_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest, kForward<T>);
   }
   for (std::int64_t k2 = 0; k2 < length; ++k2) {
+    prefetch_part(next, k2, length);
     T* const row = batch + k2 * plan.row_pitch * kElement<T>;
     split_rows(plan, row, 0, 1, work, kForward<T>);
     for (std::int64_t k1 = 0; k1 < width; ++k1) {
@@ -548,10 +572,10 @@ void split_column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::i
 
 template <typename T>
 void column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
-                   const BlockGains<T>& gains, T* scratch) {
+                   const BlockGains<T>& gains, T* scratch, Upcoming next) {
   T *const batch = scratch, *const work = scratch + padded_size(plan) * kElement<T>;
   if (plan.method == Fft<T>::Method::kSplit && gains.edge_difference == nullptr) {
-    return split_column_filter(plan, spectrum, block, gains, batch, work);
+    return split_column_filter(plan, spectrum, block, gains, batch, work, next);
   }
   const BlockElements<T> elements(spectrum, block);
   elements.load(0, 1, plan.n, batch);

@@ -34,7 +34,7 @@ struct TransformKernels {
   // Filters column block `block` of the spectrum along its signals, in place. `scratch` holds
   // plan.padded_size() + plan.work elements.
   void (*column_filter)(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
-                        const BlockGains<T>& gains, T* scratch);
+                        const BlockGains<T>& gains, T* scratch, Upcoming next);
   // Multiplies it by one number; a gain of 0 clears NaN and infinity too.
   void (*scale_block)(const Spectrum<T>& spectrum, std::int64_t block, T gain);
 
@@ -51,11 +51,11 @@ struct SignalKernels {
   // Real transforms of group `group` of the signals into the spectrum. The signals may lie where the spectrum
   // goes. `scratch` holds plan.padded_size() + plan.work elements.
   void (*forward_rows)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
-                       std::int64_t group, T* scratch);
+                       std::int64_t group, T* scratch, Upcoming next);
   // And back: signal = background * signal + factor * (unscaled inverse). The signals are not read when
   // background is 0.
   void (*inverse_rows)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
-                       std::int64_t group, T background, T factor, T* scratch);
+                       std::int64_t group, T background, T factor, T* scratch, Upcoming next);
 };
 
 struct Kernels {

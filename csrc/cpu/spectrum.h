@@ -14,6 +14,21 @@
 
 namespace freemerge {
 
+// Memory that a worker reads next, as rows of bytes: it asks for it while it transforms what is in cache. It
+// may reach past the end of an array.
+struct Upcoming {
+  std::uintptr_t data = 0;
+  std::int64_t rows = 0;
+  std::int64_t bytes = 0;   // of a row
+  std::int64_t stride = 0;  // from one row to the next, in bytes
+};
+
+template <typename T>
+Upcoming upcoming(const T* data, std::int64_t rows, std::int64_t count, std::int64_t stride) {
+  constexpr auto size = static_cast<std::int64_t>(sizeof(T));
+  return {reinterpret_cast<std::uintptr_t>(data), rows, count * size, stride * size};
+}
+
 template <typename Storage>
 struct Signals {
   Storage* data;
@@ -21,6 +36,12 @@ struct Signals {
   std::int64_t length;
   std::int64_t row_stride;  // of the matrix, in elements
   bool transposed;          // signals are columns: element e of signal s is data[e * row_stride + s]
+
+  // `number` of them.
+  Upcoming upcoming(std::int64_t first, std::int64_t number) const {
+    if (transposed) return freemerge::upcoming(data + first, length, number, row_stride);
+    return freemerge::upcoming(data + first * row_stride, number, length, row_stride);
+  }
 };
 
 template <typename T>
@@ -62,6 +83,15 @@ struct Spectrum {
     return data + first * pitch + block * 2 * lanes * (tiled ? signals_in(group) : 1);
   }
   std::int64_t step(std::int64_t block) const { return tiled ? width_of(block) : pitch; }
+
+  Upcoming upcoming_group(std::int64_t group) const {
+    const std::int64_t rows = signals_in(group);
+    return tiled ? upcoming(at(group, 0), 1, rows * width, 0) : upcoming(at(group, 0), rows, width, pitch);
+  }
+  Upcoming upcoming_block(std::int64_t block) const {
+    if (!tiled) return upcoming(at(0, block), signals, width_of(block), pitch);
+    return upcoming(at(0, block), groups(), group_size() * width_of(block), group_size() * pitch);
+  }
 };
 
 // Gains of one block of columns, in bin order along the signals.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from .windows import WindowError, window_error
 ERROR_LIMIT = {torch.float32: 6.2e-7, torch.float64: 1e-12}
 
 _ALIAS_LIMIT = {torch.float32: 2.5e-7, torch.float64: 5e-13}  # of one axis
+_TAIL_LIMIT = {torch.float32: 5e-8, torch.float64: 1e-13}  # of what a smooth mask leaves outside a box
 
 _ROUNDING = {torch.float32: 6e-8, torch.float64: 1e-15}  # of one operation
 _CACHED_GRID = 1 << 20  # elements of a coarse grid whose FFT runs in cache
@@ -133,17 +134,19 @@ class _Request:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @cached_property
+    def box(self) -> Box | None:
+        return self.response.box(self.shape, _TAIL_LIMIT[compute_dtype(self.dtype)])
+
     def constant_gain(self) -> float | None:
-        box = self.response.box(self.shape)
-        if box is not None and 0 in box.bands:
-            return box.background
+        if self.box is not None and 0 in self.box.bands:
+            return self.box.background
         gains = column_gains(self.response, self.shape, False)
         return float(gains[0]) if bool((gains == gains[0]).all()) else None
 
     def forms(self) -> Iterator[tuple[float, Plan]]:
-        box = self.response.box(self.shape)
-        if box is not None and "decimated" in self.traits.forms:
-            decimated = self._decimated(box)
+        if self.box is not None and "decimated" in self.traits.forms:
+            decimated = self._decimated(self.box)
             if decimated is not None:
                 yield decimated
         if "mean" in self.traits.forms:
@@ -164,6 +167,7 @@ class _Request:
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
                 error = math.sqrt(2) * math.hypot(row_error.alias, column_error.alias)
                 error += 2 * _ROUNDING[dtype] * (1 + (row_error.amplification * column_error.amplification) ** 0.25)
+                error += box.tail
                 if error > ERROR_LIMIT[dtype]:
                     continue
                 grid = rows.cells * columns.cells

@@ -38,11 +38,13 @@ class MaskParams:
 
 @dataclass(frozen=True)
 class Box:
-    """Where a mask differs from ``background``: offsets ``|k| < band`` from DC, or from Nyquist, along each axis."""
+    """Where a mask differs from ``background`` by more than ``tail``: offsets ``|k| < band`` from DC, or from Nyquist,
+    along each axis."""
 
     background: float
     bands: tuple[int, int]
     nyquist: tuple[bool, bool] = (False, False)
+    tail: float = 0.0
 
 
 def signed_frequencies(n: int) -> Gains:
@@ -135,8 +137,11 @@ class Response:
         )
         return total / (height * width)
 
-    def box(self, shape: tuple[int, ...]) -> Box | None:
-        """The small box of frequencies outside of which the mask is constant, if the response knows one."""
+    def box(self, shape: tuple[int, ...], tolerance: float) -> Box | None:
+        """The small box of frequencies outside of which the mask is constant, if the response knows one.
+
+        A mask that approaches a constant may differ from it by ``tolerance`` there.
+        """
         return None
 
     def column_gains(self, shape: tuple[int, ...]) -> Gains:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from .base import Gains, MaskParams, set_number
-from .radial import CutoffUnit, Metric, Radial
+from .base import Box, Gains, MaskParams, set_number
+from .radial import CutoffUnit, Metric, Radial, bands
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,9 @@ class Butterworth(Radial):
         with np.errstate(over="ignore"):  # far below the cutoff the power overflows and the gain is 0
             gains = 1.0 / (1.0 + (params.edge0 / positive) ** (2.0 * params.order))
         return np.where(radius == 0.0, 0.0, gains)
+
+    def box(self, shape: tuple[int, ...], tolerance: float) -> Box:
+        params = self.params(shape)
+        reach = math.exp(min(700.0, -math.log(tolerance) / (2 * self.order)))  # in cutoffs
+        edge = max(params.edge0 * reach, sys.float_info.min)  # the gain at DC is 0 whatever the cutoff
+        return Box(1.0, bands(params, edge), tail=tolerance)

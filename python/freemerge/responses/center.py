@@ -34,7 +34,7 @@ class Center(ClosedForm):
         params = self.params(shape)
         return 1.0 / (params.width if params.axis == 1 else params.height)
 
-    def box(self, shape: tuple[int, ...]) -> Box:
+    def box(self, shape: tuple[int, ...], tolerance: float) -> Box:
         params = self.params(shape)
         return Box(1.0, (params.height, 1) if params.axis == 1 else (1, params.width))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .base import Box, Gains, MaskParams, set_number
-from .radial import CutoffUnit, Metric, Radial, band
+from .radial import CutoffUnit, Metric, Radial, bands
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,6 @@ class Gaussian(Radial):
         scaled = radius / params.edge0
         return -np.expm1(-0.5 * (scaled * scaled))
 
-    def box(self, shape: tuple[int, ...]) -> Box:
+    def box(self, shape: tuple[int, ...], tolerance: float) -> Box:
         params = self.params(shape)
-        edge = params.edge0 * math.sqrt(2 * math.log(1e13))  # beyond it 1 - M < 1e-13
-        return Box(1.0, (band(edge, params.unit_y), band(edge, params.unit_x)))
+        return Box(1.0, bands(params, params.edge0 * math.sqrt(-2 * math.log(tolerance))), tail=tolerance)

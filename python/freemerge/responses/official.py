@@ -62,7 +62,7 @@ class Official(ClosedForm):
         excess = np.maximum(self.gain(y.astype(np.float64), x.astype(np.float64), shape) - 1.0, 0.0).sum()
         return 1.0 - (kept - float(excess)) / (params.height * params.width)
 
-    def box(self, shape: tuple[int, ...]) -> Box | None:
+    def box(self, shape: tuple[int, ...], tolerance: float) -> Box | None:
         params = self.params(shape)
         if params.height % 2 or params.width % 2:  # no bin at Nyquist to centre a box on
             return None

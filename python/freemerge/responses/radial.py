@@ -79,8 +79,15 @@ def bin_radius(fy: Gains | float, fx: Gains) -> Gains:
     return distance
 
 
-def band(edge: float, unit: float) -> int:
-    """Number of frequencies 0, 1, 2, ... whose radius unit * k lies below the edge."""
+def bands(params: MaskParams, edge: float) -> tuple[int, int]:
+    """The band along each axis that all bins with a radius below the edge lie in."""
+    return _band(edge, params.unit_y, params.height), _band(edge, params.unit_x, params.width)
+
+
+def _band(edge: float, unit: float, n: int) -> int:
+    """Number of frequencies 0, 1, 2, ..., at most n, whose radius unit * k lies below the edge."""
+    if edge > unit * n:
+        return n
     count = max(0, math.ceil(edge / unit))
     while count > 0 and unit * (count - 1) >= edge:
         count -= 1

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .base import Box, Gains, MaskParams, column_weights, removed, set_number
-from .radial import CutoffUnit, Metric, Radial, band, bin_radius
+from .radial import CutoffUnit, Metric, Radial, bands, bin_radius
 
 
 class Steps(Radial):
@@ -19,9 +19,9 @@ class Steps(Radial):
         outer = np.where(radius < params.edge1, params.gain1, params.gain2)
         return np.where(radius < params.edge0, params.gain0, outer)
 
-    def box(self, shape: tuple[int, ...]) -> Box:
+    def box(self, shape: tuple[int, ...], tolerance: float) -> Box:
         params = self.params(shape)
-        return Box(params.gain2, (band(params.edge1, params.unit_y), band(params.edge1, params.unit_x)))
+        return Box(params.gain2, bands(params, params.edge1))
 
     def removed_fraction(self, shape: tuple[int, ...]) -> float:
         params = self.params(shape)

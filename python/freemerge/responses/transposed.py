@@ -25,9 +25,9 @@ class _Transposed(Response):
     def removed_fraction(self, shape: tuple[int, ...]) -> float:
         return self.inner.removed_fraction(shape[::-1])
 
-    def box(self, shape: tuple[int, ...]) -> Box | None:
-        box = self.inner.box(shape[::-1])
-        return None if box is None else Box(box.background, box.bands[::-1], box.nyquist[::-1])
+    def box(self, shape: tuple[int, ...], tolerance: float) -> Box | None:
+        box = self.inner.box(shape[::-1], tolerance)
+        return None if box is None else replace(box, bands=box.bands[::-1], nyquist=box.nyquist[::-1])
 
     def column_gains(self, shape: tuple[int, ...]) -> Gains:
         if isinstance(self.inner, ClosedForm):
