@@ -193,7 +193,19 @@ MALFORMED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
         "both replace x.norm",
     ),
     "bytes for floats": ({"norm": torch.ones(16, dtype=torch.uint8)}, {}, "is uint8, not floating"),
-    "a bias of another shape": ({**UP, "up.lora_B.bias": torch.ones(3)}, {}, "does not have the shape"),
+    "a bias of another shape": (
+        {**UP, "up.lora_B.bias": torch.ones(3)},
+        {"lora_bias": True},
+        "does not have the shape",
+    ),
+    "a bias that the config denies": (
+        {**UP, "up.lora_B.bias": torch.ones(24)},
+        {},
+        "adapter_config.json has no lora_bias",
+    ),
+    "magnitudes without DoRA": ({**UP, "up.lora_magnitude_vector": torch.ones(24)}, {}, "has no use_dora"),
+    "a rank in words": (UP, {"r": "4"}, "r or rank_pattern of up must be an integer, not '4'"),
+    "a rank that is no integer": (UP, {"rank_pattern": {"up": 4.0}}, "must be an integer, not 4.0"),
     "a magnitude of another shape": (
         {**UP, "up.lora_magnitude_vector": torch.ones(3)},
         {"use_dora": True},
@@ -308,3 +320,122 @@ def test_the_same_weights_as_peft_merges(case: str, tmp_path: Path) -> None:
     assert len(changed) >= 2
     for name in base:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_keys_of_a_whole_peft_model_have_the_adapter_s_name(tmp_path: Path) -> None:
+    """As ``model.state_dict()`` gives them, compiled or not; save_pretrained() leaves the name out."""
+    expected = read(lora(tmp_path / "plain"), base_weights())
+    tensors = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    for number, prefix in enumerate(("", "_orig_mod.", "module.")):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "plain", folder)
+        named = {prefix + key.replace(".weight", ".default.weight"): tensor for key, tensor in tensors.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+        found = read(folder, base_weights())
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_several_adapters_in_one_file_are_refused_and_save_pretrained_takes_them_apart(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    net = torch.nn.Sequential()
+    net.add_module("up", torch.nn.Linear(16, 24))
+    base = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+    folder = write(tmp_path / "both", {}, peft_type="LORA", r=2, lora_alpha=8)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora" in name}
+    save_file(state, folder / "adapter_model.safetensors")
+    with pytest.raises(fm.CheckpointError, match=r"several adapters \(default, other\).*save_pretrained\(NEW\)"):
+        read(folder, base)
+    model.save_pretrained(tmp_path / "new")
+    found = read(tmp_path / "new" / "other", base)
+    model.set_adapter("other")
+    torch.testing.assert_close(found["up.weight"], model.merge_and_unload().up.weight.data)
+
+
+OTHER_LIBRARIES = {
+    "kohya": "lora_unet_down_blocks_0_to_q.lora_down.weight",
+    "diffusers": "unet.down_blocks.0.to_q.lora.up.weight",
+    "older diffusers": "down_blocks.0.processor.to_q_lora.down.weight",
+    "diffusers as PEFT": "unet.down_blocks.0.to_q.lora_A.weight",
+    "MLX": "model.layers.0.q_proj.lora_a",
+    "loralib": "layers.0.q_proj.lora_A",
+    "LyCORIS, LoHa": "lycoris_q.hada_w1_a",
+    "LyCORIS, LoKr": "lycoris_q.lokr_w1",
+    "DoRA of ComfyUI": "lora_unet_q.dora_scale",
+    "OFT": "model.layers.0.q_proj.oft_R",
+    "BOFT": "model.layers.0.q_proj.boft_R",
+    "VeRA": "base_model.model.q_proj.vera_lambda_d",
+}
+
+
+@pytest.mark.parametrize("library", OTHER_LIBRARIES)
+def test_adapters_of_other_libraries_are_named_and_get_no_advice_that_gives_the_base(library: str) -> None:
+    base = base_weights()
+    name = OTHER_LIBRARIES[library]
+    for model in ({name: torch.ones(4, 4)}, base | {name: torch.ones(4, 4)}):
+        with pytest.raises(fm.CheckpointError, match="holds an adapter that is not merged") as refusal:
+            fm.merge(base, [model])
+        assert name in str(refusal.value)
+        assert "copy" not in str(refusal.value)
+        assert "drop" not in str(refusal.value)
+    # A base that has such tensors itself is a model like any other.
+    both = base | {name: torch.ones(4, 4)}
+    fm.merge(both, [{key: tensor + 1 for key, tensor in both.items()}])
+
+
+BOMBS = [
+    *("(a+)+$", "(a|aa)*b", "(.*)*x", "a?" * 30 + "a" * 30 + "b", "(a|a)" * 30 + "b", "(x+x+)+y", "a*a*a*a*a*b"),
+    *(r"\w*\w*\w*\w*\w*!", "(?:(?:a{0,50}){0,50}){0,50}b", "(" * 300, "[", "a**", "\\", "x" * 1000),
+    *("[]]*[^]]*[a]*[a]*[a]*z", r"(\(|a)" * 25, "(a{1,9}){1,9}", "((a|b)|(a|b))" * 12),
+]
+
+
+@pytest.mark.parametrize("pattern", BOMBS)
+@pytest.mark.parametrize("option", ["alpha_pattern", "rank_pattern", "feedforward_modules"])
+def test_patterns_that_could_take_for_ever_are_refused(option: str, pattern: str, tmp_path: Path) -> None:
+    name = "m." + "a" * 60
+    base = {f"{name}.weight": torch.ones(4, 4)}
+    if option == "feedforward_modules":
+        folder = write(
+            tmp_path / "a", {f"{name}.ia3_l": torch.ones(4, 1)}, peft_type="IA3", feedforward_modules=pattern
+        )
+    else:
+        tensors = {f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.ones(4, 1)}
+        folder = write(tmp_path / "a", tensors, peft_type="LORA", r=1, lora_alpha=1, **{option: {pattern: 1}})
+    with pytest.raises(fm.CheckpointError, match=rf"adapter_config\.json: {option}: .*(too complex|no valid pattern)"):
+        read(folder, base)
+
+
+PATTERNS = [
+    *(
+        "up",
+        "q_proj|up",
+        r".*\.layers\.[0-9]+\..*(q_proj|k_proj|v_proj|o_proj|gate_proj|up)",
+        "^model.layers.7.mlp.up$",
+    ),
+    *(r"model\.layers\.(0|1|2|3|4|5|6|7)\.mlp\.up", "(self_)?mlp.up", r"layers\.\d+\.mlp\.up", "[^.]+.up", "no"),
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_that_people_write_match_as_peft_matches_them(pattern: str) -> None:
+    from freemerge.checkpoint.adapter_patterns import Patterns
+
+    helpers = pytest.importorskip("peft.utils.other")
+    patterns = Patterns()
+    patterns.check(pattern)
+    for name in ("model.layers.7.mlp.up", "base.model.layers.7.mlp.up", "x.up", "model.layers.7.mlp.up.x"):
+        assert patterns.fits(pattern, name) == (helpers.get_pattern_key([pattern], name) == pattern)
+
+
+def test_all_matches_of_a_config_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freemerge.checkpoint import adapter_patterns
+
+    monkeypatch.setattr(adapter_patterns, "_ALL_STEPS", 10**5)
+    patterns = adapter_patterns.Patterns()
+    for number in range(4):
+        patterns.fits("a*b*", "a" * 50 + str(number))
+    with pytest.raises(ValueError, match="too long to match"):
+        patterns.fits("a*b*", "a" * 50)

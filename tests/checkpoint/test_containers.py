@@ -169,3 +169,39 @@ def test_a_tensor_larger_than_its_file_is_refused(shape: tuple[int, ...], tmp_pa
 def test_a_small_expanded_buffer_is_read(tmp_path: Path) -> None:
     torch.save({"a": torch.arange(4)[None].expand(3, 4)}, tmp_path / "m.pt")
     assert torch.equal(read(tmp_path / "m.pt")["a"], torch.arange(4).expand(3, 4))
+
+
+BESIDE: dict[str, dict[str, Any]] = {
+    "a best score": {"best_acc": torch.tensor(0.5), "epoch": 3},
+    "a scaler of gradients": {"grad_scaler": {"scale": torch.tensor(2.0), "growth": torch.ones(2)}},
+    "a schedule": {"lr_scheduler": {"base_lrs": torch.ones(2)}, "warmup_sched": {"x": torch.ones(2)}},
+    "scores": {"results": {"acc": torch.tensor(0.5), "f1": torch.tensor(0.4)}},
+    "a loss": {"criterion": {"weight": torch.ones(5)}, "loss": {"weight": torch.ones(5)}},
+    "an optimizer": {"opt": {"exp_avg": torch.ones(5)}, "optimizer_g": {"exp_avg": torch.ones(5)}},
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+def test_what_trainers_keep_beside_the_model(kind: str, tmp_path: Path) -> None:
+    content = {"state_dict": tuned(), **BESIDE[kind]}
+    torch.save(content, tmp_path / "m.pth.tar")
+    assert same(read(tmp_path / "m.pth.tar"), tuned())
+    assert same(read(content), tuned())
+
+
+def test_extra_states_of_modules_are_left_out_and_told(tmp_path: Path) -> None:
+    content = {**tuned(), "layer._extra_state": None}
+    torch.save(content, tmp_path / "m.pt")
+    for source in (content, tmp_path / "m.pt"):
+        assert same(read(source), tuned())
+        warnings = fm.inspect(BASE, [source]).warnings
+        assert any("layer._extra_state is no tensor and left out (1 such entries)" in warning for warning in warnings)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_torch_quantised_are_told(tmp_path: Path) -> None:
+    quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)), {nn.Linear})
+    torch.save(quantised.state_dict(), tmp_path / "m.pt")
+    for source in (quantised, quantised.state_dict(), tmp_path / "m.pt"):
+        with pytest.raises(CheckpointError, match=r"is quantised by torch \(0\._packed_params"):
+            fm.merge(nn.Sequential(nn.Linear(8, 8)), [source])

@@ -66,7 +66,7 @@ def built(kind: str, name: str) -> nn.Module | None:
 
 
 def involved(layout: Layout) -> list[tuple[str, ...]]:
-    """Tensors of the module that a conversion takes apart or reorders, one of a kind; strangest order first."""
+    """Tensors that a conversion takes apart or reorders, one of a kind; those in strangest order first."""
     kinds: dict[str, tuple[bool, tuple[str, ...]]] = {}
     for pieces in layout.module.values():
         files = {piece.file for piece in pieces}

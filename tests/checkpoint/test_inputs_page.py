@@ -19,7 +19,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "inputs.md").read_text()
     "word",
     [
         *sorted(PICKLE_SUFFIXES), *get_args(Action), *sorted(_INITIALISATIONS), *_PEFT_CANNOT_MERGE,
-        *(kind.partition(",")[0] for kind in _PACKED), "MXFP4", "GGUF", "--rename", "--tokenizer-from",
+        *(name for kind in _PACKED for name in kind.partition(",")[0].split(" or ")),
+        *("MXFP4", "GGUF", "--rename", "--tokenizer-from"),
     ],
 )  # fmt: skip
 def test_the_page_names(word: str) -> None:

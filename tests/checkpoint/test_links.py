@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,3 +168,44 @@ def test_the_cache_is_where_huggingface_hub_has_it(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert str(cache_root()) == expected
+
+
+def test_other_ways_to_name_a_model_in_the_cache(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = cache.snapshot("org/model", {"model.safetensors": TUNED})
+    (snapshot / "unet").mkdir()
+    (snapshot / "unet" / "model.safetensors").symlink_to("../../../blobs/c0ffee0")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(TUNED, tmp_path / "own.safetensors")
+    for source in (
+        cache.root / "models--org--model",
+        "https://huggingface.co/org/model",
+        "https://huggingface.co/org/model/tree/main",
+        Path("https://huggingface.co/org/model"),  # as a command line makes it: with one slash
+        "hf://org/model",
+        "org/model/unet",
+        "~/own.safetensors",
+    ):
+        assert same(fm.merge(BASE, [source], EXACT), TUNED), source
+    with pytest.raises(fm.CheckpointError, match=r"fetch it with `hf download org/absent`"):
+        fm.merge(BASE, ["https://huggingface.co/org/absent"])
+    with pytest.raises(fm.CheckpointError, match="no such file or directory"):
+        fm.merge(BASE, ["org/model/vae"])
+
+
+def test_the_command_that_fetches_a_model_is_one(cache: Cache) -> None:
+    """It takes these arguments and, offline, gives the directory of the cache that freemerge finds afterwards."""
+    program = Path(sys.executable).with_name("hf")
+    if not program.exists():
+        pytest.skip("huggingface_hub has no command hf here")
+    with pytest.raises(fm.CheckpointError, match="hf download") as refusal:
+        fm.merge("org/model@v2", [TUNED])
+    command = re.search(r"`hf (download [^`]+)`", str(refusal.value))
+    assert command is not None
+    snapshot = cache.snapshot("org/model", {"model.safetensors": TUNED})
+    (snapshot.parent.parent / "refs" / "v2").write_text(snapshot.name)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache.root)}
+    arguments = [str(program), *command.group(1).split()]
+    result = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert str(snapshot) in result.stdout
+    assert same(fm.merge(BASE, ["org/model@v2"], EXACT), TUNED)

@@ -147,7 +147,7 @@ PACKED: dict[str, tuple[dict[str, Tensor], str, str]] = {
     "fp4": ({"a.weight": BYTES, "a.weight.quant_state.bitsandbytes__fp4": BYTES}, "bitsandbytes", "dequantise"),
     "int8": ({"a.weight": BYTES.view(torch.int8), "a.SCB": torch.ones(8)}, "bitsandbytes, 8 bit", "dequantise"),
     "gptq": ({"a.qweight": BYTES, "a.qzeros": BYTES, "a.scales": BYTES, "a.g_idx": BYTES}, "GPTQ", "quantised from"),
-    "awq": ({"a.qweight": BYTES, "a.qzeros": BYTES, "a.scales": BYTES}, "AWQ", "quantised from"),
+    "awq": ({"a.qweight": BYTES, "a.qzeros": BYTES, "a.scales": BYTES}, "AWQ or GPTQ", "quantised from"),
     "compressed": ({"a.weight_packed": BYTES, "a.weight_scale": BYTES}, "compressed-tensors", "quantised from"),
     "w8a8": ({"a.weight": BYTES.view(torch.int8), "a.weight_scale": torch.ones(1)}, "int8", "quantised from"),
     "mxfp4": ({"experts.up_blocks": BYTES, "experts.up_scales": BYTES}, "MXFP4", "dequantise"),
@@ -199,3 +199,69 @@ def test_the_dequantised_weights_are_those_of_transformers(tmp_path: Path) -> No
     expected = convert._dequantize_one(stored, scale)
     found = opened({"a.weight": stored, "a.weight_scale_inv": scale})["a.weight"]
     torch.testing.assert_close(found, expected.float())
+
+
+INT8, INT32, ONES = torch.ones(8, 8, dtype=torch.int8), torch.ones(8, dtype=torch.int32), torch.ones(8)
+MORE_PACKED: dict[str, tuple[dict[str, Tensor], str]] = {
+    "torchao": ({"l.weight_qdata": INT8, "l.weight_scale_and_zero": ONES}, "torchao"),
+    "torchao, flattened": ({"l._weight_qdata": INT8, "l._weight_scale": ONES}, "torchao"),
+    "EETQ": ({"l.weight": INT8, "l.weight_scales": ONES}, "EETQ"),
+    "HIGGS": ({"l.weight": BYTES, "l.scales": ONES, "l.tables": ONES}, "uint8"),
+    "SpQR": ({"l.dense_weights": BYTES, "l.row_offsets": BYTES}, "SpQR"),
+    "VPTQ": ({"l.indices": INT32, "l.centroids.weight": ONES}, "VPTQ"),
+    "BitNet": ({"l.weight": BYTES, "l.weight_scale": torch.ones(1)}, "uint8"),
+    "NVFP4": ({"l.weight": BYTES, "l.weight_scale": ONES.to(E4M3), "l.weight_scale_2": torch.ones(1)}, "uint8"),
+    "Marlin": ({"l.B": INT32, "l.s": ONES}, "int32"),
+    "SmoothQuant": ({"l.weight": INT8, "l.deq_scale": ONES}, "SmoothQuant"),
+    "an unknown one": ({"l.codes": INT8, "l.factors": ONES}, "int8"),
+    "integers": ({"l.weight": INT8, "norm.weight": ONES}, "int8"),
+}
+
+
+@pytest.mark.parametrize("kind", MORE_PACKED)
+def test_more_packed_formats(kind: str) -> None:
+    tensors, named = MORE_PACKED[kind]
+    for base, models in ((tensors, [tensors]), ({"l.weight": torch.ones(8, 8)}, [tensors])):
+        with pytest.raises(fm.CheckpointError, match=rf"is quantised \({re.escape(named)}: ") as refusal:
+            fm.merge(base, models)
+        assert "copy" not in str(refusal.value)
+
+
+def test_integers_beside_the_weights_are_no_quantisation() -> None:
+    state = {
+        "w.weight": torch.ones(4, 4),
+        "attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8),
+        "attn.mask": torch.ones(64, 64, dtype=torch.int8),
+        "relative_position_index": torch.ones(64, 64, dtype=torch.int32),
+        "num_batches_tracked": torch.tensor(3, dtype=torch.int32),
+    }
+    assert opened(state).keys() == state.keys()
+
+
+def test_the_scale_of_a_float8_weight_beside_it_and_those_of_a_cache() -> None:
+    stored, scale = quantise(floats(0, 200, 130), (128, 128))
+    found = opened(
+        {
+            "attn.k.weight": stored, "attn.k.scale": scale, "norm.weight": torch.ones(4), "norm.scale": torch.ones(4),
+            "attn.k_scale": torch.ones(1), "attn.v_scale": torch.ones(1),
+        }
+    )  # fmt: skip
+    assert found.keys() == {"attn.k.weight", "norm.weight", "norm.scale"}
+    assert torch.equal(found["attn.k.weight"], restored(stored, scale, (128, 128)))
+
+
+@pytest.mark.parametrize("place", ["config", "a part of it"])
+def test_a_config_that_says_quantised_of_floats_is_told_and_mended(place: str, tmp_path: Path) -> None:
+    """As fp8 models that were converted without their config: transformers would not load the merged model."""
+    quantisation = {"quantization_config": {"quant_method": "fp8"}}
+    config: dict[str, Any] = {"model_type": "x"}
+    config |= quantisation if place == "config" else {"text_config": quantisation | {"a": 1}}
+    for name in ("base", "model"):
+        (tmp_path / name).mkdir()
+        save_file({"w": floats(len(name), 8, 8)}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    warnings = fm.inspect(tmp_path / "base", [tmp_path / "model"]).warnings
+    assert any("config.json says that weights are quantised (fp8), but they are floats" in line for line in warnings)
+    fm.merge_checkpoints(tmp_path / "base", [tmp_path / "model"], tmp_path / "out", EXACT, progress=False)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == ({"model_type": "x"} if place == "config" else {"model_type": "x", "text_config": {"a": 1}})

@@ -53,7 +53,9 @@ TOKENIZER_FILES = [
 def test_every_file_of_a_tokenizer_is_compared_and_taken_over(name: str, tmp_path: Path) -> None:
     key = name.replace(".", "__").replace("/", "_OF_")
     base = folder(tmp_path / "base", **{key: '{"v": 0}', "notes__md": "base"})
-    models = [folder(tmp_path / task, 1.0, **{key: '{"v": 1}', "notes__md": task}) for task in "ab"]
+    models = [
+        folder(tmp_path / t, change, **{key: '{"v": 1}', "notes__md": t}) for t, change in (("a", 1.0), ("b", 2.0))
+    ]
     (line,) = notices(base, models)
     assert line.startswith(f"{name}: models[0] (a) and models[1] (b) have another; that of the base is taken")
     assert notices(base, models, tokenizer_from="auto")[0].startswith(
@@ -166,8 +168,11 @@ def test_the_command_line_takes_a_tokenizer(tmp_path: Path, capsys: pytest.Captu
 
 def test_mixed_dtypes_are_told_and_an_adapter_is_none(tmp_path: Path) -> None:
     base = {name: tensor.bfloat16() for name, tensor in WEIGHTS.items()}
-    half = {name: tensor.half() for name, tensor in WEIGHTS.items()}
-    assert notices(base, [WEIGHTS, half, base | {}]) == [
+    single, half, own = (
+        {name: (tensor + change).to(dtype) for name, tensor in WEIGHTS.items()}
+        for change, dtype in ((1, torch.float32), (2, torch.float16), (3, torch.bfloat16))
+    )
+    assert notices(base, [single, half, own]) == [
         "models[0] (in-memory state dict) stores 2 tensors in float32, the base in bfloat16",
         "models[1] (in-memory state dict) stores 2 tensors in float16, the base in bfloat16",
     ]

@@ -14,8 +14,10 @@ from .adapter_config import WAY_OUT, AdapterConfig
 from .adapter_layers import Ia3, Lora, fits, fits_ia3
 from .adapter_orientation import Orientation, Target
 from .architecture import Architecture
+from .file_format import file_format
 from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, display_name, entry
 from .pickled import PickledFile
+from .prefixes import unwrapped
 from .reader import Checkpoint
 from .safetensors_file import SafetensorsFile
 from .spec import MERGEABLE, TensorSpec
@@ -24,6 +26,10 @@ _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.(weight|bias))?$")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.weight)?$")
 _IA3 = re.compile(r"(.+)\.ia3_l$")
+# A PeftModel's own state dict has the adapter's name in its keys, which save_pretrained() leaves out.
+_ADAPTER_NAME = re.compile(
+    r"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector|ia3_l)\.(?!weight$|bias$)([^.]+)(?:\.(?:weight|bias))?$"
+)
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
 _HELD_IN_FULL = re.compile(r"\.(modules_to_save|base_layer)\.")
 
@@ -56,6 +62,8 @@ class AdaptedCheckpoint(Checkpoint):
         self._base = base
         self._to_base = named
         self._file = _open(weights)
+        self._keys = self._by_plain_key()
+        self._stored = {key: self._file_specs[stored] for key, stored in self._keys.items()}
         if not self._stored:
             raise CheckpointError(f"{weights}: the adapter holds no tensors")
         self._full: dict[str, str] = {}  # tensor -> the adapter's key that replaces it, before any change
@@ -69,27 +77,29 @@ class AdaptedCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Tensor:
         if name in self._full:
-            tensor = self._file.read(self._full[name])
+            tensor = self._read(self._full[name])
         else:
             tensor = self._base.read(self._stand_ins.get(name, name))
         tensor = tensor.to(self.specs[name].dtype)
         return self._changes[name](tensor) if name in self._changes else tensor
 
+    def _read(self, key: str) -> Tensor:
+        return self._file.read(self._keys[key])
+
     def origin(self, name: str) -> str:
         touched = name in self._full or name in self._changes
         return str(self.files[1]) if touched else self._base.origin(self._stand_ins.get(name, name))
+
+    @property
+    def touched(self) -> Set[str]:
+        """The tensors that the adapter changes or replaces."""
+        return self._full.keys() | self._changes.keys()
 
     def close(self) -> None:
         self._full, self._changes = {}, {}
 
     def _find_architecture(self) -> Architecture | None:
         return self._base.architecture
-
-    @property
-    def _stored(self) -> Mapping[str, TensorSpec]:
-        if isinstance(self._file, PickledFile):
-            return self._file.specs
-        return {name: slot.spec for name, slot in self._file.slots.items()}
 
     # LoRA
 
@@ -151,16 +161,23 @@ class AdaptedCheckpoint(Checkpoint):
         initialisation = "" if "embedding" in layer else self.config.initialisation
         if initialisation and (len(self._base_spec(target.name).shape) != 2 or (turned and initialisation == "olora")):
             raise CheckpointError(f"{self.files[0]}: PEFT does not initialise {module} by {initialisation}")
+        self._check_unused(layer)
         if self.config.flag("use_dora"):
             self._check_magnitude(module, layer, target.name, turned=turned)
         magnitude = layer["M"] if self.config.flag("use_dora") else ""
         lora = Lora(layer["A"], layer["B"], scale, turned, magnitude, initialisation)
-        self._change(target.name, layer["A"], lambda weight: lora.apply(weight, self._file.read))
+        self._change(target.name, layer["A"], lambda weight: lora.apply(weight, self._read))
         if "Bbias" in layer:
             bias, key = self._named(f"{module}.bias", layer["Bbias"]), layer["Bbias"]
             if self._floating(key).shape != self._base_spec(bias).shape:
                 raise CheckpointError(f"{self.files[1]}: {key} does not have the shape of the base's {bias}")
-            self._change(bias, key, lambda weight: weight + scale * self._file.read(key).to(weight.dtype))
+            self._change(bias, key, lambda weight: weight + scale * self._read(key).to(weight.dtype))
+
+    def _check_unused(self, layer: Mapping[str, str]) -> None:
+        """PEFT leaves these out where the config does not ask for them; then they were trained by something else."""
+        for part, option in (("M", "use_dora"), ("Bbias", "lora_bias")):
+            if part in layer and not self.config.flag(option):
+                raise CheckpointError(f"{self.files[1]} holds {layer[part]}, but {self.files[0].name} has no {option}")
 
     def _check_magnitude(self, module: str, layer: Mapping[str, str], name: str, *, turned: bool) -> None:
         if "M" not in layer:
@@ -186,11 +203,11 @@ class AdaptedCheckpoint(Checkpoint):
         for module, key in layers.items():
             feedforward = self.config.is_feedforward(module)
             ia3 = Ia3(key, feedforward, orientation.turned(targets[module]))
-            self._change(targets[module].name, key, lambda weight, ia3=ia3: ia3.apply(weight, self._file.read))  # type: ignore[misc]
+            self._change(targets[module].name, key, lambda weight, ia3=ia3: ia3.apply(weight, self._read))  # type: ignore[misc]
             bias = self._to_base(f"{module}.bias")
             # A feed-forward module's input is scaled, which its bias never meets.
             if not feedforward and bias in self._base.specs:
-                self._change(bias, key, lambda weight, ia3=ia3: ia3.apply(weight, self._file.read))  # type: ignore[misc]
+                self._change(bias, key, lambda weight, ia3=ia3: ia3.apply(weight, self._read))  # type: ignore[misc]
         return others
 
     def _ia3_target(self, module: str, key: str) -> Target:
@@ -223,6 +240,31 @@ class AdaptedCheckpoint(Checkpoint):
                 )
             self._floating(key)
         self._full[name] = key
+
+    # Keys
+
+    @property
+    def _file_specs(self) -> Mapping[str, TensorSpec]:
+        if isinstance(self._file, PickledFile):
+            return self._file.specs
+        return {name: slot.spec for name, slot in self._file.slots.items()}
+
+    def _by_plain_key(self) -> dict[str, str]:
+        """The keys of the file by what save_pretrained() calls them: without wrappers and the adapter's name."""
+        specs = self._file_specs
+        names = sorted({found.group(1) for key in specs if (found := _ADAPTER_NAME.search(key))})
+        if len(names) > 1:
+            raise CheckpointError(
+                f"{self.files[1]} holds several adapters ({', '.join(names)}); write each to a directory of its own, "
+                "as save_pretrained(NEW) of the PEFT model does"
+            )
+        plain: dict[str, str] = {}
+        for key in specs:
+            short = unwrapped(key)
+            short = short.replace(f".{names[0]}.", ".").removesuffix(f".{names[0]}") if names else short
+            if plain.setdefault(short, key) != key:
+                raise CheckpointError(f"{self.files[1]}: {plain[short]} and {key} are for the same layer")
+        return plain
 
     # Shared
 
@@ -257,7 +299,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     def _keep_untouched_heads(self) -> None:
         """Second names of what the adapter changes keep the base's values; PEFT stores those that it changes, too."""
-        touched = self._full.keys() | self._changes.keys()
+        touched = self.touched
         ties = {**self._base.tied, **(self._base.absent_ties if self._touches_embeddings(touched) else {})}
         self.tied = {}
         for second, first in ties.items():
@@ -278,15 +320,14 @@ class AdaptedCheckpoint(Checkpoint):
         base = dict(self._base.specs)
         base |= {name: self._base_spec(name) for name in self._stand_ins}
         base |= {name: self._stored[key] for name, key in self._full.items() if name not in base}
-        touched = self._full.keys() | self._changes.keys()
         self.specs = {
-            name: TensorSpec(name, spec.shape, _wide(spec.dtype) if name in touched else spec.dtype)
+            name: TensorSpec(name, spec.shape, _wide(spec.dtype) if name in self.touched else spec.dtype)
             for name, spec in sorted(base.items())
         }
 
 
 def _open(path: Path) -> SafetensorsFile | PickledFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickledFile(path)
+    return SafetensorsFile(path) if file_format(path) == "safetensors" else PickledFile(path)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

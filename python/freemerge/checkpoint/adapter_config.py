@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .adapter_patterns import Patterns
 from .safetensors_file import open_regular
 
 _MAX_CONFIG_BYTES = 10_000_000
@@ -60,6 +60,7 @@ class AdapterConfig:
     path: Path
     kind: str
     options: Mapping[str, Any]
+    patterns: Patterns = field(default_factory=Patterns)
 
     @staticmethod
     def read(path: Path) -> AdapterConfig:
@@ -72,12 +73,12 @@ class AdapterConfig:
             if value and name not in NO_EFFECT[kind] and name not in FOLLOWED[kind]:
                 reason = _PEFT_CANNOT_MERGE.get(name)
                 way_out = f"PEFT cannot merge such an adapter either: {reason}" if reason else WAY_OUT
-                raise CheckpointError(f"{path}: adapters with {name} are not merged here; {way_out}")
+                raise CheckpointError(f"{path}: adapters with {name[:80]} are not merged here; {way_out}")
         config = AdapterConfig(path, kind, options)
         if kind == "LORA":
             config._check_initialisation()
-            for pattern in ("rank_pattern", "alpha_pattern"):
-                config._check_patterns(pattern)
+        for option in ("rank_pattern", "alpha_pattern", "feedforward_modules"):
+            config._check_patterns(option)
         return config
 
     def flag(self, name: str) -> bool:
@@ -92,7 +93,9 @@ class AdapterConfig:
     def rank(self, module: str) -> int | None:
         """The rank that the config gives a module, None if it gives none."""
         rank = self._for_module("rank_pattern", "r", module)
-        return rank if isinstance(rank, int) and not isinstance(rank, bool) else None
+        if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool)):
+            raise CheckpointError(f"{self.path}: r or rank_pattern of {module} must be an integer, not {rank!r:.50}")
+        return rank
 
     def scale(self, module: str, rank: int) -> float:
         """lora_alpha / r of one module, or lora_alpha / sqrt(r) with rsLoRA."""
@@ -110,14 +113,12 @@ class AdapterConfig:
         """A list of names holds endings of the module's path; a string is a pattern for all of it."""
         feedforward = self.options.get("feedforward_modules") or []
         if isinstance(feedforward, str):
-            return re.fullmatch(self._pattern("feedforward_modules", feedforward), module) is not None
-        if not isinstance(feedforward, list):
-            raise CheckpointError(f"{self.path}: feedforward_modules must be a pattern or a list of names")
+            return self._ask("feedforward_modules", self.patterns.fits_all, feedforward, module)
         return module.endswith(tuple(map(str, feedforward)))
 
     def _for_module(self, patterns: str, default: str, module: str) -> object:
         for pattern, value in (self.options.get(patterns) or {}).items():
-            if re.match(rf"(.*\.)?({self._pattern(patterns, pattern)})$", module):
+            if self._ask(patterns, self.patterns.fits, pattern, module):
                 return value
         return self.options.get(default)
 
@@ -131,21 +132,24 @@ class AdapterConfig:
         )
 
     def _check_patterns(self, name: str) -> None:
-        patterns = self.options.get(name) or {}
-        if not isinstance(patterns, dict):
-            raise CheckpointError(f"{self.path}: {name} must map patterns to numbers, got a {type(patterns).__name__}")
-        for pattern in patterns:
-            self._pattern(name, pattern)
+        given = self.options.get(name) or {}
+        if name == "feedforward_modules":
+            if not isinstance(given, (str, list, dict)) or (given and isinstance(given, dict)):
+                raise CheckpointError(f"{self.path}: {name} must be a pattern or a list of names")
+            given = [given] if isinstance(given, str) else []
+        elif not isinstance(given, dict):
+            raise CheckpointError(f"{self.path}: {name} must map patterns to numbers, got a {type(given).__name__}")
+        for pattern in given:
+            try:
+                self.patterns.check(pattern)
+            except ValueError as error:
+                raise CheckpointError(f"{self.path}: {name}: {error}") from None
 
-    def _pattern(self, name: str, pattern: str) -> str:
-        """A regular expression of the file, unless it is none or could take exponential time to match."""
-        if len(pattern) > 500 or re.search(r"\)[*+{]", pattern) or len(re.findall(r"(?<!\\)[*+{]", pattern)) > 4:
-            raise CheckpointError(f"{self.path}: {name}: the pattern {pattern[:80]!r} is too complex")
+    def _ask(self, name: str, ask: Callable[[str, str], bool], pattern: object, module: str) -> bool:
         try:
-            re.compile(pattern)
-        except re.error as error:
-            raise CheckpointError(f"{self.path}: {name}: {pattern!r} is no valid pattern: {error}") from None
-        return pattern
+            return ask(str(pattern), module)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {name}: {error}") from None
 
 
 def _advice(kind: object) -> str:

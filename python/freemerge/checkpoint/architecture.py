@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import CheckpointError
 from .conversion import Layout, layout_of, loaded_names
 
 CONFIG = "config.json"
@@ -78,6 +79,14 @@ def read_config(directory: Path | None) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def require_config(directory: Path | None) -> None:
+    """Raise CheckpointError for a config.json that cannot be read, which nothing could load the merged model by."""
+    path = None if directory is None else directory / CONFIG
+    if path is None or not path.is_file() or read_config(directory) or path.read_bytes()[:100].split() == [b"{}"]:
+        return
+    raise CheckpointError(f"{path}: not a JSON object; the merged model would get it as it is")
 
 
 def built_from_config(config: dict[str, Any], tensors: int) -> Architecture | None:

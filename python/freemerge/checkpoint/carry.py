@@ -12,7 +12,7 @@ import torch
 from ..errors import CheckpointError
 from .locate import entry
 from .publish import MANIFEST
-from .quantised import QUANTISATION
+from .quantised import without_quantisation
 from .reader import Checkpoint
 from .safetensors_file import open_regular
 from .side_files import is_tokenizer_file, token_ids
@@ -36,14 +36,16 @@ def carry_over(
     out_dtype: torch.dtype | None = None,
     untied: bool = False,
     dequantised: bool = False,
+    in_floats: bool = False,
     tokenizer: Checkpoint | None = None,
 ) -> list[str]:
     """Copy config, tokenizer, generation settings, chat templates, licence and custom code from ``base`` to ``target``.
 
     Left out are weights in any format and their indexes, exports (``onnx/`` and the like), training checkpoints and
     their results, hidden files and the model card. ``out_dtype``, if given, is written into ``config.json``; so is
-    that the embeddings are not tied, if they are ``untied``. How the weights were quantised is left out of it if they
-    are ``dequantised``. The files of the tokenizer and the special tokens come from ``tokenizer``, if it is given.
+    that the embeddings are not tied, if they are ``untied``. How weights were quantised is left out of it if they are
+    ``dequantised``, to float32 without ``out_dtype``, or are stored ``in_floats`` whatever it says. The files of the
+    tokenizer and the special tokens come from ``tokenizer``, if it is given.
 
     Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
     ``base`` and for files that are not regular, before anything is copied.
@@ -62,12 +64,12 @@ def carry_over(
     if dequantised and out_dtype is None:
         out_dtype = torch.float32
     ids = {} if tokenizer is None else token_ids(tokenizer)
-    if (out_dtype is not None or untied or ids) and CONFIG in names:
+    if (out_dtype is not None or untied or ids or in_floats) and CONFIG in names:
         config = _read_config(base / CONFIG) | ids
         if out_dtype is not None:
             _set_dtype(config, str(out_dtype).removeprefix("torch."))
-        if dequantised:
-            config = {name: value for name, value in config.items() if name not in QUANTISATION}
+        if dequantised or in_floats:
+            config = without_quantisation(config)
         if untied:
             config = with_untied_embeddings(config)
         (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -90,9 +90,11 @@ def all_finite(tensor: torch.Tensor) -> bool:
 def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
     """Raise CheckpointError, naming source and tensor, if a float tensor holds a NaN or an infinity."""
     if tensor.is_floating_point() and not all_finite(tensor):
-        raise CheckpointError(
-            f"{source}: tensor {name!r} holds NaN or infinity (a buffer such as a mask can be selected to 'copy')"
-        )
+        # A mask is to be copied; weights that overflowed are not, as that would take the base's.
+        values = tensor if tensor.dtype in MERGEABLE else tensor.float()
+        mask = not bool(values.isnan().any() | values.isposinf().any())
+        advice = " (a mask can be selected to 'copy')" if mask else ""
+        raise CheckpointError(f"{source}: tensor {name!r} holds NaN or infinity{advice}")
 
 
 def _tied_names(everyone: Sequence[Checkpoint], merged: Callable[[str], bool]) -> dict[str, str]:
@@ -139,6 +141,9 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
         missing = [name for name in missing if name not in renamed]
         unexpected = [name for name in unexpected if name not in {renamed[new] for new in renamed.keys() & expected}]
     everything = base.specs.keys() | model.specs.keys()
+    if set(missing) == expected and missing:  # to take the base's would be no merge
+        advice.append("the two have no tensor in common")
+        raise CheckpointError(f"{model.label} {' and '.join(parts)} ({base.label}); {'; '.join(advice)}")
     if missing:
         advice.append(f"take the base's with {_rules(missing, everything, 'copy')}, or leave them out with =drop")
     if unexpected:

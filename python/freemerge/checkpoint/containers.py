@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,13 +12,11 @@ import torch
 from ..errors import CheckpointError
 
 SEPARATOR = "::"
-GGUF_ADVICE = (
-    "a GGUF file, which is quantised or in another layout; dequantise it first, for instance with transformers: "
-    "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW)"
-)
 _DEPTH = 3
 # What a trainer keeps for itself may be a dictionary of tensors, too, but is never the model.
-_NEVER_MODELS = ("optim", "sched", "rng", "scaler", "callbacks", "hyper_param", "loops", "random")
+_NEVER_MODELS = re.compile(
+    r"(^|[_.\- ])(opt$|optim|(lr)?sched|(grad|loss)?scaler|rng|random|callback|hyper|loop|metric|criterion|loss(es)?$)"
+)
 
 
 def split_key(source: str) -> tuple[str, str]:
@@ -38,9 +37,12 @@ def state_dict_in(content: object, source: str, key: str = "") -> Mapping[Any, A
         content = content[part]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{source}: holds a {type(content).__name__}, not a state dict")
-    if key or not content or any(isinstance(value, torch.Tensor) for value in content.values()):
+    tensors = [value for value in content.values() if isinstance(value, torch.Tensor)]
+    if key or not content or len(tensors) == len(content) or any(tensor.numel() > 1 for tensor in tensors):
         return content
-    candidates = dict(_state_dicts(content, _DEPTH))
+    found = dict(_state_dicts(content, _DEPTH))
+    # Numbers alone are no model beside others: losses, scales of gradients.
+    candidates = {name: state for name, state in found.items() if any(t.numel() > 1 for t in state.values())} or found
     if len(candidates) > 1:
         listed = " or ".join(f"{source.partition(SEPARATOR)[0]}{SEPARATOR}{name}" for name in candidates)
         raise CheckpointError(f"{source}: holds several state dicts; say which by {listed}")
@@ -49,7 +51,7 @@ def state_dict_in(content: object, source: str, key: str = "") -> Mapping[Any, A
 
 def _state_dicts(content: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Mapping) or name.lower().startswith(_NEVER_MODELS):
+        if not isinstance(name, str) or not isinstance(value, Mapping) or _NEVER_MODELS.search(name.lower()):
             continue
         if value and all(isinstance(item, torch.Tensor) for item in value.values()):
             yield name, value

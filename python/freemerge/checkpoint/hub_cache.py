@@ -9,32 +9,52 @@ from pathlib import Path
 from ..errors import CheckpointError
 
 _HUB_ID = re.compile(r"(?:[\w][\w.-]*/)?[\w][\w.-]*(?:@[\w][\w./-]*)?")
+_PART_OF_ONE = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)/([\w][\w./-]*)")  # org/name/unet
+_ADDRESS = re.compile(r"(?:https?:/+huggingface\.co/|hf:/+)(.+?)(?:/tree/([^/]+))?/?")
 REPOSITORY = "models--"
 
 
 def local_path(source: str | os.PathLike[str]) -> Path:
     """A path as it is, if it exists; else the snapshot that the cache holds of the model with that Hub id.
 
-    ``org/name@revision`` names a branch, tag or commit; without one it is the main branch.
+    ``org/name@revision`` names a branch, tag or commit; without one it is the main branch. ``org/name/unet`` is a
+    directory in a snapshot. A model's directory in the cache is its snapshot, too.
     Raises CheckpointError, saying how to fetch the model, if there is neither.
     """
-    path = Path(source)
-    if path.exists() or not _HUB_ID.fullmatch(os.fspath(source)):
+    path = Path(source).expanduser()
+    if path.exists():
+        return (_snapshot(path, "") or path) if path.name.startswith(REPOSITORY) else path
+    address = _ADDRESS.fullmatch(os.fspath(source))
+    wanted = os.fspath(source) if address is None else "@".join(filter(None, address.groups()))
+    inner = _PART_OF_ONE.fullmatch(wanted)
+    if inner is not None:
+        snapshot = _snapshot(_repository(inner.group(1)), "")
+        return snapshot / inner.group(2) if snapshot is not None and (snapshot / inner.group(2)).exists() else path
+    if not _HUB_ID.fullmatch(wanted):
         return path
-    name, _, revision = os.fspath(source).partition("@")
-    repository = cache_root() / (REPOSITORY + name.replace("/", "--"))
-    reference = repository / "refs" / (revision or "main")
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
-    snapshot = repository / "snapshots" / commit if commit else repository
-    if commit and snapshot.is_dir() and snapshot.parent == repository / "snapshots":
+    name, _, revision = wanted.partition("@")
+    snapshot = _snapshot(_repository(name), revision)
+    if snapshot is not None:
         return snapshot
-    if path.suffix or not ("/" in name or repository.is_dir()):
+    if address is None and (path.suffix or not ("/" in name or _repository(name).is_dir())):
         return path
-    wanted = f" --revision {revision}" if revision else ""
+    option = f" --revision {revision}" if revision else ""
     raise CheckpointError(
         f"{source}: no such file or directory, and the Hub cache ({cache_root()}) does not hold that model; freemerge "
-        f"downloads nothing: fetch it with `hf download {name}{wanted}`, or give a local path"
+        f"downloads nothing: fetch it with `hf download {name}{option}`, or give a local path"
     )
+
+
+def _repository(name: str) -> Path:
+    return cache_root() / (REPOSITORY + name.replace("/", "--"))
+
+
+def _snapshot(repository: Path, revision: str) -> Path | None:
+    """The directory of one revision in the cache, if it is there."""
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    snapshot = repository / "snapshots" / commit
+    return snapshot if commit and snapshot.is_dir() and snapshot.parent == repository / "snapshots" else None
 
 
 def cache_root() -> Path:

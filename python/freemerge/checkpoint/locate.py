@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .containers import GGUF_ADVICE
-from .hub_cache import REPOSITORY, stays_in_one_cache
-from .safetensors_file import open_regular
+from .file_format import GGUF_ADVICE, PICKLE_SUFFIXES
+from .hub_cache import stays_in_one_cache
+from .safetensors_file import open_regular, unique_keys
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
-PICKLE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
-_FULL_WEIGHTS = (SAFETENSORS_INDEX, SAFETENSORS, PICKLE_INDEX, PICKLE)
+# What transformers and diffusers call their weights: the beginning and the end of the name, in order of preference.
+_NAMES = (
+    ("model", ".safetensors"),
+    ("diffusion_pytorch_model", ".safetensors"),
+    ("pytorch_model", ".bin"),
+    ("diffusion_pytorch_model", ".bin"),
+)
+_FULL_WEIGHTS = re.compile(
+    r"((diffusion_)?(pytorch_)?model|consolidated)([.-].*)?\.(safetensors|bin|pt|pth)(\.index\.json)?"
+)
+_SHARD = re.compile(r"\w+-\d{5,}-of-\d{5,}\.(safetensors|bin)")
+# What trainers write beside the weights.
+_RECORDS = re.compile(r"((optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args)[._]|.*_states).*")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 _MAX_INDEX_BYTES = 100_000_000
 
 
@@ -31,6 +42,7 @@ class Located:
     directory: Path | None = None  # where config and tokenizer lie; None if only a weight file was named
     index: Path | None = None
     weight_map: dict[str, Path] | None = None
+    stray: tuple[str, ...] = ()  # shards beside the index that it does not name
 
 
 def locate(path: Path) -> Located:
@@ -45,23 +57,7 @@ def locate(path: Path) -> Located:
         raise CheckpointError(f"{path}: no such file or directory (models are not downloaded; give a local path)")
     if path.name.endswith(".index.json"):
         return _read_index(path.parent, path)
-    if path.suffix == ".gguf":
-        raise CheckpointError(f"{path}: {GGUF_ADVICE}")
-    if path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES or _is_blob(path):
-        return Located((path,))
-    raise CheckpointError(f"{path}: not a model directory, .safetensors, .bin, .pt, .pth, .ckpt or .index.json file")
-
-
-def is_safetensors(path: Path) -> bool:
-    """By its name, or for a blob of the Hub cache, which has none, by its beginning."""
-    if not _is_blob(path):
-        return path.suffix == ".safetensors"
-    with open(open_regular(path), "rb") as stream:
-        return stream.read(9)[8:] == b"{"
-
-
-def _is_blob(path: Path) -> bool:
-    return path.parent.name == "blobs" and path.parent.parent.name.startswith(REPOSITORY) and not path.suffix
+    return Located((path,))
 
 
 def adapter_weights(directory: Path) -> Path | None:
@@ -73,7 +69,7 @@ def adapter_weights(directory: Path) -> Path | None:
     weights = next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
     if weights is None or not (directory / ADAPTER_CONFIG).is_file():
         return None
-    full = next((name for name in _FULL_WEIGHTS if os.path.lexists(directory / name)), None)
+    full = next((name for name in sorted(os.listdir(directory)) if _FULL_WEIGHTS.fullmatch(name)), None)
     if full is not None:
         raise CheckpointError(
             f"{directory} holds a full model ({full}) and an adapter ({weights.name}): give {directory / full} or "
@@ -88,7 +84,8 @@ def _locate_in_directory(directory: Path) -> Located:
             f"{directory} is a PEFT adapter, not a full model; it can be one of the models, beside the base that it "
             "was trained on"
         )
-    for single, index in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX)):
+    for stem, suffix in _NAMES:
+        single, index = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
         has_single, has_index = os.path.lexists(directory / single), os.path.lexists(directory / index)
         if has_single and has_index:
             raise CheckpointError(f"{directory} holds both {single} and {index}: remove the stale one, or name one")
@@ -96,13 +93,54 @@ def _locate_in_directory(directory: Path) -> Located:
             return Located((entry(directory, single),), directory)
         if has_index:
             return _read_index(directory, entry(directory, index))
-    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    names = sorted(path.name for path in directory.iterdir() if not path.is_dir())
+    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    if len(indexes) == 1:
+        return _read_index(directory, entry(directory, indexes[0]))
+    _refuse_adapter_without_config(directory)
+    others = [name for name in names if name.endswith(".safetensors")]
+    others = others or [n for n in names if Path(n).suffix in PICKLE_SUFFIXES and not _RECORDS.fullmatch(n)]
     if len(others) == 1:
         return Located((entry(directory, others[0]),), directory)
-    found = f"several files and no index: {', '.join(others[:10])}" if others else f"no {SAFETENSORS} or {PICKLE}"
-    if (directory / ADAPTER_CONFIG).is_file():
+    found = _found(directory, names, others)
+    if ADAPTER_CONFIG in names:
         found = f"the {ADAPTER_CONFIG} of a PEFT adapter without {' or '.join(ADAPTER_WEIGHTS)}, and {found}"
     raise CheckpointError(f"{directory}: not a model directory ({found})")
+
+
+def _refuse_adapter_without_config(directory: Path) -> None:
+    weights = next((name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
+    if weights is not None and not (directory / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{directory} holds {weights} without {ADAPTER_CONFIG}, which says how to apply it: the adapter cannot be "
+            "merged without it"
+        )
+
+
+def _found(directory: Path, names: Sequence[str], weights: Sequence[str]) -> str:
+    """What a directory holds that is no model, with the way to one."""
+    if weights and all(_SHARD.fullmatch(name) for name in weights):
+        return f"shards without their index: {', '.join(weights[:10])}"
+    if weights:
+        return f"several files and no index: {', '.join(weights[:10])}; give one of them"
+    gguf = next((name for name in names if name.endswith(".gguf")), None)
+    if gguf is not None:
+        return f"{gguf} is {GGUF_ADVICE}"
+    if ".metadata" in names:
+        return (
+            "a distributed checkpoint of torch; put it together first: "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {directory} NEW.pt"
+        )
+    inner = [path.name for path in sorted(directory.iterdir()) if path.is_dir() and _looks_like_model(path)]
+    if inner:
+        return f"the models are in {', '.join(inner[:10])}; give one of these directories"
+    return f"no {SAFETENSORS} or pytorch_model.bin"
+
+
+def _looks_like_model(directory: Path) -> bool:
+    names = os.listdir(directory)
+    weights = any(_FULL_WEIGHTS.fullmatch(name) or name in ADAPTER_WEIGHTS for name in names)
+    return weights or ".metadata" in names
 
 
 def _read_index(directory: Path, index: Path) -> Located:
@@ -112,21 +150,25 @@ def _read_index(directory: Path, index: Path) -> Located:
     if len(raw) > _MAX_INDEX_BYTES:
         raise CheckpointError(f"{index}: larger than {_MAX_INDEX_BYTES} bytes")
     try:
-        content = json.loads(raw)
+        content = json.loads(raw, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: not valid JSON: {error}") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map that names a file for each tensor")
-    suffixes = {".safetensors"} if index.name.endswith(".safetensors.index.json") else PICKLE_SUFFIXES
+    suffixes = {".safetensors"} if ".safetensors." in index.name else PICKLE_SUFFIXES
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _is_plain(name) or Path(name).suffix not in suffixes:
             raise CheckpointError(
                 f"{index}: tensor {tensor!r} is said to be in {name!r}, which is not a weight file beside the index"
             )
     files = {name: entry(directory, name) for name in sorted(set(weight_map.values()))}
+    shards = (
+        name for name in sorted(os.listdir(directory)) if _SHARD.fullmatch(name) and Path(name).suffix in suffixes
+    )
+    stray = tuple(name for name in shards if name not in files)
     return Located(
-        tuple(files.values()), directory, index, {tensor: files[name] for tensor, name in weight_map.items()}
+        tuple(files.values()), directory, index, {tensor: files[name] for tensor, name in weight_map.items()}, stray
     )
 
 

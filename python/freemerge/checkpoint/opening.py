@@ -12,16 +12,23 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .adapter import AdaptedCheckpoint
+from .alike import alike
 from .conversion import Layout
 from .hub_cache import local_path
 from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_weights
 from .prefixes import Naming, Rename
-from .quantised import dequantised
+from .quantised import dequantised, needless_quantisation
 from .reader import Checkpoint, Source
+from .spec import MERGEABLE
 from .tied import untie
 from .views import InFileLayout, renamed
 
-_ADAPTER_WEIGHT = re.compile(r"\.(lora_(embedding_)?[AB]|ia3_l)\.")
+# Of kohya's scripts, diffusers, LyCORIS, MLX, loralib, and what PEFT calls its other kinds.
+_ADAPTER_WEIGHT = re.compile(
+    r"(^|[._])(lora_(embedding_)?[AB]|lora_[ab]|lora[._](up|down|mid)|lora_linear_layer|lora_magnitude_vector|dora_scale"
+    r"|ia3_l|hada_[wt][12](_[ab])?|lokr_(w[12](_[ab])?|t2)|b?oft_(R|S|s|blocks)|vera_lambda_[bd]|vblora_\w+|hra_u"
+    r"|(fourierft|waveft)_spectrum|randlora_\w+|shira_weight|c3a_kernel|road_(theta|alpha)|bone_block|miss_block)(\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,32 +69,45 @@ def open_inputs(
         for argument, model in models.items()
         if adapter_directory(model) is None
     }
-    opened, *others = in_file_layout([opened, *plain.values()])
+    if not any(spec.dtype in MERGEABLE for spec in opened.specs.values()):
+        raise CheckpointError(f"{opened.label} holds no tensor in float32, float64, bfloat16 or float16 to merge")
+    read = [opened, *plain.values()]
+    notices = [notice for checkpoint in read for notice in checkpoint.set_aside]
+    opened, *others = in_file_layout(read)
     differ = any(other.specs.keys() - opened.specs.keys() for other in others)
     known = opened.architecture if differ else None  # asked only where it can help: it may import transformers
     naming = Naming(opened.specs, renames, known.loaded_name if known is not None else None)
     plain = {argument: renamed(other, naming.of(other.specs)) for argument, other in zip(plain, others, strict=True)}
     for other in plain.values():
-        _refuse_unmerged_adapter(other)
+        _refuse_unmerged_adapter(other, opened)
     sources = [
         plain[argument] if argument in plain else stack.enter_context(open_model(model, opened, naming=naming))
         for argument, model in models.items()
     ]
     untied = untie(opened, sources, lambda name: merged((name, *opened.aliases(name))))
-    notices = [*_given_twice({"base": base, **models})]
+    named = {"base": opened, **dict(zip(models, sources, strict=True))}
+    notices += [*_given_twice({"base": base, **models})] or [*alike(named)]
+    method = needless_quantisation(opened)
+    if method is not None:
+        notices.append(
+            f"{opened.label}: config.json says that weights are quantised ({method}), but they are floats; the merged "
+            "model's config does not say so"
+        )
     if untied.names:
         names = ", ".join(untied.names)
         notices.append(f"the merged model does not tie {names} to the embeddings, as not all models do")
     return Inputs(untied.base, untied.models, untied.names, tuple(notices))
 
 
-def _refuse_unmerged_adapter(model: Checkpoint) -> None:
-    adapted = next((name for name in model.specs if _ADAPTER_WEIGHT.search(name)), None)
-    if adapted is not None:
-        raise CheckpointError(
-            f"{model.label} holds an adapter that is not merged ({adapted}); pass what its merge_and_unload() returns, "
-            "or the directory that its save_pretrained() writes"
-        )
+def _refuse_unmerged_adapter(model: Checkpoint, base: Checkpoint) -> None:
+    """Refuse weights that change others in a way that only the library which trained them knows."""
+    adapted = next((n for n in model.specs if _ADAPTER_WEIGHT.search(n) and n not in base.specs), None)
+    if adapted is None:
+        return
+    way_out = "merge it with the library that trained it, and pass the full model"
+    if adapted.startswith("base_model."):
+        way_out = "pass what its merge_and_unload() returns, or the directory that its save_pretrained() writes"
+    raise CheckpointError(f"{model.label} holds an adapter that is not merged ({adapted}); {way_out}")
 
 
 def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:

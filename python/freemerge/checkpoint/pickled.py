@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from .containers import GGUF_ADVICE, SEPARATOR, state_dict_in
-from .safetensors_file import open_regular
+from .containers import SEPARATOR, state_dict_in
+from .file_format import is_mapped
 from .state_dict import dense_tensors, specs_of, tied_names
 
 _RELEASE_AFTER_BYTES = 256 << 20
@@ -28,12 +28,8 @@ class PickledFile:
 
     def __init__(self, path: Path, key: str = "") -> None:
         self.path, self._key = path, key
-        with open(open_regular(path), "rb") as stream:
-            beginning = stream.read(4)
-            self._bytes = os.fstat(stream.fileno()).st_size
-        if beginning == b"GGUF":
-            raise CheckpointError(f"{path}: {GGUF_ADVICE}")
-        self._mapped = beginning == b"PK\x03\x04"
+        self._mapped = is_mapped(path)
+        self._bytes = os.stat(path).st_size
         if self._mapped:
             _check_archive(path, self._bytes)
         state = self._load()
@@ -66,7 +62,9 @@ class PickledFile:
         except Exception:  # a damaged or hostile file can make the unpickler raise anything
             raise CheckpointError(f"{self.path}: not a readable torch file: damaged, cut, or of another kind") from None
         source = f"{self.path}{SEPARATOR}{self._key}" if self._key else str(self.path)
-        state = dense_tensors(source, state_dict_in(content, source, self._key))
+        found = state_dict_in(content, source, self._key)
+        state = dense_tensors(source, found)
+        self.left_out = [str(name) for name in found if name not in state]
         for name, tensor in state.items():
             if tensor.nbytes > self._bytes:
                 raise CheckpointError(

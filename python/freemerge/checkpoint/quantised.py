@@ -35,12 +35,19 @@ _PACKED = {
     ),
     "bitsandbytes, 8 bit": (re.compile(r"\.SCB$"), _DEQUANTIZE),
     "GPTQ": (re.compile(r"\.(g_idx|qweight_type)$"), _ORIGINAL),
-    "AWQ": (re.compile(r"\.(qweight|qzeros)$"), _ORIGINAL),
-    "compressed-tensors": (re.compile(r"\.(weight_packed|weight_zero_point)$"), _ORIGINAL),
+    "AWQ or GPTQ": (re.compile(r"\.(qweight|qzeros)$"), _ORIGINAL),
+    "compressed-tensors": (re.compile(r"\.(weight_packed|weight_zero_point|weight_global_scale)$"), _ORIGINAL),
+    "torchao": (re.compile(r"[._](weight_qdata|weight_scale_and_zero)$"), _ORIGINAL),
     "HQQ": (re.compile(r"\.W_q$"), _ORIGINAL),
     "AQLM": (re.compile(r"\.codebooks$"), _ORIGINAL),
     "quanto": (re.compile(r"\.weight\._data$"), _ORIGINAL),
+    "EETQ": (re.compile(r"\.weight_scales$"), _ORIGINAL),
+    "SpQR": (re.compile(r"\.(dense_weights|row_offsets)$"), _ORIGINAL),
+    "VPTQ": (re.compile(r"\.(res_)?centroids\.weight$"), _ORIGINAL),
+    "SmoothQuant": (re.compile(r"\.(deq_scale|quant_bias)$"), _ORIGINAL),
 }
+_INTEGERS = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
+_NO_WEIGHT = re.compile(r"mask|bias|ids|index|position|token|offset|count|step|stat", re.IGNORECASE)
 
 
 FLOAT8_ADVICE = (
@@ -76,7 +83,17 @@ def _packed(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
             return "MXFP4", name, _DEQUANTIZE
         if not spec.dtype.is_floating_point and _scale_of(name, checkpoint.specs):
             return spec.dtype_name, name, _ORIGINAL
-    return None
+    return _mostly_integers(checkpoint)
+
+
+def _mostly_integers(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
+    """A format that is not known by name: weights that are integers, or integers that fill most of the checkpoint."""
+    packed = [s for n, s in checkpoint.specs.items() if s.dtype in _INTEGERS and s.ndim and not _NO_WEIGHT.search(n)]
+    weights = [spec for spec in packed if spec.name.endswith(".weight")]
+    if not weights and 2 * sum(spec.nbytes for spec in packed) < sum(s.nbytes for s in checkpoint.specs.values()):
+        return None
+    largest = max(weights or packed, key=lambda spec: spec.nbytes, default=None)
+    return None if largest is None else (largest.dtype_name, largest.name, _ORIGINAL)
 
 
 class Dequantised(Checkpoint):
@@ -157,12 +174,30 @@ def _factors(scale: torch.Tensor) -> torch.Tensor:
     return torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
 
 
+def needless_quantisation(checkpoint: Checkpoint) -> str | None:
+    """The method by which a config says that weights are quantised which are all floats; None for others."""
+    if checkpoint.dequantised or any(spec.dtype in FLOAT8 for spec in checkpoint.specs.values()):
+        return None
+    config = read_config(checkpoint.directory)
+    return None if without_quantisation(config) == config else str(_quantisation(checkpoint).get("quant_method"))
+
+
+def without_quantisation(config: Mapping[str, object]) -> dict[str, object]:
+    """A config, and those inside of it, that says nothing about quantised weights."""
+    return {
+        name: without_quantisation(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in QUANTISATION
+    }
+
+
 def _quantisation(checkpoint: Checkpoint) -> dict[str, object]:
     config = read_config(checkpoint.directory)
-    for name in QUANTISATION:
-        found = config.get(name)
-        if isinstance(found, dict):
-            return found
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in QUANTISATION:
+            found = part.get(name)
+            if isinstance(found, dict):
+                return found
     return {}
 
 
@@ -170,10 +205,15 @@ def _scale_of(name: str, specs: Mapping[str, TensorSpec]) -> str | None:
     """The tensor that scales a quantised one."""
     stem, _, last = name.rpartition(".")
     dot = f"{stem}." if stem else ""
-    return next((s for s in (f"{name}_scale_inv", f"{name}_scale", f"{dot}scale_{last}") if s in specs), None)
+    named = [f"{name}_scale_inv", f"{name}_scale", f"{dot}scale_{last}"]
+    if last == "weight" and specs[name].dtype in FLOAT8:  # any other layer may have a scale of its own
+        named.append(f"{dot}scale")
+    return next((scale for scale in named if scale in specs), None)
 
 
 def _is_activation_scale(name: str, weights: Mapping[str, str]) -> bool:
     stem, _, last = name.rpartition(".")
     known = ("input_scale", "activation_scale", "output_scale", "scale_input", "input_scale_ub", "input_scale_inv")
-    return last in known and f"{stem}.weight" in weights
+    cache = ("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale")  # of an attention's cache
+    inside = any(weight.startswith(f"{stem}.") for weight in weights)
+    return (last in known and f"{stem}.weight" in weights) or (last in cache and (inside or not stem))

@@ -15,12 +15,13 @@ import torch
 from ..errors import ArgumentError, CheckpointError
 from .architecture import Architecture, built_from_config, read_config
 from .containers import split_key, state_dict_in
+from .file_format import file_format
 from .hub_cache import local_path
-from .locate import Located, display_name, is_safetensors, locate
+from .locate import Located, display_name, locate
 from .pickled import PickledFile
 from .safetensors_file import SafetensorsFile
 from .spec import TensorSpec
-from .state_dict import dense_tensors, specs_of, tied_names
+from .state_dict import dense_tensors, left_out, specs_of, tied_names
 
 Source = Union[str, "os.PathLike[str]", Mapping[str, torch.Tensor], torch.nn.Module]
 
@@ -39,6 +40,7 @@ class Checkpoint(ABC):
         dequantised: whether some weights are stored in float8 and shown in float32.
         widened: whether dtypes are wider than what is stored, so that they say nothing about the files.
         copies: names in ``specs`` that are known to hold a copy of another tensor, each with the name of that.
+        set_aside: what of the source is left out, in sentences.
         label: what to call this model in messages.
         name: what to call it in a manifest: no path of this machine in it.
     """
@@ -46,6 +48,7 @@ class Checkpoint(ABC):
     specs: dict[str, TensorSpec]
     tied: dict[str, str]
     copies: Mapping[str, str] = {}
+    set_aside: tuple[str, ...] = ()
     dequantised: bool = False
     widened: bool = False
     path: Path | None = None
@@ -77,12 +80,16 @@ class Checkpoint(ABC):
             file, key = split_key(os.fspath(source))
             path = local_path(file)
             located = locate(path)
-            if key and (len(located.files) > 1 or is_safetensors(located.files[0])):
+            formats = {file_format(file) for file in located.files}
+            if len(formats) > 1:
+                raise CheckpointError(f"{path}: some of its files are torch files, others safetensors")
+            in_torch = "torch" in formats
+            if key and (len(located.files) > 1 or not in_torch):
                 raise CheckpointError(f"{source}: {file} is no torch file, so there is no {key!r} in it")
-            if is_safetensors(located.files[0]):
-                return _Safetensors(path, located)
-            return _Pickled(path, located, key)
-        raise ArgumentError(f"a model must be a path, a state dict or a module, got {type(source).__name__}")
+            return _Pickled(path, located, key) if in_torch else _Safetensors(path, located)
+        raise ArgumentError(
+            f"{argument or 'a model'} must be a path, a state dict or a module, got {type(source).__name__}"
+        )
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
@@ -158,6 +165,7 @@ class _InMemory(Checkpoint):
         self.name = name
         self.label = f"{argument} ({name})" if argument else name
         self._state = dense_tensors(self.label, state)
+        self.set_aside = left_out(self.label, [str(name) for name in state if name not in self._state])
         self.specs = specs_of(self._state)
         self.tied = tied_names(self._state)
 
@@ -181,6 +189,8 @@ class _OnDisk(Checkpoint):
         self.label = str(path)
         self.name = display_name(path)
         self.tied = {}
+        if located.stray:
+            self.set_aside = (f"{path}: the index does not name {', '.join(located.stray[:3])}, which is not read",)
 
     def origin(self, name: str) -> str:
         return str(self._files[name].path)
@@ -237,6 +247,7 @@ class _Pickled(_OnDisk):
         self.specs = {name: file.specs[name] for name, file in self._files.items()}
         self.tied = {name: first for file in files.values() for name, first in file.tied.items()}
         self._last = files[located.files[0]]
+        self.set_aside += left_out(self.label, [name for file in files.values() for name in file.left_out])
 
     def read(self, name: str) -> torch.Tensor:
         file = self._files[name]

@@ -155,7 +155,7 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file (the header is not a JSON object)")
     try:
-        header = json.loads(raw.decode(), object_pairs_hook=_unique)
+        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: bad safetensors header: {error}") from None
 
@@ -167,7 +167,7 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     return slots, metadata
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object whose keys differ: two readers could disagree about which duplicate counts."""
     result: dict[str, object] = {}
     for name, value in pairs:

@@ -25,6 +25,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "un
 _INCIDENTAL = frozenset(
     {"_name_or_path", "name_or_path", "transformers_version", "use_cache", "_attn_implementation", "auto_map"}
     | {"attn_implementation", "torchscript", "gradient_checkpointing", "tie_word_embeddings", "unsloth_version"}
+    | {"quantization_config", "compression_config"}
 )
 _MAX_COMPARED_BYTES = 50_000_000
 _LISTED = 12
@@ -69,6 +70,7 @@ def differences(base: Checkpoint, models: Sequence[Checkpoint], tokenizer: Check
     lines = [*_file_differences(tokenizer, others, "the base" if tokenizer is base else tokenizer.name)]
     others = {f"models[{i}] ({model.name})": model for i, model in enumerate(models) if model.directory is not None}
     lines += _config_differences(base, others, tokenizer)
+    lines.sort(key=lambda line: not line.startswith((f"{CONFIG}: architectures", f"{CONFIG}: model_type")))
     return lines[:_LISTED] + ([f"and {len(lines) - _LISTED} more such differences"] if len(lines) > _LISTED else [])
 
 
@@ -86,6 +88,9 @@ def _file_differences(taken: Checkpoint, others: Mapping[str, Checkpoint], name:
 def _config_differences(base: Checkpoint, others: Mapping[str, Checkpoint], tokenizer: Checkpoint) -> Iterator[str]:
     ours = _flat(read_config(base.directory))
     theirs = {label: _flat(read_config(other.directory)) for label, other in others.items()}
+    for label, other in others.items():
+        if other.directory is not None and (other.directory / CONFIG).is_file() and not theirs[label]:
+            yield f"{CONFIG}: that of {label} cannot be read and is not compared"
     theirs = {label: config for label, config in theirs.items() if config}  # an adapter has none
     if not ours:
         return

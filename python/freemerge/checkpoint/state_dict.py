@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,24 @@ import torch
 from ..errors import CheckpointError
 from .spec import TensorSpec
 
+_EXTRA = "_extra_state"
+
 
 def dense_tensors(source: str, state: Mapping[Any, object]) -> dict[str, torch.Tensor]:
-    """The state dict, detached, in its own order; CheckpointError naming the first entry that is no ordinary tensor."""
-    return {str(name): _dense(source, name, value) for name, value in state.items()}
+    """The state dict, detached, in its own order; CheckpointError naming the first entry that is no ordinary tensor.
+
+    What modules keep beside tensors (``get_extra_state``), as Transformer Engine does, is left out.
+    """
+    return {
+        str(name): _dense(source, name, value)
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) or not str(name).endswith(_EXTRA)
+    }
+
+
+def left_out(source: str, names: Sequence[str]) -> tuple[str, ...]:
+    """A sentence about entries that :func:`dense_tensors` left out, if there are any."""
+    return (f"{source}: {names[0]} is no tensor and left out ({len(names)} such entries)",) if names else ()
 
 
 def specs_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
@@ -41,6 +55,8 @@ def tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def _dense(source: str, name: object, value: object) -> torch.Tensor:
     if not isinstance(name, str):
         raise CheckpointError(f"{source}: not a state dict (it has the key {name!r})")
+    if "_packed_params" in name and not isinstance(value, torch.Tensor):
+        raise CheckpointError(f"{source} is quantised by torch ({name}); pass the model that it was quantised from")
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{source}: not a state dict ({name!r} is a {type(value).__name__}, not a tensor)")
     if value.layout is not torch.strided or value.is_quantized or value.is_meta:

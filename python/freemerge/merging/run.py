@@ -20,7 +20,9 @@ from ..checkpoint import (
     carry_over,
     open_inputs,
 )
+from ..checkpoint.architecture import require_config
 from ..checkpoint.model_card import model_card
+from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
 from ..errors import ArgumentError, RefusedError
 from .engine import Merger
@@ -182,6 +184,7 @@ def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Reci
 
 def _side_files(merger: Merger, tokenizer_from: TokenizerFrom) -> Checkpoint:
     """Whose tokenizer is taken; what of the others is not taken over becomes notices."""
+    require_config(merger.base.directory)
     tokenizer = tokenizer_source(merger.base, merger.models, tokenizer_from)
     merger.notices += [*merger.inputs.notices, *differences(merger.base, merger.models, tokenizer)]
     return tokenizer
@@ -209,6 +212,7 @@ def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint)
             out_dtype=out_dtype,
             untied=bool(merger.inputs.untied),
             dequantised=merger.base.dequantised,
+            in_floats=needless_quantisation(merger.base) is not None,
             tokenizer=None if tokenizer is merger.base else tokenizer,
         )
 
