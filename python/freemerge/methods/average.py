@@ -21,5 +21,8 @@ class Average(Method):
 
     weights: Literal["uniform"] | tuple[float, ...] = weights_parameter("uniform")
 
+    def holds(self, count: int, as_matrices: bool) -> int:
+        return 1
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])

@@ -85,6 +85,14 @@ class Method(ABC):
         """How often :meth:`merge` reads a unit (see :attr:`TaskVectors.as_matrices`)."""
         return 1
 
+    @abstractmethod
+    def holds(self, count: int, as_matrices: bool) -> int:
+        """The most that is allocated at a time for a unit of ``count`` models, as multiples of the unit.
+
+        A unit counts as its entries in the dtype of the arithmetic; what reading base and models takes comes on top,
+        and up to 16 MB that do not grow with the unit. Merging and measuring need no more, on any shape.
+        """
+
     def default_scale(self, count: int) -> float | None:
         """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0

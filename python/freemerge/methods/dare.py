@@ -41,6 +41,9 @@ class DARE(Method):
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
+    def holds(self, count: int, as_matrices: bool) -> int:
+        return min(count, 3) + 2  # random numbers and masks beside them
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([self._merged(tensor, measured.weights) for tensor in vectors.tensors])
 

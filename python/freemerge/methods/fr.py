@@ -92,6 +92,10 @@ class FR(Method):
             return 2
         return 2 if not self._sums_first(as_matrices) and as_matrices and self.renormalize is not None else 1
 
+    def holds(self, count: int, as_matrices: bool) -> int:
+        sums = 1 if self._sums_first(as_matrices) else count + 5
+        return sums + 2 * as_matrices  # a stack is copied to be filtered, a single row has a spectrum
+
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 

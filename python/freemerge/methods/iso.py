@@ -34,6 +34,9 @@ class IsoC(SpectralMethod):
     title = "Iso-C"
     paper = "2502.04959"
 
+    def holds(self, count: int, as_matrices: bool) -> int:
+        return 15 if as_matrices else 8
+
     def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
         total, _ = add_up(each)
         return replace_matrices(vectors, total, map(_isotropic, vectors.matrices(total)))
@@ -58,6 +61,9 @@ class IsoCTS(SpectralMethod):
 
     def reads(self, as_matrices: bool) -> int:
         return 2 if as_matrices else 1
+
+    def holds(self, count: int, as_matrices: bool) -> int:
+        return 24 if as_matrices else 8
 
     def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
         total, count = add_up(each)

@@ -75,6 +75,9 @@ class PCB(Method):
     def passes(self) -> int:
         return 4 if self.scope == "model" else 0
 
+    def holds(self, count: int, as_matrices: bool) -> int:
+        return 2 * count + 5  # those of the tensor before are let go when the next are there
+
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()

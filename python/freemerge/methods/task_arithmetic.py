@@ -25,5 +25,8 @@ class TaskArithmetic(Method):
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
+    def holds(self, count: int, as_matrices: bool) -> int:
+        return 1
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])

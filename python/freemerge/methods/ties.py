@@ -50,6 +50,9 @@ class TIES(Method):
     def passes(self) -> int:
         return 2 if self.scope == "model" else 0
 
+    def holds(self, count: int, as_matrices: bool) -> int:
+        return 11
+
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()

@@ -24,6 +24,9 @@ class TSVM(SpectralMethod):
     title = "TSV-M"
     paper = "2412.00081"
 
+    def holds(self, count: int, as_matrices: bool) -> int:
+        return 26 if as_matrices else 8
+
     def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
         count = len(vectors.tensors[0].models)
         found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
