@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
-from test_vectors import deltas
 
 from freemerge.methods import METHODS
 from freemerge.methods.vectors import TaskVectors
+from in_memory import deltas
 
 FIXED = 8 << 20  # half of what is allowed, with units that are no larger
 MATRICES: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {

@@ -25,4 +25,4 @@ class Average(Method):
         return 1
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])
+        return Merged(vectors.sum(measured.weights))

@@ -45,15 +45,13 @@ class DARE(Method):
         return min(count, 3) + 2  # random numbers and masks beside them
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([self._merged(tensor, measured.weights) for tensor in vectors.tensors])
-
-    def _merged(self, tensor: Deltas, weights: tuple[float, ...]) -> Tensor:
-        total: Tensor | None = None
-        for model, (delta, weight) in enumerate(zip(tensor.each(), weights, strict=True)):
-            delta.mul_(weight / (1.0 - self.drop)).masked_fill_(self._dropped(tensor, model).to(delta.device), 0.0)
-            total = delta if total is None else total.add_(delta)
-        assert total is not None
-        return total
+        totals: list[Tensor] = []
+        for model, (deltas, weight) in enumerate(zip(vectors.each(), measured.weights, strict=True)):
+            for tensor, delta in zip(vectors.tensors, deltas, strict=True):
+                dropped = self._dropped(tensor, model).to(delta.device)
+                delta.mul_(weight / (1.0 - self.drop)).masked_fill_(dropped, 0.0)
+            totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
+        return Merged(totals)
 
     def _dropped(self, tensor: Deltas, model: int) -> Tensor:
         """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,8 +36,8 @@ class IsoC(SpectralMethod):
     def holds(self, count: int, as_matrices: bool) -> int:
         return 15 if as_matrices else 8
 
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
-        total, _ = add_up(each)
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
+        total, _ = add_up(vectors.each())
         return replace_matrices(vectors, total, map(_isotropic, vectors.matrices(total)))
 
 
@@ -65,8 +64,8 @@ class IsoCTS(SpectralMethod):
     def holds(self, count: int, as_matrices: bool) -> int:
         return 24 if as_matrices else 8
 
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
-        total, count = add_up(each)
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
+        total, count = add_up(vectors.each())
         shapes = [matrix.shape for matrix in vectors.matrices(total)]
         own = [self._own(min(shape[-2:]), count) for shape in shapes]
         found = [

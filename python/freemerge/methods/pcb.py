@@ -84,12 +84,12 @@ class PCB(Method):
 
         def pieces() -> Iterator[list[Tensor]]:
             for vectors in units:
-                yield from (list(tensor.each()) for tensor in vectors.tensors if tensor.numel)
+                yield from (deltas for deltas in map(list, zip(*vectors.each(), strict=True)) if deltas[0].numel())
 
         return self._competition(pieces, count)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([self._merged(list(tensor.each()), measured) for tensor in vectors.tensors])
+        return Merged([self._merged(list(deltas), measured) for deltas in zip(*vectors.each(), strict=True)])
 
     def _merged(self, deltas: list[Tensor], measured: Measured) -> Tensor:
         if not deltas[0].numel():

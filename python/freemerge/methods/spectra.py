@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .rules import projection_scale
 from .vectors import TaskVectors
 
 if TYPE_CHECKING:
@@ -164,39 +163,26 @@ def _inverse(values: Tensor) -> Tensor:
 class SpectralMethod(Method):
     """A method that combines matrices by their singular vectors and averages everything else, as the papers do.
 
-    The default scale is found from the weights (:func:`freemerge.methods.rules.projection_scale`), for which every
-    unit is merged once more; name a scale to save that.
+    The default scale is found from the weights (:meth:`Method.measure_scale`), for which every unit is merged once
+    more; name a scale to save that.
     """
 
     def default_scale(self, count: int) -> float | None:
         return None
 
-    def measure_scale(self, units: Iterable[TaskVectors]) -> float:
-        squares: list[float] = []
-        overlaps: list[float] = []
-        for vectors in units:
-            sums = [torch.zeros(()) for _ in vectors.tensors]
-            merged = self._combined(vectors, _watched(vectors.each(), sums, squares))
-            overlaps += [float((total.double() * tensor).sum()) for total, tensor in zip(sums, merged, strict=True)]
-        return projection_scale(squares, overlaps)
-
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged(self._combined(vectors, vectors.each()))
-
-    def _combined(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
-        """The merged task vector of each member, from the task vectors of each model."""
-        if self.averages(vectors):
-            total, count = add_up(each)
-            return [tensor.div_(count) for tensor in total]
-        return self.combine(vectors, each)
+        if not self.averages(vectors):
+            return Merged(self.combine(vectors))
+        total, count = add_up(vectors.each())
+        return Merged([tensor.div_(count) for tensor in total])
 
     def averages(self, vectors: TaskVectors) -> bool:
         """Whether the members of a unit are averaged, because they are no matrices to this method."""
         return not vectors.as_matrices or any(len(tensor.shape) < 2 for tensor in vectors.tensors)
 
     @abstractmethod
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
-        """The merged task vector of each member, from the task vectors of each model, seen as matrices."""
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
+        """The merged task vector of each member of a unit of matrices."""
 
 
 def add_up(each: Iterator[list[Tensor]]) -> tuple[list[Tensor], int]:
@@ -217,14 +203,3 @@ def replace_matrices(vectors: TaskVectors, deltas: list[Tensor], merged: Iterabl
         matrix.copy_(new)
     vectors.unstack(matrices, deltas)
     return deltas
-
-
-def _watched(each: Iterator[list[Tensor]], sums: list[Tensor], squares: list[float]) -> Iterator[list[Tensor]]:
-    """The same task vectors; their sums and squared norms are taken on the way."""
-    from ..accumulate import norm
-
-    for deltas in each:
-        squares.append(norm(deltas) ** 2)
-        for i, delta in enumerate(deltas):
-            sums[i] = sums[i].to(delta.device) + delta
-        yield deltas

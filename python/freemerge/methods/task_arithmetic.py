@@ -29,4 +29,4 @@ class TaskArithmetic(Method):
         return 1
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])
+        return Merged(vectors.sum(measured.weights))

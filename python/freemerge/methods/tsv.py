@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,10 +26,10 @@ class TSVM(SpectralMethod):
     def holds(self, count: int, as_matrices: bool) -> int:
         return 26 if as_matrices else 8
 
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
         count = len(vectors.tensors[0].models)
         found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
-        for deltas in each:
+        for deltas in vectors.each():
             matrices = vectors.matrices(deltas)
             found.append([singular_triplets(matrix, max(1, min(matrix.shape[-2:]) // count)) for matrix in matrices])
         return replace_matrices(vectors, deltas, map(_joined, zip(*found, strict=True)))

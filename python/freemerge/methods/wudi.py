@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,19 +36,16 @@ class WUDI(SpectralMethod):
     title = "WUDI-Merging"
     paper = "2503.08099"
 
-    steps: float = parameter(300.0, "time of the gradient flow, in units of 1 / lambda_1", kind=number(0, 1e12))
+    steps: float = parameter(100.0, "time of the gradient flow, in units of 1 / lambda_1", kind=number(0, 1e12))
     rank: float = parameter(1.0, "share of the eigenvectors that are corrected", kind=number(0, 1))
 
     def holds(self, count: int, as_matrices: bool) -> int:
         return 3 * count + 20 if as_matrices else 8
 
-    def default_scale(self, count: int) -> float | None:
-        return 1.0
-
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
         count = len(vectors.tensors[0].models)
         stacks: list[Tensor] = []
-        for model, deltas in enumerate(each):
+        for model, deltas in enumerate(vectors.each()):
             matrices = vectors.matrices(deltas)
             if not stacks:
                 stacks = [matrix.new_empty(count, *matrix.shape) for matrix in matrices]
