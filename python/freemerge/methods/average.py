@@ -7,7 +7,7 @@ from typing import Literal
 
 from .base import Measured, Merged, Method
 from .parameters import weights_parameter
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Average(Method):
 
     weights: Literal["uniform"] | tuple[float, ...] = weights_parameter("uniform")
 
-    def holds(self, count: int, as_matrices: bool) -> int:
+    def holds(self, count: int, matrix: Sides | None) -> float:
         return 1
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:

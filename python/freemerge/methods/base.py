@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..responses import Response
 from .rules import Weights, inner_product, projection_scale, weights_by_rule
-from .vectors import TaskVectors, watched
+from .vectors import Sides, TaskVectors, watched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,11 +86,14 @@ class Method(ABC):
         return 1
 
     @abstractmethod
-    def holds(self, count: int, as_matrices: bool) -> int:
+    def holds(self, count: int, matrix: Sides | None) -> float:
         """The most that is allocated at a time for a unit of ``count`` models, as multiples of the unit.
 
         A unit counts as its entries in the dtype of the arithmetic; what reading base and models takes comes on top,
-        and up to 16 MB that do not grow with the unit. Merging and measuring need no more, on any shape.
+        and up to 16 MB that do not grow with the unit. Merging and measuring need no more.
+
+        ``matrix``: rows and columns of the largest matrix that the unit is seen as; None where it is merged entry by
+        entry.
         """
 
     def default_scale(self, count: int) -> float | None:

@@ -10,7 +10,7 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .parameters import WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale
-from .vectors import Deltas, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ class DARE(Method):
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
-    def holds(self, count: int, as_matrices: bool) -> int:
+    def holds(self, count: int, matrix: Sides | None) -> float:
         return min(count, 3) + 2  # random numbers and masks beside them
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:

@@ -12,7 +12,7 @@ from ..responses import HighPass, Response, from_config
 from .base import Measured, Merged, Method
 from .parameters import NUMBER, parameter
 from .rules import energy_factor
-from .vectors import Deltas, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,8 +96,9 @@ class Filtered(Method):
     def reads(self, as_matrices: bool) -> int:
         return self.method.reads(as_matrices)
 
-    def holds(self, count: int, as_matrices: bool) -> int:
-        return self.method.holds(count, as_matrices) + 3 * as_matrices  # what is filtered, a stack, a row's spectrum
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        held = self.method.holds(count, matrix)
+        return held if matrix is None else held + 3  # what is filtered, a stack, the spectrum of a single row
 
     def default_scale(self, count: int) -> float | None:
         return self.method.default_scale(count)

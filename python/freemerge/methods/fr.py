@@ -21,7 +21,7 @@ from .rules import (
     magnitude_weights,
     weighted_sum,
 )
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,9 +80,9 @@ class FR(Method):
             return 2
         return 2 if not self._sums_first(as_matrices) and as_matrices and self.renormalize is not None else 1
 
-    def holds(self, count: int, as_matrices: bool) -> int:
-        sums = 1 if self._sums_first(as_matrices) else count + 5
-        return sums + 2 * as_matrices  # a stack is copied to be filtered, a single row has a spectrum
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        sums = 1 if self._sums_first(matrix is not None) else count + 5
+        return sums if matrix is None else sums + 2  # a stack is copied to be filtered, a single row has a spectrum
 
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 from ..lazy import torch
 from .parameters import number, parameter
 from .spectra import (
+    AVERAGE_HOLDS,
     SpectralMethod,
     add_up,
     mean_of_nonzero,
     polar_factor,
     replace_matrices,
     singular_triplets,
+    squareness,
     united,
 )
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,8 +35,8 @@ class IsoC(SpectralMethod):
     title = "Iso-C"
     paper = "2502.04959"
 
-    def holds(self, count: int, as_matrices: bool) -> int:
-        return 15 if as_matrices else 8
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return AVERAGE_HOLDS if matrix is None else 11 + 2 * squareness(matrix)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         total, _ = add_up(vectors.each())
@@ -61,8 +63,8 @@ class IsoCTS(SpectralMethod):
     def reads(self, as_matrices: bool) -> int:
         return 2 if as_matrices else 1
 
-    def holds(self, count: int, as_matrices: bool) -> int:
-        return 24 if as_matrices else 8
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return AVERAGE_HOLDS if matrix is None else 16 + 6 * squareness(matrix)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         total, count = add_up(vectors.each())

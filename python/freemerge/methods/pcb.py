@@ -11,7 +11,7 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .order import kth_largest
 from .parameters import number, parameter
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ class PCB(Method):
     def passes(self) -> int:
         return 4 if self.scope == "model" else 0
 
-    def holds(self, count: int, as_matrices: bool) -> int:
+    def holds(self, count: int, matrix: Sides | None) -> float:
         return 2 * count + 5  # those of the tensor before are let go when the next are there
 
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:

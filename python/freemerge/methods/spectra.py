@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ SMALLEST_SKETCH = 16  # smaller matrices are decomposed in no time
 POWER_STEPS = 2
 BACKWARD_ERROR = 1e-7  # of the smallest singular value, half the rounding of float32
 BLOCK = 1024  # columns in float64 at a time
+AVERAGE_HOLDS = 4  # what averaging allocates, and finding the scale (:meth:`Method.holds`)
 
 
 def left_vectors(wide: Tensor, count: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -46,8 +47,8 @@ def left_vectors(wide: Tensor, count: int, size: Tensor | None = None) -> tuple[
         left, values, _ = torch.linalg.svd(wide, full_matrices=False)
     else:
         squares, left = torch.linalg.eigh(_gram(wide))
-        values, left = squares.flip(-1).clamp(min=0).sqrt(), left.flip(-1)
-    return _nonzero(left[..., :count], values[..., :count], size)
+        values, left = squares.flip(-1).clamp(min=0).sqrt(), left[..., -count:].flip(-1)
+    return _nonzero(left[..., :count].contiguous(), values[..., :count], size)
 
 
 def low_rank(wide: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
@@ -100,7 +101,9 @@ def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     left, values = left_vectors(wide, wide.shape[-2])
     scaled = (left * _inverse(values)[..., None, :]).mT
     if 2 * scaled.shape[-2] > scaled.shape[-1]:  # U diag(1/s) U^T first is cheaper
-        factor = left_times(left @ scaled, wide)
+        left = left @ scaled
+        del scaled
+        factor = left_times(left, wide)
     else:
         factor = left @ left_times(scaled, wide)
     return factor.mT if tall else factor, values
@@ -115,6 +118,11 @@ def united(triplets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, T
 def mean_of_nonzero(values: Tensor) -> Tensor:
     """The mean over the last axis of those singular values that are not zero; 0 where all are."""
     return values.sum(-1) / (values > 0).sum(-1).clamp(min=1)
+
+
+def squareness(matrix: Sides) -> float:
+    """The shorter side over the longer one: of the size of a matrix, that of a Gram matrix."""
+    return min(matrix) / max(matrix)
 
 
 def left_times(left: Tensor, matrix: Tensor) -> Tensor:
@@ -152,6 +160,8 @@ def _added(terms: Iterator[Tensor]) -> Tensor:
 def _nonzero(left: Tensor, values: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
     """Without those that are zero in all matrices, and at least one."""
     kept = values > RANK_TOLERANCE * (values[..., :1] if size is None else size[..., None])
+    if bool(kept.all()):
+        return left, values
     most = max(1, int(kept.sum(-1).max()))
     return left[..., :most].where(kept[..., None, :most], 0.0), values[..., :most].where(kept[..., :most], 0.0)
 

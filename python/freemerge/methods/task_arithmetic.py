@@ -8,7 +8,7 @@ from typing import Literal
 from .base import Measured, Merged, Method
 from .parameters import weights_parameter
 from .rules import default_scale
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TaskArithmetic(Method):
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
-    def holds(self, count: int, as_matrices: bool) -> int:
+    def holds(self, count: int, matrix: Sides | None) -> float:
         return 1
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:

@@ -10,7 +10,7 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .order import kth_largest
 from .parameters import number, parameter
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class TIES(Method):
     def passes(self) -> int:
         return 2 if self.scope == "model" else 0
 
-    def holds(self, count: int, as_matrices: bool) -> int:
+    def holds(self, count: int, matrix: Sides | None) -> float:
         return 11
 
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:

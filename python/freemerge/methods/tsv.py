@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .spectra import SpectralMethod, replace_matrices, singular_triplets, united
-from .vectors import TaskVectors
+from .spectra import AVERAGE_HOLDS, SpectralMethod, replace_matrices, singular_triplets, squareness, united
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +23,10 @@ class TSVM(SpectralMethod):
     title = "TSV-M"
     paper = "2412.00081"
 
-    def holds(self, count: int, as_matrices: bool) -> int:
-        return 26 if as_matrices else 8
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        if matrix is None:
+            return AVERAGE_HOLDS
+        return max(13 + 6 * squareness(matrix), 8 * count / min(matrix) + 3)  # each task keeps at least one direction
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         count = len(vectors.tensors[0].models)

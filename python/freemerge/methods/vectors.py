@@ -12,6 +12,8 @@ from ..lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+Sides = tuple[int, int]  # rows and columns of a matrix
+
 
 @dataclass(frozen=True)
 class Deltas:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .parameters import number, parameter
-from .spectra import SpectralMethod, left_times, low_rank, replace_matrices
-from .vectors import TaskVectors
+from .spectra import AVERAGE_HOLDS, SpectralMethod, left_times, low_rank, replace_matrices
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +39,13 @@ class WUDI(SpectralMethod):
     steps: float = parameter(100.0, "time of the gradient flow, in units of 1 / lambda_1", kind=number(0, 1e12))
     rank: float = parameter(1.0, "share of the eigenvectors that are corrected", kind=number(0, 1))
 
-    def holds(self, count: int, as_matrices: bool) -> int:
-        return 3 * count + 20 if as_matrices else 8
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        if matrix is None:
+            return AVERAGE_HOLDS
+        height, width = matrix
+        side = min(width, count * height)  # of A
+        square = side * side / (height * width)
+        return max(count + 21 + 6.5 * square, 6 * count + 5 + 8.5 * square * (side < width))
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         count = len(vectors.tensors[0].models)
