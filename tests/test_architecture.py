@@ -77,10 +77,10 @@ def test_every_room_is_on_the_map() -> None:
     assert not [room for room in rooms if f" {room}" not in described]
 
 
-def test_methods_know_no_files_and_only_fr_knows_the_filter() -> None:
+def test_methods_know_no_files_and_one_knows_the_filter() -> None:
     for path in sources("methods"):
         rooms = {target[0] for target in internal_imports(path)} - {"methods"}
-        allowed = {"errors", "lazy", "accumulate", "responses"} | ({"filter"} if path.stem == "fr" else set())
+        allowed = {"errors", "lazy", "accumulate", "responses"} | ({"filter"} if path.stem == "filtered" else set())
         assert rooms <= allowed, f"{path.name} imports {rooms - allowed}"
 
 

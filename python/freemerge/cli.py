@@ -19,6 +19,7 @@ from .errors import ArgumentError, FreemergeError, RefusedError
 from .merging.recipe import PRESETS, Recipe
 from .merging.selection import Action
 from .methods import METHODS
+from .methods.filtered import Filter
 from .methods.parameters import FLAG, Parameter, parameters_of
 from .methods.rules import Scope
 
@@ -170,11 +171,13 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _method_parameters() -> dict[str, dict[str, Parameter]]:
-    """Every parameter of a method: its name, and what it is for each method that has it."""
+    """Every parameter of a method, or of a filter around it: its name, and what it is for each that has it."""
     found: dict[str, dict[str, Parameter]] = {}
     for method, cls in sorted(METHODS.items()):
         for name, parameter in parameters_of(cls).items():
             found.setdefault(name, {})[method] = parameter
+    for name, parameter in parameters_of(Filter).items():
+        found.setdefault(name, {})["filter"] = parameter
     return found
 
 
@@ -229,16 +232,17 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         recipe = Recipe.from_yaml(options.recipe)
     else:
         recipe = Recipe.preset(options.preset) if options.preset else Recipe()
-    if options.method is not None:
-        recipe = recipe.replace(method=options.method)
-    known = parameters_of(Recipe) | parameters_of(type(recipe.method))
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {} if options.method is None else {"method": options.method}
+    method = type(recipe.method) if options.method is None else METHODS[options.method]
+    known = parameters_of(Recipe) | parameters_of(method)
+    if options.filter is not None or recipe.filter is not None:
+        known |= parameters_of(Filter)
     for name in (*parameters_of(Recipe), *_method_parameters()):
         value = getattr(options, name)
         if value is None:
             continue
         if name not in known:
-            raise ArgumentError(f"method {recipe.method.name} has no option {_flag(name)}")
+            raise ArgumentError(f"method {method.name} has no option {_flag(name)}")
         changes[name] = value if isinstance(value, bool) else known[name].parse(_flag(name), value)
     if options.select is not None:
         changes["select"] = (*options.select, *recipe.select)

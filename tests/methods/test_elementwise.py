@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import freemerge as fm
+from formulas import pcb, ties
 
 State = dict[str, Tensor]
 Array = npt.NDArray[np.float64]
@@ -47,12 +48,6 @@ def check(recipe: fm.Recipe, base: State, models: list[State], formula: Any) -> 
         np.testing.assert_allclose(actual, formula(vectors(base, models, names)), rtol=1e-5, atol=1e-6)
 
 
-def largest(values: Array, density: float) -> npt.NDArray[np.bool_]:
-    """Which values are at least the k-th largest, k = round(density n)."""
-    k = round(density * values.size)
-    return values >= np.sort(values)[-k] if k else np.zeros(values.size, bool)
-
-
 @pytest.mark.parametrize("scope", ["model", "tensor"])
 @pytest.mark.parametrize(
     ("count", "density", "dtype"),
@@ -65,15 +60,11 @@ def largest(values: Array, density: float) -> npt.NDArray[np.bool_]:
     ],
 )
 def test_ties(count: int, density: float, dtype: torch.dtype | None, scope: str) -> None:
-    def formula(values: list[Array]) -> Array:
-        trimmed = np.array([np.where(largest(np.abs(v), density), v, 0.0) for v in values])
-        merged = np.zeros(trimmed.shape[1])
-        for entry, column in enumerate(trimmed.T):
-            agreeing = [v for v in column if v != 0 and np.sign(v) == np.sign(column.sum())]
-            merged[entry] = np.mean(agreeing) if agreeing else 0.0
-        return merged
-
-    check(fm.Recipe(method="ties", density=density, scope=scope), *states(count, dtype or torch.float32), formula)
+    check(
+        fm.Recipe(method="ties", density=density, scope=scope),
+        *states(count, dtype or torch.float32),
+        lambda v: ties(v, density),
+    )
 
 
 def test_ties_by_hand() -> None:
@@ -96,25 +87,8 @@ def test_ties_by_hand() -> None:
     ],
 )
 def test_pcb(count: int, density: float, dtype: torch.dtype | None, scope: str) -> None:
-    def norm(x: Array) -> Array:
-        return (x - x.min()) / (x.max() - x.min())
-
-    def softmax(x: Array) -> Array:
-        return np.exp(x) / np.exp(x).sum()
-
-    def formula(values: list[Array]) -> Array:
-        if not values[0].size:
-            return values[0]
-        numerator, denominator = np.zeros(values[0].size), np.zeros(values[0].size)
-        for own in values:
-            beta = softmax(count * norm(own * own)) * sum(softmax(norm(own * other)) for other in values)
-            beta = np.where(largest(np.float32(beta * beta.size**2), density), beta, 0.0)
-            numerator += beta * own
-            denominator += beta
-        return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
-
     recipe = fm.Recipe(method="pcb", density=density, scope=scope, compute_dtype="float64")
-    check(recipe, *states(count, dtype or torch.float32), formula)
+    check(recipe, *states(count, dtype or torch.float32), lambda v: pcb(v, density))
 
 
 def test_pcb_of_many_models() -> None:

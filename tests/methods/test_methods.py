@@ -16,7 +16,7 @@ import freemerge as fm
 from freemerge.cli import main
 from freemerge.methods import METHODS, Measured, Merged, Method
 from freemerge.methods.parameters import number, parameter
-from freemerge.methods.vectors import TaskVectors
+from freemerge.methods.vectors import Sides, TaskVectors
 
 State = dict[str, Tensor]
 SHAPES = {"up.weight": (24, 16), "qkv.weight": (12, 10), "up.bias": (24,)}
@@ -124,6 +124,9 @@ def trimmed_mean() -> Iterator[type[Method]]:
         sees_matrices = False
 
         trim: float = parameter(0.25, "share of models left out at each end", kind=number(0, 0.49))
+
+        def holds(self, count: int, matrix: Sides | None) -> float:
+            return 5 * count  # copies of a tensor; sorting makes some
 
         def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
             merged = []

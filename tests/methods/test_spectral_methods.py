@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,55 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freemerge as fm
+from formulas import polar, spectral, svd
 from freemerge.cli import main
 
 METHODS = ("iso_c", "iso_cts", "tsv_m")
 SHAPES = [(12, 30), (30, 12), (16, 16), (2, 9), (3, 16, 20)]
-
-
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
-
-
-def polar(matrix: Tensor) -> Tensor:
-    left, _, right = svd(matrix)
-    return left @ right
-
-
-def iso_c(vectors: list[Tensor]) -> Tensor:
-    left, values, right = svd(sum(vectors, torch.zeros_like(vectors[0])))
-    return values.mean() * left @ right
-
-
-def iso_cts(vectors: list[Tensor]) -> Tensor:
-    count, rank = len(vectors), min(vectors[0].shape)
-    own = min(rank // count, round((rank - int(0.8 * rank)) / count))
-    common = rank - count * own
-    left, values, right = svd(sum(vectors, torch.zeros_like(vectors[0])))
-    lefts, values_, rights = [left[:, :common]], [values[:common]], [right[:common]]
-    for vector in vectors:
-        u, s, vh = svd(vector - lefts[0] @ lefts[0].mT @ vector)
-        lefts, values_, rights = [*lefts, u[:, :own]], [*values_, s[:own]], [*rights, vh[:own]]
-    return torch.cat(values_).mean() * polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights))
-
-
-def tsv_m(vectors: list[Tensor]) -> Tensor:
-    rank = max(1, min(vectors[0].shape) // len(vectors))
-    parts = [svd(vector) for vector in vectors]
-    left = polar(torch.cat([u[:, :rank] for u, _, _ in parts], 1))
-    right = polar(torch.cat([vh[:rank] for _, _, vh in parts]))
-    return left @ torch.diag(torch.cat([s[:rank] for _, s, _ in parts])) @ right
-
-
-FORMULAS: dict[str, Callable[[list[Tensor]], Tensor]] = {"iso_c": iso_c, "iso_cts": iso_cts, "tsv_m": tsv_m}
-
-
-def formula(method: str, vectors: list[Tensor]) -> Tensor:
-    """The merged task vector; of a batch, matrix by matrix."""
-    if vectors[0].ndim == 2:
-        return FORMULAS[method](vectors)
-    return torch.stack([formula(method, list(matrices)) for matrices in zip(*vectors, strict=True)])
 
 
 def tensors(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
@@ -83,7 +38,7 @@ def test_the_formula(method: str, shape: tuple[int, ...], count: int) -> None:
         for compute, error in (("float64", 1e-7), ("float32", 3e-5)):
             recipe = fm.Recipe(method=method, scale=1.0, compute_dtype=compute, out_dtype="float64")
             merged = fm.merge_tensors(base, models, recipe=recipe).double() - base.double()
-            expected = formula(method, vectors)
+            expected = spectral(method, vectors)
             torch.testing.assert_close(merged, expected, rtol=0, atol=error * float(expected.abs().max()))
 
 

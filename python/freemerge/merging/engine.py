@@ -55,7 +55,7 @@ class Merger:
         if self._chosen is not None:
             self._chosen.require()
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
-        self.method = recipe.method
+        self.method = recipe.merging
 
         def names(name: str) -> tuple[str, ...]:
             first = base.tied.get(name, name)

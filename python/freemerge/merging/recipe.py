@@ -12,6 +12,7 @@ import yaml
 
 from ..errors import ArgumentError
 from ..methods import METHODS, Method
+from ..methods.filtered import WHEN, Filter, Filtered, When, checked_response
 from ..methods.parameters import NUMBER, did_you_mean, parameter, parameters_of
 from ..responses import Response, to_config, to_record
 from .selection import Rule, Split, Stack, View, renames_of, rules_of
@@ -37,6 +38,9 @@ class Recipe:
         method: a method's name (see :data:`freemerge.methods.METHODS`), or the method itself. The result is
             ``theta_0 + scale * merged``, with the task vector that the method merges.
         scale: a number, or ``"auto"`` for the default of the method.
+        filter: a frequency filter of matrices ``"before"`` the method, of every task vector, or ``"after"`` it, of the
+            merged one, with ``response`` or ``cutoff`` (the default is ``HighPass(0.4)``). It is kept as a
+            :class:`freemerge.methods.filtered.Filter`. FR-Merging has a response of its own instead.
         select: ordered rules or (pattern, action) pairs with action "filter" (treated as matrices, which FR-Merging
             filters), "merge" (entry by entry), "average", "copy" or "drop" (:class:`Rule`); the first match wins, and
             tensors that match none follow :func:`freemerge.merging.units.default_action`.
@@ -53,6 +57,9 @@ class Recipe:
     scale: Literal["auto"] | float = parameter(
         "auto", "strength of the merged task vector", choices=("auto",), kind=NUMBER
     )
+    filter: Filter | None = parameter(
+        None, "filter matrices before or after a method that does not filter by itself", choices=(None, *WHEN)
+    )
     select: tuple[Rule, ...] = ()
     views: tuple[View, ...] = ()
     rename: tuple[Rename, ...] = ()
@@ -65,6 +72,7 @@ class Recipe:
         *,
         method: str | Method = "fr",
         scale: Literal["auto"] | float = "auto",
+        filter: When | Filter | None = None,
         select: Sequence[Any] = (),
         views: Sequence[Any] = (),
         rename: Sequence[Any] = (),
@@ -74,9 +82,11 @@ class Recipe:
     ) -> None:
         if response is not None:
             parameters["response"] = response
+        responses = {name: parameters.pop(name) for name in ("response", "cutoff") if filter and name in parameters}
         values = {
             "method": _method(method, parameters),
             "scale": scale,
+            "filter": filter.when if isinstance(filter, Filter) else filter,
             "select": rules_of(select),
             "views": tuple(_view(view) for view in _sequence("views", views)),
             "rename": renames_of(rename),
@@ -84,6 +94,10 @@ class Recipe:
             "out_dtype": out_dtype,
         }
         values |= {name: common.check(name, values[name]) for name, common in parameters_of(Recipe).items()}
+        if filter is not None:
+            if values["method"].response is not None:
+                raise ArgumentError(f"filter: method {values['method'].name} filters by itself, with its own response")
+            values["filter"] = (filter if isinstance(filter, Filter) else Filter(filter)).replace(**responses)
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -94,6 +108,11 @@ class Recipe:
         if name not in (f.name for f in fields(self.method)):
             raise AttributeError(f"a recipe of method {self.method.name} has no field {name!r}")
         return getattr(self.method, name)
+
+    @property
+    def merging(self) -> Method:
+        """The method, with the filter around it if there is one."""
+        return self.method if self.filter is None else Filtered(self.method, self.filter)
 
     def global_scale(self, count: int) -> float | None:
         """The scale of a merge of ``count`` models; None if the method has to find it from the weights."""
@@ -111,8 +130,13 @@ class Recipe:
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed, validated again. Another ``method`` starts from its own defaults."""
         common = {f.name: changes.pop(f.name, getattr(self, f.name)) for f in fields(self)}
-        method = self.method if common["method"] == self.method.name else common["method"]
-        return Recipe(**{**common, "method": _method(method, changes)})
+        if common["method"] == self.method.name:
+            common["method"] = self.method
+        if isinstance(common["filter"], str) and self.filter is not None:
+            common["filter"] = self.filter.replace(when=common["filter"])
+        if "response" in changes:  # None is none here, not the default
+            changes["response"] = checked_response(changes["response"], None)
+        return Recipe(**common, **changes)
 
     def to_config(self) -> dict[str, Any]:
         """The recipe as plain data for YAML or JSON. A custom response cannot be written down: ArgumentError."""
@@ -129,6 +153,8 @@ class Recipe:
             config[f.name] = write(value) if isinstance(value, Response) else value
             if isinstance(value, tuple):
                 config[f.name] = list(value)
+        if self.filter is not None:
+            config |= {"filter": self.filter.when, "response": write(self.filter.response)}
         config["scale"] = self.scale
         config["select"] = [{"pattern": rule.pattern, "action": rule.action} for rule in self.select]
         config["views"] = [_view_config(view) for view in self.views]

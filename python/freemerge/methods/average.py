@@ -7,7 +7,7 @@ from typing import Literal
 
 from .base import Measured, Merged, Method
 from .parameters import weights_parameter
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,8 @@ class Average(Method):
 
     weights: Literal["uniform"] | tuple[float, ...] = weights_parameter("uniform")
 
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return 1
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])
+        return Merged(vectors.sum(measured.weights))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..responses import Response
-from .rules import Weights, weights_by_rule
-from .vectors import TaskVectors
+from .rules import Weights, inner_product, projection_scale, weights_by_rule
+from .vectors import Sides, TaskVectors, watched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +85,17 @@ class Method(ABC):
         """How often :meth:`merge` reads a unit (see :attr:`TaskVectors.as_matrices`)."""
         return 1
 
+    @abstractmethod
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        """The most that is allocated at a time for a unit of ``count`` models, as multiples of the unit.
+
+        A unit counts as its entries in the dtype of the arithmetic; what reading base and models takes comes on top,
+        and up to 16 MB that do not grow with the unit. Merging and measuring need no more.
+
+        ``matrix``: rows and columns of the largest matrix that the unit is seen as; None where it is merged entry by
+        entry.
+        """
+
     def default_scale(self, count: int) -> float | None:
         """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0
@@ -92,9 +103,18 @@ class Method(ABC):
     def measure_scale(self, units: Iterable[TaskVectors]) -> float:
         """The scale where :meth:`default_scale` is None, from one iteration over ``units`` with the reads of a merge.
 
-        It is asked for only if the recipe's scale is "auto".
+        It is asked for only if the recipe's scale is "auto". The merged task vector then projects on the sum of the
+        task vectors as they do themselves (:func:`freemerge.methods.rules.projection_scale`).
         """
-        raise NotImplementedError
+        squares: list[float] = []
+        overlaps: list[float] = []
+        for vectors in units:
+            seen = watched(vectors)
+            merged = self.merge(seen, Measured()).tensors
+            seen.read()
+            squares += seen.squares
+            overlaps += map(inner_product, seen.sums, merged)
+        return projection_scale(squares, overlaps)
 
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         """What merging needs to know about the whole model. Every iteration over ``units`` reads all tensors."""

@@ -10,7 +10,7 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .parameters import WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale
-from .vectors import Deltas, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,16 +41,17 @@ class DARE(Method):
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
-    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([self._merged(tensor, measured.weights) for tensor in vectors.tensors])
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return min(count, 3) + 2  # random numbers and masks beside them
 
-    def _merged(self, tensor: Deltas, weights: tuple[float, ...]) -> Tensor:
-        total: Tensor | None = None
-        for model, (delta, weight) in enumerate(zip(tensor.each(), weights, strict=True)):
-            delta.mul_(weight / (1.0 - self.drop)).masked_fill_(self._dropped(tensor, model).to(delta.device), 0.0)
-            total = delta if total is None else total.add_(delta)
-        assert total is not None
-        return total
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        totals: list[Tensor] = []
+        for model, (deltas, weight) in enumerate(zip(vectors.each(), measured.weights, strict=True)):
+            for tensor, delta in zip(vectors.tensors, deltas, strict=True):
+                dropped = self._dropped(tensor, model).to(delta.device)
+                delta.mul_(weight / (1.0 - self.drop)).masked_fill_(dropped, 0.0)
+            totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
+        return Merged(totals)
 
     def _dropped(self, tensor: Deltas, model: int) -> Tensor:
         """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from ..errors import ArgumentError
-from ..responses import HighPass, Response, from_config
+from ..responses import HighPass, Response
 from .base import Measured, Merged, Method
+from .filtered import CUTOFF_HELP, checked_response, filter_members
 from .parameters import FLAG, NUMBER, parameter, weights_parameter
 from .rules import (
     Scope,
@@ -22,7 +21,7 @@ from .rules import (
     magnitude_weights,
     weighted_sum,
 )
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,21 +65,10 @@ class FR(Method):
     )
     align: bool = parameter(False, "give a tensor the same magnitude in every task", kind=FLAG)
     sign_election: bool = parameter(False, "keep the entries that agree with the sign of the sum", kind=FLAG)
-    cutoff: InitVar[float | None] = parameter(
-        None,
-        "cutoff of the response; of a high-pass, as a fraction of the shorter side, if the response has none",
-        kind=NUMBER,
-    )
+    cutoff: InitVar[float | None] = parameter(None, CUTOFF_HELP, kind=NUMBER)
 
     def __post_init__(self, cutoff: float | None) -> None:
-        response: object = from_config(self.response) if isinstance(self.response, dict) else self.response
-        if not isinstance(response, Response):
-            raise ArgumentError(f"response must be a frequency response, got {response!r}")
-        if cutoff is not None:
-            has_cutoff = any(field.name == "cutoff" for field in dataclasses.fields(response))
-            changes: dict[str, Any] = {"cutoff": cutoff}
-            response = dataclasses.replace(response, **changes) if has_cutoff else HighPass(cutoff)
-        object.__setattr__(self, "response", response)
+        object.__setattr__(self, "response", checked_response(self.response, cutoff))
         super().__post_init__()
 
     @property
@@ -91,6 +79,10 @@ class FR(Method):
         if self._own_weights and not self._filtered_stats(as_matrices):
             return 2
         return 2 if not self._sums_first(as_matrices) and as_matrices and self.renormalize is not None else 1
+
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        sums = 1 if self._sums_first(matrix is not None) else count + 5
+        return sums if matrix is None else sums + 2  # a stack is copied to be filtered, a single row has a spectrum
 
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
@@ -120,7 +112,7 @@ class FR(Method):
             sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
             if filters:
                 norm_before = norm(sums) if self.renormalize is not None else 0.0
-                self._filter(vectors, sums)
+                filter_members(vectors, sums, self.response)
         else:
             filtered = self._filtered(vectors)
             means = _means(filtered)
@@ -185,16 +177,9 @@ class FR(Method):
         filtered = []
         for deltas in vectors.each():
             if vectors.as_matrices:
-                self._filter(vectors, deltas)
+                filter_members(vectors, deltas, self.response)
             filtered.append(deltas)
         return filtered
-
-    def _filter(self, vectors: TaskVectors, deltas: Sequence[Tensor]) -> None:
-        from ..filter import filter_
-
-        matrices = vectors.matrices(deltas)
-        filter_(matrices, self.response, backend=vectors.backend)
-        vectors.unstack(matrices, deltas)
 
 
 def _means(filtered: Sequence[Sequence[Tensor]]) -> list[list[float]]:

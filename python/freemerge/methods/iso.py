@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .parameters import number, parameter
 from .spectra import (
+    AVERAGE_HOLDS,
     SpectralMethod,
     add_up,
     mean_of_nonzero,
     polar_factor,
     replace_matrices,
     singular_triplets,
+    squareness,
     united,
 )
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +35,11 @@ class IsoC(SpectralMethod):
     title = "Iso-C"
     paper = "2502.04959"
 
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
-        total, _ = add_up(each)
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return AVERAGE_HOLDS if matrix is None else 11 + 2 * squareness(matrix)
+
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
+        total, _ = add_up(vectors.each())
         return replace_matrices(vectors, total, map(_isotropic, vectors.matrices(total)))
 
 
@@ -59,8 +63,11 @@ class IsoCTS(SpectralMethod):
     def reads(self, as_matrices: bool) -> int:
         return 2 if as_matrices else 1
 
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
-        total, count = add_up(each)
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return AVERAGE_HOLDS if matrix is None else 16 + 6 * squareness(matrix)
+
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
+        total, count = add_up(vectors.each())
         shapes = [matrix.shape for matrix in vectors.matrices(total)]
         own = [self._own(min(shape[-2:]), count) for shape in shapes]
         found = [

@@ -11,7 +11,7 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .order import kth_largest
 from .parameters import number, parameter
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,18 +75,21 @@ class PCB(Method):
     def passes(self) -> int:
         return 4 if self.scope == "model" else 0
 
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return 2 * count + 5  # those of the tensor before are let go when the next are there
+
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()
 
         def pieces() -> Iterator[list[Tensor]]:
             for vectors in units:
-                yield from (list(tensor.each()) for tensor in vectors.tensors if tensor.numel)
+                yield from (deltas for deltas in map(list, zip(*vectors.each(), strict=True)) if deltas[0].numel())
 
         return self._competition(pieces, count)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([self._merged(list(tensor.each()), measured) for tensor in vectors.tensors])
+        return Merged([self._merged(list(deltas), measured) for deltas in zip(*vectors.each(), strict=True)])
 
     def _merged(self, deltas: list[Tensor], measured: Measured) -> Tensor:
         if not deltas[0].numel():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Weights = Literal["magnitude", "uniform", "sum"] | tuple[float, ...]
 Scope = Literal["tensor", "row", "model"]  #: over what entries are counted or averaged
 
+_PIECE = 1 << 15  # entries, which torch adds up on one thread
 TASK_ARITHMETIC_STRENGTH = 0.4  # strength of a summed task vector at which task arithmetic is usually best
 
 
@@ -90,6 +91,12 @@ def energy_factor(norm_before: float, norm_after: float) -> float:
     """Factor that gives a filtered task vector its norm back; 1 where the filter left nothing to amplify."""
     # A filter that removes everything leaves rounding noise, which must not be amplified to full size.
     return norm_before / norm_after if norm_after > 1e-6 * norm_before else 1.0
+
+
+def inner_product(a: Tensor, b: Tensor) -> float:
+    """<a, b> over all entries, in float64; the same for any number of threads."""
+    pieces = zip(a.flatten().split(_PIECE), b.flatten().split(_PIECE), strict=True)
+    return math.fsum(float((x.double() * y).sum()) for x, y in pieces)
 
 
 def projection_scale(squares: Iterable[float], overlaps: Iterable[float]) -> float:

@@ -1,10 +1,14 @@
 """Singular vectors and polar factors of matrices, and what the methods that are made of them share.
 
-Everything goes over the float64 Gram matrix of the shorter side, A A^T or A^T A, which costs one symmetric
-eigendecomposition of that side instead of a singular value decomposition, and runs on batches [..., H, W] and on any
-device that has float64. Squaring halves the digits: a singular value s is found to about 1e-16 (s_1 / s)^2 of itself,
-s_1 the largest. Directions below ``RANK_TOLERANCE`` s_1 are treated as zero, so the relative error is at most about
-1e-6, at s = 1e-5 s_1, and below the rounding of float32 task vectors for all s over 1e-4 s_1.
+How they are found is decided in :func:`left_vectors`: by a range finder that looks for low rank and proves it, by the
+singular value decomposition for float64 arithmetic, else by the eigenvectors of the float64 Gram matrix of the shorter
+side, A A^T or A^T A. The last costs a third of a decomposition, and less than Newton's or Newton-Schulz's iteration for
+a polar factor (an eigendecomposition takes the time of 6 products of its size; each of their 7 to 20 steps takes 2 or
+3). All run on batches [..., H, W] and on any device that has float64.
+
+Squaring halves the digits: a Gram matrix gives a singular value s to about 1e-16 (s_1 / s)^2 of itself, s_1 the
+largest. Directions below ``RANK_TOLERANCE`` s_1 are treated as zero, so the relative error is at most about 1e-6, at
+s = 1e-5 s_1, and below the rounding of float32 task vectors for all s over 1e-4 s_1.
 """
 
 from __future__ import annotations
@@ -15,39 +19,94 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .rules import projection_scale
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RANK_TOLERANCE = 1e-5
+SKETCHED_SHARE = 16  # of the shorter side: the rank that a range finder looks for, at a tenth of the cost of the rest
+SMALLEST_SKETCH = 16  # smaller matrices are decomposed in no time
+POWER_STEPS = 2
+BACKWARD_ERROR = 1e-7  # of the smallest singular value, half the rounding of float32
+BLOCK = 1024  # columns in float64 at a time
+AVERAGE_HOLDS = 4  # what averaging allocates, and finding the scale (:meth:`Method.holds`)
+
+
+def left_vectors(wide: Tensor, count: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The left singular vectors U [..., H, n] and values s [..., n] of a matrix with H <= W, float64, n <= ``count``.
+
+    They belong to the largest singular values, of which those below ``RANK_TOLERANCE`` of the largest (or of ``size``,
+    one number a matrix) are zero, and so are their vectors: which basis of the null space a decomposition happens to
+    return must not matter.
+    """
+    sketched = low_rank(wide, size)
+    if sketched is not None:
+        left, values = sketched
+    elif wide.dtype == torch.float64:
+        left, values, _ = torch.linalg.svd(wide, full_matrices=False)
+    else:
+        squares, left = torch.linalg.eigh(_gram(wide))
+        values, left = squares.flip(-1).clamp(min=0).sqrt(), left[..., -count:].flip(-1)
+    return _nonzero(left[..., :count].contiguous(), values[..., :count], size)
+
+
+def low_rank(wide: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """The same for a matrix whose rank is at most a sixteenth of H, such as a LoRA update; None if it is not.
+
+    A randomised range finder (Halko, Martinsson and Tropp, arXiv 0909.4061) with a bound that is computed afterwards,
+    so that nothing depends on luck: all that it has not found has a norm below ``RANK_TOLERANCE`` of s_1, and is zero;
+    and U, s and V are exact for a matrix that differs by at most ``BACKWARD_ERROR`` of the smallest singular value.
+    """
+    columns = wide.shape[-2] // SKETCHED_SHARE
+    if columns < SMALLEST_SKETCH:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(wide.shape[-1], columns, generator=generator, dtype=torch.float64).to(wide.device)
+    basis = torch.linalg.qr(_times(wide, start)).Q
+    for _ in range(POWER_STEPS):
+        basis = torch.linalg.qr(_times(wide, torch.linalg.qr(left_times(basis.mT, wide).mT).Q)).Q
+    inner, values, right = torch.linalg.svd(left_times(basis.mT, wide), full_matrices=False)
+    left, values = _nonzero(basis @ inner, values, size)
+    smallest = values.where(values > 0, float("inf")).amin(-1)
+    residual = (
+        _times(wide, right[..., : values.shape[-1], :].mT) * (values > 0)[..., None, :] - left * values[..., None, :]
+    )
+    left_out = (_square(wide) - values.square().sum(-1)).clamp(min=0).sqrt()
+    zero = RANK_TOLERANCE * (values[..., 0] if size is None else size)
+    found = (left_out <= zero) & (torch.linalg.matrix_norm(residual) <= BACKWARD_ERROR * smallest)
+    return (left, values) if bool(found.all()) else None
 
 
 def singular_triplets(matrix: Tensor, count: int, size: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The ``count`` largest singular values with their vectors: U [..., H, n], s [..., n], V^T [..., n, W], float64.
+    """The largest singular values with their vectors: U [..., H, n], s [..., n], V^T [..., n, W], float64.
 
-    A singular value below ``RANK_TOLERANCE`` of the largest (or of ``size``, one number a matrix) is zero, and so are
-    its vectors: which basis of the null space a decomposition happens to return must not matter.
+    n is ``count``, or less if no matrix of a batch has so many that are not zero (see :func:`left_vectors`).
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
-    wide = (matrix.mT if tall else matrix).double()
-    squares, left = torch.linalg.eigh(wide @ wide.mT)
-    values, left = squares.flip(-1)[..., :count].clamp(min=0).sqrt(), left.flip(-1)[..., :count]
-    kept = values > RANK_TOLERANCE * (values[..., :1] if size is None else size[..., None])
-    values, left = values.where(kept, 0.0), left.where(kept[..., None, :], 0.0)
-    right = (left * values.reciprocal().where(kept, 0.0)[..., None, :]).mT @ wide
+    wide = matrix.mT if tall else matrix
+    left, values = left_vectors(wide, count, size)
+    right = left_times((left * _inverse(values)[..., None, :]).mT, wide)
     return (right.mT, values, left.mT) if tall else (left, values, right)
 
 
 def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """U V^T of the singular value decomposition U diag(s) V^T, and s, both float64.
+    """U V^T of the singular value decomposition U diag(s) V^T, and s without zeros, both float64.
 
     The polar factor is the closest matrix with orthonormal rows or columns. Of a rank-deficient matrix it is the
     closest partial isometry: directions below ``RANK_TOLERANCE`` are left out.
     """
-    left, values, right = singular_triplets(matrix, min(matrix.shape[-2:]))
-    return left @ right, values
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    wide = matrix.mT if tall else matrix
+    left, values = left_vectors(wide, wide.shape[-2])
+    scaled = (left * _inverse(values)[..., None, :]).mT
+    if 2 * scaled.shape[-2] > scaled.shape[-1]:  # U diag(1/s) U^T first is cheaper
+        left = left @ scaled
+        del scaled
+        factor = left_times(left, wide)
+    else:
+        factor = left @ left_times(scaled, wide)
+    return factor.mT if tall else factor, values
 
 
 def united(triplets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,38 +120,79 @@ def mean_of_nonzero(values: Tensor) -> Tensor:
     return values.sum(-1) / (values > 0).sum(-1).clamp(min=1)
 
 
+def squareness(matrix: Sides) -> float:
+    """The shorter side over the longer one: of the size of a matrix, that of a Gram matrix."""
+    return min(matrix) / max(matrix)
+
+
+def left_times(left: Tensor, matrix: Tensor) -> Tensor:
+    """``left @ matrix`` in float64, of which ``left`` is; the matrix is not copied as a whole."""
+    product = left.new_empty(*matrix.shape[:-2], left.shape[-2], matrix.shape[-1])
+    for part, block in zip(product.split(BLOCK, -1), matrix.split(BLOCK, -1), strict=True):
+        part.copy_(left @ block.double())
+    return product
+
+
+def _times(matrix: Tensor, right: Tensor) -> Tensor:
+    """``matrix @ right`` in float64, likewise."""
+    products = (a.double() @ b for a, b in zip(matrix.split(BLOCK, -1), right.split(BLOCK, -2), strict=True))
+    return _added(products)
+
+
+def _gram(wide: Tensor) -> Tensor:
+    """A A^T in float64, likewise."""
+    blocks = (block.double() for block in wide.split(BLOCK, -1))
+    return _added(block @ block.mT for block in blocks)
+
+
+def _square(wide: Tensor) -> Tensor:
+    """The squared norm of each matrix in float64, likewise."""
+    return _added(block.double().square().sum((-2, -1)) for block in wide.split(BLOCK, -1))
+
+
+def _added(terms: Iterator[Tensor]) -> Tensor:
+    total = next(terms)
+    for term in terms:
+        total += term
+    return total
+
+
+def _nonzero(left: Tensor, values: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Without those that are zero in all matrices, and at least one."""
+    kept = values > RANK_TOLERANCE * (values[..., :1] if size is None else size[..., None])
+    if bool(kept.all()):
+        return left, values
+    most = max(1, int(kept.sum(-1).max()))
+    return left[..., :most].where(kept[..., None, :most], 0.0), values[..., :most].where(kept[..., :most], 0.0)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    return values.reciprocal().where(values > 0, 0.0)
+
+
 class SpectralMethod(Method):
     """A method that combines matrices by their singular vectors and averages everything else, as the papers do.
 
-    The default scale is found from the weights (:func:`freemerge.methods.rules.projection_scale`), for which every
-    unit is merged once more; name a scale to save that.
+    The default scale is found from the weights (:meth:`Method.measure_scale`), for which every unit is merged once
+    more; name a scale to save that.
     """
 
     def default_scale(self, count: int) -> float | None:
         return None
 
-    def measure_scale(self, units: Iterable[TaskVectors]) -> float:
-        squares: list[float] = []
-        overlaps: list[float] = []
-        for vectors in units:
-            sums = [torch.zeros(()) for _ in vectors.tensors]
-            merged = self._combined(vectors, _watched(vectors.each(), sums, squares))
-            overlaps += [float((total.double() * tensor).sum()) for total, tensor in zip(sums, merged, strict=True)]
-        return projection_scale(squares, overlaps)
-
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged(self._combined(vectors, vectors.each()))
+        if not self.averages(vectors):
+            return Merged(self.combine(vectors))
+        total, count = add_up(vectors.each())
+        return Merged([tensor.div_(count) for tensor in total])
 
-    def _combined(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
-        """The merged task vector of each member, from the task vectors of each model."""
-        if not vectors.as_matrices or any(len(tensor.shape) < 2 for tensor in vectors.tensors):
-            total, count = add_up(each)
-            return [tensor.div_(count) for tensor in total]
-        return self.combine(vectors, each)
+    def averages(self, vectors: TaskVectors) -> bool:
+        """Whether the members of a unit are averaged, because they are no matrices to this method."""
+        return not vectors.as_matrices or any(len(tensor.shape) < 2 for tensor in vectors.tensors)
 
     @abstractmethod
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
-        """The merged task vector of each member, from the task vectors of each model, seen as matrices."""
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
+        """The merged task vector of each member of a unit of matrices."""
 
 
 def add_up(each: Iterator[list[Tensor]]) -> tuple[list[Tensor], int]:
@@ -113,14 +213,3 @@ def replace_matrices(vectors: TaskVectors, deltas: list[Tensor], merged: Iterabl
         matrix.copy_(new)
     vectors.unstack(matrices, deltas)
     return deltas
-
-
-def _watched(each: Iterator[list[Tensor]], sums: list[Tensor], squares: list[float]) -> Iterator[list[Tensor]]:
-    """The same task vectors; their sums and squared norms are taken on the way."""
-    from ..accumulate import norm
-
-    for deltas in each:
-        squares.append(norm(deltas) ** 2)
-        for i, delta in enumerate(deltas):
-            sums[i] = sums[i].to(delta.device) + delta
-        yield deltas

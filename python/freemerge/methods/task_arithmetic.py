@@ -8,7 +8,7 @@ from typing import Literal
 from .base import Measured, Merged, Method
 from .parameters import weights_parameter
 from .rules import default_scale
-from .vectors import TaskVectors
+from .vectors import Sides, TaskVectors
 
 
 @dataclass(frozen=True)
@@ -25,5 +25,8 @@ class TaskArithmetic(Method):
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return 1
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])
+        return Merged(vectors.sum(measured.weights))

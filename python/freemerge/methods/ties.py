@@ -10,7 +10,7 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .order import kth_largest
 from .parameters import number, parameter
-from .vectors import Deltas, TaskVectors
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,38 +50,51 @@ class TIES(Method):
     def passes(self) -> int:
         return 2 if self.scope == "model" else 0
 
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        return 11
+
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()
 
         def magnitudes() -> Iterator[tuple[int, Tensor]]:
             for vectors in units:
-                for deltas in (tensor.each() for tensor in vectors.tensors):
-                    yield from ((model, delta.abs_()) for model, delta in enumerate(deltas))
+                for model, deltas in enumerate(vectors.each()):
+                    yield from ((model, delta.abs_()) for delta in deltas)
 
         return Thresholds(thresholds=tuple(kth_largest(magnitudes, count, self.density)))
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        """One look at each model: the sums and counts of both signs are kept until the sign is known."""
         thresholds = measured.thresholds if isinstance(measured, Thresholds) else ()
-        return Merged([self._merged(tensor, thresholds) for tensor in vectors.tensors])
+        agreements: list[_Agreement] = []
+        for model, deltas in enumerate(vectors.each()):
+            agreements = agreements or [_Agreement(delta) for delta in deltas]
+            for delta, agreement in zip(deltas, agreements, strict=True):
+                magnitude = delta.abs().float()
+                threshold = thresholds[model] if thresholds else self._threshold(magnitude)
+                agreement.add(delta.masked_fill_(magnitude < threshold, 0.0))
+        return Merged([agreement.mean() for agreement in agreements])
 
     def _threshold(self, magnitude: Tensor) -> float:
         return kth_largest(lambda: [(0, magnitude)], 1, self.density)[0]
 
-    def _merged(self, tensor: Deltas, thresholds: tuple[float, ...]) -> Tensor:
-        """One look at each model: the sums and counts of both signs are kept until the sign is known."""
-        sums: list[Tensor] = []
-        counts: list[Tensor] = []
-        for model, delta in enumerate(tensor.each()):
-            magnitude = delta.abs().float()
-            delta.masked_fill_(magnitude < (thresholds[model] if thresholds else self._threshold(magnitude)), 0.0)
-            if not sums:
-                sums = [torch.zeros_like(delta) for _ in range(2)]
-                counts = [torch.zeros_like(delta, dtype=torch.int32) for _ in range(2)]
-            for total, agreeing, part in zip(sums, counts, (delta.clamp(min=0), delta.clamp(max=0)), strict=True):
-                total.add_(part)
-                agreeing.add_(part != 0)
-        (positive, negative), (positives, negatives) = sums, counts
+
+class _Agreement:
+    """Sums and counts of the positive and of the negative entries of one tensor."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._sums = [torch.zeros_like(like) for _ in range(2)]
+        self._counts = [torch.zeros_like(like, dtype=torch.int32) for _ in range(2)]
+
+    def add(self, delta: Tensor) -> None:
+        for total, count, part in zip(self._sums, self._counts, (delta.clamp(min=0), delta.clamp(max=0)), strict=True):
+            total.add_(part)
+            count.add_(part != 0)
+
+    def mean(self) -> Tensor:
+        """The mean of the entries whose sign is that of their sum; zero where that is zero."""
+        (positive, negative), (positives, negatives) = self._sums, self._counts
         elected = positive + negative
         mean = torch.where(elected > 0, positive / positives, negative / negatives)
         return mean.masked_fill_(elected == 0, 0.0)

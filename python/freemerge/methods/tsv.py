@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .spectra import SpectralMethod, replace_matrices, singular_triplets, united
-from .vectors import TaskVectors
+from .spectra import AVERAGE_HOLDS, SpectralMethod, replace_matrices, singular_triplets, squareness, united
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,10 +23,15 @@ class TSVM(SpectralMethod):
     title = "TSV-M"
     paper = "2412.00081"
 
-    def combine(self, vectors: TaskVectors, each: Iterator[list[Tensor]]) -> list[Tensor]:
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        if matrix is None:
+            return AVERAGE_HOLDS
+        return max(13 + 6 * squareness(matrix), 8 * count / min(matrix) + 3)  # each task keeps at least one direction
+
+    def combine(self, vectors: TaskVectors) -> list[Tensor]:
         count = len(vectors.tensors[0].models)
         found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
-        for deltas in each:
+        for deltas in vectors.each():
             matrices = vectors.matrices(deltas)
             found.append([singular_triplets(matrix, max(1, min(matrix.shape[-2:]) // count)) for matrix in matrices])
         return replace_matrices(vectors, deltas, map(_joined, zip(*found, strict=True)))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Sides = tuple[int, int]  # rows and columns of a matrix
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ class TaskVectors:
         """For each model its task vectors, one of each member; one model at a time."""
         yield from map(list, zip(*(tensor.each() for tensor in self.tensors), strict=True))
 
+    def sum(self, weights: Sequence[float]) -> list[Tensor]:
+        """sum_i weights[i] v_i of each member, in one pass."""
+        return [tensor.sum(weights) for tensor in self.tensors]
+
     def matrices(self, deltas: Sequence[Tensor]) -> list[Tensor]:
         """The matrices [H, W], or batches [..., H, W] of them, that task vectors of the members make up.
 
@@ -105,3 +111,40 @@ class TaskVectors:
         if len(deltas) > 1:
             for delta, rows in zip(deltas, torch.split(matrices[0], [len(delta) for delta in deltas]), strict=True):
                 delta.copy_(rows)
+
+
+@dataclass(frozen=True)
+class WatchedVectors(TaskVectors):
+    """Task vectors of which the sum and the squared norms are taken when they are first read one by one."""
+
+    inner: TaskVectors = field(kw_only=True)
+    sums: list[Tensor] = field(default_factory=list)
+    squares: list[float] = field(default_factory=list)
+
+    def each(self) -> Iterator[list[Tensor]]:
+        return self.inner.each() if self.squares else self._watched()
+
+    def sum(self, weights: Sequence[float]) -> list[Tensor]:
+        return self.inner.sum(weights)
+
+    def read(self) -> None:
+        """Read them, unless that has been done."""
+        for _ in () if self.squares else self._watched():
+            pass
+
+    def _watched(self) -> Iterator[list[Tensor]]:
+        from ..accumulate import norm
+
+        for deltas in self.inner.each():
+            if self.sums:
+                for total, delta in zip(self.sums, deltas, strict=True):
+                    total.add_(delta)
+            else:
+                self.sums.extend(delta.clone() for delta in deltas)
+            self.squares.append(norm(deltas) ** 2)
+            yield deltas
+
+
+def watched(vectors: TaskVectors) -> WatchedVectors:
+    """The same task vectors, watched."""
+    return WatchedVectors(vectors.tensors, vectors.as_matrices, vectors.parts, vectors.backend, inner=vectors)

@@ -1,0 +1,188 @@
+"""A frequency filter before or after any method. The only file of this folder that filters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from ..errors import ArgumentError
+from ..responses import HighPass, Response, from_config
+from .base import Measured, Merged, Method
+from .parameters import NUMBER, parameter
+from .rules import energy_factor
+from .vectors import Deltas, Sides, TaskVectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+When = Literal["before", "after"]
+WHEN: tuple[When, ...] = get_args(When)
+CUTOFF_HELP = "cutoff of the response; of a high-pass, as a fraction of the shorter side, if the response has none"
+
+
+def checked_response(response: object, cutoff: float | None) -> Response:
+    """A response, also from plain data, with another cutoff if one is given: a high-pass if it has none to change."""
+    made: object = from_config(response) if isinstance(response, dict) else response
+    if not isinstance(made, Response):
+        raise ArgumentError(f"response must be a frequency response, got {made!r}")
+    if cutoff is None:
+        return made
+    has_cutoff = any(field.name == "cutoff" for field in dataclasses.fields(made))
+    changes: dict[str, Any] = {"cutoff": cutoff}
+    return dataclasses.replace(made, **changes) if has_cutoff else HighPass(cutoff)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A filter of matrices ``"before"`` a method, of every task vector, or ``"after"`` it, of the merged one.
+
+    What is filtered keeps its Frobenius norm, as with :class:`FR`, so that a method's scale suits every cutoff.
+    """
+
+    when: When
+    response: Response = HighPass(0.4)
+    cutoff: InitVar[float | None] = parameter(None, CUTOFF_HELP, kind=NUMBER)
+
+    def __post_init__(self, cutoff: float | None) -> None:
+        if self.when not in WHEN:
+            raise ArgumentError(f"filter must be one of {', '.join(map(repr, WHEN))}, got {self.when!r}")
+        object.__setattr__(self, "response", checked_response(self.response, cutoff))
+
+    def replace(self, **changes: Any) -> Filter:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **{"cutoff": None, **changes})
+
+
+def filter_members(vectors: TaskVectors, deltas: Sequence[Tensor], response: Response) -> None:
+    """Filter the matrices that task vectors of the members of a unit make up, in place."""
+    from ..filter import filter_
+
+    matrices = vectors.matrices(deltas)
+    filter_(matrices, response, backend=vectors.backend)
+    vectors.unstack(matrices, deltas)
+
+
+def filter_keeping_norm(vectors: TaskVectors, deltas: Sequence[Tensor], response: Response) -> float:
+    """The same, and the Frobenius norm of all of them stays what it was; returns the factor that does it."""
+    from ..accumulate import norm
+
+    before = norm(deltas)
+    filter_members(vectors, deltas, response)
+    factor = energy_factor(before, norm(deltas))
+    for delta in deltas:
+        delta.mul_(factor)
+    return factor
+
+
+@dataclass(frozen=True)
+class Filtered(Method):
+    """A method with a filter around it: it sees filtered task vectors, or what it merges is filtered."""
+
+    sees_matrices: ClassVar[bool] = True
+
+    method: Method
+    filter: Filter
+
+    @property
+    def response(self) -> Response:
+        return self.filter.response
+
+    @property
+    def passes(self) -> int:
+        return self.method.passes
+
+    def reads(self, as_matrices: bool) -> int:
+        return self.method.reads(as_matrices)
+
+    def holds(self, count: int, matrix: Sides | None) -> float:
+        held = self.method.holds(count, matrix)
+        return held if matrix is None else held + 3  # what is filtered, a stack, the spectrum of a single row
+
+    def default_scale(self, count: int) -> float | None:
+        return self.method.default_scale(count)
+
+    def measure_scale(self, units: Iterable[TaskVectors]) -> float:
+        if self.filter.when == "before":
+            return self.method.measure_scale(_Each(self._seen, units))
+        return super().measure_scale(units)
+
+    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
+        return self.method.measure(_Each(self._seen, units), count)
+
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        merged = self.method.merge(self._seen(vectors), measured)
+        if self.filter.when == "before" or not vectors.as_matrices:
+            return merged
+        factor = filter_keeping_norm(vectors, merged.tensors, self.response)
+        notes = merged.notes or [{} for _ in merged.tensors]
+        return Merged(merged.tensors, [{**note, "energy_factor": factor} for note in notes])
+
+    def _seen(self, vectors: TaskVectors) -> TaskVectors:
+        """What the method is given instead of task vectors."""
+        if self.filter.when == "after" or not vectors.as_matrices:
+            return vectors
+
+        def each() -> Iterator[list[Tensor]]:
+            for deltas in vectors.each():
+                filter_keeping_norm(vectors, deltas, self.response)
+                yield deltas
+
+        members = tuple(
+            _FilteredDeltas(**vars(tensor), filtered=each, member=i) for i, tensor in enumerate(vectors.tensors)
+        )
+        return _FilteredVectors(members, vectors.as_matrices, vectors.parts, vectors.backend, filtered=each)
+
+
+@dataclass(frozen=True)
+class _FilteredVectors(TaskVectors):
+    """Task vectors that are filtered while they are read."""
+
+    filtered: Callable[[], Iterator[list[Tensor]]] = dataclasses.field(kw_only=True)
+
+    def each(self) -> Iterator[list[Tensor]]:
+        return self.filtered()
+
+    def sum(self, weights: Sequence[float]) -> list[Tensor]:
+        return _summed(self.filtered(), weights)
+
+
+@dataclass(frozen=True)
+class _FilteredDeltas(Deltas):
+    """Those of one member. Each call reads the whole unit, whose matrices its members may only make up together."""
+
+    filtered: Callable[[], Iterator[list[Tensor]]]
+    member: int
+
+    def each(self) -> Iterator[Tensor]:
+        return (deltas[self.member] for deltas in self.filtered())
+
+    def sum(self, weights: Sequence[float]) -> Tensor:
+        return _summed(self.filtered(), weights)[self.member]
+
+    def means(self) -> list[float]:
+        from ..accumulate import abs_means
+
+        return [abs_means(delta.new_zeros(()).expand_as(delta), [delta])[0] for delta in self.each()]
+
+
+def _summed(each: Iterator[list[Tensor]], weights: Sequence[float]) -> list[Tensor]:
+    """sum_i weights[i] v_i of each member."""
+    totals: list[Tensor] = []
+    for deltas, weight in zip(each, weights, strict=True):
+        for delta in deltas:
+            delta.mul_(weight)
+        totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
+    return totals
+
+
+@dataclass(frozen=True)
+class _Each(Iterable[TaskVectors]):
+    """A function of each of ``units``, as often as these can be iterated over."""
+
+    function: Callable[[TaskVectors], TaskVectors]
+    units: Iterable[TaskVectors]
+
+    def __iter__(self) -> Iterator[TaskVectors]:
+        return map(self.function, self.units)

@@ -1,0 +1,167 @@
+"""The methods as their papers write them, plain, in float64 and with singular value decompositions.
+
+Directions of less than 1e-5 of the largest singular value count as zero, which the papers leave open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[np.float64]
+Vectors = Mapping[str, Sequence[Tensor]]  # the K task vectors of each tensor
+
+# Matrices ------------------------------------------------------------------------------------------------------------
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return left, values, right
+
+
+def nonzero(matrix: Tensor, size: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets that count."""
+    left, values, right = svd(matrix)
+    kept = values > 1e-5 * (values[:1] if size is None else size)
+    return left[:, kept], values[kept], right[kept]
+
+
+def polar(matrix: Tensor) -> Tensor:
+    left, _, right = nonzero(matrix)
+    return left @ right
+
+
+def mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def iso_c(vectors: Sequence[Tensor]) -> Tensor:
+    left, values, right = nonzero(total(vectors))
+    return mean(values) * left @ right
+
+
+def iso_cts(vectors: Sequence[Tensor]) -> Tensor:
+    count, rank = len(vectors), min(vectors[0].shape)
+    own = min(rank // count, round((rank - int(0.8 * rank)) / count))
+    common = rank - count * own
+    left, values, right = nonzero(total(vectors))
+    shared = left[:, :common]
+    lefts, values_, rights = [shared], [values[:common]], [right[:common]]
+    for vector in vectors:
+        rest = vector.double() - shared @ shared.mT @ vector.double()
+        u, s, vh = nonzero(rest, float(torch.linalg.norm(vector.double())))
+        lefts, values_, rights = [*lefts, u[:, :own]], [*values_, s[:own]], [*rights, vh[:own]]
+    return mean(torch.cat(values_)) * polar(torch.cat(lefts, 1)) @ polar(torch.cat(rights))
+
+
+def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
+    rank = max(1, min(vectors[0].shape) // len(vectors))
+    parts = [nonzero(vector) for vector in vectors]
+    left = polar(torch.cat([u[:, :rank] for u, _, _ in parts], 1))
+    right = polar(torch.cat([vh[:rank] for _, _, vh in parts]))
+    return left @ torch.diag(torch.cat([s[:rank] for _, s, _ in parts])) @ right
+
+
+def wudi(vectors: Sequence[Tensor], steps: float = 100.0) -> Tensor:
+    """Where X' = B - X A goes from the sum of the task vectors in the time steps / lambda_1."""
+    doubles = [vector.double() for vector in vectors if vector.any()]
+    if not doubles:
+        return total(vectors)
+    grams = [v.mT @ v / v.square().sum() for v in doubles]
+    gram, right = sum(grams), sum(v @ g for v, g in zip(doubles, grams, strict=True))
+    values, directions = torch.linalg.eigh(gram)
+    time = steps / values[-1]
+    decay = torch.exp(-time * values)
+    way = torch.where(time * values > 1e-9, (1 - decay) / values, time)
+    return (total(vectors) @ directions * decay + right @ directions * way) @ directions.mT
+
+
+SPECTRAL: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+    "iso_c": iso_c,
+    "iso_cts": iso_cts,
+    "tsv_m": tsv_m,
+    "wudi": wudi,
+}
+
+
+def total(vectors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(vectors)).double().sum(0)
+
+
+def spectral(method: str, vectors: Sequence[Tensor]) -> Tensor:
+    """The merged matrix; of a batch, matrix by matrix; the mean of what is no matrix."""
+    if vectors[0].ndim < 2:
+        return total(vectors) / len(vectors)
+    if vectors[0].ndim == 2:
+        return SPECTRAL[method](vectors)
+    return torch.stack([spectral(method, matrices) for matrices in zip(*vectors, strict=True)])
+
+
+# Entries --------------------------------------------------------------------------------------------------------------
+
+
+def largest(values: Array, density: float) -> npt.NDArray[np.bool_]:
+    """Which values are at least the k-th largest, k = round(density n)."""
+    k = round(density * values.size)
+    return values >= np.sort(values)[-k] if k else np.zeros(values.size, bool)
+
+
+def ties(vectors: Sequence[Array], density: float = 0.2) -> Array:
+    trimmed = np.array([np.where(largest(np.abs(v), density), v, 0.0) for v in vectors])
+    sign = np.sign(trimmed.sum(0))
+    agrees = (np.sign(trimmed) == sign) & (trimmed != 0)
+    return (trimmed * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
+
+
+def pcb(vectors: Sequence[Array], density: float = 0.1) -> Array:
+    def norm(x: Array) -> Array:
+        return (x - x.min()) / max(x.max() - x.min(), 1e-30)
+
+    def softmax(x: Array) -> Array:
+        return np.exp(x) / np.exp(x).sum()
+
+    if not vectors[0].size:
+        return vectors[0]
+    numerator, denominator = np.zeros(vectors[0].size), np.zeros(vectors[0].size)
+    for own in vectors:
+        beta = softmax(len(vectors) * norm(own * own)) * sum(softmax(norm(own * other)) for other in vectors)
+        beta = np.where(largest(np.float32(beta * beta.size**2), density), beta, 0.0)
+        numerator += beta * own
+        denominator += beta
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
+
+
+def whole(formula: Callable[[Sequence[Array]], Array], vectors: Vectors) -> dict[str, Tensor]:
+    """A formula of the entries of the whole model."""
+    count = len(next(iter(vectors.values())))
+    flat = [np.concatenate([own[i].double().numpy().ravel() for own in vectors.values()]) for i in range(count)]
+    parts = torch.from_numpy(formula(flat)).split([own[0].numel() for own in vectors.values()])
+    return {name: part.view(vectors[name][0].shape) for name, part in zip(vectors, parts, strict=True)}
+
+
+# Models ---------------------------------------------------------------------------------------------------------------
+
+
+def merged(method: str, vectors: Vectors, **options: Any) -> dict[str, Tensor]:
+    """The merged task vector of each tensor by a method, at scale 1."""
+    if method in SPECTRAL:
+        averaged = ("embed",) if method == "wudi" else ()
+        return {
+            name: total(own) / len(own) if any(part in name for part in averaged) else spectral(method, own)
+            for name, own in vectors.items()
+        }
+    if method in ("ties", "pcb"):
+        formula = {"ties": ties, "pcb": pcb}[method]
+        return whole(lambda flat: formula(flat, **options), vectors)
+    factor = {"average": lambda count: 1 / count, "task_arithmetic": lambda count: 1.0}[method]
+    return {name: factor(len(own)) * total(own) for name, own in vectors.items()}
+
+
+def projection_scale(vectors: Vectors, result: Mapping[str, Tensor]) -> float:
+    square = sum(float(v.double().square().sum()) for own in vectors.values() for v in own)
+    return square / sum(float((result[name] * total(own)).sum()) for name, own in vectors.items())

@@ -1,0 +1,89 @@
+"""What a method says that it holds in memory is no less than what it allocates, and not far more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from allocations import peak_bytes
+
+from freemerge.methods import METHODS, Method
+from freemerge.methods.vectors import TaskVectors
+from in_memory import deltas
+
+FIXED = 8 << 20  # half of what is allowed, with units that are no larger
+MATRICES: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
+    "square": ([(240, 240)], ()),
+    "wide": ([(96, 500)], ()),
+    "tall": ([(500, 96)], ()),
+    "row": ([(1, 40000)], ()),
+    "few rows": ([(3, 16000)], ()),
+    "large enough for a range finder": ([(260, 300)], ()),
+    "stack": ([(100, 240), (140, 240)], ()),
+    "split": ([(240, 240)], (60, 180)),
+    "batch": ([(4, 130, 130)], ()),
+}
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in METHODS),
+    ("ties", {"scope": "tensor"}),
+    ("pcb", {"scope": "tensor"}),
+    ("fr", {"scope": "tensor", "stats": "filtered"}),
+    ("fr", {"align": True, "sign_election": True}),
+    ("wudi", {"rank": 0.5}),
+]
+
+
+def unit(shapes: list[tuple[int, ...]], count: int, dtype: torch.dtype, *, parts: tuple[int, ...] = ()) -> TaskVectors:
+    generator = torch.Generator().manual_seed(0)
+    tensors = []
+    for i, shape in enumerate(shapes):
+        base = torch.randn(shape, generator=generator, dtype=dtype)
+        models = [base + 0.1 * torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)]
+        tensors.append(deltas(f"t{i}", base, models, []))
+    return TaskVectors(tuple(tensors), len(shapes[0]) > 1, parts)
+
+
+def allocated(method: Method, vectors: TaskVectors, count: int) -> int:
+    """Bytes allocated while a model of one unit is measured and merged."""
+
+    def work() -> None:
+        method.merge(vectors, method.measure([vectors], count))
+        if method.default_scale(count) is None:
+            method.measure_scale([vectors])
+
+    work()  # tables of filters are made once
+    return peak_bytes(work)
+
+
+def entries(vectors: TaskVectors) -> int:
+    return sum(tensor.numel for tensor in vectors.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_matrices(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    method = METHODS[name](**options)
+    shares = []
+    for count in (1, 5):
+        for shapes, parts in MATRICES.values() if method.sees_matrices else ():
+            vectors = unit(shapes, count, dtype, parts=parts)
+            size = entries(vectors) * dtype.itemsize
+            taken = allocated(method, vectors, count)
+            declared = method.holds(count, (max(parts, default=sum(shape[-2] for shape in shapes)), shapes[0][-1]))
+            assert taken <= declared * size + (1 << 14)
+            shares.append(taken / (declared * size))
+    if shares and dtype == torch.float32:
+        assert max(shares) > 0.5, "no more than is needed"
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_other_tensors(name: str, options: dict[str, Any], count: int) -> None:
+    vectors = unit([(1 << 21,)], count, torch.float32)
+    size = 4 * entries(vectors)
+    method = METHODS[name](**options)
+    declared = method.holds(count, None)
+    taken = allocated(method, vectors, count)
+    assert taken <= declared * size + FIXED
+    assert taken > 0.5 * declared * size, "no more than is needed"
