@@ -105,7 +105,7 @@ def test_what_they_do_not_write_or_cannot_hold_is_refused() -> None:
         CODINGS["svd2"].from_bytes((3, 3), Reader(raw))
     for coding, size in (("svd16", 1e12), ("svd2", 1e39)):
         with pytest.raises(ArgumentError, match=f"{coding} cannot hold"):
-            coded(CODINGS[coding], torch.full((2, 2), size).double(), 1)
+            coded(CODINGS[coding], torch.full((2, 2), size, dtype=torch.float64), 1)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 1000), (999, 5, 301), (2, 1, 1 << 19)])
