@@ -389,8 +389,11 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert means["individual"] > 90, "the fine-tuned models learned their tasks"
     assert means["pretrained"] < means["FR-Merging"] < means["individual"]
     assert means["pretrained"] < means["task arithmetic"]
-    assert means["FR-Merging"] < means["FREE 10 %, oracle"] < means["individual"]
-    assert means["pretrained"] < means["FREE 10 %, router"]
+    assert means["FR-Merging"] < means["Iso-C"] < means["individual"]
+    for backbone in ("FR-Merging", "Iso-C"):
+        for kind in ("1 % entries", "low rank"):
+            assert means[backbone] < means[f"{backbone} + {kind}"] < means["individual"]
+            assert means["pretrained"] < means[f"{backbone} + {kind}, router"]
     assert (tmp_path / "FR-Merging" / "freemerge.json").exists()
     assert len(TASKS) >= 4
     assert "FR-Merging" in capsys.readouterr().out

@@ -16,7 +16,10 @@ from .measure import RESULTS, Settings, measure
 from .tasks import SOURCES, TEST, packages
 
 REDUCED = Settings(tasks=["movie", "news", "language"], seeds=[0], steps=15, test=120)
-REDUCED_METHODS = ("weight average", "Task Arithmetic", "FR-Merging", "EMR", "FREE, 1 %, released mu")
+LOW_RANK = "experts on Iso-C, low rank 0.6 %"
+REDUCED_METHODS = (
+    "weight average", "Task Arithmetic", "Iso-C", "FR-Merging", "EMR", "FREE, 1 %, auto mu", LOW_RANK
+)  # fmt: skip
 
 
 def main() -> None:
@@ -71,8 +74,10 @@ def _check(options: argparse.Namespace) -> None:
     expectations = {
         "fine-tuning helps": reference["individual"] > reference["pretrained"] + 5,
         "FR-Merging beats the pretrained encoder": accuracy["FR-Merging"] > reference["pretrained"],
-        "experts improve on FR-Merging": accuracy["FREE, 1 %, released mu"] > accuracy["FR-Merging"],
-        "a 1 % expert stays below 2.2 % of the model": results["methods"]["FREE, 1 %, released mu"]["storage"] < 2.2,
+        "experts improve on FR-Merging": accuracy["FREE, 1 %, auto mu"] > accuracy["FR-Merging"],
+        "a 1 % expert stays below 2.2 % of the model": results["methods"]["FREE, 1 %, auto mu"]["storage"] < 2.2,
+        "low-rank experts improve on Iso-C": accuracy[LOW_RANK] > accuracy["Iso-C"],
+        "they keep to their budget": results["methods"][LOW_RANK]["storage"] <= 0.6,
         "the router knows the tasks": results["reference"]["routing"][0] > 80,
     }
     failed = [expectation for expectation, holds in expectations.items() if not holds]

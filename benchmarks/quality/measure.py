@@ -111,7 +111,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": _processor(),
         "packages": pinned(),
-        "arithmetic": "evaluation under bfloat16 autocast, merging in float32",
+        "arithmetic": "evaluation and merging in float32",
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -117,12 +117,20 @@ def emr(inputs: Inputs, _: float) -> Kept:
     return Kept([[vector] for vector in result.vectors], result.bytes_per_task)
 
 
-def twin_svd(rank: int) -> Callable[[Inputs, float], Kept]:
+def low_rank(backbone: str, **size: Any) -> Callable[[Inputs, float], Kept]:
+    """The first singular vectors of theta_i - theta_m, within a ``budget`` or of a ``rank``."""
+
     def build(inputs: Inputs, _: float) -> Kept:
-        result = rivals.twin_svd(inputs.vectors, inputs.merged("Task Arithmetic"), rank)
-        return Kept([[vector] for vector in result.vectors], result.bytes_per_task)
+        shared = inputs.merged(backbone)
+        merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
+        return _kept(shared, inputs.base, extract_experts(inputs.base, inputs.models, backbone=merged, **size))
 
     return build
+
+
+def twin_svd(rank: int) -> Callable[[Inputs, float], Kept]:
+    """Twin-Merging (Lu et al., arXiv 2406.15479): a rank of what the merged model lacks, in float16."""
+    return low_rank("Task Arithmetic", rank=rank, values="svd16")
 
 
 def twin_sparse(density: float) -> Callable[[Inputs, float], Kept]:
@@ -138,7 +146,7 @@ def twin_sparse(density: float) -> Callable[[Inputs, float], Kept]:
 
 
 def free(
-    rescale: Literal["released", "paper", "projection", "tuned"] = "released",
+    rescale: Literal["auto", "released", "paper", "projection", "tuned"] = "released",
     *,
     density: float = 0.01,
     values: Literal["fp16", "sign"] = "fp16",
@@ -217,6 +225,7 @@ SPECIFIC = (
     Specific("Twin, SVD rank 3", twin_svd(3)),
     Specific("Twin, SVD rank 32", twin_svd(32)),
     Specific("FREE, 1 %, released mu", free("released"), routed=True),
+    Specific("FREE, 1 %, auto mu", free("auto")),
     Specific("FREE, 1 %, paper's mu", free("paper")),
     Specific("FREE, 1 %, projection mu", free("projection")),
     Specific("FREE, 1 %, tuned mu", free("tuned"), MU),
@@ -225,6 +234,11 @@ SPECIFIC = (
     Specific("FREE, 0.25 %, released mu", free("released", density=0.0025)),
     Specific("FREE, 5 %, released mu", free("released", density=0.05)),
     Specific("experts on Iso-C, 1 % signs, released mu", free("released", values="sign", backbone="Iso-C")),
+    *(
+        Specific(f"experts on Iso-C, low rank {budget}", low_rank("Iso-C", budget=budget))
+        for budget in ("0.15 %", "0.3 %", "0.6 %", "1 %")
+    ),
+    Specific("experts on FR-Merging, low rank 0.6 %", low_rank("FR-Merging", budget="0.6%")),
     Specific("experts without a filter", free("released", backbone="no filter, weights of FR")),
     Specific("experts on the base", free("released", backbone=None)),
 )

@@ -22,6 +22,7 @@ PAIRS = (  # what the table compares seed by seed
     ("FREE, 1 %, released mu", "EMR"),
     ("FREE, 1 %, released mu", "FREE, 1 % signs, released mu"),
     ("experts on Iso-C, 1 % signs, released mu", "FREE, 1 % signs, released mu"),
+    ("experts on Iso-C, low rank 0.6 %", "experts on Iso-C, 1 % signs, released mu"),
 )
 ROUTED = ("oracle", "routed", "routed head", "wrong expert")
 

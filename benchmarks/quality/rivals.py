@@ -48,22 +48,3 @@ def emr(vectors: Sequence[TaskVector]) -> TaskSpecific:
         scale = flat.abs().sum() / masked.abs().sum().clamp(min=1e-30)
         specific.append(unflatten(scale * masked, vectors[0]))
     return TaskSpecific(specific, flats.shape[1] / 8 + 4)
-
-
-def twin_svd(vectors: Sequence[TaskVector], shared: TaskVector, rank: int) -> TaskSpecific:
-    """Twin-Merging (Lu et al., arXiv 2406.15479): the shared vector plus a rank-r SVD of what it lacks for task i.
-
-    ``shared``: the merged task vector, scale included. One-dimensional tensors are left shared. fp16 factors.
-    """
-    specific, count = [], 0
-    for vector in vectors:
-        own: TaskVector = {}
-        count = 0
-        for name, tensor in vector.items():
-            own[name] = shared[name]
-            if tensor.ndim == 2:
-                left, values, right = torch.linalg.svd(tensor - shared[name], full_matrices=False)
-                own[name] = shared[name] + left[:, :rank] * values[:rank] @ right[:rank]
-                count += rank * (sum(tensor.shape))  # singular values go into one of the factors
-        specific.append(own)
-    return TaskSpecific(specific, 2.0 * count)

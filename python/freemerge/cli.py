@@ -136,12 +136,23 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
 
     _add_models(parser)
     parser.add_argument("-o", "--out", required=True, type=Path, help="new directory for the expert files")
-    parser.add_argument("--density", type=float, default=0.01, metavar="D", help="share of entries kept (default 0.01)")
+    parser.add_argument("--density", type=float, metavar="D", help="share of entries kept (default 0.01)")
     parser.add_argument("--scope", choices=get_args(Scope), default="tensor")
-    parser.add_argument("--rescale", type=rescale, default="released", metavar="R", help="a rule or mu itself")
-    parser.add_argument("--values", choices=list(CODINGS), default="bf16")
+    parser.add_argument(
+        "--rescale", type=rescale, default="auto", metavar="R", help=f"{', '.join(RULES)}, or mu itself (default auto)"
+    )
+    parser.add_argument("--values", choices=list(CODINGS), help="default bf16; svd2 with --budget or --rank")
     parser.add_argument("--trim", type=float, default=0.0, metavar="T", help="share of the largest left out")
-    parser.add_argument("--backbone", type=Path, metavar="MERGED", help="merged model, for --rescale projection")
+    parser.add_argument(
+        "--backbone", type=Path, metavar="MERGED", help="merged model, for what follows and some --rescale"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--budget",
+        metavar="SHARE",
+        help="low-rank experts of what MERGED lacks, in files of this share of a model: 0.3%%",
+    )
+    size.add_argument("--rank", type=int, metavar="R", help="the same with R components of each matrix")
     _add_names(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -302,6 +313,8 @@ def _experts(options: argparse.Namespace) -> int:
         values=options.values,
         trim=options.trim,
         backbone=options.backbone,
+        budget=options.budget,
+        rank=options.rank,
         select=options.select or (),
         rename=options.rename or (),
     )

@@ -3,7 +3,7 @@
 One small encoder is pretrained to reconstruct scikit-learn's handwritten digits, then fine-tuned on six tasks. Each
 asks its own question about digits seen in its own way (mirrored, inverted, ...), through a frozen head of its own, as
 CLIP's text embeddings are in the paper. The six encoders are saved and merged as checkpoint files by the real pipeline,
-and scored on held-out digits: the merged backbone alone, and with light experts that a router picks by the image.
+and scored on held-out digits: the merged models alone, and with experts that a router picks by the image.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -52,12 +54,10 @@ METHODS = {
     "weight average": Recipe(method="average"),
     "task arithmetic": Recipe(method="task_arithmetic"),
     "FR-Merging": Recipe(),
+    "Iso-C": Recipe(method="iso_c"),
 }
-
-
-# Density and rescale rule of the experts: the paper's density with the released rule, and one that suits a network as
-# narrow as this.
-EXPERTS: dict[str, tuple[float, str]] = {"FREE  1 %": (0.01, "released"), "FREE 10 %": (0.1, "projection")}
+BACKBONES = ("FR-Merging", "Iso-C")
+EXPERTS: dict[str, dict[str, Any]] = {"1 % entries": {"density": 0.01}, "low rank": {"budget": "1%"}}
 
 
 class Digits:
@@ -176,46 +176,68 @@ def _run(folder: Path, data: Digits, seed: int) -> dict[str, dict[str, float]]:
         "pretrained": {name: data.accuracy(base, name) for name in TASKS},
         "individual": {name: data.accuracy(tuned[name], name) for name in TASKS},
     }
-    merged: dict[str, Tensor] = {}
+    merged: dict[str, dict[str, Tensor]] = {}
     for method, recipe in METHODS.items():
         out = folder / method.replace(" ", "-")
         merge_checkpoints(base_file, list(models.values()), out, recipe, force=True, progress=False)
-        merged = load_file(out / "model.safetensors")
-        table[method] = {name: data.accuracy(merged, name) for name in TASKS}
+        merged[method] = load_file(out / "model.safetensors")
+        table[method] = {name: data.accuracy(merged[method], name) for name in TASKS}
 
-    for method, (density, rescale) in EXPERTS.items():
-        out = folder / method.replace(" ", "")
-        backbone = merged if rescale == "projection" else None
-        experts = iter_experts(base_file, models, density=density, rescale=rescale, backbone=backbone)
-        saved = save_experts(experts, out)
-        size = sum(expert.nbytes for expert in saved) / len(saved) / sum(tensor.nbytes // 2 for tensor in base.values())
-        print(f"{method}: an expert takes {size:.1%} of a model in bfloat16", file=sys.stderr)
-        oracle, routed = _free_merging(data, merged, out)
-        table |= {f"{method}, oracle": oracle, f"{method}, router": routed}
-    _print_table(table)
-    print("FREE is FR-Merging plus the expert of the task, known (oracle) or picked for each image (router)")
+    fp16_bytes = sum(2 * tensor.numel() for tensor in base.values())
+    stored, notes = {"individual": 1.0} | dict.fromkeys(METHODS, 0.0), []
+    for method, (kind, options) in product(BACKBONES, EXPERTS.items()):
+        row = f"{method} + {kind}"
+        out = folder / row.replace(" ", "")
+        backbone = merged[method] if "budget" in options else None
+        saved = save_experts(iter_experts(base_file, models, backbone=backbone, **options), out)
+        oracle, routed, right = _with_experts(data, merged[method], out)
+        table |= {row: oracle, f"{row}, router": routed}
+        stored |= dict.fromkeys((row, f"{row}, router"), fmean(expert.nbytes for expert in saved) / fp16_bytes)
+        if _mean(oracle) < _mean(table[method]):
+            notes.append(f"{row} is below {method}: so few entries do not stand for the whole task vector here")
+        elif _mean(routed) < _mean(table[method]):
+            notes.append(f"{row}, router is below {method}: the wrong expert is worse than none")
+    _print_table(table, stored)
+    print("stored: for each task, in percent of a model in 16-bit floats")
+    print(f"expert of the task, known or picked by the router, which is right for {right:.0f} % of the images")
+    print("\n".join(notes), end="\n" * bool(notes))
     return table
 
 
-def _free_merging(data: Digits, merged: Mapping[str, Tensor], out: Path) -> tuple[dict[str, float], dict[str, float]]:
-    """Accuracies of the merged backbone with an expert switched on: the right one, and the router's choice."""
+def _with_experts(
+    data: Digits, merged: Mapping[str, Tensor], out: Path
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Accuracies of the merged backbone with an expert switched on: the right one, and the router's choice.
+
+    And how often that is right, in percent.
+    """
     encoder = build_encoder(merged)
     bank = ExpertBank.load(encoder, out)
     samples = torch.cat([data.images[name][:ROUTER_SAMPLES] for name in TASKS])
     router = Router.fit(samples, [name for name in TASKS for _ in range(ROUTER_SAMPLES)])
-    routed = RoutedModel(encoder, bank, router, features=lambda images: images)
-    oracle_row, router_row = {}, {}
+    model = RoutedModel(encoder, bank, router, features=lambda images: images)
+    oracle, routed, right = {}, {}, {}
     with torch.no_grad():
         for name in TASKS:
             held_out = data.images[name][TRAIN:]
             with bank.active(name):
-                oracle_row[name] = data.correct(encoder(held_out), name)
-            router_row[name] = data.correct(routed(held_out).output, name)
-    return oracle_row, router_row
+                oracle[name] = data.correct(encoder(held_out), name)
+            result = model(held_out)
+            routed[name] = data.correct(result.output, name)
+            right[name] = 100 * result.served.count(name) / len(held_out)
+    return oracle, routed, _mean(right)
 
 
-def _print_table(table: Mapping[str, Mapping[str, float]]) -> None:
-    print(f"{'accuracy, %':18}" + "".join(f"{name:>14}" for name in TASKS) + f"{'mean':>10}")
+def _mean(row: Mapping[str, float]) -> float:
+    return fmean(row.values())
+
+
+def _print_table(table: Mapping[str, Mapping[str, float]], stored: Mapping[str, float]) -> None:
+    width = max(map(len, table))
+    columns = {name: max(len(name), 5) + 2 for name in TASKS}
+    heads = "".join(f"{name:>{columns[name]}}" for name in TASKS)
+    print(f"{'accuracy, %':{width}}{heads}{'mean':>7}{'stored':>8}")
     for method, row in table.items():
-        mean = sum(row.values()) / len(row)
-        print(f"{method:18}" + "".join(f"{value:14.1f}" for value in row.values()) + f"{mean:10.1f}")
+        cells = "".join(f"{value:{columns[name]}.1f}" for name, value in row.items())
+        cost = f"{100 * stored[method]:8.3g}" if method in stored else ""
+        print(f"{method:{width}}{cells}{_mean(row):7.1f}{cost}")

@@ -47,9 +47,9 @@ def test_every_method_that_keeps_something_counts_its_bytes(inputs: Inputs) -> N
         SPECIFIC[-2].build(inputs, 1.0)
     inputs.scales |= {static.name: static.candidates[0] for static in STATIC}
     for method in SPECIFIC:
-        if "SVD rank 32" in method.name:
-            continue  # more than these matrices have
-        kept = method.build(inputs, method.candidates[0])
+        small = "low rank" in method.name  # a share of so small a model is no file
+        build = methods.low_rank("Iso-C", budget="60 %") if small else method.build
+        kept = build(inputs, method.candidates[0])
         assert len(kept.parts) == 3, method.name
         assert kept.bytes_per_task > 0
         assert torch.isfinite(flatten(kept.parts[0][-1])).all()

@@ -22,10 +22,6 @@ def flat(vector: TaskVector) -> np.ndarray:
     return np.concatenate([tensor.double().numpy().ravel() for tensor in vector.values()])
 
 
-def mean(vectors: list[TaskVector]) -> TaskVector:
-    return {name: torch.stack([vector[name] for vector in vectors]).mean(0) for name in vectors[0]}
-
-
 def close(actual: Tensor | np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(np.asarray(actual, dtype=np.float64), expected, rtol=2e-5, atol=2e-6)
 
@@ -48,25 +44,7 @@ def test_emr_entry_by_entry(vectors: list[TaskVector]) -> None:
     assert merged.bytes_per_task == math.ceil(values.shape[1]) / 8 + 4
 
 
-def test_twin_svd_and_its_storage(vectors: list[TaskVector]) -> None:
-    shared = mean(vectors)
-    twin = rivals.twin_svd(vectors, shared, rank=2)
-    exclusive = (vectors[1]["layer.weight"] - shared["layer.weight"]).double().numpy()
-    left, values, right = np.linalg.svd(exclusive, full_matrices=False)
-    expected = shared["layer.weight"].double().numpy() + left[:, :2] @ np.diag(values[:2]) @ right[:2]
-    close(twin.vectors[1]["layer.weight"], expected)
-    assert torch.equal(twin.vectors[1]["layer.bias"], shared["layer.bias"])
-    assert twin.bytes_per_task == 2 * (2 * (12 + 8) + 2 * (5 + 8))
-
-
-def test_twin_svd_of_full_rank_restores_the_matrices(vectors: list[TaskVector]) -> None:
-    twin = rivals.twin_svd(vectors, mean(vectors), rank=8)
-    close(twin.vectors[2]["layer.weight"], vectors[2]["layer.weight"].double().numpy())
-
-
 def test_inputs_are_not_modified(vectors: list[TaskVector]) -> None:
     before = [flat(vector) for vector in vectors]
-    shared = mean(vectors)
     rivals.emr(vectors)
-    rivals.twin_svd(vectors, shared, 1)
     assert all(np.array_equal(flat(vector), old) for vector, old in zip(vectors, before, strict=True))

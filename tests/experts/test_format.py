@@ -15,7 +15,7 @@ from safetensors import safe_open
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 from freemerge.experts.positions import CodedPositions
-from freemerge.experts.values import CODINGS
+from freemerge.experts.values import CODINGS, SparseTensor
 
 LAYER = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
 
@@ -45,7 +45,7 @@ def dense_bytes(expert: fx.Expert) -> int:
     return 2 * sum(tensor.numel for tensor in expert.tensors.values())
 
 
-@pytest.mark.parametrize("values", CODINGS)
+@pytest.mark.parametrize("values", [name for name, coding in CODINGS.items() if issubclass(coding, SparseTensor)])
 def test_a_saved_expert_is_loaded_as_it_was(values: str, tmp_path: Path) -> None:
     expert = extract(values)
     size = expert.save(tmp_path / "task.safetensors")

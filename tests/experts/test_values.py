@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import freemerge.experts as fx
-from freemerge.backends.sparse import SparseVector
 from freemerge.errors import ArgumentError
 from freemerge.experts.payload import Bytes, Reader, tensors_to_bytes
 from freemerge.experts.select import Selection
@@ -30,7 +29,7 @@ def entries(rows: int, width: int, count: int, seed: int) -> Selection:
 
 
 def test_codings_of_the_file_format() -> None:
-    assert list(CODINGS) == ["fp32", "bf16", "fp16", "int8", "sign"]
+    assert list(CODINGS) == ["fp32", "bf16", "fp16", "int8", "sign", "svd16", "svd2"]
 
 
 @pytest.mark.parametrize("coding", SPARSE)
@@ -97,8 +96,8 @@ def outer_product() -> Iterator[type[fx.ExpertTensor]]:
         def entries(self) -> int:
             return self.left.numel() + self.right.numel()
 
-        def sparse(self) -> SparseVector:
-            return SparseVector(torch.arange(self.numel), torch.outer(self.left, self.right).flatten())
+        def dense(self, device: torch.device | None = None) -> torch.Tensor:
+            return torch.outer(self.left, self.right).to(device)
 
         def to_bytes(self) -> Bytes:
             return tensors_to_bytes(self.left, self.right)

@@ -19,10 +19,11 @@ from ..checkpoint.prefixes import Naming
 from ..checkpoint.quantised import dequantised
 from ..checkpoint.views import InModuleLayout, renamed
 from ..errors import ArgumentError, CheckpointError
-from .deltas import forward_deltas, unserved
+from .deltas import Change, Product, forward_deltas, unserved
 from .expert import Expert
-from .placement import Part, Placement, gathered
-from .switch import Switch, weighted_sum
+from .placement import Part, Placement, gathered, gathered_dense
+from .switch import Switch, add_dense, weighted_sum
+from .values import LowRankTensor, SparseTensor
 
 Combine = Literal["add", "replace"]
 
@@ -54,6 +55,10 @@ class ExpertBank(Mapping[str, Expert]):
         self._placement = Placement(model)
         self._parts = {task: self._placed(task, expert) for task, expert in self._experts.items()}
         self._names = {task: list(parts) for task, parts in self._parts.items()}
+        self._entries = {
+            task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
+            for task, expert in self._experts.items()
+        }
         self._base = None if base is None else self._in_place(dequantised(Checkpoint.open(base, argument="base")))
         self._lock = threading.RLock()
         self._vectors: dict[tuple[str, str], SparseVector] = {}
@@ -89,20 +94,32 @@ class ExpertBank(Mapping[str, Expert]):
     def active(self, experts: str | Mapping[str, float], *, combine: Combine = "add") -> Iterator[None]:
         """Within the ``with`` block, the model has these experts on: one by name, or several by weight.
 
-        The cost is that of the entries touched, not of the model. ``"add"``: theta_m + sum_i w_i e_i (the paper).
-        ``"replace"``: where an expert has an entry, theta_0 + sum_i w_i e_i instead (the released code). Blocks may be
-        nested in one thread; inner ones act on what outer ones left. Weights are restored even after an exception.
+        ``"add"``: theta_m + sum_i w_i e_i (the paper). ``"replace"``: where an expert has an entry,
+        theta_0 + sum_i w_i e_i instead (the released code); for experts of single entries only. Blocks may be nested in
+        one thread; inner ones act on what outer ones left. Weights are restored even after an exception.
+
+        The cost of single entries is that of the entries touched, not of the model. Low-rank experts touch every entry:
+        their products are added tensor by tensor, and the former weights kept as copies. In a mixture of both kinds,
+        entries are added first.
         """
         weights = self._weights(experts)
         if combine not in ("add", "replace"):
             raise ArgumentError(f"combine must be 'add' or 'replace', got {combine!r}")
         if combine == "replace" and self._base is None:
             raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
+        dense = {task: weight for task, weight in weights.items() if not self._sparse(task)}
+        weights = {task: weight for task, weight in weights.items() if task not in dense}
+        if combine == "replace" and dense:
+            raise ArgumentError(f"combine='replace' is for experts of single entries; {next(iter(dense))!r} has none")
         with self._lock, ExitStack() as undo:
+            if weights or dense:
+                undo.callback(torch.clear_autocast_cache)  # it keeps copies of weights
             if weights:
                 tensors = {name: self._tensor(name) for name in self._touched(weights)}
-                undo.callback(torch.clear_autocast_cache)  # it keeps copies of weights
                 undo.enter_context(self._switch(weights, combine, tensors).on([*tensors.values()]))
+            for name in self._touched(dense):
+                undo.enter_context(add_dense(self._tensor(name), self._dense_terms(name, dense)))
+            if weights or dense:
                 torch.clear_autocast_cache()
             yield
 
@@ -126,10 +143,7 @@ class ExpertBank(Mapping[str, Expert]):
         assert isinstance(self._model, nn.Module)
         weights = torch.tensor([[chosen.get(task, 0.0) for task in tasks] for chosen in samples], dtype=torch.float64)
         with self._lock:
-            updates = [
-                {name: self._update(name, self._tensor(name), {task: 1.0}) for name in self._names[task]}
-                for task in tasks
-            ]
+            updates = [{name: self._change(task, name) for name in self._names[task]} for task in tasks]
             with forward_deltas(self._model, weights.view(len(samples), len(tasks)), updates):
                 yield
 
@@ -190,10 +204,33 @@ class ExpertBank(Mapping[str, Expert]):
         ]
         return terms[0] if len(terms) == 1 else (weighted_sum(terms), 1.0)
 
+    def _sparse(self, task: str) -> bool:
+        """Whether an expert holds nothing but single entries."""
+        return len(self._entries[task]) == len(self._experts[task].tensors)
+
+    def _dense_terms(self, name: str, weights: Mapping[str, float]) -> Iterator[tuple[Tensor, float]]:
+        """w_i e_i of one tensor, one after the other, as what is added and its factor."""
+        for task, weight in weights.items():
+            if name in self._parts[task]:
+                expert = self._experts[task]
+                dense = gathered_dense(self._parts[task][name], expert.tensors, self._tensor(name))
+                yield dense, weight * expert.mu
+
+    def _change(self, task: str, name: str) -> tuple[Change, float]:
+        """e_i of one tensor in the form that costs least in the forward pass, and its factor."""
+        parts, expert, tensor = self._parts[task][name], self._experts[task], self._tensor(name)
+        if self._sparse(task):
+            return self._update(name, tensor, {task: 1.0})
+        kept = expert.tensors[parts[0].entry]
+        if len(parts) == 1 and parts[0].piece is None and isinstance(kept, LowRankTensor) and tensor.ndim == 2:
+            left, right = kept.factors
+            return Product(left.to(tensor.device), right.to(tensor.device)), expert.mu
+        return gathered_dense(parts, expert.tensors, tensor), expert.mu
+
     def _vector(self, task: str, name: str, device: torch.device) -> SparseVector:
         vector = self._vectors.get((task, name))
         if vector is None or vector.indices.device != device:
-            vector = gathered(self._parts[task][name], self._experts[task].tensors).to(device)
+            vector = gathered(self._parts[task][name], self._entries[task]).to(device)
             self._vectors[task, name] = vector
         return vector
 

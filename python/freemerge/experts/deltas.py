@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,24 @@ from torch.overrides import TorchFunctionMode
 from ..backends.sparse import SparseVector
 from ..errors import ArgumentError
 
-Updates = Mapping[str, tuple[SparseVector, float]]  # each touched tensor's entries and factor
-_Term = tuple[Tensor, dict[str, Tensor]]  # an expert's weight for each sample, and its changes of a module's parameters
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A change of a matrix as two factors, [H, r] and [r, W], on its device."""
+
+    left: Tensor
+    right: Tensor
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return self.left @ (self.right @ x)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return self.left[rows] @ self.right
+
+
+Change = SparseVector | Product | Tensor  # of a tensor: single entries, factors, or all of it
+Updates = Mapping[str, tuple[Change, float]]  # each touched tensor's change and factor
+_Term = tuple[Tensor, dict[str, Any]]  # an expert's weight for each sample, and its changes of a module's parameters
 _BLOCK = 1 << 20  # output elements that are computed together, so that they stay in the cache
 _Owners = Mapping[str, Sequence[tuple[nn.Module, str]]]  # the modules that use a parameter, and what they call it
 
@@ -49,7 +66,7 @@ def forward_deltas(model: nn.Module, weights: Tensor, experts: Sequence[Updates]
     owners, batch = _owners(model), len(weights)
     terms: dict[nn.Module, list[_Term]] = {}
     for column, updates in zip(weights.t(), experts, strict=True):
-        by_module: dict[nn.Module, dict[str, Tensor]] = {}
+        by_module: dict[nn.Module, dict[str, Any]] = {}
         for name, (update, scale) in updates.items():
             delta = _delta(model.get_parameter(name), update, scale)
             for module, attribute in owners[name]:
@@ -155,9 +172,13 @@ def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module,
     return add
 
 
-def _delta(weights: Tensor, update: SparseVector, scale: float) -> Tensor:
-    """An update as a tensor: sparse for a matrix, dense for the small rest; float32, or float64 for float64 weights."""
+def _delta(weights: Tensor, update: Change, scale: float) -> Tensor | Product:
+    """An update as a tensor, sparse if it is entries of a matrix; float32, or float64 for float64 weights."""
     dtype = torch.promote_types(weights.dtype, torch.float32)
+    if isinstance(update, Product):
+        return Product(update.left.to(dtype) * scale, update.right.to(dtype))
+    if isinstance(update, Tensor):
+        return update.to(dtype) * scale
     values = update.values.to(dtype) * scale
     indices = update.indices.long()
     if weights.ndim != 2:
@@ -182,7 +203,7 @@ class _Contribution(ABC):
         self.x = self.prepared(x, dtype)
         self.total = torch.zeros(shape, dtype=dtype, device=x.device)
 
-    def add(self, weights: Tensor, deltas: Mapping[str, Tensor]) -> None:
+    def add(self, weights: Tensor, deltas: Mapping[str, Any]) -> None:
         """Add one expert's part: its weight for each sample, and its changes of the parameters."""
         self.total.addcmul_(self.output(deltas), weights.view(-1, *[1] * (self.total.ndim - 1)))
 
@@ -195,7 +216,7 @@ class _Contribution(ABC):
         """What all experts need of the input."""
 
     @abstractmethod
-    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+    def output(self, deltas: Mapping[str, Any]) -> Tensor:
         """The module's output for the prepared input with these parameters."""
 
 
@@ -210,15 +231,15 @@ class _Linear(_Contribution):
     def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.reshape(-1, self.module.in_features).to(dtype).t().contiguous()
 
-    def add(self, weights: Tensor, deltas: Mapping[str, Tensor]) -> None:
+    def add(self, weights: Tensor, deltas: Mapping[str, Any]) -> None:
         if "weight" in deltas:
             columns = weights[:, None].expand(-1, self.total.shape[1] // len(weights)).reshape(-1)
             self.total.addcmul_(self.output(deltas), columns)
         if "bias" in deltas:
             self._bias.addcmul_(weights[:, None], deltas["bias"])
 
-    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
-        product: Tensor = torch.sparse.mm(deltas["weight"], self.x)
+    def output(self, deltas: Mapping[str, Any]) -> Tensor:
+        product: Tensor = deltas["weight"] @ self.x
         return product
 
     def result(self) -> Tensor:
@@ -232,8 +253,11 @@ class _Embedding(_Contribution):
         used, place = torch.unique(x, return_inverse=True)
         return used, place
 
-    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+    def output(self, deltas: Mapping[str, Any]) -> Tensor:
         used, place = self.x
+        if isinstance(deltas["weight"], Product) or not deltas["weight"].is_sparse:
+            rows: Tensor = deltas["weight"][used]
+            return rows[place]
         entry_rows, columns = deltas["weight"].indices()
         values = deltas["weight"].values()
         starts, ends = torch.searchsorted(entry_rows, used), torch.searchsorted(entry_rows, used, right=True)
@@ -251,7 +275,7 @@ class _Norm(_Contribution):
         """What makes the parameters broadcast over the output."""
         return (-1, *[1] * (self.total.ndim - 2))
 
-    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+    def output(self, deltas: Mapping[str, Any]) -> Tensor:
         out = torch.zeros_like(self.total)
         if "weight" in deltas:
             out = self.x * deltas["weight"].view(self.parameter_shape)
@@ -282,7 +306,7 @@ class _Convolution(_Contribution):
     def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.to(dtype)
 
-    def output(self, deltas: Mapping[str, Tensor]) -> Tensor:
+    def output(self, deltas: Mapping[str, Any]) -> Tensor:
         weight = deltas["weight"] if "weight" in deltas else torch.zeros_like(self.module.weight, dtype=self.x.dtype)
         out: Tensor = self.module._conv_forward(self.x, weight, deltas.get("bias"))
         return out

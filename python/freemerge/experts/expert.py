@@ -1,4 +1,4 @@
-"""A light expert: the few entries of a task vector that the merged backbone misses most."""
+"""A light expert: a small file with what the merged backbone misses most of a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -16,31 +16,35 @@ from .values import ExpertTensor
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """e_i = mu_i * M(v_i, d), arXiv 2411.16815, section 4.2.
+    """What is added to the merged model for one task: e_i = mu_i * M(v_i, d), arXiv 2411.16815, section 4.2; or, for
+    each tensor, a matrix of low rank near theta_i - theta_m.
 
     Attributes:
-        tensors: the kept entries of each tensor; one without entries is left out.
+        tensors: what is kept of each tensor; one of which nothing is kept is left out.
         mu: the factor that makes up for the entries that were dropped.
-        density: d.
-        scope: "tensor", "row" or "model": among which entries the largest were chosen.
-        rescale: the rule that chose mu.
-        values: how the values are rounded, a name of :data:`freemerge.experts.values.CODINGS`.
+        density: d; None where not entries are kept.
+        scope: "tensor", "row" or "model": among which entries the largest were chosen; None as before.
+        rescale: the rule that chose mu. Where it chose one for each tensor ("auto"), ``mu`` is the largest, and the
+            values of the other tensors are smaller than those of v_i.
+        values: how the tensors are coded, a name of :data:`freemerge.experts.values.CODINGS`.
+        budget: the share of the fp16 model's bytes that was asked for, if one was.
     """
 
     tensors: Mapping[str, ExpertTensor]
     mu: float
-    density: float
-    scope: str
+    density: float | None
+    scope: str | None
     rescale: str
     values: str
+    budget: float | None = None
 
     @property
     def entries(self) -> int:
-        """Number of kept entries."""
+        """How many numbers are kept."""
         return sum(tensor.entries for tensor in self.tensors.values())
 
     def dense(self) -> dict[str, torch.Tensor]:
-        """mu * M as dense float32 tensors, for tensors that hold entries."""
+        """What is added, as dense float32 tensors, for tensors of which anything is kept."""
         return {name: self.mu * tensor.dense() for name, tensor in self.tensors.items()}
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> int:
@@ -48,27 +52,36 @@ class Expert:
 
         The file appears at once when it is complete. Raises RefusedError if ``path`` exists, unless ``force``.
         """
-        metadata = {
-            "density": repr(self.density),
+        return write_file(path, self.tensors, self.metadata, force=force)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the header of the file says about the expert."""
+        optional = {"budget": self.budget, "density": self.density}
+        return {
+            "version": "2" if self.density is None else "1",
             "mu": repr(self.mu),
             "rescale": self.rescale,
-            "scope": self.scope,
             "values": self.values,
+            **({} if self.scope is None else {"scope": self.scope}),
+            **{key: repr(number) for key, number in optional.items() if number is not None},
         }
-        return write_file(path, self.tensors, metadata, force=force)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Expert:
         """Read an expert file. Raises CheckpointError naming file and tensor if anything in it is wrong."""
         tensors, metadata = read_file(path)
         try:
-            mu, density = float(metadata["mu"]), float(metadata["density"])
-            rescale, scope, values = metadata["rescale"], metadata["scope"], metadata["values"]
+            mu, rescale, values = float(metadata["mu"]), metadata["rescale"], metadata["values"]
+            of_entries = metadata["version"] == "1"
+            density, scope = (float(metadata["density"]), metadata["scope"]) if of_entries else (None, None)
+            budget = float(metadata["budget"]) if "budget" in metadata else None
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: bad expert metadata: {error}") from None
-        if not math.isfinite(mu) or not 0 < density < 1:
-            raise CheckpointError(f"{path}: bad expert metadata: mu={mu}, density={density}")
-        return Expert(tensors, mu, density, scope, rescale, values)
+        shares = [share for share in (density, budget) if share is not None]
+        if not math.isfinite(mu) or not all(0 < share < 1 for share in shares):
+            raise CheckpointError(f"{path}: bad expert metadata: mu={mu}, density={density}, budget={budget}")
+        return Expert(tensors, mu, density, scope, rescale, values, budget)
 
 
 def check_task_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -11,13 +12,13 @@ import numpy as np
 import torch
 
 from ..checkpoint import CheckpointWriter, TensorSpec
-from ..checkpoint.safetensors_file import SafetensorsFile
+from ..checkpoint.safetensors_file import SafetensorsFile, build_header
 from ..errors import ArgumentError, CheckpointError
 from .payload import Bytes, Reader, numbers_to_bytes
 from .values import ExpertTensor, coding_of
 
 FORMAT = "freemerge-expert"
-VERSION = "1"
+VERSIONS = ("1", "2")  # of experts that keep single entries of v_i, and of all others
 
 _MAX_NUMEL = 1 << 62
 _MAX_DIMENSIONS = 64
@@ -26,14 +27,13 @@ _MAX_DIMENSIONS = 64
 def write_file(
     path: str | os.PathLike[str], tensors: Mapping[str, ExpertTensor], metadata: Mapping[str, str], *, force: bool
 ) -> int:
-    """Write an expert file at once and return its size; ``metadata["values"]`` names the coding of the values."""
+    """Write an expert file at once and return its size; ``metadata`` has version and coding (``values``)."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ArgumentError(f"path must end in .safetensors, got {path}")
     payloads = {name: torch.from_numpy(_to_payload(tensors[name])) for name in sorted(tensors)}
     specs = [TensorSpec(name, tuple(payload.shape), payload.dtype) for name, payload in payloads.items()]
-    described = {"format": FORMAT, "version": VERSION, **metadata}
-    with CheckpointWriter(path, specs, metadata=described, force=force) as writer:
+    with CheckpointWriter(path, specs, metadata={"format": FORMAT, **metadata}, force=force) as writer:
         for name, payload in payloads.items():
             writer.write(name, payload)
     return writer.nbytes
@@ -44,9 +44,10 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, ExpertTensor], di
     file = SafetensorsFile(Path(path))
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an expert file (its metadata does not say format {FORMAT})")
-    if file.metadata.get("version") != VERSION:
+    if file.metadata.get("version") not in VERSIONS:
         raise CheckpointError(
-            f"{path} is an expert file of version {file.metadata.get('version')!r}; this freemerge reads {VERSION}"
+            f"{path} is an expert file of version {file.metadata.get('version')!r}; "
+            f"this freemerge reads {' and '.join(VERSIONS)}"
         )
     try:
         coding = coding_of(file.metadata.get("values"))
@@ -61,6 +62,17 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, ExpertTensor], di
         except ValueError as error:
             raise CheckpointError(f"{path}: tensor {name!r} is corrupted: {error}") from None
     return tensors, file.metadata
+
+
+def empty_file_bytes(metadata: Mapping[str, str]) -> int:
+    """At most so many bytes has a file beside its payloads and what :func:`entry_bytes` counts."""
+    return len(build_header([], {"format": FORMAT, **metadata})[0]) + 8  # entries may end elsewhere than at a multiple
+
+
+def entry_bytes(name: str, limit: int) -> int:
+    """At most so many bytes of the header describe a tensor, in a file of ``limit`` bytes."""
+    entry = {name: {"dtype": "U8", "shape": [limit], "data_offsets": [limit, limit]}}
+    return len(json.dumps(entry, separators=(",", ":"), ensure_ascii=False).encode())
 
 
 def _to_payload(tensor: ExpertTensor) -> Bytes:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..backends.sparse import SparseVector
 from ..checkpoint.conversion import Layout, Piece, layout_of, loaded_names
 from ..checkpoint.prefixes import inner_module, unwrapped
-from .values import ExpertTensor
+from .values import ExpertTensor, SparseTensor
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Placement:
         return dict(sorted(placed.items()))
 
 
-def gathered(parts: list[Part], entries: Mapping[str, ExpertTensor]) -> SparseVector:
+def gathered(parts: list[Part], entries: Mapping[str, SparseTensor]) -> SparseVector:
     """The entries of one tensor of a model, from the parts of an expert's tensors."""
     if len(parts) == 1 and parts[0].piece is None:
         return entries[parts[0].entry].sparse()
@@ -93,6 +93,20 @@ def gathered(parts: list[Part], entries: Mapping[str, ExpertTensor]) -> SparseVe
     order = joined.argsort()
     dtype = torch.int32 if not len(joined) or int(joined.max()) < 2**31 else torch.int64
     return SparseVector(joined[order].to(dtype), torch.cat(values)[order])
+
+
+def gathered_dense(parts: list[Part], entries: Mapping[str, ExpertTensor], like: Tensor) -> Tensor:
+    """What is added to one tensor of a model, float32 on its device, from the parts of an expert's tensors."""
+    if len(parts) == 1 and parts[0].piece is None:
+        return entries[parts[0].entry].dense(like.device)
+    total = torch.zeros(like.shape, device=like.device)
+    for part in parts:
+        dense = entries[part.entry].dense(like.device)
+        if part.piece is None:
+            total += dense
+        else:
+            part.piece.of_module(total).copy_(part.piece.of_file(dense))
+    return total
 
 
 def _in_module(indices: Tensor, piece: Piece | None) -> tuple[Tensor, Tensor]:

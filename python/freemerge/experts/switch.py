@@ -1,9 +1,9 @@
-"""Sparse updates of dense tensors, in place and exactly undone."""
+"""Updates of tensors, in place and exactly undone: of single entries, or of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -49,6 +49,27 @@ class Switch:
             for part, members in self._parts:
                 undo.callback(part.on([weights[i] for i in members], self._scratch))
             return undo.pop_all()
+
+
+@contextmanager
+def add_dense(weights: torch.Tensor, terms: Iterable[tuple[torch.Tensor, float]]) -> Iterator[None]:
+    """Within the block, ``weights`` has ``sum_j factor_j * tensor_j`` added; then it is as before, bit for bit.
+
+    Terms are added in their order in float32 (float64 for float64 weights), and the sum is rounded once.
+    """
+    weights = weights.detach()
+    compute = torch.promote_types(weights.dtype, torch.float32)
+    total: torch.Tensor | None = None
+    for tensor, factor in terms:
+        scaled = tensor.to(compute) * factor
+        total = scaled if total is None else total.add_(scaled)
+    saved = weights.clone()
+    try:
+        if total is not None:
+            weights.copy_(total.add_(weights.to(compute)))
+        yield
+    finally:
+        weights.copy_(saved)
 
 
 def _check(update: Update) -> None:

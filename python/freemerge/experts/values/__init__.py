@@ -6,9 +6,10 @@ import pkgutil
 from importlib import import_module
 
 from .base import CODINGS, ExpertTensor, coding_of
+from .low_rank import LowRankTensor
 from .sparse import SparseTensor
 
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["CODINGS", "ExpertTensor", "SparseTensor", "coding_of"]
+__all__ = ["CODINGS", "ExpertTensor", "LowRankTensor", "SparseTensor", "coding_of"]

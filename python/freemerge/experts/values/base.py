@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import torch
 
-from ...backends.sparse import SparseVector
 from ...errors import ArgumentError
 from ..payload import Bytes, Reader
 
@@ -37,11 +36,11 @@ class ExpertTensor(ABC):
     @property
     @abstractmethod
     def entries(self) -> int:
-        """Number of entries that are kept."""
+        """How many numbers are kept."""
 
     @abstractmethod
-    def sparse(self) -> SparseVector:
-        """What is added to the weights: positions and values (float32), not yet multiplied by mu."""
+    def dense(self, device: torch.device | None = None) -> torch.Tensor:
+        """What is added to the weights, not yet multiplied by mu: float32, in the shape of the tensor."""
 
     @abstractmethod
     def to_bytes(self) -> Bytes:
@@ -51,13 +50,6 @@ class ExpertTensor(ABC):
     @abstractmethod
     def from_bytes(cls, shape: tuple[int, ...], reader: Reader) -> ExpertTensor:
         """The inverse of :meth:`to_bytes`; ValueError for bytes that it does not write."""
-
-    def dense(self) -> torch.Tensor:
-        """:meth:`sparse` as a dense float32 tensor."""
-        sparse = self.sparse()
-        flat = torch.zeros(self.numel)
-        flat[sparse.indices.long()] = sparse.values
-        return flat.view(self.shape)
 
 
 CODINGS: dict[str, type[ExpertTensor]] = {}

@@ -50,7 +50,13 @@ class SparseTensor(ExpertTensor):
         return self.indices.numel()
 
     def sparse(self) -> SparseVector:
+        """The kept entries: positions and values (float32), not yet multiplied by mu."""
         return SparseVector(self.indices, self.values())
+
+    def dense(self, device: torch.device | None = None) -> torch.Tensor:
+        flat = torch.zeros(self.numel, device=device)
+        flat[self.indices.long().to(flat.device)] = self.values().to(flat.device)
+        return flat.view(self.shape)
 
     def to_bytes(self) -> Bytes:
         positions = encode_positions(self.indices)

@@ -1,0 +1,68 @@
+"""Ranks that spend a number of bytes where they bring a low-rank expert nearest to the fine-tuned model."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import ArgumentError
+
+
+def share_of(budget: float | str) -> float:
+    """A budget as a share of the model: ``0.003`` or ``"0.3%"``."""
+    text = str(budget).strip()
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise ArgumentError(f'budget must be a share of the model such as "0.3%" or 0.003, got {budget!r}')
+    return share
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a tensor has to offer: the energy of each component, falling, and bits of a component and of the first one
+    in addition."""
+
+    energies: Sequence[float]
+    bits: int
+    opening: int
+
+    def best(self, taken: int, room: int) -> tuple[float, int]:
+        """How many more components have the most energy a bit within ``room`` bits, and that energy a bit."""
+        opening = 0 if taken else self.opening
+        gained, best = 0.0, (0.0, 0)
+        for count in range(1, min((room - opening) // self.bits, len(self.energies) - taken) + 1):
+            gained += self.energies[taken + count - 1]
+            ratio = gained / (opening + count * self.bits)
+            if ratio <= best[0]:
+                break  # as energies fall, no larger number is better
+            best = ratio, count
+        return best
+
+
+def allocate(offers: Mapping[str, Offer], room: int) -> dict[str, int]:
+    """The number of components of each tensor, which take at most ``room`` bits: always the most energy a bit next."""
+    names = list(offers)
+    ranks = dict.fromkeys(names, 0)
+    heap: list[tuple[float, int, int]] = []
+
+    def push(index: int) -> None:
+        ratio, count = offers[names[index]].best(ranks[names[index]], room)
+        if count:
+            heapq.heappush(heap, (-ratio, index, count))
+
+    for index in range(len(names)):
+        push(index)
+    while heap:
+        _, index, count = heapq.heappop(heap)
+        offer, name = offers[names[index]], names[index]
+        cost = count * offer.bits + (0 if ranks[name] else offer.opening)
+        if cost <= room:
+            room -= cost
+            ranks[name] += count
+        push(index)  # with what fits now
+    return ranks
