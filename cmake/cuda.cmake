@@ -57,8 +57,10 @@ add_library(freemerge_cuda_kernels OBJECT ${FREEMERGE_CUDA_KERNELS})
 target_include_directories(freemerge_cuda_kernels PRIVATE csrc)
 set_target_properties(freemerge_cuda_kernels PROPERTIES CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON
   CUDA_VISIBILITY_PRESET hidden POSITION_INDEPENDENT_CODE ON)
-target_compile_options(freemerge_cuda_kernels PRIVATE -lineinfo -Werror=all-warnings
-  "SHELL:-Xptxas -v,-warn-spills,-Werror" "SHELL:-Xcompiler -Wall,-Wextra")
+target_compile_options(freemerge_cuda_kernels PRIVATE -lineinfo "SHELL:-Xptxas -v,-warn-spills" "SHELL:-Xcompiler -Wall,-Wextra")
+if(FREEMERGE_WERROR)
+  target_compile_options(freemerge_cuda_kernels PRIVATE -Werror=all-warnings "SHELL:-Xptxas -Werror")
+endif()
 # A fused multiply-add in the mask would move bins that lie exactly on a cutoff.
 set_source_files_properties(csrc/cuda/coarse_mask.cu csrc/cuda/column_filter.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
 
@@ -67,7 +69,7 @@ target_compile_definitions(_cuda PRIVATE FREEMERGE_CUDA_MODULE=_cuda)
 target_include_directories(_cuda PRIVATE csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # As for the kernels above: the host finds the rows at which a mask steps.
-target_compile_options(_cuda PRIVATE -ffp-contract=off -Wall -Wextra -Wconversion -Werror)
+target_compile_options(_cuda PRIVATE -ffp-contract=off ${FREEMERGE_WARNINGS})
 target_link_libraries(_cuda PRIVATE freemerge_cuda_kernels ${CMAKE_DL_LIBS})
 # The static runtime's symbols must not meet those of the shared one that torch loads.
 target_link_options(_cuda PRIVATE -Wl,--exclude-libs,ALL)

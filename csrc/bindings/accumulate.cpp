@@ -7,7 +7,9 @@
 namespace freemerge {
 namespace {
 
-Storage storage(std::uintptr_t data, int dtype) { return {pointer<const void>(data), to_dtype(dtype)}; }
+Storage storage(std::uintptr_t data, int dtype, std::int64_t n) {
+  return {memory<const void>(data, n), to_dtype(dtype)};
+}
 
 }  // namespace
 
@@ -20,9 +22,9 @@ void bind_accumulate(pybind11::module_& m) {
         require(models.size() == model_dtypes.size(), "model_dtypes must hold one dtype per model");
         std::vector<Storage> sources;
         for (std::size_t i = 0; i < models.size(); ++i)
-          sources.push_back(storage(models[i], model_dtypes[i]));
+          sources.push_back(storage(models[i], model_dtypes[i], n));
         return without_gil([&] {
-          return accumulate(pointer<void>(out), storage(base, base_dtype), sources, weights, n, threads);
+          return accumulate(pointer<void>(out), storage(base, base_dtype, n), sources, weights, n, threads);
         });
       },
       pybind11::arg("out"), pybind11::arg("base"), pybind11::arg("base_dtype"), pybind11::arg("models"),
@@ -32,8 +34,8 @@ void bind_accumulate(pybind11::module_& m) {
       [](std::uintptr_t out, int out_dtype, std::uintptr_t base, int base_dtype, std::uintptr_t delta,
          int delta_dtype, double scale, std::int64_t n, int threads) {
         const pybind11::gil_scoped_release release;
-        add_round(pointer<void>(out), to_dtype(out_dtype), storage(base, base_dtype),
-                  storage(delta, delta_dtype), scale, n, threads);
+        add_round(memory<void>(out, n), to_dtype(out_dtype), storage(base, base_dtype, n),
+                  storage(delta, delta_dtype, n), scale, n, threads);
       },
       pybind11::arg("out"), pybind11::arg("out_dtype"), pybind11::arg("base"), pybind11::arg("base_dtype"),
       pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("n"),
@@ -42,7 +44,7 @@ void bind_accumulate(pybind11::module_& m) {
       "square_sum",
       [](std::uintptr_t data, int dtype, std::int64_t n, int threads) {
         const pybind11::gil_scoped_release release;
-        return square_sum(storage(data, dtype), n, threads);
+        return square_sum(storage(data, dtype, n), n, threads);
       },
       pybind11::arg("data"), pybind11::arg("dtype"), pybind11::arg("n"), pybind11::arg("threads"));
 }

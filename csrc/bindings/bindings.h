@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "common/error.h"
+
 namespace freemerge {
 
 void bind_accumulate(pybind11::module_& m);
@@ -17,6 +19,13 @@ void bind_sparse(pybind11::module_& m);
 template <typename T>
 T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// The memory of `count` elements: tensors that have none of their own must not get to a kernel.
+template <typename T>
+T* memory(std::uintptr_t address, std::int64_t count) {
+  require(address != 0 || count == 0, "a tensor has no memory: its address is null");
+  return pointer<T>(address);
 }
 
 // The values of an enum by name, from its list.

@@ -19,7 +19,9 @@ void bind_emulation(pybind11::module_& m);  // in tests/emulation
 
 using Address = std::uintptr_t;
 
-inline Array array(Address data, int dtype) { return {pointer<void>(data), to_dtype(dtype)}; }
+inline Array array(Address data, int dtype, std::int64_t n) {
+  return {memory<void>(data, n), to_dtype(dtype)};
+}
 
 // Where a call works: the first two arguments after the topic's own.
 template <typename Work>

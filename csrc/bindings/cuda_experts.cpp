@@ -15,8 +15,9 @@ void bind_experts(py::module_& m) {
          std::int64_t columns, std::int64_t k, Address indices, Address values, Address counts,
          Address scratch, int device, Address stream) {
         on_stream(device, stream, [&](cudaStream_t s) {
-          select({array(model, model_dtype), array(base, base_dtype), rows, columns, k,
-                  pointer<std::int64_t>(indices), pointer<float>(values), pointer<std::int64_t>(counts)},
+          select({array(model, model_dtype, rows * columns), array(base, base_dtype, rows * columns), rows,
+                  columns, k, pointer<std::int64_t>(indices), pointer<float>(values),
+                  pointer<std::int64_t>(counts)},
                  pointer<void>(scratch), s);
         });
       },

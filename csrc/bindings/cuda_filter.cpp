@@ -24,7 +24,7 @@ Upload to_upload(const py::function& call) {
 
 MatrixList to_matrices(const std::vector<Address>& pointers, const std::vector<std::int64_t>& row_strides) {
   MatrixList matrices{{}, row_strides};
-  for (const Address address : pointers) matrices.data.push_back(pointer<void>(address));
+  for (const Address address : pointers) matrices.data.push_back(memory<void>(address, 1));
   return matrices;
 }
 

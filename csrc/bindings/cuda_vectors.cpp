@@ -16,9 +16,10 @@ void bind_vectors(py::module_& m) {
          Address means, Address scratch, int device, Address stream) {
         require(models.size() == model_dtypes.size(), "model_dtypes must hold one dtype per model");
         std::vector<Array> sources;
-        for (std::size_t i = 0; i < models.size(); ++i) sources.push_back(array(models[i], model_dtypes[i]));
+        for (std::size_t i = 0; i < models.size(); ++i)
+          sources.push_back(array(models[i], model_dtypes[i], n));
         on_stream(device, stream, [&](cudaStream_t s) {
-          accumulate(pointer<float>(out), array(base, base_dtype), sources, weights, n,
+          accumulate(pointer<float>(out), array(base, base_dtype, n), sources, weights, n,
                      pointer<double>(means), pointer<double>(scratch), s);
         });
       },
@@ -30,7 +31,8 @@ void bind_vectors(py::module_& m) {
       [](Address out, int out_dtype, Address base, int base_dtype, Address delta, int delta_dtype,
          double scale, std::int64_t n, int device, Address stream) {
         on_stream(device, stream, [&](cudaStream_t s) {
-          add_round(array(out, out_dtype), array(base, base_dtype), array(delta, delta_dtype), scale, n, s);
+          add_round(array(out, out_dtype, n), array(base, base_dtype, n), array(delta, delta_dtype, n), scale,
+                    n, s);
         });
       },
       py::arg("out"), py::arg("out_dtype"), py::arg("base"), py::arg("base_dtype"), py::arg("delta"),

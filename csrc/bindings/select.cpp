@@ -6,9 +6,10 @@
 namespace freemerge {
 namespace {
 
-TaskVector task_vector(std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype) {
-  return {{pointer<const void>(model), to_dtype(model_dtype)},
-          {pointer<const void>(base), to_dtype(base_dtype)}};
+TaskVector task_vector(std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype,
+                       std::int64_t n) {
+  return {{memory<const void>(model, n), to_dtype(model_dtype)},
+          {memory<const void>(base, n), to_dtype(base_dtype)}};
 }
 
 }  // namespace
@@ -18,7 +19,7 @@ void bind_select(pybind11::module_& m) {
       "select_largest",
       [](std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype, std::int64_t rows,
          std::int64_t width, std::int64_t k, int threads) {
-        const TaskVector v = task_vector(model, model_dtype, base, base_dtype);
+        const TaskVector v = task_vector(model, model_dtype, base, base_dtype, rows * width);
         return arrays(without_gil([&] {
           return rows == 1 ? select_largest(v, width, k, threads)
                            : select_largest_per_row(v, rows, width, k, threads);
@@ -31,9 +32,9 @@ void bind_select(pybind11::module_& m) {
       "count_magnitudes",
       [](std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype, std::int64_t n,
          std::uintptr_t bins, int threads) {
-        const TaskVector v = task_vector(model, model_dtype, base, base_dtype);
+        const TaskVector v = task_vector(model, model_dtype, base, base_dtype, n);
         const pybind11::gil_scoped_release release;
-        count_magnitudes(v, n, pointer<std::int64_t>(bins), threads);
+        count_magnitudes(v, n, memory<std::int64_t>(bins, kMagnitudeBins), threads);
       },
       pybind11::arg("model"), pybind11::arg("model_dtype"), pybind11::arg("base"),
       pybind11::arg("base_dtype"), pybind11::arg("n"), pybind11::arg("bins"), pybind11::arg("threads"));
@@ -41,7 +42,7 @@ void bind_select(pybind11::module_& m) {
       "select_from_bin",
       [](std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype, std::int64_t n,
          int lowest, int threads) {
-        const TaskVector v = task_vector(model, model_dtype, base, base_dtype);
+        const TaskVector v = task_vector(model, model_dtype, base, base_dtype, n);
         return arrays(without_gil([&] { return select_from_bin(v, n, lowest, threads); }));
       },
       pybind11::arg("model"), pybind11::arg("model_dtype"), pybind11::arg("base"),

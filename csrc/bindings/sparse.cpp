@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace {
 
 Indices indices_of(std::uintptr_t data, bool wide, std::int64_t count) {
-  return {pointer<const void>(data), wide, count};
+  return {memory<const void>(data, count), wide, count};
 }
 
 using Term = std::tuple<std::uintptr_t, bool, std::int64_t, std::uintptr_t, double>;
@@ -32,13 +32,13 @@ void bind_sparse(py::module_& m) {
       .def(
           "apply",
           [](const SparseSwitch& self, std::uintptr_t saved, int threads) {
-            without_gil([&] { self.apply(pointer<void>(saved), threads); });
+            without_gil([&] { self.apply(memory<void>(saved, self.saved_bytes()), threads); });
           },
           py::arg("saved"), py::arg("threads"))
       .def(
           "restore",
           [](const SparseSwitch& self, std::uintptr_t saved, int threads) {
-            without_gil([&] { self.restore(pointer<const void>(saved), threads); });
+            without_gil([&] { self.restore(memory<const void>(saved, self.saved_bytes()), threads); });
           },
           py::arg("saved"), py::arg("threads"));
   m.def(
@@ -46,7 +46,7 @@ void bind_sparse(py::module_& m) {
       [](const std::vector<Term>& terms) {
         std::vector<SparseTerm> inputs;
         for (const auto& [indices, wide, count, values, weight] : terms) {
-          inputs.push_back({indices_of(indices, wide, count), pointer<const float>(values), weight});
+          inputs.push_back({indices_of(indices, wide, count), memory<const float>(values, count), weight});
         }
         return arrays(without_gil([&] { return sparse_sum(inputs); }));
       },
@@ -64,8 +64,9 @@ void bind_sparse(py::module_& m) {
       [](int coding, int parameter, std::uintptr_t bytes, std::size_t size, std::int64_t count,
          std::int64_t n, std::uintptr_t out, bool wide) {
         const py::gil_scoped_release release;
-        decode_positions(static_cast<PositionCoding>(coding), parameter, pointer<const std::uint8_t>(bytes),
-                         size, count, n, pointer<void>(out), wide);
+        decode_positions(static_cast<PositionCoding>(coding), parameter,
+                         memory<const std::uint8_t>(bytes, static_cast<std::int64_t>(size)), size, count, n,
+                         memory<void>(out, count), wide);
       },
       py::arg("coding"), py::arg("parameter"), py::arg("bytes"), py::arg("size"), py::arg("count"),
       py::arg("n"), py::arg("out"), py::arg("wide"));

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/bindings.h"
 #include "common/sparse_update.h"
 
 namespace freemerge {
@@ -19,13 +20,13 @@ inline std::vector<SparseUpdate> updates_of(const std::vector<UpdateTuple>& tupl
   std::vector<SparseUpdate> updates;
   updates.reserve(tuples.size());
   for (const auto& [weights, dtype, n, indices, wide, count, values, scale, origin] : tuples) {
-    updates.push_back({reinterpret_cast<void*>(weights),
+    updates.push_back({memory<void>(weights, n),
                        to_dtype(dtype),
                        n,
-                       {reinterpret_cast<const void*>(indices), wide, count},
-                       reinterpret_cast<const float*>(values),
+                       {memory<const void>(indices, count), wide, count},
+                       memory<const float>(values, count),
                        scale,
-                       reinterpret_cast<const void*>(origin)});
+                       pointer<const void>(origin)});
   }
   return updates;
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "common/dtype.h"
@@ -18,6 +19,13 @@
 #endif
 
 #define FM_INLINE inline __attribute__((always_inline))
+
+// GCC has it from version 12 on.
+#if defined(__clang__) || __GNUC__ >= 12
+#define FM_HAS_SHUFFLEVECTOR 1
+#else
+#define FM_HAS_SHUFFLEVECTOR 0
+#endif
 
 namespace freemerge::FREEMERGE_ISA {
 
@@ -86,7 +94,7 @@ FM_INLINE V select(V condition, V yes, V no) {
   return (condition & yes) | (~condition & no);
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && FM_HAS_SHUFFLEVECTOR
 // Shuffles of 16-bit lanes: faster here than conversions and shifts.
 typedef std::uint16_t HalfWords __attribute__((vector_size(FREEMERGE_VECTOR_BYTES)));
 template <int... Lane>
@@ -237,12 +245,23 @@ FM_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Transpose
 // ---------------------------------------------------------------------------------------------------
 
+// Lane i of the result is lane `Lane[i]` of `a` followed by `b`.
+template <int... Lane, typename V>
+FM_INLINE V shuffle(V a, V b) {
+#if FM_HAS_SHUFFLEVECTOR
+  return __builtin_shufflevector(a, b, Lane...);
+#else
+  using Index = std::conditional_t<sizeof(a[0]) == 8, std::int64_t, std::int32_t>;
+  return __builtin_shuffle(a, b, Vec<Index>{Lane...});
+#endif
+}
+
 // One step: blocks of `Distance` lanes of `a` and `b` are exchanged across their common diagonal.
 template <int Distance, typename T, int... Lane>
 FM_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, Lane...>) {
   constexpr int n = kLanes<T>;
-  const Vec<T> low = __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane - Distance + n : Lane)...);
-  const Vec<T> high = __builtin_shufflevector(a, b, ((Lane & Distance) ? Lane + n : Lane + Distance)...);
+  const Vec<T> low = shuffle<((Lane & Distance) ? Lane - Distance + n : Lane)...>(a, b);
+  const Vec<T> high = shuffle<((Lane & Distance) ? Lane + n : Lane + Distance)...>(a, b);
   a = low;
   b = high;
 }

@@ -16,6 +16,7 @@ from .backends.base import Backend, Executable
 from .backends.memory import empty, matrices, multiply_
 from .backends.registry import choose, named
 from .cache import ByResponse
+from .dense import dense
 from .errors import ArgumentError
 from .overlap import internal_overlap, overlapping_pair
 from .planner.layout import ROWS
@@ -25,6 +26,7 @@ from .responses import Response, finite_number
 T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DLPACK_CPU = 1  # kDLCPU of dlpack.h
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
@@ -176,11 +178,7 @@ def _checked_scale(scale: object, tensors: Sequence[torch.Tensor]) -> float:
 
 def _tensor(item: Any, name: str) -> torch.Tensor:
     """The memory of one input as a tensor that may be written."""
-    x = item if isinstance(item, torch.Tensor) else _as_tensor(item, name)
-    if x.layout is not torch.strided:
-        raise ArgumentError(f"{name} must be a dense tensor with data, got layout {x.layout} on device {x.device}")
-    if x.is_neg():
-        raise ArgumentError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
+    x = dense(item if isinstance(item, torch.Tensor) else _as_tensor(item, name), name)
     if x.requires_grad:
         if not x.is_leaf:
             raise ArgumentError(
@@ -197,8 +195,6 @@ def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Rou
         route.entry.used = True
         return route
     _, shape, strides, dtype, device, _ = key
-    if device.type == "meta":
-        raise ArgumentError(f"{name} must be a dense tensor with data, got layout torch.strided on device {device}")
     if dtype not in _DTYPES:
         raise ArgumentError(f"{name} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {dtype}")
     if not shape or 0 in shape:
@@ -211,17 +207,19 @@ def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Rou
     return route
 
 
-def _as_tensor(item: Any, name: str) -> torch.Tensor:
+def _as_tensor(item: Any, name: str, *, written: bool = True) -> torch.Tensor:
     if isinstance(item, torch.Tensor):
         return item
     if isinstance(item, np.ndarray):
-        if not item.flags.writeable:
+        if written and not item.flags.writeable:
             raise ArgumentError(f"{name} is a read-only array")
         try:
             return torch.from_numpy(item)
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"{name} cannot be used as a tensor: {error}") from None
     if hasattr(item, "__dlpack__"):
+        if written and _is_read_only(item):
+            raise ArgumentError(f"{name} is a read-only {type(item).__name__}")
         try:
             return torch.utils.dlpack.from_dlpack(item)
         except (BufferError, RuntimeError, TypeError, ValueError) as error:
@@ -229,13 +227,26 @@ def _as_tensor(item: Any, name: str) -> torch.Tensor:
     raise ArgumentError(f"{name} must be a tensor, a NumPy array or a DLPack producer, got {type(item).__name__}")
 
 
+def _is_read_only(item: Any) -> bool:
+    """Whether a DLPack producer says so; torch does not look at its flag, NumPy does."""
+    if item.__dlpack_device__()[0] != _DLPACK_CPU:
+        return False
+    try:
+        return not np.from_dlpack(item).flags.writeable
+    except (BufferError, RuntimeError, TypeError):  # a dtype that NumPy lacks
+        return False
+
+
 def _copy(item: Any, name: str) -> Any:
     if isinstance(item, np.ndarray):
-        return np.array(item)
-    x = _as_tensor(item, name)
+        return np.array(item, dtype=item.dtype.newbyteorder("="))
+    x = _as_tensor(item, name, written=False)
     if x.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(f"{name} requires grad, and the filter is not differentiable; pass {name}.detach()")
-    if x.layout is not torch.strided or x.dtype not in _DTYPES:
+    whole = dense(x, name)
+    if whole is not x:  # a DTensor, as the result is
+        return x.detach().clone()
+    if x.dtype not in _DTYPES:
         return x  # an error of filter_
     return empty(x.shape, x.dtype, x.device).copy_(x.detach())
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from .. import _core
+from ..dense import address
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
@@ -70,7 +71,7 @@ class CpuBackend(Backend):
         out: torch.Tensor | None,
     ) -> list[float]:
         return _core.accumulate(
-            0 if out is None else out.data_ptr(), *_pointer(base), [model.data_ptr() for model in models],
+            0 if out is None else address(out), *_pointer(base), [address(model) for model in models],
             [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), base.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -88,9 +89,7 @@ class CpuBackend(Backend):
         )
 
     def count_magnitudes(self, model: torch.Tensor, base: torch.Tensor, bins: torch.Tensor) -> None:
-        _core.count_magnitudes(
-            *_pointer(model), *_pointer(base), model.numel(), bins.data_ptr(), torch.get_num_threads()
-        )
+        _core.count_magnitudes(*_pointer(model), *_pointer(base), model.numel(), address(bins), torch.get_num_threads())
 
     def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
         return _entries(
@@ -159,7 +158,7 @@ class _Filter(Executable):
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         threads = torch.get_num_threads()
         if len(batches) == 1 and (x := batches[0]).ndim == 2:  # in little time, as for a small matrix it counts
-            self._native.run([x.data_ptr()], x.stride()[0] if self._rows > 1 else self._width, scale, threads)
+            self._native.run([address(x)], x.stride()[0] if self._rows > 1 else self._width, scale, threads)
             return
         by_stride: dict[int, list[int]] = {}
         for pointer, stride in zip(*addresses(batches), strict=True):
@@ -193,11 +192,11 @@ class _Switch(BackendSwitch):
     def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
         saved = scratch.take(self._switch.saved_bytes)
         memory = storages(weights)
-        self._switch.apply(saved.data_ptr(), torch.get_num_threads())
+        self._switch.apply(address(saved), torch.get_num_threads())
         mark_changed(weights)
 
         def restore(_: object = memory) -> None:
-            self._switch.restore(saved.data_ptr(), torch.get_num_threads())
+            self._switch.restore(address(saved), torch.get_num_threads())
             mark_changed(weights)
             scratch.give(saved)
 
@@ -211,7 +210,7 @@ def _dominant_mean(x: torch.Tensor) -> float:
 
 
 def _pointer(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
+    return address(tensor), DTYPE_CODES[tensor.dtype]
 
 
 def _entries(found: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> Entries:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ..cache import Cache, table_bytes
+from ..dense import address
 from ..errors import BackendError
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Form, Plan
@@ -106,7 +107,7 @@ class CudaBackend(TorchVectors):
         def upload(values: npt.NDArray[Any]) -> int:
             # Waits for the copy, so that any stream may read the table afterwards.
             tables.append(torch.from_numpy(values).to(plan.device, copy=True))
-            return tables[-1].data_ptr()
+            return address(tables[-1])
 
         if has_closed_form(plan.response):
             mask, gains = plan.response.params(plan.shape), 0
@@ -150,9 +151,9 @@ class CudaBackend(TorchVectors):
         scratch = torch.empty(module.accumulate_scratch(n, len(models)), dtype=torch.float64, device=base.device)
         means = torch.empty(len(models), dtype=torch.float64, device=base.device)
         module.accumulate(
-            0 if out is None else out.data_ptr(), *_pointer(base), [model.data_ptr() for model in models],
-            [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), n, means.data_ptr(),
-            scratch.data_ptr(), stream.device, stream.handle,
+            0 if out is None else address(out), *_pointer(base), [address(model) for model in models],
+            [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), n, address(means),
+            address(scratch), stream.device, stream.handle,
         )  # fmt: skip
         result: list[float] = means.tolist()
         return result
@@ -174,8 +175,8 @@ class CudaBackend(TorchVectors):
         counts = torch.empty(rows, 1, dtype=torch.int64, device=device)
         scratch = torch.empty(module.select_scratch(rows, width), dtype=torch.uint8, device=device)
         module.select(
-            *_pointer(model), *_pointer(base), rows, width, k, indices.data_ptr(), values.data_ptr(),
-            counts.data_ptr(), scratch.data_ptr(), stream.device, stream.handle,
+            *_pointer(model), *_pointer(base), rows, width, k, address(indices), address(values),
+            address(counts), address(scratch), stream.device, stream.handle,
         )  # fmt: skip
         kept = torch.arange(k, device=device) < counts
         return indices[kept].cpu(), values[kept].cpu()
@@ -205,7 +206,7 @@ class _Filter(Executable):
         if len(batches) != 1:
             return ask()
         (batch,) = batches
-        return self._sizes.get((batch.data_ptr() % _FFT_ALIGNMENT, batch.shape[0], *batch.stride()), ask)
+        return self._sizes.get((address(batch) % _FFT_ALIGNMENT, batch.shape[0], *batch.stride()), ask)
 
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         if not batches:
@@ -218,7 +219,7 @@ class _Filter(Executable):
         needed = self.workspace(batches, pointers, strides, stream)
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
         self._native.run(
-            pointers, strides, scale, workspace.data_ptr(), needed, stream.device, stream.handle,
+            pointers, strides, scale, address(workspace), needed, stream.device, stream.handle,
         )  # fmt: skip
         if stream.handle not in self._streams and self._runtime.device_type == "cuda":
             # A table dropped from the cache must not be reused before this stream is done with it.
@@ -241,7 +242,7 @@ class _Switch(BackendSwitch):
         saved = torch.empty(self._switch.saved_bytes, dtype=torch.uint8, device=self._device)  # the allocator's scratch
         memory = storages(weights)
         self._keep_for(place)
-        self._switch.apply(saved.data_ptr(), *place)
+        self._switch.apply(address(saved), *place)
         mark_changed(weights)
 
         def restore(_: object = memory) -> None:
@@ -249,7 +250,7 @@ class _Switch(BackendSwitch):
             self._keep_for(now)
             if now != place:  # freed memory goes back to the stream that it was taken on
                 saved.record_stream(torch.cuda.current_stream(self._device))
-            self._switch.restore(saved.data_ptr(), *now)
+            self._switch.restore(address(saved), *now)
             mark_changed(weights)
 
         return restore
@@ -266,4 +267,4 @@ class _Switch(BackendSwitch):
 
 
 def _pointer(tensor: torch.Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype]
+    return address(tensor), DTYPE_CODES[tensor.dtype]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from .. import _core
+from ..dense import address
 from ..errors import ArgumentError
 
 _SAMPLE = (16, 64)  # rows and columns that estimate a matrix's mean
@@ -32,7 +33,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     because touching 4 KB at a time for the first time takes longer than computing most of what we write."""
     result = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu":
-        _core.prefer_huge_pages(result.data_ptr(), result.nbytes)
+        _core.prefer_huge_pages(address(result), result.nbytes)
     return result
 
 
@@ -56,7 +57,7 @@ def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
     pointers: list[int] = []
     strides: list[int] = []
     for x in batches:
-        (height, width), first = x.shape[-2:], x.data_ptr()
+        (height, width), first = x.shape[-2:], address(x)
         stride = x.stride(-2) if height > 1 else width
         if x.ndim == 2:
             pointers.append(first)

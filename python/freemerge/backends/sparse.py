@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from ..dense import address
 from .memory import dtype_code
 
 NativeUpdate = tuple[int, int, int, int, bool, int, int, float, int]  # of csrc/bindings/sparse_updates.h
@@ -97,8 +98,8 @@ def native_updates(updates: Sequence[Update]) -> tuple[list[NativeUpdate], list[
     for update in updates:
         memory, indices = flat_memory(update.weights), update.entries.places(update.weights)
         jobs.append((
-            memory.data_ptr(), dtype_code(memory, "weights"), memory.numel(), *pointer(indices),
-            update.entries.values.data_ptr(), update.scale, 0 if update.origin is None else update.origin.data_ptr(),
+            address(memory), dtype_code(memory, "weights"), memory.numel(), *pointer(indices),
+            address(update.entries.values), update.scale, 0 if update.origin is None else address(update.origin),
         ))  # fmt: skip
         kept += [indices, update.entries.values] + ([] if update.origin is None else [update.origin])
     return jobs, kept
@@ -106,7 +107,7 @@ def native_updates(updates: Sequence[Update]) -> tuple[list[NativeUpdate], list[
 
 def pointer(indices: torch.Tensor) -> tuple[int, bool, int]:
     """Indices as the compiled modules take them: address, whether they are int64, and their number."""
-    return indices.data_ptr(), indices.dtype == torch.int64, indices.numel()
+    return address(indices), indices.dtype == torch.int64, indices.numel()
 
 
 def flat_memory(tensor: torch.Tensor) -> torch.Tensor:

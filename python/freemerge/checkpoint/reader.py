@@ -69,7 +69,7 @@ class Checkpoint(ABC):
         if isinstance(source, Checkpoint):
             return source
         if isinstance(source, torch.nn.Module):
-            opened = _InMemory(source.state_dict(keep_vars=False), f"in-memory {type(source).__name__}", argument)
+            opened = _InMemory(source.state_dict(keep_vars=True), f"in-memory {type(source).__name__}", argument)
             opened.module = source
             return opened
         if isinstance(source, Mapping):

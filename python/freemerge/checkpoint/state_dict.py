@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..dense import address, dense
 from ..errors import CheckpointError
 from .spec import TensorSpec
 
@@ -46,7 +47,7 @@ def tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
     for name, tensor in state.items():
         if tensor.numel() == 0:
             continue
-        key = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        key = (tensor.device, address(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if first.setdefault(key, name) != name:
             tied[name] = first[key]
     return tied
@@ -59,7 +60,4 @@ def _dense(source: str, name: object, value: object) -> torch.Tensor:
         raise CheckpointError(f"{source} is quantised by torch ({name}); pass the model that it was quantised from")
     if not isinstance(value, torch.Tensor):
         raise CheckpointError(f"{source}: not a state dict ({name!r} is a {type(value).__name__}, not a tensor)")
-    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-        kind = "on the meta device" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
-        raise CheckpointError(f"{source}: tensor {name!r} is {kind}; only dense tensors with data can be read")
-    return value.detach()
+    return dense(value, f"{source}: tensor {name!r}", CheckpointError).detach()

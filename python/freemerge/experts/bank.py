@@ -18,6 +18,7 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.prefixes import Naming
 from ..checkpoint.quantised import dequantised
 from ..checkpoint.views import InModuleLayout, renamed
+from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
 from .deltas import Change, Product, forward_deltas, unserved
 from .expert import Expert
@@ -252,7 +253,7 @@ class ExpertBank(Mapping[str, Expert]):
         Only what a module holds counts: what it computes, as a parametrized weight, cannot be changed in place.
         """
         if not isinstance(self._model, nn.Module):
-            return self._model[name]
+            return dense(self._model[name], f"model: {name!r}")
         *path, attribute = name.split(".")
         owner = self._model
         for part in path:
@@ -265,7 +266,7 @@ class ExpertBank(Mapping[str, Expert]):
             held = owner._buffers.get(attribute)
         if held is None:
             raise KeyError(name)
-        return held
+        return dense(held, f"model: {name!r}")
 
     def _in_place(self, base: Checkpoint) -> Checkpoint:
         """The base under the model's names and in its layout."""

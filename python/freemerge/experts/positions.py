@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .. import _core
+from ..dense import address
 from .payload import Bytes
 
 BYTE_GAPS, RICE = 0, 1
@@ -34,14 +35,14 @@ def index_dtype(numel: int) -> torch.dtype:
 def encode_positions(positions: torch.Tensor) -> CodedPositions:
     """Code strictly ascending positions (int32 or int64, contiguous, on the CPU)."""
     wide = positions.dtype == torch.int64
-    return CodedPositions(*_core.encode_positions(positions.data_ptr(), wide, positions.numel()))
+    return CodedPositions(*_core.encode_positions(address(positions), wide, positions.numel()))
 
 
 def decode_positions(coded: CodedPositions, count: int, numel: int) -> torch.Tensor:
     """The ``count`` positions below ``numel``; ValueError for bytes that no encoder writes."""
     out = torch.empty(count, dtype=index_dtype(numel))
     _core.decode_positions(
-        coded.coding, coded.parameter, coded.data.ctypes.data, coded.data.size, count, numel, out.data_ptr(),
+        coded.coding, coded.parameter, coded.data.ctypes.data, coded.data.size, count, numel, address(out),
         out.dtype == torch.int64,
     )  # fmt: skip
     return out

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
 
 Mode = Literal["top1", "softmax"]
@@ -164,6 +165,7 @@ class Router:
 
 
 def _checked(features: Tensor) -> Tensor:
+    features = dense(features, "features")
     if features.ndim != 2 or not features.is_floating_point():
         raise ArgumentError(f"features must be a floating (N, D) matrix, got {features.dtype} {tuple(features.shape)}")
     if not torch.isfinite(features).all():

@@ -11,6 +11,7 @@ from .. import _core
 from ..backends.base import Backend
 from ..backends.registry import pick
 from ..backends.sparse import Scratch, SparseVector, Update, pointer
+from ..dense import address
 from ..errors import ArgumentError
 
 
@@ -93,7 +94,7 @@ def _check(update: Update) -> None:
 
 
 def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+    return address(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def weighted_sum(terms: Sequence[tuple[SparseVector, float]]) -> SparseVector:
@@ -101,6 +102,6 @@ def weighted_sum(terms: Sequence[tuple[SparseVector, float]]) -> SparseVector:
     device = terms[0][0].indices.device
     on_cpu = [(term.to(torch.device("cpu")), weight) for term, weight in terms]
     indices, values = _core.sparse_sum(
-        [(*pointer(term.indices), term.values.data_ptr(), weight) for term, weight in on_cpu]
+        [(*pointer(term.indices), address(term.values), weight) for term, weight in on_cpu]
     )
     return SparseVector(torch.from_numpy(indices), torch.from_numpy(values)).to(device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import TensorSpec
+from ..dense import dense
 from ..errors import ArgumentError
 from ..methods import Method
 from .recipe import Recipe, checked_recipe
@@ -64,9 +65,11 @@ def _check_tensors(base: object, tensors: object) -> None:
         raise ArgumentError(f"base must be a tensor, got {type(base).__name__}")
     if not isinstance(tensors, Sequence) or not tensors:
         raise ArgumentError("tensors must be a list of at least one tensor")
+    dense(base, "base")
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, torch.Tensor):
             raise ArgumentError(f"tensors[{i}] must be a tensor, got {type(tensor).__name__}")
+        dense(tensor, f"tensors[{i}]")
         if tensor.shape != base.shape:
             raise ArgumentError(f"tensors[{i}] has shape {tuple(tensor.shape)} but base has {tuple(base.shape)}")
 

@@ -1,0 +1,101 @@
+"""Tensors with memory of their own, the only ones that native code can work on; their addresses are taken here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from .errors import ArgumentError, FreemergeError
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def dense(x: Tensor, name: str, error: type[FreemergeError] = ArgumentError) -> Tensor:
+    """``x``, or the local tensor of a DTensor that every rank holds as a whole; they share memory.
+
+    Raises ``error``, which says what to pass instead, for a tensor whose entries do not lie in memory of its own as its
+    strides say: subclasses that wrap other tensors, sparse, quantised, nested and lazy ones, those on the meta device,
+    those inside of torch.func transforms, and parameters whose memory was freed.
+    """
+    if type(x) in _PLAIN and _fits(x):  # in little time, as for a small matrix it counts
+        return x
+    if not isinstance(x, Tensor):
+        raise error(f"{name} must be a tensor, got {type(x).__name__}")
+    if _is_distributed(x):
+        x = _local(x, name, error)
+    reason = _obstacle(x)
+    if reason is not None:
+        raise error(f"{name} {reason}")
+    return x
+
+
+def address(x: Tensor) -> int:
+    """Where the entries of a tensor begin. Every address that gets into native code comes from here."""
+    if type(x) not in _PLAIN and _wraps(x):
+        raise ArgumentError(f"a tensor {_obstacle(x)}")
+    try:
+        found = x.data_ptr()
+    except RuntimeError:  # torch.func has wrapped it
+        found = 0
+    if not found and x.numel():
+        raise ArgumentError(f"a tensor {_obstacle(x) or 'has no memory of its own'}")
+    return found
+
+
+def _wraps(x: Tensor) -> bool:
+    """Whether the entries of a subclass lie in other tensors, or nowhere; those of nn.Parameter lie in its own."""
+    return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _is_distributed(x: Tensor) -> bool:
+    """Whether it is a DTensor, without an import of torch.distributed."""
+    return type(x) not in _PLAIN and hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
+def _local(x: Tensor, name: str, error: type[FreemergeError]) -> Tensor:
+    mesh = x.device_mesh  # type: ignore[attr-defined]
+    for axis, placement in enumerate(x.placements):  # type: ignore[attr-defined]
+        if not placement.is_replicate() and mesh.size(axis) > 1:
+            raise error(f"{name} is a DTensor of which this rank holds a part ({placement}); pass full_tensor()")
+    with torch.no_grad():
+        local: Tensor = x.to_local()
+    return local
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether it is contiguous in a storage that is large enough."""
+    if x.layout is not torch.strided or x.is_nested or x.is_neg() or x.is_quantized or not x.is_contiguous():
+        return False
+    try:
+        return x.nbytes + x.storage_offset() * x.element_size() <= x.untyped_storage().nbytes() and not x.is_meta
+    except (NotImplementedError, RuntimeError):
+        return False
+
+
+def _obstacle(x: Tensor) -> str | None:
+    """Why native code cannot work on it, as the rest of a sentence."""
+    if type(x) not in _PLAIN and _wraps(x):
+        return f"is of type {type(x).__name__}, without memory of its own; pass a plain tensor of its values"
+    if is_lazy(x):  # type: ignore[no-untyped-call]
+        return "is a parameter without a shape; run the module once before"
+    if x.is_nested:
+        return "is a nested tensor; pass its parts, as unbind() gives them"
+    if x.layout is not torch.strided:
+        return f"must be a dense tensor with data, got layout {x.layout} on device {x.device}; pass to_dense()"
+    if x.is_meta:
+        return f"must be a dense tensor with data, got layout {x.layout} on device {x.device}"
+    if x.is_quantized:
+        return f"is quantised ({x.dtype}); pass dequantize()"
+    if x.is_neg():
+        return "is a lazily negated view; pass resolve_neg()"
+    try:
+        storage = x.untyped_storage()
+        stored = storage.nbytes() if storage.data_ptr() else 0
+    except (NotImplementedError, RuntimeError):
+        return "has no memory of its own here, as inside of torch.func transforms"
+    if x.numel():
+        last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        if (last + 1) * x.element_size() > stored:
+            return "has lost its memory, as sharded parameters do between passes; gather them first"
+    return None
