@@ -21,5 +21,9 @@ class Average(Method):
 
     weights: Literal["uniform"] | tuple[float, ...] = weights_parameter("uniform")
 
+    @property
+    def by_entries(self) -> bool:
+        return True
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])

@@ -92,6 +92,10 @@ class FR(Method):
             return 2
         return 2 if not self._sums_first(as_matrices) and as_matrices and self.renormalize is not None else 1
 
+    @property
+    def by_entries(self) -> bool:
+        return not (self.align or self._own_weights)
+
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
@@ -158,7 +162,7 @@ class FR(Method):
         """For each member the mean magnitude of each model's task vector, raw or filtered as ``stats`` says."""
         if self._filtered_stats(vectors.as_matrices):
             return _means(self._filtered(vectors))
-        return [tensor.means() for tensor in vectors.tensors]
+        return vectors.means()
 
     def _weights(
         self, vectors: TaskVectors, measured: Measured, means: list[list[float]] | None = None

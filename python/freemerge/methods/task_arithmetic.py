@@ -25,5 +25,9 @@ class TaskArithmetic(Method):
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
+    @property
+    def by_entries(self) -> bool:
+        return True
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([tensor.sum(measured.weights) for tensor in vectors.tensors])

@@ -50,6 +50,10 @@ class TIES(Method):
     def passes(self) -> int:
         return 2 if self.scope == "model" else 0
 
+    @property
+    def by_entries(self) -> bool:
+        return self.scope == "model"
+
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()
