@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module or folder may import from those on lower levels, and a folder from itself.
 LEVELS = [
-    {"errors", "lazy", "_core", "_cuda"},
+    {"errors", "lazy", "signals", "_core", "_cuda"},
     {"responses", "overlap", "dense"},
     {"cache"},
     {"planner"},

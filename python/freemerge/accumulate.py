@@ -48,6 +48,16 @@ def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: st
     return pick(backend, (base, *models)).weighted_sum(base, models, None, None)
 
 
+def part_means(
+    base: torch.Tensor, models: Sequence[torch.Tensor], sizes: Sequence[int], *, backend: str = "auto"
+) -> list[list[float]]:
+    """:func:`abs_means` of each of several vectors, ``sizes`` entries each, that lie end to end in contiguous ones."""
+    _check_task_vectors(base, models)
+    if base.ndim != 1 or sum(sizes) != base.numel() or not all(x.is_contiguous() for x in (base, *models)):
+        raise ArgumentError(f"base must be a contiguous vector of {sum(sizes)} entries, got shape {tuple(base.shape)}")
+    return pick(backend, (base, *models)).part_means(base, models, sizes)
+
+
 def add_round(
     base: torch.Tensor,
     delta: torch.Tensor,

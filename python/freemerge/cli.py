@@ -32,8 +32,11 @@ DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 refused, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 refused, 130 interrupted,
+    143 terminated."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not take time from those that read
     options = _parser().parse_args(arguments)
+    before = _identity(getattr(options, "out", None))
     try:
         code = int(options.run(options))
         sys.stdout.flush()
@@ -49,8 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else error, FAILED)
-    except KeyboardInterrupt:
-        return _complain("interrupted; no output was written", INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        out = getattr(options, "out", None)
+        written = f"{out} was written" if out is not None and _identity(out) != before else "no output was written"
+        return _complain(f"{str(stop) or 'interrupted'}; {written}", getattr(stop, "code", INTERRUPTED))
+
+
+def _identity(out: Path | None) -> object:
+    """What tells an output from the one that is put in its place."""
+    try:
+        status = os.stat(out) if out is not None else None
+    except OSError:
+        return None
+    return status and (status.st_dev, status.st_ino)
 
 
 def _complain(error: object, code: int) -> int:
@@ -83,9 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument("-o", "--out", required=True, type=Path, help="output directory or .safetensors file")
     merging.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     merging.add_argument("--force", action="store_true", help="replace an existing output")
+    merging.add_argument("--resume", action="store_true", help="go on with the same merge where it was killed")
     _add_tokenizer(merging)
     merging.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="for instance 2GB (default 5GB)"
+    )
+    merging.add_argument(
+        "--memory",
+        type=_size,
+        default="128MB",
+        metavar="SIZE",
+        help="tensors that may wait to be written, beside those at work (default 128MB)",
     )
     merging.set_defaults(run=_merge)
 
@@ -277,6 +299,8 @@ def _merge(options: argparse.Namespace) -> int:
         backend=options.backend,
         force=options.force,
         max_shard_bytes=options.max_shard_size,
+        memory=options.memory,
+        resume=options.resume,
         progress=not options.json,
         tokenizer_from=options.tokenizer_from,
         on_start=lambda inspection: None if options.json else _print_warnings(inspection),

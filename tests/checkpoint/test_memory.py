@@ -31,7 +31,7 @@ PREAMBLE = f"""
             print(kib("VmHWM") - self.before)
 
     def write(out):
-        with CheckpointWriter(folder / out, specs, max_shard_bytes=2 * specs[0].nbytes, force=True) as writer:
+        with CheckpointWriter(folder / out, specs, max_shard_bytes=2 * specs[0].nbytes, memory=1, force=True) as writer:
             for number, name in enumerate(names):
                 writer.write(name, torch.full(specs[0].shape, float(number), dtype=torch.bfloat16))
 
@@ -69,7 +69,7 @@ def test_writing_and_reading_hold_a_few_tensors(tmp_path: Path) -> None:
             assert verify(folder / "out") == []
     """
     written, read, hashed, verified = peaks(tmp_path, body)
-    assert written < 2.5 * LARGEST_KIB
+    assert written < 3 * LARGEST_KIB  # one waits, one is handed over, one may not be gone yet
     assert read < 2.5 * LARGEST_KIB
     assert hashed < 0.6 * LARGEST_KIB
     assert verified < 0.6 * LARGEST_KIB

@@ -131,6 +131,11 @@ class Backend(ABC):
         else float32.
         """
 
+    def part_means(self, base: torch.Tensor, models: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[float]]:
+        """``[mean |models[i] - base|]`` of each of several vectors that lie end to end, as :meth:`weighted_sum`."""
+        parts = zip(*(torch.split(tensor, list(sizes)) for tensor in (base, *models)), strict=True)
+        return [self.weighted_sum(first, others, None, None) for first, *others in parts]
+
     @abstractmethod
     def square_sum(self, tensor: torch.Tensor) -> float:
         """The sum of squares of a contiguous tensor, in float64; the same for any number of threads."""

@@ -75,6 +75,16 @@ class CpuBackend(Backend):
             [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), base.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
+    def part_means(self, base: torch.Tensor, models: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[float]]:
+        first, *others = _pointer(base), *map(_pointer, models)
+        codes, steps = [code for _, code in others], [model.element_size() for model in models]
+        means, at = [], 0
+        for n in sizes:  # on addresses: making a tensor of each part would take longer than the work
+            pointers = [address + at * step for (address, _), step in zip(others, steps, strict=True)]
+            means.append(_core.accumulate(0, first[0] + at * base.element_size(), first[1], pointers, codes, [], n, 1))
+            at += n
+        return means
+
     def square_sum(self, tensor: torch.Tensor) -> float:
         return _core.square_sum(*_pointer(tensor), tensor.numel(), torch.get_num_threads())
 

@@ -7,9 +7,10 @@ from .model_card import model_card
 from .opening import Inputs, open_inputs, open_model
 from .reader import Checkpoint, Source
 from .spec import MERGEABLE, TensorSpec
-from .writer import DEFAULT_SHARD_BYTES, CheckpointWriter
+from .writer import DEFAULT_MEMORY, DEFAULT_SHARD_BYTES, CheckpointWriter
 
 __all__ = [
+    "DEFAULT_MEMORY",
     "DEFAULT_SHARD_BYTES",
     "MERGEABLE",
     "Checkpoint",

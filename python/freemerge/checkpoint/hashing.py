@@ -12,7 +12,7 @@ from types import TracebackType
 
 from ..errors import CheckpointError
 
-_CHUNK_BYTES = 4 << 20
+_CHUNK_BYTES = 1 << 20  # stays in a processor's cache between reading and hashing
 
 
 class Hasher:

@@ -30,12 +30,16 @@ class InputHashes:
     def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
         self._checkpoints = tuple(checkpoints)
         self._hasher = Hasher()
+        self._before = {file: _identity(file) for checkpoint in self._checkpoints for file in checkpoint.files}
         self._futures = self._hasher.submit_all(
             dict.fromkeys(file for checkpoint in self._checkpoints for file in checkpoint.files)
         )
 
     def records(self) -> list[dict[str, object]]:
-        """For each checkpoint its name and its files with size and hash; waits for the hashes."""
+        """For each checkpoint its name and its files with size and hash; waits for the hashes.
+
+        Raises CheckpointError for a file that was changed or replaced since the hashing began.
+        """
         return [
             {"name": checkpoint.name, "files": [self._record(file) for file in checkpoint.files]}
             for checkpoint in self._checkpoints
@@ -43,7 +47,10 @@ class InputHashes:
 
     def _record(self, file: Path) -> dict[str, object]:
         digest = self._futures[file].result()
-        return {"name": file.name, "bytes": file.stat().st_size, "sha256": digest}
+        identity = _identity(file)
+        if identity != self._before[file]:
+            raise CheckpointError(f"{file} changed while it was being read")
+        return {"name": file.name, "bytes": identity[0], "sha256": digest}
 
     def __enter__(self) -> InputHashes:
         return self
@@ -52,6 +59,15 @@ class InputHashes:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hasher.close()
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """Size, time of the last change, and which file it is."""
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
 def build_manifest(

@@ -6,25 +6,35 @@ import ctypes
 import errno
 import fcntl
 import os
-import secrets
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, RefusedError
 
 MANIFEST = "freemerge.json"
+_MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+def target(out: str | os.PathLike[str]) -> Path:
+    """The path of an output, links followed; RefusedError for the current directory and what holds it."""
+    path, here = Path(out).resolve(), Path.cwd()
+    if not os.fspath(out):
+        raise RefusedError("the name of the output is empty")
+    if path == here or path in here.parents:
+        raise RefusedError(f"{out} is {'' if path == here else 'above '}the current directory; name a new one")
+    return path
 
 
 def check_target(out: Path, *, single_file: bool, force: bool) -> None:
     """Refuse an output path that holds something, before any work.
 
     ``force`` replaces only what was clearly meant: a file by a file, or a directory that has a freemerge manifest by a
-    directory. Replacing a directory deletes all of it, so a mistyped ``-o .`` must not be able to.
+    directory. Replacing a directory deletes all of it.
     """
-    if out == Path():  # an empty name, too
-        raise RefusedError("the current directory cannot be the output; name a new one")
     if not out.exists():
         return
     if single_file != out.is_file():
@@ -40,21 +50,22 @@ def check_target(out: Path, *, single_file: bool, force: bool) -> None:
 class Staging:
     """A hidden directory beside ``out`` that becomes ``out``, or supplies the file ``out``, when it is complete.
 
-    A lock on the directory tells a running writer from one that was killed; leftovers of the latter are removed when
-    the next writer of the same output starts.
+    A lock on the directory tells a running writer from one that was killed: a second writer of the same output is
+    refused while the first lives, and removes what it left behind otherwise, or goes on with it (``resume``).
+
+    Attributes:
+        directory: the hidden directory.
+        resumed: whether it was left behind by a killed writer.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, *, resume: bool = False) -> None:
         self._out = out
-        prefix = f".{out.name}.freemerge-tmp-"
         self._made = _missing_parents(out)
+        self.directory = hidden(out)
+        self.resumed = False
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(out.parent, prefix)
-            self.directory = out.parent / (prefix + secrets.token_hex(4))
-            self.directory.mkdir()
-            self._lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
-            _try_lock(self._lock)
+            self._lock = self._claim(resume)
         except OSError as error:
             self._remove_made_parents()
             raise cannot_write(out, error) from error
@@ -62,7 +73,7 @@ class Staging:
     def publish(self, file: str | None, *, force: bool) -> None:
         """Put the directory, or the one ``file`` in it, at ``out``: at any instant ``out`` is the old or the new one.
 
-        The file system must already hold every file's data (see Hasher.submit). What was at ``out`` is deleted last.
+        The file system must already hold every file's data. What was at ``out`` is deleted last.
         """
         check_target(self._out, single_file=file is not None, force=force)
         try:
@@ -71,8 +82,9 @@ class Staging:
                 os.replace(self.directory / file, self._out)
             elif not self._out.exists() or not any(self._out.iterdir()):
                 os.rename(self.directory, self._out)
-            elif not _exchange(self.directory, self._out):
-                self._swap_in_two_steps()
+            else:
+                self._exchange()
+            self._made = []
             parent = os.open(self._out.parent, os.O_RDONLY)
             try:
                 os.fsync(parent)
@@ -80,16 +92,56 @@ class Staging:
                 os.close(parent)
         except OSError as error:
             raise cannot_write(self._out, error) from error
-        self._made = []
         self.discard()
 
     def discard(self) -> None:
         """Remove the hidden directory, whatever it holds; safe to call twice."""
-        shutil.rmtree(self.directory, ignore_errors=True)
         if self._lock >= 0:
+            if os.path.samestat(os.fstat(self._lock), _stat(self.directory)):  # another writer may have made a new one
+                shutil.rmtree(self.directory, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
         self._remove_made_parents()
+
+    def _exchange(self) -> None:
+        """Replace an old output, which is then deleted."""
+        old = os.open(self._out, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _lock(old)  # it will lie where the next writer looks for a directory that nobody uses
+            if _exchange(self.directory, self._out):
+                shutil.rmtree(self.directory, ignore_errors=True)
+            else:
+                self._swap_in_two_steps()
+        finally:
+            os.close(old)
+
+    def _claim(self, resume: bool) -> int:
+        """The lock on a directory that is ours alone."""
+        while True:
+            try:
+                self.directory.mkdir()
+                made = True
+            except FileExistsError:
+                made = False
+            try:
+                fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:  # another writer finished just now
+                continue
+            free = _lock(fd)
+            if not made and free is not True:
+                os.close(fd)
+                advice = f"remove {self.directory} if no run is writing it"
+                why = "another run is writing it" if free is False else advice
+                raise RefusedError(f"{self._out} cannot be written now: {why}")
+            if not os.path.samestat(os.fstat(fd), _stat(self.directory)):  # removed by another writer meanwhile
+                os.close(fd)
+                continue
+            if not made and not resume:
+                shutil.rmtree(self.directory, ignore_errors=True)
+                os.close(fd)
+                continue
+            self.resumed = not made
+            return fd
 
     def _swap_in_two_steps(self) -> None:
         # Without an atomic exchange (not Linux, or an old file system) there is an instant in which a kill leaves no
@@ -122,25 +174,66 @@ def _missing_parents(out: Path) -> list[Path]:
     return [parent for parent in out.parents if not parent.exists()]
 
 
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def hidden(out: Path) -> Path:
+    """The hidden directory of an output."""
+    return out.with_name(f".{out.name}{_MARK}")
 
 
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove leftovers of killed writers. A file system that cannot lock keeps them: they might be in use."""
-    for path in parent.iterdir():
-        if not path.name.startswith(prefix) or path.name.endswith("-old") or path.is_symlink() or not path.is_dir():
+@dataclass(frozen=True)
+class Leftover:
+    """A hidden directory that was found: of a run that lives, or left behind by one that was killed.
+
+    ``holds_output``: it is a whole output that was being replaced, and the only one there is.
+    """
+
+    path: Path
+    nbytes: int
+    alive: bool
+    holds_output: bool
+
+
+def clean(folder: str | os.PathLike[str], *, remove: bool = True) -> list[Leftover]:
+    """Find the hidden directories of outputs in a folder, and remove those of runs that were killed.
+
+    Those of living runs stay, as do those on a file system that cannot tell them, and whole outputs.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a directory")
+    return list(_cleaned(folder, remove))
+
+
+def _cleaned(folder: Path, remove: bool) -> Iterator[Leftover]:
+    for path in sorted(folder.iterdir()):
+        name, mark, rest = path.name.rpartition(_MARK)
+        if not name.startswith(".") or not mark or path.is_symlink() or not path.is_dir():
             continue
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            if _try_lock(fd):
+            dead = _lock(fd) is True
+            whole = rest.endswith("-old") and not (folder / name[1:]).exists()
+            nbytes = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+            yield Leftover(path, nbytes, not dead, whole)
+            if dead and remove and not whole:
                 shutil.rmtree(path, ignore_errors=True)
         finally:
             os.close(fd)
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return os.stat_result([0] * 10)
+
+
+def _lock(fd: int) -> bool | None:
+    """Lock a directory; False if another process has, None where the file system cannot."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -105,6 +105,10 @@ class Checkpoint(ABC):
         if not shape or not 0 <= start <= stop <= shape[0]:
             raise ArgumentError(f"{name} has shape {shape}: there are no rows {start}:{stop}")
         return self.read(name)[start:stop]
+
+    def read_flat(self, names: Sequence[str]) -> torch.Tensor:
+        """Tensors of one dtype end to end, as a vector, for reading only: one read where a file holds them so."""
+        return torch.cat([self.read(name).reshape(-1) for name in names])
 
     def device(self, name: str) -> torch.device:
         """Where :meth:`read` returns a tensor: files are read on the CPU."""
@@ -234,6 +238,10 @@ class _Safetensors(_OnDisk):
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._files[name].read_rows(name, start, stop)
+
+    def read_flat(self, names: Sequence[str]) -> torch.Tensor:
+        flat = self._files[names[0]].read_flat(names)
+        return super().read_flat(names) if flat is None else flat
 
 
 class _Pickled(_OnDisk):

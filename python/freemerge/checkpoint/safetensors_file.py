@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,18 @@ class SafetensorsFile:
             raise ArgumentError(f"{name} has shape {shape}: there are no rows {start}:{stop}")
         row_bytes = slot.spec.nbytes // max(1, shape[0])
         return self._read((stop - start, *shape[1:]), slot.spec.dtype, slot.offset + start * row_bytes)
+
+    def read_flat(self, names: Sequence[str]) -> torch.Tensor | None:
+        """Tensors of one dtype as a vector, in one read; None unless they lie end to end in this file."""
+        first = self.slots[names[0]]
+        end = first.offset
+        for name in names:
+            slot = self.slots.get(name)
+            if slot is None or slot.offset != end:
+                return None
+            end += slot.spec.nbytes
+        dtype = first.spec.dtype
+        return self._read(((end - first.offset) // dtype.itemsize,), dtype, first.offset)
 
     def _read(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         nbytes = math.prod(shape) * dtype.itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -49,7 +50,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -59,7 +60,7 @@ class TensorSpec:
         """Number of dimensions."""
         return len(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Size in bytes, contiguous."""
         return self.numel * self.dtype.itemsize

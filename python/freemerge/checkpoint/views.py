@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -31,6 +31,9 @@ class View(Checkpoint):
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.inner.read_rows(self._sources[name], start, stop)
+
+    def read_flat(self, names: Sequence[str]) -> torch.Tensor:
+        return self.inner.read_flat([self._sources[name] for name in names])
 
     def device(self, name: str) -> torch.device:
         return self.inner.device(self._sources[name])

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
 from ..errors import ArgumentError, CheckpointError
 from .hashing import Hasher
+from .journal import JOURNAL, Journal
 from .locate import SAFETENSORS, SAFETENSORS_INDEX
-from .publish import MANIFEST, Staging, cannot_write, check_target
+from .publish import MANIFEST, Staging, cannot_write, check_target, target
 from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
+from .shard_file import Background, ShardFile
 from .spec import TensorSpec
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_WRITE_BYTES = 64 << 20  # one system call; the kernel caps it at 2 GiB anyway
+DEFAULT_MEMORY = 128_000_000
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,26 @@ class CheckpointWriter:
     """Writes a model directory, or one ``.safetensors`` file if ``out`` ends so.
 
     The layout of every file is known before the first byte, so a tensor is written at its place and no shard is held
-    in memory. Everything goes to a hidden directory beside ``out``; leaving the ``with`` block normally publishes it,
-    an exception removes it. The bytes depend on specs, tensors and metadata only, not on the order of writes.
+    in memory. Writing, hashing and flushing happen in the background. Everything goes to a hidden directory beside
+    ``out``; leaving the ``with`` block normally publishes it, an exception removes it. The bytes depend on specs,
+    tensors and metadata only, not on the order of writes.
 
     Args:
         out: where the model goes. Symbolic links are followed.
         specs: all tensors, in the order in which they fill the shards.
         max_shard_bytes: tensor data per file.
+        memory: bytes of tensors that may wait to be written; one tensor may always.
         metadata: strings for the safetensors headers, beside ``format: pt`` which transformers asks for.
+        identity: what says whether a killed writer made the same from the same; it may be resumed then.
+        resume: go on after the tensors that a killed writer of ``out`` finished, if there was one.
         force: replace an earlier output at ``out`` (see :func:`freemerge.checkpoint.publish.check_target`).
 
     Attributes:
         directory: the hidden directory, for files that belong to the model (config, tokenizer, model card); None
             outside the ``with`` block and for a single-file output.
+        notes: for each tensor what was said when it was written, also to the killed writer.
+        whole: names of the tensors that need not be written, because the killed writer did.
+        measured: what the killed writer was told by :meth:`measure`; None if nothing.
         manifest: becomes ``freemerge.json`` of a model directory, with the hash of every file added under ``files``.
         nbytes: size of all weight files.
 
@@ -95,10 +106,16 @@ class CheckpointWriter:
         specs: Iterable[TensorSpec],
         *,
         max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        memory: int = DEFAULT_MEMORY,
         metadata: Mapping[str, str] | None = None,
+        identity: Mapping[str, object] | None = None,
+        resume: bool = False,
         force: bool = False,
     ) -> None:
-        self.out = Path(out).resolve()
+        if resume and identity is None:
+            raise ArgumentError("resume: only what is made from files can be resumed")
+        self.identity, self.resume = identity, resume
+        self.out = target(out)
         self.single_file = self.out.suffix == ".safetensors"
         self.force = force
         specs = list(specs)
@@ -109,23 +126,29 @@ class CheckpointWriter:
         _check_room(self.out, self.nbytes)
         self.manifest: dict[str, object] = {}
         self._shard_of = {name: shard for shard in self.shards for name in shard.slots}
-        self._pending = {shard.file: set(shard.slots) for shard in self.shards}
+        self._pending = set(self._shard_of)
         self._lock = threading.Lock()
-        self._hashes: dict[str, Future[str]] = {}
+        self._memory = memory
+        self._files: dict[str, ShardFile] = {}
+        self._journal: Journal | None = None
+        self.notes: dict[str, Mapping[str, object]] = {}
+        self.whole: set[str] = set()
+        self.measured: dict[str, Any] | None = None
 
     @property
     def directory(self) -> Path | None:
         return None if self.single_file else self._staging.directory
 
     def __enter__(self) -> CheckpointWriter:
-        self._staging = Staging(self.out)
-        self._hasher = Hasher()
+        self._staging = Staging(self.out, resume=self.resume)
+        self._background = Background(self._memory)
         try:
+            earlier = self._open_journal() if self.identity is not None else {}
             for shard in self.shards:
-                with open(self._path(shard), "wb") as stream:
-                    stream.write(shard.header)
-                    stream.truncate(shard.nbytes)
-                self._seal_if_complete(shard)
+                file = self._file(shard, earlier.get(shard.file, {}))
+                self._files[shard.file] = file
+                self.whole |= {n for n, slot in shard.slots.items() if slot.offset + slot.spec.nbytes <= file.whole}
+            self._pending -= self.whole
         except BaseException as error:
             self._abort()
             if isinstance(error, OSError):
@@ -133,8 +156,50 @@ class CheckpointWriter:
             raise
         return self
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor, exactly as its spec says, once. Any order, any device, from any thread."""
+    def _open_journal(self) -> dict[str, dict[int, str]]:
+        """Begin the journal; for each file what a killed writer said about its beginnings."""
+        assert self.identity is not None
+        layout = hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
+        identity = {**self.identity, "layout": layout}
+        self._journal = Journal(self._staging.directory, identity, resumed=self._staging.resumed)
+        earlier: dict[str, dict[int, str]] = {}
+        for entry in self._journal.earlier:
+            self.measured = entry.get("measured", self.measured)
+            if "file" in entry:
+                earlier.setdefault(entry["file"], {})[entry["to"]] = entry["sha256"]
+                self.notes |= entry["notes"]
+        kept = {JOURNAL, *(shard.file for shard in self.shards)}
+        for path in self._staging.directory.iterdir():
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return earlier
+
+    def _file(self, shard: Shard, earlier: Mapping[int, str]) -> ShardFile:
+        ends = deque(sorted((slot.offset + slot.spec.nbytes, name) for name, slot in shard.slots.items()))
+
+        def hashed(to: int, sha256: str) -> None:
+            notes: dict[str, Mapping[str, object]] = {}
+            while ends and ends[0][0] <= to:
+                name = ends.popleft()[1]
+                if name in self.notes:
+                    notes[name] = self.notes[name]
+            if self._journal is not None:
+                self._journal.add({"file": shard.file, "to": to, "sha256": sha256, "notes": notes})
+
+        path = self._staging.directory / shard.file
+        return ShardFile(path, shard.header, shard.nbytes, self._background, hashed, earlier)
+
+    def measure(self, measured: Mapping[str, object]) -> None:
+        """Note down what a resumed run need not find out again."""
+        if self._journal is not None and measured != self.measured:
+            self._journal.add({"measured": dict(measured)})
+
+    def write(self, name: str, tensor: torch.Tensor, note: Mapping[str, object] | None = None) -> None:
+        """Write one tensor, exactly as its spec says, once. Any order, any device, from any thread. ``note``: kept in
+        :attr:`notes`.
+
+        The tensor must not change until the block is left. It is fastest in the order of :meth:`place`.
+        """
         shard = self._shard_of.get(name)
         if shard is None:
             raise ArgumentError(f"{name} is not among the specs of this checkpoint")
@@ -143,32 +208,22 @@ class CheckpointWriter:
             raise ArgumentError(
                 f"{name} must be {slot.spec.dtype} {slot.spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
-        with self._lock:
-            if name not in self._pending[shard.file]:
-                raise ArgumentError(f"{name} was already written")
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        try:
-            fd = os.open(self._path(shard), os.O_WRONLY)
+        with self._lock:
+            if name not in self._pending:
+                raise ArgumentError(f"{name} was already written")
+            self._pending.discard(name)
+            if note:
+                self.notes[name] = note
             try:
-                position = 0
-                while position < len(raw):
-                    position += os.pwrite(fd, raw[position : position + _WRITE_BYTES], slot.offset + position)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise cannot_write(self.out, error) from error
-        with self._lock:
-            self._pending[shard.file].discard(name)
-        self._seal_if_complete(shard)
+                self._files[shard.file].write(slot.offset, raw)
+            except OSError as error:
+                raise cannot_write(self.out, error) from error
 
-    def _seal_if_complete(self, shard: Shard) -> None:
-        """Flush and hash a shard as soon as it is whole, while the next ones are written."""
-        with self._lock:
-            if not self._pending[shard.file] and shard.file not in self._hashes:
-                self._hashes[shard.file] = self._hasher.submit(self._path(shard), flush=True)
-
-    def _path(self, shard: Shard) -> Path:
-        return self._staging.directory / shard.file
+    def place(self, name: str) -> tuple[str, int]:
+        """Where a tensor is written: file and offset."""
+        shard = self._shard_of[name]
+        return shard.file, shard.slots[name].offset
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -180,36 +235,41 @@ class CheckpointWriter:
             self._abort()
 
     def _finish(self) -> None:
-        missing = sorted(name for names in self._pending.values() for name in names)
-        if missing:
+        if self._pending:
+            missing = sorted(self._pending)
             raise ArgumentError(f"{len(missing)} tensors were never written: {', '.join(missing[:10])}")
         try:
-            if self.single_file:
-                self._hashes[SAFETENSORS].result()
-            else:
-                self._write_index_and_manifest(self._staging.directory)
+            for file in self._files.values():
+                file.hand_over()
+            hashes = {name: self._background.result(file.sha256) for name, file in self._files.items()}
+            if self._journal is not None:
+                self._journal.close()
+            if not self.single_file:
+                self._write_index_and_manifest(self._staging.directory, hashes)
             self._staging.publish(SAFETENSORS if self.single_file else None, force=self.force)
         except OSError as error:
             raise cannot_write(self.out, error) from error
 
-    def _write_index_and_manifest(self, directory: Path) -> None:
+    def _write_index_and_manifest(self, directory: Path, hashes: Mapping[str, str]) -> None:
         if len(self.shards) > 1:
             total = sum(slot.spec.nbytes for shard in self.shards for slot in shard.slots.values())
             weight_map = {name: shard.file for name, shard in sorted(self._shard_of.items())}
             write_json(directory / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for path in sorted(directory.rglob("*")):
-            name = path.relative_to(directory).as_posix()
-            if path.is_file() and name not in self._hashes:
-                self._hashes[name] = self._hasher.submit(path, flush=True)
-        files = {
-            name: {"bytes": (directory / name).stat().st_size, "sha256": future.result()}
-            for name, future in sorted(self._hashes.items())
-        }
-        write_json(directory / MANIFEST, {**self.manifest, "files": files})
-        self._hasher.submit(directory / MANIFEST, flush=True).result()
+        with Hasher() as hasher:
+            others = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+            futures = {name: hasher.submit(path, flush=True) for name, path in others.items() if name not in hashes}
+            hashes = {**hashes, **{name: future.result() for name, future in futures.items()}}
+            files = {
+                name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
+                for name, digest in sorted(hashes.items())
+            }
+            write_json(directory / MANIFEST, {**self.manifest, "files": files})
+            hasher.submit(directory / MANIFEST, flush=True).result()
 
     def _abort(self) -> None:
-        self._hasher.close()
+        self._background.close()
+        if self._journal is not None:
+            self._journal.close()
         self._staging.discard()
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..checkpoint.publish import Staging, check_target
+from ..checkpoint.publish import Staging, check_target, target
 from .expert import Expert
 
 
@@ -27,7 +26,7 @@ def save_experts(experts: Iterable[tuple[str, Expert]], out: str | os.PathLike[s
     ``experts`` may be a generator (:func:`iter_experts`), so that one expert is in memory at a time. An error leaves no
     ``out``. Raises RefusedError, before the first expert is made, if ``out`` exists and is not empty.
     """
-    folder = Path(out).resolve()
+    folder = target(out)
     check_target(folder, single_file=False, force=False)
     staging = Staging(folder)
     try:

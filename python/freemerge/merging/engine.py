@@ -14,7 +14,7 @@ from torch import Tensor
 from ..accumulate import add_round
 from ..backends.registry import named
 from ..checkpoint import MERGEABLE, Checkpoint, Inputs, TensorSpec
-from ..checkpoint.compare import check_finite, compare, mixed_dtype_notices
+from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices
 from ..errors import CheckpointError
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
@@ -22,7 +22,7 @@ from .inspection import Decision, Inspection, decide, warnings
 from .recipe import Recipe
 from .selection import drops, left_alone
 from .statistics_buffers import check_variance, convex
-from .units import Unit, plan_units, require_equal, without_matrices
+from .units import Unit, plan_units, require_equal, together, without_matrices
 
 OnRead = Callable[[Unit, int], None]  # called with a unit and the bytes just read of it
 
@@ -43,6 +43,7 @@ class Merger:
 
     Attributes:
         units: what is merged together, in the order of the tensors' names.
+        steps: the same with small tensors put together, in the order of an output file.
         tied: second name -> first name of the base's tensors that are one tensor of the model; they follow the first.
         written: the names that an output file holds: second names only where the base's files hold a copy of their own.
         notices: what is worth knowing about the inputs, in sentences.
@@ -76,6 +77,10 @@ class Merger:
             buffers=base.buffers,
         )
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
+        self.steps = self._steps()
+        self._seconds: dict[str, list[str]] = {}
+        for second in set(self.tied) & set(self.written):
+            self._seconds.setdefault(self.tied[second], []).append(second)
         self.scale = recipe.global_scale(len(self.models))
         self.inputs = Inputs(base, self.models, (), ())
         self.notices = mixed_dtype_notices(comparison, base, models)
@@ -107,7 +112,7 @@ class Merger:
         """What the method finds out about the whole model, the weights above all, and the scale."""
 
         def vectors(read_bytes: Callable[[Unit], int]) -> Iterator[TaskVectors]:
-            for unit in self.units:
+            for unit in self.steps:
                 if unit.action != "copy":
                     yield self._vectors(unit)
                     if on_read is not None:
@@ -119,6 +124,10 @@ class Merger:
             scale = self.method.measure_scale(_Repeatable(partial(vectors, self._merge_bytes)))
         return dataclasses.replace(measured, scale=scale)
 
+    def outputs(self, unit: Unit) -> list[str]:
+        """The names under which :meth:`merged` gives the tensors of a unit."""
+        return [*unit.names, *(second for name in unit.names for second in self._seconds.get(name, ()))]
+
     def merged(self, unit: Unit, measured: Measured, on_read: OnRead | None = None) -> MergedUnit:
         """The merged tensors of a unit, new ones in their output dtype, with the second names of :attr:`written`."""
         if unit.action == "copy":
@@ -126,13 +135,14 @@ class Merger:
             notes: dict[str, dict[str, object]] = {}
         elif unit.action == "average":
             tensors, notes = self._averaged(unit, measured), {}
+        elif unit.flat:
+            tensors, notes = self._merged_flat(unit, measured), {}
         else:
             merged = self.method.merge(self._vectors(unit), measured)
             tensors = dict(self._added(unit, merged, measured.scale))
             notes = dict(zip(unit.names, merged.notes, strict=True)) if merged.notes else {}
-        for second, first in self.tied.items():
-            if first in tensors and second in self.written:
-                tensors[second] = tensors[first]
+        for name in self._seconds.keys() & tensors.keys():
+            tensors |= dict.fromkeys(self._seconds[name], tensors[name])
         if on_read is not None:
             on_read(unit, self._merge_bytes(unit))
         return MergedUnit(tensors, notes)
@@ -145,6 +155,18 @@ class Merger:
             # Finite inputs can still leave the range of float16, or of anything at a large scale.
             check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
             yield name, tensor.to(self.base.device(name))
+
+    def _merged_flat(self, unit: Unit, measured: Measured) -> dict[str, Tensor]:
+        """Small tensors merged as one vector."""
+        flat = self._flat(unit)
+        (delta,) = self.method.merge(TaskVectors((flat,), False, backend=self.backend), measured).tensors
+        specs = [self.out_spec(name) for name in unit.names]
+        merged = add_round(self.base.read_flat(unit.names), delta, measured.scale, specs[0].dtype)
+        parts = torch.split(merged, [spec.numel for spec in specs])
+        if not all_finite(merged):
+            for name, part in zip(unit.names, parts, strict=True):
+                check_finite(name, part, f"merged model at scale {measured.scale:g} in {specs[0].dtype_name}")
+        return {spec.name: part.view(spec.shape) for spec, part in zip(specs, parts, strict=True)}
 
     def _averaged(self, unit: Unit, measured: Measured) -> dict[str, Tensor]:
         """Running statistics of a unit: an average of base and models, whatever the method and its scale."""
@@ -186,6 +208,37 @@ class Merger:
 
     # Reading
 
+    def _steps(self) -> list[Unit]:
+        """Wider dtypes come first, as in the files that are written, so that these are written from front to back."""
+        ordered = sorted(self.units, key=lambda unit: -self.out_spec(unit.names[0]).dtype.itemsize)
+        if not self.method.by_entries:
+            return ordered
+        sources = (self.base, *self.models)
+
+        def kind(name: str) -> tuple[object, ...]:
+            stored = [(source.specs[name].dtype, source.device(name)) for source in sources]
+            return *stored, self.out_spec(name).dtype
+
+        devices = {self._device(name) for name in self.specs}
+        return list(together(ordered, self.specs, kind)) if devices == {torch.device("cpu")} else ordered
+
+    def _flat(self, unit: Unit) -> Deltas:
+        """The tensors of a flat unit as one vector."""
+        names = unit.names
+
+        def base() -> Tensor:
+            flat = self.base.read_flat(names)
+            return flat.double() if self._compute_dtype(names[0]) == torch.float64 else flat
+
+        entries = sum(self.specs[name].numel for name in names)
+        models = [partial(model.read_flat, names) for model in self.models]
+        return Deltas(names[0], (entries,), base, models, lambda means: self._check_all(names, means))
+
+    def _check_all(self, names: Sequence[str], means: Sequence[float]) -> None:
+        if not all(map(math.isfinite, means)):
+            for name in names:
+                self._check(name, [math.inf])
+
     def _vectors(self, unit: Unit) -> TaskVectors:
         deltas = tuple(
             Deltas(
@@ -197,7 +250,8 @@ class Merger:
             )
             for name in unit.names
         )
-        return TaskVectors(deltas, unit.action == "filter", unit.parts, self.backend)
+        flat = self._flat(unit) if unit.flat else None
+        return TaskVectors(deltas, unit.action == "filter", unit.parts, self.backend, flat)
 
     def _read_base(self, name: str) -> Tensor:
         base = self.base.read(name).to(self._device(name))

@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import __version__
 from ..checkpoint import (
+    DEFAULT_MEMORY,
     DEFAULT_SHARD_BYTES,
     Checkpoint,
     CheckpointWriter,
@@ -25,7 +27,8 @@ from ..checkpoint.model_card import model_card
 from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
 from ..errors import ArgumentError, RefusedError
-from .engine import Merger
+from ..methods import Measured
+from .engine import MergedUnit, Merger, OnRead
 from .inspection import Decision, Inspection
 from .progress import Progress
 from .recipe import Recipe, checked_recipe, to_yaml
@@ -89,6 +92,8 @@ def merge_checkpoints(
     backend: str = "auto",
     force: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    memory: int = DEFAULT_MEMORY,
+    resume: bool = False,
     progress: bool = True,
     tokenizer_from: TokenizerFrom = "base",
     on_start: Callable[[Inspection], None] = lambda inspection: None,
@@ -104,6 +109,8 @@ def merge_checkpoints(
         base, models, recipe, backend: as for :func:`merge`.
         out: must not exist, unless ``force`` allows to replace an earlier output.
         max_shard_bytes: size above which the output is sharded.
+        memory: bytes of tensors that may wait to be written, beside those at work; one tensor may always.
+        resume: go on after the tensors that a killed run of the same merge finished; without one, begin.
         progress: show a progress bar on standard error.
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
             the base's, those of the model with that number, or with "auto" the models', if all have the same.
@@ -117,24 +124,23 @@ def merge_checkpoints(
         tokenizer = _side_files(merger, tokenizer_from)
         inspection = merger.inspect()
         on_start(inspection)
-        writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
+        writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume)
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models)))
         bar = stack.enter_context(Progress(inspection.read_bytes, enabled=progress))
 
         def advance(unit: Unit, read_bytes: int) -> None:
             bar.advance(read_bytes, len(unit.names))
 
-        measured = merger.measure(advance)  # where this reads every tensor, bad values are found before any is written
-        stack.enter_context(writer)
+        stack.enter_context(writer)  # before the work of a second run that writes there begins
+        measured = _measured(merger, writer, advance)
         _carry_over(merger, writer, tokenizer)
-        notes: dict[str, dict[str, object]] = {}
-        for unit in merger.units:
-            merged = merger.merged(unit, measured, advance)
-            notes |= merged.notes
-            for name, tensor in merged.tensors.items():
-                writer.write(name, tensor)
+        for unit in sorted(merger.steps, key=lambda unit: writer.place(unit.names[0])):
+            missing = [name for name in merger.outputs(unit) if name not in writer.whole]
+            merged = merger.merged(unit, measured, advance) if missing else MergedUnit({}, {})
+            for name in missing:
+                writer.write(name, merged.tensors[name], merged.notes.get(name))
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
-        _describe(merger, writer, hashes, report, notes)
+        _describe(merger, writer, hashes, report)
     return report
 
 
@@ -190,7 +196,15 @@ def _side_files(merger: Merger, tokenizer_from: TokenizerFrom) -> Checkpoint:
     return tokenizer
 
 
-def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: bool) -> CheckpointWriter:
+def _writer(
+    merger: Merger,
+    out: str | Path,
+    *,
+    max_shard_bytes: int,
+    force: bool,
+    memory: int = DEFAULT_MEMORY,
+    resume: bool = False,
+) -> CheckpointWriter:
     """The writer of the output, which is refused where writing it would replace or delete an input."""
     target = Path(out).resolve()
     for source in (merger.base, *merger.models):
@@ -198,8 +212,46 @@ def _writer(merger: Merger, out: str | Path, *, max_shard_bytes: int, force: boo
             if path is not None and target in (path.resolve(), *path.resolve().parents):
                 verb = "is" if target == path.resolve() else "holds"
                 raise RefusedError(f"{out} {verb} an input of this merge ({path}); write somewhere else")
+        if source.directory is not None and source.directory.resolve() in target.parents:
+            raise RefusedError(f"{out} is inside of an input of this merge ({source.directory}); write somewhere else")
     specs = [merger.out_spec(name) for name in merger.written]
-    return CheckpointWriter(out, specs, max_shard_bytes=max_shard_bytes, force=force)
+    return CheckpointWriter(
+        out,
+        specs,
+        max_shard_bytes=max_shard_bytes,
+        memory=memory,
+        identity=_identity(merger),
+        resume=resume,
+        force=force,
+    )
+
+
+def _identity(merger: Merger) -> dict[str, object] | None:
+    """What a killed merge must have in common with this one to be resumed; None for inputs that are not files."""
+    sources = (merger.base, *merger.models)
+    if not all(source.files for source in sources):
+        return None
+    files = {
+        source: {*source.files, *(source.directory.glob("*.json") if source.directory else ())} for source in sources
+    }
+    return {
+        "inputs": [
+            [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files[source])]
+            for source in sources
+        ],
+        "recipe": merger.recipe.to_record(),
+        "versions": [__version__, torch.__version__],
+    }
+
+
+def _measured(merger: Merger, writer: CheckpointWriter, advance: OnRead) -> Measured:
+    """What the method finds out, or found out before the merge was killed."""
+    if writer.measured is not None:
+        return Measured(tuple(writer.measured["weights"]), writer.measured["scale"])
+    measured = merger.measure(advance)
+    if type(measured) is Measured:  # what else methods measure takes no note
+        writer.measure({"weights": measured.weights, "scale": measured.scale})
+    return measured
 
 
 def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
@@ -222,7 +274,6 @@ def _describe(
     writer: CheckpointWriter,
     hashes: InputHashes,
     report: Report,
-    notes: Mapping[str, Mapping[str, object]],
 ) -> None:
     """The model card and the manifest."""
     if writer.directory is None:
@@ -241,7 +292,7 @@ def _describe(
     writer.manifest = build_manifest(
         recipe={**recipe.to_record(), "measured": {"weights": report.weights, "scale": report.scale}},
         inputs=hashes.records(),
-        tensors={decision.name: _record(decision, notes.get(decision.name, {})) for decision in decisions},
+        tensors={decision.name: _record(decision, writer.notes.get(decision.name, {})) for decision in decisions},
         backend=", ".join(sorted({decision.backend for decision in decisions if decision.backend})),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -15,6 +15,8 @@ from ..errors import ArgumentError, CheckpointError
 from .selection import Action, Rule, Split, Stack, View, check_rules, left_alone, rule_of
 from .statistics_buffers import is_statistic
 
+SMALL_ENTRIES = 1 << 16  # a tensor of at most so many is merged together with others, of
+FLAT_ENTRIES = 1 << 20  # at most so many entries together
 SMALLEST_STACKED_SIDE = 16  # a 3-D weight with a shorter side is a convolution kernel, not a stack of matrices
 
 
@@ -23,13 +25,15 @@ class Unit:
     """Tensors that are merged together: usually one; several where a view stacks them.
 
     ``parts``: rows of each matrix the (stacked) rows are filtered as; empty where the tensor is filtered whole.
-    ``must_agree``: a copied tensor that has to be equal in all models, because no rule asked for the base's.
+    ``flat``: small tensors that are merged end to end, as one vector. ``must_agree``: a copied tensor that has to be
+    equal in all models, because no rule asked for the base's.
     """
 
     names: tuple[str, ...]
     action: Action
     parts: tuple[int, ...] = ()
     must_agree: bool = False
+    flat: bool = False
 
 
 def default_action(spec: TensorSpec) -> Action:
@@ -96,6 +100,27 @@ def without_matrices(units: Iterable[Unit]) -> Iterator[Unit]:
     """The same tensors for a method that does not treat matrices differently: each one merged entry by entry."""
     for unit in units:
         yield from (Unit((name,), "merge") for name in unit.names) if unit.action == "filter" else (unit,)
+
+
+def together(units: Iterable[Unit], specs: Mapping[str, TensorSpec], kind: Callable[[str], Hashable]) -> Iterator[Unit]:
+    """The same units, but as one small tensors of one kind that are merged entry by entry and follow each other."""
+    names: list[str] = []
+    entries = 0
+    shared: Hashable = None
+    for unit in units:
+        numel = specs[unit.names[0]].numel
+        small = unit.action == "merge" and len(unit.names) == 1 and numel <= SMALL_ENTRIES
+        own = kind(unit.names[0]) if small else None
+        if names and (not small or own != shared or entries + numel > FLAT_ENTRIES):
+            yield Unit(tuple(names), "merge", flat=len(names) > 1)
+            names, entries = [], 0
+        if small:
+            names.append(unit.names[0])
+            entries, shared = entries + numel, own
+        else:
+            yield unit
+    if names:
+        yield Unit(tuple(names), "merge", flat=len(names) > 1)
 
 
 def _action(spec: TensorSpec, rule: Rule | None, *, statistic: bool) -> Action:

@@ -96,6 +96,12 @@ class Method(ABC):
         entry.
         """
 
+    @property
+    def by_entries(self) -> bool:
+        """Whether a merged entry of what is not treated as a matrix depends on that entry of the models alone, and on
+        what was measured, so that :meth:`merge` may be given several small tensors end to end, as one vector."""
+        return False
+
     def default_scale(self, count: int) -> float | None:
         """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0

@@ -84,6 +84,10 @@ class FR(Method):
         sums = 1 if self._sums_first(matrix is not None) else count + 5
         return sums if matrix is None else sums + 2  # a stack is copied to be filtered, a single row has a spectrum
 
+    @property
+    def by_entries(self) -> bool:
+        return not (self.align or self._own_weights)
+
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
@@ -150,7 +154,7 @@ class FR(Method):
         """For each member the mean magnitude of each model's task vector, raw or filtered as ``stats`` says."""
         if self._filtered_stats(vectors.as_matrices):
             return _means(self._filtered(vectors))
-        return [tensor.means() for tensor in vectors.tensors]
+        return vectors.means()
 
     def _weights(
         self, vectors: TaskVectors, measured: Measured, means: list[list[float]] | None = None

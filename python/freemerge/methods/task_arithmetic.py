@@ -28,5 +28,9 @@ class TaskArithmetic(Method):
     def holds(self, count: int, matrix: Sides | None) -> float:
         return 1
 
+    @property
+    def by_entries(self) -> bool:
+        return True
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged(vectors.sum(measured.weights))

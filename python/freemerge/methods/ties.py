@@ -53,6 +53,10 @@ class TIES(Method):
     def holds(self, count: int, matrix: Sides | None) -> float:
         return 11
 
+    @property
+    def by_entries(self) -> bool:
+        return self.scope == "model"
+
     def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()

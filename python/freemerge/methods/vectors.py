@@ -80,12 +80,27 @@ class TaskVectors:
         parts: rows of the matrices that a view splits the (stacked) rows, or those of each matrix of a batch, into;
             empty where they are one matrix.
         backend: the backend that must do the work, or "auto".
+        flat: the members end to end as one vector, where several small ones are taken together.
     """
 
     tensors: tuple[Deltas, ...]
     as_matrices: bool
     parts: tuple[int, ...] = ()
     backend: str = "auto"
+    flat: Deltas | None = None
+
+    def means(self) -> list[list[float]]:
+        """E(v_i) = mean |v_i| of each member and model."""
+        if self.flat is None:
+            return [tensor.means() for tensor in self.tensors]
+        from ..accumulate import part_means
+
+        base = self.flat.base()
+        models = [read().to(base.device) for read in self.flat.models]
+        means = part_means(base, models, [tensor.numel for tensor in self.tensors])
+        for tensor, own in zip(self.tensors, means, strict=True):
+            tensor.check(own)
+        return means
 
     def each(self) -> Iterator[list[Tensor]]:
         """For each model its task vectors, one of each member; one model at a time."""

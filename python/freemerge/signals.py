@@ -1,0 +1,42 @@
+"""Signals that ask the command to stop, as exceptions, so that what was half made is removed on the way out."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGHUP: "hung up"}
+
+
+class Stop(KeyboardInterrupt):
+    """A signal that asked the process to stop. ``str()`` says what happened, ``code`` is the exit status for it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(_WORDS[signal.Signals(number)])
+        self.code = 128 + number
+
+
+@contextmanager
+def stops() -> Iterator[None]:
+    """Within the block the first of these signals raises :class:`Stop`; later ones do not disturb the cleaning up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise Stop(number)
+
+    heard = [number for number in _WORDS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+    former = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
