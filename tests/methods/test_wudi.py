@@ -20,7 +20,7 @@ def updates(shape: tuple[int, ...], count: int, seed: int = 0) -> list[Tensor]:
 
 def merged(vectors: list[Tensor], **options: Any) -> Tensor:
     base = torch.zeros_like(vectors[0])
-    return fm.merge_tensors(base, vectors, recipe=fm.Recipe(method="wudi", out_dtype="float64", **options))
+    return fm.merge_tensors(base, vectors, recipe=fm.Recipe(method="wudi", scale=1.0, out_dtype="float64", **options))
 
 
 def operator(vectors: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -89,8 +89,8 @@ def test_the_rank_cut_leaves_the_sum_along_the_other_directions(rank: float) -> 
     cut = 20 - round(20 * rank)
     all_of_it, result = merged(vectors), merged(vectors, rank=rank)
     close(result @ directions[:, :cut], total(vectors) @ directions[:, :cut], 1e-6)
-    close(result @ directions[:, cut:], all_of_it @ directions[:, cut:], 1e-6) if rank else None
-    assert rank or torch.equal(result.float(), total(vectors).float())
+    if rank:
+        close(result @ directions[:, cut:], all_of_it @ directions[:, cut:], 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(40, 300), (300, 40), (280, 290)])
@@ -134,7 +134,7 @@ def test_nothing_depends_on_the_size_of_the_updates(factor: float) -> None:
 def test_dtypes(dtype: torch.dtype) -> None:
     vectors = [v.to(dtype) for v in updates((12, 10), 3)]
     expected = merged([v.double() for v in vectors])
-    result = fm.merge_tensors(torch.zeros(12, 10, dtype=dtype), vectors, method="wudi")
+    result = fm.merge_tensors(torch.zeros(12, 10, dtype=dtype), vectors, recipe=fm.Recipe(method="wudi", scale=1.0))
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
 
@@ -148,7 +148,9 @@ def test_embeddings_and_what_is_no_matrix_are_averaged() -> None:
     }
     base = {name: torch.zeros(shape) for name, shape in shapes.items()}
     models = [{name: torch.full_like(tensor, value) for name, tensor in base.items()} for value in (1.0, 2.0, 6.0)]
-    for tensor in fm.merge(base, models, fm.Recipe(method="wudi")).values():
+    for tensor in fm.merge(base, models, fm.Recipe(method="wudi", scale=1.0)).values():
         assert torch.equal(tensor, torch.full_like(tensor, 3.0))
-    up = fm.merge({"up": torch.zeros(4, 4)}, [{"up": torch.eye(4)}, {"up": 3 * torch.eye(4)}], fm.Recipe(method="wudi"))
+    up = fm.merge(
+        {"up": torch.zeros(4, 4)}, [{"up": torch.eye(4)}, {"up": 3 * torch.eye(4)}], fm.Recipe(method="wudi", scale=1.0)
+    )
     torch.testing.assert_close(up["up"], 2 * torch.eye(4))

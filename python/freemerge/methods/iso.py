@@ -68,18 +68,19 @@ class IsoCTS(SpectralMethod):
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         total, count = add_up(vectors.each())
+        exact = total[0].dtype == torch.float64
         shapes = [matrix.shape for matrix in vectors.matrices(total)]
         own = [self._own(min(shape[-2:]), count) for shape in shapes]
         found = [
-            [singular_triplets(matrix, min(matrix.shape[-2:]) - count * directions)]
+            [singular_triplets(matrix, min(matrix.shape[-2:]) - count * directions, exact)]
             for matrix, directions in zip(vectors.matrices(total), own, strict=True)
         ]
         for deltas in vectors.each() if any(own) else ():
             for matrix, directions, triplets in zip(vectors.matrices(deltas), own, found, strict=True):
                 shared = triplets[0][0]
                 rest = matrix.double() - shared @ (shared.mT @ matrix.double())
-                triplets.append(singular_triplets(rest, directions, torch.linalg.matrix_norm(matrix.double())))
-        return replace_matrices(vectors, total, map(_joined, found))
+                triplets.append(singular_triplets(rest, directions, exact, torch.linalg.matrix_norm(matrix.double())))
+        return replace_matrices(vectors, total, (_joined(triplets, exact) for triplets in found))
 
     def _own(self, rank: int, count: int) -> int:
         """The number of directions that each task contributes, as in the released code."""
@@ -87,10 +88,10 @@ class IsoCTS(SpectralMethod):
 
 
 def _isotropic(matrix: Tensor) -> Tensor:
-    factor, values = polar_factor(matrix)
+    factor, values = polar_factor(matrix, exact=matrix.dtype == torch.float64)
     return factor * mean_of_nonzero(values)[..., None, None]
 
 
-def _joined(triplets: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    left, values, right = united(triplets)
+def _joined(triplets: list[tuple[Tensor, Tensor, Tensor]], exact: bool) -> Tensor:
+    left, values, right = united(triplets, exact)
     return left @ right * mean_of_nonzero(values)[..., None, None]

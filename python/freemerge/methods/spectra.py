@@ -1,10 +1,10 @@
 """Singular vectors and polar factors of matrices, and what the methods that are made of them share.
 
 How they are found is decided in :func:`left_vectors`: by a range finder that looks for low rank and proves it, by the
-singular value decomposition for float64 arithmetic, else by the eigenvectors of the float64 Gram matrix of the shorter
-side, A A^T or A^T A. The last costs a third of a decomposition, and less than Newton's or Newton-Schulz's iteration for
-a polar factor (an eigendecomposition takes the time of 6 products of its size; each of their 7 to 20 steps takes 2 or
-3). All run on batches [..., H, W] and on any device that has float64.
+singular value decomposition where a merge has float64 arithmetic, else by the eigenvectors of the float64 Gram matrix
+of the shorter side, A A^T or A^T A. The last costs a third of a decomposition, and less than Newton's or
+Newton-Schulz's iteration for a polar factor (an eigendecomposition takes the time of 6 products of its size; each of
+their 7 to 20 steps takes 2 or 3). All run on batches [..., H, W] and on any device that has float64.
 
 Squaring halves the digits: a Gram matrix gives a singular value s to about 1e-16 (s_1 / s)^2 of itself, s_1 the
 largest. Directions below ``RANK_TOLERANCE`` s_1 are treated as zero, so the relative error is at most about 1e-6, at
@@ -33,18 +33,20 @@ BLOCK = 1024  # columns in float64 at a time
 AVERAGE_HOLDS = 4  # what averaging allocates, and finding the scale (:meth:`Method.holds`)
 
 
-def left_vectors(wide: Tensor, count: int, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def left_vectors(wide: Tensor, count: int, exact: bool, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The left singular vectors U [..., H, n] and values s [..., n] of a matrix with H <= W, float64, n <= ``count``.
 
     They belong to the largest singular values, of which those below ``RANK_TOLERANCE`` of the largest (or of ``size``,
     one number a matrix) are zero, and so are their vectors: which basis of the null space a decomposition happens to
     return must not matter.
+
+    ``exact``: to the rounding of float64, at three times the cost.
     """
     sketched = low_rank(wide, size)
     if sketched is not None:
         left, values = sketched
-    elif wide.dtype == torch.float64:
-        left, values, _ = torch.linalg.svd(wide, full_matrices=False)
+    elif exact:
+        left, values, _ = torch.linalg.svd(wide.double(), full_matrices=False)
     else:
         squares, left = torch.linalg.eigh(_gram(wide))
         values, left = squares.flip(-1).clamp(min=0).sqrt(), left[..., -count:].flip(-1)
@@ -78,19 +80,21 @@ def low_rank(wide: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor] 
     return (left, values) if bool(found.all()) else None
 
 
-def singular_triplets(matrix: Tensor, count: int, size: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def singular_triplets(
+    matrix: Tensor, count: int, exact: bool, size: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values with their vectors: U [..., H, n], s [..., n], V^T [..., n, W], float64.
 
     n is ``count``, or less if no matrix of a batch has so many that are not zero (see :func:`left_vectors`).
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
-    left, values = left_vectors(wide, count, size)
+    left, values = left_vectors(wide, count, exact, size)
     right = left_times((left * _inverse(values)[..., None, :]).mT, wide)
     return (right.mT, values, left.mT) if tall else (left, values, right)
 
 
-def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def polar_factor(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     """U V^T of the singular value decomposition U diag(s) V^T, and s without zeros, both float64.
 
     The polar factor is the closest matrix with orthonormal rows or columns. Of a rank-deficient matrix it is the
@@ -98,7 +102,7 @@ def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
-    left, values = left_vectors(wide, wide.shape[-2])
+    left, values = left_vectors(wide, wide.shape[-2], exact)
     scaled = (left * _inverse(values)[..., None, :]).mT
     if 2 * scaled.shape[-2] > scaled.shape[-1]:  # U diag(1/s) U^T first is cheaper
         left = left @ scaled
@@ -109,10 +113,12 @@ def polar_factor(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return factor.mT if tall else factor, values
 
 
-def united(triplets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def united(triplets: Sequence[tuple[Tensor, Tensor, Tensor]], exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Triplets of several matrices of one shape as one, with bases made orthogonal by polar factors."""
     lefts, values, rights = zip(*triplets, strict=True)
-    return polar_factor(torch.cat(lefts, -1))[0], torch.cat(values, -1), polar_factor(torch.cat(rights, -2))[0]
+    left, _ = polar_factor(torch.cat(lefts, -1), exact)
+    right, _ = polar_factor(torch.cat(rights, -2), exact)
+    return left, torch.cat(values, -1), right
 
 
 def mean_of_nonzero(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..lazy import torch
 from .spectra import AVERAGE_HOLDS, SpectralMethod, replace_matrices, singular_triplets, squareness, united
 from .vectors import Sides, TaskVectors
 
@@ -32,11 +33,13 @@ class TSVM(SpectralMethod):
         count = len(vectors.tensors[0].models)
         found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
         for deltas in vectors.each():
+            exact = deltas[0].dtype == torch.float64
             matrices = vectors.matrices(deltas)
-            found.append([singular_triplets(matrix, max(1, min(matrix.shape[-2:]) // count)) for matrix in matrices])
-        return replace_matrices(vectors, deltas, map(_joined, zip(*found, strict=True)))
+            kept = [max(1, min(matrix.shape[-2:]) // count) for matrix in matrices]
+            found.append([singular_triplets(matrix, n, exact) for matrix, n in zip(matrices, kept, strict=True)])
+        return replace_matrices(vectors, deltas, (_joined(parts, exact) for parts in zip(*found, strict=True)))
 
 
-def _joined(triplets: tuple[tuple[Tensor, Tensor, Tensor], ...]) -> Tensor:
-    left, values, right = united(triplets)
+def _joined(triplets: tuple[tuple[Tensor, Tensor, Tensor], ...], exact: bool) -> Tensor:
+    left, values, right = united(triplets, exact)
     return left * values[..., None, :] @ right
