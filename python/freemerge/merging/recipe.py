@@ -83,7 +83,7 @@ class Recipe:
         if response is not None:
             parameters["response"] = response
         responses = {name: parameters.pop(name) for name in ("response", "cutoff") if filter and name in parameters}
-        values = {
+        values: dict[str, Any] = {
             "method": _method(method, parameters),
             "scale": scale,
             "filter": filter.when if isinstance(filter, Filter) else filter,

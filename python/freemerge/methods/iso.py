@@ -64,7 +64,7 @@ class IsoCTS(SpectralMethod):
         return 2 if as_matrices else 1
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return AVERAGE_HOLDS if matrix is None else 16 + 6 * squareness(matrix)
+        return AVERAGE_HOLDS if matrix is None else 18 + 6 * squareness(matrix)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         total, count = add_up(vectors.each())

@@ -95,7 +95,7 @@ def energy_factor(norm_before: float, norm_after: float) -> float:
 
 def inner_product(a: Tensor, b: Tensor) -> float:
     """<a, b> over all entries, in float64; the same for any number of threads."""
-    pieces = zip(a.flatten().split(_PIECE), b.flatten().split(_PIECE), strict=True)
+    pieces = zip(torch.split(a.flatten(), _PIECE), torch.split(b.flatten(), _PIECE), strict=True)
     return math.fsum(float((x.double() * y).sum()) for x, y in pieces)
 
 

@@ -134,26 +134,28 @@ def squareness(matrix: Sides) -> float:
 def left_times(left: Tensor, matrix: Tensor) -> Tensor:
     """``left @ matrix`` in float64, of which ``left`` is; the matrix is not copied as a whole."""
     product = left.new_empty(*matrix.shape[:-2], left.shape[-2], matrix.shape[-1])
-    for part, block in zip(product.split(BLOCK, -1), matrix.split(BLOCK, -1), strict=True):
+    for part, block in zip(torch.split(product, BLOCK, -1), torch.split(matrix, BLOCK, -1), strict=True):
         part.copy_(left @ block.double())
     return product
 
 
 def _times(matrix: Tensor, right: Tensor) -> Tensor:
     """``matrix @ right`` in float64, likewise."""
-    products = (a.double() @ b for a, b in zip(matrix.split(BLOCK, -1), right.split(BLOCK, -2), strict=True))
+    products = (
+        a.double() @ b for a, b in zip(torch.split(matrix, BLOCK, -1), torch.split(right, BLOCK, -2), strict=True)
+    )
     return _added(products)
 
 
 def _gram(wide: Tensor) -> Tensor:
     """A A^T in float64, likewise."""
-    blocks = (block.double() for block in wide.split(BLOCK, -1))
+    blocks = (block.double() for block in torch.split(wide, BLOCK, -1))
     return _added(block @ block.mT for block in blocks)
 
 
 def _square(wide: Tensor) -> Tensor:
     """The squared norm of each matrix in float64, likewise."""
-    return _added(block.double().square().sum((-2, -1)) for block in wide.split(BLOCK, -1))
+    return _added(block.double().square().sum((-2, -1)) for block in torch.split(wide, BLOCK, -1))
 
 
 def _added(terms: Iterator[Tensor]) -> Tensor:

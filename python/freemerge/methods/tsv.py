@@ -27,7 +27,7 @@ class TSVM(SpectralMethod):
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:
             return AVERAGE_HOLDS
-        return max(13 + 6 * squareness(matrix), 8 * count / min(matrix) + 3)  # each task keeps at least one direction
+        return max(15 + 6 * squareness(matrix), 8 * count / min(matrix) + 3)  # each task keeps at least one direction
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         count = len(vectors.tensors[0].models)

@@ -87,7 +87,8 @@ class WUDI(SpectralMethod):
         values = (values / largest).clamp(min=0)
         way = torch.where(values > 0, -torch.expm1(-self.steps * values) / values, self.steps) / largest
         way[..., : max(0, values.shape[-1] - corrected)] = 0.0
-        return directions * way[..., None, :] @ directions.mT
+        flow: Tensor = directions * way[..., None, :] @ directions.mT
+        return flow
 
 
 def _row_space(tasks: Tensor, shares: Tensor) -> Tensor | None:
@@ -101,4 +102,5 @@ def _row_space(tasks: Tensor, shares: Tensor) -> Tensor | None:
         rows = stacked.double()
     else:
         return None
-    return torch.linalg.qr(rows.mT).Q.mT
+    basis: Tensor = torch.linalg.qr(rows.mT).Q.mT
+    return basis
