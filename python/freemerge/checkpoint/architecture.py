@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,16 +58,31 @@ class Architecture:
 
     def ties(self) -> dict[str, str]:
         """Second names of the same parameter, each with the name that comes first."""
+        named = list(self.module.named_parameters(remove_duplicate=False))
+        second = second_names(self.module)
         first: dict[int, str] = {}
         tied: dict[str, str] = {}
-        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+        for name, parameter in sorted(named, key=lambda item: item[0] in second):
             if first.setdefault(id(parameter), name) != name:
                 tied[self.file_name(name)] = self.file_name(first[id(parameter)])
         return tied
 
+    @cached_property
+    def unsaved(self) -> set[str]:
+        """Tensors that transformers does not write to files, as it computes them: tables of sines."""
+        patterns = getattr(self.module, "_keys_to_ignore_on_save", None) or ()
+        names = self.module.state_dict().keys()
+        return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
     def buffers(self) -> set[str]:
         """Names of the tensors that are not parameters."""
         return {self.file_name(name) for name, _ in self.module.named_buffers(remove_duplicate=False)}
+
+
+def second_names(module: nn.Module) -> set[str]:
+    """What transformers declares to be another tensor of the module, tied or not: heads."""
+    declared = getattr(module, "all_tied_weights_keys", None) or getattr(module, "_tied_weights_keys", None) or ()
+    return set(map(str, declared))
 
 
 def read_config(directory: Path | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import CheckpointError
 from .patterns import patterns_for
-from .prefixes import prefix_change
+from .prefixes import explained, prefix_change
 from .reader import Checkpoint
 from .spec import MERGEABLE, TensorSpec
 from .tied import VOCABULARY, copied_names, same_values
@@ -130,9 +130,18 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
         parts.append(f"lacks {len(missing)} tensors of the base: {_some(missing)}")
     if unexpected:
         parts.append(f"has {len(unexpected)} tensors that the base lacks: {_some(unexpected)}")
-    change = prefix_change(
-        {name: model.specs[name] for name in unexpected}, {name: base.specs[name] for name in missing}
-    )
+    only_model = {name: model.specs[name] for name in unexpected}
+    of_files = {name: base.specs[name] for name in missing}
+    in_memory = {alias: base.specs[name] for name in missing for alias in base.aliases(name)}
+    change = prefix_change(only_model, of_files)
+    other = prefix_change(only_model, in_memory)
+    if other is not None and (
+        change is None or explained(other, only_model, in_memory) > explained(change, only_model, of_files)
+    ):
+        advice.append(
+            f"the names differ by a prefix: rename {other[0]!r} to {other[1]!r} (--rename '{'='.join(other)}')"
+        )
+        raise CheckpointError(f"{model.label} {' and '.join(parts)} ({base.label}); {'; '.join(advice)}")
     if change is not None:
         advice.append(
             f"the names differ by a prefix: rename {change[0]!r} to {change[1]!r} (--rename '{'='.join(change)}')"

@@ -21,7 +21,7 @@ from .quantised import dequantised, needless_quantisation
 from .reader import Checkpoint, Source
 from .spec import MERGEABLE
 from .tied import untie
-from .views import InFileLayout, renamed
+from .views import InFileLayout, renamed, without
 
 # Of kohya's scripts, diffusers, LyCORIS, MLX, loralib, and what PEFT calls its other kinds.
 _ADAPTER_WEIGHT = re.compile(
@@ -73,9 +73,14 @@ def open_inputs(
         raise CheckpointError(f"{opened.label} holds no tensor in float32, float64, bfloat16 or float16 to merge")
     read = [opened, *plain.values()]
     notices = [notice for checkpoint in read for notice in checkpoint.set_aside]
-    opened, *others = in_file_layout(read)
-    differ = any(other.specs.keys() - opened.specs.keys() for other in others)
-    known = opened.architecture if differ else None  # asked only where it can help: it may import transformers
+    opened, *others = in_file_layout(read, renames)
+    more = any(other.specs.keys() - opened.specs.keys() for other in others)
+    # Asked only where it can help: for a directory it may import transformers.
+    known = opened.architecture if more or opened.module is not None else None
+    if known is not None:
+        opened, *others = (without(checkpoint, known.unsaved) for checkpoint in (opened, *others))
+    for checkpoint in (opened, *others):
+        checkpoint.tied = _with_common_roots(checkpoint.tied, [opened, *others])
     naming = Naming(opened.specs, renames, known.loaded_name if known is not None else None)
     plain = {argument: renamed(other, naming.of(other.specs)) for argument, other in zip(plain, others, strict=True)}
     for other in plain.values():
@@ -110,6 +115,16 @@ def _refuse_unmerged_adapter(model: Checkpoint, base: Checkpoint) -> None:
     raise CheckpointError(f"{model.label} holds an adapter that is not merged ({adapted}); {way_out}")
 
 
+def _with_common_roots(tied: Mapping[str, str], everyone: Sequence[Checkpoint]) -> dict[str, str]:
+    """Second names with first ones that every checkpoint has, where there are such: files store either."""
+    roots: dict[str, str] = {}
+    for second, first in tied.items():
+        everywhere = {name: all(name in checkpoint.specs for checkpoint in everyone) for name in (first, second)}
+        roots.setdefault(first, first if everywhere[first] or not everywhere[second] else second)
+    changed = {name: roots[first] for name, first in tied.items()} | roots
+    return {name: root for name, root in changed.items() if name != root}
+
+
 def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:
     """Inputs that are the same object or path: a model that counts twice, or one that is the base."""
     first: dict[object, str] = {}
@@ -119,7 +134,7 @@ def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:
             yield f"{argument} is the same as {first[key]}"
 
 
-def in_file_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+def in_file_layout(checkpoints: Sequence[Checkpoint], renames: Sequence[Rename] = ()) -> list[Checkpoint]:
     """Models of one architecture, all with the names and shapes that transformers' files have.
 
     Modules show their layout. What else was saved from a module's memory is recognised where another of the models is
@@ -132,14 +147,17 @@ def in_file_layout(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         known = first.architecture.layout if first.architecture is not None else None
     shown = []
     for checkpoint, own in zip(checkpoints, layouts, strict=True):
-        layout = own or _in_memory_layout(checkpoint, known)
-        shown.append(checkpoint if layout is None else InFileLayout(checkpoint, layout))
+        inner, layout = checkpoint, own
+        if own is None and known is not None:
+            inner = renamed(checkpoint, Naming(known.module, renames).of(checkpoint.specs))
+            layout = _in_memory_layout(inner, known)
+        shown.append(checkpoint if layout is None else InFileLayout(inner, layout))
     return shown
 
 
-def _in_memory_layout(checkpoint: Checkpoint, layout: Layout | None) -> Layout | None:
+def _in_memory_layout(checkpoint: Checkpoint, layout: Layout) -> Layout | None:
     """``layout``, if the checkpoint has names that only the module has, and none that only files have."""
-    if layout is None or not checkpoint.specs.keys() & (layout.module.keys() - layout.files.keys()):
+    if not checkpoint.specs.keys() & (layout.module.keys() - layout.files.keys()):
         return None
     return None if checkpoint.specs.keys() & (layout.files.keys() - layout.module.keys()) else layout
 

@@ -8,10 +8,12 @@ from torch import nn
 
 from .spec import TensorSpec
 
-# Attributes under which torch.compile, FSDP, activation checkpointing, DDP and DataParallel keep the module they wrap.
+# Attributes under which torch.compile, FSDP, activation checkpointing, DDP, DataParallel, Fabric and Opacus keep the
+# module they wrap.
 _ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_IN_FRONT = frozenset({"module"})
+_IN_FRONT = frozenset({"module", "_forward_module", "_module"})
 WRAPPERS = _ANYWHERE | _IN_FRONT
+_COUNTERS = frozenset({"n_averaged"})  # what AveragedModel holds beside the module
 _TRIED = 5
 
 Rename = tuple[str, str]  # (old, new): names that begin with old begin with new
@@ -25,14 +27,22 @@ def unwrapped(name: str) -> str:
     return ".".join(parts)
 
 
-def inner_module(module: nn.Module) -> nn.Module:
-    """The module inside of a wrapper; itself, if it is none."""
-    while len(module._modules) == 1 and not module._parameters and not module._buffers:
+def inner_module(module: nn.Module) -> tuple[str, nn.Module]:
+    """The module inside of a wrapper, and what the wrapper puts before its names; itself, if it is none."""
+    prefix = ""
+    while len(module._modules) == 1 and not module._parameters and module._buffers.keys() <= _COUNTERS:
         name, inner = next(iter(module._modules.items()))
         if name not in WRAPPERS or inner is None:
             break
-        module = inner
-    return module
+        prefix, module = f"{prefix}{name}.", inner
+    return prefix, module
+
+
+def counters(names: Collection[str]) -> set[str]:
+    """What a wrapper counts, among the names of a model that it wraps."""
+    found = _COUNTERS.intersection(names)
+    wrapped = all(name in found or name.partition(".")[0] in WRAPPERS for name in names)
+    return set(found) if wrapped else set()
 
 
 class Naming:
@@ -95,14 +105,16 @@ def prefix_change(found: Mapping[str, TensorSpec], expected: Mapping[str, Tensor
             if alike:  # the longest common ending
                 break
 
-    def explained(change: Rename) -> int:
-        names = (
-            (change[1] + name[len(change[0]) :], spec) for name, spec in found.items() if name.startswith(change[0])
-        )
-        return sum(name in expected and expected[name].shape == spec.shape for name, spec in names)
+    best = max(changes, key=lambda change: explained(change, found, expected), default=None)
+    if best is None or 2 * explained(best, found, expected) < min(len(found), len(expected)):
+        return None
+    return best
 
-    best = max(changes, key=explained, default=None)
-    return best if best is not None and 2 * explained(best) >= min(len(found), len(expected)) else None
+
+def explained(change: Rename, found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> int:
+    """How many of the names ``found`` a change makes names ``expected``, with the same shapes."""
+    names = ((change[1] + name[len(change[0]) :], spec) for name, spec in found.items() if name.startswith(change[0]))
+    return sum(name in expected and expected[name].shape == spec.shape for name, spec in names)
 
 
 def _prefix(parts: Sequence[str]) -> str:

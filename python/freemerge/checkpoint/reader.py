@@ -13,12 +13,13 @@ from typing import Union
 import torch
 
 from ..errors import ArgumentError, CheckpointError
-from .architecture import Architecture, built_from_config, read_config
+from .architecture import Architecture, built_from_config, read_config, second_names
 from .containers import split_key, state_dict_in
 from .file_format import file_format
 from .hub_cache import local_path
 from .locate import Located, display_name, locate
 from .pickled import PickledFile
+from .prefixes import inner_module
 from .safetensors_file import SafetensorsFile
 from .spec import TensorSpec
 from .state_dict import dense_tensors, left_out, specs_of, tied_names
@@ -69,8 +70,13 @@ class Checkpoint(ABC):
         if isinstance(source, Checkpoint):
             return source
         if isinstance(source, torch.nn.Module):
-            opened = _InMemory(source.state_dict(keep_vars=True), f"in-memory {type(source).__name__}", argument)
-            opened.module = source
+            prefix, inner = inner_module(source)
+            opened = _InMemory(inner.state_dict(keep_vars=True), f"in-memory {type(inner).__name__}", argument)
+            opened.module = inner
+            opened.tied = tied_names(opened.state, second_names(inner))
+            if inner is not source:
+                whole = source.state_dict()
+                opened.wrapped = prefix, {n: t for n, t in whole.items() if not n.startswith(prefix)}
             return opened
         if isinstance(source, Mapping):
             name = "in-memory state dict"
@@ -165,22 +171,32 @@ class Checkpoint(ABC):
 
 
 class _InMemory(Checkpoint):
+    wrapped: tuple[str, Mapping[str, torch.Tensor]] = ("", {})  # the prefix of a wrapper, and what it holds itself
+
     def __init__(self, state: Mapping[str, torch.Tensor], name: str, argument: str) -> None:
         self.name = name
         self.label = f"{argument} ({name})" if argument else name
-        self._state = dense_tensors(self.label, state)
-        self.set_aside = left_out(self.label, [str(name) for name in state if name not in self._state])
-        self.specs = specs_of(self._state)
-        self.tied = tied_names(self._state)
+        self.state = dense_tensors(self.label, state)
+        self.set_aside = left_out(self.label, [str(name) for name in state if name not in self.state])
+        self.specs = specs_of(self.state)
+        self.tied = tied_names(self.state)
 
     def read(self, name: str) -> torch.Tensor:
-        return self._state[name]
+        return self.state[name]
 
     def device(self, name: str) -> torch.device:
-        return self._state[name].device
+        return self.state[name].device
+
+    def aliases(self, name: str) -> tuple[str, ...]:
+        return (self.wrapped[0] + name,) if self.wrapped[0] else ()
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        prefix, others = self.wrapped
+        held = {name: tensor.detach().clone() for name, tensor in others.items()}
+        return super().restored({prefix + name: tensor for name, tensor in tensors.items()} | held)
 
     def close(self) -> None:
-        self._state = {}
+        self.state = {}
 
 
 class _OnDisk(Checkpoint):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..dense import address, dense
 from ..errors import CheckpointError
+from .prefixes import counters
 from .spec import TensorSpec
 
 _EXTRA = "_extra_state"
@@ -17,18 +18,20 @@ _EXTRA = "_extra_state"
 def dense_tensors(source: str, state: Mapping[Any, object]) -> dict[str, torch.Tensor]:
     """The state dict, detached, in its own order; CheckpointError naming the first entry that is no ordinary tensor.
 
-    What modules keep beside tensors (``get_extra_state``), as Transformer Engine does, is left out.
+    What modules keep beside tensors (``get_extra_state``), as Transformer Engine does, and what wrappers count is left
+    out.
     """
+    out = counters([str(name) for name in state])
     return {
         str(name): _dense(source, name, value)
         for name, value in state.items()
-        if isinstance(value, torch.Tensor) or not str(name).endswith(_EXTRA)
+        if name not in out and (isinstance(value, torch.Tensor) or not str(name).endswith(_EXTRA))
     }
 
 
 def left_out(source: str, names: Sequence[str]) -> tuple[str, ...]:
     """A sentence about entries that :func:`dense_tensors` left out, if there are any."""
-    return (f"{source}: {names[0]} is no tensor and left out ({len(names)} such entries)",) if names else ()
+    return (f"{source}: {names[0]} is no weight and left out ({len(names)} such entries)",) if names else ()
 
 
 def specs_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
@@ -36,15 +39,15 @@ def specs_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(name, tuple(state[name].shape), state[name].dtype) for name in sorted(state)}
 
 
-def tied_names(state: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def tied_names(state: Mapping[str, torch.Tensor], second: Collection[str] = ()) -> dict[str, str]:
     """Second names of the same memory, each with the first name.
 
-    First is what comes first in the state dict's own order, as embeddings come before the head; it is also the name
-    that transformers keeps when it saves.
+    First is what comes first in the state dict's own order, as embeddings come before the head, but none of the names
+    that are known to be ``second``; it is also the name that transformers keeps when it saves.
     """
     first: dict[tuple[object, ...], str] = {}
     tied: dict[str, str] = {}
-    for name, tensor in state.items():
+    for name, tensor in sorted(state.items(), key=lambda item: item[0] in second):
         if tensor.numel() == 0:
             continue
         key = (tensor.device, address(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -76,6 +76,24 @@ def renamed(inner: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     return View(inner, sources, tied)
 
 
+def without(inner: Checkpoint, names: Collection[str]) -> Checkpoint:
+    """A checkpoint without some of its tensors; what is :meth:`restored` has them as they are."""
+    hidden = {name: name for name in inner.specs if name in names}
+    return _Without(inner, hidden) if hidden else inner
+
+
+class _Without(View):
+    def __init__(self, inner: Checkpoint, hidden: Mapping[str, str]) -> None:
+        shown = {name: name for name in inner.specs if name not in hidden}
+        tied = {name: first for name, first in inner.tied.items() if name in shown and first in shown}
+        super().__init__(inner, shown, tied)
+        self._hidden = hidden
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        kept = {name: self.inner.read(name).clone(memory_format=torch.contiguous_format) for name in self._hidden}
+        return self.inner.restored({**tensors, **kept})
+
+
 class _Relaid(Checkpoint):
     """Another checkpoint in another layout; tensors that the layout does not know are as they are."""
 
@@ -131,8 +149,9 @@ class InFileLayout(_Relaid):
         return self.inner.restored(known | others)
 
     def aliases(self, name: str) -> tuple[str, ...]:
-        modules = dict.fromkeys(piece.module for piece in self.layout.pieces.get(name, []))
-        return tuple(module for module in modules if module != name)
+        pieces = self.layout.pieces.get(name, [])
+        modules = dict.fromkeys(piece.module for piece in pieces) if pieces else {name: None}
+        return tuple(n for module in modules for n in (module, *self.inner.aliases(module)) if n != name)
 
     def _source(self, name: str) -> str:
         return self.layout.pieces[name][0].module if name in self.layout.pieces else name

@@ -46,7 +46,7 @@ class Placement:
     def layout(self) -> Layout | None:
         if not self._asked:
             self._asked = True
-            self._layout = layout_of(inner_module(self._model)) if isinstance(self._model, nn.Module) else None
+            self._layout = layout_of(inner_module(self._model)[1]) if isinstance(self._model, nn.Module) else None
         return self._layout
 
     def _loaded(self, entry: str) -> str | None:
@@ -54,7 +54,7 @@ class Placement:
         if not isinstance(self._model, nn.Module):
             return None
         if self._loaded_name is None:
-            self._loaded_name = loaded_names(inner_module(self._model))
+            self._loaded_name = loaded_names(inner_module(self._model)[1])
         return self._names.get(self._loaded_name(unwrapped(entry)))
 
     def parts(self, entries: Mapping[str, ExpertTensor]) -> dict[str, list[Part]]:

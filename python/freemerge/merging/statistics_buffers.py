@@ -13,10 +13,10 @@ from ..errors import CheckpointError
 # codebooks, ranges that observers of activations have seen, normalisers of observations.
 _STATISTICS = re.compile(
     r"(^|[._])(running|moving)_\w+$|(^|[._])(num_batches_tracked|cluster_size|embed_avg|amax|min_val|max_val)$"
-    r"|(^|\.)(var|variance)$"
+    r"|\.(var|variance)$"
 )
 _MOVING_AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
-_VARIANCE = re.compile(r"(running|moving)_(var|variance|std)$|(^|\.)(var|variance)$|(^|[._])amax$")
+_VARIANCE = re.compile(r"(running|moving)_(var|variance|std)$|\.(var|variance)$|(^|[._])amax$")
 
 
 def is_statistic(name: str) -> bool:
