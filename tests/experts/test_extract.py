@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import freemerge.experts as fx
 from freemerge.checkpoint import Checkpoint
 from freemerge.errors import ArgumentError, CheckpointError
-from freemerge.experts.extract import kept_entries
+from freemerge.experts.entries import kept_entries
 from freemerge.methods.rules import Scope
 
 

@@ -46,9 +46,11 @@ class LowRankExtraction:
             ranks = self._ranks(i)
         tensors = {}
         for name, rank in ranks.items():
-            triplets = leading_triplets(self._residual(i, name), rank) if rank else None
-            if triplets is not None and len(triplets[1]):
-                tensors[name] = self.coding.encode(self._shape(name), *triplets)
+            if not rank:
+                continue
+            left, values, right = (part.cpu() for part in leading_triplets(self._residual(i, name), rank))
+            if len(values):
+                tensors[name] = self.coding.encode(self._shape(name), left, values, right)
         return self._expert(tensors)
 
     def _ranks(self, i: int) -> dict[str, int]:
