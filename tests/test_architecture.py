@@ -22,6 +22,7 @@ LEVELS = [
     {"cache"},
     {"planner"},
     {"backends"},
+    {"ops"},
     {"accumulate", "filter", "checkpoint"},
     {"methods"},
     {"merging"},

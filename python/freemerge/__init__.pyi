@@ -28,11 +28,11 @@ from .merging.inspection import Decision as Decision
 from .merging.inspection import Inspection as Inspection
 from .merging.recipe import Recipe
 from .merging.run import Report as Report
-from .merging.run import inspect, merge, merge_checkpoints
+from .merging.run import inspect, merge, merge_checkpoints, task_weights
 from .merging.selection import Rule as Rule
 from .merging.selection import Split as Split
 from .merging.selection import Stack as Stack
-from .merging.tensors import merge_tensors
+from .merging.tensors import merge_deltas, merge_tensors
 from .responses import BandGain as BandGain
 from .responses import BandPass as BandPass
 from .responses import BandStop as BandStop
@@ -60,6 +60,8 @@ __all__ = [
     "inspect",
     "merge",
     "merge_checkpoints",
+    "merge_deltas",
     "merge_tensors",
+    "task_weights",
     "verify",
 ]

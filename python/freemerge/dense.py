@@ -59,7 +59,7 @@ def _local(x: Tensor, name: str, error: type[FreemergeError]) -> Tensor:
         if not placement.is_replicate() and mesh.size(axis) > 1:
             raise error(f"{name} is a DTensor of which this rank holds a part ({placement}); pass full_tensor()")
     with torch.no_grad():
-        local: Tensor = x.to_local()
+        local: Tensor = x.to_local()  # type: ignore[attr-defined]
     return local
 
 
@@ -77,7 +77,7 @@ def _obstacle(x: Tensor) -> str | None:
     """Why native code cannot work on it, as the rest of a sentence."""
     if type(x) not in _PLAIN and _wraps(x):
         return f"is of type {type(x).__name__}, without memory of its own; pass a plain tensor of its values"
-    if is_lazy(x):  # type: ignore[no-untyped-call]
+    if is_lazy(x):
         return "is a parameter without a shape; run the module once before"
     if x.is_nested:
         return "is a nested tensor; pass its parts, as unbind() gives them"

@@ -18,6 +18,7 @@ from .backends.registry import choose, named
 from .cache import ByResponse
 from .dense import dense
 from .errors import ArgumentError
+from .ops import define, filter_in_graph, filtered_in_graph
 from .overlap import internal_overlap, overlapping_pair
 from .planner.layout import ROWS
 from .planner.plan import Plan
@@ -92,11 +93,16 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
     Arithmetic is fp64 for fp64 and fp32 for the rest, whose results are rounded once. A leaf that requires grad is
     updated as an optimizer does, outside autograd. A non-finite entry spreads over its matrix, or over as much of it as
     the filter's gains mix with it; nothing here looks for one. The result does not depend on the number of threads.
+    Within torch.compile the call is one node of the graph, ``torch.ops.freemerge.filter_``.
 
     Raises:
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
+    if torch.compiler.is_compiling():
+        for tensor in x if isinstance(x, (list, tuple)) else [x]:
+            filter_in_graph(cast(torch.Tensor, tensor), response, scale, backend)
+        return x
     _check_request(response, backend)
     if not isinstance(x, (list, tuple)):
         one = (_tensor(x, "x"),)
@@ -122,11 +128,20 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
 
 
 def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
-    """The result of :func:`filter_` in new memory, of the same type (a torch tensor for other DLPack producers)."""
+    """The result of :func:`filter_` in new memory, of the same type (a torch tensor for other DLPack producers).
+
+    It is differentiable: the filter is linear and its own adjoint, so that the gradient is the filtered gradient.
+    """
     if isinstance(x, (list, tuple)):
+        if any(map(_is_traced, x)):
+            each = [filtered(item, response, scale=scale, backend=backend) for item in x]
+            return cast(T, each if isinstance(x, list) else tuple(each))
         copies = [_copy(item, f"x[{i}]") for i, item in enumerate(x)]
         filter_(copies, response, scale=scale, backend=backend)
         return cast(T, copies if isinstance(x, list) else tuple(copies))
+    if _is_traced(x):
+        _check_request(response, backend)
+        return cast(T, filtered_in_graph(cast(torch.Tensor, x), response, scale, backend))
     copied: T = _copy(x, "x")
     return filter_(copied, response, scale=scale, backend=backend)
 
@@ -227,6 +242,13 @@ def _as_tensor(item: Any, name: str, *, written: bool = True) -> torch.Tensor:
     raise ArgumentError(f"{name} must be a tensor, a NumPy array or a DLPack producer, got {type(item).__name__}")
 
 
+def _is_traced(x: object) -> bool:
+    """Whether a graph has to know of what is done to it: torch.compile's, or autograd's."""
+    if torch.compiler.is_compiling():
+        return True
+    return isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled()
+
+
 def _is_read_only(item: Any) -> bool:
     """Whether a DLPack producer says so; torch does not look at its flag, NumPy does."""
     if item.__dlpack_device__()[0] != _DLPACK_CPU:
@@ -241,8 +263,6 @@ def _copy(item: Any, name: str) -> Any:
     if isinstance(item, np.ndarray):
         return np.array(item, dtype=item.dtype.newbyteorder("="))
     x = _as_tensor(item, name, written=False)
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(f"{name} requires grad, and the filter is not differentiable; pass {name}.detach()")
     whole = dense(x, name)
     if whole is not x:  # a DTensor, as the result is
         return x.detach().clone()
@@ -265,3 +285,6 @@ def _batches(x: torch.Tensor) -> list[torch.Tensor]:
         size, stride = (math.prod(x.shape[:-2]), *x.shape[-2:]), (step, *x.stride()[-2:])
         return [x.as_strided(size, stride)]
     return [batch for part in x.unbind(0) for batch in _batches(part)]
+
+
+define(filter_, filtered)

@@ -158,3 +158,96 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
 def test_values_that_are_not_finite_are_found() -> None:
     with pytest.raises(fm.CheckpointError, match=r"'a\.weight' holds NaN"):
         fm.merge_tensors(torch.zeros(2), [torch.tensor([float("nan"), 0.0])], name="a.weight")
+
+
+@given(tensors=inputs(), layout=st.sampled_from(["contiguous", "transposed", "apart", "base", "model"]))
+def test_out_receives_the_result(tensors: list[Tensor], layout: str) -> None:
+    expected = fm.merge_tensors(tensors[0], tensors[1:])
+    base, *models = [tensor.clone() for tensor in tensors]
+    if layout == "base":
+        out = base
+    elif layout == "model":
+        out = models[1] if models[1].dtype == base.dtype else base
+    elif layout == "transposed":
+        out = torch.full_like(base.transpose(0, -1) if base.ndim else base, 7.0).contiguous()
+        out = out.transpose(0, -1) if base.ndim else out
+    else:
+        out = torch.full((*base.shape, 2), 7.0, dtype=base.dtype)[..., 1]
+    assert fm.merge_tensors(base, models, out=out) is out
+    assert torch.equal(bits(out), bits(expected))
+
+
+def test_out_is_not_written_after_an_error_and_must_fit() -> None:
+    base, out = torch.zeros(2, 3), torch.full((2, 3), 7.0)
+    with pytest.raises(fm.CheckpointError):
+        fm.merge_tensors(base, [torch.full((2, 3), float("inf"))], out=out)
+    assert torch.equal(out, torch.full((2, 3), 7.0))
+    for wrong in (torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, device="meta")):
+        with pytest.raises(fm.ArgumentError, match="out must be"):
+            fm.merge_tensors(base, [base], out=wrong)
+    with pytest.raises(fm.ArgumentError, match="out may overlap itself"):
+        fm.merge_tensors(base, [base], out=torch.zeros(1).expand(2, 3))
+    half = torch.zeros(2, 3, dtype=torch.bfloat16)
+    recipe = fm.Recipe(out_dtype=torch.bfloat16)
+    assert fm.merge_tensors(base, [base + 1], recipe=recipe, out=half) is half
+
+
+def test_torch_dtypes_in_recipes() -> None:
+    recipe = fm.Recipe(out_dtype=torch.bfloat16, compute_dtype=torch.float64)
+    assert recipe == fm.Recipe(out_dtype="bfloat16", compute_dtype="float64")
+    assert fm.Recipe.from_config(recipe.to_config()) == recipe
+    with pytest.raises(fm.ArgumentError, match="out_dtype must be"):
+        fm.Recipe(out_dtype=torch.int8)
+
+
+OWN = {name: options for name, options in RECIPES.items() if not fm.Recipe(**options).method.passes}
+
+
+@pytest.mark.parametrize("options", OWN.values(), ids=OWN)
+def test_deltas_are_merged_as_the_models_are(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    deltas = [0.05 * torch.randn(24, 20, generator=generator) for _ in range(3)]
+    recipe = fm.Recipe(**{**options, "select": [], "views": []})
+    merged = fm.merge_deltas(deltas, recipe=recipe, name="a.weight")
+    expected = fm.merge_tensors(torch.zeros(24, 20), deltas, recipe=recipe, name="a.weight")
+    assert torch.equal(merged, expected)
+    assert torch.count_nonzero(merged)
+
+
+def test_deltas_by_hand() -> None:
+    deltas = [torch.tensor([1.0, -2.0, 0.0]), torch.tensor([3.0, 2.0, 0.5])]
+    assert fm.merge_deltas(deltas, method="average").tolist() == [2.0, 0.0, 0.25]
+    assert fm.merge_deltas(deltas, method=fm.methods.TaskArithmetic(weights=[2.0, -1.0])).tolist() == [-1.0, -6.0, -0.5]
+    out = torch.zeros(3)
+    assert fm.merge_deltas(deltas, method="average", out=out) is out
+    for wrong in ([], None, deltas[0], [None]):
+        with pytest.raises(fm.ArgumentError, match="deltas"):
+            fm.merge_deltas(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{}, {"stats": "filtered"}, {"cutoff": 0.1, "renormalize": None}, {"align": True}])
+def test_task_weights_make_a_host_of_single_tensors_equal(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {f"layer.{i}.weight": torch.randn(20 + i, 24, generator=generator) for i in range(5)}
+    base["bias"] = torch.randn(9, generator=generator)
+    models = [
+        {name: t + 0.02 * i * torch.randn(t.shape, generator=generator) for name, t in base.items()} for i in (1, 2, 3)
+    ]
+    recipe = fm.Recipe(**options)
+    weights = fm.task_weights(base, models, recipe)
+    assert weights is not None
+    assert sum(weights) == pytest.approx(1)
+    assert weights[0] < weights[1] < weights[2]
+    expected = fm.merge(base, models, recipe)
+    for name, tensor in base.items():
+        merged = fm.merge_tensors(tensor, [m[name] for m in models], recipe=recipe, weights=weights, name=name)
+        assert torch.equal(bits(merged), bits(expected[name])), name
+
+
+def test_task_weights_say_where_there_are_none_or_more_is_needed() -> None:
+    base, models = {"w": torch.zeros(4, 4)}, [{"w": torch.ones(4, 4)}, {"w": torch.eye(4)}]
+    assert fm.task_weights(base, models, fm.Recipe(scope="tensor")) is None
+    assert fm.task_weights(base, models, fm.Recipe(method="average")) == (0.5, 0.5)
+    assert fm.task_weights(base, models, fm.Recipe(method="ties", scope="tensor")) is None
+    with pytest.raises(fm.ArgumentError, match="ties needs more of the whole model than weights"):
+        fm.task_weights(base, models, fm.Recipe(method="ties"))

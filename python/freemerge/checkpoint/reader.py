@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Union
 
@@ -81,7 +83,7 @@ class Checkpoint(ABC):
         if isinstance(source, Mapping):
             name = "in-memory state dict"
             state = state_dict_in(source, f"{argument} ({name})" if argument else name)
-            return _InMemory(state, name, argument)
+            return _InMemory(state, name, argument) if isinstance(state, dict) else _Lazy(state, name, argument)
         if isinstance(source, (str, os.PathLike)):
             file, key = split_key(os.fspath(source))
             path = local_path(file)
@@ -197,6 +199,41 @@ class _InMemory(Checkpoint):
 
     def close(self) -> None:
         self.state = {}
+
+
+class _Lazy(Checkpoint):
+    """A mapping that may make a tensor when it is asked for one: every use asks again, and none is held."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], name: str, argument: str) -> None:
+        self.name = name
+        self.label = f"{argument} ({name})" if argument else name
+        self._state, self._lock = state, Lock()
+        self._devices: dict[str, torch.device] = {}
+        specs: dict[str, TensorSpec] = {}
+        made: dict[str, weakref.ref[torch.UntypedStorage]] = {}
+        for key in state:
+            tensor = self.read(key)
+            specs |= specs_of({key: tensor})
+            self._devices[key] = tensor.device
+            made[key] = weakref.ref(tensor.untyped_storage())
+            del tensor
+        self.specs = dict(sorted(specs.items()))
+        # Memory that is still there now is the mapping's own, so that equal addresses mean ties.
+        self.tied = tied_names({key: self.read(key) for key, storage in made.items() if storage() is not None})
+
+    def read(self, name: str) -> torch.Tensor:
+        with self._lock:  # it says nothing about threads
+            value = self._state[name]
+        (tensor,) = dense_tensors(self.label, {name: value}).values()
+        if hasattr(self, "specs") and specs_of({name: tensor})[name] != self.specs[name]:
+            raise CheckpointError(f"{self.label}: tensor {name!r} has changed while it was merged")
+        return tensor
+
+    def device(self, name: str) -> torch.device:
+        return self._devices[name]
+
+    def close(self) -> None:
+        self._state = {}
 
 
 class _OnDisk(Checkpoint):

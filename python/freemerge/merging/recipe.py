@@ -18,6 +18,8 @@ from ..responses import Response, to_config, to_record
 from .selection import Rule, Split, Stack, View, renames_of, rules_of
 
 if TYPE_CHECKING:
+    import torch
+
     from ..checkpoint.prefixes import Rename
 
 ComputeDType = Literal["float32", "float64"]
@@ -47,7 +49,7 @@ class Recipe:
         rename: pairs (old, new): a name of a model that begins with old begins with new instead, where that makes it a
             name of the base. ``[("", "language_model.")]`` fits a language model into a larger one.
         views: stacks and splits of tensors that are treated as matrices (:class:`Stack`, :class:`Split`).
-        compute_dtype: arithmetic of the merge; float64 is used anyway for tensors stored in float64.
+        compute_dtype: arithmetic of the merge, a name or a torch dtype; float64 for what is stored in it.
         out_dtype: dtype of the merged floating-point tensors; ``None`` keeps each tensor's dtype in the base.
 
     Raises ArgumentError, naming the field, for anything invalid.
@@ -76,8 +78,8 @@ class Recipe:
         select: Sequence[Any] = (),
         views: Sequence[Any] = (),
         rename: Sequence[Any] = (),
-        compute_dtype: ComputeDType = "float32",
-        out_dtype: OutDType | None = None,
+        compute_dtype: ComputeDType | torch.dtype = "float32",
+        out_dtype: OutDType | torch.dtype | None = None,
         **parameters: Any,
     ) -> None:
         if response is not None:
@@ -90,8 +92,8 @@ class Recipe:
             "select": rules_of(select),
             "views": tuple(_view(view) for view in _sequence("views", views)),
             "rename": renames_of(rename),
-            "compute_dtype": compute_dtype,
-            "out_dtype": out_dtype,
+            "compute_dtype": _dtype_name(compute_dtype),
+            "out_dtype": _dtype_name(out_dtype),
         }
         values |= {name: common.check(name, values[name]) for name, common in parameters_of(Recipe).items()}
         if filter is not None:
@@ -228,6 +230,12 @@ class _StrictLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise ArgumentError(f"{key!r} is given twice")
         return super().construct_mapping(node, deep)
+
+
+def _dtype_name(dtype: object) -> object:
+    """A torch dtype by its name; anything else as it is."""
+    name = str(dtype)
+    return name.removeprefix("torch.") if name.startswith("torch.") and not isinstance(dtype, str) else dtype
 
 
 def _sequence(name: str, value: object) -> Sequence[Any]:

@@ -29,6 +29,7 @@ from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
 from ..errors import ArgumentError, RefusedError
 from ..methods import Measured
 from .engine import MergedUnit, Merger, OnRead
+from .fill import Target
 from .inspection import Decision, Inspection
 from .progress import Progress
 from .recipe import Recipe, checked_recipe, to_yaml
@@ -51,7 +52,12 @@ class Report:
 
 
 def merge(
-    base: Source, models: Sequence[Source], recipe: Recipe | None = None, *, backend: str = "auto"
+    base: Source,
+    models: Sequence[Source],
+    recipe: Recipe | None = None,
+    *,
+    backend: str = "auto",
+    into: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Merge fine-tuned models of one base in memory, by FR-Merging or the method that the recipe names.
 
@@ -63,6 +69,8 @@ def merge(
             with settings that suit most models, see :class:`Recipe`.
         backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`). With "cuda" each
             tensor is merged on the GPU wherever it is read from; otherwise it is merged where the base holds it.
+        into: a module whose parameters and buffers, with the names and shapes of the merged model, receive the result
+            in their own dtypes. It may be one of the inputs: it is written when all is done, and not after an error.
 
     Returns:
         A new state dict with the base's names, shapes and (unless ``recipe.out_dtype``) dtypes. Inputs are not
@@ -73,6 +81,7 @@ def merge(
         ArgumentError, CheckpointError: a bad recipe, mismatched or non-finite inputs; the message names the tensor.
         BackendError: the backend asked for cannot run.
     """
+    target = None if into is None else Target(into)
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
         measured = merger.measure()
@@ -80,7 +89,10 @@ def merge(
         for unit in merger.units:
             merged |= merger.merged(unit, measured).tensors
         merged |= {name: merged[first] for name, first in merger.tied.items()}
-        return merger.base.restored(merged)
+        restored = merger.base.restored(merged)
+    if target is not None:
+        target.fill(restored)
+    return restored
 
 
 def merge_checkpoints(
@@ -165,6 +177,26 @@ def inspect(
             _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
         _side_files(merger, tokenizer_from)
         return merger.inspect()
+
+
+def task_weights(
+    base: Source, models: Sequence[Source], recipe: Recipe | None = None, *, backend: str = "auto"
+) -> tuple[float, ...] | None:
+    """The weight lambda_i of each model, as it is found over the whole model; None where a tensor has its own, or none.
+
+    For hosts that merge tensor by tensor: with these ``weights`` and the same recipe, :func:`merge_tensors` gives the
+    tensors that :func:`merge` gives for whole models, bit for bit. Arguments and errors are those of :func:`merge`;
+    tensors are read one at a time. ArgumentError, too, if the method needs more of the whole model than weights.
+    """
+    with ExitStack() as stack:
+        merger = _open(stack, base, models, recipe, backend)
+        method = merger.method
+        if merger.scale is None:
+            raise ArgumentError(f"scale: method {method.name} finds it over the whole model; give it as a number")
+        measured = merger.measure()
+        if type(measured) is not Measured:
+            raise ArgumentError(f"method {method.name} needs more of the whole model than weights; see its scope")
+        return measured.weights or None
 
 
 def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Recipe | None, backend: str) -> Merger:

@@ -1,4 +1,4 @@
-"""The merge of a single tensor, for hosts that read and write the checkpoints themselves."""
+"""The merge of single tensors, for hosts that read and write the checkpoints themselves."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from ..checkpoint import TensorSpec
+from ..checkpoint import MERGEABLE, TensorSpec
 from ..dense import dense
 from ..errors import ArgumentError
 from ..methods import Method
+from ..overlap import internal_overlap
 from .recipe import Recipe, checked_recipe
 from .run import merge
 from .selection import Rule, Split, Stack, View
@@ -26,6 +27,7 @@ def merge_tensors(
     recipe: Recipe | None = None,
     weights: Sequence[float] | None = None,
     name: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Merge one tensor of K fine-tuned models, exactly as :func:`merge` does within a model.
 
@@ -34,15 +36,17 @@ def merge_tensors(
         tensors: the same tensor of K >= 1 models, with its shape.
         method: the name of a method of :mod:`freemerge.methods`, with its defaults, or a method with its parameters.
         recipe: instead of a method, a whole recipe. The default is ``Recipe()``, FR-Merging.
-        weights: K coefficients lambda_i instead of those that the method would choose, as those that a
-            :class:`Report` names. The scale stays that of the recipe. If not given, statistics over "the whole model"
-            are those of this tensor.
+        weights: K coefficients lambda_i instead of those that the method would choose, as :func:`task_weights` finds
+            them over the whole model. The scale stays that of the recipe. If not given, statistics over "the whole
+            model" are those of this tensor.
         name: the tensor's name in the model. The recipe's rules, splits and defaults go by it; without a name none
             apply.
+        out: receives the result: of its shape, dtype and device, with any strides. It may be an input, or share memory
+            with inputs: it is written when all is done, and not at all after an error.
 
     Returns:
-        A new contiguous tensor on the base's device, with its dtype (or the recipe's ``out_dtype``). It is equal, bit
-        for bit, to what :func:`merge` gives for this tensor with these weights. Inputs are not modified.
+        ``out``, or a new contiguous tensor on the base's device, with its dtype (or the recipe's ``out_dtype``). It is
+        equal, bit for bit, to what :func:`merge` gives for this tensor with these weights. Inputs are not modified.
 
     Raises:
         ArgumentError: an argument is invalid, or the recipe stacks this tensor with others.
@@ -56,22 +60,65 @@ def merge_tensors(
         scale = recipe.global_scale(len(tensors))
         recipe = recipe.replace(weights=weights, scale="auto" if scale is None else scale)
     key = "tensor" if name is None else name
-    select, views = _rules_for(TensorSpec(key, tuple(base.shape), base.dtype), recipe) if name is not None else ((), ())
-    return merge({key: base}, [{key: tensor} for tensor in tensors], recipe.replace(select=select, views=views))[key]
+    spec = TensorSpec(key, tuple(base.shape), base.dtype)
+    select, views = _rules_for(spec, recipe) if name is not None else ((), ())
+    if out is not None:
+        wanted = recipe.out_dtype if base.dtype in MERGEABLE else None
+        _check_out(out, base, base.dtype if wanted is None else getattr(torch, wanted))
+    recipe = recipe.replace(select=select, views=views)
+    merged = merge({key: base}, [{key: tensor} for tensor in tensors], recipe)[key]
+    if out is None:
+        return merged
+    with torch.no_grad():
+        return out.copy_(merged)
+
+
+def merge_deltas(
+    deltas: Sequence[Tensor],
+    *,
+    method: str | Method | None = None,
+    recipe: Recipe | None = None,
+    weights: Sequence[float] | None = None,
+    name: str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Merge one tensor of K task vectors v_i = theta_i - theta_0, for hosts that hold these instead of models.
+
+    Returns ``scale * merged``, which is to be added to theta_0, in the dtype of ``deltas[0]`` (or the recipe's
+    ``out_dtype``). All else is as for :func:`merge_tensors`; where v_i is exact in its dtype, so is this method's view
+    of it, whatever theta_0 is.
+    """
+    _check_sequence("deltas", deltas)
+    first = _checked(deltas[0], "deltas[0]")
+    origin = torch.zeros((), dtype=first.dtype, device=first.device).expand(first.shape)
+    return merge_tensors(origin, deltas, method=method, recipe=recipe, weights=weights, name=name, out=out)
 
 
 def _check_tensors(base: object, tensors: object) -> None:
-    if not isinstance(base, Tensor):
-        raise ArgumentError(f"base must be a tensor, got {type(base).__name__}")
+    shape = _checked(base, "base").shape
+    for i, tensor in enumerate(_check_sequence("tensors", tensors)):
+        if _checked(tensor, f"tensors[{i}]").shape != shape:
+            raise ArgumentError(f"tensors[{i}] has shape {tuple(tensor.shape)} but base has {tuple(shape)}")
+
+
+def _check_sequence(name: str, tensors: object) -> Sequence[Tensor]:
     if not isinstance(tensors, Sequence) or not tensors:
-        raise ArgumentError("tensors must be a list of at least one tensor")
-    dense(base, "base")
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, torch.Tensor):
-            raise ArgumentError(f"tensors[{i}] must be a tensor, got {type(tensor).__name__}")
-        dense(tensor, f"tensors[{i}]")
-        if tensor.shape != base.shape:
-            raise ArgumentError(f"tensors[{i}] has shape {tuple(tensor.shape)} but base has {tuple(base.shape)}")
+        raise ArgumentError(f"{name} must be a list of at least one tensor")
+    return tensors
+
+
+def _checked(tensor: object, name: str) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    return dense(tensor, name)
+
+
+def _check_out(out: object, base: Tensor, dtype: torch.dtype) -> None:
+    tensor = _checked(out, "out")
+    if tensor.shape != base.shape or tensor.dtype != dtype or tensor.device != base.device:
+        raise ArgumentError(f"out must be a {dtype} tensor of shape {tuple(base.shape)} on {base.device}")
+    if internal_overlap(tensor.shape, tensor.stride()):
+        raise ArgumentError(f"out may overlap itself in memory (strides {tensor.stride()})")
 
 
 def _rules_for(spec: TensorSpec, recipe: Recipe) -> tuple[tuple[Rule, ...], tuple[View, ...]]:

@@ -1,0 +1,40 @@
+"""Writing a merged model into a module that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.state_dict import tied_names
+from ..dense import dense
+from ..errors import CheckpointError
+
+
+class Target:
+    """The tensors of a module's state dict, which a merged model with these names and shapes is written into.
+
+    Raises CheckpointError, naming the tensor, if one has no memory of its own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        held = module.state_dict(keep_vars=True)
+        self._tensors = {
+            name: dense(tensor, f"into: tensor {name!r}", CheckpointError) for name, tensor in held.items()
+        }
+        self._tied = tied_names(self._tensors)
+
+    def fill(self, merged: Mapping[str, Tensor]) -> None:
+        """Copy all tensors, rounded to the module's dtypes; CheckpointError, and no copy, where one does not fit."""
+        for name, tensor in merged.items():
+            held = self._tensors.get(name)
+            if held is None or held.shape != tensor.shape:
+                has = "lacks it" if held is None else f"has shape {tuple(held.shape)}"
+                raise CheckpointError(f"into: the merged model has {name!r} {tuple(tensor.shape)}, the module {has}")
+        for name in self._tensors:
+            if name not in merged and self._tied.get(name) not in merged:
+                raise CheckpointError(f"into: the module has {name!r}, which the merged model lacks")
+        with torch.no_grad():
+            for name, tensor in merged.items():
+                self._tensors[name].copy_(tensor)

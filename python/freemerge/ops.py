@@ -1,0 +1,108 @@
+"""The filter as operators of torch, ``freemerge::filter`` and ``freemerge::filter_``: for compiled and exported graphs.
+
+They are there once :mod:`freemerge.filter` is imported.
+
+An operator's arguments are tensors, numbers and text, so a response travels as text.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
+from .responses import RESPONSES, Response, from_config
+
+_UNWRITTEN: dict[str, Response] = {}  # responses without a configuration, which graphs may name as long as they live
+
+
+def text_of(response: Response) -> str:
+    """A response as text, for :func:`response_of`: ``"HighPass|cutoff=0.4|..."``, or the name of a custom one.
+
+    In plain operations on text, which torch.compile follows.
+    """
+    text: str = type(response).__name__
+    if text not in RESPONSES:
+        name: str = _name_of(response)
+        return name
+    for field in response.__dataclass_fields__:
+        if not field.startswith("_"):  # of the class
+            text = f"{text}|{field}={getattr(response, field)!r}"
+    return text
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _name_of(response: Response) -> str:
+    name = f"{type(response).__name__} {hash(response):x}"
+    while _UNWRITTEN.setdefault(name, response) != response:
+        name += "'"
+    return name
+
+
+@lru_cache(256)
+def response_of(text: str) -> Response:
+    """The inverse of :func:`text_of`; in the same process for a custom response."""
+    if text in _UNWRITTEN:
+        return _UNWRITTEN[text]
+    name, *fields = text.split("|")
+    values = (field.partition("=") for field in fields)
+    try:
+        return from_config({"type": name} | {key: ast.literal_eval(value) for key, _, value in values})
+    except (SyntaxError, ValueError) as error:
+        raise ArgumentError(f"response {text!r}: {error}") from None
+
+
+def filter_in_graph(x: Tensor, response: Response, scale: float, backend: str) -> None:
+    """The filter in place, as a node of the graph that is traced, with gradients where they are recorded."""
+    if x.requires_grad and torch.is_grad_enabled():
+        x.copy_(filtered_in_graph(x, response, scale, backend))
+    else:
+        torch.ops.freemerge.filter_(x, text_of(response), float(scale), backend)
+
+
+def filtered_in_graph(x: Tensor, response: Response, scale: float, backend: str) -> Tensor:
+    """The filter to new memory, as a node of a graph: of torch.compile's, or of autograd's."""
+    filtered: Tensor = torch.ops.freemerge.filter(x, text_of(response), float(scale), backend)
+    return filtered
+
+
+def define(filter_: Callable[..., Any], filtered: Callable[..., Any]) -> None:
+    """Register the operators, whose work these functions do."""
+
+    @torch.library.custom_op("freemerge::filter_", mutates_args={"x"})
+    def in_place(x: Tensor, response: str, scale: float = 1.0, backend: str = "auto") -> None:
+        filter_(x, response_of(response), scale=scale, backend=backend)
+
+    @in_place.register_fake
+    def _(x: Tensor, response: str, scale: float = 1.0, backend: str = "auto") -> None:
+        return None
+
+    @torch.library.custom_op("freemerge::filter", mutates_args=())
+    def new(x: Tensor, response: str, scale: float = 1.0, backend: str = "auto") -> Tensor:
+        result: Tensor = filtered(x, response_of(response), scale=scale, backend=backend)
+        return result
+
+    @new.register_fake
+    def _(x: Tensor, response: str, scale: float = 1.0, backend: str = "auto") -> Tensor:
+        return x.new_empty(x.shape)
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.options = inputs
+
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        # Gains are real, and so the filter is its own adjoint.
+        return torch.ops.freemerge.filter(gradient, *ctx.options), None, None, None
+
+    def batched(info: Any, dims: tuple[Any, ...], x: Tensor, *options: Any) -> tuple[Tensor, int]:
+        x = x.movedim(dims[0], 0)
+        if x.ndim > 2:
+            return new(x, *options), 0
+        return torch.stack([new(vector, *options) for vector in x]), 0
+
+    new.register_autograd(backward, setup_context=remember)
+    new.register_vmap(batched)

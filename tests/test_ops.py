@@ -1,0 +1,180 @@
+"""The filter within torch: gradients, compiled graphs, transforms."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import freemerge as fm
+from cases import RESPONSES
+from freemerge.filter import filter_ as _registered  # noqa: F401 (the operators)
+from freemerge.ops import response_of, text_of
+
+MASK = torch.randn(6, 7, generator=torch.Generator().manual_seed(1)).numpy()
+CUSTOM = fm.Custom(MASK)  # neither even nor odd
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("response", [*RESPONSES, CUSTOM], ids=repr)
+def test_text_and_back(response: fm.Response) -> None:
+    assert response_of(text_of(response)) == response
+
+
+@pytest.mark.parametrize("text", ["", "HighPass", "HighPass|cutoff=", "HighPass|cutoff=open('x')", "Nothing|a=1", "x"])
+def test_text_that_names_no_response(text: str) -> None:
+    with pytest.raises(fm.ArgumentError, match="response"):
+        torch.ops.freemerge.filter(noise(3, 4), text)
+
+
+@pytest.mark.parametrize("response", [*RESPONSES, CUSTOM], ids=repr)
+@pytest.mark.parametrize("shape", [(6, 7), (2, 6, 7)])
+def test_the_gradient_is_the_filtered_gradient(response: fm.Response, shape: tuple[int, ...]) -> None:
+    x = noise(*shape, grad=True)
+    assert torch.autograd.gradcheck(lambda x: fm.filtered(x, response, scale=-0.5), (x,))
+    assert torch.equal(fm.filtered(x, response).detach(), fm.filtered(x.detach(), response))
+
+
+@pytest.mark.parametrize("response", [fm.HighPass(0.3), fm.Center(-1), CUSTOM], ids=repr)
+def test_the_adjoint_matches_the_mask(response: fm.Response) -> None:
+    """<F x, y> = <x, F^T y> by the matrix of the filter, from the mask alone."""
+    shape = (6, 7)
+    mask = torch.from_numpy(response.mask(shape))
+    columns = torch.eye(42, dtype=torch.float64).reshape(42, *shape)
+    matrix = torch.fft.ifft2(mask * torch.fft.fft2(columns)).real.reshape(42, 42)  # row i: the image of entry i
+    x = noise(*shape, grad=True)
+    weights = noise(*shape) + 1
+    (fm.filtered(x, response) * weights).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.flatten(), matrix @ weights.flatten(), atol=1e-12, rtol=0)
+
+
+def test_higher_derivatives_and_vectors() -> None:
+    for shape in ((9,), (5, 6)):
+        x = noise(*shape, grad=True)
+        assert torch.autograd.gradgradcheck(lambda x: fm.filtered(x, fm.Gaussian(0.2)) ** 3, (x,))
+
+
+def test_lists_with_gradients() -> None:
+    x, y = noise(5, 6, grad=True), noise(4)
+    first, second = fm.filtered([x, y], fm.HighPass(0.3))
+    assert first.requires_grad
+    assert not second.requires_grad
+    assert isinstance(fm.filtered((x, y), fm.HighPass(0.3)), tuple)
+    with pytest.raises(fm.ArgumentError, match="part of an autograd graph"):
+        fm.filter_(x * 1, fm.HighPass(0.3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        (torch.float32, (7,)),
+        (torch.float64, (5, 6)),
+        (torch.bfloat16, (2, 5, 6)),
+        (torch.float16, (6, 5)),
+    ],
+)
+def test_opcheck(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for response in (fm.HighPass(0.3), fm.Center(-1)):
+        text = text_of(response)
+        opcheck(torch.ops.freemerge.filter.default, (noise(*shape, dtype=dtype), text))
+        opcheck(torch.ops.freemerge.filter.default, (noise(*shape, dtype=dtype, grad=True), text, -2.0, "auto"))
+        opcheck(torch.ops.freemerge.filter_.default, (noise(*shape, dtype=dtype), text, 0.5, "auto"))
+
+
+def graphs(function: Callable[..., object], *arguments: object) -> tuple[object, list[list[str]]]:
+    """What a function gives when it is compiled as one graph, and the nodes of the graph that are ours."""
+    seen: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        seen.append([str(node.target) for node in graph.graph.nodes if "freemerge" in str(node.target)])
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)(*arguments), seen
+
+
+@pytest.mark.parametrize(
+    "response", [fm.HighPass(0.3), fm.Gaussian(0.2), fm.Official(0.7), fm.Center(-1), CUSTOM], ids=repr
+)
+def test_compiled_without_a_graph_break(response: fm.Response) -> None:
+    def work(x: Tensor) -> Tensor:
+        y = x * 2
+        fm.filter_(y, response, scale=0.5)
+        a, b = fm.filtered([y, x], response)
+        return a + b.sin()
+
+    x = noise(6, 7)
+    result, seen = graphs(work, x)
+    assert torch.equal(result, work(x))  # type: ignore[arg-type]
+    assert seen == [["freemerge.filter_", "freemerge.filter", "freemerge.filter"]]
+
+
+def test_a_response_made_within_the_graph() -> None:
+    def work(x: Tensor) -> Tensor:
+        return fm.filtered(x, fm.HighPass(0.25, metric="normalized"))
+
+    x = noise(6, 7)
+    result, seen = graphs(work, x)
+    assert torch.equal(result, work(x))  # type: ignore[arg-type]
+    assert len(seen) == 1
+
+
+def test_compiled_gradients() -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(7, 6).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.inner(x)
+            fm.filter_(hidden, fm.LowPass(0.4))
+            return fm.filtered(hidden, fm.HighPass(0.1), scale=3.0)
+
+    layer, x = Layer(), noise(5, 7)
+    torch._dynamo.reset()
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    compiled = layer.inner.weight.grad
+    layer.inner.weight.grad = None
+    hidden = fm.filtered(layer.inner(x), fm.LowPass(0.4))
+    fm.filtered(hidden, fm.HighPass(0.1), scale=3.0).square().sum().backward()
+    torch.testing.assert_close(compiled, layer.inner.weight.grad)
+
+
+def test_exported() -> None:
+    class Smooth(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return fm.filtered(x + 1, fm.LowPass(0.2))
+
+    x = noise(6, 7)
+    program = torch.export.export(Smooth(), (x,))
+    assert torch.equal(program.module()(x), Smooth()(x))
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6), (3, 9), (3, 2, 4, 5)])
+def test_vmap(shape: tuple[int, ...]) -> None:
+    x = noise(*shape)
+    text = text_of(fm.HighPass(0.3))
+    expected = torch.stack([fm.filtered(item, fm.HighPass(0.3)) for item in x])
+    # A batch and a single matrix may take other kernels.
+    torch.testing.assert_close(torch.func.vmap(lambda x: torch.ops.freemerge.filter(x, text))(x), expected)
+    last = torch.func.vmap(lambda x: torch.ops.freemerge.filter(x, text), in_dims=-1, out_dims=-1)(x.movedim(0, -1))
+    torch.testing.assert_close(last, expected.movedim(0, -1))
+
+
+def test_the_operators_are_there_after_an_import_of_the_filter() -> None:
+    program = (
+        "import torch; from freemerge import filtered, HighPass; x = torch.randn(5, 6)\n"
+        "f = lambda x: filtered(x, HighPass(0.3))\n"
+        "assert torch.equal(torch.compile(f, fullgraph=True, backend='eager')(x), f(x))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
