@@ -102,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="for instance 2GB (default 5GB)"
     )
+    merging.add_argument("--quiet", action="store_true", help="no progress and no warnings")
     merging.add_argument(
         "--memory",
         type=_size,
@@ -134,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     verifying = commands.add_parser("verify", allow_abbrev=False, help="check a merged directory against its manifest")
     verifying.add_argument("directory", type=Path)
     verifying.set_defaults(run=_verify)
+
+    cleaning = commands.add_parser("clean", allow_abbrev=False, help="remove what killed runs left in a directory")
+    cleaning.add_argument("directory", type=Path, help="where outputs are written")
+    cleaning.add_argument("--dry-run", action="store_true", help="report it only")
+    cleaning.set_defaults(run=_clean)
 
     demonstrating = commands.add_parser(
         "demo", allow_abbrev=False, help="train, merge and compare small real models (about a minute)"
@@ -301,13 +307,13 @@ def _merge(options: argparse.Namespace) -> int:
         max_shard_bytes=options.max_shard_size,
         memory=options.memory,
         resume=options.resume,
-        progress=not options.json,
+        progress=not (options.json or options.quiet),
         tokenizer_from=options.tokenizer_from,
-        on_start=lambda inspection: None if options.json else _print_warnings(inspection),
+        on_start=lambda inspection: None if options.json or options.quiet else _print_warnings(inspection),
     )
     if options.json:
         print(json.dumps(_plain(report)))
-    else:
+    elif not options.quiet:
         _print_report(report, recipe)
     return DONE
 
@@ -370,6 +376,20 @@ def _verify(options: argparse.Namespace) -> int:
         print(problem)
     print("verified" if not problems else f"{len(problems)} problems")
     return FAILED if problems else DONE
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from .checkpoint.publish import clean
+
+    for left in clean(options.directory, remove=not options.dry_run):
+        if left.alive:
+            what = "kept, a run is writing it"
+        elif left.holds_output:
+            what = "kept, a whole output that was being replaced; move it to where it belongs"
+        else:
+            what = "left by a killed run" if options.dry_run else "removed"
+        print(f"{left.path}: {what} ({left.nbytes / 1e6:.3g} MB)")
+    return DONE
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -232,12 +232,7 @@ class Merger:
 
         entries = sum(self.specs[name].numel for name in names)
         models = [partial(model.read_flat, names) for model in self.models]
-        return Deltas(names[0], (entries,), base, models, lambda means: self._check_all(names, means))
-
-    def _check_all(self, names: Sequence[str], means: Sequence[float]) -> None:
-        if not all(map(math.isfinite, means)):
-            for name in names:
-                self._check(name, [math.inf])
+        return Deltas(names[0], (entries,), base, models, partial(self._check, names))
 
     def _vectors(self, unit: Unit) -> TaskVectors:
         deltas = tuple(
@@ -246,7 +241,7 @@ class Merger:
                 self.specs[name].shape,
                 partial(self._read_base, name),
                 [partial(model.read, name) for model in self.models],
-                partial(self._check, name),
+                partial(self._check, (name,)),
             )
             for name in unit.names
         )
@@ -267,12 +262,15 @@ class Merger:
         device = self.base.device(name)
         return device if self._chosen is None else self._chosen.device(device)
 
-    def _check(self, name: str, means: Sequence[float]) -> None:
-        """Raise CheckpointError, naming the source, if a mean |theta_i - theta_0| is not finite."""
-        if not all(map(math.isfinite, means)):
+    def _check(self, names: Sequence[str], means: Sequence[float]) -> None:
+        """Raise CheckpointError, naming tensor and source, if a mean |theta_i - theta_0| of theirs is not finite."""
+        if all(map(math.isfinite, means)):
+            return
+        for name in names:
             for source in (self.base, *self.models):
                 check_finite(name, source.read(name), source.origin(name))
-            raise CheckpointError(f"tensor {name!r}: the difference of a model and the base overflows")
+        which = f"tensor {names[0]!r}" if len(names) == 1 else f"one of the tensors {names[0]!r} to {names[-1]!r}"
+        raise CheckpointError(f"{which}: the difference of a model and the base overflows")
 
 
 @dataclass(frozen=True)
