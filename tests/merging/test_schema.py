@@ -45,6 +45,9 @@ def valid(value: Any, schema: dict[str, Any]) -> bool:
         elif keyword == "properties":
             if not all(valid(value[name], sub) for name, sub in asked.items() if name in value):
                 return False
+        elif keyword == "dependentRequired":
+            if not all(set(needed) <= value.keys() for name, needed in asked.items() if name in value):
+                return False
         elif keyword == "additionalProperties":
             if not asked and value.keys() - schema["properties"].keys():
                 return False
@@ -81,6 +84,8 @@ def test_presets(file: Path) -> None:
     "recipe",
     [
         *(fm.Recipe(method=method) for method in fm.methods.METHODS),
+        fm.Recipe(method="ties", filter="before"),
+        fm.Recipe(fm.Gaussian(0.1), method="average", filter="after"),
         *(fm.Recipe(response) for response in RESPONSES if type(response).__name__ in fm.responses.RESPONSES),
         fm.Recipe(
             weights=[0.5, 1],
@@ -109,6 +114,8 @@ def test_recipes(recipe: fm.Recipe) -> None:
         {"weights": [True]},
         {"method": "averag"},
         {"method": "average", "align": True},
+        {"method": "average", "cutoff": 0.1},
+        {"filter": "during", "method": "average"},
         {"method": "ties", "density": 2},
         {"method": "dare", "seed": -1},
         {"align": 1},

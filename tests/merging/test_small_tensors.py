@@ -22,6 +22,7 @@ RECIPES = [
     fm.Recipe(method="average", out_dtype="float16"),
     fm.Recipe(method="task_arithmetic", compute_dtype="float64"),
     fm.Recipe(method="ties"),
+    fm.Recipe(method="average", filter="before"),
     fm.Recipe(scope="tensor"),
     fm.Recipe(method="dare"),
 ]

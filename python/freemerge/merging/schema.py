@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..methods import METHODS, Method
+from ..methods.fr import FR
 from ..methods.parameters import Parameter, parameters_of
 from ..responses.base import RESPONSES, Response
 from .recipe import PRESETS, VERSION, Recipe
@@ -28,7 +29,9 @@ def recipe_schema() -> Schema:
         "rename": {"type": "array", "items": {"anyOf": [_object({"from": _PLAIN[str], "to": _PLAIN[str]}), _pair()]}},
         **{name: _parameter(parameter) for name, parameter in parameters_of(Recipe).items()},
     }
-    own = {name: _method(METHODS[name]) for name in sorted(METHODS)}
+    filtering = _method(FR)
+    filtering = {name: filtering[name] for name in ("response", "cutoff")}
+    own = {name: {**filtering, **_method(METHODS[name])} for name in sorted(METHODS)}
     everything: Schema = {}
     for properties in own.values():
         for name, schema in properties.items():
@@ -44,7 +47,12 @@ def recipe_schema() -> Schema:
         "allOf": [
             {
                 "if": {"properties": {"method": {"const": name}}, "required": ["method"]},
-                "then": {"properties": properties, "propertyNames": {"enum": [*common, *properties]}},
+                "then": {
+                    "properties": properties,
+                    "propertyNames": {"enum": [*common, *properties]},
+                    # Only FR-Merging filters without being asked to.
+                    "dependentRequired": {} if METHODS[name]().response else {key: ["filter"] for key in filtering},
+                },
             }
             for name, properties in own.items()
         ],
