@@ -10,6 +10,8 @@ from . import errors as errors
 from . import methods as methods
 from . import responses as responses
 from .backends.registry import backends
+from .checkpoint import Difference as Difference
+from .checkpoint import diff as diff
 from .checkpoint import verify
 from .errors import ArgumentError as ArgumentError
 from .errors import BackendError as BackendError

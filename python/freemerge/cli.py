@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from . import __version__
 from .errors import ArgumentError, FreemergeError, RefusedError
 from .merging.recipe import PRESETS, Recipe
+from .merging.schema import recipe_schema
 from .merging.selection import Action
 from .methods import METHODS
 from .methods.filtered import Filter
@@ -102,12 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="for instance 2GB (default 5GB)"
     )
+    merging.add_argument("--quiet", action="store_true", help="no progress and no warnings")
     merging.add_argument(
         "--memory",
         type=_size,
         default="128MB",
         metavar="SIZE",
-        help="tensors that may wait to be written, beside those at work (default 128MB)",
+        help="tensors that are read ahead, and that may wait to be written, beside those at work (default 128MB)",
     )
     merging.set_defaults(run=_merge)
 
@@ -134,6 +136,20 @@ def _parser() -> argparse.ArgumentParser:
     verifying = commands.add_parser("verify", allow_abbrev=False, help="check a merged directory against its manifest")
     verifying.add_argument("directory", type=Path)
     verifying.set_defaults(run=_verify)
+
+    differing = commands.add_parser("diff", allow_abbrev=False, help="how two checkpoints differ, tensor by tensor")
+    differing.add_argument("first", metavar="A", help="a checkpoint")
+    differing.add_argument("second", metavar="B", help="another one")
+    differing.add_argument("--json", action="store_true", help="print one JSON object a line")
+    differing.set_defaults(run=_diff)
+
+    schema = commands.add_parser("schema", allow_abbrev=False, help="print the JSON schema of recipes, for editors")
+    schema.set_defaults(run=_schema)
+
+    cleaning = commands.add_parser("clean", allow_abbrev=False, help="remove what killed runs left in a directory")
+    cleaning.add_argument("directory", type=Path, help="where outputs are written")
+    cleaning.add_argument("--dry-run", action="store_true", help="report it only")
+    cleaning.set_defaults(run=_clean)
 
     demonstrating = commands.add_parser(
         "demo", allow_abbrev=False, help="train, merge and compare small real models (about a minute)"
@@ -301,13 +317,13 @@ def _merge(options: argparse.Namespace) -> int:
         max_shard_bytes=options.max_shard_size,
         memory=options.memory,
         resume=options.resume,
-        progress=not options.json,
+        progress=not (options.json or options.quiet),
         tokenizer_from=options.tokenizer_from,
-        on_start=lambda inspection: None if options.json else _print_warnings(inspection),
+        on_start=lambda inspection: None if options.json or options.quiet else _print_warnings(inspection),
     )
     if options.json:
         print(json.dumps(_plain(report)))
-    else:
+    elif not options.quiet:
         _print_report(report, recipe)
     return DONE
 
@@ -370,6 +386,45 @@ def _verify(options: argparse.Namespace) -> int:
         print(problem)
     print("verified" if not problems else f"{len(problems)} problems")
     return FAILED if problems else DONE
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from .checkpoint import diff
+
+    found = 0
+    for difference in diff(options.first, options.second):
+        found += 1
+        if options.json:
+            print(json.dumps(_plain(difference)))
+            continue
+        told = difference.kind
+        if difference.first != difference.second:
+            told += ": " + " and ".join(filter(None, (difference.first, difference.second)))
+        if difference.largest is not None and difference.mean is not None:
+            told += f", at most {difference.largest:.3g}, mean {difference.mean:.3g}"
+        print(f"{_printable(difference.name)}  {told}")
+    if not options.json:
+        print(f"{found} tensors differ" if found else "the same")
+    return FAILED if found else DONE
+
+
+def _schema(options: argparse.Namespace) -> int:
+    print(json.dumps(recipe_schema(), indent=2))
+    return DONE
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from .checkpoint.publish import clean
+
+    for left in clean(options.directory, remove=not options.dry_run):
+        if left.alive:
+            what = "kept, a run is writing it"
+        elif left.holds_output:
+            what = "kept, a whole output that was being replaced; move it to where it belongs"
+        else:
+            what = "left by a killed run" if options.dry_run else "removed"
+        print(f"{left.path}: {what} ({left.nbytes / 1e6:.3g} MB)")
+    return DONE
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from .carry import carry_over
 from .compare import Comparison, check_finite, compare
+from .differences import Difference, diff
 from .manifest import InputHashes, build_manifest, verify
 from .model_card import model_card
 from .opening import Inputs, open_inputs, open_model
@@ -16,6 +17,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "Comparison",
+    "Difference",
     "InputHashes",
     "Inputs",
     "Source",
@@ -24,6 +26,7 @@ __all__ = [
     "carry_over",
     "check_finite",
     "compare",
+    "diff",
     "model_card",
     "open_inputs",
     "open_model",

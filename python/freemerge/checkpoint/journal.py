@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ class Journal:
     def __init__(self, folder: Path, identity: Mapping[str, object], *, resumed: bool) -> None:
         self._path = folder / JOURNAL
         self.earlier: list[dict[str, Any]] = []
-        if resumed and self._path.exists():
-            first, *self.earlier = self._entries() or [{}]
+        entries = self._entries() if resumed and self._path.exists() else []
+        if entries:
+            first, *self.earlier = entries
             plain = json.loads(json.dumps(identity))
             changed = [key for key in plain if first.get(key) != plain[key]]
             if changed:
@@ -31,9 +33,11 @@ class Journal:
                     f"what was left by a killed run cannot be continued, as other {' and '.join(changed)} made it; "
                     "run without resume to start anew"
                 )
-        self._stream = open(self._path, "w", encoding="utf-8")  # noqa: SIM115  closed by close()
+        new = self._path.with_suffix(".new")
+        self._stream = open(new, "w", encoding="utf-8")  # noqa: SIM115  closed by close()
         for entry in (identity, *self.earlier):
             self.add(entry)
+        os.replace(new, self._path)  # at no instant is the former one cut short
 
     def add(self, entry: Mapping[str, object]) -> None:
         """Note something down; it survives the process, and if the machine fails, what it says is checked by hashes."""

@@ -103,6 +103,11 @@ class Staging:
             self._lock = -1
         self._remove_made_parents()
 
+    def leave(self) -> None:
+        """Let go of the hidden directory and leave it to another writer."""
+        os.close(self._lock)
+        self._lock = -1
+
     def _exchange(self) -> None:
         """Replace an old output, which is then deleted."""
         old = os.open(self._out, os.O_RDONLY | os.O_DIRECTORY)

@@ -118,6 +118,9 @@ class Checkpoint(ABC):
         """Tensors of one dtype end to end, as a vector, for reading only: one read where a file holds them so."""
         return torch.cat([self.read(name).reshape(-1) for name in names])
 
+    def will_need(self, names: Sequence[str]) -> None:  # noqa: B027  sources in memory have nothing to do
+        """Tell the system that tensors are going to be read soon, so that it fetches them from the disk meanwhile."""
+
     def device(self, name: str) -> torch.device:
         """Where :meth:`read` returns a tensor: files are read on the CPU."""
         return torch.device("cpu")
@@ -291,6 +294,10 @@ class _Safetensors(_OnDisk):
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._files[name].read_rows(name, start, stop)
+
+    def will_need(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._files[name].will_need(name)
 
     def read_flat(self, names: Sequence[str]) -> torch.Tensor:
         flat = self._files[names[0]].read_flat(names)

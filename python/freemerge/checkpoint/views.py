@@ -32,6 +32,9 @@ class View(Checkpoint):
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.inner.read_rows(self._sources[name], start, stop)
 
+    def will_need(self, names: Sequence[str]) -> None:
+        self.inner.will_need([self._sources[name] for name in names])
+
     def read_flat(self, names: Sequence[str]) -> torch.Tensor:
         return self.inner.read_flat([self._sources[name] for name in names])
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, RefusedError
 from .hashing import Hasher
 from .journal import JOURNAL, Journal
 from .locate import SAFETENSORS, SAFETENSORS_INDEX
@@ -149,6 +149,10 @@ class CheckpointWriter:
                 self._files[shard.file] = file
                 self.whole |= {n for n, slot in shard.slots.items() if slot.offset + slot.spec.nbytes <= file.whole}
             self._pending -= self.whole
+        except RefusedError:
+            self._background.close()
+            self._staging.leave()
+            raise
         except BaseException as error:
             self._abort()
             if isinstance(error, OSError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..accumulate import add_round
 from ..backends.registry import named
-from ..checkpoint import MERGEABLE, Checkpoint, Inputs, TensorSpec
+from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
 from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices
 from ..errors import CheckpointError
 from ..methods import Measured, Merged
@@ -49,14 +50,22 @@ class Merger:
         notices: what is worth knowing about the inputs, in sentences.
         inputs: how base and models were opened.
         scale: the global scale; None if :meth:`measure` has to find it.
+        memory: bytes that are fetched from the disk before they are needed.
     """
 
-    def __init__(self, base: Checkpoint, models: Sequence[Checkpoint], recipe: Recipe, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        models: Sequence[Checkpoint],
+        recipe: Recipe,
+        backend: str = "auto",
+        memory: int = DEFAULT_MEMORY,
+    ) -> None:
         self._chosen = named(backend)
         if self._chosen is not None:
             self._chosen.require()
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
-        self.method = recipe.merging
+        self.method, self.memory = recipe.merging, memory
 
         def names(name: str) -> tuple[str, ...]:
             first = base.tied.get(name, name)
@@ -112,11 +121,10 @@ class Merger:
         """What the method finds out about the whole model, the weights above all, and the scale."""
 
         def vectors(read_bytes: Callable[[Unit], int]) -> Iterator[TaskVectors]:
-            for unit in self.steps:
-                if unit.action != "copy":
-                    yield self._vectors(unit)
-                    if on_read is not None:
-                        on_read(unit, read_bytes(unit))
+            for unit in self.ahead([unit for unit in self.steps if unit.action != "copy"]):
+                yield self._vectors(unit)
+                if on_read is not None:
+                    on_read(unit, read_bytes(unit))
 
         measured = self.method.measure(_Repeatable(partial(vectors, self._unit_bytes)), len(self.models))
         scale = self.scale
@@ -193,6 +201,24 @@ class Merger:
             raise CheckpointError(f"{self.base.origin(name)}: tensor {name!r} does not fit into {spec.dtype_name}")
         return copied
 
+    def ahead(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        """The units; up to :attr:`memory` bytes of those that follow are fetched from the disk meanwhile."""
+        with ThreadPoolExecutor(1, thread_name_prefix="freemerge-read") as pool:
+            fetched = waiting = 0
+            for unit in units:
+                waiting = max(0, waiting - self._unit_bytes(unit))
+                while fetched < len(units) and (
+                    waiting == 0 or waiting + self._unit_bytes(units[fetched]) <= self.memory
+                ):
+                    pool.submit(self._will_need, units[fetched])
+                    waiting += self._unit_bytes(units[fetched])
+                    fetched += 1
+                yield unit
+
+    def _will_need(self, unit: Unit) -> None:
+        for source in self._sources(unit):
+            source.will_need(unit.names)
+
     # Bytes of tensor data
 
     def _merge_bytes(self, unit: Unit) -> int:
@@ -202,9 +228,12 @@ class Merger:
 
     def _unit_bytes(self, unit: Unit) -> int:
         """What one look at a unit reads."""
+        return sum(source.specs[name].nbytes for name in unit.names for source in self._sources(unit))
+
+    def _sources(self, unit: Unit) -> tuple[Checkpoint, ...]:
+        """The checkpoints from which a unit is read."""
         alone = unit.action == "copy" and not unit.must_agree
-        sources = (self.base,) if alone else (self.base, *self.models)
-        return sum(source.specs[name].nbytes for name in unit.names for source in sources)
+        return (self.base,) if alone else (self.base, *self.models)
 
     # Reading
 
@@ -232,12 +261,7 @@ class Merger:
 
         entries = sum(self.specs[name].numel for name in names)
         models = [partial(model.read_flat, names) for model in self.models]
-        return Deltas(names[0], (entries,), base, models, lambda means: self._check_all(names, means))
-
-    def _check_all(self, names: Sequence[str], means: Sequence[float]) -> None:
-        if not all(map(math.isfinite, means)):
-            for name in names:
-                self._check(name, [math.inf])
+        return Deltas(names[0], (entries,), base, models, partial(self._check, names))
 
     def _vectors(self, unit: Unit) -> TaskVectors:
         deltas = tuple(
@@ -246,7 +270,7 @@ class Merger:
                 self.specs[name].shape,
                 partial(self._read_base, name),
                 [partial(model.read, name) for model in self.models],
-                partial(self._check, name),
+                partial(self._check, (name,)),
             )
             for name in unit.names
         )
@@ -267,12 +291,15 @@ class Merger:
         device = self.base.device(name)
         return device if self._chosen is None else self._chosen.device(device)
 
-    def _check(self, name: str, means: Sequence[float]) -> None:
-        """Raise CheckpointError, naming the source, if a mean |theta_i - theta_0| is not finite."""
-        if not all(map(math.isfinite, means)):
+    def _check(self, names: Sequence[str], means: Sequence[float]) -> None:
+        """Raise CheckpointError, naming tensor and source, if a mean |theta_i - theta_0| of theirs is not finite."""
+        if all(map(math.isfinite, means)):
+            return
+        for name in names:
             for source in (self.base, *self.models):
                 check_finite(name, source.read(name), source.origin(name))
-            raise CheckpointError(f"tensor {name!r}: the difference of a model and the base overflows")
+        which = f"tensor {names[0]!r}" if len(names) == 1 else f"one of the tensors {names[0]!r} to {names[-1]!r}"
+        raise CheckpointError(f"{which}: the difference of a model and the base overflows")
 
 
 @dataclass(frozen=True)

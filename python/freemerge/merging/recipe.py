@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ComputeDType = Literal["float32", "float64"]
 OutDType = Literal["float32", "float64", "bfloat16", "float16"]
 
+VERSION = 1  #: of the format of recipes
 _PRESET_FOLDER = Path(__file__).with_name("presets")
 PRESETS = tuple(sorted(file.stem for file in _PRESET_FOLDER.glob("*.yaml")))  # see docs/presets.md
 
@@ -168,17 +169,20 @@ class Recipe:
     def from_config(cls, config: object) -> Recipe:
         """The inverse of :meth:`to_config`; missing fields keep their defaults, unknown ones are errors.
 
-        A ``preset`` key names the recipe that supplies the defaults.
+        A ``preset`` key names the recipe that supplies the defaults; ``version`` is that of the format.
         """
         if not isinstance(config, Mapping):
             raise ArgumentError(f"a recipe must be a mapping of fields, got {type(config).__name__}")
         options = {str(key): value for key, value in config.items()}
+        version = options.pop("version", VERSION)
+        if version != VERSION or isinstance(version, bool):
+            raise ArgumentError(f"version must be {VERSION}, the only one that this freemerge knows, got {version!r}")
         start = cls.preset(options.pop("preset")) if "preset" in options else cls()
         return start.replace(**options)
 
     def to_yaml(self) -> str:
         """The recipe as YAML text."""
-        return to_yaml(self.to_config())
+        return to_yaml({"version": VERSION, **self.to_config()})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:

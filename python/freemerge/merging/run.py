@@ -121,7 +121,8 @@ def merge_checkpoints(
         base, models, recipe, backend: as for :func:`merge`.
         out: must not exist, unless ``force`` allows to replace an earlier output.
         max_shard_bytes: size above which the output is sharded.
-        memory: bytes of tensors that may wait to be written, beside those at work; one tensor may always.
+        memory: bytes of tensors that may wait to be written, beside those at work (one tensor may always), and as many
+            that are fetched from the disk, into the system's cache, before they are needed.
         resume: go on after the tensors that a killed run of the same merge finished; without one, begin.
         progress: show a progress bar on standard error.
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
@@ -132,7 +133,7 @@ def merge_checkpoints(
         RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
     """
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend)
+        merger = _open(stack, base, models, recipe, backend, memory)
         tokenizer = _side_files(merger, tokenizer_from)
         inspection = merger.inspect()
         on_start(inspection)
@@ -146,7 +147,7 @@ def merge_checkpoints(
         stack.enter_context(writer)  # before the work of a second run that writes there begins
         measured = _measured(merger, writer, advance)
         _carry_over(merger, writer, tokenizer)
-        for unit in sorted(merger.steps, key=lambda unit: writer.place(unit.names[0])):
+        for unit in merger.ahead(sorted(merger.steps, key=lambda unit: writer.place(unit.names[0]))):
             missing = [name for name in merger.outputs(unit) if name not in writer.whole]
             merged = merger.merged(unit, measured, advance) if missing else MergedUnit({}, {})
             for name in missing:
@@ -199,7 +200,14 @@ def task_weights(
         return measured.weights or None
 
 
-def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Recipe | None, backend: str) -> Merger:
+def _open(
+    stack: ExitStack,
+    base: Source,
+    models: Sequence[Source],
+    recipe: Recipe | None,
+    backend: str,
+    memory: int = DEFAULT_MEMORY,
+) -> Merger:
     recipe = checked_recipe(recipe)
     if isinstance(models, str | Path | Mapping | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")
@@ -215,7 +223,7 @@ def _open(stack: ExitStack, base: Source, models: Sequence[Source], recipe: Reci
         merged=lambda names: not left_alone(names, recipe.select),
         renames=recipe.rename,
     )
-    merger = Merger(inputs.base, inputs.models, recipe, backend)
+    merger = Merger(inputs.base, inputs.models, recipe, backend, memory)
     merger.inputs = inputs
     return merger
 

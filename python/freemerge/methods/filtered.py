@@ -100,6 +100,10 @@ class Filtered(Method):
         held = self.method.holds(count, matrix)
         return held if matrix is None else held + 3  # what is filtered, a stack, the spectrum of a single row
 
+    @property
+    def by_entries(self) -> bool:
+        return self.method.by_entries
+
     def default_scale(self, count: int) -> float | None:
         return self.method.default_scale(count)
 

@@ -17,13 +17,15 @@ class Kind:
     """What a parameter may be besides its choices.
 
     ``words`` name it in messages and ``metavar`` in the help of an option. ``convert`` returns a value in its canonical
-    type, or None if it is not of this kind; ``parse`` reads it from text, or raises ValueError.
+    type, or None if it is not of this kind; ``parse`` reads it from text, or raises ValueError. ``schema`` is the JSON
+    schema of its values.
     """
 
     words: str
     metavar: str
     convert: Callable[[object], object]
     parse: Callable[[str], object]
+    schema: Mapping[str, object]
 
 
 def _finite_numbers(value: object) -> tuple[float, ...] | None:
@@ -52,13 +54,21 @@ def number(least: float, most: float) -> Kind:
         checked = finite_number(value)
         return checked if checked is not None and least <= checked <= most else None
 
-    return Kind(f"a number from {least:g} to {most:g}", "N", convert, float)
+    schema = {"type": "number", "minimum": least, "maximum": most}
+    return Kind(f"a number from {least:g} to {most:g}", "N", convert, float, schema)
 
 
-NUMBER = Kind("a finite number", "N", finite_number, float)
-NUMBERS = Kind("a list of finite numbers", "N,N,...", _finite_numbers, _parse_numbers)
-WHOLE_NUMBER = Kind("a whole number >= 0", "N", _whole_number, int)
-FLAG = Kind("true or false", "", _boolean, str)
+_NUMBER = {"type": "number"}
+NUMBER = Kind("a finite number", "N", finite_number, float, _NUMBER)
+NUMBERS = Kind(
+    "a list of finite numbers",
+    "N,N,...",
+    _finite_numbers,
+    _parse_numbers,
+    {"type": "array", "items": _NUMBER, "minItems": 1},
+)
+WHOLE_NUMBER = Kind("a whole number >= 0", "N", _whole_number, int, {"type": "integer", "minimum": 0})
+FLAG = Kind("true or false", "", _boolean, str, {"type": "boolean"})
 
 
 @dataclass(frozen=True)
