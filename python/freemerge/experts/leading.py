@@ -28,10 +28,10 @@ def leading_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor
     """
     shortest = min(matrix.shape)
     if shortest <= EXACT or 4 * (count + _MORE) >= shortest:
-        left, values, right = singular_triplets(matrix, count)
+        left, values, right = singular_triplets(matrix, count, exact=matrix.dtype == torch.float64)
     else:
         basis = _subspace(matrix, count + _MORE)
-        small, values, right = singular_triplets(_transposed_times(matrix, basis).t(), count)
+        small, values, right = singular_triplets(_transposed_times(matrix, basis).t(), count, exact=True)
         left = basis @ small
     kept = values > 0
     left, values, right = left[:, kept], values[kept], right[kept]
