@@ -130,8 +130,8 @@ def trimmed_mean() -> Iterator[type[Method]]:
 
         def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
             merged = []
-            for tensor in vectors.tensors:
-                ordered = torch.stack(list(tensor.each())).sort(0).values
+            for deltas in zip(*vectors.each(), strict=True):
+                ordered = torch.stack(deltas).sort(0).values
                 left_out = round(self.trim * len(ordered))
                 merged.append(ordered[left_out : len(ordered) - left_out].mean(0))
             return Merged(merged)
