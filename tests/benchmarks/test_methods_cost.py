@@ -16,7 +16,7 @@ def test_every_method_passes_the_check(method: str, kind: str) -> None:
 
 
 def test_a_wrong_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(WUDI, "_flow", lambda self, gram, corrected: 0 * gram)
+    monkeypatch.setattr(WUDI, "_way", lambda self, values, corrected: 0 * values)
     with pytest.raises(AssertionError, match="wudi: not the formula"):
         methods.check("wudi", 4, "full")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freemerge.methods.vectors import TaskVectors
+from freemerge.methods.vectors import TaskVectors, watched
 from in_memory import deltas
 
 
@@ -56,3 +56,23 @@ def test_the_parts_of_a_split_share_its_memory() -> None:
     for i, part in enumerate(vectors.matrices([fused])):
         part.fill_(i)
     assert fused[:, 0].tolist() == [0, 0, 0, 1, 1, 2]
+
+
+def test_watched_vectors_tell_their_sum_and_norms_once() -> None:
+    q, k = torch.zeros(3, 2), torch.zeros(4)
+    reads: list[str] = []
+    vectors = TaskVectors((deltas("q", q, [q + 1, q + 2], reads), deltas("k", k, [k - 1, k + 3], [])), False)
+    seen = watched(vectors)
+    for tensors in seen.each():
+        for tensor in tensors:
+            tensor.zero_()  # what is done to them afterwards does not matter
+    assert len(list(seen.each())) == 2, "they can be read again"
+    assert [float(tensor.mean()) for tensor in seen.sums] == [3, 2]
+    assert seen.squares == pytest.approx([6 + 4, 24 + 36])
+    reads.clear()
+    seen.read()
+    assert not reads, "that has been done"
+    unread = watched(vectors)
+    assert [float(tensor.mean()) for tensor in unread.sum([1.0, -1.0])] == [-1, -4]
+    unread.read()
+    assert unread.squares == seen.squares

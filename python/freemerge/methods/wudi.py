@@ -77,18 +77,18 @@ class WUDI(SpectralMethod):
             inputs = task.double() * share
             gram += inputs.mT @ inputs
             downhill += (task - total) @ inputs.mT @ inputs
-        merged = total.add_(downhill @ self._flow(gram, round(self.rank * width)))
+        values, directions = torch.linalg.eigh(gram)
+        way = self._way(values, round(self.rank * width))
+        merged = total.add_((downhill @ directions).mul_(way[..., None, :]) @ directions.mT)
         return merged if rows is None else merged @ rows
 
-    def _flow(self, gram: Tensor, corrected: int) -> Tensor:
-        """The integral of exp(-s A) over s from 0 to t, on the eigenvectors of A that are corrected."""
-        values, directions = torch.linalg.eigh(gram)
+    def _way(self, values: Tensor, corrected: int) -> Tensor:
+        """The integral of exp(-s lambda) over s from 0 to t for each eigenvalue, ascending; 0 for all but the last."""
         largest = values[..., -1:].where(values[..., -1:] > 0, 1.0)
         values = (values / largest).clamp(min=0)
         way = torch.where(values > 0, -torch.expm1(-self.steps * values) / values, self.steps) / largest
         way[..., : max(0, values.shape[-1] - corrected)] = 0.0
-        flow: Tensor = directions * way[..., None, :] @ directions.mT
-        return flow
+        return way
 
 
 def _row_space(tasks: Tensor, shares: Tensor) -> Tensor | None:
