@@ -18,7 +18,8 @@ from freemerge.methods import METHODS
 STATISTICS = [
     *("1.running_mean", "1.running_var", "running_var", "bn.num_batches_tracked", "a.b.running_std"),
     *("bn.moving_mean", "bn.moving_variance", "codebook.cluster_size", "codebook.embed_avg", "model_ema.decay"),
-    *("ema.layer.weight", "layers.0.ema_weight", "norm.ema.shadow"),
+    *("ema.layer.weight", "layers.0.ema_weight", "norm.ema.shadow", "obs_rms.var", "normalizer.variance"),
+    *("quantizer._amax", "observer.min_val", "observer.max_val", "vq._ema_cluster_size", "vq._ema_w"),
 ]
 WEIGHTS = ["running.weight", "layer.weight", "schema.weight", "lemma", "norm.bias", "embed_tokens.weight", "variance"]
 

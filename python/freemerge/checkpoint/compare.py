@@ -131,24 +131,20 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
     if unexpected:
         parts.append(f"has {len(unexpected)} tensors that the base lacks: {_some(unexpected)}")
     only_model = {name: model.specs[name] for name in unexpected}
-    of_files = {name: base.specs[name] for name in missing}
+    shown = {name: base.specs[name] for name in missing}
     in_memory = {alias: base.specs[name] for name in missing for alias in base.aliases(name)}
-    change = prefix_change(only_model, of_files)
-    other = prefix_change(only_model, in_memory)
-    if other is not None and (
-        change is None or explained(other, only_model, in_memory) > explained(change, only_model, of_files)
-    ):
-        advice.append(
-            f"the names differ by a prefix: rename {other[0]!r} to {other[1]!r} (--rename '{'='.join(other)}')"
-        )
-        raise CheckpointError(f"{model.label} {' and '.join(parts)} ({base.label}); {'; '.join(advice)}")
-    if change is not None:
+    changes = [(prefix_change(only_model, names), names) for names in (shown, in_memory)]
+    ranked = [(explained(change, only_model, names), change) for change, names in changes if change is not None]
+    if ranked:
+        change = max(ranked)[1]
         advice.append(
             f"the names differ by a prefix: rename {change[0]!r} to {change[1]!r} (--rename '{'='.join(change)}')"
         )
         renamed = {change[1] + name[len(change[0]) :]: name for name in unexpected if name.startswith(change[0])}
         missing = [name for name in missing if name not in renamed]
         unexpected = [name for name in unexpected if name not in {renamed[new] for new in renamed.keys() & expected}]
+        if any(base.aliases(name) for name in missing):  # they may be known by those names, once they are changed
+            raise CheckpointError(f"{model.label} {' and '.join(parts)} ({base.label}); {'; '.join(advice)}")
     everything = base.specs.keys() | model.specs.keys()
     if set(missing) == expected and missing:  # to take the base's would be no merge
         advice.append("the two have no tensor in common")

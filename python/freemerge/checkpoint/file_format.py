@@ -11,7 +11,7 @@ from .safetensors_file import open_regular
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 GGUF_ADVICE = (
     "a GGUF file, which is quantised or in another layout; dequantise it first, for instance with transformers: "
-    "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(NEW)"
+    "torch.save(AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME).state_dict(), 'NEW.bin')"
 )
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _OTHERS = {

@@ -40,9 +40,16 @@ def inner_module(module: nn.Module) -> tuple[str, nn.Module]:
 
 def counters(names: Collection[str]) -> set[str]:
     """What a wrapper counts, among the names of a model that it wraps."""
-    found = _COUNTERS.intersection(names)
+    found = {name for name in names if _inside_wrappers(name) in _COUNTERS}
     wrapped = all(name in found or name.partition(".")[0] in WRAPPERS for name in names)
-    return set(found) if wrapped else set()
+    return found if wrapped else set()
+
+
+def _inside_wrappers(name: str) -> str:
+    parts = name.split(".")
+    while parts[0] in WRAPPERS and len(parts) > 1:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 class Naming:

@@ -20,9 +20,10 @@ FLOAT8 = frozenset(
 QUANTISATION = ("quantization_config", "compression_config")  # entries of config.json
 _BLOCK = 128  # of DeepSeek's format, where the config does not say
 
-_DEQUANTIZE = (
-    "dequantise it first, for instance with transformers: from_pretrained(PATH), then dequantize() and "
-    "save_pretrained(NEW)"
+_WITH_TRANSFORMERS = "dequantise it first, for instance with transformers: torch.save({}.state_dict(), 'NEW.bin')"
+_BITSANDBYTES = _WITH_TRANSFORMERS.format("AutoModelForCausalLM.from_pretrained(PATH).dequantize()")
+_MXFP4 = _WITH_TRANSFORMERS.format(
+    "AutoModelForCausalLM.from_pretrained(PATH, quantization_config=Mxfp4Config(dequantize=True))"
 )
 _ORIGINAL = (
     "its weights cannot be restored exactly; merge the model that it was quantised from, and quantise the result"
@@ -31,9 +32,9 @@ _ORIGINAL = (
 _PACKED = {
     "bitsandbytes, 4 bit": (
         re.compile(r"\.(quant_state\.bitsandbytes__\w+|nested_absmax|absmax|quant_map)$"),
-        _DEQUANTIZE,
+        _BITSANDBYTES,
     ),
-    "bitsandbytes, 8 bit": (re.compile(r"\.SCB$"), _DEQUANTIZE),
+    "bitsandbytes, 8 bit": (re.compile(r"\.SCB$"), _BITSANDBYTES),
     "GPTQ": (re.compile(r"\.(g_idx|qweight_type)$"), _ORIGINAL),
     "AWQ or GPTQ": (re.compile(r"\.(qweight|qzeros)$"), _ORIGINAL),
     "compressed-tensors": (re.compile(r"\.(weight_packed|weight_zero_point|weight_global_scale)$"), _ORIGINAL),
@@ -80,7 +81,7 @@ def _packed(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
             return kind, found, advice
     for name, spec in checkpoint.specs.items():
         if spec.dtype == torch.uint8 and name.endswith("_blocks") and f"{name[:-7]}_scales" in checkpoint.specs:
-            return "MXFP4", name, _DEQUANTIZE
+            return "MXFP4", name, _MXFP4
         if not spec.dtype.is_floating_point and _scale_of(name, checkpoint.specs):
             return spec.dtype_name, name, _ORIGINAL
     return _mostly_integers(checkpoint)
