@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, settings
 import emulated
 from freemerge.backends import registry
 from freemerge.backends.torch import TorchBackend
+
+# Tests of a host run where it is installed: ./check hosts makes an environment for each.
+collect_ignore = [f"hosts/test_{host}.py" for host in ("mergekit",) if find_spec(host) is None]
 
 settings.register_profile(
     "reproducible", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .merging.run import Report
 
 _SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+MERGEKIT = "mergekit-yaml"
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
@@ -36,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong usage, 3 refused, 130 interrupted,
     143 terminated."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not take time from those that read
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == [MERGEKIT]:  # all that follows is for mergekit
+        options = argparse.Namespace(run=_mergekit, arguments=arguments[1:])
+    else:
+        options = _parser().parse_args(arguments)
     before = _identity(getattr(options, "out", None))
     try:
         code = int(options.run(options))
@@ -162,6 +167,9 @@ def _parser() -> argparse.ArgumentParser:
         "backends", allow_abbrev=False, help="what can filter on this machine, and if not, why"
     )
     listing.set_defaults(run=_backends)
+
+    # Listed for the help; main() hands its arguments over.
+    commands.add_parser(MERGEKIT, add_help=False, help="mergekit's own command, with freemerge's methods in it")
     return parser
 
 
@@ -441,6 +449,16 @@ def _backends(options: argparse.Namespace) -> int:
         for key, value in backend.details.items():
             print(f"         {key}: {value}")
     return DONE
+
+
+def _mergekit(options: argparse.Namespace) -> int:
+    try:
+        from .integrations.mergekit import run_yaml
+    except ModuleNotFoundError as error:
+        if error.name != "mergekit":
+            raise
+        raise ArgumentError("mergekit is not installed: pip install 'freemerge[mergekit]'") from None
+    return run_yaml(options.arguments)
 
 
 def _print_inspection(inspection: Inspection) -> None:

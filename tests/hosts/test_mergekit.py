@@ -1,0 +1,122 @@
+"""freemerge's methods in mergekit, of the version that is installed: on files, against our engine, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from mergekit import merge_methods
+
+import freemerge as fm
+from freemerge.cli import main
+from freemerge.integrations import mergekit
+from freemerge.methods import METHODS
+from hosts.checkpoints import tensors_of, write_models
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="session", params=DTYPES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_models(tmp_path_factory.mktemp(request.param), 3, DTYPES[request.param])
+
+
+def merged(
+    models: list[str], out: Path, config: dict[str, Any], *, weights: list[float] | None = None
+) -> dict[str, Any]:
+    """What `freemerge mergekit-yaml` writes for a configuration."""
+    listed: list[dict[str, Any]] = [{"model": model} for model in models[1:]]
+    for entry, weight in zip(listed, weights or [], strict=False):
+        entry["parameters"] = {"weight": weight}
+    stored = str(next(iter(tensors_of(models[0]).values())).dtype).removeprefix("torch.")
+    content = {"models": listed, "base_model": models[0], "dtype": stored} | config
+    path = out.with_suffix(".yml")
+    path.write_text(yaml.safe_dump(content))
+    assert main(["mergekit-yaml", str(path), str(out), "--no-copy-tokenizer"]) == 0
+    return tensors_of(out)
+
+
+def assert_equal_to_the_engine(
+    found: dict[str, Any], models: list[str], recipe: fm.Recipe, weights: list[float] | None = None
+) -> None:
+    base, *others = [tensors_of(model) for model in models]
+    assert found.keys() == base.keys()
+    for name, tensor in base.items():
+        expected = fm.merge_tensors(tensor, [m[name] for m in others], recipe=recipe, weights=weights, name=name)
+        assert torch.equal(found[name], expected), name
+        assert not torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_by_its_defaults(method: str, models: list[str], tmp_path: Path) -> None:
+    found = merged(models, tmp_path / "out", {"merge_method": f"freemerge_{method}"})
+    assert_equal_to_the_engine(found, models, fm.Recipe(method=method))
+
+
+NUMBERS: list[tuple[str, dict[str, Any]]] = [
+    ("fr", {"cutoff": 0.1, "scale": 0.7}),
+    ("fr", {"cutoff": 0.3, "align": True, "sign_election": True}),
+    ("ties", {"density": 0.5, "scale": 1.5}),
+    ("dare", {"drop": 0.5, "seed": 3}),
+    ("task_arithmetic", {"scale": 0.25}),
+]
+WORDS: list[tuple[str, dict[str, Any]]] = [
+    ("fr", {"cutoff": 0.1, "weights": "uniform", "stats": "filtered"}),
+    ("ties", {"density": 0.3, "scope": "tensor"}),
+]
+HAS_WORDS = hasattr(merge_methods, "register")  # not in the configurations of mergekit 0.1.4
+
+
+@pytest.mark.parametrize(("method", "parameters"), NUMBERS + WORDS * HAS_WORDS)
+def test_parameters(method: str, parameters: dict[str, Any], models: list[str], tmp_path: Path) -> None:
+    found = merged(models, tmp_path / "out", {"merge_method": f"freemerge_{method}", "parameters": parameters})
+    assert_equal_to_the_engine(found, models, fm.Recipe(method=method, **parameters))
+
+
+@pytest.mark.parametrize("method", ["fr", "task_arithmetic", "average", "dare"])
+def test_weights_of_each_model(method: str, models: list[str], tmp_path: Path) -> None:
+    weights = [0.5, -0.25, 1.0]
+    found = merged(models, tmp_path / "out", {"merge_method": f"freemerge_{method}"}, weights=weights)
+    assert_equal_to_the_engine(found, models, fm.Recipe(method=method), weights)
+
+
+def test_gradients_and_filters_of_mergekit_work(models: list[str], tmp_path: Path) -> None:
+    parameters = {"scale": [{"filter": "mlp", "value": 0.5}, {"value": 1.0}]}
+    config = {"merge_method": "freemerge_task_arithmetic", "parameters": parameters}
+    found = merged(models, tmp_path / "out", config)
+    base, *others = [tensors_of(model) for model in models]
+    for name, tensor in base.items():
+        recipe = fm.Recipe(method="task_arithmetic", scale=0.5 if "mlp" in name else 1.0)
+        assert torch.equal(found[name], fm.merge_tensors(tensor, [m[name] for m in others], recipe=recipe, name=name))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"merge_method": "freemerge_ties", "parameters": {"density": 3.0}}, "density must be"),
+        ({"merge_method": "freemerge_dare", "parameters": {"seed": 0.5}}, "seed must be"),
+    ],
+)
+def test_errors_name_the_parameter(
+    config: dict[str, Any], message: str, tmp_path: Path, models: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yml"
+    listed = [{"model": model} for model in models[1:]]
+    path.write_text(yaml.safe_dump({"models": listed, "base_model": models[0], "dtype": "float32"} | config))
+    assert main(["mergekit-yaml", str(path), str(tmp_path / "out"), "--no-copy-tokenizer"]) != 0
+    assert message in capfd.readouterr().err
+
+
+def test_some_weights_are_an_error() -> None:
+    tensors = [torch.ones(2, 2)] * 2
+    with pytest.raises(fm.ArgumentError, match="1 of 2 models have one"):
+        mergekit.merge(fm.methods.FR, torch.zeros(2, 2), tensors, {}, [None, 1.0], "w")
+
+
+def test_help_is_mergekits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mergekit-yaml", "--help"]) == 0
+    assert "--allow-crimes" in capsys.readouterr().out
+    assert main(["mergekit-yaml", "--nonsense"]) == 2
