@@ -82,7 +82,8 @@ def summary(runs: list[dict[str, float]]) -> dict[str, float]:
 
 def in_own_process(job: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.engine", "--run", job, "--folder", str(folder)]
-    told = subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # as the command sets it
+    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     result: dict[str, float] = json.loads(told.stdout)
     return result
 
@@ -148,7 +149,7 @@ def merge(folder: Path, out: Path, recipe: fm.Recipe) -> None:
 
 
 def check(folder: Path, out: Path, recipe: fm.Recipe) -> None:
-    """Compare a matrix and a vector with float64, the weights with those of the definition where that is cheap."""
+    """Compare a matrix and a vector with float64, with the weights and the scale that the manifest names."""
     manifest = json.loads((out / "freemerge.json").read_text())
     measured = manifest["recipe"]["measured"]
     tensors = manifest["tensors"]

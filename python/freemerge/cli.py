@@ -108,7 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     merging.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="for instance 2GB (default 5GB)"
     )
-    merging.add_argument("--quiet", action="store_true", help="no progress and no warnings")
+    merging.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    merging.add_argument(
+        "--log-json", action="store_true", help="instead of a progress bar, print one JSON object a line"
+    )
     merging.add_argument(
         "--memory",
         type=_size,
@@ -314,6 +317,7 @@ def _merge(options: argparse.Namespace) -> int:
     recipe = _recipe(options)
     from .merging.run import merge_checkpoints
 
+    silent = options.json or options.quiet or options.log_json
     report = merge_checkpoints(
         options.base,
         options.models,
@@ -324,14 +328,16 @@ def _merge(options: argparse.Namespace) -> int:
         max_shard_bytes=options.max_shard_size,
         memory=options.memory,
         resume=options.resume,
-        progress=not (options.json or options.quiet),
+        progress="json" if options.log_json else not (options.json or options.quiet),
         tokenizer_from=options.tokenizer_from,
-        on_start=lambda inspection: None if options.json or options.quiet else _print_warnings(inspection),
+        on_start=lambda inspection: None if silent else _print_warnings(inspection),
     )
     if options.json:
         print(json.dumps(_plain(report)))
     elif not options.quiet:
         _print_report(report, recipe)
+        if not options.log_json:
+            _print_stages(report)
     return DONE
 
 
@@ -477,13 +483,28 @@ def _print_inspection(inspection: Inspection) -> None:
         f"{actions.count('copy')} copied; {inspection.read_bytes / 1e9:.3g} GB to read in {inspection.passes} "
         f"pass{'es' if inspection.passes > 1 else ''}, {inspection.write_bytes / 1e9:.3g} GB to write"
     )
+    if inspection.seconds is not None:
+        print(
+            f"needs {inspection.memory_bytes / 1e9:.2g} GB of memory beside the system's cache, "
+            f"{inspection.write_bytes / 1e9:.3g} GB of disk, and about {_duration(inspection.seconds)} where the disk "
+            "keeps up"
+        )
     _print_warnings(inspection)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 99.5 else f"{seconds / 60:.0f} min"
 
 
 def _print_report(report: Report, recipe: Recipe) -> None:
     weights = "per tensor" if report.weights is None else ", ".join(f"{weight:.4f}" for weight in report.weights)
     found = f"weights {weights}; " if recipe.method.weights is not None else ""
     print(f"{report.out}: {found}scale {report.scale:g}")
+
+
+def _print_stages(report: Report) -> None:
+    for stage in report.stages:
+        print(f"  {stage}", file=sys.stderr)
 
 
 def _print_warnings(inspection: Inspection) -> None:

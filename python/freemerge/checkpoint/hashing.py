@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ class Hasher:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="freemerge-sha256")
         self._stop = threading.Event()
+        self.seconds = 0.0  #: that its threads have worked
 
     def submit(self, path: Path, *, flush: bool = False) -> Future[str]:
         """Start hashing ``path``; the future gives the hex digest, or a CheckpointError if the file cannot be read.
@@ -44,6 +46,7 @@ class Hasher:
     def _hash(self, path: Path, flush: bool) -> str:
         if flush:
             _flush(path)
+        begin = time.perf_counter()
         digest = hashlib.sha256()
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         try:
@@ -54,6 +57,7 @@ class Hasher:
                     digest.update(buffer[:count])
         except OSError as error:
             raise CheckpointError(f"cannot hash {path}: {error.strerror}") from error
+        self.seconds += time.perf_counter() - begin
         return digest.hexdigest()
 
     def __enter__(self) -> Hasher:

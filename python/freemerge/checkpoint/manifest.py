@@ -45,6 +45,16 @@ class InputHashes:
             for checkpoint in self._checkpoints
         ]
 
+    @property
+    def seconds(self) -> float:
+        """How long the threads that hash have worked."""
+        return self._hasher.seconds
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files."""
+        return sum(identity[0] for identity in self._before.values())
+
     def _record(self, file: Path) -> dict[str, object]:
         digest = self._futures[file].result()
         identity = _identity(file)

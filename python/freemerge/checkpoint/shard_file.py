@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from contextlib import suppress
@@ -29,18 +30,21 @@ class Background:
         self._limit, self._waiting = limit, 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self.seconds = dict.fromkeys(("write", "hash", "flush"), 0.0)  #: that each stage has worked
+        self.waited = 0.0  #: seconds that the caller has waited for them
         self._threads = {
-            stage: ThreadPoolExecutor(1, thread_name_prefix=f"freemerge-{stage}")
-            for stage in ("write", "hash", "flush")
+            stage: ThreadPoolExecutor(1, thread_name_prefix=f"freemerge-{stage}") for stage in self.seconds
         }
 
     def take(self, nbytes: int) -> None:
         """Wait until so many bytes may be handed over: more than the limit only if nothing else waits."""
+        begin = time.perf_counter()
         with self._changed:
             self._changed.wait_for(
                 lambda: self._error is not None or not self._waiting or self._waiting + nbytes <= self._limit
             )
             self._waiting += nbytes
+        self.waited += time.perf_counter() - begin
         self.check()
 
     def give(self, nbytes: int) -> None:
@@ -54,10 +58,12 @@ class Background:
 
         def guarded() -> None:
             if self._error is None:
+                begin = time.perf_counter()
                 try:
                     work()
                 except BaseException as error:
                     self.stop(error)
+                self.seconds[stage] += time.perf_counter() - begin
 
         self._threads[stage].submit(guarded)
 
@@ -74,10 +80,13 @@ class Background:
 
     def result(self, future: Future[str]) -> str:
         """The result of a future that a stage sets; raises the first error instead, if there was one."""
-        while True:
+        begin = time.perf_counter()
+        while not future.done():
             self.check()
             with suppress(TimeoutError):
-                return future.result(timeout=0.05)
+                future.result(timeout=0.05)
+        self.waited += time.perf_counter() - begin
+        return future.result()
 
     def close(self) -> None:
         """Stop now."""

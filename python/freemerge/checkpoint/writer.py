@@ -224,6 +224,20 @@ class CheckpointWriter:
             except OSError as error:
                 raise cannot_write(self.out, error) from error
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """How long the stages in the background have worked, and how long they were waited for."""
+        return {**self._background.seconds, "wait": self._background.waited}
+
+    def finish(self) -> None:
+        """Wait until everything is written, hashed and on the disk."""
+        try:
+            for file in self._files.values():
+                file.hand_over()
+            self._hashes = {name: self._background.result(file.sha256) for name, file in self._files.items()}
+        except OSError as error:
+            raise cannot_write(self.out, error) from error
+
     def place(self, name: str) -> tuple[str, int]:
         """Where a tensor is written: file and offset."""
         shard = self._shard_of[name]
@@ -242,14 +256,12 @@ class CheckpointWriter:
         if self._pending:
             missing = sorted(self._pending)
             raise ArgumentError(f"{len(missing)} tensors were never written: {', '.join(missing[:10])}")
+        self.finish()
         try:
-            for file in self._files.values():
-                file.hand_over()
-            hashes = {name: self._background.result(file.sha256) for name, file in self._files.items()}
             if self._journal is not None:
                 self._journal.close()
             if not self.single_file:
-                self._write_index_and_manifest(self._staging.directory, hashes)
+                self._write_index_and_manifest(self._staging.directory, self._hashes)
             self._staging.publish(SAFETENSORS if self.single_file else None, force=self.force)
         except OSError as error:
             raise cannot_write(self.out, error) from error

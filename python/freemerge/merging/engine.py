@@ -19,12 +19,14 @@ from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_
 from ..errors import CheckpointError
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
-from .inspection import Decision, Inspection, decide, warnings
+from .inspection import Decision, Inspection, decide, matrix_shapes, warnings
 from .recipe import Recipe
 from .selection import drops, left_alone
+from .stages import Stopwatch
 from .statistics_buffers import check_variance, convex
 from .units import Unit, plan_units, require_equal, together, without_matrices
 
+PROCESS_BYTES = 160_000_000  # of Python, torch and this package
 OnRead = Callable[[Unit, int], None]  # called with a unit and the bytes just read of it
 
 
@@ -50,6 +52,7 @@ class Merger:
         notices: what is worth knowing about the inputs, in sentences.
         inputs: how base and models were opened.
         scale: the global scale; None if :meth:`measure` has to find it.
+        stopwatch: where the time went.
         memory: bytes that are fetched from the disk before they are needed.
     """
 
@@ -66,6 +69,7 @@ class Merger:
             self._chosen.require()
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
         self.method, self.memory = recipe.merging, memory
+        self.stopwatch = Stopwatch()
 
         def names(name: str) -> tuple[str, ...]:
             first = base.tied.get(name, name)
@@ -107,15 +111,16 @@ class Merger:
             dtype = self._compute_dtype(unit.names[0])
             device = self._device(unit.names[0])
             decisions += decide(unit, self.specs, self.method.response, dtype, device, self.backend)
-        measured = sum(self._unit_bytes(unit) for unit in self.units if unit.action != "copy")
-        read = sum(self._merge_bytes(unit) for unit in self.units) + self.method.passes * measured
+        once = sum(self._unit_bytes(unit) for unit in self.units if unit.action != "copy")
+        measured = self.method.passes * once
         passes = 1 + self.method.passes
         if self.scale is None:
-            read += sum(self._merge_bytes(unit) for unit in self.units if unit.action != "copy")
+            measured += sum(self._merge_bytes(unit) for unit in self.units if unit.action != "copy")
             passes += 1
         written = sum(self.out_spec(name).nbytes for name in self.written)
         notices = (*self.notices, *warnings(decisions))
-        return Inspection(tuple(decisions), notices, read, written, passes)
+        read = measured + sum(map(self._merge_bytes, self.units))
+        return Inspection(tuple(decisions), notices, read, written, passes, measured, self._memory_bytes())
 
     def measure(self, on_read: OnRead | None = None) -> Measured:
         """What the method finds out about the whole model, the weights above all, and the scale."""
@@ -146,8 +151,10 @@ class Merger:
         elif unit.flat:
             tensors, notes = self._merged_flat(unit, measured), {}
         else:
-            merged = self.method.merge(self._vectors(unit), measured)
-            tensors = dict(self._added(unit, merged, measured.scale))
+            with self.stopwatch.stage("merge", self._worked_bytes(unit)):
+                merged = self.method.merge(self._vectors(unit), measured)
+            with self.stopwatch.stage("round", self._worked_bytes(unit)):
+                tensors = dict(self._added(unit, merged, measured.scale))
             notes = dict(zip(unit.names, merged.notes, strict=True)) if merged.notes else {}
         for name in self._seconds.keys() & tensors.keys():
             tensors |= dict.fromkeys(self._seconds[name], tensors[name])
@@ -167,7 +174,8 @@ class Merger:
     def _merged_flat(self, unit: Unit, measured: Measured) -> dict[str, Tensor]:
         """Small tensors merged as one vector."""
         flat = self._flat(unit)
-        (delta,) = self.method.merge(TaskVectors((flat,), False, backend=self.backend), measured).tensors
+        with self.stopwatch.stage("merge", self._worked_bytes(unit)):
+            (delta,) = self.method.merge(TaskVectors((flat,), False, backend=self.backend), measured).tensors
         specs = [self.out_spec(name) for name in unit.names]
         merged = add_round(self.base.read_flat(unit.names), delta, measured.scale, specs[0].dtype)
         parts = torch.split(merged, [spec.numel for spec in specs])
@@ -221,6 +229,21 @@ class Merger:
 
     # Bytes of tensor data
 
+    def _worked_bytes(self, unit: Unit) -> int:
+        """A unit in the dtype of the arithmetic."""
+        return sum(self.specs[name].numel * self._compute_dtype(name).itemsize for name in unit.names)
+
+    def _memory_bytes(self) -> int:
+        """What the largest unit takes, with its output twice, as the former one may wait to be written."""
+        largest = 0.0
+        for unit in self.steps:
+            sides = [shape[-2:] for shape in matrix_shapes(unit, self.specs)] if unit.action == "filter" else []
+            matrix = max(((rows, columns) for rows, columns in sides), key=math.prod, default=None)
+            held = 1.0 if unit.action == "copy" else self.method.holds(len(self.models), matrix)
+            written = sum(self.out_spec(name).nbytes for name in unit.names)
+            largest = max(largest, held * self._worked_bytes(unit) + 2 * written)
+        return int(largest) + self.memory + PROCESS_BYTES
+
     def _merge_bytes(self, unit: Unit) -> int:
         """What merging a unit reads."""
         once = unit.action in ("copy", "average")
@@ -260,16 +283,21 @@ class Merger:
             return flat.double() if self._compute_dtype(names[0]) == torch.float64 else flat
 
         entries = sum(self.specs[name].numel for name in names)
-        models = [partial(model.read_flat, names) for model in self.models]
-        return Deltas(names[0], (entries,), base, models, partial(self._check, names))
+        models = [partial(self._timed, partial(model.read_flat, names)) for model in self.models]
+        return Deltas(names[0], (entries,), partial(self._timed, base), models, partial(self._check, names))
+
+    def _timed(self, read: Callable[[], Tensor]) -> Tensor:
+        """Mapped memory is read while it is worked on, which ends with :meth:`_check`."""
+        self.stopwatch.reads()
+        return read()
 
     def _vectors(self, unit: Unit) -> TaskVectors:
         deltas = tuple(
             Deltas(
                 name,
                 self.specs[name].shape,
-                partial(self._read_base, name),
-                [partial(model.read, name) for model in self.models],
+                partial(self._timed, partial(self._read_base, name)),
+                [partial(self._timed, partial(model.read, name)) for model in self.models],
                 partial(self._check, (name,)),
             )
             for name in unit.names
@@ -293,6 +321,8 @@ class Merger:
 
     def _check(self, names: Sequence[str], means: Sequence[float]) -> None:
         """Raise CheckpointError, naming tensor and source, if a mean |theta_i - theta_0| of theirs is not finite."""
+        sources = self.models[: len(means)] if len(means) < len(self.models) else (*self.models, self.base)
+        self.stopwatch.has_read(sum(source.specs[name].nbytes for source in sources for name in names))
         if all(map(math.isfinite, means)):
             return
         for name in names:

@@ -40,13 +40,21 @@ class Decision:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that is known about a merge before it starts; bytes are of tensor data, over all passes."""
+    """Everything that is known about a merge before it starts; bytes are of tensor data, over all passes.
+
+    ``measured_bytes``: those of ``read_bytes`` that are read before anything is merged. ``memory_bytes``: what the
+    process needs at most, mapped files not counted. ``seconds``: how long it will take, from files that are in memory;
+    None unless it was asked for.
+    """
 
     decisions: tuple[Decision, ...]
     warnings: tuple[str, ...]
     read_bytes: int
     write_bytes: int
     passes: int
+    measured_bytes: int = 0
+    memory_bytes: int = 0
+    seconds: float | None = None
 
 
 def decide(
@@ -61,7 +69,7 @@ def decide(
 
     ``response``: what the method filters matrices with, if it does.
     """
-    shapes = _matrix_shapes(unit, specs) if unit.action == "filter" else ()
+    shapes = matrix_shapes(unit, specs) if unit.action == "filter" else ()
     plan = removed = None
     if shapes and response is not None:
         plan = explain(shapes[0], response, dtype=dtype, device=device, backend=backend)
@@ -92,7 +100,7 @@ def warnings(decisions: Sequence[Decision]) -> Iterator[str]:
             yield f"the filter removes {share} of the spectrum of {listed}"
 
 
-def _matrix_shapes(unit: Unit, specs: Mapping[str, TensorSpec]) -> tuple[tuple[int, ...], ...]:
+def matrix_shapes(unit: Unit, specs: Mapping[str, TensorSpec]) -> tuple[tuple[int, ...], ...]:
     shape = specs[unit.names[0]].shape
     if len(unit.names) > 1:
         return ((sum(specs[name].shape[0] for name in unit.names), shape[1]),)

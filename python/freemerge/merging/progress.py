@@ -1,21 +1,57 @@
-"""A progress bar in bytes: tensors are too unequal to count."""
+"""How far a merge is: bytes read, and the time that is left, over the passes that measure and the one that merges."""
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from types import TracebackType
+from typing import Any, Literal
 
 from tqdm import tqdm
 
+Style = Literal["bar", "json", "none"]
+_EVERY = 1.0  # seconds between lines
+
+
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar whose remaining time is told to it."""
+
+    left = 0.0
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        return {**super().format_dict, "left": self.format_interval(self.left)}
+
 
 class Progress:
-    """Bytes read so far, bytes per second and time left, on standard error."""
+    """A bar, or one JSON object a line, on standard error.
 
-    def __init__(self, total_bytes: int, *, enabled: bool) -> None:
-        self._bar = tqdm(
-            total=total_bytes, unit="B", unit_scale=True, unit_divisor=1000, disable=not enabled, file=sys.stderr
-        )
+    Merging takes longer than measuring, byte for byte: the time that is left is told from the pace of each, and before
+    the first tensor is merged from what ``ratio`` promises.
+
+    Args:
+        measured, merged: bytes that the passes which measure read, and those that merging reads.
+        ratio: how much longer a byte takes to merge than to measure.
+        style: "bar", "json" or "none".
+    """
+
+    def __init__(self, measured: int, merged: int, *, ratio: float, style: Style) -> None:
+        self._totals = {"measure": measured, "merge": merged}
+        self._done = {"measure": 0, "merge": 0}
+        self._seconds = {"measure": 0.0, "merge": 0.0}
+        self._ratio, self._style = ratio, style
         self._tensors = 0
+        self._last = self._told = time.monotonic()
+        self._bar = _Bar(
+            total=measured + merged,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1000,
+            disable=style != "bar",
+            file=sys.stderr,
+            bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}{postfix}]",
+        )
 
     def __enter__(self) -> Progress:
         return self
@@ -25,8 +61,37 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def advance(self, read_bytes: int, tensors: int = 1) -> None:
-        """Report that ``tensors`` tensors with ``read_bytes`` bytes of input are done."""
-        self._tensors += tensors
-        self._bar.set_postfix_str(f"{self._tensors} tensors", refresh=False)
-        self._bar.update(read_bytes)
+    def advance(self, stage: str, read_bytes: int, tensors: int) -> None:
+        """Report that ``read_bytes`` more were read to "measure" or to "merge" so many tensors."""
+        now = time.monotonic()
+        self._seconds[stage] += now - self._last
+        self._done[stage] += read_bytes
+        self._last = now
+        if stage == "merge":
+            self._tensors += tensors
+        left = self.seconds_left()
+        if self._style == "bar":
+            self._bar.left = left
+            self._bar.set_postfix_str(f"{self._tensors} tensors" if self._tensors else "measuring", refresh=False)
+            self._bar.update(read_bytes)
+        elif self._style == "json" and now - self._told >= _EVERY:
+            self._told = now
+            self.event("progress", **self._counts(), seconds_left=round(left, 1))
+
+    def event(self, kind: str, **content: object) -> None:
+        """A line of the log, if there is one."""
+        if self._style == "json":
+            print(json.dumps({"event": kind, **content}), file=sys.stderr, flush=True)
+
+    def seconds_left(self) -> float:
+        """The time that is left."""
+        left = {stage: max(0, self._totals[stage] - self._done[stage]) for stage in self._totals}
+        pace = {stage: self._seconds[stage] / done for stage, done in self._done.items() if done}
+        if not pace:
+            return 0.0
+        pace.setdefault("merge", pace.get("measure", 0.0) * self._ratio)
+        return sum(left[stage] * pace.get(stage, 0.0) for stage in left)
+
+    def _counts(self) -> dict[str, object]:
+        done, total = sum(self._done.values()), sum(self._totals.values())
+        return {"bytes": done, "total_bytes": total, "tensors": self._tensors}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +31,13 @@ from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
 from ..errors import ArgumentError, RefusedError
 from ..methods import Measured
 from .engine import MergedUnit, Merger, OnRead
+from .estimate import pace
 from .fill import Target
 from .inspection import Decision, Inspection
 from .progress import Progress
 from .recipe import Recipe, checked_recipe, to_yaml
 from .selection import left_alone
+from .stages import Stage
 from .units import Unit
 
 
@@ -42,13 +46,14 @@ class Report:
     """What a merge did, and where.
 
     ``weights``: the weight of each model; None where every tensor has its own, or the method has none. ``scale``: the
-    global scale.
+    global scale. ``stages``: where the time went.
     """
 
     out: Path
     weights: tuple[float, ...] | None
     scale: float
     inspection: Inspection
+    stages: tuple[Stage, ...] = ()
 
 
 def merge(
@@ -106,7 +111,7 @@ def merge_checkpoints(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     memory: int = DEFAULT_MEMORY,
     resume: bool = False,
-    progress: bool = True,
+    progress: bool | Literal["json"] = True,
     tokenizer_from: TokenizerFrom = "base",
     on_start: Callable[[Inspection], None] = lambda inspection: None,
 ) -> Report:
@@ -124,7 +129,7 @@ def merge_checkpoints(
         memory: bytes of tensors that may wait to be written, beside those at work (one tensor may always), and as many
             that are fetched from the disk, into the system's cache, before they are needed.
         resume: go on after the tensors that a killed run of the same merge finished; without one, begin.
-        progress: show a progress bar on standard error.
+        progress: show a progress bar on standard error, or with "json" a log of one JSON object a line.
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
             the base's, those of the model with that number, or with "auto" the models', if all have the same.
         on_start: called with what is going to happen, before anything is written.
@@ -139,21 +144,38 @@ def merge_checkpoints(
         on_start(inspection)
         writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume)
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models)))
-        bar = stack.enter_context(Progress(inspection.read_bytes, enabled=progress))
+        ratio = pace(merger.recipe, len(merger.models), backend).ratio if progress and merger.method.passes else 1.0
+        log = stack.enter_context(
+            Progress(
+                inspection.measured_bytes,
+                inspection.read_bytes - inspection.measured_bytes,
+                ratio=ratio,
+                style="json" if progress == "json" else "bar" if progress else "none",
+            )
+        )
+        log.event("start", read_bytes=inspection.read_bytes, write_bytes=inspection.write_bytes)
+        for warning in inspection.warnings:
+            log.event("warning", text=warning)
 
-        def advance(unit: Unit, read_bytes: int) -> None:
-            bar.advance(read_bytes, len(unit.names))
+        def advance(stage: str, unit: Unit, read_bytes: int) -> None:
+            log.advance(stage, read_bytes, len(unit.names))
 
         stack.enter_context(writer)  # before the work of a second run that writes there begins
-        measured = _measured(merger, writer, advance)
+        measured = _measured(merger, writer, partial(advance, "measure"))
         _carry_over(merger, writer, tokenizer)
+        merging = partial(advance, "merge")
         for unit in merger.ahead(sorted(merger.steps, key=lambda unit: writer.place(unit.names[0]))):
             missing = [name for name in merger.outputs(unit) if name not in writer.whole]
-            merged = merger.merged(unit, measured, advance) if missing else MergedUnit({}, {})
+            merged = merger.merged(unit, measured, merging) if missing else MergedUnit({}, {})
             for name in missing:
                 writer.write(name, merged.tensors[name], merged.notes.get(name))
+        writer.finish()
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
         _describe(merger, writer, hashes, report)
+        report = replace(report, stages=tuple(_stages(merger, writer, hashes)))
+        for done in report.stages:
+            log.event("stage", name=done.name, seconds=round(done.seconds, 3), bytes=done.nbytes)
+    log.event("done", out=str(report.out))
     return report
 
 
@@ -170,14 +192,20 @@ def inspect(
 ) -> Inspection:
     """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
 
-    With ``out``, check also that :func:`merge_checkpoints` could write there; raises what that would raise.
+    With ``out``, check also that :func:`merge_checkpoints` could write there, raising what that would raise, and say
+    how long it would take, for which a small merge in memory is timed.
     """
     with ExitStack() as stack:
         merger = _open(stack, base, models, recipe, backend)
         if out is not None:
             _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
         _side_files(merger, tokenizer_from)
-        return merger.inspect()
+        inspection = merger.inspect()
+        if out is None:
+            return inspection
+        merged = inspection.read_bytes - inspection.measured_bytes
+        found = pace(merger.recipe, len(merger.models), backend)
+        return replace(inspection, seconds=found.seconds(inspection.measured_bytes, merged, inspection.write_bytes))
 
 
 def task_weights(
@@ -335,6 +363,16 @@ def _describe(
         tensors={decision.name: _record(decision, writer.notes.get(decision.name, {})) for decision in decisions},
         backend=", ".join(sorted({decision.backend for decision in decisions if decision.backend})),
     )
+
+
+def _stages(merger: Merger, writer: CheckpointWriter, hashes: InputHashes) -> Iterator[Stage]:
+    """What was done on the thread that merges, and beside it."""
+    yield from merger.stopwatch.stages()
+    seconds = writer.seconds
+    yield Stage("write", seconds["write"], writer.nbytes)
+    yield Stage("hash", seconds["hash"] + hashes.seconds, writer.nbytes + hashes.nbytes)
+    yield Stage("flush", seconds["flush"], writer.nbytes)
+    yield Stage("wait", seconds["wait"], 0)
 
 
 def _record(decision: Decision, notes: Mapping[str, object]) -> dict[str, object]:

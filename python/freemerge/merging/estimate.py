@@ -1,0 +1,59 @@
+"""How long a merge will take: its work on a small matrix in memory, scaled to the size of the models."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..checkpoint import Checkpoint
+from .engine import Merger
+from .recipe import Recipe
+
+_SIDE = 512
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds for a byte that is measured, merged (of what is read) and hashed."""
+
+    measure: float
+    merge: float
+    hash: float
+
+    @property
+    def ratio(self) -> float:
+        """How much longer a byte takes to merge than to measure."""
+        return self.merge / self.measure if self.measure else 1.0
+
+    def seconds(self, measured: int, merged: int, written: int) -> float:
+        """An estimate for a merge of so many bytes, whose files come from and go to a disk that is no slower."""
+        once = merged + written  # what is hashed, beside the rest where there are processors for it
+        return self.measure * measured + self.merge * merged + self.hash * once / (os.cpu_count() or 1)
+
+
+def pace(recipe: Recipe, count: int, backend: str) -> Pace:
+    """The pace of this machine at a recipe with ``count`` models."""
+    generator = torch.Generator().manual_seed(0)
+    states = [{"x.weight": torch.randn(_SIDE, _SIDE, generator=generator).bfloat16()} for _ in range(count + 1)]
+    base, *models = map(Checkpoint.open, states)
+    merger = Merger(base, models, recipe.replace(select=(), views=()), backend)
+    (unit,) = merger.steps
+    measuring = merging = float("inf")
+    for _ in range(2):  # tables are made in the first
+        begin = time.perf_counter()
+        measured = merger.measure()
+        middle = time.perf_counter()
+        merger.merged(unit, measured)
+        measuring, merging = min(measuring, middle - begin), min(merging, time.perf_counter() - middle)
+    inspection = merger.inspect()
+    block = bytes(1 << 22)
+    begin = time.perf_counter()
+    hashlib.sha256(block)
+    hashing = (time.perf_counter() - begin) / len(block)
+    merged = inspection.read_bytes - inspection.measured_bytes
+    measuring = measuring / inspection.measured_bytes if inspection.measured_bytes else 0.0
+    return Pace(measuring, merging / merged, hashing)
