@@ -122,7 +122,7 @@ class Merger:
 
         def vectors(read_bytes: Callable[[Unit], int]) -> Iterator[TaskVectors]:
             for unit in self.ahead([unit for unit in self.steps if unit.action != "copy"]):
-                yield self._vectors(unit)
+                yield self.vectors(unit)
                 if on_read is not None:
                     on_read(unit, read_bytes(unit))
 
@@ -146,7 +146,7 @@ class Merger:
         elif unit.flat:
             tensors, notes = self._merged_flat(unit, measured), {}
         else:
-            merged = self.method.merge(self._vectors(unit), measured)
+            merged = self.method.merge(self.vectors(unit), measured)
             tensors = dict(self._added(unit, merged, measured.scale))
             notes = dict(zip(unit.names, merged.notes, strict=True)) if merged.notes else {}
         for name in self._seconds.keys() & tensors.keys():
@@ -181,7 +181,7 @@ class Merger:
         count = len(self.models)
         weights, scale = convex(measured.weights or [1 / count] * count, measured.scale)
         tensors = {}
-        for vectors in self._vectors(unit).tensors:
+        for vectors in self.vectors(unit).tensors:
             delta = vectors.sum(weights)
             name, dtype = vectors.name, self.out_spec(vectors.name).dtype
             tensor = add_round(self.base.read(name).to(delta.device), delta, scale, dtype)
@@ -263,7 +263,8 @@ class Merger:
         models = [partial(model.read_flat, names) for model in self.models]
         return Deltas(names[0], (entries,), base, models, partial(self._check, names))
 
-    def _vectors(self, unit: Unit) -> TaskVectors:
+    def vectors(self, unit: Unit) -> TaskVectors:
+        """The task vectors of a unit, which are read when they are asked for."""
         deltas = tuple(
             Deltas(
                 name,

@@ -83,7 +83,7 @@ def merge(
     """
     target = None if into is None else Target(into)
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, recipe, backend)
         measured = merger.measure()
         merged: dict[str, Tensor] = {}
         for unit in merger.units:
@@ -133,7 +133,7 @@ def merge_checkpoints(
         RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
     """
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend, memory)
+        merger = open_merger(stack, base, models, recipe, backend, memory)
         tokenizer = _side_files(merger, tokenizer_from)
         inspection = merger.inspect()
         on_start(inspection)
@@ -173,7 +173,7 @@ def inspect(
     With ``out``, check also that :func:`merge_checkpoints` could write there; raises what that would raise.
     """
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, recipe, backend)
         if out is not None:
             _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
         _side_files(merger, tokenizer_from)
@@ -190,7 +190,7 @@ def task_weights(
     tensors are read one at a time. ArgumentError, too, if the method needs more of the whole model than weights.
     """
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, recipe, backend)
         method = merger.method
         if merger.scale is None:
             raise ArgumentError(f"scale: method {method.name} finds it over the whole model; give it as a number")
@@ -200,14 +200,15 @@ def task_weights(
         return measured.weights or None
 
 
-def _open(
+def open_merger(
     stack: ExitStack,
     base: Source,
     models: Sequence[Source],
-    recipe: Recipe | None,
-    backend: str,
+    recipe: Recipe | None = None,
+    backend: str = "auto",
     memory: int = DEFAULT_MEMORY,
 ) -> Merger:
+    """A merger of these inputs, which ``stack`` closes. Arguments and errors as of :func:`merge_checkpoints`."""
     recipe = checked_recipe(recipe)
     if isinstance(models, str | Path | Mapping | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")
