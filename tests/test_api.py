@@ -31,7 +31,7 @@ def test_earlier_names_are_still_here(name: str) -> None:
 
 def test_the_front_is_small_and_complete() -> None:
     assert set(fm.__all__) == {
-        "ExpertBank", "HighPass", "Recipe", "RoutedModel", "Router", "backends", "evaluate", "explain",
+        "ExpertBank", "HighPass", "Recipe", "RoutedModel", "Router", "analyze", "backends", "evaluate", "explain",
         "extract_experts", "filter_", "filtered", "inspect", "merge", "merge_checkpoints", "merge_deltas",
         "merge_tensors", "task_weights", "verify",
     }  # fmt: skip

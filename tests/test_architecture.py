@@ -27,7 +27,7 @@ LEVELS = [
     {"methods"},
     {"merging"},
     {"experts"},
-    {"evaluation", "demo", "integrations"},
+    {"analysis", "evaluation", "demo", "integrations"},
     {"cli"},
     {"__main__"},
 ]

@@ -285,6 +285,7 @@ def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pyte
         (["--version"], 0),
         (["merge", "--help"], 0),
         (["inspect", "--help"], 0),
+        (["analyze", "--help"], 0),
         (["verify", "--help"], 0),
         ([], 2),
         (["merge", "base", "-o", "out"], 2),

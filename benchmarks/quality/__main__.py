@@ -13,6 +13,7 @@ from .archives import fetch
 from .encoder import PACKAGE
 from .finetune import STEPS
 from .measure import RESULTS, Settings, measure
+from .measures import measure_encoders
 from .tasks import SOURCES, TEST, packages
 
 REDUCED = Settings(tasks=["movie", "news", "language"], seeds=[0], steps=15, test=120)
@@ -29,9 +30,12 @@ def main() -> None:
     running = commands.add_parser("run", help="fine-tune what is missing, then measure and report every method")
     checking = commands.add_parser("check", help="a small run of two minutes that must come out as expected")
     reporting = commands.add_parser("report", help="write table and chart again from results.json")
-    for command in (fetching, running, checking):
+    analysing = commands.add_parser(
+        "measures", help="what `freemerge analyze` measures, beside the accuracies of a run"
+    )
+    for command in (fetching, running, checking, analysing):
         command.add_argument("--cache", type=Path, required=True, help="folder for packages and fine-tuned weights")
-    for command in (running, checking, reporting):
+    for command in (running, checking, reporting, analysing):
         command.add_argument("--out", type=Path, required=True, help="folder for the results")
     running.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES))
     running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -41,6 +45,7 @@ def main() -> None:
     running.set_defaults(run=_run)
     checking.set_defaults(run=_check)
     reporting.set_defaults(run=lambda options: _report(json.loads((options.out / RESULTS).read_text()), options.out))
+    analysing.set_defaults(run=_analyse)
     options = parser.parse_args()
     options.run(options)
 
@@ -64,6 +69,11 @@ def _report(results: dict[str, Any], out: Path) -> None:
         command += f" --steps {settings['steps']}"
     report.write(results, out, command)
     print(report.table(results))
+
+
+def _analyse(options: argparse.Namespace) -> None:
+    fetch(options.cache / "packages")
+    print(json.dumps(measure_encoders(options.cache, options.out), indent=1))
 
 
 def _check(options: argparse.Namespace) -> None:

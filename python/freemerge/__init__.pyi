@@ -9,6 +9,8 @@ __version__: str
 from . import errors as errors
 from . import methods as methods
 from . import responses as responses
+from .analysis import Analysis as Analysis
+from .analysis import analyze
 from .backends.registry import backends
 from .checkpoint import Difference as Difference
 from .checkpoint import diff as diff
@@ -53,6 +55,7 @@ __all__ = [
     "Recipe",
     "RoutedModel",
     "Router",
+    "analyze",
     "backends",
     "evaluate",
     "explain",

@@ -126,6 +126,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_tokenizer(inspecting)
     inspecting.set_defaults(run=_inspect)
 
+    analysing = commands.add_parser(
+        "analyze", allow_abbrev=False, help="what the task vectors have in common, before and after merging: a report"
+    )
+    _add_models(analysing)
+    analysing.add_argument("-o", "--out", type=Path, metavar="REPORT.html", help="write the report to this file")
+    analysing.add_argument("--force", action="store_true", help="replace an existing report")
+    analysing.add_argument(
+        "--methods", type=lambda text: text.split(","), metavar="NAME,...", help="methods of merging to compare"
+    )
+    _add_names(analysing)
+    analysing.add_argument("--json", action="store_true", help="print everything as JSON")
+    analysing.set_defaults(run=_analyze)
+
     extracting = commands.add_parser("experts", allow_abbrev=False, help="extract a light expert of each model")
     extracting.fill = _add_experts
     extracting.set_defaults(run=_experts)
@@ -351,6 +364,26 @@ def _inspect(options: argparse.Namespace, **checks: Any) -> int:
         print(json.dumps(_plain(inspection)))
     else:
         _print_inspection(inspection)
+    return DONE
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    from .analysis import analyze
+
+    chosen = {} if options.methods is None else {"methods": options.methods}
+    analysis = analyze(
+        options.base,
+        options.models,
+        select=options.select or (),
+        rename=options.rename or (),
+        out=options.out,
+        force=options.force,
+        progress=not options.json,
+        **chosen,
+    )
+    print(json.dumps(analysis.to_dict()) if options.json else _printable(analysis.to_text()))
+    if options.out is not None and not options.json:
+        print(f"report: {options.out}")
     return DONE
 
 

@@ -127,7 +127,7 @@ class Merger:
 
         def vectors(read_bytes: Callable[[Unit], int]) -> Iterator[TaskVectors]:
             for unit in self.ahead([unit for unit in self.steps if unit.action != "copy"]):
-                yield self._vectors(unit)
+                yield self.vectors(unit)
                 if on_read is not None:
                     on_read(unit, read_bytes(unit))
 
@@ -152,7 +152,7 @@ class Merger:
             tensors, notes = self._merged_flat(unit, measured), {}
         else:
             with self.stopwatch.stage("merge", self._worked_bytes(unit)):
-                merged = self.method.merge(self._vectors(unit), measured)
+                merged = self.method.merge(self.vectors(unit), measured)
             with self.stopwatch.stage("round", self._worked_bytes(unit)):
                 tensors = dict(self._added(unit, merged, measured.scale))
             notes = dict(zip(unit.names, merged.notes, strict=True)) if merged.notes else {}
@@ -189,7 +189,7 @@ class Merger:
         count = len(self.models)
         weights, scale = convex(measured.weights or [1 / count] * count, measured.scale)
         tensors = {}
-        for vectors in self._vectors(unit).tensors:
+        for vectors in self.vectors(unit).tensors:
             delta = vectors.sum(weights)
             name, dtype = vectors.name, self.out_spec(vectors.name).dtype
             tensor = add_round(self.base.read(name).to(delta.device), delta, scale, dtype)
@@ -291,7 +291,8 @@ class Merger:
         self.stopwatch.reads()
         return read()
 
-    def _vectors(self, unit: Unit) -> TaskVectors:
+    def vectors(self, unit: Unit) -> TaskVectors:
+        """The task vectors of a unit, which are read when they are asked for."""
         deltas = tuple(
             Deltas(
                 name,

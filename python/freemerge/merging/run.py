@@ -88,7 +88,7 @@ def merge(
     """
     target = None if into is None else Target(into)
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, recipe, backend)
         measured = merger.measure()
         merged: dict[str, Tensor] = {}
         for unit in merger.units:
@@ -138,7 +138,7 @@ def merge_checkpoints(
         RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
     """
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend, memory)
+        merger = open_merger(stack, base, models, recipe, backend, memory)
         tokenizer = _side_files(merger, tokenizer_from)
         inspection = merger.inspect()
         on_start(inspection)
@@ -196,7 +196,7 @@ def inspect(
     how long it would take, for which a small merge in memory is timed.
     """
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, recipe, backend)
         if out is not None:
             _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
         _side_files(merger, tokenizer_from)
@@ -218,7 +218,7 @@ def task_weights(
     tensors are read one at a time. ArgumentError, too, if the method needs more of the whole model than weights.
     """
     with ExitStack() as stack:
-        merger = _open(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, recipe, backend)
         method = merger.method
         if merger.scale is None:
             raise ArgumentError(f"scale: method {method.name} finds it over the whole model; give it as a number")
@@ -228,14 +228,15 @@ def task_weights(
         return measured.weights or None
 
 
-def _open(
+def open_merger(
     stack: ExitStack,
     base: Source,
     models: Sequence[Source],
-    recipe: Recipe | None,
-    backend: str,
+    recipe: Recipe | None = None,
+    backend: str = "auto",
     memory: int = DEFAULT_MEMORY,
 ) -> Merger:
+    """A merger of these inputs, which ``stack`` closes. Arguments and errors as of :func:`merge_checkpoints`."""
     recipe = checked_recipe(recipe)
     if isinstance(models, str | Path | Mapping | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")

@@ -1,0 +1,286 @@
+"""The analysis of models: one tensor at a time, then sums over groups of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial, reduce
+from operator import add
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint import Source
+from ..errors import ArgumentError, RefusedError
+from ..merging.engine import Merger
+from ..merging.progress import Progress
+from ..merging.recipe import Recipe
+from ..merging.run import open_merger
+from ..methods import Measured, Method
+from ..methods.fr import FR
+from ..methods.iso import IsoC
+from ..methods.rules import projection_scale
+from ..methods.spectra import SpectralMethod
+from ..methods.task_arithmetic import TaskArithmetic
+from ..methods.vectors import Deltas, TaskVectors
+from ..responses import Center
+from .advice import Advice, advise
+from .bands import band_sums
+from .entries import entry_sums
+from .measures import Measures, measures_of
+from .names import depth, module_type
+from .singular import singular_sums
+from .sums import EDGES, RANKS, Sums
+
+T = TypeVar("T")
+
+METHODS: Mapping[str, Method] = {
+    "Task Arithmetic": TaskArithmetic(),
+    "row means removed": FR(Center(-1)),
+    "FR-Merging": FR(),
+    "Iso-C": IsoC(),
+}
+"""The methods that are compared by default, by their labels."""
+
+
+@dataclass(frozen=True)
+class TensorMeasures:
+    """The measures of one tensor, and what its name tells of its place; ``depth`` is None outside of layers."""
+
+    name: str
+    shape: tuple[int, ...]
+    module_type: str
+    depth: int | None
+    measures: Measures
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What :func:`analyze` found. ``to_dict()`` is all of it as JSON types, ``to_html()`` the report.
+
+    Attributes:
+        base: name of the base.
+        tasks: names of the K models.
+        band_edges: B + 1 radii between the bands of a spectrum, as fractions of min(H, W); the last one is infinite.
+        ranks: numbers of singular directions that ``top`` of a :class:`Spectrum` is about.
+        scales: label of each method -> the scale that its recipe's "auto" stands for.
+        total: of all tensors.
+        module_types: of the tensors that have equal names but for the numbers of layers.
+        depths: of the tensors of each layer.
+        tensors: of each one, in the order of a merge.
+        left_out: names of the tensors that are not merged, but copied or averaged.
+        notices: what is worth knowing about the inputs, in sentences.
+        advice: a method, its scale and the reason.
+    """
+
+    base: str
+    tasks: tuple[str, ...]
+    band_edges: tuple[float, ...]
+    ranks: tuple[int, ...]
+    scales: dict[str, float]
+    total: Measures
+    module_types: dict[str, Measures]
+    depths: dict[int, Measures]
+    tensors: tuple[TensorMeasures, ...]
+    left_out: tuple[str, ...]
+    notices: tuple[str, ...]
+    advice: Advice
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types: the attributes, by their names; None for an infinite edge and for no value."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain | {"band_edges": [*self.band_edges[:-1], None]}
+
+    def to_text(self) -> str:
+        """The headline numbers in a few lines."""
+        from .report.summary import summary
+
+        return summary(self)
+
+    def to_html(self) -> str:
+        """The report: one HTML page that needs no other file."""
+        from .report.page import page
+
+        return page(self)
+
+
+def analyze(
+    base: Source,
+    models: Sequence[Source],
+    *,
+    methods: Mapping[str, Method] | Sequence[str] = METHODS,
+    select: Sequence[Any] = (),
+    rename: Sequence[Any] = (),
+    out: str | Path | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> Analysis:
+    """Measure the task vectors of K models of one base, and what merging methods make of them.
+
+    One tensor is in memory at a time: its K task vectors and the M merged ones in float32 (float64 where it is stored
+    so), with room for their spectra, and what the methods need. docs/analysis.md has the formulas.
+
+    Args:
+        base, models: as for :func:`freemerge.merge`. Inputs are not modified.
+        methods: what is compared, each at the scale of a recipe's "auto": label -> method, for instance
+            ``{"Iso-C": fm.methods.IsoC()}``, or names of methods.
+        select: rules as in a :class:`freemerge.Recipe`; what they copy is left out.
+        rename: prefixes as in a recipe.
+        out: a file for the report; ``force`` allows to replace one.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        ArgumentError, CheckpointError: as :func:`freemerge.merge`, and if there is nothing to analyse.
+        RefusedError: ``out`` exists and may not be replaced.
+    """
+    recipe = Recipe(select=select, rename=rename)
+    methods = _methods(methods)
+    if out is not None:
+        _check_out(Path(out), force=force)
+    with ExitStack() as stack:
+        merger = open_merger(stack, base, models, recipe)
+        units = [
+            unit for unit in merger.units if unit.action in ("filter", "merge") and merger.specs[unit.names[0]].numel
+        ]
+        if not units:
+            raise ArgumentError("there is nothing to analyse: all tensors are copied, averaged or empty")
+        sources = (merger.base, *merger.models)
+        sizes = {unit: sum(source.specs[unit.names[0]].nbytes for source in sources) for unit in units}
+        passes = 1 + sum(method.passes for method in methods.values())
+        bar = stack.enter_context(Progress(passes * sum(sizes.values()), enabled=progress))
+        measured = {label: _measured(merger, method, bar) for label, method in methods.items()}
+        found = {}
+        for unit in merger.ahead(units):
+            found[unit.names[0]] = _sums(merger.vectors(unit), methods, measured)
+            bar.advance(sizes[unit])
+        analysis = _analysis(merger, found, methods, measured)
+    if out is not None:
+        _write(analysis.to_html(), Path(out), force=force)
+    return analysis
+
+
+def _methods(methods: object) -> dict[str, Method]:
+    if isinstance(methods, Mapping):
+        if all(isinstance(label, str) and isinstance(method, Method) for label, method in methods.items()):
+            return dict(methods)
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):
+        named = [Recipe(method=name).method for name in methods]  # which knows what to say about a misspelt name
+        return {method.title: method for method in named}
+    raise ArgumentError(f"methods must be a list of names, or map labels to methods, got {methods!r}")
+
+
+def _check_out(out: Path, *, force: bool) -> None:
+    """Complain about a place for the report before the work begins."""
+    if out.is_dir() or not out.parent.is_dir():
+        raise ArgumentError(f"out: {out} " + ("is a directory" if out.is_dir() else "is in no directory that exists"))
+    if out.exists() and not force:
+        raise RefusedError(f"{out} exists; it is replaced only by force")
+
+
+def _write(page: str, out: Path, *, force: bool) -> None:
+    """All of the page or nothing."""
+    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        partial.write_text(page, encoding="utf-8")
+        _check_out(out, force=force)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _measured(merger: Merger, method: Method, bar: Progress) -> Measured:
+    """What a method needs to know about the whole model."""
+    # The projection scale follows from the sums that are taken anyway; to measure it would double the work.
+    scale = 1.0 if isinstance(method, SpectralMethod) else "auto"
+    recipe = merger.recipe.replace(method=method, scale=scale)
+    return Merger(merger.base, merger.models, recipe).measure(lambda unit, size: bar.advance(size))
+
+
+def _sums(vectors: TaskVectors, methods: Mapping[str, Method], measured: Mapping[str, Measured]) -> Sums:
+    """The sums of one unit, which is one tensor, as there are no views. It is read once."""
+    (tensor,) = vectors.tensors
+    base = tensor.base()
+    found = list(tensor.each())
+    tasks, zero = len(found), torch.zeros_like(found[0])
+    held = Deltas(tensor.name, tensor.shape, lambda: zero, [partial(_itself, delta) for delta in found], tensor.check)
+    held_vectors = dataclasses.replace(vectors, tensors=(held,))
+    found += [method.merge(held_vectors, measured[label]).tensors[0] for label, method in methods.items()]
+    entries = entry_sums(base, found, tasks)
+    if not vectors.as_matrices:
+        return dataclasses.replace(Sums.zeros(tasks, len(methods)), entries=entries)
+    singular = singular_sums(found, tasks)
+    return Sums(entries, band_sums(found, tasks, [method.response for method in methods.values()]), singular)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _analysis(
+    merger: Merger, found: Mapping[str, Sums], methods: Mapping[str, Method], measured: Mapping[str, Measured]
+) -> Analysis:
+    count = len(merger.models)
+    tasks = _short([model.name for model in merger.models])
+    total = _total(found.values())
+    scales = {}
+    for v, (label, method) in enumerate(methods.items(), start=count):
+        gram = total.entries.gram
+        projects = isinstance(method, SpectralMethod)
+        scales[label] = (
+            projection_scale(np.diagonal(gram)[:count], gram[v, :count]) if projects else measured[label].scale
+        )
+    filters = {label: method.response is not None for label, method in methods.items()}
+
+    def grouped(key: Callable[[str], T]) -> dict[T, Measures]:
+        groups: dict[T, list[Sums]] = {}
+        for name, sums in found.items():
+            groups.setdefault(key(name), []).append(sums)
+        return {group: measures_of(_total(members), scales, filters) for group, members in groups.items()}
+
+    whole = measures_of(total, scales, filters)
+    return Analysis(
+        _short([merger.base.name])[0],
+        tasks,
+        EDGES,
+        RANKS,
+        scales,
+        whole,
+        grouped(module_type),
+        {layer: of_layer for layer, of_layer in grouped(depth).items() if layer is not None},
+        tuple(
+            TensorMeasures(
+                name, merger.specs[name].shape, module_type(name), depth(name), measures_of(sums, scales, filters)
+            )
+            for name, sums in found.items()
+        ),
+        tuple(name for name in merger.specs if name not in found),
+        (*merger.inputs.notices, *merger.notices),
+        advise(whole, tasks, {method.name: scales[label] for label, method in methods.items()}),
+    )
+
+
+def _total(sums: Iterable[Sums]) -> Sums:
+    return reduce(add, sums)
+
+
+def _short(names: Sequence[str]) -> tuple[str, ...]:
+    """Names without folders and endings where that keeps them apart; otherwise whole, with numbers if need be."""
+    short = tuple(name.rsplit("/", 1)[-1].removesuffix(".safetensors") for name in names)
+    if len(set(short)) == len(short):
+        return short
+    return tuple(f"{name} {i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists and keys as strings, as JSON has them."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
