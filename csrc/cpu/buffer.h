@@ -3,34 +3,37 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <new>
 #include <utility>
 
-#include "cpu/huge_pages.h"
-
 namespace freemerge {
+
+struct Memory {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+};
+
+// Aligned to 64 bytes. One large piece of what was released is kept for the next call: the system would have
+// to clear fresh pages, which takes as long as it takes to read a matrix. It may take those of the kept piece
+// back whenever it is short of memory.
+Memory allocate(std::size_t bytes);
+void release(Memory memory);
 
 template <typename T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(std::int64_t size) {
-    const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
-    data_ = static_cast<T*>(::operator new(bytes, kAlignment));
-    prefer_huge_pages(data_, bytes);
-  }
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+  explicit Buffer(std::int64_t size) : memory_(allocate(static_cast<std::size_t>(size) * sizeof(T))) {}
+  Buffer(Buffer&& other) noexcept : memory_(std::exchange(other.memory_, {})) {}
   Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(data_, other.data_);
+    std::swap(memory_, other.memory_);
     return *this;
   }
-  ~Buffer() { ::operator delete(data_, kAlignment); }
+  ~Buffer() { release(memory_); }
 
-  T* data() const { return data_; }
+  T* data() const { return static_cast<T*>(memory_.data); }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_ = nullptr;
+  Memory memory_;
 };
 
 }  // namespace freemerge

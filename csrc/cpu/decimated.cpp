@@ -41,7 +41,10 @@ class DecimatedFilter : public Filter {
   }
 
  private:
-  std::int64_t bands() const { return job_.rows.cells / (2 * kernels_.lanes); }
+  std::int64_t bands() const {
+    const std::int64_t rows = 2 * kernels_.lanes;
+    return (job_.rows.cells + rows - 1) / rows;
+  }
   std::int64_t blocks() const { return (job_.columns.band + kernels_.lanes - 1) / kernels_.lanes; }
 
   std::int64_t spectrum_bytes() const override {
@@ -86,9 +89,10 @@ std::unique_ptr<Filter> make_decimated_filter(const Plan& plan, DType dtype,
                                               const DecimatedKernels& kernels) {
   require(dtype != DType::kFloat64, "the decimated form has no float64 arithmetic");
   const auto windowed = [](const Decimation& axis) { return axis.taps >= kMinTaps && axis.taps <= kMaxTaps; };
-  require(windowed(plan.rows) && (windowed(plan.columns) || is_whole(plan.columns)),
-          "decimation: taps must be between 6 and 9, or 0 along the width");
-  require(plan.rows.cells % kRowCellsMultiple == 0,
+  const bool rows = windowed(plan.rows), columns = windowed(plan.columns);
+  require((rows || columns) && (rows || is_whole(plan.rows)) && (columns || is_whole(plan.columns)),
+          "decimation: taps must be between 6 and 9, or 0 along one axis");
+  require(!rows || plan.rows.cells % kRowCellsMultiple == 0,
           "decimation: cells along the height must be a multiple of 32");
   return std::make_unique<DecimatedFilter>(plan, dtype, kernels);
 }

@@ -1,6 +1,6 @@
 // The decimated form of the filter, for masks that are constant outside a small box of frequencies around DC
 // or Nyquist: y = scale * (background * x + correction), where the correction's spectrum lies in the box. The
-// box may be as wide as the spectrum: the columns axis is then left whole.
+// box may span one axis of the spectrum, which is then left whole.
 #pragma once
 
 #include <memory>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/decimated_job.h"
-#include "cpu/fft.inl"
+#include "cpu/split_filter.inl"
 #include "cpu/window_passes.inl"
 
 namespace freemerge::FREEMERGE_ISA {
@@ -19,8 +19,10 @@ struct Ring {
   FM_INLINE float* row(std::int64_t q) const { return data + (q + size) % size * pitch; }
 };
 
-// One group of finished rows beside the rows still being summed.
-FM_INLINE std::int64_t ring_size(const DecimatedJob& job) { return kGroup + job.rows.taps; }
+// One group of finished rows beside the rows still being summed; none where the height stays whole.
+FM_INLINE std::int64_t ring_size(const DecimatedJob& job) {
+  return job.rows.taps == 0 ? 0 : kGroup + job.rows.taps;
+}
 
 // Whole vectors, and never near a multiple of 4 KB, where all rows would share a few cache sets.
 FM_INLINE std::int64_t ring_pitch(const DecimatedJob& job) {
@@ -39,8 +41,13 @@ FM_INLINE float* transform_in(const DecimatedJob& job, float* work) {
 
 inline std::int64_t work_floats(const DecimatedJob& job) {
   const std::int64_t rows = job.row_fft->n + job.row_fft->work;
-  const std::int64_t columns = job.column_fft->work;
+  const std::int64_t columns = padded_size(*job.column_fft) + job.column_fft->work;
   return ring_pitch(job) * ring_size(job) + kElement<float> * (rows > columns ? rows : columns);
+}
+
+// Rows of the group from `row` on: those of a whole height need not fill the last ones.
+FM_INLINE std::int64_t rows_from(const DecimatedJob& job, std::int64_t row) {
+  return smaller(kGroup, job.rows.cells - row);
 }
 
 FM_INLINE std::int64_t slot_of(const Fft<float>& plan, std::int64_t bin) {
@@ -81,6 +88,43 @@ FM_INLINE RowPasses row_passes(const DecimatedJob& job) {
   if (job.dtype == DType::kBFloat16) return passes_by_taps<bfloat16>(job.rows.taps, kTapIndices);
   if (job.dtype == DType::kFloat16) return passes_by_taps<float16>(job.rows.taps, kTapIndices);
   return passes_by_taps<float>(job.rows.taps, kTapIndices);
+}
+
+// Where the height stays whole: the passes along the columns axis between the matrix itself, up to kGroup
+// rows from `row` on, and the lanes of a row transform.
+struct MatrixPasses {
+  void (*spread)(const DecimatedJob& job, std::int64_t row, float* out);
+  void (*interpolate)(const DecimatedJob& job, const float* in, std::int64_t row);
+};
+
+template <typename Storage>
+FM_INLINE MatrixRows<Storage> matrix_rows(const DecimatedJob& job, std::int64_t row) {
+  Samples<Storage> samples = samples_of<Storage>(job);
+  samples.data += row * samples.stride;
+  return {samples, rows_from(job, row)};
+}
+template <int Taps, typename Storage>
+void spread_matrix(const DecimatedJob& job, std::int64_t row, float* out) {
+  spread_columns<Taps>(matrix_rows<Storage>(job, row), job.width, job.column_window, job.columns.cells, out,
+                       kElement<float>);
+}
+template <int Taps, typename Storage>
+void interpolate_matrix(const DecimatedJob& job, const float* in, std::int64_t row) {
+  interpolate_columns<Taps>(in, kElement<float>, job.column_window, job.columns.cells, job.width,
+                            matrix_rows<Storage>(job, row));
+}
+
+template <typename Storage, int... Index>
+FM_INLINE MatrixPasses matrix_passes_by_taps(int taps, std::integer_sequence<int, Index...>) {
+  static constexpr MatrixPasses table[] = {
+      {spread_matrix<kMinTaps + Index, Storage>, interpolate_matrix<kMinTaps + Index, Storage>}...};
+  return table[taps - kMinTaps];
+}
+
+FM_INLINE MatrixPasses matrix_passes(const DecimatedJob& job) {
+  if (job.dtype == DType::kBFloat16) return matrix_passes_by_taps<bfloat16>(job.columns.taps, kTapIndices);
+  if (job.dtype == DType::kFloat16) return matrix_passes_by_taps<float16>(job.columns.taps, kTapIndices);
+  return matrix_passes_by_taps<float>(job.columns.taps, kTapIndices);
 }
 
 // The samples of cells [first, last), a few rows of V at a time: enough to spread the cost of loading the
@@ -130,8 +174,9 @@ inline void split_band(const DecimatedJob& job, const float* z, std::int64_t ban
     for (int half = 0; half < 2; ++half) {
       transpose<float>(re[half]);
       transpose<float>(im[half]);
-      float* out = spectrum_at(job, block, band * kBand + half * kGroup);
-      for (std::int64_t i = 0; i < kGroup; ++i, out += kElement<float>)
+      const std::int64_t row = band * kBand + half * kGroup;
+      float* out = spectrum_at(job, block, row);
+      for (std::int64_t i = 0; i < rows_from(job, row); ++i, out += kElement<float>)
         kForward<float>.store(out, {re[half][i], im[half][i]});
     }
   }
@@ -141,10 +186,11 @@ inline void split_band(const DecimatedJob& job, const float* z, std::int64_t ban
 inline void join_band(const DecimatedJob& job, std::int64_t band, float* z) {
   const Fft<float>& plan = *job.row_fft;
   for (std::int64_t k0 = 0, block = 0; k0 < job.columns.band; k0 += kGroup, ++block) {
-    FloatVec re[2][kGroup], im[2][kGroup];
+    FloatVec re[2][kGroup] = {}, im[2][kGroup] = {};
     for (int half = 0; half < 2; ++half) {
-      const float* in = spectrum_at(job, block, band * kBand + half * kGroup);
-      for (std::int64_t i = 0; i < kGroup; ++i, in += kElement<float>) {
+      const std::int64_t row = band * kBand + half * kGroup;
+      const float* in = spectrum_at(job, block, row);
+      for (std::int64_t i = 0; i < rows_from(job, row); ++i, in += kElement<float>) {
         re[half][i] = load(in);
         im[half][i] = load(in + kGroup);
       }
@@ -170,25 +216,38 @@ inline void join_band(const DecimatedJob& job, std::int64_t band, float* z) {
 // Stages
 // --------------------------------------------------------------------------------------------------------
 
-using SpreadColumns = void (*)(float* const*, std::int64_t, WindowView, std::int64_t, float*, std::int64_t);
+using SpreadColumns = void (*)(CoarseRows, std::int64_t, WindowView, std::int64_t, float*, std::int64_t);
 using InterpolateColumns = void (*)(const float*, std::int64_t, WindowView, std::int64_t, std::int64_t,
-                                    float* const*);
+                                    CoarseRows);
 
 template <int... Index>
 FM_INLINE SpreadColumns spread_columns_by_taps(int taps, std::integer_sequence<int, Index...>) {
-  static constexpr SpreadColumns table[] = {spread_columns<kMinTaps + Index>...};
+  static constexpr SpreadColumns table[] = {spread_columns<kMinTaps + Index, CoarseRows>...};
   return taps == 0 ? spread_whole_columns : table[taps - kMinTaps];
 }
 template <int... Index>
 FM_INLINE InterpolateColumns interpolate_columns_by_taps(int taps, std::integer_sequence<int, Index...>) {
-  static constexpr InterpolateColumns table[] = {interpolate_columns<kMinTaps + Index>...};
+  static constexpr InterpolateColumns table[] = {interpolate_columns<kMinTaps + Index, CoarseRows>...};
   return taps == 0 ? interpolate_whole_columns : table[taps - kMinTaps];
+}
+
+// The whole height, or windows down it.
+inline void spread_whole_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
+                               float* z) {
+  const MatrixPasses passes = matrix_passes(job);
+  for (std::int64_t band = first_band; band < last_band; ++band) {
+    for (std::int64_t half = 0; half < 2; ++half)
+      passes.spread(job, band * kBand + half * kGroup, z + half * kGroup);
+    forward(*job.row_fft, z, z + kElement<float> * job.row_fft->n);
+    split_band(job, z, band);
+  }
 }
 
 inline void spread_bands(const DecimatedJob& job, std::int64_t first_band, std::int64_t last_band,
                          float* work) {
   const Ring ring = ring_in(job, work);
   float* const z = transform_in(job, work);
+  if (job.rows.taps == 0) return spread_whole_bands(job, first_band, last_band, z);
   const RowPasses passes = row_passes(job);
   const SpreadColumns spread = spread_columns_by_taps(job.columns.taps, kTapIndices);
   const auto sweep = [&](std::int64_t first, std::int64_t last) {
@@ -205,7 +264,8 @@ inline void spread_bands(const DecimatedJob& job, std::int64_t first_band, std::
       sweep(row, row + kGroup);
       float* rows[kGroup];
       for (std::int64_t i = 0; i < kGroup; ++i) rows[i] = ring.row(row + i);
-      spread(rows, job.width, job.column_window, job.columns.cells, z + half * kGroup, kElement<float>);
+      spread(CoarseRows{rows}, job.width, job.column_window, job.columns.cells, z + half * kGroup,
+             kElement<float>);
     }
     forward(*job.row_fft, z, z + kElement<float> * job.row_fft->n);
     split_band(job, z, band);
@@ -217,16 +277,26 @@ inline void interpolate_bands(const DecimatedJob& job, std::int64_t first_band, 
                               float* work) {
   const Ring ring = ring_in(job, work);
   float* const z = transform_in(job, work);
-  const RowPasses passes = row_passes(job);
-  const InterpolateColumns interpolate = interpolate_columns_by_taps(job.columns.taps, kTapIndices);
   const auto coarse_band = [&](std::int64_t band) {
     join_band(job, band, z);
     inverse(*job.row_fft, z, z + kElement<float> * job.row_fft->n);
   };
+  if (job.rows.taps == 0) {
+    const MatrixPasses passes = matrix_passes(job);
+    for (std::int64_t band = last_band; band-- > first_band;) {
+      coarse_band(band);
+      for (std::int64_t half = 0; half < 2; ++half)
+        passes.interpolate(job, z + half * kGroup, band * kBand + half * kGroup);
+    }
+    return;
+  }
+  const RowPasses passes = row_passes(job);
+  const InterpolateColumns interpolate = interpolate_columns_by_taps(job.columns.taps, kTapIndices);
   const auto coarse_rows = [&](std::int64_t row, std::int64_t half) {
     float* rows[kGroup];
     for (std::int64_t i = 0; i < kGroup; ++i) rows[i] = ring.row(row + i);
-    interpolate(z + half * kGroup, kElement<float>, job.column_window, job.columns.cells, job.width, rows);
+    interpolate(z + half * kGroup, kElement<float>, job.column_window, job.columns.cells, job.width,
+                CoarseRows{rows});
   };
   // Cells also need the taps - 1 rows after them, which are never more than a band.
   static_assert(kMaxTaps - 1 <= kBand);
@@ -277,20 +347,29 @@ struct BlockGain {
 inline void coarse_mask_blocks(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block,
                                float* work) {
   const Fft<float>& plan = *job.column_fft;
+  constexpr auto real = static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t size = plan.n * kElement<float>;
+  const bool far = 2 * job.columns.band * plan.n * real > kNearBytes;
   for (std::int64_t block = first_block; block < last_block; ++block) {
     float* const column = spectrum_at(job, block, 0);
-    forward(plan, column, work);
-    const BlockGain gain(job.gain, block * kGroup, job.scale);
-    for (std::int64_t bin = 0; bin < plan.n; ++bin) {
-      float* const element = column + kElement<float> * slot_of(plan, bin);
+    const BlockGain block_gain(job.gain, block * kGroup, job.scale);
+    const auto gain = [&](std::int64_t bin) {
       const std::int64_t a = 2 * bin <= plan.n ? bin : bin - plan.n;
-      if (a < job.gain.band && -a < job.gain.band) {
-        const FloatVec g = gain.at(a);
-        const Complex<float> value = kForward<float>.load(element);
-        kForward<float>.store(element, {value.re * g, value.im * g});
-      } else {
-        kForward<float>.store(element, Complex<float>{});
-      }
+      return a < job.gain.band && -a < job.gain.band ? block_gain.at(a) : FloatVec{};
+    };
+    if (far && plan.method == Fft<float>::Method::kSplit) {
+      float* const rest = work + padded_size(plan) * kElement<float>;
+      const Strided<float> columns{column, plan.rows->n * kElement<float>};
+      const Upcoming next{reinterpret_cast<std::uintptr_t>(column + size), block + 1 < last_block,
+                          size * real, 0};
+      forward_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest, kForward<float>);
+      filter_split_rows(plan, work, rest, gain, next);
+      inverse_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest, kInverse<float>);
+      continue;
+    }
+    forward(plan, column, work);
+    for (std::int64_t bin = 0; bin < plan.n; ++bin) {
+      multiply(column + kElement<float> * slot_of(plan, bin), gain(bin));
     }
     inverse(plan, column, work);
   }

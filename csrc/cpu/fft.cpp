@@ -135,7 +135,7 @@ std::int64_t split_row_length(std::int64_t n) {
     double cost = ordered_cost(row) + ordered_cost(n / row) + 6;
     if (n / row > kColumnsAtOnce) cost += 3;   // kColumnsAtOnce columns fall out of the first-level cache
     if (row % kColumnsAtOnce != 0) cost += 2;  // they are fewer at the end
-    if (cost < best_cost) {
+    if (cost <= best_cost) {  // of equal ones the longest rows, whose columns are fewer elements apart
       best_cost = cost;
       best = row;
     }

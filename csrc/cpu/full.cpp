@@ -20,9 +20,6 @@ using ArithmeticOf = std::conditional_t<std::is_same_v<Storage, double>, double,
 // Gains of smaller masks are kept: they would cost as much as the transforms.
 constexpr std::int64_t kMostKeptBins = 1 << 14;
 
-// Asking early for the memory that is read next pays for larger spectra than this.
-constexpr std::int64_t kNearBytes = 4 << 20;
-
 template <typename Storage>
 class FullFilter : public Filter {
  public:

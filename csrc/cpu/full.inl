@@ -1,8 +1,8 @@
 // Row-column transforms of real matrices, compiled once per instruction set. See spectrum.h for the layouts.
 #pragma once
 
-#include "cpu/fft.inl"
 #include "cpu/spectrum.h"
+#include "cpu/split_filter.inl"
 
 namespace freemerge::FREEMERGE_ISA {
 
@@ -15,26 +15,6 @@ FM_INLINE void transpose_tile(Row row, Put put) {
   transpose<T>(tile);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<T>; ++i) put(i, tile[i]);
-}
-
-// Fft::padded_size, compiled for this instruction set.
-template <typename T>
-FM_INLINE std::int64_t padded_size(const Fft<T>& plan) {
-  return plan.method == Fft<T>::Method::kSplit ? plan.columns->n * plan.row_pitch : plan.n;
-}
-
-// One of `parts` parts of what is read next.
-FM_INLINE void prefetch_part(const Upcoming& next, std::int64_t part, std::int64_t parts) {
-  constexpr std::int64_t kLine = 64;
-  const std::int64_t lines = (next.bytes + kLine - 1) / kLine, total = next.rows * lines;
-  const std::int64_t end = total * (part + 1) / parts;
-  for (std::int64_t line = total * part / parts; line < end;) {
-    const std::int64_t row = line / lines, first = row * lines, stop = smaller(end, first + lines);
-    const std::uintptr_t start = next.data + static_cast<std::uintptr_t>(row * next.stride);
-    for (; line < stop; ++line) {
-      prefetch_l2(reinterpret_cast<const void*>(start + static_cast<std::uintptr_t>((line - first) * kLine)));
-    }
-  }
 }
 
 // Matrix <-> batch
@@ -488,12 +468,6 @@ struct BlockElements {
 };
 
 template <typename T>
-FM_INLINE void multiply(T* element, Vec<T> gain) {
-  store(element, load(element) * gain);
-  store(element + kLanes<T>, load(element + kLanes<T>) * gain);
-}
-
-template <typename T>
 void apply_gains(const Fft<T>& plan, const BlockGains<T>& gains, T* batch) {
   constexpr int n = kLanes<T>;
   const std::int64_t length = plan.n;
@@ -534,8 +508,8 @@ void apply_edge_gains(const Fft<T>& plan, const BlockGains<T>& gains, std::int64
   }
 }
 
-// A split transform of a block: columns straight from the spectrum, then row by row there and back with the
-// gains in between, and columns back to the spectrum. The batch is read and written twice, not six times.
+// A split transform of a block: columns straight from the spectrum, rows there and back, and columns back to
+// the spectrum. The batch is read and written twice, not six times.
 template <typename T>
 void split_column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::int64_t block,
                          const BlockGains<T>& gains, T* batch, T* work, Upcoming next) {
@@ -550,17 +524,10 @@ void split_column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::i
     elements.load(j, width, length, work);
     forward_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest, kForward<T>);
   }
-  for (std::int64_t k2 = 0; k2 < length; ++k2) {
-    prefetch_part(next, k2, length);
-    T* const row = batch + k2 * plan.row_pitch * kElement<T>;
-    split_rows(plan, row, 0, 1, work, kForward<T>);
-    for (std::int64_t k1 = 0; k1 < width; ++k1) {
-      const std::int64_t bin = k2 + length * k1;
-      const std::int64_t gain = gains.mirrored ? smaller(bin, plan.n - bin) : bin;
-      multiply(row + k1 * kElement<T>, load(gains.gains + gain * kLanes<T>));
-    }
-    split_rows(plan, row, 0, 1, work, kInverse<T>);
-  }
+  const auto gain = [&](std::int64_t bin) {
+    return load(gains.gains + (gains.mirrored ? smaller(bin, plan.n - bin) : bin) * kLanes<T>);
+  };
+  filter_split_rows(plan, batch, work, gain, next);
   for (std::int64_t j = 0; together > 0 && j < width; j += together) {
     inverse_columns(plan, batch, j, together, elements.column(j, width), elements.step, work, kInverse<T>);
   }

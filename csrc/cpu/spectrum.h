@@ -12,22 +12,9 @@
 
 #include <cstdint>
 
+#include "cpu/upcoming.h"
+
 namespace freemerge {
-
-// Memory that a worker reads next, as rows of bytes: it asks for it while it transforms what is in cache. It
-// may reach past the end of an array.
-struct Upcoming {
-  std::uintptr_t data = 0;
-  std::int64_t rows = 0;
-  std::int64_t bytes = 0;   // of a row
-  std::int64_t stride = 0;  // from one row to the next, in bytes
-};
-
-template <typename T>
-Upcoming upcoming(const T* data, std::int64_t rows, std::int64_t count, std::int64_t stride) {
-  constexpr auto size = static_cast<std::int64_t>(sizeof(T));
-  return {reinterpret_cast<std::uintptr_t>(data), rows, count * size, stride * size};
-}
 
 template <typename Storage>
 struct Signals {

@@ -195,34 +195,70 @@ void interpolate_rows(const Samples<Storage>& samples, WindowView window, Sweep 
 // Columns transposed at a time: a block of kLanes x kRowBlock values stays in L1.
 inline constexpr std::int64_t kRowBlock = 8 * kLanes<float>;
 
-// block[x * kLanes + i] = rows[i][begin + x]; reads whole vectors, so rows are padded.
-FM_INLINE void load_transposed(float* const* rows, std::int64_t begin, std::int64_t count, float* block) {
+// kLanes rows that are read and written a vector at a time: coarse rows, which are padded to whole vectors,
+// ...
+struct CoarseRows {
+  float* const* rows;
+
+  FM_INLINE FloatVec load(int i, std::int64_t x) const { return FREEMERGE_ISA::load(rows[i] + x); }
+  FM_INLINE void store(int i, std::int64_t x, FloatVec v) const { FREEMERGE_ISA::store(rows[i] + x, v); }
+};
+// ... or `count` rows of the matrix itself, to which the result is added.
+template <typename Storage>
+struct MatrixRows {
+  Samples<Storage> samples;
+  std::int64_t count;
+
+  FM_INLINE FloatVec load(int i, std::int64_t x) const {
+    if (i >= count) return FloatVec{};
+    const Storage* const p = samples.data + i * samples.stride + x;
+    prefetch_l2(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+    return present(p, x);
+  }
+  FM_INLINE void store(int i, std::int64_t x, FloatVec v) const {
+    if (i >= count) return;
+    Storage* const p = samples.data + i * samples.stride + x;
+    prefetch_l2(reinterpret_cast<const char*>(p) + kPrefetchBytes);
+    const FloatVec y = present(p, x) * samples.background + v;
+    if (const std::int64_t left = samples.width - x; left < kLanes<float>) return store_partial(p, y, left);
+    FREEMERGE_ISA::store(p, y);
+  }
+
+ private:
+  FM_INLINE FloatVec present(const Storage* p, std::int64_t x) const {
+    const std::int64_t left = samples.width - x;
+    return left < kLanes<float> ? load_partial(p, left) : FREEMERGE_ISA::load(p);
+  }
+};
+
+// block[x * kLanes + i] = row i at begin + x.
+template <typename Rows>
+FM_INLINE void load_transposed(Rows rows, std::int64_t begin, std::int64_t count, float* block) {
   for (std::int64_t x = 0; x < count; x += kLanes<float>) {
     FloatVec tile[kLanes<float>];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes<float>; ++i) tile[i] = load(rows[i] + begin + x);
+    for (int i = 0; i < kLanes<float>; ++i) tile[i] = rows.load(i, begin + x);
     transpose<float>(tile);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<float>; ++i) store(block + (x + i) * kLanes<float>, tile[i]);
   }
 }
 
-FM_INLINE void store_transposed(float* const* rows, std::int64_t begin, std::int64_t count,
-                                const float* block) {
+template <typename Rows>
+FM_INLINE void store_transposed(Rows rows, std::int64_t begin, std::int64_t count, const float* block) {
   for (std::int64_t x = 0; x < count; x += kLanes<float>) {
     FloatVec tile[kLanes<float>];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes<float>; ++i) tile[i] = load(block + (x + i) * kLanes<float>);
     transpose<float>(tile);
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes<float>; ++i) store(rows[i] + begin + x, tile[i]);
+    for (int i = 0; i < kLanes<float>; ++i) rows.store(i, begin + x, tile[i]);
   }
 }
 
-// kLanes coarse rows of `width` samples each become kLanes lanes of `cells` coarse points, `pitch` floats
-// apart.
-template <int Taps>
-void spread_columns(float* const* rows, std::int64_t width, WindowView window, std::int64_t cells, float* out,
+// kLanes rows of `width` samples each become kLanes lanes of `cells` coarse points, `pitch` floats apart.
+template <int Taps, typename Rows>
+void spread_columns(Rows rows, std::int64_t width, WindowView window, std::int64_t cells, float* out,
                     std::int64_t pitch) {
   float block[kRowBlock * kLanes<float>];
   FloatVec sums[Taps] = {};
@@ -255,9 +291,9 @@ void spread_columns(float* const* rows, std::int64_t width, WindowView window, s
 }
 
 // The adjoint, from coarse points to the samples of kLanes rows.
-template <int Taps>
+template <int Taps, typename Rows>
 void interpolate_columns(const float* in, std::int64_t pitch, WindowView window, std::int64_t cells,
-                         std::int64_t width, float* const* rows) {
+                         std::int64_t width, Rows rows) {
   float block[kRowBlock * kLanes<float>];
   FloatVec coarse[Taps];
 #pragma GCC unroll 16
@@ -285,7 +321,7 @@ void interpolate_columns(const float* in, std::int64_t pitch, WindowView window,
 }
 
 // The same where the axis stays whole: every sample is a coarse point.
-inline void spread_whole_columns(float* const* rows, std::int64_t width, WindowView, std::int64_t, float* out,
+inline void spread_whole_columns(CoarseRows rows, std::int64_t width, WindowView, std::int64_t, float* out,
                                  std::int64_t pitch) {
   for (std::int64_t x = 0; x < width; x += kLanes<float>) {
     float block[kLanes<float> * kLanes<float>];
@@ -296,7 +332,7 @@ inline void spread_whole_columns(float* const* rows, std::int64_t width, WindowV
 }
 
 inline void interpolate_whole_columns(const float* in, std::int64_t pitch, WindowView, std::int64_t,
-                                      std::int64_t width, float* const* rows) {
+                                      std::int64_t width, CoarseRows rows) {
   float block[kLanes<float> * kLanes<float>] = {};
   for (std::int64_t x = 0; x < width; x += kLanes<float>) {
     for (std::int64_t i = 0; i < smaller(kLanes<float>, width - x); ++i)

@@ -22,6 +22,7 @@ from freemerge.planner.forms import ERROR_LIMIT, _smooth, candidates
 from freemerge.planner.plan import Decimation
 from freemerge.planner.windows import Window, window_transform
 from oracle import oracle_filter
+from reference import reference_filter
 
 
 def is_smooth(n: int) -> bool:
@@ -212,21 +213,22 @@ def test_every_candidate_of_the_cpu_gives_the_result(shape: tuple[int, int], res
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(700, 32), (1009, 47), (641, 3), (801, 130)])
+@pytest.mark.parametrize("shape", [(700, 32), (1009, 47), (641, 3), (801, 130), (32, 700), (47, 1009), (130, 802)])
 @pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.BandGain(0.4, 0.5, 1.5), fm.Official(0.7)], ids=repr)
-def test_the_cpu_leaves_the_columns_of_a_tall_matrix_whole(
+def test_the_cpu_leaves_the_short_side_of_a_matrix_whole(
     response: fm.Response, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     backend = CpuBackend()
     traits = backend.traits(torch.device("cpu"))
     assert traits is not None
     plans = candidates(response, shape, dtype, "cpu", "cpu", traits)
+    short = Decimation(min(shape), 0, min(shape) // 2 + 1)
     whole = [
         plan
         for plan in plans
-        if plan.form == "decimated" and plan.columns == Decimation(shape[1], 0, shape[1] // 2 + 1)
+        if plan.form == "decimated" and (plan.rows if shape[0] < shape[1] else plan.columns) == short
     ]
-    if isinstance(response, fm.Official) and shape[0] % 2:
+    if isinstance(response, fm.Official) and max(shape) % 2:
         assert not whole  # its box has no centre then
         return
     (plan,) = whole
@@ -237,6 +239,24 @@ def test_the_cpu_leaves_the_columns_of_a_tall_matrix_whole(
     rounded = torch.from_numpy(expected).to(dtype).double()
     error = (x.double() - rounded).norm() / rounded.norm()
     assert error <= 5e-7 + 0.1 * (dtype.itemsize == 2) * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1500, 1536), (1320, 4000), (4000, 1320)])
+def test_spectra_that_are_larger_than_caches(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Kernels ask early for what they read next, and filter the columns of such coarse grids in another way."""
+    backend, response = CpuBackend(), fm.HighPass(0.4)
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = reference_filter(x, response)
+    plans = [p for p in candidates(response, shape, dtype, "cpu", "cpu", traits) if backend.supports(p) is None]
+    assert dtype == torch.float64 or shape == (1500, 1536) or any(plan.form == "decimated" for plan in plans)
+    for plan in plans:
+        y = x.clone()
+        backend.prepare(plan).run([y[None]], 1.0)
+        error = float((y.double() - expected.to(dtype).double()).norm() / x.double().norm())
+        assert error <= plan.error_bound + 0.1 * (dtype == torch.bfloat16) * torch.finfo(dtype).eps, plan
 
 
 def test_a_background_that_no_column_has_is_refused() -> None:

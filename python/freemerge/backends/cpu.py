@@ -49,13 +49,10 @@ class CpuBackend(Backend):
         if plan.form == "decimated":
             if plan.dtype == torch.float64:
                 return "its windowed passes compute in fp32"
-            height, width = plan.matrix
-            if not _windowed(height, plan.rows):
-                return f"it has no kernel for {plan.rows} along the height"
-            whole = plan.columns == Decimation(width, 0, width // 2 + 1)
-            if not whole and not _windowed(width, plan.columns):
-                return f"it has no kernel for {plan.columns} along the width"
-            if plan.rows is not None and plan.rows.cells % _core.ROW_CELLS_MULTIPLE:
+            for n, axis, name in zip(plan.matrix, (plan.rows, plan.columns), ("height", "width"), strict=True):
+                if axis != Decimation(n, 0, n // 2 + 1) and not _windowed(n, axis):
+                    return f"it has no kernel for {axis} along the {name}"
+            if plan.rows is not None and plan.rows.taps and plan.rows.cells % _core.ROW_CELLS_MULTIPLE:
                 return f"its coarse rows come in groups of {_core.ROW_CELLS_MULTIPLE}"
         return None
 
@@ -127,6 +124,7 @@ def _traits() -> Traits:
         costs=_COSTS,
         taps=_core.TAPS,
         whole_columns=True,
+        whole_rows=True,
         longest_sum=128,  # a chain of more loses the accuracy that plans promise
         cells_multiple=_core.ROW_CELLS_MULTIPLE,
         transposes=True,
@@ -234,7 +232,7 @@ def _workspace(plan: Plan) -> int:
     if plan.form != "decimated" or plan.rows is None or plan.columns is None:
         return plan.workspace_bytes
     columns = -(-plan.columns.band // _core.MAX_LANES) * _core.MAX_LANES
-    ring = (_core.MAX_LANES + plan.rows.taps) * (plan.matrix[1] + 5 * _core.MAX_LANES)
+    ring = (_core.MAX_LANES + plan.rows.taps) * (plan.matrix[1] + 5 * _core.MAX_LANES) if plan.rows.taps else 0
     transform = 2 * _core.MAX_LANES * (max(plan.rows.cells, plan.columns.cells) + 2 * plan.columns.cells)
     return 8 * plan.rows.cells * columns + 4 * (ring + transform)
 

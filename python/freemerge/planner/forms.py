@@ -162,8 +162,11 @@ class _Request:
         (height, width), (band_y, band_x), (nyquist_y, nyquist_x) = matrix_shape(self.shape), box.bands, box.nyquist
         costs, dtype = self.traits.costs, compute_dtype(self.dtype)
         best: tuple[float, Plan] | None = None
-        for rows, row_error in self._axis(height, band_y, nyquist_y):
-            for columns, column_error in self._column_axis(width, band_x, nyquist_x):
+        traits = self.traits
+        for rows, row_error in self._axis(height, band_y, nyquist_y, whole=traits.whole_rows):
+            for columns, column_error in self._axis(width, band_x, nyquist_x, whole=traits.whole_columns):
+                if not rows.taps and not columns.taps:
+                    continue
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
                 error = math.sqrt(2) * math.hypot(row_error.alias, column_error.alias)
                 error += 2 * _ROUNDING[dtype] * (1 + (row_error.amplification * column_error.amplification) ** 0.25)
@@ -205,8 +208,10 @@ class _Request:
         )
         return 3 * self.traits.costs.move * width, plan
 
-    def _axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
-        """Windows that reduce one axis: for each oversampling, the two narrowest that are accurate enough."""
+    def _axis(self, n: int, band: int, nyquist: bool, *, whole: bool) -> Iterator[tuple[Decimation, WindowError]]:
+        """Windows that reduce one axis, for each oversampling the two narrowest that are accurate enough; or none."""
+        if whole:
+            yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
         if 2 * band - 1 >= n:
             return
         traits = self.traits
@@ -220,11 +225,6 @@ class _Request:
                 if 2 * taps <= cells < n and (error := window_error(d)).alias < limit and accurate < 2:
                     accurate += 1
                     yield d, error
-
-    def _column_axis(self, n: int, band: int, nyquist: bool) -> Iterator[tuple[Decimation, WindowError]]:
-        yield from self._axis(n, band, nyquist)
-        if self.traits.whole_columns:
-            yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
 
     def _by_columns(self, transpose: bool) -> Iterator[tuple[float, Plan]]:
         """The exact forms: real FFTs along one axis, complex ones along the other where the gain varies."""
