@@ -40,6 +40,8 @@ from .sums import EDGES, RANKS, Sums
 
 T = TypeVar("T")
 
+SLOWNESS = 10.0  # roughly, of a byte that is analysed to one that is measured, until the first was
+
 METHODS: Mapping[str, Method] = {
     "Task Arithmetic": TaskArithmetic(),
     "row means removed": FR(Center(-1)),
@@ -152,13 +154,14 @@ def analyze(
             raise ArgumentError("there is nothing to analyse: all tensors are copied, averaged or empty")
         sources = (merger.base, *merger.models)
         sizes = {unit: sum(source.specs[unit.names[0]].nbytes for source in sources) for unit in units}
-        passes = 1 + sum(method.passes for method in methods.values())
-        bar = stack.enter_context(Progress(passes * sum(sizes.values()), enabled=progress))
+        total = sum(sizes.values())
+        measuring = total * sum(method.passes for method in methods.values())
+        bar = stack.enter_context(Progress(measuring, total, ratio=SLOWNESS, style="bar" if progress else "none"))
         measured = {label: _measured(merger, method, bar) for label, method in methods.items()}
         found = {}
         for unit in merger.ahead(units):
             found[unit.names[0]] = _sums(merger.vectors(unit), methods, measured)
-            bar.advance(sizes[unit])
+            bar.advance("merge", sizes[unit], 1)
         analysis = _analysis(merger, found, methods, measured)
     if out is not None:
         _write(analysis.to_html(), Path(out), force=force)
@@ -199,7 +202,7 @@ def _measured(merger: Merger, method: Method, bar: Progress) -> Measured:
     # The projection scale follows from the sums that are taken anyway; to measure it would double the work.
     scale = 1.0 if isinstance(method, SpectralMethod) else "auto"
     recipe = merger.recipe.replace(method=method, scale=scale)
-    return Merger(merger.base, merger.models, recipe).measure(lambda unit, size: bar.advance(size))
+    return Merger(merger.base, merger.models, recipe).measure(lambda unit, size: bar.advance("measure", size, 0))
 
 
 def _sums(vectors: TaskVectors, methods: Mapping[str, Method], measured: Mapping[str, Measured]) -> Sums:
