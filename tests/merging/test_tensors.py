@@ -33,6 +33,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "Iso-C": {"method": "iso_c", "scale": 1.0},
     "Iso-CTS": {"method": "iso_cts", "scale": 1.0},
     "TSV-M": {"method": "tsv_m", "scale": 1.0},
+    "WUDI": {"method": "wudi", "scale": 1.0},
+    "filtered before": {"method": "iso_c", "scale": 1.0, "filter": "before", "cutoff": 0.2},
+    "filtered after": {"method": "ties", "scope": "tensor", "filter": "after", "response": fm.Gaussian(0.1)},
     "split": {"views": [fm.Split("*.split", 3)]},
 }
 
