@@ -224,7 +224,13 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    _add_models(parser)
+    parser.add_argument(
+        "base", type=Path, nargs="?", metavar="BASE", help="the pretrained checkpoint all models started from"
+    )
+    parser.add_argument("models", type=Path, nargs="*", metavar="MODEL", help="fine-tuned checkpoints")
+    parser.add_argument(
+        "--mergekit", type=Path, metavar="FILE", help="base, models and method as a configuration of mergekit has them"
+    )
     parser.add_argument("--preset", choices=list(PRESETS), help="start from a published setting")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="start from a recipe in YAML")
     parser.add_argument("--method", choices=sorted(METHODS), help="merging method (default fr, or the recipe's)")
@@ -297,10 +303,18 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
-    """The preset or the file, with every option that was given laid over it."""
-    if options.preset and options.recipe:
-        raise ArgumentError("--preset and --recipe exclude each other")
-    if options.recipe:
+    """The preset or the file, with every option that was given laid over it; base and models, too, of mergekit's."""
+    if sum(map(bool, (options.preset, options.recipe, options.mergekit))) > 1:
+        raise ArgumentError("--preset, --recipe and --mergekit exclude each other")
+    if options.mergekit:
+        from .merging.mergekit_yaml import read_mergekit
+
+        if options.base is not None:
+            raise ArgumentError("--mergekit names base and models; give no others")
+        options.base, options.models, recipe = read_mergekit(options.mergekit)
+    elif options.base is None or not options.models:
+        raise ArgumentError("BASE and at least one MODEL are required")
+    elif options.recipe:
         recipe = Recipe.from_yaml(options.recipe)
     else:
         recipe = Recipe.preset(options.preset) if options.preset else Recipe()

@@ -120,3 +120,41 @@ def test_help_is_mergekits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["mergekit-yaml", "--help"]) == 0
     assert "--allow-crimes" in capsys.readouterr().out
     assert main(["mergekit-yaml", "--nonsense"]) == 2
+
+
+OWN: list[tuple[str, list[Any], dict[str, Any]]] = [
+    ("linear", [1.0, 2.0, 0.5], {}),
+    ("task_arithmetic", [0.5, 0.3, -0.2], {"lambda": 0.8}),
+    ("task_arithmetic", [0.5, 0.3, 0.2], {"normalize": True}),
+    ("task_arithmetic", [[{"filter": "mlp", "value": 0.6}, {"value": 0.1}], 0.3, 0.2], {}),
+    ("ties", [0.5, 0.5, 0.5], {"density": 0.5}),
+    ("ties", [1.0, 1.0, 1.0], {"density": 0.25, "lambda": 0.7, "int8_mask": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "weights", "parameters"), OWN)
+def test_a_configuration_means_the_same_here_and_there(
+    method: str, weights: list[Any], parameters: dict[str, Any], tmp_path: Path
+) -> None:
+    models = write_models(tmp_path, 3)
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": models[0],
+        "models": [
+            {"model": model, "parameters": {"weight": weight}}
+            for model, weight in zip(models[1:], weights, strict=True)
+        ],
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+    if method == "linear":  # the base is one of the models
+        content["models"].append({"model": models[0], "parameters": {"weight": 0.7}})
+    path = tmp_path / "config.yml"
+    path.write_text(yaml.safe_dump(content))
+    assert main(["mergekit-yaml", str(path), str(tmp_path / "there"), "--no-copy-tokenizer"]) == 0
+    assert main(["merge", "--mergekit", str(path), "-o", str(tmp_path / "here"), "--json"]) == 0
+    here, there, base = (tensors_of(folder) for folder in (tmp_path / "here", tmp_path / "there", models[0]))
+    assert here.keys() == there.keys()
+    for name, tensor in there.items():
+        torch.testing.assert_close(here[name], tensor, atol=2e-7, rtol=1e-6, msg=name)
+        assert (here[name] - base[name]).abs().max() > 1e-3, name

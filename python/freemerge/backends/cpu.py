@@ -1,12 +1,14 @@
 """The native CPU backend: the compiled kernels of ``csrc/cpu``, one set per instruction set, chosen at run time.
 
-``FREEMERGE_ISA`` (avx512, avx2 or baseline) forces a set. Threads follow :func:`torch.get_num_threads`.
+``FREEMERGE_ISA`` (avx512, avx2 or baseline) forces a set. Threads follow :func:`torch.get_num_threads`,
+which is 1 in a forked process.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,10 @@ from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Entries, Executable
 from .memory import DTYPE_CODES, addresses, matrices, sample
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
+
+# OpenMP would wait for the threads that a fork leaves behind, in torch's loops as in ours.
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 # Fitted to 130 plans of 7 shapes on one busy core of a Sapphire Rapids Xeon (AVX-512), ns.
 _COSTS = Costs(

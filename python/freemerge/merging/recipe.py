@@ -188,7 +188,7 @@ class Recipe:
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises ArgumentError naming the file."""
         try:
-            return cls.from_config(yaml.load(Path(path).read_text(encoding="utf-8"), _StrictLoader))
+            return cls.from_config(yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader))
         except OSError as error:
             raise ArgumentError(f"recipe {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError, ArgumentError) as error:
@@ -225,7 +225,7 @@ def to_yaml(config: Mapping[str, object]) -> str:
     return yaml.safe_dump(dict(config), sort_keys=False)
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """YAML without the silent choice among equal keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

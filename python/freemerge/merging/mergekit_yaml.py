@@ -1,0 +1,241 @@
+"""Configurations of mergekit as recipes, where a method here computes the same; everything else is refused by name.
+
+Values follow mergekit's rules: a parameter of a model before a shared one, and of a list of values the first whose
+``filter`` is part of the tensor's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ArgumentError
+from ..methods.base import Measured, Merged, Method
+from ..methods.task_arithmetic import TaskArithmetic
+from ..methods.vectors import TaskVectors
+from ..responses import finite_number
+from .recipe import Recipe, StrictLoader
+
+Rules = tuple[tuple[str, float], ...]
+"""Pairs of a part of tensors' names, empty for any, and a value; the first that matches counts."""
+
+_FIELDS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
+_REFUSED = {
+    "slices": "layers cannot be put together here; list whole models",
+    "modules": "parts of a model cannot have methods of their own here; use mergekit-yaml",
+    "tokenizer": "vocabularies are not changed here; use --tokenizer-from, or mergekit-yaml",
+    "chat_template": "chat templates are not changed here; use --tokenizer-from, or mergekit-yaml",
+}
+
+
+@dataclass(frozen=True)
+class Weighted(TaskArithmetic):
+    """Task arithmetic whose weights depend on the tensor's name.
+
+    Attributes:
+        rules: of each model.
+        normalize: whether weights are divided by their sum, to which ``rest`` is added: the weight of the base.
+    """
+
+    rules: tuple[Rules, ...] = ()
+    rest: Rules = ()
+    normalize: bool = False
+
+    @property
+    def by_entries(self) -> bool:
+        return False  # an entry alone does not tell its tensor's name
+
+    def measure(self, units: object, count: int) -> Measured:
+        return Measured()
+
+    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        (tensor,) = vectors.tensors
+        return Merged(vectors.sum(self.weights_of(tensor.name)))
+
+    def weights_of(self, name: str) -> tuple[float, ...]:
+        """lambda_i of one tensor."""
+        weights = [_value(rules, name, "weight") for rules in self.rules]
+        if not self.normalize:
+            return tuple(weights)
+        total = sum(weights) + (_value(self.rest, name, "weight") if self.rest else 0.0)
+        if total == 0:
+            raise ArgumentError(f"weight: those of {name} sum to zero and cannot be normalized")
+        return tuple(weight / total for weight in weights)
+
+
+def _value(rules: Rules, name: str, parameter: str) -> float:
+    for part, value in rules:
+        if part in name:
+            return value
+    raise ArgumentError(f"{parameter}: no value is given for {name}")
+
+
+def read_mergekit(path: str | Path) -> tuple[str, list[str], Recipe]:
+    """The base, the models and the recipe of a configuration file of mergekit.
+
+    Raises ArgumentError, naming file and field, for what is no such file or cannot be computed here as mergekit does.
+    """
+    try:
+        return _Config(yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)).parts()
+    except OSError as error:
+        raise ArgumentError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, ArgumentError) as error:
+        raise ArgumentError(f"{path}: {error}") from None
+
+
+class _Config:
+    def __init__(self, content: object) -> None:
+        self._fields = _mapping("a configuration", content)
+        for name in self._fields:
+            if name in _REFUSED:
+                raise ArgumentError(f"{name}: {_REFUSED[name]}")
+            if name not in _FIELDS:
+                raise ArgumentError(f"{name}: unknown here; a configuration may have {', '.join(_FIELDS)}")
+        source = self._fields.get("tokenizer_source", "base")
+        if source != "base":
+            raise ArgumentError(f"tokenizer_source: {source!r}: {_REFUSED['tokenizer']}")
+        self._shared = _mapping("parameters", self._fields.get("parameters") or {})
+        listed = self._fields.get("models")
+        if not isinstance(listed, list) or not listed:
+            raise ArgumentError("models: must be a list of models")
+        self._models = [_mapping("models", entry) for entry in listed]
+        self._used = {"int8_mask"}  # of memory only
+
+    def parts(self) -> tuple[str, list[str], Recipe]:
+        methods: dict[str, Callable[[list[dict[str, Any]], list[dict[str, Any]]], tuple[Method, float]]] = {
+            "linear": self._linear,
+            "task_arithmetic": self._task_arithmetic,
+            "ties": self._ties,
+        }
+        asked = self._fields.get("merge_method")
+        if asked not in methods:
+            raise ArgumentError(
+                f"merge_method: {asked!r} is not computed here as mergekit does, only {', '.join(methods)}; "
+                "freemerge mergekit-yaml runs it in mergekit"
+            )
+        names = [_path(entry.get("model")) for entry in self._models]
+        base = self._fields.get("base_model")
+        if base is None and asked != "linear":
+            raise ArgumentError(f"base_model: {asked} needs it")
+        base = names[0] if base is None else _path(base)
+        itself = [entry for entry, name in zip(self._models, names, strict=True) if name == base]
+        others = [entry for entry, name in zip(self._models, names, strict=True) if name != base]
+        if not others:
+            raise ArgumentError("models: none but the base")
+        method, scale = methods[asked](others, itself)
+        for entry in (*self._models, {"parameters": self._shared}):
+            for name in _mapping("parameters", entry.get("parameters") or {}):
+                if name not in self._used:
+                    raise ArgumentError(f"parameters: {name} is not known for {asked} here")
+        dtype = self._fields.get("out_dtype", self._fields.get("dtype"))
+        recipe = Recipe(method=method, scale=scale, out_dtype=dtype)
+        return base, [name for name in names if name != base], recipe
+
+    def _linear(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> tuple[Method, float]:
+        if not self._flag("normalize", True):
+            raise ArgumentError("normalize: linear without it does not keep the base, and is not computed here")
+        if len(itself) != 1:
+            raise ArgumentError("base_model: linear counts it as a model; list it once, with a weight, or leave it out")
+        return self._weighted(others, self._rules(itself[0], "weight"), normalize=True), 1.0
+
+    def _task_arithmetic(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> tuple[Method, float]:
+        normalize = self._flag("normalize", False)
+        return self._weighted(others, (), normalize=normalize), self._number("lambda", 1.0)
+
+    def _weighted(self, others: list[dict[str, Any]], rest: Rules, *, normalize: bool) -> Method:
+        rules = tuple(self._rules(entry, "weight") for entry in others)
+        method = Weighted(rules=rules, rest=rest, normalize=normalize)
+        if all(len(each) == 1 and not each[0][0] for each in (*rules, rest or (("", 0.0),))):
+            return TaskArithmetic(weights=method.weights_of(""))  # the same for every tensor
+        return method
+
+    def _ties(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> tuple[Method, float]:
+        from ..methods.ties import TIES
+
+        if not self._flag("normalize", True):
+            raise ArgumentError("normalize: ties without it is not computed here; freemerge mergekit-yaml runs it")
+        if self._flag("rescale", False):
+            raise ArgumentError("rescale: ties with it is not computed here; freemerge mergekit-yaml runs it")
+        weight = {self._constant(entry, "weight") for entry in others}
+        if len(weight) > 1 or min(weight) <= 0:
+            raise ArgumentError("weight: ties has one positive weight for all models here; mergekit-yaml takes others")
+        densities = {self._constant(entry, "density", 1.0) for entry in others}
+        if len(densities) > 1:
+            raise ArgumentError("density: ties has one density for all models here; mergekit-yaml takes others")
+        return TIES(density=densities.pop(), scope="tensor"), self._number("lambda", 1.0)
+
+    def _rules(self, entry: Mapping[str, Any], parameter: str, default: float | None = None) -> Rules:
+        """The values of a parameter for one model, its own before the shared ones."""
+        self._used.add(parameter)
+        own = _mapping("parameters", entry.get("parameters") or {})
+        found: list[tuple[str, float]] = []
+        for place in (own, self._shared):
+            if parameter in place:
+                found += _pairs(parameter, place[parameter])
+        if default is not None:
+            found.append(("", default))
+        if not found:
+            raise ArgumentError(f"{parameter}: {entry.get('model')} has none")
+        last = next((i for i, (part, _) in enumerate(found) if not part), len(found))
+        return tuple(found[: last + 1])
+
+    def _constant(self, entry: Mapping[str, Any], parameter: str, default: float | None = None) -> float:
+        rules = self._rules(entry, parameter, default)
+        if len(rules) != 1 or rules[0][0]:
+            raise ArgumentError(f"{parameter}: one number for all tensors is possible here; mergekit-yaml takes more")
+        return rules[0][1]
+
+    def _number(self, name: str, default: float) -> float:
+        self._used.add(name)
+        number = finite_number(self._shared.get(name, default))
+        if number is None:
+            raise ArgumentError(f"{name}: must be a number, got {self._shared[name]!r}")
+        return number
+
+    def _flag(self, name: str, default: bool) -> bool:
+        self._used.add(name)
+        value = self._shared.get(name, default)
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name}: must be true or false, got {value!r}")
+        return value
+
+
+def _pairs(parameter: str, value: object) -> list[tuple[str, float]]:
+    number = finite_number(value)
+    if number is not None:
+        return [("", number)]
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ArgumentError(f"{parameter}: must be a number or a list of values with filters, got {value!r}")
+    pairs: list[tuple[str, float]] = []
+    for item in value:
+        condition = item if isinstance(item, Mapping) else {}
+        number = finite_number(condition.get("value"))
+        if number is None or not condition.keys() <= {"filter", "value"}:
+            raise ArgumentError(
+                f"{parameter}: gradients over layers are not computed here, got {item!r}; use mergekit-yaml"
+            )
+        part = condition.get("filter")
+        pairs.append(("" if part in (None, "*") else str(part), number))
+    return pairs
+
+
+def _mapping(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name}: must be a mapping, got {value!r}")
+    return {str(key): item for key, item in value.items()}
+
+
+def _path(model: object) -> str:
+    if isinstance(model, Mapping):
+        model = model.get("path") if set(model) == {"path"} else model
+    if not isinstance(model, str) or not model:
+        raise ArgumentError(f"model: must be a path or the id of a model, got {model!r}")
+    if "+" in model and not Path(model).exists():
+        raise ArgumentError(f"model: {model!r} names an adapter; give the path of a merged model")
+    if "@" in model and not Path(model).exists():
+        raise ArgumentError(f"model: {model!r} names a revision; give the path of its snapshot")
+    return model

@@ -1,0 +1,35 @@
+"""A process that was forked after native threads had run computes the same, and does not wait for lost threads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import os, signal, sys, torch, freemerge as fm
+torch.set_num_threads(2)
+x, response = torch.randn(600, 500), fm.HighPass(0.3)
+parts = [torch.randn(100_000) for _ in range(3)]
+def work():
+    merged = fm.merge_tensors(parts[0], parts[1:], method="task_arithmetic")
+    experts = fm.extract_experts({"w": x}, {"task": {"w": x + torch.sin(x)}})
+    weights = {"w": x.clone()}
+    with fm.ExpertBank(weights, experts).active("task"):
+        switched = weights["w"].clone()
+    return fm.filtered(x, response), merged, switched
+expected = work()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if all(map(torch.equal, work(), expected)) else 3)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+sys.exit(status if status >= 0 else 100 - status)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it does not fork")
+def test_a_forked_process_filters_merges_and_switches() -> None:
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
