@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial, reduce
 from operator import add
 from pathlib import Path
@@ -28,13 +27,14 @@ from ..methods.iso import IsoC
 from ..methods.rules import projection_scale
 from ..methods.spectra import SpectralMethod
 from ..methods.task_arithmetic import TaskArithmetic
-from ..methods.vectors import Deltas, TaskVectors
+from ..methods.vectors import TaskVectors
 from ..responses import Center
-from .advice import Advice, advise
+from .advice import advise
 from .bands import band_sums
 from .entries import entry_sums
 from .measures import Measures, measures_of
 from .names import depth, module_type
+from .result import Analysis, TensorMeasures
 from .singular import singular_sums
 from .sums import EDGES, RANKS, Sums
 
@@ -49,67 +49,6 @@ METHODS: Mapping[str, Method] = {
     "Iso-C": IsoC(),
 }
 """The methods that are compared by default, by their labels."""
-
-
-@dataclass(frozen=True)
-class TensorMeasures:
-    """The measures of one tensor, and what its name tells of its place; ``depth`` is None outside of layers."""
-
-    name: str
-    shape: tuple[int, ...]
-    module_type: str
-    depth: int | None
-    measures: Measures
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What :func:`analyze` found. ``to_dict()`` is all of it as JSON types, ``to_html()`` the report.
-
-    Attributes:
-        base: name of the base.
-        tasks: names of the K models.
-        band_edges: B + 1 radii between the bands of a spectrum, as fractions of min(H, W); the last one is infinite.
-        ranks: numbers of singular directions that ``top`` of a :class:`Spectrum` is about.
-        scales: label of each method -> the scale that its recipe's "auto" stands for.
-        total: of all tensors.
-        module_types: of the tensors that have equal names but for the numbers of layers.
-        depths: of the tensors of each layer.
-        tensors: of each one, in the order of a merge.
-        left_out: names of the tensors that are not merged, but copied or averaged.
-        notices: what is worth knowing about the inputs, in sentences.
-        advice: a method, its scale and the reason.
-    """
-
-    base: str
-    tasks: tuple[str, ...]
-    band_edges: tuple[float, ...]
-    ranks: tuple[int, ...]
-    scales: dict[str, float]
-    total: Measures
-    module_types: dict[str, Measures]
-    depths: dict[int, Measures]
-    tensors: tuple[TensorMeasures, ...]
-    left_out: tuple[str, ...]
-    notices: tuple[str, ...]
-    advice: Advice
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types: the attributes, by their names; None for an infinite edge and for no value."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
-        return plain | {"band_edges": [*self.band_edges[:-1], None]}
-
-    def to_text(self) -> str:
-        """The headline numbers in a few lines."""
-        from .report.summary import summary
-
-        return summary(self)
-
-    def to_html(self) -> str:
-        """The report: one HTML page that needs no other file."""
-        from .report.page import page
-
-        return page(self)
 
 
 def analyze(
@@ -210,15 +149,29 @@ def _sums(vectors: TaskVectors, methods: Mapping[str, Method], measured: Mapping
     (tensor,) = vectors.tensors
     base = tensor.base()
     found = list(tensor.each())
-    tasks, zero = len(found), torch.zeros_like(found[0])
-    held = Deltas(tensor.name, tensor.shape, lambda: zero, [partial(_itself, delta) for delta in found], tensor.check)
-    held_vectors = dataclasses.replace(vectors, tensors=(held,))
-    found += [method.merge(held_vectors, measured[label]).tensors[0] for label, method in methods.items()]
+    tasks = len(found)
+    found += _merged(vectors, found, methods, measured)
     entries = entry_sums(base, found, tasks)
     if not vectors.as_matrices:
         return dataclasses.replace(Sums.zeros(tasks, len(methods)), entries=entries)
     singular = singular_sums(found, tasks)
     return Sums(entries, band_sums(found, tasks, [method.response for method in methods.values()]), singular)
+
+
+def _merged(
+    vectors: TaskVectors, found: Sequence[Tensor], methods: Mapping[str, Method], measured: Mapping[str, Measured]
+) -> list[Tensor]:
+    """What each method merges, from the task vectors in memory: those of models of a base of zeros."""
+    (tensor,) = vectors.tensors
+    zero = torch.zeros_like(found[0])
+    held = dataclasses.replace(tensor, base=lambda: zero, models=[partial(_itself, delta) for delta in found])
+    return [
+        method.merge(
+            dataclasses.replace(vectors, tensors=(held,), as_matrices=vectors.as_matrices and method.sees_matrices),
+            measured[label],
+        ).tensors[0]
+        for label, method in methods.items()
+    ]
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -264,7 +217,7 @@ def _analysis(
         ),
         tuple(name for name in merger.specs if name not in found),
         (*merger.inputs.notices, *merger.notices),
-        advise(whole, tasks, {method.name: scales[label] for label, method in methods.items()}),
+        advise(whole, tasks, {m.name: scales[label] for label, m in methods.items() if m == type(m)()}),
     )
 
 
@@ -278,12 +231,3 @@ def _short(names: Sequence[str]) -> tuple[str, ...]:
     if len(set(short)) == len(short):
         return short
     return tuple(f"{name} {i + 1}" if names.count(name) > 1 else name for i, name in enumerate(names))
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists and keys as strings, as JSON has them."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -14,7 +14,7 @@ from .heat import heat_map
 from .text import mean, number, text
 
 if TYPE_CHECKING:
-    from ..run import Analysis
+    from ..result import Analysis
 
 METHOD_STYLES = 6  #: colours of the style sheet, for methods
 _SHOWN = 1e-6  # of the energy of noise; less is not drawn

@@ -11,7 +11,7 @@ from .heat import heat_map
 from .text import count, mean, number, percent, table, text
 
 if TYPE_CHECKING:
-    from ..run import Analysis, TensorMeasures
+    from ..result import Analysis, TensorMeasures
 
 Summary = Callable[[Measures], Value]
 

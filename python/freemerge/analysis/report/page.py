@@ -15,7 +15,7 @@ from .tables import methods_table
 from .text import count, mean, number, percent, sentence, text
 
 if TYPE_CHECKING:
-    from ..run import Analysis
+    from ..result import Analysis
 
 _STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 _SCRIPT = Path(__file__).with_name("script.js").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .text import mean, number, percent
 
 if TYPE_CHECKING:
-    from ..run import Analysis
+    from ..result import Analysis
 
 
 def summary(analysis: Analysis) -> str:

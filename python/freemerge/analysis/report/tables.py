@@ -10,7 +10,7 @@ from .figures import method_style
 from .text import NONE, mean, number, percent, table, text
 
 if TYPE_CHECKING:
-    from ..run import Analysis
+    from ..result import Analysis
 
 
 def methods_table(analysis: Analysis) -> str:
