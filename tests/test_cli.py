@@ -350,6 +350,21 @@ def test_experts(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     assert run("experts", *files, "-o", tmp_path / "experts") == 3
 
 
+def test_experts_of_low_rank(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = sum(2 * tensor.numel() for tensor in load_file(files[0]).values() if tensor.is_floating_point())
+    budget = ["--backbone", files[1], "--budget", "40%"]
+    assert run("experts", *files, "-o", tmp_path / "budget", *budget, "--json") == 0
+    assert json.loads(capsys.readouterr().out)[1]["nbytes"] <= 0.4 * size
+    assert run("experts", *files, "-o", tmp_path / "rank", "--backbone", files[1], "--rank", 2) == 0
+    for folder, options in (("budget", {"budget": 0.4}), ("rank", {"rank": 2})):
+        experts = fm.extract_experts(files[0], files[1:], backbone=files[1], **options)  # type: ignore[arg-type]
+        loaded = fm.Expert.load(tmp_path / folder / "model-2.safetensors").dense()
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in experts["model-2"].dense().items())
+        assert loaded.keys() == experts["model-2"].tensors.keys()
+    assert run("experts", *files, "-o", tmp_path / "both", *budget, "--rank", 2) == 2
+    assert run("experts", *files, "-o", tmp_path / "none", "--budget", "1%") == 2
+
+
 def test_failed_experts_leave_nothing(files: list[str], tmp_path: Path) -> None:
     state = load_file(files[2])
     state["a.weight"][0, 0] = float("nan")

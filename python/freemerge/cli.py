@@ -184,13 +184,12 @@ def _add_experts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", type=Path, metavar="MERGED", help="merged model, for what follows and some --rescale"
     )
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument(
+    parser.add_argument(
         "--budget",
         metavar="SHARE",
         help="low-rank experts of what MERGED lacks, in files of this share of a model: 0.3%%",
     )
-    size.add_argument("--rank", type=int, metavar="R", help="the same with R components of each matrix")
+    parser.add_argument("--rank", type=int, metavar="R", help="or with R components of each matrix")
     _add_names(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
