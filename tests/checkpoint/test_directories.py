@@ -243,3 +243,59 @@ def test_a_torch_file_with_the_name_of_another_is_read_under_the_name_that_the_m
         Checkpoint.open(tmp_path / "m.safetensors")
     (tmp_path / "m.safetensors").rename(tmp_path / "m.bin")
     assert same(fm.merge(BASE, [tmp_path / "m.bin"], EXACT), TUNED)
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_merged_model_has_the_names_that_the_base_s_library_looks_for(
+    stem: str, shards: int, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    if shards == 1:
+        save(BASE, base / f"{stem}.safetensors")
+    else:
+        sharded(base, stem)
+    (base / "config.json").write_text("{}")
+    size = 1 if shards > 1 else 10**6
+    fm.merge_checkpoints(base, [TUNED], tmp_path / "out", EXACT, progress=False, max_shard_bytes=size)
+    names = {path.name for path in (tmp_path / "out").glob("*.safetensors*")}
+    if shards == 1:
+        assert names == {f"{stem}.safetensors"}
+    else:
+        files = {f"{stem}-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)}
+        assert names == files | {f"{stem}.safetensors.index.json"}
+    assert same(fm.merge(BASE, [tmp_path / "out"], EXACT), TUNED)
+
+
+def test_a_merged_model_of_diffusers_is_loaded_by_it(tmp_path: Path) -> None:
+    diffusers: Any = pytest.importorskip("diffusers")
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        options = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        models.append(diffusers.UNet2DModel(**options, **blocks))
+        models[seed].save_pretrained(tmp_path / str(seed))
+    fm.merge_checkpoints(tmp_path / "0", [tmp_path / "1"], tmp_path / "out", EXACT, progress=False)
+    loaded = diffusers.UNet2DModel.from_pretrained(tmp_path / "out")
+    for name, tensor in models[1].state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_further_modules_of_sentence_transformers_go_along_and_differences_are_told(tmp_path: Path) -> None:
+    modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../../etc"}, {"path": 3}]
+    for number, name in enumerate(("base", "same", "other")):
+        save(
+            BASE if name == "base" else {n: t + number for n, t in BASE.items()}, tmp_path / name / "model.safetensors"
+        )
+        (tmp_path / name / "modules.json").write_text(json.dumps(modules))
+        save(
+            {"linear.weight": torch.ones(2, 2) * (1 + (name == "other"))}, tmp_path / name / "2_Dense/model.safetensors"
+        )
+        save(BASE, tmp_path / name / "not_listed" / "model.safetensors")
+    models = [tmp_path / "same", tmp_path / "other"]
+    lines = fm.inspect(tmp_path / "base", models).warnings
+    assert "2_Dense/model.safetensors: models[1] (other) has another; that of the base is taken" in lines
+    fm.merge_checkpoints(tmp_path / "base", models, tmp_path / "out", progress=False)
+    assert torch.equal(load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"], torch.ones(2, 2))
+    assert not (tmp_path / "out" / "not_listed").exists()

@@ -15,7 +15,7 @@ from .publish import MANIFEST
 from .quantised import without_quantisation
 from .reader import Checkpoint
 from .safetensors_file import open_regular
-from .side_files import is_tokenizer_file, token_ids
+from .side_files import is_tokenizer_file, part_weights, token_ids
 from .tied import with_untied_embeddings
 
 CONFIG = "config.json"
@@ -41,16 +41,17 @@ def carry_over(
 ) -> list[str]:
     """Copy config, tokenizer, generation settings, chat templates, licence and custom code from ``base`` to ``target``.
 
-    Left out are weights in any format and their indexes, exports (``onnx/`` and the like), training checkpoints and
-    their results, hidden files and the model card. ``out_dtype``, if given, is written into ``config.json``; so is
-    that the embeddings are not tied, if they are ``untied``. How weights were quantised is left out of it if they are
-    ``dequantised``, to float32 without ``out_dtype``, or are stored ``in_floats`` whatever it says. The files of the
-    tokenizer and the special tokens come from ``tokenizer``, if it is given.
+    Left out are weights in any format and their indexes, but for further modules of sentence-transformers, exports
+    (``onnx/`` and the like), training checkpoints and their results, hidden files and the model card. ``out_dtype``, if
+    given, is written into ``config.json``; so is that the embeddings are not tied, if they are ``untied``. How weights
+    were quantised is left out of it if they are ``dequantised``, to float32 without ``out_dtype``, or are stored
+    ``in_floats`` whatever it says. The files of the tokenizer and the special tokens come from ``tokenizer``, if it is
+    given.
 
     Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
     ``base`` and for files that are not regular, before anything is copied.
     """
-    sources = {name: base / name for name in _carried(base, base)}
+    sources = {name: base / name for name in _carried(base, base)} | part_weights(base)
     if tokenizer is not None and tokenizer.directory is not None:
         sources = {name: path for name, path in sources.items() if not is_tokenizer_file(name)}
         others = _carried(tokenizer.directory, tokenizer.directory)

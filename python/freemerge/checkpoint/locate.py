@@ -14,14 +14,14 @@ from .file_format import GGUF_ADVICE, PICKLE_SUFFIXES
 from .hub_cache import stays_in_one_cache
 from .safetensors_file import open_regular, unique_keys
 
-SAFETENSORS = "model.safetensors"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
+MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"  # how the weight files of transformers and diffusers begin
+SAFETENSORS = f"{MODEL}.safetensors"
 # What transformers and diffusers call their weights: the beginning and the end of the name, in order of preference.
 _NAMES = (
-    ("model", ".safetensors"),
-    ("diffusion_pytorch_model", ".safetensors"),
+    (MODEL, ".safetensors"),
+    (DIFFUSERS, ".safetensors"),
     ("pytorch_model", ".bin"),
-    ("diffusion_pytorch_model", ".bin"),
+    (DIFFUSERS, ".bin"),
 )
 _FULL_WEIGHTS = re.compile(
     r"((diffusion_)?(pytorch_)?model|consolidated)([.-].*)?\.(safetensors|bin|pt|pth)(\.index\.json)?"
@@ -195,6 +195,11 @@ def entry(directory: Path, name: str, *, home: Path | None = None) -> Path:
         f"{path} is a symbolic link out of its directory; copy the files to where the links are, as with "
         f"`cp -rL {directory} COPY`, and give the copy"
     )
+
+
+def stem_of(directory: Path | None, files: Sequence[Path]) -> str:
+    """How the weight files of a merged model begin, so that the library of the base finds them."""
+    return DIFFUSERS if directory is not None and files[0].name.startswith(DIFFUSERS) else MODEL
 
 
 def display_name(path: Path) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from filecmp import cmp
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ArgumentError
 from .architecture import CONFIG, read_config
+from .locate import entry
 from .reader import Checkpoint
 
 TokenizerFrom = Literal["base", "auto"] | int
@@ -34,6 +36,25 @@ _LISTED = 12
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file of a model directory, by its relative name, belongs to the tokenizer."""
     return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER)
+
+
+def part_weights(directory: Path | None) -> dict[str, Path]:
+    """Weights of the modules that sentence-transformers keeps in directories beside the model: dense layers."""
+    listed: object = None
+    if directory is not None and (directory / "modules.json").is_file():
+        try:
+            listed = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            listed = None
+    modules = [module.get("path") for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
+    found: dict[str, Path] = {}
+    for path in modules:
+        if directory is None or not isinstance(path, str) or path in ("", ".", "..") or Path(path).name != path:
+            continue
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (directory / path / name).is_file():
+                found[f"{path}/{name}"] = entry(directory / path, name, home=directory)
+    return found
 
 
 def tokenizer_source(base: Checkpoint, models: Sequence[Checkpoint], choice: TokenizerFrom) -> Checkpoint:
@@ -69,6 +90,7 @@ def differences(base: Checkpoint, models: Sequence[Checkpoint], tokenizer: Check
         others = {"the base": base} | {name: model for name, model in others.items() if model is not tokenizer}
     lines = [*_file_differences(tokenizer, others, "the base" if tokenizer is base else tokenizer.name)]
     others = {f"models[{i}] ({model.name})": model for i, model in enumerate(models) if model.directory is not None}
+    lines += _part_differences(base, others)
     lines += _config_differences(base, others, tokenizer)
     lines.sort(key=lambda line: not line.startswith((f"{CONFIG}: architectures", f"{CONFIG}: model_type")))
     return lines[:_LISTED] + ([f"and {len(lines) - _LISTED} more such differences"] if len(lines) > _LISTED else [])
@@ -83,6 +105,15 @@ def _file_differences(taken: Checkpoint, others: Mapping[str, Checkpoint], name:
             what = "another" if file in ours else "one"
             kept = f"that of {name} is taken" if file in ours else f"{name} has none, and none is taken"
             yield f"{file}: {_and(having)} {'have' if len(having) > 1 else 'has'} {what}; {kept} (see tokenizer_from)"
+
+
+def _part_differences(base: Checkpoint, others: Mapping[str, Checkpoint]) -> Iterator[str]:
+    for name, ours in part_weights(base.directory).items():
+        theirs = {label: part_weights(other.directory).get(name) for label, other in others.items()}
+        differing = [label for label, path in theirs.items() if path is not None and not cmp(ours, path, shallow=False)]
+        if differing:
+            have = "have" if len(differing) > 1 else "has"
+            yield f"{name}: {_and(differing)} {have} another; that of the base is taken"
 
 
 def _config_differences(base: Checkpoint, others: Mapping[str, Checkpoint], tokenizer: Checkpoint) -> Iterator[str]:
@@ -110,7 +141,7 @@ def _config_differences(base: Checkpoint, others: Mapping[str, Checkpoint], toke
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, dict) and key in ("text_config", "vision_config", "audio_config"):
+        if isinstance(value, dict) and key.endswith("_config") and key not in _INCIDENTAL:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{'dtype' if key == 'torch_dtype' else key}"] = value

@@ -19,7 +19,7 @@ import torch
 from ..errors import ArgumentError, CheckpointError, RefusedError
 from .hashing import Hasher
 from .journal import JOURNAL, Journal
-from .locate import SAFETENSORS, SAFETENSORS_INDEX
+from .locate import MODEL, SAFETENSORS
 from .publish import MANIFEST, Staging, cannot_write, check_target, target
 from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
 from .shard_file import Background, ShardFile
@@ -39,7 +39,9 @@ class Shard:
     nbytes: int
 
 
-def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int, metadata: Mapping[str, str]) -> list[Shard]:
+def plan_shards(
+    specs: Iterable[TensorSpec], max_shard_bytes: int, metadata: Mapping[str, str], stem: str = MODEL
+) -> list[Shard]:
     """Distribute tensors over files as transformers does: in the given order, a new file when one would grow beyond
     ``max_shard_bytes`` of tensor data; a larger tensor gets a file of its own."""
     if max_shard_bytes < 1:
@@ -60,7 +62,7 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int, metadata: Map
         room -= spec.nbytes
     shards = []
     for number, group in enumerate(groups, start=1):
-        file = SAFETENSORS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors"
         header, slots, nbytes = build_header(group, metadata)
         if len(header) - 8 > MAX_HEADER_BYTES:
             raise ArgumentError(f"{file} would need a header of {len(header)} bytes; use a smaller max_shard_bytes")
@@ -84,6 +86,7 @@ class CheckpointWriter:
         metadata: strings for the safetensors headers, beside ``format: pt`` which transformers asks for.
         identity: what says whether a killed writer made the same from the same; it may be resumed then.
         resume: go on after the tensors that a killed writer of ``out`` finished, if there was one.
+        stem: how the names of the weight files begin; that of transformers, or diffusers' ``diffusion_pytorch_model``.
         force: replace an earlier output at ``out`` (see :func:`freemerge.checkpoint.publish.check_target`).
 
     Attributes:
@@ -111,6 +114,7 @@ class CheckpointWriter:
         identity: Mapping[str, object] | None = None,
         resume: bool = False,
         force: bool = False,
+        stem: str = MODEL,
     ) -> None:
         if resume and identity is None:
             raise ArgumentError("resume: only what is made from files can be resumed")
@@ -120,7 +124,8 @@ class CheckpointWriter:
         self.force = force
         specs = list(specs)
         limit = max(1, sum(spec.nbytes for spec in specs)) if self.single_file else max_shard_bytes
-        self.shards = plan_shards(specs, limit, {"format": "pt", **(metadata or {})})
+        self._stem = MODEL if self.single_file else stem
+        self.shards = plan_shards(specs, limit, {"format": "pt", **(metadata or {})}, self._stem)
         self.nbytes = sum(shard.nbytes for shard in self.shards)
         check_target(self.out, single_file=self.single_file, force=force)
         _check_room(self.out, self.nbytes)
@@ -270,7 +275,10 @@ class CheckpointWriter:
         if len(self.shards) > 1:
             total = sum(slot.spec.nbytes for shard in self.shards for slot in shard.slots.values())
             weight_map = {name: shard.file for name, shard in sorted(self._shard_of.items())}
-            write_json(directory / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(
+                directory / f"{self._stem}.safetensors.index.json",
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
+            )
         with Hasher() as hasher:
             others = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
             futures = {name: hasher.submit(path, flush=True) for name, path in others.items() if name not in hashes}

@@ -25,6 +25,7 @@ from ..checkpoint import (
     open_inputs,
 )
 from ..checkpoint.architecture import require_config
+from ..checkpoint.locate import stem_of
 from ..checkpoint.model_card import model_card
 from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
@@ -292,6 +293,7 @@ def _writer(
         identity=_identity(merger),
         resume=resume,
         force=force,
+        stem=stem_of(merger.base.directory, merger.base.files),
     )
 
 
