@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,36 @@ def test_another_prefix_before_the_names_of_a_module_is_told_and_the_advice_work
     advice = re.search(r"--rename '([^=]*)=([^=]*)'", str(refusal.value))
     assert advice is not None
     check(fm.merge(base, [state], EXACT.replace(rename=[advice.groups()])), model, "renamed")
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "Gemma2ForCausalLM", "BertForMaskedLM"])
+@pytest.mark.parametrize("trained_on", ["the encoder", "the whole"])
+def test_adapters_trained_without_the_head_or_with_it(name: str, trained_on: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    whole = build(name, 0, tied=True)
+    encoder = getattr(whole, whole.base_model_prefix)
+    trained, base = (encoder, whole) if trained_on == "the encoder" else (whole, encoder)
+    targets = {"GPT2LMHeadModel": "c_attn", "Gemma2ForCausalLM": "q_proj", "BertForMaskedLM": "query"}[name]
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=[targets], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(trained), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    prefix = f"{whole.base_model_prefix}."
+    expected = {key.removeprefix(prefix): tensor for key, tensor in adapted.merge_and_unload().state_dict().items()}
+    before = {key.removeprefix(prefix): tensor for key, tensor in base.state_dict().items()}
+
+    def check_merge(found: dict[str, Tensor]) -> None:
+        found = {key.removeprefix(prefix): tensor for key, tensor in found.items()}
+        assert any(not torch.equal(tensor, before[key]) for key, tensor in found.items())
+        for key, tensor in found.items():
+            if key in expected:
+                torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-5)
+
+    check_merge(fm.merge(base, [tmp_path / "adapter"], EXACT))
+    check_merge(fm.merge(tmp_path / "base", [tmp_path / "adapter"], EXACT))
+    # Nothing tells what a state dict is of; the message says how to.
+    with pytest.raises(fm.CheckpointError, match=r"does not have; rename '.*' to '.*'") as refusal:
+        fm.merge(base.state_dict(), [tmp_path / "adapter"], EXACT)
+    advice = re.search(r"--rename '([^=]*)=([^=]*)'", str(refusal.value))
+    assert advice is not None
+    check_merge(fm.merge(base.state_dict(), [tmp_path / "adapter"], EXACT.replace(rename=[advice.groups()])))

@@ -286,7 +286,13 @@ class AdaptedCheckpoint(Checkpoint):
         """The base's tensor that an adapter's key is about."""
         name = self._to_base(name)
         if name not in self._base.specs and name not in self._base.absent_ties:
-            raise CheckpointError(f"{self.files[1]}: {key} adapts {name}, which {self._base.label} does not have")
+            longer = next((other for other in self._base.specs if other.endswith(f".{name}")), None)
+            shorter = next((other for other in self._base.specs if name.endswith(f".{other}")), None)
+            change = ("", longer[: -len(name)]) if longer else (name[: -len(shorter)], "") if shorter else None
+            advice = f"; rename {change[0]!r} to {change[1]!r} (--rename '{'='.join(change)}')" if change else ""
+            raise CheckpointError(
+                f"{self.files[1]}: {key} adapts {name}, which {self._base.label} does not have{advice}"
+            )
         if self._base_spec(name).dtype not in MERGEABLE:
             raise CheckpointError(f"{self.files[1]}: {key} adapts {name}, which is {self._base_spec(name).dtype_name}")
         return name

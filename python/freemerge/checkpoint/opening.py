@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -175,7 +175,14 @@ def open_model(
         name = naming(name)
         if name in base.specs or base.architecture is None:
             return name
-        return base.architecture.file_name(name)
+        file_name = base.architecture.file_name(name)
+        return file_name if file_name in base.specs else as_loaded()(file_name)
+
+    @cache
+    def as_loaded() -> Naming:
+        """And some were trained on a model without the head, or with one."""
+        assert base.architecture is not None
+        return Naming(base.specs, (), base.architecture.loaded_name)
 
     return AdaptedCheckpoint(adapter, base, named)
 
