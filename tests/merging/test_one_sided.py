@@ -344,3 +344,53 @@ def test_many_names_become_few_patterns() -> None:
     frequencies = [f"model.layers.{i}.rotary.inv_freq" for i in range(400)]
     others = [f"model.layers.{i}.q.weight" for i in range(400)]
     assert list(patterns_for(tower + frequencies, others)) == ["model.layers.*.rotary.*", "vision.*"]
+
+
+BROKEN: dict[str, Any] = {
+    "nothing": None,
+    "a number": 3,
+    "a list": [TUNED],
+    "sparse": {**TUNED, "model.norm.weight": torch.eye(8).to_sparse()},
+    "no data": {**TUNED, "model.norm.weight": torch.empty(8, device="meta")},
+    "not finite": {**TUNED, "model.norm.weight": torch.full((8,), torch.nan)},
+    "another shape": {**TUNED, "model.norm.weight": torch.ones(3)},
+    "one more": {**TUNED, "more": torch.ones(3)},
+    "one less": {name: tensor for name, tensor in TUNED.items() if "norm" not in name},
+    "quantised": {"l.qweight": torch.ones(2, dtype=torch.int32), "l.qzeros": torch.ones(2, dtype=torch.int32)},
+    "an adapter": {"layers.0.lora_A": torch.ones(2, 2), "layers.0.lora_B": torch.ones(2, 2)},
+    "float8": {**TUNED, "model.norm.weight": torch.ones(8).to(torch.float8_e4m3fn)},
+    "several": {"ema": dict(TUNED), "model": dict(TUNED)},
+    "no state dict": {"a": {"b": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_every_message_names_the_argument_of_an_input_in_memory(kind: str, tmp_path: Path) -> None:
+    broken = BROKEN[kind]
+    experts = fm.extract_experts(BASE, {"t": TUNED}, density=0.2)
+    copied = {name: tensor.clone() for name, tensor in BASE.items()}
+    third = {name: tensor + 2 for name, tensor in BASE.items()}
+    calls: list[tuple[str, Any]] = [
+        ("models[1]", lambda: fm.merge(BASE, [TUNED, broken])),
+        ("base", lambda: fm.merge(broken, [TUNED])),
+        ("models[0]", lambda: fm.merge_checkpoints(BASE, [broken], tmp_path / "out", progress=False)),
+        ("models[0]", lambda: fm.extract_experts(BASE, [broken])),
+        ("models['a']", lambda: fm.extract_experts(BASE, {"a": broken})),
+        ("base", lambda: fm.extract_experts(broken, [TUNED])),
+        ("backbone", lambda: fm.extract_experts(BASE, [third], rescale="projection", backbone=broken)),
+        ("base", lambda: fm.ExpertBank(copied, experts, base=broken)),
+    ]
+    for argument, call in calls:
+        message = ""
+        try:
+            call()
+        except fm.FreemergeError as error:
+            message = str(error)
+        assert argument in message or (not message and argument in ("base", "backbone")), (argument, message)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", [None, 3, [1]])
+def test_a_bank_needs_a_model(model: Any) -> None:
+    with pytest.raises(fm.ArgumentError, match=r"^model must be a module or a state dict, got"):
+        fm.ExpertBank(model, {})

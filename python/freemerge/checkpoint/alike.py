@@ -25,7 +25,10 @@ def alike(sources: Mapping[str, Checkpoint]) -> Iterator[str]:
 
 def _same(one: Checkpoint, other: Checkpoint) -> bool:
     names = [name for name, spec in one.specs.items() if spec.dtype in MERGEABLE and spec.numel]
-    if not names or any(name not in other.specs or other.specs[name].shape != one.specs[name].shape for name in names):
+    found = [other.specs.get(name) for name in names]
+    if not names or any(spec is None or spec.dtype not in MERGEABLE for spec in found):
+        return False
+    if any(other.specs[name].shape != one.specs[name].shape for name in names):
         return False
     return all(_equal(one, other, names, rows) for rows in (1, None))
 

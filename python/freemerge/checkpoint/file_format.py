@@ -25,7 +25,7 @@ _OTHERS = {
 }
 
 
-def file_format(path: Path) -> Literal["safetensors", "torch"]:
+def file_format(path: Path) -> Literal["safetensors", "pickled"]:
     """The format of a weight file. Raises CheckpointError, saying what it is instead, for others."""
     with open(open_regular(path), "rb") as stream:
         beginning = stream.read(32)
@@ -37,11 +37,11 @@ def file_format(path: Path) -> Literal["safetensors", "torch"]:
     if beginning.startswith((_ZIP, _PICKLE)):
         if path.suffix == ".safetensors":  # torch.load goes by the name
             raise CheckpointError(f"{path}: a torch file, in spite of its name; rename it to {path.stem}.bin")
-        return "torch"
+        return "pickled"
     if path.suffix == ".safetensors":  # what is wrong with it, its reader says
         return "safetensors"
     if path.suffix in PICKLE_SUFFIXES:
-        return "torch"
+        return "pickled"
     raise CheckpointError(f"{path}: not a model directory, and neither a safetensors nor a torch file")
 
 

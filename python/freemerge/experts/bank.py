@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.sparse import Scratch, SparseVector, Update
-from ..checkpoint import Checkpoint
+from ..checkpoint import MERGEABLE, Checkpoint
 from ..checkpoint.prefixes import Naming
 from ..checkpoint.quantised import dequantised
 from ..checkpoint.views import InModuleLayout, renamed
@@ -294,7 +294,7 @@ class ExpertBank(Mapping[str, Expert]):
             kept = expert.tensors[parts[0].entry].shape if parts[0].piece is None else shape
             if shape != kept:
                 raise ArgumentError(f"experts: {name!r} of {task!r} has shape {kept}, the model's has {shape}")
-            if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            if tensor.dtype not in MERGEABLE or tensor.layout != torch.strided:
                 raise ArgumentError(f"experts: {name!r} of the model must be a dense float tensor, not {tensor.dtype}")
             first = memory.setdefault(tensor.data_ptr(), name)
             if first != name or (len(parts) > 1 and parts[0].piece is None):

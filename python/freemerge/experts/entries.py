@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import get_args
+from typing import NoReturn, get_args
 
 import torch
 from torch import Tensor
 
 from ..accumulate import abs_means, norm, task_vector_sum
 from ..checkpoint import Checkpoint
+from ..checkpoint.compare import check_finite
 from ..errors import ArgumentError, CheckpointError
 from ..methods.rules import Scope
 from .expert import Expert
@@ -129,12 +130,17 @@ class EntryExtraction:
     def _check(self, i: int, name: str, selection: Selection) -> None:
         # Non-finite entries order above all others, so one that exists is selected.
         if not selection.values.isfinite().all():
-            raise CheckpointError(f"{self.models[i].label}: the task vector of {name!r} is not finite")
+            self._refuse(i, name)
+
+    def _refuse(self, i: int, name: str) -> NoReturn:
+        for source in (self.base, self.models[i]):
+            check_finite(name, source.read(name), source.origin(name))
+        raise CheckpointError(f"{self.models[i].label}: the task vector of {name!r} is not finite")
 
     def _sums(self, i: int, name: str, base: Tensor, model: Tensor) -> _Sums:
         mean = abs_means(base, [model])[0]
         if not math.isfinite(mean):
-            raise CheckpointError(f"{self.models[i].label}: the task vector of {name!r} is not finite")
+            self._refuse(i, name)
         shortfall = 0.0
         if self.backbone is not None:
             merged = self.backbone.read(name).to(base.device)

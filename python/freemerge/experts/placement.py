@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..backends.sparse import SparseVector
 from ..checkpoint.conversion import Layout, Piece, layout_of, loaded_names
 from ..checkpoint.prefixes import inner_module, unwrapped
+from ..errors import ArgumentError
 from .values import ExpertTensor, SparseTensor
 
 
@@ -30,6 +31,8 @@ class Placement:
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        if not isinstance(model, (nn.Module, Mapping)):
+            raise ArgumentError(f"model must be a module or a state dict, got {type(model).__name__}")
         self._model = model
         if isinstance(model, nn.Module):
             held = [name for name, _ in model.named_parameters(remove_duplicate=False)]
