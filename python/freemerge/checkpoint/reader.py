@@ -91,7 +91,7 @@ class Checkpoint(ABC):
             formats = {file_format(file) for file in located.files}
             if len(formats) > 1:
                 raise CheckpointError(f"{path}: some of its files are torch files, others safetensors")
-            in_torch = "torch" in formats
+            in_torch = formats == {"torch"}
             if key and (len(located.files) > 1 or not in_torch):
                 raise CheckpointError(f"{source}: {file} is no torch file, so there is no {key!r} in it")
             return _Pickled(path, located, key) if in_torch else _Safetensors(path, located)
