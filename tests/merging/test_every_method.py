@@ -162,3 +162,17 @@ def test_a_sharded_bf16_llama(method: str, tmp_path: Path) -> None:
             assert int((~close).sum()) <= 2, name  # at a threshold
         return
     assert_rounded(result, expected, base)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_backend(method: str, backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in {"w": (24, 40), "b": (7,)}.items()}
+    models = [
+        {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in base.items()}
+        for _ in range(3)
+    ]
+    recipe = fm.Recipe(method=method, filter=None if method == "fr" else "after")
+    expected = fm.merge(base, models, recipe)
+    for name, tensor in fm.merge(base, models, recipe, backend=backend).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=2e-6)

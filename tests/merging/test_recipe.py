@@ -206,5 +206,5 @@ def test_the_documented_defaults_are_the_defaults() -> None:
     text = (Path(__file__).parents[2] / "docs" / "presets.md").read_text(encoding="utf-8")
     documented = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     expected = fm.Recipe().to_config()
-    assert documented.keys() == expected.keys()
+    assert documented.keys() == {"version", *expected}
     assert fm.Recipe.from_config(documented) == fm.Recipe()
