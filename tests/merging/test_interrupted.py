@@ -220,6 +220,31 @@ def test_what_is_in_memory_cannot_be_resumed(tmp_path: Path) -> None:
         fm.merge_checkpoints(state, [state], tmp_path / "out", resume=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the pages")
+@pytest.mark.parametrize("index", [0, 2])
+def test_an_input_that_is_cut_short_while_it_is_read(
+    index: int, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from freemerge.merging import engine
+
+    slow(models)
+    fetched, count = engine.fetched, 0
+
+    def cut(tensor: torch.Tensor, origin: str) -> torch.Tensor:
+        """The file shrinks between the mapping of its last tensors and their reading."""
+        nonlocal count
+        count += origin.endswith(f"{index}.safetensors")
+        if count == 20:
+            os.truncate(models[index], 100_000_000)
+        return fetched(tensor, origin)
+
+    monkeypatch.setattr(engine, "fetched", cut)
+    message = rf"{index}\.safetensors (was cut short|changed) while it was being read"
+    with pytest.raises(fm.CheckpointError, match=message):
+        merged(models, tmp_path / "out")
+    assert not hidden(tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("change", ["touched", "truncated", "replaced"])
 def test_inputs_that_change_meanwhile(
     change: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from ..accumulate import add_round
 from ..backends.registry import named
 from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
 from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices
+from ..checkpoint.mapped import fetched
 from ..errors import CheckpointError
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
@@ -166,7 +167,7 @@ class Merger:
         """``theta_0 + scale * merged`` of each member, rounded to its output dtype."""
         for name, delta in zip(unit.names, merged.tensors, strict=True):
             spec = self.out_spec(name)
-            tensor = add_round(self.base.read(name).to(delta.device), delta, scale, spec.dtype)
+            tensor = add_round(_read(self.base, name).to(delta.device), delta, scale, spec.dtype)
             # Finite inputs can still leave the range of float16, or of anything at a large scale.
             check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
             yield name, tensor.to(self.base.device(name))
@@ -192,14 +193,14 @@ class Merger:
         for vectors in self.vectors(unit).tensors:
             delta = vectors.sum(weights)
             name, dtype = vectors.name, self.out_spec(vectors.name).dtype
-            tensor = add_round(self.base.read(name).to(delta.device), delta, scale, dtype)
+            tensor = add_round(_read(self.base, name).to(delta.device), delta, scale, dtype)
             check_finite(name, tensor, f"merged model in {str(dtype).removeprefix('torch.')}")
             check_variance(name, tensor, ((source.label, source.read(name)) for source in (self.base, *self.models)))
             tensors[name] = tensor.to(self.base.device(name))
         return tensors
 
     def _copied(self, name: str, *, must_agree: bool) -> Tensor:
-        base = self.base.read(name)
+        base = _read(self.base, name)
         if must_agree:
             for model in self.models:
                 require_equal(name, base, model.read(name).to(base.device), model.label)
@@ -298,7 +299,7 @@ class Merger:
                 name,
                 self.specs[name].shape,
                 partial(self._timed, partial(self._read_base, name)),
-                [partial(self._timed, partial(model.read, name)) for model in self.models],
+                [partial(self._timed, partial(_read, model, name)) for model in self.models],
                 partial(self._check, (name,)),
             )
             for name in unit.names
@@ -307,7 +308,7 @@ class Merger:
         return TaskVectors(deltas, unit.action == "filter", unit.parts, self.backend, flat)
 
     def _read_base(self, name: str) -> Tensor:
-        base = self.base.read(name).to(self._device(name))
+        base = _read(self.base, name).to(self._device(name))
         return base.double() if self._compute_dtype(name) == torch.float64 else base  # arithmetic follows the widest
 
     def _compute_dtype(self, name: str) -> torch.dtype:
@@ -331,6 +332,10 @@ class Merger:
                 check_finite(name, source.read(name), source.origin(name))
         which = f"tensor {names[0]!r}" if len(names) == 1 else f"one of the tensors {names[0]!r} to {names[-1]!r}"
         raise CheckpointError(f"{which}: the difference of a model and the base overflows")
+
+
+def _read(source: Checkpoint, name: str) -> Tensor:
+    return fetched(source.read(name), source.origin(name))
 
 
 @dataclass(frozen=True)
