@@ -284,13 +284,13 @@ class Merger:
             return flat.double() if self._compute_dtype(names[0]) == torch.float64 else flat
 
         entries = sum(self.specs[name].numel for name in names)
-        models = [partial(self._timed, partial(model.read_flat, names)) for model in self.models]
+        models = [partial(self._timed, model.read_flat, names) for model in self.models]
         return Deltas(names[0], (entries,), partial(self._timed, base), models, partial(self._check, names))
 
-    def _timed(self, read: Callable[[], Tensor]) -> Tensor:
+    def _timed(self, read: Callable[..., Tensor], *what: object) -> Tensor:
         """Mapped memory is read while it is worked on, which ends with :meth:`_check`."""
         self.stopwatch.reads()
-        return read()
+        return read(*what)
 
     def vectors(self, unit: Unit) -> TaskVectors:
         """The task vectors of a unit, which are read when they are asked for."""
@@ -298,8 +298,8 @@ class Merger:
             Deltas(
                 name,
                 self.specs[name].shape,
-                partial(self._timed, partial(self._read_base, name)),
-                [partial(self._timed, partial(_read, model, name)) for model in self.models],
+                partial(self._timed, self._read_base, name),
+                [partial(self._timed, _read, model, name) for model in self.models],
                 partial(self._check, (name,)),
             )
             for name in unit.names

@@ -16,7 +16,8 @@ from .selection import Action, Rule, Split, Stack, View, check_rules, left_alone
 from .statistics_buffers import is_statistic
 
 SMALL_ENTRIES = 1 << 16  # a tensor of at most so many is merged together with others, of
-FLAT_ENTRIES = 1 << 20  # at most so many entries together
+FLAT_ENTRIES = 1 << 20  # at most so many entries together, and
+FLAT_NAMES = 1 << 11  # so many tensors
 SMALLEST_STACKED_SIDE = 16  # a 3-D weight with a shorter side is a convolution kernel, not a stack of matrices
 
 
@@ -111,7 +112,8 @@ def together(units: Iterable[Unit], specs: Mapping[str, TensorSpec], kind: Calla
         numel = specs[unit.names[0]].numel
         small = unit.action == "merge" and len(unit.names) == 1 and numel <= SMALL_ENTRIES
         own = kind(unit.names[0]) if small else None
-        if names and (not small or own != shared or entries + numel > FLAT_ENTRIES):
+        full = entries + numel > FLAT_ENTRIES or len(names) == FLAT_NAMES
+        if names and (not small or own != shared or full):
             yield Unit(tuple(names), "merge", flat=len(names) > 1)
             names, entries = [], 0
         if small:
