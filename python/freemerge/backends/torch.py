@@ -119,7 +119,7 @@ class _NumpyRows(Executable):
             y = x if x.dtype == self._dtype else x.to(self._dtype)
             values = y.numpy()
             spectrum = np.fft.rfft(values)
-            spectrum *= self._gains
+            np.multiply(spectrum, self._gains, out=spectrum)
             if _NUMPY_OUT:
                 np.fft.irfft(spectrum, values.shape[-1], out=values)
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from ..errors import CheckpointError, RefusedError
 
 MANIFEST = "freemerge.json"
 _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -110,7 +110,7 @@ class Staging:
 
     def _exchange(self) -> None:
         """Replace an old output, which is then deleted."""
-        old = os.open(self._out, os.O_RDONLY | os.O_DIRECTORY)
+        old = os.open(self._out, _DIRECTORY)
         try:
             _lock(old)  # it will lie where the next writer looks for a directory that nobody uses
             if _exchange(self.directory, self._out):
@@ -129,7 +129,7 @@ class Staging:
             except FileExistsError:
                 made = False
             try:
-                fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+                fd = os.open(self.directory, _DIRECTORY)
             except FileNotFoundError:  # another writer finished just now
                 continue
             free = _lock(fd)
@@ -213,7 +213,7 @@ def _cleaned(folder: Path, remove: bool) -> Iterator[Leftover]:
         name, mark, rest = path.name.rpartition(_MARK)
         if not name.startswith(".") or not mark or path.is_symlink() or not path.is_dir():
             continue
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        fd = os.open(path, _DIRECTORY)
         try:
             dead = _lock(fd) is True
             whole = rest.endswith("-old") and not (folder / name[1:]).exists()
@@ -233,7 +233,11 @@ def _stat(path: Path) -> os.stat_result:
 
 
 def _lock(fd: int) -> bool | None:
-    """Lock a directory; False if another process has, None where the file system cannot."""
+    """Lock a directory; False if another process has, None where the system or the file system cannot."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

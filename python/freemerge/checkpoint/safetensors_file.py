@@ -114,7 +114,7 @@ def open_regular(path: Path) -> int:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise CheckpointError(f"{path} is not a regular file")
-        return os.open(path, os.O_RDONLY)
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
@@ -137,13 +137,14 @@ def _load(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
 def _map(fd: int, offset: int, nbytes: int) -> torch.Tensor:
     lead = offset % mmap.ALLOCATIONGRANULARITY
     # Private and writable: torch warns about read-only buffers, and a stray write stays in this process.
-    mapping = mmap.mmap(
-        fd,
-        lead + nbytes,
-        flags=mmap.MAP_PRIVATE | _NO_RESERVE,
-        prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        offset=offset - lead,
-    )
+    if hasattr(mmap, "MAP_PRIVATE"):
+        private: dict[str, int] = {
+            "flags": mmap.MAP_PRIVATE | _NO_RESERVE,
+            "prot": mmap.PROT_READ | mmap.PROT_WRITE,
+        }
+    else:  # Windows
+        private = {"access": mmap.ACCESS_COPY}
+    mapping = mmap.mmap(fd, lead + nbytes, offset=offset - lead, **private)
     return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=lead)
 
 
@@ -152,18 +153,33 @@ def _copy(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
     view = raw.numpy().data
     position = 0
     while position < nbytes:  # one call reads 2 GiB at most
-        count = os.preadv(fd, [view[position:]], offset + position)
+        count = _read_at(fd, view[position:], offset + position)
         if count == 0:
             raise CheckpointError(f"{path} ends before byte {offset + nbytes}")
         position += count
     return raw
 
 
+def _read_at(fd: int, view: memoryview, offset: int) -> int:
+    """Read what comes at once into ``view``; the number of bytes."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [view], offset)
+    os.lseek(fd, offset, os.SEEK_SET)  # of a descriptor that nobody else reads from
+    found = os.read(fd, min(len(view), 1 << 26))
+    view[: len(found)] = found
+    return len(found)
+
+
+def _bytes_at(fd: int, count: int, offset: int) -> bytes:
+    found = bytearray(count)
+    return bytes(found[: _read_at(fd, memoryview(found), offset)])
+
+
 def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]:
     file_bytes = os.fstat(fd).st_size
     if file_bytes < 8:
         raise CheckpointError(f"{path}: not a safetensors file ({file_bytes} bytes, the header alone needs more)")
-    header_bytes = int.from_bytes(os.pread(fd, 8, 0), "little")
+    header_bytes = int.from_bytes(_bytes_at(fd, 8, 0), "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise CheckpointError(
             f"{path}: not a safetensors file (a header of {header_bytes} bytes, the limit is {MAX_HEADER_BYTES})"
@@ -171,7 +187,7 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     data_start = 8 + header_bytes
     if data_start > file_bytes:
         raise CheckpointError(f"{path}: truncated (header of {header_bytes} bytes, file of {file_bytes})")
-    raw = os.pread(fd, header_bytes, 8)
+    raw = _bytes_at(fd, header_bytes, 8)
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file (the header is not a JSON object)")
     try:

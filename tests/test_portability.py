@@ -1,0 +1,39 @@
+"""What other systems lack is not needed to import freemerge, to merge in memory, or to read files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import mmap, os, signal, sys
+import torch
+from safetensors.torch import save_file
+sys.modules["fcntl"] = None
+for name in ("pread", "preadv", "posix_fadvise", "register_at_fork", "O_DIRECTORY"):
+    if hasattr(os, name):
+        delattr(os, name)
+for name in ("MAP_PRIVATE", "MAP_NORESERVE", "PROT_READ", "PROT_WRITE"):
+    if hasattr(mmap, name):
+        delattr(mmap, name)
+del signal.SIGHUP
+import freemerge as fm
+import freemerge.cli
+folder = sys.argv[1]
+tensors = {"small.weight": torch.randn(6, 5), "large.weight": torch.randn(700, 900), "bias": torch.randn(3)}
+states = [{name: tensor + i * 0.1 * torch.sin(7 * tensor) for name, tensor in tensors.items()} for i in range(3)]
+paths = [f"{folder}/{i}.safetensors" for i in range(3)]
+for path, state in zip(paths, states):
+    save_file(state, path)
+expected = fm.merge(states[0], states[1:])
+read = fm.merge(paths[0], paths[1:])
+assert all(torch.equal(read[name], expected[name]) for name in tensors)
+"""
+
+
+def test_without_what_windows_lacks(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
