@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/decimated_job.h"
+#include "cpu/spectrum_tiles.inl"
 #include "cpu/split_filter.inl"
 #include "cpu/window_passes.inl"
 
@@ -155,11 +156,25 @@ FM_INLINE float* spectrum_at(const DecimatedJob& job, std::int64_t block, std::i
   return job.spectrum + (block * job.rows.cells + row) * kElement<float>;
 }
 
+// Whether all columns k0 .. k0 + kGroup - 1 and all rows of a band are there, none of the columns real.
+FM_INLINE bool is_whole_block(const DecimatedJob& job, std::int64_t k0, std::int64_t band) {
+  const std::int64_t end = k0 + kGroup;
+  return k0 > 0 && end <= job.columns.band && 2 * (end - 1) < job.row_fft->n &&
+         (band + 1) * kBand <= job.rows.cells;
+}
+
 // z holds the transform of A + iB for two groups of real rows; the box's columns of both go to the spectrum,
 // rows to elements, twice as large as they are.
 inline void split_band(const DecimatedJob& job, const float* z, std::int64_t band) {
   const Fft<float>& plan = *job.row_fft;
   for (std::int64_t k0 = 0, block = 0; k0 < job.columns.band; k0 += kGroup, ++block) {
+    if (is_whole_block(job, k0, band)) {
+      store_full_block(
+          z, [&](int j) { return slot_of(plan, k0 + j); },
+          [&](int j) { return slot_of(plan, plan.n - k0 - j); }, spectrum_at(job, block, band * kBand),
+          kElement<float>);
+      continue;
+    }
     FloatVec re[2][kGroup] = {}, im[2][kGroup] = {};
     for (std::int64_t i = 0; i < smaller(kGroup, job.columns.band - k0); ++i) {
       const std::int64_t k = k0 + i;
@@ -186,6 +201,13 @@ inline void split_band(const DecimatedJob& job, const float* z, std::int64_t ban
 inline void join_band(const DecimatedJob& job, std::int64_t band, float* z) {
   const Fft<float>& plan = *job.row_fft;
   for (std::int64_t k0 = 0, block = 0; k0 < job.columns.band; k0 += kGroup, ++block) {
+    if (is_whole_block(job, k0, band)) {
+      load_full_block(
+          z, [&](int j) { return slot_of(plan, k0 + j); },
+          [&](int j) { return slot_of(plan, plan.n - k0 - j); }, spectrum_at(job, block, band * kBand),
+          kElement<float>);
+      continue;
+    }
     FloatVec re[2][kGroup] = {}, im[2][kGroup] = {};
     for (int half = 0; half < 2; ++half) {
       const std::int64_t row = band * kBand + half * kGroup;
@@ -357,10 +379,10 @@ inline void coarse_mask_blocks(const DecimatedJob& job, std::int64_t first_block
       const std::int64_t a = 2 * bin <= plan.n ? bin : bin - plan.n;
       return a < job.gain.band && -a < job.gain.band ? block_gain.at(a) : FloatVec{};
     };
-    if (far && plan.method == Fft<float>::Method::kSplit) {
+    if (plan.method == Fft<float>::Method::kSplit) {
       float* const rest = work + padded_size(plan) * kElement<float>;
       const Strided<float> columns{column, plan.rows->n * kElement<float>};
-      const Upcoming next{reinterpret_cast<std::uintptr_t>(column + size), block + 1 < last_block,
+      const Upcoming next{reinterpret_cast<std::uintptr_t>(column + size), far && block + 1 < last_block,
                           size * real, 0};
       forward_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest, kForward<float>);
       filter_split_rows(plan, work, rest, gain, next);

@@ -2,20 +2,10 @@
 #pragma once
 
 #include "cpu/spectrum.h"
+#include "cpu/spectrum_tiles.inl"
 #include "cpu/split_filter.inl"
 
 namespace freemerge::FREEMERGE_ISA {
-
-// Transposes N x N tiles through registers: row(i) gives row i, put(j, v) takes column j.
-template <typename T, typename Row, typename Put>
-FM_INLINE void transpose_tile(Row row, Put put) {
-  Vec<T> tile[kLanes<T>];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) tile[i] = row(i);
-  transpose<T>(tile);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) put(i, tile[i]);
-}
 
 // Matrix <-> batch
 // ------------------------------------------------------------------------------------------------
@@ -125,45 +115,6 @@ FM_INLINE void store_columns(const T* tile, std::int64_t pitch, Storage* x, std:
 // ---------------------------------------------------------------------------------------------- The batch
 // holds Z = A + i B of two real signals; their spectra are 2 A(k) = Z(k) + conj(Z(-k)) and 2 B(k) = -i (Z(k)
 // - conj(Z(-k))). They are kept doubled.
-
-template <typename T>
-void store_full_block(const T* batch, const std::int32_t* low, const std::int32_t* high, T* to,
-                      std::int64_t step) {
-  constexpr int n = kLanes<T>;
-  const auto z = [&](int j) { return batch + low[j] * kElement<T>; };
-  const auto mirror = [&](int j) { return batch + high[j] * kElement<T>; };
-  transpose_tile<T>([&](int j) { return load(z(j)) + load(mirror(j)); },
-                    [&](int i, Vec<T> v) { store(to + i * step, v); });
-  transpose_tile<T>([&](int j) { return load(z(j) + n) - load(mirror(j) + n); },
-                    [&](int i, Vec<T> v) { store(to + i * step + n, v); });
-  to += n * step;
-  transpose_tile<T>([&](int j) { return load(z(j) + n) + load(mirror(j) + n); },
-                    [&](int i, Vec<T> v) { store(to + i * step, v); });
-  transpose_tile<T>([&](int j) { return load(mirror(j)) - load(z(j)); },
-                    [&](int i, Vec<T> v) { store(to + i * step + n, v); });
-}
-
-template <typename T>
-void load_full_block(T* batch, const std::int32_t* low, const std::int32_t* high, const T* from,
-                     std::int64_t step) {
-  constexpr int n = kLanes<T>;
-  const auto z = [&](int j) { return batch + low[j] * kElement<T>; };
-  const auto mirror = [&](int j) { return batch + high[j] * kElement<T>; };
-  const T* const second = from + n * step;
-  Vec<T> kept[n];
-  transpose_tile<T>([&](int i) { return load(from + i * step); }, [&](int j, Vec<T> v) { kept[j] = v; });
-  transpose_tile<T>([&](int i) { return load(second + i * step + n); },
-                    [&](int j, Vec<T> v) {
-                      store(z(j), kept[j] - v);
-                      store(mirror(j), kept[j] + v);
-                    });
-  transpose_tile<T>([&](int i) { return load(from + i * step + n); }, [&](int j, Vec<T> v) { kept[j] = v; });
-  transpose_tile<T>([&](int i) { return load(second + i * step); },
-                    [&](int j, Vec<T> v) {
-                      store(z(j) + n, v + kept[j]);
-                      store(mirror(j) + n, v - kept[j]);
-                    });
-}
 
 // Any block: fewer columns or signals than lanes, the edge, an absent last imaginary part.
 template <typename T>
@@ -379,8 +330,10 @@ void forward_rows(const Fft<T>& plan, const Signals<Storage>& signals, const Spe
   transform_signals(plan, source, batch, work, next);
   for (std::int64_t block = 0; block < spectrum.blocks(); ++block) {
     if (is_full_block(spectrum, group, block)) {
-      store_full_block(batch, spectrum.low + block * n, spectrum.high + block * n, spectrum.at(group, block),
-                       spectrum.step(block));
+      store_full_block(
+          batch, [&](int j) { return spectrum.low[block * n + j]; },
+          [&](int j) { return spectrum.high[block * n + j]; }, spectrum.at(group, block),
+          spectrum.step(block));
     } else {
       store_ragged_block(batch, spectrum, group, block);
     }
@@ -397,8 +350,10 @@ void inverse_rows(const Fft<T>& plan, const Signals<Storage>& signals, const Spe
   }
   for (std::int64_t block = 0; block < spectrum.blocks(); ++block) {
     if (is_full_block(spectrum, group, block)) {
-      load_full_block(batch, spectrum.low + block * n, spectrum.high + block * n, spectrum.at(group, block),
-                      spectrum.step(block));
+      load_full_block(
+          batch, [&](int j) { return spectrum.low[block * n + j]; },
+          [&](int j) { return spectrum.high[block * n + j]; }, spectrum.at(group, block),
+          spectrum.step(block));
     } else {
       load_ragged_block(batch, spectrum, group, block);
     }
