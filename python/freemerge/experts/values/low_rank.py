@@ -86,7 +86,7 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     and whatever precision torch allows its matrix products.
     """
     out = torch.zeros(len(left), right.shape[1], device=left.device)
-    block = max(1, _BLOCK // max(1, right.shape[1])) if left.device.type == "cpu" else max(1, len(left))
+    block = max(1, _BLOCK // max(1, right.shape[1]))
     for start in range(0, len(left), block):
         rows = out[start : start + block]
         for column, row in zip(left[start : start + block].t(), right, strict=True):
