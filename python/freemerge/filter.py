@@ -140,8 +140,12 @@ def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "au
         filter_(copies, response, scale=scale, backend=backend)
         return cast(T, copies if isinstance(x, list) else tuple(copies))
     if _is_traced(x):
-        _check_request(response, backend)
-        return cast(T, filtered_in_graph(cast(torch.Tensor, x), response, scale, backend))
+        tensor = cast(torch.Tensor, x)
+        if not torch.compiler.is_compiling():
+            _check_request(response, backend)
+            if dense(tensor, "x") is not tensor:
+                raise ArgumentError("x is a DTensor that requires grad; pass x.to_local()")
+        return cast(T, filtered_in_graph(tensor, response, scale, backend))
     copied: T = _copy(x, "x")
     return filter_(copied, response, scale=scale, backend=backend)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError
 
@@ -37,8 +38,10 @@ def state_dict_in(content: object, source: str, key: str = "") -> Mapping[Any, A
         content = content[part]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{source}: holds a {type(content).__name__}, not a state dict")
-    tensors = [value for value in content.values() if isinstance(value, torch.Tensor)]
-    if key or not content or len(tensors) == len(content) or any(tensor.numel() > 1 for tensor in tensors):
+    # The first that is more than a number decides: a mapping that makes its tensors on access is not read whole.
+    if key or not content or any(map(_is_array, content.values())):
+        return content
+    if all(isinstance(value, torch.Tensor) for value in content.values()):
         return content
     found = dict(_state_dicts(content, _DEPTH))
     # Numbers alone are no model beside others: losses, scales of gradients.
@@ -47,6 +50,10 @@ def state_dict_in(content: object, source: str, key: str = "") -> Mapping[Any, A
         listed = " or ".join(f"{source.partition(SEPARATOR)[0]}{SEPARATOR}{name}" for name in candidates)
         raise CheckpointError(f"{source}: holds several state dicts; say which by {listed}")
     return next(iter(candidates.values()), content)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and not is_lazy(value) and value.numel() > 1
 
 
 def _state_dicts(content: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, Mapping[Any, Any]]]:
