@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from .backends.base import Backend, Executable
 from .backends.memory import empty, matrices, multiply_
@@ -32,14 +33,18 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 class _Route:
-    """A plan with its backend and executable, for all tensors of one shape, with equal strides, dtype and device."""
+    """A plan with its backend and executable, for all tensors of one shape, with equal strides, dtype and device.
 
-    def __init__(self, backend: Backend, plan: Plan, device: torch.device, whole: bool) -> None:
+    ``extent``: bytes from the first to the last of their entries.
+    """
+
+    def __init__(self, backend: Backend, plan: Plan, device: torch.device, whole: bool, extent: int) -> None:
         self.plan = plan
         self._backend, self._device = backend, device
         traits = backend.traits(device)
         self._traits = traits if traits is not None and traits.vary else None
         self._whole = whole and plan.layout == ROWS  # a tensor is a matrix or a batch as it is
+        self.extent = extent
         self.entry, _ = backend.entry(plan)
 
     def holds(self) -> bool:
@@ -99,18 +104,23 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         for tensor in x if isinstance(x, (list, tuple)) else [x]:
             filter_in_graph(cast(torch.Tensor, tensor), response, scale, backend)
         return x
-    _check_request(response, backend)
     if not isinstance(x, (list, tuple)):
-        one = (_tensor(x, "x"),)
-        route = _route(response, one[0], backend, "x")
+        route = _known_route(response, x, backend)
+        if route is not None:
+            one: tuple[Any] = (x,)
+        else:
+            _check_request(response, backend)
+            one = (_tensor(x, "x"),)
+            route = _route(response, one[0], backend, "x")
         if type(scale) is not float or not -_FLOAT_MAX <= scale <= _FLOAT_MAX:
             scale = _checked_scale(scale, one)
         route.run(one, scale)
         return x
+    _check_request(response, backend)
     named(backend)
     names = [f"x[{i}]" for i in range(len(x))]
     tensors = [_tensor(item, name) for item, name in zip(x, names, strict=True)]
@@ -141,7 +151,7 @@ def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "au
         return cast(T, copies if isinstance(x, list) else tuple(copies))
     if _is_traced(x):
         tensor = cast(torch.Tensor, x)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             _check_request(response, backend)
             if dense(tensor, "x") is not tensor:
                 raise ArgumentError("x is a DTensor that requires grad; pass x.to_local()")
@@ -207,6 +217,26 @@ def _tensor(item: Any, name: str) -> torch.Tensor:
     return x
 
 
+def _known_route(response: Response, x: Any, backend: str) -> _Route | None:
+    """The route of a plain tensor like one that was checked before, in little time, as for a small matrix it counts.
+
+    What tensors of one key can still differ in is looked at; a graph and every doubt are left to :func:`_tensor`.
+    """
+    if type(x) is not torch.Tensor or x.requires_grad:
+        return None
+    try:
+        route = _ROUTES.find((response, x.shape, x.stride(), x.dtype, x.device, backend))
+        if route is None or not route.holds() or x.is_neg():
+            return None
+        offset = x.storage_offset()
+        if route.extent + (offset and offset * x.element_size()) > x.untyped_storage().nbytes():
+            return None
+    except (RuntimeError, TypeError):  # a tensor without strides or storage, a response that is none
+        return None
+    route.entry.used = True
+    return route
+
+
 def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Route:
     key = response, x.shape, x.stride(), x.dtype, x.device, backend
     route = _ROUTES.find(key)
@@ -221,7 +251,8 @@ def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Rou
     if internal_overlap(shape, strides):
         raise ArgumentError(f"{name} may overlap itself in memory (strides {strides}); pass {name}.contiguous()")
     chosen, plan = choose(response, tuple(shape), dtype, device, backend, strides)
-    route = _Route(chosen, plan, device, len(shape) in (2, 3) and strides[-1] == 1)
+    extent = dtype.itemsize * (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)))
+    route = _Route(chosen, plan, device, len(shape) in (2, 3) and strides[-1] == 1, extent)
     _ROUTES.put(key, route)
     return route
 
@@ -248,7 +279,7 @@ def _as_tensor(item: Any, name: str, *, written: bool = True) -> torch.Tensor:
 
 def _is_traced(x: object) -> bool:
     """Whether a graph has to know of what is done to it: torch.compile's, or autograd's."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return True
     return isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled()
 

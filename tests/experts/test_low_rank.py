@@ -339,7 +339,9 @@ def test_the_forward_pass_adds_what_active_does(kind: Callable[[], nn.Module]) -
 def test_pieces_of_a_fused_tensor_get_their_parts() -> None:
     like = torch.zeros(2, 6, 4)
     entries = {name: coded(CODINGS["svd16"], gaussian((3, 4), i), 2) for i, name in enumerate("abcd")}
-    parts = [Part(n, Piece(n, (0, 0), "w", 24 * (i // 2) + 12 * (i % 2), (3, 4), (4, 1))) for i, n in enumerate("abcd")]
+    parts = [
+        Part(n, Piece((3, 4), n, 0, (4, 1), "w", 24 * (i // 2) + 12 * (i % 2), (4, 1))) for i, n in enumerate("abcd")
+    ]
     gathered = gathered_dense(parts, entries, like)
     dense = [entry.dense() for entry in entries.values()]
     assert torch.equal(gathered, torch.stack([torch.cat(dense[:2]), torch.cat(dense[2:])]))

@@ -98,7 +98,9 @@ class Filtered(Method):
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         held = self.method.holds(count, matrix)
-        return held if matrix is None else held + 3  # what is filtered, a stack, the spectrum of a single row
+        return (
+            held if matrix is None else held + 4
+        )  # what is filtered and was before, a stack, the spectrum of a single row
 
     @property
     def by_entries(self) -> bool:

@@ -45,7 +45,8 @@ class WUDI(SpectralMethod):
         height, width = matrix
         side = min(width, count * height)  # of A
         square = side * side / (height * width)
-        return max(count + 21 + 6.5 * square, 6 * count + 5 + 8.5 * square * (side < width))
+        decomposition = 32 / height  # LAPACK's work space for a few long rows
+        return max(count + 21 + 6.5 * square, 6 * count + 5 + 8.5 * square * (side < width)) + decomposition
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         count = len(vectors.tensors[0].models)
