@@ -42,14 +42,15 @@ class _Route:
         self.plan = plan
         self._backend, self._device = backend, device
         traits = backend.traits(device)
-        self._traits = traits if traits is not None and traits.vary else None
+        self._traits = traits
+        self.varies = traits is not None and traits.vary
         self._whole = whole and plan.layout == ROWS  # a tensor is a matrix or a batch as it is
         self.extent = extent
         self.entry, _ = backend.entry(plan)
 
     def holds(self) -> bool:
         """Whether the backend is still as it was when the plan was made."""
-        return self._traits is None or self._backend.traits(self._device) is self._traits
+        return not self.varies or self._backend.traits(self._device) is self._traits
 
     def run(self, tensors: Sequence[torch.Tensor], scale: float) -> None:
         """Filter tensors of which all or none are inference tensors."""
@@ -226,7 +227,7 @@ def _known_route(response: Response, x: Any, backend: str) -> _Route | None:
         return None
     try:
         route = _ROUTES.find((response, x.shape, x.stride(), x.dtype, x.device, backend))
-        if route is None or not route.holds() or x.is_neg():
+        if route is None or x.is_neg() or (route.varies and not route.holds()):
             return None
         offset = x.storage_offset()
         if route.extent + (offset and offset * x.element_size()) > x.untyped_storage().nbytes():
