@@ -109,19 +109,17 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
         for tensor in x if isinstance(x, (list, tuple)) else [x]:
             filter_in_graph(cast(torch.Tensor, tensor), response, scale, backend)
         return x
-    if not isinstance(x, (list, tuple)):
-        route = _known_route(response, x, backend)
-        if route is not None:
-            one: tuple[Any] = (x,)
-        else:
-            _check_request(response, backend)
-            one = (_tensor(x, "x"),)
-            route = _route(response, one[0], backend, "x")
-        if type(scale) is not float or not -_FLOAT_MAX <= scale <= _FLOAT_MAX:
-            scale = _checked_scale(scale, one)
-        route.run(one, scale)
+    known = _known_route(response, x, backend)
+    if known is not None:
+        one: tuple[Any] = (x,)
+        easy = type(scale) is float and -_FLOAT_MAX <= scale <= _FLOAT_MAX
+        known.run(one, scale if easy else _checked_scale(scale, one))
         return x
     _check_request(response, backend)
+    if not isinstance(x, (list, tuple)):
+        tensor = _tensor(x, "x")
+        _route(response, tensor, backend, "x").run((tensor,), _checked_scale(scale, (tensor,)))
+        return x
     named(backend)
     names = [f"x[{i}]" for i in range(len(x))]
     tensors = [_tensor(item, name) for item, name in zip(x, names, strict=True)]
