@@ -1,13 +1,15 @@
-"""Task vectors of tensors in memory, as a method is given them."""
+"""Models in memory, and task vectors of tensors in memory, as a method is given them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from freemerge.methods.vectors import Deltas
+
+State = dict[str, Tensor]
 
 
 def deltas(name: str, base: Tensor, models: Sequence[Tensor], reads: list[str]) -> Deltas:
@@ -28,3 +30,14 @@ def deltas(name: str, base: Tensor, models: Sequence[Tensor], reads: list[str]) 
         [lambda model=model, i=i: read(model, str(i)) for i, model in enumerate(models)],
         check,
     )
+
+
+def states(shapes: Mapping[str, tuple[int, ...]], count: int) -> tuple[State, list[State]]:
+    """A base and ``count`` models, of which each is further from it than the one before."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    models = [
+        {n: t + 0.1 * (i + 1) * torch.randn(t.shape, generator=generator) for n, t in base.items()}
+        for i in range(count)
+    ]
+    return base, models

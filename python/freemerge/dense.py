@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .errors import ArgumentError, FreemergeError
+from .overlap import extent
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -69,7 +70,7 @@ def _fits(x: Tensor) -> bool:
         return False
     try:
         return x.nbytes + x.storage_offset() * x.element_size() <= x.untyped_storage().nbytes() and not x.is_meta
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:  # or NotImplementedError, which is one
         return False
 
 
@@ -92,10 +93,8 @@ def _obstacle(x: Tensor) -> str | None:
     try:
         storage = x.untyped_storage()
         stored = storage.nbytes() if storage.data_ptr() else 0
-    except (NotImplementedError, RuntimeError):
+    except RuntimeError:  # or NotImplementedError, which is one
         return "has no memory of its own here, as inside of torch.func transforms"
-    if x.numel():
-        last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        if (last + 1) * x.element_size() > stored:
-            return "has lost its memory, as sharded parameters do between passes; gather them first"
+    if x.numel() and (x.storage_offset() + extent(x.shape, x.stride())) * x.element_size() > stored:
+        return "has lost its memory, as sharded parameters do between passes; gather them first"
     return None

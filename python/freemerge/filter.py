@@ -20,7 +20,7 @@ from .cache import ByResponse
 from .dense import dense
 from .errors import ArgumentError
 from .ops import define, filter_in_graph, filtered_in_graph
-from .overlap import internal_overlap, overlapping_pair
+from .overlap import extent, internal_overlap, overlapping_pair
 from .planner.layout import ROWS
 from .planner.plan import Plan
 from .responses import Response, finite_number
@@ -35,17 +35,17 @@ _FLOAT_MAX = torch.finfo(torch.float32).max
 class _Route:
     """A plan with its backend and executable, for all tensors of one shape, with equal strides, dtype and device.
 
-    ``extent``: bytes from the first to the last of their entries.
+    ``nbytes``: of memory from the first to the last of their entries.
     """
 
-    def __init__(self, backend: Backend, plan: Plan, device: torch.device, whole: bool, extent: int) -> None:
+    def __init__(self, backend: Backend, plan: Plan, device: torch.device, whole: bool, nbytes: int) -> None:
         self.plan = plan
         self._backend, self._device = backend, device
         traits = backend.traits(device)
         self._traits = traits
         self.varies = traits is not None and traits.vary
         self._whole = whole and plan.layout == ROWS  # a tensor is a matrix or a batch as it is
-        self.extent = extent
+        self.nbytes = nbytes
         self.entry, _ = backend.entry(plan)
 
     def holds(self) -> bool:
@@ -228,7 +228,7 @@ def _known_route(response: Response, x: Any, backend: str) -> _Route | None:
         if route is None or x.is_neg() or (route.varies and not route.holds()):
             return None
         offset = x.storage_offset()
-        if route.extent + (offset and offset * x.element_size()) > x.untyped_storage().nbytes():
+        if route.nbytes + (offset and offset * x.element_size()) > x.untyped_storage().nbytes():
             return None
     except (RuntimeError, TypeError):  # a tensor without strides or storage, a response that is none
         return None
@@ -250,8 +250,8 @@ def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Rou
     if internal_overlap(shape, strides):
         raise ArgumentError(f"{name} may overlap itself in memory (strides {strides}); pass {name}.contiguous()")
     chosen, plan = choose(response, tuple(shape), dtype, device, backend, strides)
-    extent = dtype.itemsize * (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)))
-    route = _Route(chosen, plan, device, len(shape) in (2, 3) and strides[-1] == 1, extent)
+    nbytes = dtype.itemsize * extent(shape, strides)
+    route = _Route(chosen, plan, device, len(shape) in (2, 3) and strides[-1] == 1, nbytes)
     _ROUTES.put(key, route)
     return route
 

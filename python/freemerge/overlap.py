@@ -18,6 +18,11 @@ def internal_overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return False
 
 
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements of memory from the first to the last entry of such a tensor, which has one at least."""
+    return 1 + sum(stride * (size - 1) for stride, size in zip(strides, shape, strict=True))
+
+
 def overlapping_pair(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
     """Indices of two tensors that share at least one element, if any."""
     if len(tensors) < 2:
@@ -34,8 +39,7 @@ def overlapping_pair(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
 
 
 def _span(x: torch.Tensor) -> tuple[int, int]:
-    reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
-    return x.data_ptr(), x.data_ptr() + (reach + 1) * x.element_size()
+    return x.data_ptr(), x.data_ptr() + extent(x.shape, x.stride()) * x.element_size()
 
 
 class _Layout:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import freemerge.experts as fx
+from freemerge.checkpoint import Checkpoint
 from freemerge.methods.rules import Scope
 
 State = dict[str, Tensor]
@@ -96,3 +98,18 @@ SOURCES = [
     pytest.param(functools.partial(family, torch.bfloat16), id="random bf16"),
     pytest.param(trained, id="trained"),
 ]
+
+
+def counted_reads(experts: Iterable[object], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each tensor in memory is read while experts are made; what was read before does not count."""
+    reads: Counter[str] = Counter()
+    in_memory = type(Checkpoint.open({}))
+    read = in_memory.read
+
+    def counted(self: Checkpoint, name: str) -> Tensor:
+        reads[name] += 1
+        return read(self, name)
+
+    monkeypatch.setattr(in_memory, "read", counted)
+    list(experts)
+    return reads

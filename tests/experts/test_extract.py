@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from task_vectors import SOURCES, Source, dense, family, reference_kept, vectors
-from torch import Tensor, nn
+from task_vectors import SOURCES, Source, counted_reads, dense, family, reference_kept, vectors
+from torch import nn
 
 import freemerge.experts as fx
-from freemerge.checkpoint import Checkpoint
 from freemerge.errors import ArgumentError, CheckpointError
 from freemerge.experts.entries import kept_entries
 from freemerge.methods.rules import Scope
@@ -135,17 +133,8 @@ def test_a_non_finite_backbone_is_named() -> None:
 def test_how_often_tensors_are_read(scope: Scope, passes: int, rescale: str, monkeypatch: pytest.MonkeyPatch) -> None:
     base, models = family()
     backbone = dict(models["t0"]) if rescale in ("projection", "least_squares") else None
-    reads: Counter[str] = Counter()
-    in_memory = type(Checkpoint.open(base))
-    read = in_memory.read
-
-    def counted(self: Checkpoint, name: str) -> Tensor:
-        reads[name] += 1
-        return read(self, name)
-
     experts = fx.iter_experts(base, models, scope=scope, rescale=rescale, backbone=backbone)
-    monkeypatch.setattr(in_memory, "read", counted)  # what was read so far was the comparison of the inputs
-    dict(experts)
+    reads = counted_reads(experts, monkeypatch)  # what was read so far was the comparison of the inputs
     each = 2 * passes * len(models)  # base and model
     count = len(models)
     more = {"auto": 1, "released": 0, "paper": 1 + count, "projection": count, "least_squares": 3 * count}[rescale]

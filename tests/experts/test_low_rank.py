@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +11,10 @@ import torch
 from expert_models import TASKS, Text, Vision, assert_same, make, snapshot, tuned, untied
 from hypothesis import given
 from hypothesis import strategies as st
-from task_vectors import family, vectors
+from task_vectors import counted_reads, family, vectors
 from torch import Tensor, nn
 
 import freemerge.experts as fx
-from freemerge.checkpoint import Checkpoint
 from freemerge.checkpoint.conversion import Piece
 from freemerge.errors import ArgumentError, CheckpointError
 from freemerge.experts import leading
@@ -237,17 +235,8 @@ def test_files_memory_and_threads_give_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "passes"), [({"budget": "20%"}, 2), ({"rank": 2}, 1)])
 def test_how_often_tensors_are_read(options: dict[str, object], passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     base, models = family(models=2)
-    reads: Counter[str] = Counter()
-    in_memory = type(Checkpoint.open(base))
-    read = in_memory.read
-
-    def counted(self: Checkpoint, name: str) -> Tensor:
-        reads[name] += 1
-        return read(self, name)
-
     experts = fx.iter_experts(base, models, backbone=dict(base), **options)  # type: ignore[arg-type]
-    monkeypatch.setattr(in_memory, "read", counted)
-    dict(experts)
+    reads = counted_reads(experts, monkeypatch)
     assert reads["a.weight"] == max(reads.values()) == 2 * passes * len(models)  # backbone and model
 
 

@@ -17,23 +17,12 @@ from freemerge.cli import main
 from freemerge.methods import METHODS
 from freemerge.methods.filtered import Filter, Filtered
 from freemerge.methods.vectors import TaskVectors
-from in_memory import deltas
+from in_memory import deltas, states
 from reference import reference_filter
 
-State = dict[str, Tensor]
 SHAPES = {"q.weight": (20, 31), "k.weight": (12, 31), "up.weight": (31, 17), "row": (1, 40), "b.bias": (24,)}
 OTHERS = [name for name in METHODS if name != "fr"]
 RESPONSE = fm.HighPass(0.3)
-
-
-def states(count: int = 3) -> tuple[State, list[State]]:
-    generator = torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    models = [
-        {n: t + 0.1 * (i + 1) * torch.randn(t.shape, generator=generator) for n, t in base.items()}
-        for i in range(count)
-    ]
-    return base, models
 
 
 def by_hand(matrix: Tensor) -> Tensor:
@@ -44,7 +33,7 @@ def by_hand(matrix: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_before_is_the_method_on_filtered_models(method: str) -> None:
-    base, models = states()
+    base, models = states(SHAPES, 3)
     filtered = [
         {name: base[name] + (by_hand(m[name] - t).float() if t.ndim > 1 else m[name] - t) for name, t in base.items()}
         for m in models
@@ -64,7 +53,7 @@ def test_before_is_the_method_on_filtered_models(method: str) -> None:
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_after_is_the_filter_of_what_the_method_merges(method: str) -> None:
-    base, models = states()
+    base, models = states(SHAPES, 3)
     recipe = fm.Recipe(method=method, scale=0.7, compute_dtype="float64", out_dtype="float64")
     plain = fm.merge(base, models, recipe)
     merged = fm.merge(base, models, recipe.replace(filter="after", response=RESPONSE))
@@ -76,7 +65,7 @@ def test_after_is_the_filter_of_what_the_method_merges(method: str) -> None:
 
 @pytest.mark.parametrize(("method", "weights"), [("average", "uniform"), ("task_arithmetic", "sum")])
 def test_fr_is_a_weighted_sum_that_is_filtered_after(method: str, weights: str) -> None:
-    base, models = states()
+    base, models = states(SHAPES, 3)
     fr = fm.merge(base, models, fm.Recipe(RESPONSE, weights=weights, scale=0.4))
     after = fm.merge(base, models, fm.Recipe(RESPONSE, method=method, filter="after", scale=0.4))
     assert all(torch.equal(tensor, after[name]) for name, tensor in fr.items())
@@ -85,7 +74,7 @@ def test_fr_is_a_weighted_sum_that_is_filtered_after(method: str, weights: str) 
 @pytest.mark.parametrize("method", OTHERS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_views_are_what_is_filtered(method: str, when: Any) -> None:
-    base, models = states()
+    base, models = states(SHAPES, 3)
     recipe = fm.Recipe(RESPONSE, method=method, filter=when, scale=1.0, **({"drop": 0.0} if method == "dare" else {}))
     if "scope" in recipe.to_config():
         recipe = recipe.replace(scope="model")
@@ -125,7 +114,7 @@ def test_every_look_at_filtered_task_vectors_is_filtered() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_scale_is_that_of_what_is_merged(when: Any, tmp_path: Path) -> None:
-    base, models = states()
+    base, models = states(SHAPES, 3)
     report = fm.merge_checkpoints(
         base, models, tmp_path / "out", fm.Recipe(RESPONSE, method="iso_c", filter=when), progress=False
     )
@@ -142,7 +131,7 @@ def test_the_scale_is_that_of_what_is_merged(when: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("method", ["iso_c", "ties"])
 def test_command_line_recipe_and_manifest(when: Any, method: str, tmp_path: Path) -> None:
-    base, models = states(2)
+    base, models = states(SHAPES, 2)
     paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
     for path, state in zip(paths, (base, *models), strict=True):
         save_file(state, path)

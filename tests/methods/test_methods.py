@@ -17,19 +17,9 @@ from freemerge.cli import main
 from freemerge.methods import METHODS, Measured, Merged, Method
 from freemerge.methods.parameters import number, parameter
 from freemerge.methods.vectors import Sides, TaskVectors
+from in_memory import State, states
 
-State = dict[str, Tensor]
 SHAPES = {"up.weight": (24, 16), "qkv.weight": (12, 10), "up.bias": (24,)}
-
-
-def states(count: int) -> tuple[State, list[State]]:
-    generator = torch.Generator().manual_seed(0)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    models = [
-        {n: t + 0.1 * (i + 1) * torch.randn(t.shape, generator=generator) for n, t in base.items()}
-        for i in range(count)
-    ]
-    return base, models
 
 
 def vectors(base: State, models: list[State], name: str) -> Tensor:
@@ -49,7 +39,7 @@ def vectors(base: State, models: list[State], name: str) -> Tensor:
     ],
 )
 def test_weighted_sums(recipe: fm.Recipe, coefficients: list[float]) -> None:
-    base, models = states(3)
+    base, models = states(SHAPES, 3)
     merged = fm.merge(base, models, recipe)
     for name, tensor in base.items():
         summed = torch.tensordot(torch.tensor(coefficients).double(), vectors(base, models, name), 1)
@@ -60,7 +50,7 @@ def test_weighted_sums(recipe: fm.Recipe, coefficients: list[float]) -> None:
 
 
 def test_views_mean_nothing_to_a_method_without_matrices() -> None:
-    base, models = states(2)
+    base, models = states(SHAPES, 2)
     recipe = fm.Recipe(method="average", views=[fm.Split("qkv.weight", 3)])
     assert all(
         torch.equal(tensor, fm.merge(base, models, recipe)[name])
@@ -69,7 +59,7 @@ def test_views_mean_nothing_to_a_method_without_matrices() -> None:
 
 
 def test_what_fr_finds_out_is_in_the_manifest(tmp_path: Path) -> None:
-    base, models = states(2)
+    base, models = states(SHAPES, 2)
     fm.merge_checkpoints(base, models, tmp_path / "model", progress=False)
     manifest = json.loads((tmp_path / "model" / "freemerge.json").read_text())
     everything = torch.cat([vectors(base, models, name).flatten(1) for name in base], 1).abs().mean(1)
@@ -96,7 +86,7 @@ def test_a_merge_leaves_no_trace_in_the_merger() -> None:
     from freemerge.checkpoint import Checkpoint
     from freemerge.merging.engine import Merger
 
-    base, models = states(2)
+    base, models = states(SHAPES, 2)
     merger = Merger(Checkpoint.open(base), [Checkpoint.open(model) for model in models], fm.Recipe())
     before = {name: id(value) for name, value in vars(merger).items()}
     measured = merger.measure()
@@ -143,7 +133,7 @@ def trimmed_mean() -> Iterator[type[Method]]:
 def test_a_new_method_is_everywhere(
     trimmed_mean: type[Method], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, models = states(4)
+    base, models = states(SHAPES, 4)
     recipe = fm.Recipe(method="trimmed_mean")
     expected = {name: base[name] + vectors(base, models, name).sort(0).values[1:3].mean(0) for name in base}
     merged = fm.merge(base, models, recipe)

@@ -1,7 +1,6 @@
 """The largest singular values of a matrix and their vectors, by subspace iteration.
 
-A few products with the matrix (arXiv 0909.4061, algorithm 4.4) from a start that is always the same, in float64; the
-matrix is not copied as a whole.
+In float64; the matrix is not copied as a whole.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..methods.spectra import left_times, singular_triplets
+from ..methods.spectra import left_times, singular_triplets, subspace
 
 EXACT = 1024  # shortest side up to which an eigendecomposition of the Gram matrix is cheap
 _ITERATIONS = 3
@@ -27,7 +26,7 @@ def leading_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor
     if shortest <= EXACT or 4 * (count + _MORE) >= shortest:
         left, values, right = singular_triplets(matrix, count, exact=matrix.dtype == torch.float64)
     else:
-        basis = _subspace(matrix, count + _MORE)
+        basis = _leading_rows(matrix, count + _MORE)
         small, values, right = singular_triplets(left_times(basis, matrix), count, exact=True)
         left = basis.mT @ small
     kept = values > 0
@@ -38,19 +37,11 @@ def leading_triplets(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor
 
 def spectral_norm(matrix: Tensor) -> float:
     """The largest singular value of [H, W], rounded to float32, which hides the order in which threads add up."""
-    basis = _subspace(matrix, min(1 + _MORE, *matrix.shape))
+    basis = _leading_rows(matrix, min(1 + _MORE, *matrix.shape))
     return float(torch.linalg.matrix_norm(left_times(basis, matrix), 2).float())
 
 
-def _subspace(matrix: Tensor, width: int) -> Tensor:
-    """Orthonormal rows [width, H] that span about where the matrix is largest."""
+def _leading_rows(matrix: Tensor, width: int) -> Tensor:
+    """Orthonormal rows [width, H] that span about where the matrix is largest, from a start that is always the same."""
     start = torch.randn(width, matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    basis = _orthonormal(left_times(start.to(matrix.device), matrix.mT))
-    for _ in range(_ITERATIONS):
-        basis = _orthonormal(left_times(_orthonormal(left_times(basis, matrix)), matrix.mT))
-    return basis
-
-
-def _orthonormal(rows: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(rows.mT).Q.mT
-    return basis
+    return subspace(matrix, start, _ITERATIONS)
