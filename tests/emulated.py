@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -38,8 +39,11 @@ def build(sanitize: bool = False) -> Path:
         import pybind11
 
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    _run(configure)
-    _run([cmake, "--build", str(folder), "--parallel"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # workers of one test run share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _run(configure)
+        _run([cmake, "--build", str(folder), "--parallel"])
     return folder
 
 

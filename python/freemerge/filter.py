@@ -82,7 +82,7 @@ class _Route:
                 matrix.copy_(copy)
 
 
-_ROUTES: ByResponse[_Route] = ByResponse(1024)
+_ROUTES: ByResponse[_Route] = ByResponse(1024)  # keys name the CPU by True: to make and compare its device takes longer
 
 
 def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
@@ -224,7 +224,7 @@ def _known_route(response: Response, x: Any, backend: str) -> _Route | None:
     if type(x) is not torch.Tensor or x.requires_grad:
         return None
     try:
-        route = _ROUTES.find((response, x.shape, x.stride(), x.dtype, x.device, backend))
+        route = _ROUTES.find((response, x.shape, x.stride(), x.dtype, x.is_cpu or x.device, backend))
         if route is None or x.is_neg() or (route.varies and not route.holds()):
             return None
         offset = x.storage_offset()
@@ -237,12 +237,12 @@ def _known_route(response: Response, x: Any, backend: str) -> _Route | None:
 
 
 def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Route:
-    key = response, x.shape, x.stride(), x.dtype, x.device, backend
+    key = response, x.shape, x.stride(), x.dtype, x.is_cpu or x.device, backend
     route = _ROUTES.find(key)
     if route is not None and route.holds():
         route.entry.used = True
         return route
-    _, shape, strides, dtype, device, _ = key
+    shape, strides, dtype, device = x.shape, x.stride(), x.dtype, x.device
     if dtype not in _DTYPES:
         raise ArgumentError(f"{name} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {dtype}")
     if not shape or 0 in shape:

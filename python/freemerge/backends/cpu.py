@@ -172,7 +172,7 @@ class _Filter(Executable):
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         threads = torch.get_num_threads()
         if len(batches) == 1 and (x := batches[0]).ndim == 2:  # in little time, as for a small matrix it counts
-            self._native.run([address(x)], x.stride(0) if self._rows > 1 else self._width, scale, threads)
+            self._native.run([address(x)], x.stride()[0] if self._rows > 1 else self._width, scale, threads)
             return
         by_stride: dict[int, list[int]] = {}
         for pointer, stride in zip(*addresses(batches), strict=True):
