@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import freemerge as fm
 from freemerge.cli import main
-from freemerge.merging.recipe import Recipe
+from freemerge.cli.commands import NAMES, Commands
+from freemerge.experts.names import Values
+from freemerge.experts.values import CODINGS
+from freemerge.merging.commented import commented_recipe
+from freemerge.merging.recipe import PRESETS, Recipe
 from freemerge.methods.fr import FR
 from freemerge.methods.parameters import parameters_of
 
@@ -102,7 +108,7 @@ def test_json_output_is_json_alone(files: list[str], tmp_path: Path, capsys: pyt
     assert captured.err == ""
 
 
-@pytest.mark.parametrize("cutoff", ["0.9", "2", "9"])
+@pytest.mark.parametrize("cutoff", ["0.7", "0.9", "9"])
 def test_a_cutoff_that_removes_nearly_everything_is_told_before_the_merge(
     cutoff: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -117,8 +123,13 @@ def test_a_cutoff_that_removes_nearly_everything_is_told_before_the_merge(
         on_start=lambda inspection: told.append(bool(inspection.warnings) and not out.exists()),
     )
     assert told == [True]
-    assert run("merge", *files, "-o", tmp_path / "again", "--cutoff", cutoff) == 0
-    assert "warning: the filter removes more than 90% of the spectrum of a.weight" in capsys.readouterr().err
+    everything = cutoff != "0.7"
+    for again in ([], ["--dry-run"]):
+        code = run("merge", *files, "-o", tmp_path / "again", "--cutoff", cutoff, *again, "--force")
+        assert code == (2 if everything else 0)
+        message = "removes the whole spectrum" if everything else "warning: the filter removes more than 90% of"
+        assert message in capsys.readouterr().err
+        assert (tmp_path / "again").exists() != everything
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal(
@@ -287,10 +298,9 @@ def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pyte
         (["--help"], 0),
         (["--version"], 0),
         (["merge", "--help"], 0),
-        (["inspect", "--help"], 0),
-        (["analyze", "--help"], 0),
-        (["verify", "--help"], 0),
+        (["completion", "bash"], 0),
         ([], 2),
+        (["mrege"], 2),
         (["merge", "base", "-o", "out"], 2),
         (["merge", "base", "model", "-o", "out", "--cutof", "0.1"], 2),
         (["merge", "base", "model", "-o", "out", "--weights", "foo"], 2),
@@ -309,6 +319,178 @@ def test_help_and_wrong_arguments_do_not_wait_for_torch(arguments: list[str], co
         assert "torch" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True)
+
+
+COMMANDS = [name for name in NAMES if name != "mergekit-yaml"]  # that one is mergekit's
+
+
+def test_the_help_of_every_command_has_examples_and_needs_no_torch() -> None:
+    script = f"""
+        import sys
+        from freemerge.cli import main
+        for name in {COMMANDS}:
+            print("command", name)
+            try:
+                main([name, "--help"])
+            except SystemExit as stop:
+                assert not stop.code
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, capture_output=True, text=True)
+    helps = done.stdout.split("command ")[1:]
+    assert [help.split()[0] for help in helps] == COMMANDS
+    for name, help in zip(COMMANDS, helps, strict=True):
+        head, examples = help.split("\nExamples:\n")
+        assert examples.startswith(f"  freemerge {name}")
+        assert all(word in head for word in ("--json", "--quiet", "--verbose", "Common options:"))
+
+
+def test_every_example_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command, options and values exist."""
+    commands = Commands()
+    context = commands.make_context("freemerge", ["demo"])
+    for name in COMMANDS:
+        command = commands.get_command(context, name)
+        assert command is not None
+        for line in command.examples.splitlines():  # type: ignore[attr-defined]
+            _, used, *words = shlex.split(line.split(" > ")[0], comments=True)
+            other = commands.get_command(context, used)
+            assert other is not None
+            other.make_context(used, words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mrege"], "there is no command 'mrege'; did you mean 'merge'? (see freemerge --help)"),
+        (["merge", "a", "b", "-o", "c", "--cutof", "1"], "--cutoff"),
+        (["merge", "a", "b", "-o", "c", "--method", "isoc"], "there is no 'isoc'; did you mean 'iso_c'?"),
+        (["experts", "a", "b", "-o", "c", "--scope", "rows"], "there is no 'rows'; did you mean 'row'?"),
+        (["experts", "a", "b", "-o", "c", "--rescale", "big"], "expected auto, released"),
+        (["merge", "a", "b"], "Missing option '-o' / '--out'. (see freemerge merge --help)"),
+        (["verify", "a", "--quiet", "--verbose"], "exclude each other"),
+    ],
+)
+def test_wrong_arguments_are_answered_in_a_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("freemerge: ")
+    assert captured.err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        run(*arguments, "--json")
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert message in json.loads(captured.out)["error"]["message"]
+
+
+def test_errors_as_json(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "file").touch()
+    for arguments, kind, code in (
+        (["merge", *files, "-o", out], "RefusedError", 3),
+        (["merge", *files, "-o", out, "--cutoff", "x"], "ArgumentError", 2),
+        (["merge", files[0], tmp_path / "nowhere", "-o", out], "CheckpointError", 1),
+        (["clean", tmp_path / "nowhere"], "CheckpointError", 1),
+    ):
+        assert run(*arguments, "--json") == code
+        captured = capsys.readouterr()
+        told = json.loads(captured.out)["error"]
+        assert (told["type"], told["status"], captured.err) == (kind, code, "")
+        assert run(*arguments) == code
+        assert capsys.readouterr().err == f"freemerge: {told['message']}\n"
+
+
+def test_verbose_says_where_an_error_was_raised_and_what_happens_to_each_tensor(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("merge", files[0], tmp_path / "nowhere", "-o", tmp_path / "out", "-v") == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert run("merge", *files, "-o", tmp_path / "out") == 0
+    assert "a.weight" not in capsys.readouterr().err
+    assert run("merge", *files, "-o", tmp_path / "out", "--force", "--verbose") == 0
+    assert "a.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "backends", "clean", "schema", "experts", "init"])
+def test_json_and_quiet_of_every_command(
+    command: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("merge", *files, "-o", tmp_path / "merged", "--quiet")
+    (tmp_path / ".a.freemerge-tmp").mkdir()
+    arguments: list[object] = {
+        "verify": [tmp_path / "merged"],
+        "clean": [tmp_path, "--dry-run"],
+        "experts": [*files, "-o", tmp_path / "a"],
+        "init": files,
+    }.get(command, [])
+    capsys.readouterr()
+    assert run(command, *arguments, "--json") == 0
+    captured = capsys.readouterr()
+    json.loads(captured.out)
+    assert captured.err == ""
+    if command == "experts":
+        arguments[-1] = tmp_path / "b"
+    assert run(command, *arguments, "-q") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert run("completion", shell) == 0
+        assert "_FREEMERGE_COMPLETE" in capsys.readouterr().out
+    for line, word, expected in (
+        ("freemerge an", "1", {"analyze"}),
+        ("freemerge merge --metho", "2", {"--method"}),
+        ("freemerge merge --method iso", "3", {"iso_c", "iso_cts"}),
+        ("freemerge merge --renormalize e", "3", {"energy"}),
+        ("freemerge experts --rescale p", "3", {"paper", "projection"}),
+    ):
+        monkeypatch.setenv("_FREEMERGE_COMPLETE", "bash_complete")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", word)
+        assert run() == 0
+        assert {answer.split(",")[1] for answer in capsys.readouterr().out.split()} == expected
+
+
+def test_init(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "recipe.yml"
+    options = ["--method", "iso_c", "--filter", "after", "--cutoff", "0.2", "--select", "*.bias=copy"]
+    recipe = Recipe(method="iso_c", filter="after", cutoff=0.2, select=[("*.bias", "copy")])
+    assert run("init", *files, *options, "-o", file) == 0
+    assert run("init", *files, *options) == 0
+    assert file.read_text().splitlines()[2:] == capsys.readouterr().out.splitlines()[3:], "the head names the file"
+    assert Recipe.from_yaml(file) == recipe
+    text = file.read_text()
+    assert f"--recipe {file} -o OUT" in text
+    assert "# strength of the merged task vector: auto or a finite number\nscale: auto\n" in text
+    assert "1 tensors filtered, 0 merged unfiltered, 1 copied" in text
+    assert run("merge", *files, "--recipe", file, "-o", tmp_path / "out", "-q") == 0
+    expected = fm.merge(files[0], files[1:], recipe)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(tmp_path / "out").items())
+    assert run("init", *files, "-o", file) == 3
+    assert file.read_text() == text
+    assert run("init", *files, "-o", file, "--force") == 0
+    assert Recipe.from_yaml(file) == Recipe()
+    assert run("init", files[0], tmp_path / "nowhere") == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_commented_recipe_is_the_recipe(preset: str, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yml"
+    file.write_text(commented_recipe(Recipe.preset(preset), ["one", "", "two"]))
+    assert Recipe.from_yaml(file) == Recipe.preset(preset)
+    keys = [line.split(":")[0] for line in file.read_text().splitlines() if line[:1].isalpha()]
+    assert keys == ["version", *Recipe.preset(preset).to_config()]
+
+
+def test_the_codings_of_the_command_line_are_those_of_experts() -> None:
+    assert set(get_args(Values)) == set(CODINGS)
 
 
 def test_help_lists_every_method_and_parameter(capsys: pytest.CaptureFixture[str]) -> None:

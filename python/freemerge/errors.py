@@ -1,5 +1,10 @@
 """Every error freemerge raises on purpose derives from FreemergeError."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class FreemergeError(Exception):
     """Base class of all freemerge errors."""
@@ -32,3 +37,10 @@ class CudaError(BackendError):
     code: int = 0
     file: str = ""
     line: int = 0
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word: the closest known one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

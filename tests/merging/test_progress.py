@@ -57,7 +57,7 @@ def test_a_merge_tells_all_bytes_and_counts_tensors_once(
     models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "_EVERY", 0.0)
-    assert main(["merge", *models, "-o", str(tmp_path / "out"), "--log-json", "--cutoff", "2"]) == 0
+    assert main(["merge", *models, "-o", str(tmp_path / "out"), "--log-json", "--cutoff", "0.8"]) == 0
     events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     kinds = [event["event"] for event in events]
     assert kinds[0] == "start"
@@ -76,7 +76,7 @@ def test_a_merge_tells_all_bytes_and_counts_tensors_once(
 
 
 def test_quiet_prints_nothing(models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["merge", *models, "-o", str(tmp_path / "out"), "--quiet", "--cutoff", "2"]) == 0
+    assert main(["merge", *models, "-o", str(tmp_path / "out"), "--quiet", "--cutoff", "0.8"]) == 0
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from freemerge.errors import ArgumentError
-from freemerge.methods.parameters import FLAG, NUMBER, NUMBERS, Kind, Parameter, did_you_mean, number
+from freemerge.errors import ArgumentError, did_you_mean
+from freemerge.methods.parameters import FLAG, NUMBER, NUMBERS, Kind, Parameter, number
 
 
 def parameter(*choices: str | None, kind: Kind | None = None, **aliases: str) -> Parameter:

@@ -20,6 +20,7 @@ from .budget import share_of
 from .entries import Criterion, EntryExtraction
 from .expert import Expert, check_task_name
 from .low_rank import LowRankExtraction
+from .names import Values
 from .rescale import check_rescale
 from .values import LowRankTensor, SparseTensor, coding_of
 
@@ -33,7 +34,7 @@ def extract_experts(
     density: float | None = None,
     scope: Scope = "tensor",
     rescale: str | float = "auto",
-    values: str | None = None,
+    values: Values | None = None,
     trim: float = 0.0,
     backbone: Model | None = None,
     budget: float | str | None = None,
@@ -115,7 +116,7 @@ def iter_experts(
     density: float | None = None,
     scope: Scope = "tensor",
     rescale: str | float = "auto",
-    values: str | None = None,
+    values: Values | None = None,
     trim: float = 0.0,
     backbone: Model | None = None,
     budget: float | str | None = None,

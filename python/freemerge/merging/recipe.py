@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, did_you_mean
 from ..methods import METHODS, Method
 from ..methods.filtered import WHEN, Filter, Filtered, When, checked_response
-from ..methods.parameters import NUMBER, did_you_mean, parameter, parameters_of
+from ..methods.parameters import NUMBER, parameter, parameters_of
 from ..responses import Response, to_config, to_record
 from .selection import Rule, Split, Stack, View, renames_of, rules_of
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,7 +124,7 @@ def parameter(
 
 def weights_parameter(*rules: str, aliases: Mapping[str, str] | None = None) -> Any:
     """The field ``weights``, lambda_i of each model: one of the rules, the first by default, or K numbers."""
-    help = "lambda_i, by a rule or one number a model: --weights=-0.1,0.3"
+    help = "lambda_i, by a rule or one number a model"
     return parameter(rules[0], help, choices=rules, kind=NUMBERS, aliases=aliases)
 
 
@@ -133,10 +132,3 @@ def parameters_of(cls: type) -> dict[str, Parameter]:
     """The parameters that a dataclass declares by :func:`parameter`, ``InitVar`` ones included."""
     declared = getattr(cls, "__dataclass_fields__", {})
     return {name: f.metadata["parameter"] for name, f in declared.items() if "parameter" in f.metadata}
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the closest known one, or all of them."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,49 @@
+"""freemerge evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .arguments import PATH
+from .command import Argument, Command, Option
+from .failures import DONE
+from .output import Output
+
+
+def command() -> Command:
+    """The command."""
+    return Command(
+        run,
+        [
+            Argument("models", type=PATH, nargs=-1, required=True, metavar="MODEL...", help="checkpoints to score"),
+            Option(
+                "--function",
+                required=True,
+                metavar="FILE.py:NAME",
+                help="takes a state dict, returns a score or {task: score}",
+            ),
+            Option(
+                "--experts",
+                type=PATH,
+                metavar="DIR",
+                help="score each task of the first model with its expert from here, too",
+            ),
+        ],
+        examples="""
+            freemerge evaluate merged math code --function score.py:accuracy
+            freemerge evaluate merged --function score.py:accuracy --experts experts --json
+        """,
+    )
+
+
+def run(output: Output, models: Sequence[Path], function: str, experts: Path | None) -> int:
+    """Score models with a Python function of your own; higher is better."""
+    from ..evaluation import evaluate, evaluate_experts, load_function, table
+
+    score = load_function(function)
+    evaluations = [evaluate(model, score) for model in models]
+    if experts is not None:
+        evaluations.append(evaluate_experts(models[0], experts, score))
+    output.result(evaluations, table(evaluations))
+    return DONE

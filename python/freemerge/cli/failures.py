@@ -1,0 +1,69 @@
+"""What the command says when it fails, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from .output import printable
+
+DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+
+
+class Failures:
+    """Tells failures on standard error in a line, or with --json as an object on standard output.
+
+    Arguments that could not be parsed are told as they ask for, so flags are looked for in the words themselves.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._json = "--json" in arguments
+        self._verbose = not {"-v", "--verbose"}.isdisjoint(arguments)
+        self._out: Path | None = None
+        self._before: object = None
+
+    def watch(self, out: Path | None) -> None:
+        """After an interruption, say whether this output was written from now on."""
+        self._out, self._before = out, _identity(out)
+
+    def tell(self, error: BaseException, code: int, message: str | None = None) -> int:
+        """Say what went wrong, with --verbose where it was raised, and return the exit status."""
+        if message is None:
+            system = isinstance(error, OSError) and error.filename
+            message = f"{error.filename}: {error.strerror}" if system else str(error)  # type: ignore[attr-defined]
+        if self._verbose and not isinstance(error, click.UsageError):
+            traceback.print_exception(error)
+        if self._json:
+            print(json.dumps({"error": {"type": type(error).__name__, "message": message, "status": code}}), flush=True)
+        else:
+            print(f"freemerge: {printable(message)}", file=sys.stderr)
+        return code
+
+    def tell_usage(self, error: click.UsageError) -> int:
+        """The same for arguments that cannot be parsed, with a hint at the help of their command."""
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            print(error.format_message(), file=sys.stderr)
+            return USAGE
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
+        return self.tell(error, USAGE, error.format_message() + hint)
+
+    def tell_interruption(self, stop: KeyboardInterrupt) -> int:
+        """The same for a signal, with what became of the output."""
+        written = f"{self._out} was written" if _identity(self._out) != self._before else "no output was written"
+        code = getattr(stop, "code", INTERRUPTED)
+        return self.tell(stop, code, f"{str(stop) or 'interrupted'}; {written}")
+
+
+def _identity(out: Path | None) -> object:
+    """What tells an output from the one that is put in its place."""
+    try:
+        status = os.stat(out) if out is not None else None
+    except OSError:
+        return None
+    return status and (status.st_dev, status.st_ino)

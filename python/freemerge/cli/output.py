@@ -1,0 +1,57 @@
+"""What the command prints: results on standard output, as text or JSON; what else is to say, on standard error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Output:
+    """How much is said, and how: by --json, --quiet and --verbose."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    @property
+    def talks(self) -> bool:
+        """Whether people read along."""
+        return not (self.json or self.quiet)
+
+    def result(self, value: object, text: str) -> None:
+        """What was asked for: a value for programs, a text for people."""
+        if self.json:
+            print(json.dumps(plain(value)))
+        elif not self.quiet:
+            print(printable(text))
+
+    def note(self, text: str) -> None:
+        """Something worth knowing beside the result."""
+        if self.talks:
+            print(printable(text), file=sys.stderr)
+
+    def detail(self, text: str) -> None:
+        """A note for those who asked for more."""
+        if self.verbose:
+            self.note(text)
+
+
+def printable(text: object) -> str:
+    """Without control characters, which names in files may hold."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses and paths as JSON types."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,7 @@
+"""The codings of experts by name, which arguments and the command line list without an import of torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Values = Literal["fp32", "bf16", "fp16", "int8", "sign", "svd2", "svd16"]  #: one of each file in values/
