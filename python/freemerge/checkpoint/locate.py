@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .file_format import GGUF_ADVICE, PICKLE_SUFFIXES
-from .hub_cache import stays_in_one_cache
+from .hub_cache import hub_id, stays_in_one_cache
 from .safetensors_file import open_regular, unique_keys
 
 MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"  # how the weight files of transformers and diffusers begin
@@ -206,7 +206,6 @@ def display_name(path: Path) -> str:
     """A name for manifests and model cards without this machine's paths: ``org/model`` for a cache snapshot, the name
     of a directory, ``directory/file`` for a file."""
     absolute = Path(os.path.abspath(path))
-    for parent in absolute.parents:
-        if parent.name.startswith("models--"):
-            return parent.name.removeprefix("models--").replace("--", "/")
+    if (known := hub_id(absolute)) is not None:
+        return known
     return absolute.name if absolute.is_dir() else f"{absolute.parent.name}/{absolute.name}"

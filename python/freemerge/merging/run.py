@@ -366,9 +366,8 @@ def _describe(
         return
     recipe = merger.recipe
     card = model_card(
-        title="Merged model",
-        base=merger.base.name,
-        models=[model.name for model in merger.models],
+        base=merger.base,
+        models=merger.models,
         recipe=to_yaml(recipe.to_record()),
         method=recipe.method.title,
         paper=recipe.method.paper,
