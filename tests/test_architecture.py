@@ -27,7 +27,7 @@ LEVELS = [
     {"methods"},
     {"merging"},
     {"experts"},
-    {"analysis", "evaluation", "demo", "integrations"},
+    {"analysis", "evaluation", "demo", "integrations", "lora"},
     {"cli"},
     {"__main__"},
 ]

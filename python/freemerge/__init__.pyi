@@ -28,6 +28,8 @@ from .experts import SavedExpert as SavedExpert
 from .experts import iter_experts as iter_experts
 from .experts import save_experts as save_experts
 from .filter import explain, filter_, filtered
+from .lora import Lora as Lora
+from .lora import extract_lora as extract_lora
 from .merging.inspection import Decision as Decision
 from .merging.inspection import Inspection as Inspection
 from .merging.recipe import Recipe

@@ -22,8 +22,9 @@ SECTIONS = {
         "inspect": "what a merge would do to each tensor",
         "mergekit-yaml": "mergekit's own command, with freemerge's methods in it",
     },
-    "Experts": {
+    "Parts of models": {
         "experts": "extract a light expert of each model",
+        "lora": "what a model has and its base lacks, as a LoRA adapter",
     },
     "Look at models": {
         "analyze": "what the task vectors have in common, before and after merging: a report",

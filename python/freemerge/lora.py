@@ -1,0 +1,170 @@
+"""What a model has and its base lacks, as a LoRA adapter in PEFT's format: the first singular vectors of each layer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .accumulate import task_vector_sum
+from .checkpoint import MERGEABLE, Checkpoint, Source, open_inputs
+from .checkpoint.compare import compare
+from .checkpoint.hub_cache import hub_id
+from .checkpoint.prefixes import Rename
+from .checkpoint.publish import Staging, check_target, target
+from .errors import ArgumentError, CheckpointError
+from .experts.leading import leading_triplets
+from .merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
+from .methods.wudi import EMBEDDINGS
+
+_LAYERS = ("Linear", "Conv1D")  # of torch and transformers; the second holds its weight transposed
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter that was written: how many layers it has, the share of ||model - base||² that it holds, over all
+    tensors, and the names of changed tensors that a LoRA of linear layers cannot hold."""
+
+    out: Path
+    rank: int
+    layers: int
+    kept: float
+    left_out: tuple[str, ...]
+    nbytes: int
+
+
+def extract_lora(
+    base: Source,
+    model: Source,
+    out: str | os.PathLike[str],
+    *,
+    rank: int,
+    select: Sequence[Rule | tuple[str, Action]] = (),
+    rename: Sequence[Rename] = (),
+) -> Lora:
+    """Write model - base as a LoRA of one rank into the new directory ``out``, which PEFT and freemerge read.
+
+    Each weight of a linear layer, [outputs, inputs], changes by B A; B [outputs, rank] and A [rank, inputs] are the
+    first singular vectors of the change, each times the root of the singular value: the best approximation of that
+    rank. Both are float32. One tensor is in memory at a time, and the adapter.
+
+    Args:
+        base, model: state dicts, modules or paths, with the same tensors; the model may be merged, or fine-tuned.
+        rank: r, of every layer; ``lora_alpha`` is the same, so that nothing is scaled.
+        select: rules as of a recipe: tensors with action "copy" or "drop" are left out.
+        rename: changes of prefixes in the model's names, as in a recipe.
+
+    Linear layers are told by the base's config.json, or its module; without one, by the names of matrices, of which
+    embeddings are none. Whatever else differs (embeddings, biases, norms) is left out and named in the result.
+
+    Raises ArgumentError for a bad rank, CheckpointError for models that do not match, are not finite or do not differ,
+    RefusedError if ``out`` exists and is not empty.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ArgumentError(f"rank must be a whole number of at least 1, got {rank!r}")
+    folder = target(out)
+    check_target(folder, single_file=False, force=False)
+    rules = rules_of(select)
+    factors: dict[str, Tensor] = {}
+    modules: dict[str, bool] = {}  # whether they hold their weight transposed
+    left_out, kept, total = [], 0.0, 0.0
+    with ExitStack() as stack:
+        inputs = open_inputs(
+            stack,
+            base,
+            {"model": model},
+            merged=lambda names: not left_alone(names, rules),
+            renames=renames_of(rename),
+        )
+        check_rules(rules, inputs.names)
+        start, (tuned,) = inputs.base, inputs.models
+        for name, change in _changes(start, tuned, rules):
+            total += float(change.double().square().sum())
+            module = _linear_layer(start, name)
+            if module is None:
+                left_out.append(name)
+                continue
+            modules[module] = turned = _layer(start, name) == "Conv1D"
+            left, values, right = leading_triplets(change.t() if turned else change, rank)
+            kept += float(values.square().sum())
+            root = values.sqrt()
+            for letter, factor in (("A", root[:, None] * right), ("B", left * root)):
+                factors[f"base_model.model.{module}.lora_{letter}{_WEIGHT}"] = _padded(factor, rank, letter)
+        if not modules:
+            raise CheckpointError(f"no linear layer of {tuned.label} differs from that of {start.label}")
+        staging = Staging(folder)
+        try:
+            file = staging.directory / "adapter_model.safetensors"
+            save_file(factors, file, metadata={"format": "pt"})
+            config = json.dumps(_config(start, modules, rank), indent=2) + "\n"
+            (staging.directory / "adapter_config.json").write_text(config, encoding="utf-8")
+            nbytes = file.stat().st_size
+            staging.publish(None, force=False)
+        finally:
+            staging.discard()
+    return Lora(folder, rank, len(modules), kept / total, tuple(left_out), nbytes)
+
+
+def _changes(base: Checkpoint, model: Checkpoint, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
+    """The name of each tensor that differs, and by what."""
+
+    def taken(name: str) -> bool:
+        return not left_alone((name, *base.aliases(name)), rules)
+
+    for name in compare(base, [model], merged=taken).names:
+        if base.specs[name].dtype not in MERGEABLE:
+            continue
+        stored = base.read(name)
+        change, means = task_vector_sum(stored, [model.read(name).to(stored.device)], [1.0])
+        if not math.isfinite(means[0]):
+            raise CheckpointError(f"{model.label}: {name!r} is not finite, or {base.label} has it not finite")
+        if means[0]:
+            yield name, change.cpu()
+
+
+def _layer(base: Checkpoint, name: str) -> str | None:
+    return None if base.architecture is None else base.architecture.layer(name)
+
+
+def _linear_layer(base: Checkpoint, name: str) -> str | None:
+    """The module of a linear layer whose weight this is, as PEFT names it; None for any other tensor."""
+    if len(base.specs[name].shape) != 2 or not name.endswith(_WEIGHT) or name in base.tied.values():
+        return None
+    if base.architecture is None:
+        linear = not any(part in name.lower() for part in EMBEDDINGS)
+        return name.removesuffix(_WEIGHT) if linear else None
+    return base.architecture.loaded_name(name).removesuffix(_WEIGHT) if _layer(base, name) in _LAYERS else None
+
+
+def _padded(factor: Tensor, rank: int, letter: str) -> Tensor:
+    """In float32, with zeros for what a change of lower rank does not need."""
+    missing = rank - factor.shape[0 if letter == "A" else 1]
+    sides = (0, 0, 0, missing) if letter == "A" else (0, missing)
+    return torch.nn.functional.pad(factor.float(), sides).contiguous()
+
+
+def _config(base: Checkpoint, modules: Mapping[str, bool], rank: int) -> dict[str, Any]:
+    """The adapter_config.json of PEFT."""
+    kind = type(base.architecture.module).__name__ if base.architecture is not None else ""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None,
+        "base_model_name_or_path": None if base.path is None else hub_id(base.path),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(modules.values()),
+        "inference_mode": True,
+        "target_modules": list(modules),
+    }

@@ -1,0 +1,120 @@
+"""LoRA adapters from models: PEFT applies them, freemerge reads them, and they are the best of their rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import freemerge as fm
+from freemerge.cli import main
+
+
+def changed(state: dict[str, Tensor], rank: int, *, seed: int = 0) -> dict[str, Tensor]:
+    """Matrices plus a product of that rank."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.dim() != 2:
+            return tensor.clone()
+        left, right = (torch.randn(side, rank, generator=generator) for side in tensor.shape)
+        return tensor + 0.1 * left @ right.T
+
+    return {name: change(tensor) for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path_factory.mktemp("llama") / "base")
+    return model
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_peft_and_freemerge_read_the_adapter(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    peft = pytest.importorskip("peft")
+    model = request.getfixturevalue(kind)
+    model.save_pretrained(tmp_path / "base")
+    tuned = changed(load_file(tmp_path / "base" / "model.safetensors"), 3)
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    made = fm.extract_lora(tmp_path / "base", tmp_path / "tuned.safetensors", tmp_path / "adapter", rank=4)
+    assert all(("embed" in name) or ("wte" in name) or ("wpe" in name) for name in made.left_out)
+    assert made.left_out
+    assert 0.5 < made.kept < 1
+    expected = tuned | {name: load_file(tmp_path / "base" / "model.safetensors")[name] for name in made.left_out}
+
+    adapted = peft.PeftModel.from_pretrained(type(model).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    read = fm.merge(tmp_path / "base", [tmp_path / "adapter"], fm.Recipe(method="average"))
+    for name, tensor in expected.items():
+        known = name if name in merged else f"transformer.{name}"
+        torch.testing.assert_close(merged[known], tensor, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(read[name], tensor, atol=2e-6, rtol=1e-5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["task_type"]) == (4, "CAUSAL_LM")
+
+
+def test_a_lower_rank_is_the_best_approximation(tmp_path: Path) -> None:
+    base = {"a.weight": torch.randn(9, 14), "b.weight": torch.randn(5, 5), "a.bias": torch.zeros(9)}
+    tuned = changed(base, 5) | {"a.bias": torch.ones(9)}
+    made = fm.extract_lora(base, tuned, tmp_path / "adapter", rank=2)
+    assert made.left_out == ("a.bias",)
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    total = kept = 0.0
+    for name in ("a", "b"):
+        change = (tuned[f"{name}.weight"] - base[f"{name}.weight"]).double()
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        product = factors[f"base_model.model.{name}.lora_B.weight"] @ factors[f"base_model.model.{name}.lora_A.weight"]
+        torch.testing.assert_close(product.double(), (u[:, :2] * s[:2]) @ v[:2], atol=1e-5, rtol=1e-4)
+        total, kept = total + float(s.square().sum()), kept + float(s[:2].square().sum())
+    assert made.kept == pytest.approx(kept / (total + 9), rel=1e-5)
+
+
+def test_what_cannot_be_meant(tmp_path: Path) -> None:
+    base = {"a.weight": torch.randn(4, 3), "a.bias": torch.zeros(4)}
+    with pytest.raises(fm.ArgumentError, match="rank must be"):
+        fm.extract_lora(base, base, tmp_path / "out", rank=0)
+    with pytest.raises(fm.CheckpointError, match=r"no linear layer of .* differs"):
+        fm.extract_lora(base, base | {"a.bias": torch.ones(4)}, tmp_path / "out", rank=1)
+    with pytest.raises(fm.CheckpointError, match="not finite"):
+        fm.extract_lora(base, base | {"a.weight": torch.full((4, 3), torch.nan)}, tmp_path / "out", rank=1)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    with pytest.raises(fm.RefusedError):
+        fm.extract_lora(base, base, tmp_path / "out", rank=1)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = {"a.weight": torch.randn(6, 5), "c.weight": torch.randn(4, 4), "embed.weight": torch.randn(7, 5)}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(changed(base, 1), tmp_path / "tuned.safetensors")
+    command = ["lora", str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors"), "--rank", "2"]
+    assert main([*command, "-o", str(tmp_path / "adapter"), "--select", "c.*=copy"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{tmp_path / 'adapter'}: 1 layers, ")
+    assert captured.err == "left out, as no linear layers: embed.weight\n"
+    assert main([*command, "-o", str(tmp_path / "json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == 2
+    assert main([*command, "-o", str(tmp_path / "json")]) == 3
