@@ -2,23 +2,23 @@
 #include <limits>
 
 #include "cuda/accumulate.cuh"
+#include "cuda/entries.cuh"
 #include "cuda/heuristics.h"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
 #include "cuda/reduce.cuh"
-#include "cuda/storage.cuh"
 
 namespace freemerge::cuda {
 namespace {
 
-using heuristics::kSumEntries;
 using heuristics::kSumThreads;
 
-constexpr std::int64_t kBlockEntries = kSumThreads * kSumEntries;
+constexpr std::int64_t kBlockEntries = kSumThreads * kEntries;
 constexpr int kModelsPerLaunch = 16;
+constexpr int kWarps = kSumThreads / kWarpSize;
 
 struct SumJob {
-  float* out;
+  Array out;  // float; no data: only magnitudes are wanted
   Array base;
   Array models[kModelsPerLaunch];
   float weights[kModelsPerLaunch];
@@ -28,38 +28,43 @@ struct SumJob {
   double* partial;  // partial[model][block]
 };
 
+__device__ std::int64_t first_entry() {
+  return (static_cast<std::int64_t>(blockIdx.x) * kSumThreads + threadIdx.x) * kEntries;
+}
+
 __global__ void __launch_bounds__(kSumThreads) sum_kernel(SumJob job) {
-  double* scratch = shared_memory<double>();
-  const std::int64_t start = blockIdx.x * kBlockEntries + threadIdx.x;
-  float base[kSumEntries];
-  float sum[kSumEntries];
-#pragma unroll
-  for (int e = 0; e < kSumEntries; ++e) {
-    const std::int64_t i = start + e * kSumThreads;
-    const bool inside = i < job.n;
-    base[e] = inside ? load_wide(job.base, i) : 0.0f;
-    sum[e] = inside && job.out && !job.first ? load(job.out + i) : 0.0f;
-  }
+  double* scratch = shared_memory<double>();  // scratch[model][warp]
+  const std::int64_t first = first_entry();
+  StoredEntries next = fetch(job.models[0], first, job.n);
+  float base[kEntries];
+  widen(fetch(job.base, first, job.n), job.base.dtype, base);
+  float sum[kEntries] = {};
+  if (job.out.data && !job.first) widen(fetch(job.out, first, job.n), DType::kFloat32, sum);
+#pragma unroll 1
   for (int m = 0; m < job.count; ++m) {
+    float entries[kEntries];
+    const StoredEntries stored = next;
+    if (m + 1 < job.count) next = fetch(job.models[m + 1], first, job.n);  // on its way during the arithmetic
+    widen(stored, job.models[m].dtype, entries);
     double magnitudes = 0.0;
 #pragma unroll
-    for (int e = 0; e < kSumEntries; ++e) {
-      const std::int64_t i = start + e * kSumThreads;
-      const float v = i < job.n ? __fsub_rn(load_wide(job.models[m], i), base[e]) : 0.0f;
+    for (int e = 0; e < kEntries; ++e) {
+      const float v = __fsub_rn(entries[e], base[e]);  // 0 beyond the end
       magnitudes += static_cast<double>(fabsf(v));
       const float weighted = __fmul_rn(job.weights[m], v);
       sum[e] = job.first && m == 0 ? weighted : __fadd_rn(sum[e], weighted);
     }
-    __syncthreads();  // the scratch of the previous model has been read
-    const double total = block_sum(magnitudes, scratch);
-    if (threadIdx.x == 0) store(job.partial + static_cast<std::int64_t>(m) * gridDim.x + blockIdx.x, total);
+    magnitudes = warp_sum(magnitudes);
+    if (threadIdx.x % kWarpSize == 0)
+      scratch[m * kWarps + static_cast<int>(threadIdx.x) / kWarpSize] = magnitudes;
   }
-  if (!job.out) return;
-#pragma unroll
-  for (int e = 0; e < kSumEntries; ++e) {
-    const std::int64_t i = start + e * kSumThreads;
-    if (i < job.n) store(job.out + i, sum[e]);
-  }
+  if (job.out.data) store_entries(job.out, first, job.n, sum);
+  __syncthreads();
+  const int m = static_cast<int>(threadIdx.x);
+  if (m >= job.count) return;
+  double total = 0.0;
+  for (int warp = 0; warp < kWarps; ++warp) total += scratch[m * kWarps + warp];
+  store(job.partial + static_cast<std::int64_t>(m) * gridDim.x + blockIdx.x, total);
 }
 
 struct MeanJob {
@@ -87,14 +92,16 @@ struct AddJob {
 };
 
 __global__ void __launch_bounds__(kSumThreads) add_kernel(AddJob job) {
-  const std::int64_t start = blockIdx.x * kBlockEntries + threadIdx.x;
+  const std::int64_t first = first_entry();
+  const StoredEntries stored_base = fetch(job.base, first, job.n);
+  const StoredEntries stored_delta = fetch(job.delta, first, job.n);
+  float base[kEntries];
+  float delta[kEntries];
+  widen(stored_base, job.base.dtype, base);
+  widen(stored_delta, job.delta.dtype, delta);
 #pragma unroll
-  for (int e = 0; e < kSumEntries; ++e) {
-    const std::int64_t i = start + e * kSumThreads;
-    if (i >= job.n) return;
-    const float scaled = __fmul_rn(job.scale, load_wide(job.delta, i));
-    store_narrow(job.out, i, __fadd_rn(load_wide(job.base, i), scaled));
-  }
+  for (int e = 0; e < kEntries; ++e) base[e] = __fadd_rn(base[e], __fmul_rn(job.scale, delta[e]));
+  store_entries(job.out, first, job.n, base);
 }
 
 unsigned blocks(std::int64_t n) {
@@ -103,7 +110,7 @@ unsigned blocks(std::int64_t n) {
   return static_cast<unsigned>(count);
 }
 
-constexpr std::size_t kScratchBytes = kSumThreads / kWarpSize * sizeof(double);
+constexpr std::size_t kScratchBytes = kWarps * sizeof(double);
 
 }  // namespace
 
@@ -121,7 +128,7 @@ void accumulate(float* out, const Array& base, const std::vector<Array>& models,
   for (const Array& model : models) require_storage(model);
   for (std::size_t begin = 0; begin < models.size(); begin += kModelsPerLaunch) {
     SumJob job{};
-    job.out = out;
+    job.out = {out, DType::kFloat32};
     job.base = base;
     job.first = begin == 0;
     job.n = n;
@@ -132,7 +139,7 @@ void accumulate(float* out, const Array& base, const std::vector<Array>& models,
       job.weights[m] = out ? static_cast<float>(weights[begin + m]) : 0.0f;
     }
     const dim3 grid(blocks(n));
-    launch(sum_kernel, Launch("sum", grid, dim3(kSumThreads), kScratchBytes, stream), job);
+    launch(sum_kernel, Launch("sum", grid, dim3(kSumThreads), kModelsPerLaunch * kScratchBytes, stream), job);
     const MeanJob mean{scratch, grid.x, n, means + begin};
     launch(mean_kernel,
            Launch("mean", dim3(static_cast<unsigned>(job.count)), dim3(kSumThreads), kScratchBytes, stream),

@@ -29,10 +29,9 @@ constexpr std::int64_t kWarpsWanted = 2640;
 constexpr std::int64_t kMinChunkRows = 32;
 constexpr std::int64_t kMaxChunkRows = 256;
 
-// Entries of one block of the fused sum: kSumThreads threads hold kSumEntries each in registers. Their
-// product also fixes the order in which |v| is summed: changing it changes the last bits of E|v|.
+// Threads of a block of the fused sum, each of which takes eight neighbouring entries. It also fixes the
+// order in which |v| is summed: changing it changes the last bits of E|v|.
 constexpr int kSumThreads = 256;
-constexpr int kSumEntries = 8;
 
 // Selection: threads of a block, entries that it ranks.
 constexpr int kSelectThreads = 256;

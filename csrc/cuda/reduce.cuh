@@ -7,13 +7,20 @@ namespace freemerge::cuda {
 
 constexpr int kWarpSize = 32;
 
+// The sum over a warp, in all of its lanes.
+template <typename T>
+__device__ T warp_sum(T value) {
+  for (int bits = kWarpSize / 2; bits > 0; bits /= 2) value += __shfl_xor_sync(0xffffffffu, value, bits);
+  return value;
+}
+
 // The sum over all threads, in thread 0. `scratch` is shared memory for one value a warp; the block must be a
 // whole number of warps and synchronise before `scratch` is used again.
 template <typename T>
 __device__ T block_sum(T value, T* scratch) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  for (int bits = kWarpSize / 2; bits > 0; bits /= 2) value += __shfl_xor_sync(0xffffffffu, value, bits);
+  value = warp_sum(value);
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
   T sum = 0;

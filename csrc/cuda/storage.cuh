@@ -99,16 +99,6 @@ __device__ inline float load_wide(const Array& array, std::int64_t i) {
   return widen(load(static_cast<const __half*>(array.data) + i));
 }
 
-__device__ inline void store_narrow(const Array& array, std::int64_t i, float value) {
-  if (array.dtype == DType::kFloat32) {
-    store(static_cast<float*>(array.data) + i, value);
-  } else if (array.dtype == DType::kBFloat16) {
-    store(static_cast<__nv_bfloat16*>(array.data) + i, narrow<__nv_bfloat16>(value));
-  } else {
-    store(static_cast<__half*>(array.data) + i, narrow<__half>(value));
-  }
-}
-
 template <typename Visitor>
 decltype(auto) visit_storage(DType dtype, Visitor&& visit) {
   switch (dtype) {

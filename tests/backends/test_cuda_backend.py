@@ -398,12 +398,43 @@ def test_a_sum_reads_every_model_once_and_writes_once(dtype: torch.dtype) -> Non
     task_vector_sum(base, models, [0.2, 0.3, 0.5], out=out, backend="cuda")
     stored = n * dtype.itemsize
     assert module.watched() == [(stored, 0)] * 4 + [(0, 4 * n)]
+    loads, stores = accesses_of(n, dtype), accesses_of(n, torch.float32)
+    assert module.accesses() == [(loads, 0)] * 4 + [(0, stores)]
     module.unwatch_all()
     module.watch(base.data_ptr(), stored)
     module.watch(out.data_ptr(), 4 * n)
     add_round(base, out, 0.7, dtype, out=base, backend="cuda")
     assert module.watched() == [(stored, stored), (4 * n, 0)]
+    assert module.accesses() == [(loads, loads), (stores, 0)]
     module.unwatch_all()
+
+
+def accesses_of(n: int, dtype: torch.dtype) -> int:
+    """Of 16 bytes, while eight entries are left, then of one entry."""
+    return n // 8 * 8 * dtype.itemsize // 16 + n % 8
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_sums_and_additions_at_any_alignment(dtype: torch.dtype) -> None:
+    """Bit for bit those of torch at every address; the means do not depend on it either."""
+    n, models = 2100, 18  # more than one block, and more models than one launch takes
+    values = [matrix(n, dtype=dtype, seed=seed) for seed in range(models + 1)]
+    weights = [0.1 * i for i in range(models)]
+    want, want_means = task_vector_sum(values[0], values[1:], weights, backend="torch")
+    aligned_means: list[float] = []
+    for shift in (0, 1, 3):
+        base, *shifted = (torch.cat([x[:shift], x])[shift:] for x in values)
+        if shift == 3:
+            shifted[0] = values[1]  # one of them aligned
+        out = torch.empty(n + shift)[shift:]
+        _, means = task_vector_sum(base, shifted, weights, out=out, backend="cuda")
+        assert torch.equal(out, want)
+        assert means == pytest.approx(want_means, rel=1e-12)
+        aligned_means = aligned_means or means
+        assert means == aligned_means
+        rounded = torch.empty(n + shift, dtype=dtype)[shift:]
+        add_round(base, out, 0.7, dtype, out=rounded, backend="cuda")
+        assert torch.equal(rounded, add_round(values[0], want, 0.7, dtype, backend="torch"))
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,19 @@ namespace freemerge::cuda {
 
 namespace py = pybind11;
 
+namespace {
+
+// Two counts of each watched range.
+py::list each_range(std::uint64_t emulation::Traffic::* first, std::uint64_t emulation::Traffic::* second) {
+  emulation::Traffic ranges[16];
+  const int count = emulation::watched(ranges, 16);
+  py::list list;
+  for (int i = 0; i < count; ++i) list.append(py::make_tuple(ranges[i].*first, ranges[i].*second));
+  return list;
+}
+
+}  // namespace
+
 void bind_emulation(py::module_& m) {
   py::enum_<emulation::Order>(m, "Order", py::module_local())
       .value("forward", emulation::Order::kForward)
@@ -20,13 +33,8 @@ void bind_emulation(py::module_& m) {
   m.def(
       "watch", [](Address begin, std::size_t bytes) { emulation::watch(pointer<const void>(begin), bytes); },
       py::arg("begin"), py::arg("bytes"));
-  m.def("watched", [] {
-    emulation::Traffic ranges[16];
-    const int count = emulation::watched(ranges, 16);
-    py::list list;
-    for (int i = 0; i < count; ++i) list.append(py::make_tuple(ranges[i].loaded, ranges[i].stored));
-    return list;
-  });
+  m.def("watched", [] { return each_range(&emulation::Traffic::loaded, &emulation::Traffic::stored); });
+  m.def("accesses", [] { return each_range(&emulation::Traffic::loads, &emulation::Traffic::stores); });
   m.def("unwatch_all", &emulation::unwatch_all);
 }
 

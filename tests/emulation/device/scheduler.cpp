@@ -272,10 +272,13 @@ std::vector<Traffic>& ranges() {
   return list;
 }
 
-void count(const void* address, std::size_t bytes, std::uint64_t Traffic::* counter) {
+void count(const void* address, std::size_t bytes, std::uint64_t Traffic::* counter,
+           std::uint64_t Traffic::* accesses) {
   const char* begin = static_cast<const char*>(address);
   for (Traffic& range : ranges()) {
-    if (begin >= range.begin && begin < range.end) range.*counter += bytes;
+    if (begin < range.begin || begin >= range.end) continue;
+    range.*counter += bytes;
+    ++(range.*accesses);
   }
 }
 
@@ -324,8 +327,12 @@ void unwatch_all() {
   watching = false;
 }
 
-void count_watched_load(const void* address, std::size_t bytes) { count(address, bytes, &Traffic::loaded); }
+void count_watched_load(const void* address, std::size_t bytes) {
+  count(address, bytes, &Traffic::loaded, &Traffic::loads);
+}
 
-void count_watched_store(const void* address, std::size_t bytes) { count(address, bytes, &Traffic::stored); }
+void count_watched_store(const void* address, std::size_t bytes) {
+  count(address, bytes, &Traffic::stored, &Traffic::stores);
+}
 
 }  // namespace freemerge::emulation

@@ -45,6 +45,8 @@ struct Traffic {
   const char* end = nullptr;
   std::uint64_t loaded = 0;
   std::uint64_t stored = 0;
+  std::uint64_t loads = 0;  // accesses, of whatever size
+  std::uint64_t stores = 0;
 };
 
 void watch(const void* begin, std::size_t bytes);  // starts counting in one more range
