@@ -27,7 +27,7 @@ LEVELS = [
     {"methods"},
     {"merging"},
     {"experts"},
-    {"analysis", "evaluation", "demo", "integrations"},
+    {"analysis", "evaluation", "tuning", "demo", "integrations"},
     {"cli"},
     {"__main__"},
 ]
