@@ -27,7 +27,7 @@ LEVELS = [
     {"methods"},
     {"merging"},
     {"experts"},
-    {"analysis", "evaluation", "demo", "integrations", "lora"},
+    {"analysis", "evaluation", "demo", "integrations", "lora", "tuning"},
     {"cli"},
     {"__main__"},
 ]

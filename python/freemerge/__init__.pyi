@@ -50,6 +50,7 @@ from .responses import HighPass
 from .responses import LowPass as LowPass
 from .responses import Official as Official
 from .responses import Response as Response
+from .tuning import tune as tune
 
 __all__ = [
     "ExpertBank",

@@ -17,12 +17,12 @@ from ..backends.registry import named
 from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
 from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices
 from ..checkpoint.mapped import fetched
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
 from .inspection import Decision, Inspection, decide, matrix_shapes, warnings
 from .recipe import Recipe
-from .selection import drops, left_alone
+from .selection import drops, left_alone, rule_of
 from .stages import Stopwatch
 from .statistics_buffers import check_variance, convex
 from .units import Unit, plan_units, require_equal, together, without_matrices
@@ -91,6 +91,8 @@ class Merger:
             buffers=base.buffers,
         )
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
+        self._layers = {name: layer for name in self.specs if (layer := rule_of(names(name), recipe.layers))}
+        self._check_layers()
         self.steps = self._steps()
         self._seconds: dict[str, list[str]] = {}
         for second in set(self.tied) & set(self.written):
@@ -98,6 +100,15 @@ class Merger:
         self.scale = recipe.global_scale(len(self.models))
         self.inputs = Inputs(base, self.models, (), ())
         self.notices = mixed_dtype_notices(comparison, base, models)
+
+    def _check_layers(self) -> None:
+        """Every pattern must match a tensor, and tensors that are merged together have one weight a model."""
+        for layer in self.recipe.layers:
+            if not any(rule_of((name, *self.base.aliases(name)), [layer]) for name in self.specs):
+                raise ArgumentError(f"layers: pattern {layer.pattern!r} matches no tensor of the base")
+        for unit in self.units:
+            if len({self._layers.get(name) for name in unit.names}) > 1:
+                raise ArgumentError(f"layers: {unit.names[0]} is stacked with tensors that have other weights")
 
     def out_spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""
@@ -144,6 +155,8 @@ class Merger:
 
     def merged(self, unit: Unit, measured: Measured, on_read: OnRead | None = None) -> MergedUnit:
         """The merged tensors of a unit, new ones in their output dtype, with the second names of :attr:`written`."""
+        if layer := self._layers.get(unit.names[0]):
+            measured = dataclasses.replace(measured, weights=layer.weights)
         if unit.action == "copy":
             tensors = {name: self._copied(name, must_agree=unit.must_agree) for name in unit.names}
             notes: dict[str, dict[str, object]] = {}
@@ -270,7 +283,7 @@ class Merger:
 
         def kind(name: str) -> tuple[object, ...]:
             stored = [(source.specs[name].dtype, source.device(name)) for source in sources]
-            return *stored, self.out_spec(name).dtype
+            return *stored, self.out_spec(name).dtype, self._layers.get(name)
 
         devices = {self._device(name) for name in self.specs}
         return list(together(ordered, self.specs, kind)) if devices == {torch.device("cpu")} else ordered

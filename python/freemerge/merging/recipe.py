@@ -15,7 +15,7 @@ from ..methods import METHODS, Method
 from ..methods.filtered import WHEN, Filter, Filtered, When, checked_response
 from ..methods.parameters import NUMBER, parameter, parameters_of
 from ..responses import Response, to_config, to_record
-from .selection import Rule, Split, Stack, View, renames_of, rules_of
+from .selection import LayerWeights, Rule, Split, Stack, View, layers_of, renames_of, rules_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,8 @@ class Recipe:
         rename: pairs (old, new): a name of a model that begins with old begins with new instead, where that makes it a
             name of the base. ``[("", "language_model.")]`` fits a language model into a larger one.
         views: stacks and splits of tensors that are treated as matrices (:class:`Stack`, :class:`Split`).
+        layers: ordered (pattern, weights) pairs: lambda_i of some tensors, for methods whose ``weights`` are numbers,
+            which all other tensors have (:class:`LayerWeights`); the first match wins.
         compute_dtype: arithmetic of the merge, a name or a torch dtype; float64 for what is stored in it.
         out_dtype: dtype of the merged floating-point tensors; ``None`` keeps each tensor's dtype in the base.
 
@@ -65,6 +67,7 @@ class Recipe:
     )
     select: tuple[Rule, ...] = ()
     views: tuple[View, ...] = ()
+    layers: tuple[LayerWeights, ...] = ()
     rename: tuple[Rename, ...] = ()
     compute_dtype: ComputeDType = parameter("float32", "arithmetic of the merge", choices=get_args(ComputeDType))
     out_dtype: OutDType | None = parameter(None, "dtype of the merged weights", choices=(None, *get_args(OutDType)))
@@ -78,6 +81,7 @@ class Recipe:
         filter: When | Filter | None = None,
         select: Sequence[Any] = (),
         views: Sequence[Any] = (),
+        layers: Sequence[Any] = (),
         rename: Sequence[Any] = (),
         compute_dtype: ComputeDType | torch.dtype = "float32",
         out_dtype: OutDType | torch.dtype | None = None,
@@ -92,6 +96,7 @@ class Recipe:
             "filter": filter.when if isinstance(filter, Filter) else filter,
             "select": rules_of(select),
             "views": tuple(_view(view) for view in _sequence("views", views)),
+            "layers": layers_of(layers),
             "rename": renames_of(rename),
             "compute_dtype": _dtype_name(compute_dtype),
             "out_dtype": _dtype_name(out_dtype),
@@ -101,6 +106,8 @@ class Recipe:
             if values["method"].response is not None:
                 raise ArgumentError(f"filter: method {values['method'].name} filters by itself, with its own response")
             values["filter"] = (filter if isinstance(filter, Filter) else Filter(filter)).replace(**responses)
+        if values["layers"]:
+            _check_layers(values["layers"], values["method"])
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -161,6 +168,8 @@ class Recipe:
         config["scale"] = self.scale
         config["select"] = [{"pattern": rule.pattern, "action": rule.action} for rule in self.select]
         config["views"] = [_view_config(view) for view in self.views]
+        if self.layers:
+            config["layers"] = [{"pattern": layer.pattern, "weights": list(layer.weights)} for layer in self.layers]
         if self.rename:
             config["rename"] = [{"from": old, "to": new} for old, new in self.rename]
         return config | {"compute_dtype": self.compute_dtype, "out_dtype": self.out_dtype}
@@ -209,6 +218,16 @@ def _method(method: object, parameters: Mapping[str, Any]) -> Method:
         if name not in known:
             raise ArgumentError(f"a recipe of method {method.name} has no field {name!r}{did_you_mean(name, known)}")
     return method.replace(**parameters) if parameters else method
+
+
+def _check_layers(layers: Sequence[LayerWeights], method: Method) -> None:
+    if not isinstance(method.weights, tuple):
+        raise ArgumentError(f"layers: method {method.name} needs weights as numbers, for all other tensors")
+    for layer in layers:
+        if len(layer.weights) != len(method.weights):
+            raise ArgumentError(
+                f"layers: {layer.pattern!r} has {len(layer.weights)} weights, the method {len(method.weights)}"
+            )
 
 
 def checked_recipe(recipe: object) -> Recipe:

@@ -26,6 +26,7 @@ def recipe_schema() -> Schema:
         "method": {"enum": sorted(METHODS), "description": "merging method (default fr, or the preset's)"},
         "select": {"type": "array", "items": _rule()},
         "views": {"type": "array", "items": _view()},
+        "layers": {"type": "array", "items": _layer()},
         "rename": {"type": "array", "items": {"anyOf": [_object({"from": _PLAIN[str], "to": _PLAIN[str]}), _pair()]}},
         **{name: _parameter(parameter) for name, parameter in parameters_of(Recipe).items()},
     }
@@ -97,6 +98,12 @@ def _view() -> Schema:
     rows = {"type": "integer", "minimum": 1}
     parts = {"anyOf": [rows, {"type": "array", "items": rows, "minItems": 1}]}
     return {"anyOf": [_object({"stack": {**_NAMES, "minItems": 2}}), _object({"split": _PLAIN[str], "parts": parts})]}
+
+
+def _layer() -> Schema:
+    weights = {"type": "array", "items": _PLAIN[float], "minItems": 1}
+    pair = {"type": "array", "prefixItems": [_PLAIN[str], weights], "minItems": 2, "maxItems": 2}
+    return {"anyOf": [_object({"pattern": _PLAIN[str], "weights": weights}), pair]}
 
 
 def _pair() -> Schema:

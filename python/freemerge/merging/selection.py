@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from ..errors import ArgumentError
+from ..methods.parameters import NUMBERS
 
 if TYPE_CHECKING:
     from ..checkpoint.prefixes import Rename
@@ -92,6 +93,38 @@ class Rule:
             raise ArgumentError(f"select: action must be one of {', '.join(get_args(Action))}, got {self.action!r}")
 
 
+@dataclass(frozen=True)
+class LayerWeights:
+    """lambda_i of the tensors whose name matches ``pattern`` (as of a :class:`Rule`), instead of the method's."""
+
+    pattern: str
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _check_pattern("layers", self.pattern)
+        numbers = NUMBERS.convert(self.weights)
+        if numbers is None:
+            raise ArgumentError(f"layers: weights must be {NUMBERS.words}, got {self.weights!r}")
+        object.__setattr__(self, "weights", numbers)
+
+
+def layers_of(layers: object) -> tuple[LayerWeights, ...]:
+    """Weights of layers: as they are, pairs of a pattern and weights, or mappings of the two."""
+    if isinstance(layers, str) or not isinstance(layers, Sequence):
+        raise ArgumentError(f"layers must be a list, got {layers!r}")
+    return tuple(map(_layer, layers))
+
+
+def _layer(layer: object) -> LayerWeights:
+    if isinstance(layer, LayerWeights):
+        return layer
+    if isinstance(layer, Mapping) and set(layer) == {"pattern", "weights"}:
+        return LayerWeights(layer["pattern"], layer["weights"])
+    if isinstance(layer, Sequence) and not isinstance(layer, str) and len(layer) == 2:
+        return LayerWeights(*layer)
+    raise ArgumentError(f"layers: expected a pattern and weights, got {layer!r}")
+
+
 def rules_of(select: object) -> tuple[Rule, ...]:
     """Rules, pairs of a pattern and an action, or mappings of the two, as they are written in recipes."""
     if isinstance(select, str) or not isinstance(select, Sequence):
@@ -109,9 +142,12 @@ def _rule(rule: object) -> Rule:
     raise ArgumentError(f"select: a rule is a pattern and an action, got {rule!r}")
 
 
-def rule_of(names: Sequence[str], select: Sequence[Rule]) -> Rule | None:
+Named = TypeVar("Named", Rule, LayerWeights)
+
+
+def rule_of(names: Sequence[str], rules: Sequence[Named]) -> Named | None:
     """The first rule that matches one of a tensor's names: its own, or one that a module has for it."""
-    return next((rule for rule in select if any(fnmatchcase(name, rule.pattern) for name in names)), None)
+    return next((rule for rule in rules if any(fnmatchcase(name, rule.pattern) for name in names)), None)
 
 
 def left_alone(names: Sequence[str], select: Sequence[Rule]) -> bool:

@@ -28,5 +28,9 @@ class Average(Method):
     def by_entries(self) -> bool:
         return True
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged(vectors.sum(measured.weights))

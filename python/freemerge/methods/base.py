@@ -102,6 +102,11 @@ class Method(ABC):
         what was measured, so that :meth:`merge` may be given several small tensors end to end, as one vector."""
         return False
 
+    @property
+    def linear(self) -> bool:
+        """Whether what is merged is ``sum_i weights[i] X_i`` with ``weights`` as measured, X_i depending on none."""
+        return False
+
     def default_scale(self, count: int) -> float | None:
         """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0

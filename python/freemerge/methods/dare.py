@@ -44,6 +44,10 @@ class DARE(Method):
     def holds(self, count: int, matrix: Sides | None) -> float:
         return min(count, 3) + 2  # random numbers and masks beside them
 
+    @property
+    def linear(self) -> bool:
+        return True
+
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         totals: list[Tensor] = []
         for model, (deltas, weight) in enumerate(zip(vectors.each(), measured.weights, strict=True)):

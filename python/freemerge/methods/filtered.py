@@ -106,6 +106,10 @@ class Filtered(Method):
     def by_entries(self) -> bool:
         return self.method.by_entries
 
+    @property
+    def linear(self) -> bool:
+        return self.filter.when == "before" and self.method.linear
+
     def default_scale(self, count: int) -> float | None:
         return self.method.default_scale(count)
 

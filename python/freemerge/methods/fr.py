@@ -88,6 +88,10 @@ class FR(Method):
     def by_entries(self) -> bool:
         return not (self.align or self._own_weights)
 
+    @property
+    def linear(self) -> bool:
+        return self.renormalize is None and not (self.sign_election or self._own_weights)
+
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
