@@ -244,7 +244,9 @@ class _Request:
         common = replace(self.plan, background=background, transposed=transpose)
         large = packs and size > _SMALL_BYTES
         if "pruned" in traits.forms and varying < gains.size and (not large or pruned_size <= _PRUNED_SHARE * size):
-            cost = 3 * costs.move * height * width + base + down * height * varying + steps * costs.call
+            # In 16 bits full has a spectrum of its own, too, and what pruned reads again is where it writes.
+            moves = 3 if packs else 2
+            cost = moves * costs.move * height * width + base + down * height * varying + steps * costs.call
             cost += 2 * costs.spectrum * height * varying
             work = pruned_size + blocks
             yield cost, replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
