@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from freemerge.planner.plan import Plan
 
 Where = Literal["matrix", "spectrum", "panel"]
@@ -78,7 +80,31 @@ def _decimated(plan: Plan) -> list[Step]:
     ]
 
 
+def columns_touched(plan: Plan) -> int:
+    """Columns of the spectrum that a plan with tiles reads and writes: those of blocks that are not all of gain 1."""
+    assert plan.tiles is not None
+    gains, count = plan.column_gains.astype(np.float32), plan.tiles.columns
+    blocks = [gains[first : first + count] for first in range(0, gains.size, count)]
+    return sum(block.size for block in blocks if bool((block != 1).any()))
+
+
+def _three_kernels(plan: Plan) -> list[Step]:
+    height, width = plan.matrix
+    matrix = _matrix_bytes(plan)
+    spectrum = height * (width // 2 + 1) * _COMPLEX  # in the memory of a float32 matrix, but for its last column
+    columns = height * columns_touched(plan) * _COMPLEX
+    return [
+        Step("rows_to_spectra", "matrix", matrix, 0),
+        Step("rows_to_spectra", "spectrum", 0, spectrum),
+        Step("column_filter", "spectrum", columns, columns),
+        Step("spectra_to_rows", "spectrum", spectrum, 0),
+        Step("spectra_to_rows", "matrix", 0, matrix),
+    ]
+
+
 def _full(plan: Plan) -> list[Step]:
+    if plan.tiles is not None:
+        return _three_kernels(plan)
     height, width = plan.matrix
     matrix = _matrix_bytes(plan)
     rows = height * width * _FLOAT

@@ -13,26 +13,39 @@ import freemerge as fm
 from benchmarks.traffic import Traffic, traffic
 from freemerge.backends.cuda import CudaBackend
 from freemerge.planner.forms import candidates
+from freemerge.planner.plan import Plan
 from freemerge.responses import Response
 
 _FUSED_LENGTH, _FUSED_PRIME = 6836, 7  # four columns fit the shared memory of a block, in passes of radix 7 at most
-SHAPES = [(768, 768), (3072, 768), (4096, 4096), (5120, 13824), (50257, 768)]
+_BLOCK_BYTES = 227 << 10
+SHAPES = [(768, 768), (3072, 768), (4096, 4096), (4096, 11008), (5120, 13824), (50257, 768)]
 RESPONSES = [fm.HighPass(0.05), fm.HighPass(0.2), fm.HighPass(0.4), fm.Official(), fm.Butterworth(0.1)]
 
 
-def best(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> Traffic:
-    """The traffic of the plan that the planner prefers on an H100."""
+def plans(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> list[Plan]:
+    """The plans for an H100, the preferred one first."""
     traits = CudaBackend().traits(torch.device("cuda"))
     assert traits is not None
-    h100 = replace(traits, fused_length=_FUSED_LENGTH, fused_prime=_FUSED_PRIME)
-    return traffic(candidates(response, shape, dtype, "cuda", "cuda", h100)[0])
+    h100 = replace(traits, fused_length=_FUSED_LENGTH, fused_prime=_FUSED_PRIME, block_bytes=_BLOCK_BYTES)
+    return candidates(response, shape, dtype, "cuda", "cuda", h100)
+
+
+def best(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> Traffic:
+    """The traffic of the plan that the planner prefers."""
+    return traffic(plans(shape, response, dtype)[0])
+
+
+def in_three_kernels(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> str:
+    """Bytes per entry of the full form in three kernels, which have no panels."""
+    found = [plan for plan in plans(shape, response, dtype) if plan.tiles is not None]
+    return f"{traffic(found[0]).per_element():.1f}" if found else ""
 
 
 def table() -> str:
-    """Markdown: bytes per entry in device memory, and in panels that stay in L2, for fp32 and bf16 storage."""
+    """Markdown: bytes per entry in device memory, and in panels in L2; for the full form in three kernels, all."""
     lines = [
-        "| shape | response | form | fp32: memory | L2 | bf16: memory | L2 |",
-        "|---|---|---|---:|---:|---:|---:|",
+        "| shape | response | form | fp32: memory | L2 | bf16: memory | L2 | three kernels: fp32 | bf16 |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for shape in SHAPES:
         for response in RESPONSES:
@@ -41,6 +54,7 @@ def table() -> str:
             name = f"{type(response).__name__}({getattr(response, 'cutoff', getattr(response, 'ratio', ''))})"
             form = wide.plan.form + (", transposed" if wide.plan.transposed else "")
             cells = [f"{shape[0]} x {shape[1]}", name, form, *(f"{number:.1f}" for number in numbers)]
+            cells += [in_three_kernels(shape, response, dtype) for dtype in (torch.float32, torch.bfloat16)]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ set(FREEMERGE_CUDA_KERNELS
   cuda/column_filter.cu
   cuda/interpolate.cu
   cuda/pack.cu
+  cuda/row_spectra.cu
   cuda/sample_mean.cu
   cuda/select.cu
   cuda/sparse.cu
@@ -19,6 +20,8 @@ set(FREEMERGE_CUDA_HOST
   cuda/fft.cpp
   cuda/filter.cpp
   cuda/full.cpp
+  cuda/passes.cpp
+  cuda/three_kernels.cpp
   cuda/window_tables.cpp)
 set(FREEMERGE_CUDA_BINDINGS
   bindings/cuda_device.cpp

@@ -33,6 +33,20 @@ MatrixList to_matrices(const std::vector<Address>& pointers, const std::vector<s
 void bind_filter(py::module_& m) {
   m.attr("LARGEST_COLUMN_PRIME") = kLargestColumnPrime;
   m.def(
+      "block_bytes",
+      [](int device, Address stream) {
+        return on_stream(device, stream, [](cudaStream_t) { return block_bytes(); });
+      },
+      py::arg("device"), py::arg("stream"));
+  m.def(
+      "tile_bytes",
+      [](std::int64_t height, std::int64_t width, const py::object& object) {
+        const Tiles tiles = to_tiles(object);
+        return py::make_tuple(row_bytes(width, tiles.parts),
+                              column_bytes(height / tiles.parts, tiles.columns));
+      },
+      py::arg("height"), py::arg("width"), py::arg("tiles"));
+  m.def(
       "longest_column",
       [](int device, Address stream) {
         return on_stream(device, stream, [](cudaStream_t) { return longest_column(); });
@@ -43,7 +57,7 @@ void bind_filter(py::module_& m) {
   py::class_<Filter>(m, "Filter", py::module_local())
       .def(py::init([](const std::string& form, const py::object& mask, Address table, int dtype,
                        double background, const py::object& rows, const py::object& columns, bool fused,
-                       const Floats& column_gains, const py::function& upload) {
+                       const py::object& tiles, const Floats& column_gains, const py::function& upload) {
              Plan plan;
              plan.form = to_form(form);
              plan.mask = to_mask(mask, pointer<const float>(table));
@@ -51,11 +65,12 @@ void bind_filter(py::module_& m) {
              plan.rows = to_decimation(rows);
              plan.columns = to_decimation(columns);
              plan.fused = fused;
+             plan.tiles = to_tiles(tiles);
              const float* gains = column_gains.data();
              return Filter(plan, to_dtype(dtype), {gains, gains + column_gains.size()}, to_upload(upload));
            }),
            py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("table"), py::arg("dtype"),
-           py::arg("background"), py::arg("rows"), py::arg("columns"), py::arg("fused"),
+           py::arg("background"), py::arg("rows"), py::arg("columns"), py::arg("fused"), py::arg("tiles"),
            py::arg("column_gains"), py::arg("upload"))
       .def(
           "workspace_bytes",

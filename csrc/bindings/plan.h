@@ -25,4 +25,11 @@ inline Decimation to_decimation(const pybind11::handle& axis) {
           axis.attr("band").cast<std::int64_t>(), axis.attr("nyquist").cast<bool>()};
 }
 
+// `tiles` is a freemerge.planner.tiles.Tiles, or None.
+inline Tiles to_tiles(const pybind11::handle& tiles) {
+  if (tiles.is_none()) return {};
+  return {tiles.attr("parts").cast<int>(), tiles.attr("columns").cast<int>(),
+          tiles.attr("row_threads").cast<int>(), tiles.attr("column_threads").cast<int>()};
+}
+
 }  // namespace freemerge

@@ -34,6 +34,15 @@ struct Decimation {
 
 inline bool is_whole(const Decimation& axis) { return axis.taps == 0; }
 
+// kFull on a GPU, in three kernels: rows to spectra, columns, spectra to rows.
+struct Tiles {
+  int parts =
+      0;  // rows that one block of the row kernels takes, H / parts apart: columns are that much shorter
+  int columns = 0;         // of a block of the column kernel, a power of two
+  int row_threads = 0;     // of a block
+  int column_threads = 0;  // of a block
+};
+
 struct Plan {
   Form form = Form::kFull;
   Mask mask;
@@ -44,6 +53,7 @@ struct Plan {
   Decimation rows;          // along H
   Decimation columns;       // along W
   bool fused = false;       // kFull on a GPU: columns are transformed and masked by one kernel
+  Tiles tiles;              // kFull on a GPU, in three kernels if it has parts; else rows are cuFFT's
 };
 
 }  // namespace freemerge

@@ -7,26 +7,47 @@
 #include <cstdint>
 
 #include "common/mask.h"
+#include "common/plan.h"
 #include "cuda/column_tables.h"
-#include "cuda/pack.cuh"
+#include "cuda/half_spectra.cuh"
+#include "cuda/passes.h"
 
 namespace freemerge::cuda {
 
 struct ColumnFilter {
-  Spectra spectra;
+  HalfSpectra spectra;
   Mask mask;
-  double factor;        // scale / (H W)
+  double factor;        // of all gains; a transform and its inverse also multiply by the length of a part
   float step_gains[3];  // of a mask of steps, factor included
   ColumnTables tables;
+  // Parts of the columns are transformed one by one: part p, rows p * height / parts and on, has row
+  // frequencies p + parts * k. Whoever made the spectra has combined rows that are height / parts apart
+  // (row_spectra.cuh).
+  int parts;
 };
 
-// What column_filter() can take: a few columns must fit the current device's shared memory, and prime factors
-// are bounded.
+// How columns, or parts of them, are divided among blocks.
+struct ColumnBlocks {
+  Passes passes;
+  int columns_log2;  // of a block
+  int threads;
+};
+
+ColumnBlocks whole_columns(std::int64_t height, std::int64_t bins);
+ColumnBlocks column_blocks(std::int64_t height, const Tiles& tiles);
+
+// Shared memory: of a block with these columns, and what the current device lets a block have.
+std::size_t column_bytes(std::int64_t length, int columns);
+std::size_t block_bytes();
+
+// What whole columns can be: a few must fit the current device's shared memory, and prime factors are
+// bounded.
 std::int64_t longest_column();
 constexpr int kLargestColumnPrime = 7;
 
-// Multiplies the columns' spectra by factor * M.
-void column_filter(const ColumnFilter& arguments, cudaStream_t stream);
+// Multiplies the columns' spectra by factor * M. Neighbouring columns that this would not change are not even
+// read.
+void column_filter(const ColumnFilter& arguments, const ColumnBlocks& blocks, cudaStream_t stream);
 
 // The same multiplication alone, for spectra of whole matrices. Uses no tables.
 void column_mask(const ColumnFilter& arguments, cudaStream_t stream);

@@ -1,9 +1,9 @@
 #include "cuda/column_tables.h"
 
-#include <cmath>
 #include <cstdint>
 
 #include "common/error.h"
+#include "cuda/passes.h"
 
 namespace freemerge::cuda {
 namespace {
@@ -25,24 +25,15 @@ std::vector<int2> step_rows(const Mask& mask) {
   return steps;
 }
 
-std::vector<float2> unit_roots(std::int64_t n) {
-  constexpr double kPi = 3.14159265358979323846;
-  std::vector<float2> roots;
-  for (std::int64_t k = 0; k < n; ++k) {
-    const double angle = -2.0 * kPi * static_cast<double>(k) / static_cast<double>(n);
-    roots.push_back({static_cast<float>(std::cos(angle)), static_cast<float>(std::sin(angle))});
-  }
-  return roots;
-}
-
 }  // namespace
 
-ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, const Upload& upload) {
+ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, int parts,
+                           const Upload& upload) {
   require(static_cast<std::int64_t>(gains.size()) == mask.width / 2 + 1,
           "one gain is needed for each column");
   return {to_device(gains, upload),
           mask.kind == MaskKind::kSteps ? to_device(step_rows(mask), upload) : nullptr,
-          to_device(unit_roots(mask.height), upload)};
+          to_device(unit_roots(mask.height / parts), upload)};
 }
 
 }  // namespace freemerge::cuda

@@ -15,9 +15,10 @@ struct ColumnTables {
   // For each bin of a row, how many rows from frequency 0 on have the first gain of a mask of steps, and how
   // many the first or the second; null for other masks.
   const int2* steps;
-  const float2* roots;  // exp(-2 pi i k / height) for 0 <= k < height
+  const float2* roots;  // of the length of a part: exp(-2 pi i k / length)
 };
 
-ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, const Upload& upload);
+ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, int parts,
+                           const Upload& upload);
 
 }  // namespace freemerge::cuda

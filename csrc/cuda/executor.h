@@ -22,7 +22,7 @@ struct Call {
   bool capturing;
 };
 
-// Made for one call by decimated() or full().
+// Made for one call by decimated(), full() or three_kernels().
 class Executor {
  public:
   explicit Executor(const Call& call) : call_(call) {}
@@ -100,6 +100,7 @@ class Executor {
 };
 
 std::unique_ptr<Executor> decimated(const Call& call);
-std::unique_ptr<Executor> full(const Call& call);
+std::unique_ptr<Executor> full(const Call& call);           // rows, or whole matrices, by cuFFT
+std::unique_ptr<Executor> three_kernels(const Call& call);  // full, with kernels of our own
 
 }  // namespace freemerge::cuda

@@ -20,7 +20,9 @@ Call call_of(const Filter& filter, const MatrixList& matrices, double scale, cud
 }
 
 std::unique_ptr<Executor> executor(const Call& call) {
-  return call.filter.plan.form == Form::kDecimated ? decimated(call) : full(call);
+  const Plan& plan = call.filter.plan;
+  if (plan.form == Form::kDecimated) return decimated(call);
+  return plan.tiles.parts > 0 ? three_kernels(call) : full(call);
 }
 
 }  // namespace
@@ -37,7 +39,10 @@ Filter::Filter(const Plan& plan_, DType dtype_, const std::vector<float>& column
     return;
   }
   require(plan.form == Form::kFull, "the form must be decimated or full");
-  if (plan.fused) column_tables = cuda::column_tables(mask, column_gains, upload);
+  const int parts = plan.tiles.parts;
+  if (parts > 0) row_tables = cuda::row_tables(mask.height, mask.width, parts, upload);
+  if (parts > 0 || plan.fused)
+    column_tables = cuda::column_tables(mask, column_gains, std::max(parts, 1), upload);
 }
 
 std::size_t Filter::workspace_bytes(const MatrixList& matrices, cudaStream_t stream) const {

@@ -11,6 +11,7 @@
 #include "common/dtype.h"
 #include "common/plan.h"
 #include "cuda/column_tables.h"
+#include "cuda/row_spectra.cuh"
 #include "cuda/window_tables.h"
 
 namespace freemerge::cuda {
@@ -22,7 +23,7 @@ struct MatrixList {
 };
 
 struct Filter {
-  // `column_gains`, for fused columns: see ColumnTables.
+  // `column_gains`, for fused columns and three kernels: see ColumnTables.
   Filter(const Plan& plan, DType dtype, const std::vector<float>& column_gains, const Upload& upload);
 
   // Bytes of workspace for these matrices, or for any number of them if there are none. Makes the cuFFT plans
@@ -38,7 +39,8 @@ struct Filter {
   DType dtype;
   WindowTables rows{};           // kDecimated
   WindowTables columns{};        // kDecimated; or a whole axis
-  ColumnTables column_tables{};  // kFull with fused columns
+  ColumnTables column_tables{};  // kFull with fused columns, or in three kernels
+  RowTables row_tables{};        // kFull in three kernels
 };
 
 }  // namespace freemerge::cuda

@@ -19,6 +19,9 @@ constexpr std::size_t kWorkBytes = std::size_t{16} << 20;
 // Coarse grids or spectra of small matrices are batched up to this size: they and their matrices stay in L2.
 constexpr std::size_t kBatchBytes = std::size_t{16} << 20;
 
+// Complex numbers of the 32 bytes that memory moves at once.
+constexpr std::int64_t kBinsPerSector = 4;
+
 // Windowed passes down the rows: threads of a block, each taking two columns; blocks that share a
 // multiprocessor, which bounds their registers; rows on their way from memory at a time; warps that fill the
 // device (132 multiprocessors), and the rows that each walks down.

@@ -179,6 +179,32 @@ void check_storage(const Plan& plan, const std::vector<float>& column_gains, con
   check_filter<float16>(plan, column_gains, s, DType::kFloat16, 5e-4, what);
 }
 
+void check_three_kernels() {
+  struct Case {
+    Shape shape;
+    int parts;
+  };
+  // Odd widths and strides, a lone last row, every number of parts, uncommon radices.
+  for (const Case& c :
+       {Case{{48, 56, 56}, 4}, Case{{63, 45, 48}, 1}, Case{{16, 30, 31}, 8}, Case{{86, 33, 33}, 2}}) {
+    const Shape& s = c.shape;
+    const double edge = 0.2 * double(std::max(s.height, s.width));
+    Plan plan;
+    plan.form = Form::kFull;
+    plan.mask = high_pass(s, edge);
+    plan.tiles = {c.parts, 4, 64, 64};
+    std::vector<float> gains(std::size_t(s.width / 2 + 1), std::nanf(""));
+    for (std::size_t i = 0; i < gains.size(); ++i) {
+      if (double(i) >= edge) gains[i] = 1.0f;
+    }
+    check_storage(plan, gains, s, "full in three kernels");
+    plan.mask.kind = MaskKind::kButterworth;
+    plan.mask.order = 2.0;
+    check_filter<float>(plan, std::vector<float>(gains.size(), std::nanf("")), s, DType::kFloat32, 1e-6,
+                        "full in three kernels, smooth mask");
+  }
+}
+
 void check_filters() {
   const Shape shapes[] = {{48, 56, 56}, {37, 41, 45}, {1, 50, 50}, {33, 64, 70}, {210, 30, 30}, {512, 9, 9}};
   for (const Shape& s : shapes) {
@@ -200,6 +226,7 @@ void check_filters() {
     check_storage(full, std::vector<float>(gains.size(), std::nanf("")), s,
                   "full, fused columns, smooth mask");
   }
+  check_three_kernels();
   for (const bool nyquist : {false, true}) {
     for (const int taps : {7, 10}) {
       const Shape s{96, 130, 131};

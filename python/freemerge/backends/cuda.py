@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ _COSTS = Costs(
 
 _FILTER_BYTES = 1 << 19  # of a prepared filter itself, beside its tables
 _CACHED_SIZES = 16
+_TRANSFORMS = "FREEMERGE_CUDA_TRANSFORMS"
 _FFT_ALIGNMENT = 8  # bytes of a complex number, to which cuFFT wants real ones aligned
 
 
@@ -73,6 +75,7 @@ class CudaBackend(TorchVectors):
 
     def _traits_of(self, device: torch.device) -> Traits:
         fused_length, fused_prime = self._fused_columns(device)
+        available = self.info().available
         return Traits(
             forms=_FORMS,
             dtypes=_DTYPES,
@@ -82,6 +85,8 @@ class CudaBackend(TorchVectors):
             streams=True,
             fused_length=fused_length,
             fused_prime=fused_prime,
+            block_bytes=self._runtime.module.block_bytes(*self._runtime.place(device)) if available else 0,
+            own_transforms=_own_transforms(),
             workspace=self._workspace_bytes,
             centers={"decimated": _DTYPES},
         )
@@ -116,8 +121,8 @@ class CudaBackend(TorchVectors):
             mask, gains = MaskParams("table", *plan.matrix), upload(table)
         native = self._runtime.module.Filter(
             form=plan.form, mask=mask, table=gains, dtype=DTYPE_CODES[plan.dtype], background=plan.background,
-            rows=plan.rows, columns=plan.columns, fused=plan.fused,
-            column_gains=plan.column_gains if plan.fused else (), upload=upload,
+            rows=plan.rows, columns=plan.columns, fused=plan.fused, tiles=plan.tiles,
+            column_gains=plan.column_gains if plan.fused or plan.tiles else (), upload=upload,
         )  # fmt: skip
         return _Filter(self._runtime, native, tables, self._recorded)
 
@@ -264,6 +269,14 @@ class _Switch(BackendSwitch):
             for tensor in self._kept:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
             self._streams.add(place)
+
+
+def _own_transforms() -> bool:
+    """Whether the full form is to run in three kernels of ours where it can, not on cuFFT."""
+    choice = os.environ.get(_TRANSFORMS, "cufft")
+    if choice not in ("cufft", "own"):
+        raise BackendError(f"{_TRANSFORMS} must be cufft or own, not {choice!r}")
+    return choice == "own"
 
 
 def _pointer(tensor: torch.Tensor) -> tuple[int, int]:

@@ -47,6 +47,8 @@ class Traits:
     streams: bool = False  #: full moves the matrix twice, not six times, and transforms every column of its spectrum
     fused_length: int = 0  #: full has one kernel that transforms and masks columns, up to this length
     fused_prime: int = 1  #: largest prime factor of such a length
+    block_bytes: int = 0  #: shared memory of a block, for full in three kernels of its own; 0 if it has none
+    own_transforms: bool = False  #: those three kernels come first where they and a library's transforms can do it
     chirp_stages: float = 3.0  #: roundings over log2 n of an FFT whose length n has a large prime factor (Bluestein)
     row_library: str = ""  #: what transforms single rows, if not what transforms matrices
     #: Forms, and dtypes, that take out a dominant mean first, which would drown a small result in rounding.

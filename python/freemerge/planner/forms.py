@@ -15,7 +15,9 @@ import torch
 
 from ..responses import Box, Response, matrix_shape
 from .costs import Traits
+from .lengths import largest_prime
 from .plan import Decimation, Plan, column_gains
+from .tiles import tiles
 from .windows import WindowError, window_error
 
 #: Largest error_bound of a plan in fp32 (and 16-bit storage) and in fp64.
@@ -64,7 +66,7 @@ def candidates(
     if not costed:
         return []
     best = costed[0][0]
-    summary = ", ".join(f"{plan.form}{' transposed' * plan.transposed} {cost / best:.1f}" for cost, plan in costed)
+    summary = ", ".join(f"{_name(plan)} {cost / best:.1f}" for cost, plan in costed)
     return [
         replace(
             plan,
@@ -261,7 +263,16 @@ class _Request:
             fused = not transpose and height <= traits.fused_length and largest_prime(height) <= traits.fused_prime
             library = traits.row_library if height == 1 else ""
             full = replace(common, form="full", packed=packed, fused=fused, library=library)
-            yield cost, replace(full, bytes_moved=moves * self.nbytes, workspace_bytes=work)
+            by_library = replace(full, bytes_moved=moves * self.nbytes, workspace_bytes=work)
+            own = None if transpose or height == 1 else tiles(height, width, traits.block_bytes)
+            ours = [replace(by_library, fused=False, tiles=own)] if own is not None else []
+            # Their costs are not known apart; equal ones stay in this order.
+            for plan in (*ours, by_library) if traits.own_transforms else (by_library, *ours):
+                yield cost, plan
+
+
+def _name(plan: Plan) -> str:
+    return plan.form + " transposed" * plan.transposed + " in three kernels" * (plan.tiles is not None)
 
 
 def background_gain(gains: np.ndarray) -> float:
@@ -297,15 +308,3 @@ def _fft_factor(n: int) -> float:
 def _direct(n: int) -> bool:
     """Whether the prime factors of a length are small enough for an FFT without a convolution."""
     return largest_prime(n) <= _DIRECT_PRIME
-
-
-@lru_cache(maxsize=4096)
-def largest_prime(n: int) -> int:
-    """The largest prime factor of n; 1 for 1."""
-    largest, divisor = 1, 2
-    while divisor * divisor <= n:
-        if n % divisor == 0:
-            largest, n = divisor, n // divisor
-        else:
-            divisor += 1
-    return max(largest, n)

@@ -13,6 +13,7 @@ import torch
 from ..cache import ByResponse
 from ..responses import Gains, Response, matrix_shape, transposed
 from .layout import ROWS, Layout
+from .tiles import Tiles
 
 Form = Literal["identity", "scale", "mean", "decimated", "pruned", "full"]
 
@@ -68,8 +69,9 @@ class Plan:
     ``shape`` and ``response`` are those in this ``layout``. ``shape`` is (n,) for a
     vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned, full) takes real FFTs
     along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's own memory; ``fused`` (full)
-    transforms a column of the spectrum, masks it and transforms it back in one kernel; ``library`` (full) makes the
-    transforms, if not the backend itself; ``centers`` takes the mean of x out where it is dominant, and adds M(0, 0)
+    transforms a column of the spectrum, masks it and transforms it back in one kernel; with ``tiles`` (full) rows are
+    transformed by kernels of the backend too, three in all; ``library`` (full) makes the transforms, if not the backend
+    itself; ``centers`` takes the mean of x out where it is dominant, and adds M(0, 0)
     times it to y. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``;
     ``bytes_moved`` counts the reads and writes of x itself.
     """
@@ -89,6 +91,7 @@ class Plan:
     rows: Decimation | None = None
     columns: Decimation | None = None
     fused: bool = False
+    tiles: Tiles | None = None
     # What follows from the rest, or is done before and after it, makes no other plan.
     layout: Layout = field(default=ROWS, compare=False)
     workspace_bytes: int = field(default=0, compare=False)
@@ -145,6 +148,8 @@ class Plan:
             lines.append(f"  columns    {gains.size}: gain varies in {varying}, is not the background in {other}")
         if self.fused:
             lines.append("  fused      one kernel transforms and masks a column, and transforms it back")
+        if self.tiles is not None:
+            lines.append(f"  kernels    rows to spectra, columns, and back: {self.tiles}")
         if self.packed:
             lines.append("  spectrum   packed: in the memory of the input")
         if self.library:

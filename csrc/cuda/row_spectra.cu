@@ -1,0 +1,237 @@
+#include "common/error.h"
+#include "cuda/kernel.cuh"
+#include "cuda/launch_math.h"
+#include "cuda/row_spectra.cuh"
+#include "cuda/shared_fft.cuh"
+#include "cuda/storage.cuh"
+
+namespace freemerge::cuda {
+namespace {
+
+constexpr int kBatch = 4;  // pairs of entries of a thread that are on their way from memory together
+
+// The rows of a block. Without parts to combine, two neighbours share a line; the last one may be missing.
+struct RowGroup {
+  std::int64_t first;
+  std::int64_t step;
+  std::int64_t height;
+  int slots;
+
+  __device__ explicit RowGroup(const RowPass& a)
+      : first(static_cast<std::int64_t>(blockIdx.x) * (a.parts == 1 ? 2 : 1)),
+        step(a.parts == 1 ? 1 : a.spectra.height / a.parts),
+        height(a.spectra.height),
+        slots(a.parts == 1 ? 2 : a.parts) {}
+
+  __device__ std::int64_t row(int slot) const { return first + slot * step; }
+  __device__ bool has(int slot) const { return row(slot) < height; }
+};
+
+FM_HOST_DEVICE int line_count(int parts) { return parts <= 2 ? 1 : parts / 2; }
+FM_HOST_DEVICE int line_pitch(int width) { return padded(width - 1) + 1; }
+
+__device__ ConsecutiveLines lines_of(const RowPass& a) {
+  return {shared_memory<float2>(), line_count(a.parts), line_pitch(a.tables.passes.length)};
+}
+
+// The rows of slots 2 j and 2 j + 1 become the real and imaginary parts of line j.
+template <typename T>
+__device__ void read_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+  const std::int64_t stride = a.matrices.row_stride[blockIdx.y];
+  const T* matrix = static_cast<const T*>(a.matrices.data[blockIdx.y]);
+  const int width = a.tables.passes.length;
+  const int threads = static_cast<int>(blockDim.x);
+  for (int j = 0; j < lines.lines; ++j) {
+    const T* upper = matrix + group.row(2 * j) * stride;
+    const bool has_lower = group.has(2 * j + 1);
+    const T* lower = has_lower ? matrix + group.row(2 * j + 1) * stride : upper;
+    for (int begin = 2 * static_cast<int>(threadIdx.x); begin < width; begin += 2 * threads * kBatch) {
+      Pair<T> pairs[kBatch][2] = {};
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int column = begin + 2 * threads * i;
+        if (column >= width) break;
+        const PairAccess access = pair_access(matrix, stride, column, width);
+        pairs[i][0] = load_pair(upper + column, access);
+        if (has_lower) pairs[i][1] = load_pair(lower + column, access);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int column = begin + 2 * threads * i;
+        if (column >= width) break;
+        const float2 real = widen(pairs[i][0]);
+        const float2 imaginary = widen(pairs[i][1]);
+        lines.at(column, j) = make_float2(real.x, imaginary.x);
+        if (column + 1 < width) lines.at(column + 1, j) = make_float2(real.y, imaginary.y);
+      }
+    }
+  }
+}
+
+// The way back: lines hold swapped numbers, in the order that the passes leave.
+template <typename T>
+__device__ void write_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+  const std::int64_t stride = a.matrices.row_stride[blockIdx.y];
+  T* matrix = static_cast<T*>(a.matrices.data[blockIdx.y]);
+  const int width = a.tables.passes.length;
+  for (int j = 0; j < lines.lines; ++j) {
+    T* upper = matrix + group.row(2 * j) * stride;
+    T* lower = matrix + group.row(2 * j + 1) * stride;
+    const bool has_lower = group.has(2 * j + 1);
+    const float2* line = lines.data + j * lines.pitch;
+#pragma unroll 4
+    for (int column = 2 * static_cast<int>(threadIdx.x); column < width;
+         column += 2 * static_cast<int>(blockDim.x)) {
+      const PairAccess access = pair_access(matrix, stride, column, width);
+      const float2 first = line[load(a.tables.offsets + column)];
+      const float2 second = line[load(a.tables.offsets + (access.second ? column + 1 : column))];
+      store_pair(upper + column, access, make_float2(a.factor * first.y, a.factor * second.y));
+      if (has_lower) store_pair(lower + column, access, make_float2(a.factor * first.x, a.factor * second.x));
+    }
+  }
+}
+
+// exp(-2 pi i row p / height): what each row of a group is turned by.
+template <int kSlots>
+__device__ void load_turns(const RowPass& a, const RowGroup& group, float2 (&turns)[kSlots]) {
+#pragma unroll
+  for (int p = 1; p < kSlots; ++p) turns[p] = load(a.tables.turns + group.first * p);
+}
+
+// From the lines' transforms to those of their rows, and of the group's rows together.
+template <int kParts>
+__device__ void write_bins(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+  constexpr int kSlots = kParts == 1 ? 2 : kParts;
+  const int width = a.tables.passes.length;
+  const int index = static_cast<int>(blockIdx.y);
+  float2 turns[kSlots];
+  if constexpr (kParts > 1) load_turns(a, group, turns);
+  for (int bin = static_cast<int>(threadIdx.x); bin <= width / 2; bin += static_cast<int>(blockDim.x)) {
+    const int here = load(a.tables.offsets + bin);
+    const int mirror = load(a.tables.offsets + (bin == 0 ? 0 : width - bin));
+    float2 x[kSlots];
+#pragma unroll
+    for (int j = 0; j < kSlots / 2; ++j) {  // line = real + i imaginary row
+      const float2 z = lines.data[j * lines.pitch + here];
+      const float2 m = lines.data[j * lines.pitch + mirror];
+      x[2 * j] = make_float2(z.x + m.x, z.y - m.y);
+      x[2 * j + 1] = make_float2(z.y + m.y, m.x - z.x);
+    }
+    if constexpr (kParts > 1) {
+      dft(x);
+#pragma unroll
+      for (int p = 1; p < kSlots; ++p) x[p] = multiply(x[p], turns[p]);
+    }
+    const SpectrumColumn spectrum(a.spectra, index, bin);
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      if (kParts > 1 || group.has(s)) spectrum.put(group.row(s), x[s]);
+    }
+  }
+}
+
+// The inverse of write_bins, with real and imaginary parts swapped: undoing a turn is turning a swapped
+// number.
+template <int kParts>
+__device__ void read_bins(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+  constexpr int kSlots = kParts == 1 ? 2 : kParts;
+  const int width = a.tables.passes.length;
+  const int index = static_cast<int>(blockIdx.y);
+  float2 turns[kSlots];
+  if constexpr (kParts > 1) load_turns(a, group, turns);
+  for (int bin = static_cast<int>(threadIdx.x); bin <= width / 2; bin += static_cast<int>(blockDim.x)) {
+    const SpectrumColumn spectrum(a.spectra, index, bin);
+    float2 x[kSlots];
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+      const bool present = kParts > 1 || group.has(s);
+      const float2 value = present ? spectrum.get(group.row(s)) : make_float2(0.0f, 0.0f);
+      x[s] = make_float2(value.y, value.x);
+    }
+    if constexpr (kParts > 1) {
+#pragma unroll
+      for (int p = 1; p < kSlots; ++p) x[p] = multiply(x[p], turns[p]);
+      dft(x);
+    }
+    const bool alone = bin == 0 || 2 * bin == width;  // its own mirror: real
+#pragma unroll
+    for (int j = 0; j < kSlots / 2; ++j) {
+      const float2 real = x[2 * j];
+      const float2 imaginary = x[2 * j + 1];
+      if (alone) {
+        lines.at(bin, j) = make_float2(imaginary.y, real.y);
+      } else {
+        lines.at(bin, j) = make_float2(real.x + imaginary.y, real.y - imaginary.x);
+        lines.at(width - bin, j) = make_float2(imaginary.y - real.x, real.y + imaginary.x);
+      }
+    }
+  }
+}
+
+// blockIdx: group of rows, matrix.
+template <bool kUncommon>
+__global__ void __launch_bounds__(kUncommon ? kUncommonThreads : kRowThreads, 2)
+    rows_to_spectra_kernel(RowPass a) {
+  const RowGroup group(a);
+  const ConsecutiveLines lines = lines_of(a);
+  if (a.matrices.dtype == DType::kFloat32) read_rows<float>(a, group, lines);
+  if (a.matrices.dtype == DType::kBFloat16) read_rows<__nv_bfloat16>(a, group, lines);
+  if (a.matrices.dtype == DType::kFloat16) read_rows<__half>(a, group, lines);
+  __syncthreads();
+  transform<kUncommon>(lines, a.tables.passes, a.tables.roots);
+  if (a.parts == 1) write_bins<1>(a, group, lines);
+  if (a.parts == 2) write_bins<2>(a, group, lines);
+  if (a.parts == 4) write_bins<4>(a, group, lines);
+  if (a.parts == 8) write_bins<8>(a, group, lines);
+}
+
+template <bool kUncommon>
+__global__ void __launch_bounds__(kUncommon ? kUncommonThreads : kRowThreads, 2)
+    spectra_to_rows_kernel(RowPass a) {
+  const RowGroup group(a);
+  const ConsecutiveLines lines = lines_of(a);
+  if (a.parts == 1) read_bins<1>(a, group, lines);
+  if (a.parts == 2) read_bins<2>(a, group, lines);
+  if (a.parts == 4) read_bins<4>(a, group, lines);
+  if (a.parts == 8) read_bins<8>(a, group, lines);
+  __syncthreads();
+  transform<kUncommon>(lines, a.tables.passes, a.tables.roots);
+  if (a.matrices.dtype == DType::kFloat32) write_rows<float>(a, group, lines);
+  if (a.matrices.dtype == DType::kBFloat16) write_rows<__nv_bfloat16>(a, group, lines);
+  if (a.matrices.dtype == DType::kFloat16) write_rows<__half>(a, group, lines);
+}
+
+Launch row_launch(const char* name, const RowPass& a, cudaStream_t stream,
+                  const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  const std::int64_t groups = a.parts == 1 ? ceil_div(a.spectra.height, 2) : a.spectra.height / a.parts;
+  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(a.matrices.count));
+  return Launch(name, grid, dim3(static_cast<unsigned>(a.threads)), row_bytes(a.spectra.width, a.parts),
+                stream, file, line);
+}
+
+}  // namespace
+
+RowTables row_tables(std::int64_t height, std::int64_t width, int parts, const Upload& upload) {
+  require(parts == 1 || parts == 2 || parts == 4 || parts == 8, "parts must be 1, 2, 4 or 8");
+  const Passes passes = passes_of(width);
+  return {passes, to_device(frequency_offsets(passes), upload), to_device(unit_roots(width), upload),
+          parts == 1 ? nullptr : to_device(unit_roots(height), upload)};
+}
+
+std::size_t row_bytes(std::int64_t width, int parts) {
+  return static_cast<std::size_t>(line_count(parts) * line_pitch(static_cast<int>(width))) * sizeof(float2);
+}
+
+void rows_to_spectra(const RowPass& arguments, cudaStream_t stream) {
+  const bool uncommon = are_uncommon(arguments.tables.passes);
+  launch(uncommon ? rows_to_spectra_kernel<true> : rows_to_spectra_kernel<false>,
+         row_launch("rows_to_spectra", arguments, stream), arguments);
+}
+
+void spectra_to_rows(const RowPass& arguments, cudaStream_t stream) {
+  const bool uncommon = are_uncommon(arguments.tables.passes);
+  launch(uncommon ? spectra_to_rows_kernel<true> : spectra_to_rows_kernel<false>,
+         row_launch("spectra_to_rows", arguments, stream), arguments);
+}
+
+}  // namespace freemerge::cuda

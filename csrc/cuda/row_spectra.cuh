@@ -1,0 +1,47 @@
+// The row passes of the full form in three kernels. Every block takes some rows of one matrix, `parts` of
+// them that are height / parts apart; it transforms them two by two as one complex line in shared memory, and
+// combines the rows of its group, bin by bin, by a transform of `parts` points and turns. That leaves the
+// columns in `parts` pieces, each a transform of its own: piece p holds row frequencies p + parts * k.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/plan.h"
+#include "cuda/half_spectra.cuh"
+#include "cuda/matrices.h"
+#include "cuda/passes.h"
+#include "cuda/upload.h"
+
+namespace freemerge::cuda {
+
+struct RowTables {
+  Passes passes;
+  const std::uint16_t* offsets;  // see frequency_offsets()
+  const float2* roots;           // of the width
+  const float2* turns;           // roots of the height; null for one part
+};
+
+RowTables row_tables(std::int64_t height, std::int64_t width, int parts, const Upload& upload);
+
+struct RowPass {
+  Matrices matrices;
+  HalfSpectra spectra;  // which may lie in the matrices' own memory
+  RowTables tables;
+  int parts;
+  int threads;
+  float factor;  // of the rows that come back
+};
+
+// Shared memory of a block.
+std::size_t row_bytes(std::int64_t width, int parts);
+
+// spectra = twice the half spectra of the matrices' rows, combined
+void rows_to_spectra(const RowPass& arguments, cudaStream_t stream);
+
+// rows of the matrices = factor * their unnormalised inverse transforms, rounded to the storage dtype
+void spectra_to_rows(const RowPass& arguments, cudaStream_t stream);
+
+}  // namespace freemerge::cuda

@@ -1,0 +1,93 @@
+#include <algorithm>
+
+#include "common/error.h"
+#include "cuda/column_filter.cuh"
+#include "cuda/executor.h"
+#include "cuda/heuristics.h"
+#include "cuda/launch_math.h"
+#include "cuda/row_spectra.cuh"
+
+namespace freemerge::cuda {
+namespace {
+
+using heuristics::kBinsPerSector;
+
+// Rows to half spectra, their columns through the mask, and back, without cuFFT. Spectra of float32 matrices
+// take the matrices' own memory, and only their last bins the workspace.
+class ThreeKernels : public Executor {
+ public:
+  explicit ThreeKernels(const Call& call)
+      : Executor(call),
+        in_place_(call.filter.dtype == DType::kFloat32),
+        height_(call.filter.plan.mask.height),
+        width_(call.filter.plan.mask.width),
+        pitch_(in_place_ ? 1 : kBinsPerSector * ceil_div(width_ / 2 + 1, kBinsPerSector)),
+        blocks_(column_blocks(height_, call.filter.plan.tiles)) {
+    group_ = fit(heuristics::kBatchBytes, 8 * (width_ / 2 + 1) * height_, 1,
+                 std::min<std::int64_t>(heuristics::kMatricesPerLaunch, call.count));
+  }
+
+ private:
+  void place(Arena& arena) override { memory_ = arena.take<float2>(group_ * height_ * pitch_); }
+
+  std::size_t work_bytes() const override { return 0; }
+  std::size_t work_bound() const override { return 0; }
+
+  void run_groups() override {
+    for (std::int64_t begin = 0; begin < call_.count; begin += group_)
+      run_group(slice(begin, std::min(group_, call_.count - begin)));
+  }
+
+  void run_group(const Matrices& matrices) {
+    const Filter& filter = call_.filter;
+    const Tiles& tiles = filter.plan.tiles;
+    const HalfSpectra spectra = spectra_of(matrices);
+    const Mask& mask = filter.plan.mask;
+    // Columns keep their size, so that those of gain 1 stay as they are; twice the spectra come from the
+    // rows.
+    const double column_factor = 1.0 / blocks_.passes.length;
+    const double row_factor = call_.scale / (2.0 * static_cast<double>(width_) * tiles.parts);
+    const RowPass rows{matrices,    spectra,           filter.row_tables,
+                       tiles.parts, tiles.row_threads, static_cast<float>(row_factor)};
+    rows_to_spectra(rows, call_.stream);
+    column_filter(
+        {spectra,
+         mask,
+         column_factor,
+         {static_cast<float>(column_factor * mask.gain0), static_cast<float>(column_factor * mask.gain1),
+          static_cast<float>(column_factor * mask.gain2)},
+         filter.column_tables,
+         tiles.parts},
+        blocks_, call_.stream);
+    spectra_to_rows(rows, call_.stream);
+  }
+
+  HalfSpectra spectra_of(const Matrices& matrices) const {
+    HalfSpectra spectra{};
+    spectra.height = height_;
+    spectra.width = width_;
+    spectra.count = matrices.count;
+    spectra.last_pitch = pitch_;
+    for (int i = 0; i < matrices.count; ++i) {
+      float2* memory = memory_ + i * height_ * pitch_;
+      spectra.data[i] = in_place_ ? static_cast<float*>(matrices.data[i]) : reinterpret_cast<float*>(memory);
+      spectra.pitch[i] = in_place_ ? matrices.row_stride[i] : 2 * pitch_;
+      spectra.last[i] = in_place_ ? memory : memory + width_ / 2;
+    }
+    return spectra;
+  }
+
+  bool in_place_;
+  std::int64_t height_;
+  std::int64_t width_;
+  std::int64_t pitch_;  // of the workspace
+  ColumnBlocks blocks_;
+  std::int64_t group_;        // matrices at a time
+  float2* memory_ = nullptr;  // spectra, or their last bins
+};
+
+}  // namespace
+
+std::unique_ptr<Executor> three_kernels(const Call& call) { return std::make_unique<ThreeKernels>(call); }
+
+}  // namespace freemerge::cuda

@@ -1,0 +1,292 @@
+"""The full form in three kernels of the CUDA backend, run by the emulation: results, traffic, and bugs put into it."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import emulated
+import freemerge as fm
+from benchmarks.traffic import traffic
+from freemerge.backends import registry
+from freemerge.backends.cuda import CudaBackend
+from freemerge.backends.cuda_runtime import Runtime
+from freemerge.backends.torch import TorchBackend
+from freemerge.errors import BackendError
+from freemerge.planner.forms import candidates
+from freemerge.planner.plan import Plan
+from freemerge.planner.tiles import Tiles, column_bytes, row_bytes, tiles
+from freemerge.responses import Response
+from reference import reference_filter
+
+BLOCK_BYTES = 227 << 10  # of an H100, and of the emulation
+LENGTHS = (1, 2, 3, 5, 7, 8, 9, 16, 21, 22, 26, 30, 32, 43, 45, 48, 49, 64, 86, 121)  # of parts, or widths
+RESPONSES = (fm.HighPass(0.4), fm.LowPass(0.3), fm.Butterworth(0.2), fm.Official(0.7), fm.BandGain(0.1, 0.5, 1.5),
+             fm.Center(-1))  # fmt: skip
+ERROR = 5e-7
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def plan_for(x: torch.Tensor, response: Response, chosen: Tiles | None = None) -> Plan:
+    """The plan in three kernels of a matrix or batch, with the planner's tiles or others."""
+    traits = emulated.backend().traits(x.device)
+    assert traits is not None
+    found = candidates(response, tuple(x.shape[-2:]), x.dtype, str(x.device), "cuda", traits)
+    plan = next(plan for plan in found if plan.tiles is not None)
+    return plan if chosen is None else replace(plan, tiles=chosen)
+
+
+def run(plan: Plan, x: torch.Tensor, backend: CudaBackend | None = None) -> None:
+    (backend or emulated.backend()).executable(plan).run([x if x.ndim == 3 else x[None]], 1.0)
+
+
+def error(got: torch.Tensor, x: torch.Tensor, response: Response) -> float:
+    """Relative to the input; in storage of 16 bits, what is more than the rounding of a correct result."""
+    errors = [0.0]
+    for y, matrix_ in zip(got.reshape(-1, *x.shape[-2:]), x.reshape(-1, *x.shape[-2:]), strict=True):
+        want = reference_filter(matrix_, response)
+        rounding = float((want.to(y.dtype).double() - want).norm())
+        wrong = (float((y.double() - want).norm()) - 1.001 * rounding) / float(matrix_.double().norm())
+        errors.append(math.inf if math.isnan(wrong) else wrong)
+    return max(errors)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    parts=st.sampled_from((1, 2, 4, 8)),
+    length=st.sampled_from(LENGTHS),
+    width=st.sampled_from(LENGTHS),
+    gap=st.integers(0, 3),
+    shift=st.integers(0, 1),
+    count=st.integers(1, 3),
+    columns=st.sampled_from((4, 8, 16)),
+    dtype=st.sampled_from((torch.float32, torch.float32, torch.bfloat16, torch.float16)),
+    response=st.sampled_from(RESPONSES),
+)
+def test_any_shape_stride_and_tiles_agree_with_float64(
+    parts: int, length: int, width: int, gap: int, shift: int, count: int, columns: int, dtype: torch.dtype,
+    response: Response,
+) -> None:  # fmt: skip
+    height = parts * length
+    if height == 1:  # rows alone are not the matter of these kernels
+        height, parts = 2, 1
+    stride = width + gap
+    storage = matrix(shift + count * height * stride, dtype=dtype)
+    x = storage.as_strided((count, height, width), (height * stride, stride, 1), shift)
+    try:
+        plan = plan_for(x, response, Tiles(parts, columns, 64, 96 if 43 in (length, width) else 64))
+    except StopIteration:  # the gain is one constant on this shape
+        return
+    before = storage.clone()
+    run(plan, x)
+    assert error(x, before.as_strided(x.shape, x.stride(), shift), response) < ERROR
+    x.fill_(0)
+    before.as_strided(x.shape, x.stride(), shift).fill_(0)
+    assert torch.equal(storage, before)  # nothing between the rows was touched
+
+
+def test_threads_in_any_order_and_repetition_change_no_bit() -> None:
+    x, module, results = matrix(3, 96, 86), emulated.module(), []
+    plan = plan_for(x, fm.HighPass(0.3), Tiles(4, 8, 64, 96))
+    try:
+        for order in ("forward", "reverse", "random", "random"):
+            module.set_order(getattr(module.Order, order))
+            results.append(x.clone())
+            run(plan, results[-1])
+    finally:
+        module.set_order(module.Order.forward)
+    assert all(torch.equal(results[0], y) for y in results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.Butterworth(0.2), fm.LowPass(0.3)], ids=repr)
+@pytest.mark.parametrize("width", [86, 91, 160])
+def test_the_traffic_model_counts_every_load_and_store(width: int, response: Response, dtype: torch.dtype) -> None:
+    module, x = emulated.module(), matrix(64, width, dtype=dtype)
+    plan = plan_for(x, response, Tiles(2, 4, 64, 64))
+    executable = emulated.backend().executable(plan)
+    executable.run([x.clone()[None]], 1.0)  # makes the tables
+    module.watch(0, (1 << 63) - 1)
+    module.watch(x.data_ptr(), x.numel() * x.element_size())
+    executable.run([x[None]], 1.0)
+    (_, stored), (loaded, _) = module.watched()
+    module.unwatch_all()
+    steps = traffic(plan).steps
+    assert stored == sum(step.written for step in steps)
+    in_matrix = sum(step.read for step in steps if step.where == "matrix")
+    if dtype == torch.float32:  # so are the spectra, but for their last column
+        last = 8 * 64 * (2 if math.isnan(plan.column_gains[-1]) or plan.column_gains[-1] != 1 else 1)
+        in_matrix += sum(step.read for step in steps if step.where == "spectrum") - last
+    assert loaded == in_matrix
+
+
+def test_at_the_default_cutoff_it_moves_what_the_design_says() -> None:
+    """Bytes an element: 40 for cuFFT in place with a mask between, 24 with fused columns."""
+    emulated_traits = emulated.backend().traits(torch.device("cpu"))
+    assert emulated_traits is not None
+
+    def moved(shape: tuple[int, int], dtype: torch.dtype) -> float:
+        found = candidates(fm.HighPass(0.4), shape, dtype, "cpu", "cuda", emulated_traits)
+        return traffic(next(plan for plan in found if plan.tiles is not None)).per_element("matrix", "spectrum")
+
+    assert moved((4096, 4096), torch.float32) == pytest.approx(22.4, abs=0.02)
+    assert moved((4096, 4096), torch.bfloat16) == pytest.approx(18.4, abs=0.02)
+    assert moved((4096, 11008), torch.float32) == pytest.approx(18.4, abs=0.02)
+    assert moved((4096, 11008), torch.bfloat16) == pytest.approx(14.4, abs=0.02)
+
+
+def test_fp32_spectra_take_the_matrix_itself() -> None:
+    traits = emulated.backend().traits(torch.device("cpu"))
+    assert traits is not None
+    assert traits.workspace is not None
+    shape = (2048, 2048)
+    wide, narrow = (
+        plan_for(torch.empty(shape, dtype=dtype), fm.HighPass(0.4)) for dtype in (torch.float32, torch.half)
+    )
+    assert traits.workspace(wide) == 8 * 2048
+    assert traits.workspace(narrow) == 8 * 2048 * 1028
+
+
+# --- who chooses it ---------------------------------------------------------------------------------------------------
+
+
+def test_auto_keeps_to_cufft_until_it_is_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    response, shape = fm.HighPass(0.4), (1024, 1024)
+    with registry.using(emulated.backend(), TorchBackend()):
+        plan = fm.explain(shape, response)
+        assert (plan.backend, plan.form, plan.tiles) == ("cuda", "full", None)
+        assert "full 1.0, full in three kernels 1.0" in plan.reason
+    monkeypatch.setenv("FREEMERGE_CUDA_TRANSFORMS", "own")
+    with registry.using(CudaBackend(emulated.runtime()), TorchBackend()):
+        plan = fm.explain(shape, response)
+        assert plan.tiles is not None
+        assert "rows to spectra, columns, and back: 1 row (64 threads)" in str(plan)
+        assert fm.explain((1009, 1013), response).tiles is None  # primes: cuFFT's
+        x = matrix(96, 80)
+        assert error(fm.filtered(x, response), x, response) < ERROR
+    monkeypatch.setenv("FREEMERGE_CUDA_TRANSFORMS", "fftw")
+    with pytest.raises(BackendError, match="FREEMERGE_CUDA_TRANSFORMS must be cufft or own, not 'fftw'"):
+        CudaBackend(emulated.runtime()).traits(torch.device("cpu"))
+
+
+def test_tiles_state_the_shared_memory_that_kernels_take() -> None:
+    for height, width in [(2, 1), (768, 768), (4096, 4096), (4096, 11008), (14336, 4096), (11008, 344)]:
+        chosen = tiles(height, width, BLOCK_BYTES)
+        assert chosen is not None
+        assert emulated.module().tile_bytes(height, width, chosen) == (
+            row_bytes(width, chosen.parts),
+            column_bytes(height // chosen.parts, chosen.columns),
+        )
+        assert emulated.module().block_bytes(0, 0) == BLOCK_BYTES
+
+
+@pytest.mark.parametrize("shape", [(34, 64), (64, 43 * 43), (64, 32768), (32000, 4096)], ids=str)
+def test_what_does_not_fit_has_no_tiles(shape: tuple[int, int]) -> None:
+    """Other primes, 43 twice, rows or columns too long for the shared memory."""
+    assert tiles(*shape, BLOCK_BYTES) is None
+
+
+# --- bugs put into the kernels ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bug:
+    file: str
+    right: str
+    wrong: str
+    height: int = 64
+
+
+BUGS = {
+    "sign of the twiddles between rows": Bug(
+        "row_spectra.cu",
+        "turns[p] = load(a.tables.turns + group.first * p);",
+        "{ turns[p] = load(a.tables.turns + group.first * p); turns[p].y = -turns[p].y; }",
+    ),
+    "sign of a twiddle in a line": Bug("shared_fft.cuh", "load(roots + angle * p)", "load(roots)"),
+    "last column in the row": Bug("half_spectra.cuh", "bin == spectra.width / 2;", "false;"),
+    "no barrier after reading rows": Bug("row_spectra.cu", "__syncthreads();\n  transform", "transform"),
+    "no barrier after a pass": Bug("shared_fft.cuh", "  __syncthreads();\n", ""),
+    "a row beyond the last": Bug(
+        "row_spectra.cu", "if (kParts > 1 || group.has(s)) spectrum.put", "spectrum.put", height=65
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def buggy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CudaBackend]:
+    """The emulated backend with the row kernels of each bug, compiled without optimisation."""
+    folder = tmp_path_factory.mktemp("bugs")
+    with ThreadPoolExecutor(2) as pool:
+        files = pool.map(lambda pair: _build(*pair, folder), enumerate(BUGS.values()))
+        return dict(zip(BUGS, map(_load, files), strict=True))
+
+
+def _build(number: int, bug: Bug, folder: Path) -> Path:
+    """The emulated module, linked with the row kernels as the bug makes them."""
+    source, changed = emulated.ROOT / "csrc", folder / str(number) / "cuda"
+    changed.mkdir(parents=True)
+    text = (source / "cuda" / bug.file).read_text(encoding="utf-8")
+    assert bug.right in text
+    (changed / bug.file).write_text(text.replace(bug.right, bug.wrong), encoding="utf-8")
+    kernels = changed / "row_spectra.cu"
+    if not kernels.exists():
+        shutil.copy(source / "cuda" / "row_spectra.cu", kernels)
+    made = changed.parent / "row_spectra.o"
+    headers = next(
+        Path(root) / "include"
+        for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+        if root and (Path(root) / "include" / "cuda_fp16.h").exists()
+    )
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFREEMERGE_EMULATION"]
+    folders = [f"-I{changed.parent}", f"-I{source}", f"-I{emulated.ROOT / 'tests'}", f"-isystem{headers}"]
+    subprocess.run([compiler, *flags, *folders, "-xc++", "-c", str(kernels), "-o", str(made)], check=True)
+    objects = [path for path in emulated.build().rglob("*.o") if "_cuda_emulated.dir" in str(path)]
+    correct = [path for path in objects if path.name != "row_spectra.cu.o"]
+    assert len(correct) == len(objects) - 1
+    module = changed.parent / "_cuda_emulated.so"
+    subprocess.run([compiler, "-shared", "-o", str(module), *map(str, correct), str(made), "-ldl"], check=True)
+    return module
+
+
+def _load(file: Path) -> CudaBackend:
+    name = f"bug{file.parent.name}._cuda_emulated"  # pybind11 keeps one module of each name
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return CudaBackend(Runtime(module, "cpu"))
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_in_the_row_kernels_is_caught(name: str, buggy: dict[str, CudaBackend]) -> None:
+    response, height = fm.HighPass(0.4), BUGS[name].height
+    chosen = Tiles(1 if height % 2 else 4, 8, 64, 64)
+    storage = matrix(height + 2, 86)  # room for what a bug writes beyond the end
+    x = storage[:height]
+    plan = plan_for(x, response, chosen)
+
+    def is_right(backend: CudaBackend) -> bool:
+        memory = storage.clone()
+        run(plan, memory[:height], backend)
+        untouched = torch.equal(memory[height:], storage[height:])
+        return untouched and error(memory[:height], x, response) < ERROR
+
+    assert is_right(emulated.backend())
+    assert not is_right(buggy[name])
