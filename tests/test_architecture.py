@@ -33,7 +33,7 @@ LEVELS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NEUTRAL = {"registry", "base", "memory", "sparse"}  # modules of backends/ that belong to no single backend
-OPTIONAL = {"transformers", "peft", "mergekit", "fusion_bench", "sd_mecha", "sklearn", "matplotlib"}
+OPTIONAL = {"transformers", "peft", "mergekit", "fusion_bench", "omegaconf", "sd_mecha", "sklearn", "matplotlib"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -1,0 +1,119 @@
+"""FR-Merging, FREE-Merging and every other method of freemerge as algorithms of FusionBench.
+
+``conf/method/freemerge`` beside this file holds their configurations: ``fusion_bench --config-dir CONF
+method=freemerge/fr method.recipe.cutoff=0.2``. ``recipe`` is a recipe of freemerge, of any method, as plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+from fusion_bench import BaseAlgorithm, BaseModelPool, auto_register_config
+from fusion_bench.models.modulator import ModulatedModel, TaskModulator
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from ..errors import CheckpointError
+from ..experts import Expert, ExpertBank, extract_experts
+from ..merging.recipe import Recipe
+from ..merging.run import merge
+
+
+@auto_register_config
+class Merging(BaseAlgorithm):  # type: ignore[misc]
+    """Merges the models of a pool into its ``_pretrained_`` model, by a recipe.
+
+    Args:
+        recipe: fields of a :class:`freemerge.Recipe`; nothing is FR-Merging.
+        inplace: write into the pretrained model of the pool, instead of a copy of it. Lazy state dicts are read tensor
+            by tensor and become a new module.
+    """
+
+    recipe: Any
+    inplace: bool
+
+    def __init__(self, recipe: Mapping[str, Any] | None = None, inplace: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+    def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> nn.Module:
+        """The merged model."""
+        base, models = _models(modelpool)
+        return self.merged(base, models)
+
+    def merged(self, base: Any, models: Mapping[str, Any]) -> nn.Module:
+        """The merged model of modules or lazy state dicts."""
+        recipe = Recipe.from_config(_plain(self.recipe))
+        if isinstance(base, nn.Module):
+            model = base if self.inplace else deepcopy(base)
+            merge(base, [*models.values()], recipe, into=model)
+            return model
+        model = deepcopy(base.meta_module).to_empty(device=base._device)
+        state = merge(base, [*models.values()], recipe)
+        unknown = model.load_state_dict(state, strict=False).unexpected_keys
+        if unknown:
+            raise CheckpointError(f"{type(model).__name__} has no tensors {', '.join(unknown[:5])}")
+        if hasattr(model, "tie_weights"):
+            model.tie_weights()
+        return model  # type: ignore[no-any-return]
+
+
+@auto_register_config
+class FREEMerging(Merging):
+    """FREE-Merging: the merged model, with a light expert for each model of the pool as a task modulator.
+
+    Args:
+        recipe, inplace: as of :class:`Merging`.
+        experts: arguments of :func:`freemerge.extract_experts` such as ``density``, ``values`` and ``rescale``.
+    """
+
+    experts: Any
+
+    def __init__(
+        self,
+        recipe: Mapping[str, Any] | None = None,
+        experts: Mapping[str, Any] | None = None,
+        inplace: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(recipe=recipe, inplace=inplace, **kwargs)
+
+    def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> ModulatedModel[nn.Module]:
+        """The merged model; ``set_task(name)`` switches the expert of a task on, and that of the former one off."""
+        base, models = _models(modelpool)
+        experts = extract_experts(base, models, **_plain(self.experts))
+        modulators = {name: ExpertModulator(expert) for name, expert in experts.items()}
+        return ModulatedModel(self.merged(base, models), modulators)
+
+
+class ExpertModulator(TaskModulator[nn.Module]):  # type: ignore[misc]
+    """An expert of one task: added to the weights of the backbone, and taken away bit for bit."""
+
+    def __init__(self, expert: Expert) -> None:
+        super().__init__()
+        self.expert = expert
+        self._on = ExitStack()
+
+    def apply(self, modulated_model: ModulatedModel[nn.Module]) -> None:
+        """Add the expert."""
+        bank = ExpertBank(modulated_model.backbone, {"expert": self.expert})
+        self._on.enter_context(bank.active("expert"))
+
+    def remove(self, modulated_model: ModulatedModel[nn.Module]) -> None:
+        """Take it away."""
+        self._on.close()
+        modulated_model._current_task = None  # set_task checks it
+
+
+def _models(modelpool: BaseModelPool | dict[str, nn.Module]) -> tuple[Any, dict[str, Any]]:
+    """The pretrained model and the others by name."""
+    pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+    return pool.load_pretrained_model(), {name: pool.load_model(name) for name in pool.model_names}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    if isinstance(config, DictConfig):
+        config = OmegaConf.to_container(config, resolve=True)
+    return dict(config or {})

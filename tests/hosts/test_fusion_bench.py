@@ -1,0 +1,125 @@
+"""freemerge's algorithms in FusionBench: pools of modules and of lazy checkpoints, against our engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusion_bench import BaseAlgorithm, BaseModelPool, LazyStateDict, instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+import freemerge as fm
+from freemerge import integrations
+from freemerge.integrations.fusion_bench import FREEMerging, Merging
+from freemerge.methods import METHODS
+from hosts.checkpoints import tensors_of, write_models
+
+CONF = Path(integrations.__path__[0]) / "conf"
+NAMES = ["math", "code", "law"]
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 10), nn.Linear(10, 14), nn.LayerNorm(14), nn.Linear(14, 6))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * seed * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def pool() -> dict[str, nn.Module]:
+    return {"_pretrained_": network(0)} | {name: network(i) for i, name in enumerate(NAMES, 1)}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method(method: str) -> None:
+    models = pool()
+    recipe = fm.Recipe(method=method)
+    expected = fm.merge(models["_pretrained_"], [models[name] for name in NAMES], recipe)
+    merged = Merging(recipe={"method": method}).run(BaseModelPool(models))
+    assert merged is models["_pretrained_"], "in place"
+    assert same(merged.state_dict(), expected)
+
+
+def test_a_copy_leaves_the_pretrained_model_alone() -> None:
+    models = pool()
+    before = deepcopy(models["_pretrained_"].state_dict())
+    merged = Merging(recipe={"cutoff": 0.2, "select": [{"pattern": "0.*", "action": "copy"}]}, inplace=False).run(
+        models
+    )
+    assert same(models["_pretrained_"].state_dict(), before)
+    recipe = fm.Recipe(cutoff=0.2, select=[("0.*", "copy")])
+    assert same(merged.state_dict(), fm.merge(before, [models[name] for name in NAMES], recipe))
+
+
+@pytest.mark.parametrize("method", ["fr", "free"])
+def test_the_configurations_say_what_the_defaults_are(method: str, tmp_path: Path) -> None:
+    config = OmegaConf.load(CONF / "method" / "freemerge" / f"{method}.yaml")
+    algorithm = instantiate(config, _recursive_=False)
+    assert fm.Recipe.from_config(OmegaConf.to_container(algorithm.recipe)) == fm.Recipe()
+    algorithm.to_yaml(tmp_path / "method.yaml")
+    assert type(BaseAlgorithm.from_yaml(tmp_path / "method.yaml")) is type(algorithm)
+
+
+def test_experts_are_modulators_that_leave_no_trace() -> None:
+    models = pool()
+    states = {name: deepcopy(model.state_dict()) for name, model in models.items()}
+    tuned = {name: states[name] for name in NAMES}
+    modulated = FREEMerging(experts={"density": 0.1, "values": "fp32"}).run(models)
+    expected = fm.merge(states["_pretrained_"], [*tuned.values()])
+    assert same(modulated.backbone.state_dict(), expected)
+    experts = fm.extract_experts(states["_pretrained_"], tuned, density=0.1, values="fp32")
+    backbone = deepcopy(modulated.backbone)
+    for name in [*NAMES, *reversed(NAMES)]:
+        modulated.set_task(name)
+        with fm.ExpertBank(backbone, experts).active(name):
+            assert same(modulated.backbone.state_dict(), backbone.state_dict())
+            assert not same(modulated.backbone.state_dict(), expected)
+            tokens = torch.tensor([[1, 2]])
+            assert torch.equal(modulated(tokens), backbone(tokens))
+    modulated.modulators[modulated.current_task].remove(modulated)
+    assert same(modulated.backbone.state_dict(), expected)
+
+
+def test_lazy_checkpoints_become_a_module(tmp_path: Path) -> None:
+    paths = write_models(tmp_path, 2)
+
+    class Lazy(BaseModelPool):  # type: ignore[misc]
+        def load_model(self, name: str, *_: Any, **__: Any) -> LazyStateDict:
+            return LazyStateDict(self._models[name], meta_module_class=LlamaForCausalLM)
+
+    merged = Merging(recipe={"cutoff": 0.3}).run(Lazy(dict(zip(["_pretrained_", *NAMES], paths, strict=False))))
+    base, *others = [tensors_of(path) for path in paths]
+    assert isinstance(merged, LlamaForCausalLM)
+    assert same(dict(merged.state_dict()), fm.merge(base, others, fm.Recipe(cutoff=0.3)))
+    assert torch.isfinite(merged(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_the_command_of_fusion_bench(tmp_path: Path) -> None:
+    paths = write_models(tmp_path, 2)
+    (tmp_path / "conf" / "modelpool").mkdir(parents=True)
+    models = dict(zip(["_pretrained_", "math", "code"], paths, strict=True))
+    content = {"_target_": "fusion_bench.modelpool.CausalLMPool", "_recursive_": False, "models": models}
+    (tmp_path / "conf" / "modelpool" / "small.yaml").write_text(OmegaConf.to_yaml(content | {"tokenizer": None}))
+    command = [Path(sys.executable).with_name("fusion_bench"), "--config-dir", CONF, "method=freemerge/fr"]
+    overrides = [
+        f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "modelpool=small", "taskpool=dummy",
+        "method.recipe.cutoff=0.2", f"merged_model_save_path={tmp_path / 'merged'}",
+        "+merged_model_save_kwargs.save_tokenizer=false", "fabric.accelerator=cpu", f"path.log_dir={tmp_path / 'log'}",
+    ]  # fmt: skip
+    done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base, *others = [tensors_of(path) for path in paths]
+    assert same(tensors_of(tmp_path / "merged"), fm.merge(base, others, fm.Recipe(cutoff=0.2)))
