@@ -154,6 +154,22 @@ def _parser() -> argparse.ArgumentParser:
     evaluating.add_argument("--json", action="store_true", help="print the result as JSON")
     evaluating.set_defaults(run=_evaluate)
 
+    tuning = commands.add_parser(
+        "tune", allow_abbrev=False, help="learn the weights of a merge from unlabelled data, into a recipe"
+    )
+    _add_inputs(tuning)
+    tuning.add_argument("-o", "--out", required=True, type=Path, metavar="RECIPE.yaml", help="new file for the recipe")
+    tuning.add_argument(
+        "--function",
+        required=True,
+        metavar="FILE.py:NAME",
+        help="takes a state dict, yields logits of unlabelled batches",
+    )
+    tuning.add_argument("--by", choices=("task", "layer"), default="task", help="a weight for each (default task)")
+    tuning.add_argument("--iterations", type=int, default=100, metavar="N", help="of Adam (default 100)")
+    tuning.add_argument("--rate", type=float, default=0.01, metavar="R", help="of Adam (default 0.01)")
+    tuning.set_defaults(run=_tune)
+
     verifying = commands.add_parser("verify", allow_abbrev=False, help="check a merged directory against its manifest")
     verifying.add_argument("directory", type=Path)
     verifying.set_defaults(run=_verify)
@@ -435,6 +451,34 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.experts is not None:
         evaluations.append(evaluate_experts(options.models[0], options.experts, function))
     print(json.dumps(_plain(evaluations)) if options.json else table(evaluations))
+    return DONE
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if options.out.exists():
+        raise RefusedError(f"{options.out} exists")
+    recipe = _recipe(options)
+    from .evaluation import load_function
+    from .tuning import tune
+
+    tuned = tune(
+        options.base,
+        options.models,
+        recipe,
+        load_function(options.function),
+        by=options.by,
+        iterations=options.iterations,
+        rate=options.rate,
+        backend=options.backend,
+    )
+    options.out.write_text(tuned.recipe.to_yaml(), encoding="utf-8")
+    if options.json:
+        print(json.dumps({"recipe": tuned.recipe.to_config(), "entropies": tuned.entropies}))
+        return DONE
+    first, last = tuned.entropies[0], tuned.entropies[-1]
+    weights = ", ".join(f"{weight:.4f}" for weight in tuned.recipe.weights)
+    layers = f" and of {len(tuned.recipe.layers)} layers" if tuned.recipe.layers else ""
+    print(f"{options.out}: weights {weights}{layers}; entropy {first:.4f} -> {last:.4f}")
     return DONE
 
 
