@@ -1,9 +1,10 @@
-"""A small vision transformer, pretrained on symbols that no task shows, and its class heads."""
+"""A perceptron that sees images, pretrained on symbols that no task shows, and its class heads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,29 @@ from .finetune import finetune, kept
 from .images import SIDE, Split, Task
 from .suite import ROUTER_SAMPLES, Suite, TaskVector, routes, weights
 
-PATCH, WIDTH, DEPTH, HEADS = 7, 192, 4, 4
+HIDDEN, DEPTH, WIDTH = 512, 4, 192
 LOGIT_SCALE = 20.0
-STEPS = 120  # of fine-tuning
-RATE = 5e-4
-PRETRAINING_STEPS, PRETRAINING_BATCH = 1000, 64
+STEPS = 400  # of fine-tuning
+RATE = 1e-3
+PRETRAINING_STEPS, PRETRAINING_BATCH = 2000, 64
 
 
 class Vision(nn.Module):
-    """Mean-pooled, normalised image embeddings; only the transformer layers are ever fine-tuned and merged."""
+    """Normalised image embeddings by five linear layers, all of which are fine-tuned and merged.
+
+    Large enough for files of .15 %, and trained in seconds on one core, where a transformer from scratch takes hours.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.patches = nn.Linear(PATCH * PATCH, WIDTH)
-        self.positions = nn.Parameter(0.02 * torch.randn((SIDE // PATCH) ** 2, WIDTH))
-        layer = nn.TransformerEncoderLayer(
-            WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.merged = nn.TransformerEncoder(layer, DEPTH, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        layers: list[nn.Module] = []
+        for inputs, outputs in pairwise((SIDE * SIDE, *[HIDDEN] * DEPTH, WIDTH)):
+            layers += [nn.Linear(inputs, outputs), nn.GELU()]
+        self.merged = nn.Sequential(*layers[:-1])
 
     def forward(self, batch: Tensor) -> Tensor:
         """(B, 28, 28) -> unit embeddings (B, WIDTH)."""
-        patches = F.unfold(batch[:, None], PATCH, stride=PATCH).mT  # (B, 16, 49)
-        return F.normalize(self.merged(self.patches(patches) + self.positions).mean(1), dim=-1)
+        return F.normalize(self.merged(batch.flatten(1)), dim=-1)
 
 
 def pretrained(cache: Path) -> Vision:
@@ -59,7 +60,7 @@ def pretrained(cache: Path) -> Vision:
 
 
 def _pretrain(model: Vision, symbols: Tensor, labels: Tensor) -> None:
-    classes = nn.Linear(WIDTH, int(labels.max()) + 1, bias=False)
+    classes = nn.Linear(WIDTH, int(labels.max()) + 1)
     parameters = [*model.parameters(), *classes.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, PRETRAINING_STEPS, pct_start=0.1)
@@ -67,13 +68,12 @@ def _pretrain(model: Vision, symbols: Tensor, labels: Tensor) -> None:
         rows = torch.randint(len(symbols), (PRETRAINING_BATCH,))
         batch = symbols[rows].flip([[], [1], [2], [1, 2]][step % 4])
         batch = 1 - batch if step % 3 == 0 else batch
-        logits = LOGIT_SCALE * model(batch) @ F.normalize(classes.weight, dim=1).T
-        loss = F.cross_entropy(logits, labels[rows])
+        loss = F.cross_entropy(classes(model.merged(batch.flatten(1))), labels[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 500 == 0:
             print(f"pretraining, step {step}: loss {float(loss.detach()):.2f}", flush=True)
 
 
