@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freemerge as fm
+from freemerge.cli import main
 from freemerge.tuning import tune
 
 K, CLASSES = 3, 4
@@ -77,7 +80,7 @@ def descent(
 
 
 def test_one_weight_a_task(base: State, models: list[State]) -> None:
-    tuned = tune(base, models, ARITHMETIC, predict, steps=10, rate=0.05)
+    tuned = tune(base, models, ARITHMETIC, predict, iterations=10, rate=0.05)
     parts = {name: [model[name] - base[name] for model in models] for name in SHAPES}
     learnt, entropies = descent(base, parts, 0.4, [list(SHAPES)])
     torch.testing.assert_close(torch.tensor(tuned.recipe.weights, dtype=torch.float64), learnt[0], rtol=0, atol=1e-5)
@@ -101,7 +104,7 @@ def test_one_weight_a_task(base: State, models: list[State]) -> None:
     ],
 )
 def test_one_weight_a_task_and_layer(base: State, models: list[State], recipe: fm.Recipe) -> None:
-    tuned = tune(base, models, recipe, predict, by="layer", steps=10, rate=0.05)
+    tuned = tune(base, models, recipe, predict, by="layer", iterations=10, rate=0.05)
     one = [tuple(float(i == j) for j in range(K)) for i in range(K)]
     alone = [fm.merge(base, models, recipe.replace(weights=w, scale=1.0)) for w in one]
     parts = {name: [merged[name] - base[name] for merged in alone] for name in SHAPES}
@@ -129,7 +132,7 @@ def test_the_function_sees_the_dtype_of_the_base(dtype: torch.dtype) -> None:
         seen.append({tensor.dtype for tensor in state.values()})
         yield from predict(state)
 
-    tuned = tune(base, models, ARITHMETIC, function, steps=5, rate=0.05)
+    tuned = tune(base, models, ARITHMETIC, function, iterations=5, rate=0.05)
     assert seen == [{dtype}] * 5
     assert tuned.entropies[-1] < tuned.entropies[0]
 
@@ -142,7 +145,7 @@ def test_tied_tensors_are_one(base: State, models: list[State]) -> None:
         assert state["head"] is state["layers.1.w"]
         yield from predict(state)
 
-    tune(base, models, ARITHMETIC, function, steps=1)
+    tune(base, models, ARITHMETIC, function, iterations=1)
 
 
 def test_what_cannot_be_tuned_is_refused(base: State, models: list[State]) -> None:
@@ -156,8 +159,8 @@ def test_what_cannot_be_tuned_is_refused(base: State, models: list[State]) -> No
         tune(base, models, layered, predict)
     with pytest.raises(fm.ArgumentError, match="by must be"):
         tune(base, models, ARITHMETIC, predict, by="tensor")  # type: ignore[arg-type]
-    with pytest.raises(fm.ArgumentError, match="steps must be"):
-        tune(base, models, ARITHMETIC, predict, steps=0)
+    with pytest.raises(fm.ArgumentError, match="iterations must be"):
+        tune(base, models, ARITHMETIC, predict, iterations=0)
 
 
 @pytest.mark.parametrize(
@@ -173,4 +176,35 @@ def test_what_cannot_be_tuned_is_refused(base: State, models: list[State]) -> No
 )
 def test_what_is_no_logits_is_refused(base: State, models: list[State], yielded: object, message: str) -> None:
     with pytest.raises(fm.ArgumentError, match=message):
-        tune(base, models, ARITHMETIC, yielded, steps=1)  # type: ignore[arg-type]
+        tune(base, models, ARITHMETIC, yielded, iterations=1)  # type: ignore[arg-type]
+
+
+def test_the_command_writes_a_recipe_that_merges(
+    base: State, models: list[State], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / f"{i}.safetensors") for i in range(K + 1)]
+    for file, state in zip(files, (base, *models), strict=True):
+        save_file(state, file)
+    (tmp_path / "data.py").write_text("import test_tuning\n\npredict = test_tuning.predict\n")
+    out = tmp_path / "recipe.yaml"
+    command = [
+        "tune",
+        *files,
+        "-o",
+        str(out),
+        "--function",
+        f"{tmp_path}/data.py:predict",
+        "--method",
+        "task_arithmetic",
+    ]
+    assert main([*command, "--by", "layer", "--iterations", "3", "--rate", "0.05"]) == 0
+    assert "weights 0." in capsys.readouterr().out
+    tuned = tune(base, models, ARITHMETIC, predict, by="layer", iterations=3, rate=0.05)
+    assert fm.Recipe.from_yaml(out) == tuned.recipe
+    assert main(["merge", *files, "--recipe", str(out), "-o", str(tmp_path / "merged"), "--quiet"]) == 0
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    for name, tensor in fm.merge(base, models, tuned.recipe).items():
+        assert torch.equal(merged[name], tensor)
+    assert main(command) == 3  # the file exists
+    assert main([*command[:-1], "ties", "--out", str(tmp_path / "other.yaml")]) == 2
+    assert not (tmp_path / "other.yaml").exists()

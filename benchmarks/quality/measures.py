@@ -12,10 +12,10 @@ import numpy as np
 import freemerge as fm
 from freemerge.methods import DARE, FR, PCB, TIES, TSVM, Average, IsoC, Method, TaskArithmetic
 
-from .encoder import Encoder
-from .finetune import finetuned, load
+from .encoder import Encoder, finetuned
 from .measure import RESULTS
-from .tasks import load as load_task
+from .suite import weights
+from .texts import load as load_task
 
 METHODS: dict[str, Method] = {
     "weight average": Average(),
@@ -23,7 +23,7 @@ METHODS: dict[str, Method] = {
     "TIES, top 20 %": TIES(),
     "DARE, p = .9": DARE(),
     "PCB, top 10 %": PCB(),
-    "no filter, weights of FR": FR(fm.HighPass(0)),
+    "FR-Merging without its filter": FR(fm.HighPass(0)),
     "row means removed, nothing else": FR(fm.Center(-1)),
     "FR-Merging": FR(),
     "Iso-C": IsoC(),
@@ -41,13 +41,14 @@ def measure_encoders(cache: Path, out: Path, seed: int = 0) -> dict[str, Any]:
     results = json.loads((out / RESULTS).read_text())
     settings = results["settings"]
     encoder = Encoder(cache)
-    base = {name: tensor.clone() for name, tensor in encoder.weights().items()}
-    folder = cache / "weights" / f"seed{seed}-steps{settings['steps']}-test{settings['test']}"
+    base = {name: tensor.clone() for name, tensor in weights(encoder).items()}
     tuned = [
-        finetuned(encoder, base, load_task(name, cache, seed, settings["test"]), folder, seed, settings["steps"])
+        finetuned(
+            cache, encoder, load_task(name, cache, seed, settings["test"]), seed, settings["steps"], settings["test"]
+        )
         for name in settings["tasks"]
     ]
-    analysis = fm.analyze(base, [load(path) for path in tuned], methods=METHODS)
+    analysis = fm.analyze(base, tuned, methods=METHODS)
     index = settings["seeds"].index(seed)
     methods = {}
     for name, merged in analysis.total.methods.items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,14 +15,12 @@ import freemerge as fm
 from freemerge.experts import Expert, extract_experts
 
 from . import rivals
-from .rivals import TaskVector
+from .suite import TaskVector
 
 SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for every method
 UNIT_SCALES = (0.8, 1.0, 1.5, 2.0, 2.5, 3.0)  # of methods whose papers merge at scale 1
 MEAN_SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # of methods whose weights sum to one
 STRONG_SCALES = (3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # of those whose filter removes so much that more is needed
-RELEASED_SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.2)
-MU = (3.0, 5.0, 7.0, 9.0, 12.0, 15.0)
 
 
 @dataclass
@@ -37,23 +36,40 @@ class Inputs:
     def vectors(self) -> list[TaskVector]:
         return [{name: model[name] - self.base[name] for name in self.base} for model in self.models.values()]
 
-    def merged(self, name: str) -> TaskVector:
-        """The task vector of a static method, at its tuned scale; kept for the next who asks."""
-        if name not in self._merged:
-            if name not in self.scales:
-                raise SystemExit(f"{name!r} has to be measured first: the experts stand on it")
-            (method,) = [method for method in STATIC if method.name == name]
-            self._merged[name] = {key: self.scales[name] * tensor for key, tensor in method.merge(self).items()}
-        return self._merged[name]
+    def merged(self, name: str, *, tuned: bool = True) -> TaskVector:
+        """The task vector of a static method, at its tuned scale or the one that needs no data."""
+        if name not in self._merged:  # at scale 1, kept for the next who asks
+            self._merged[name] = STATIC[name].merge(self)
+        merged = self._merged[name]
+        if tuned and name not in self.scales:
+            raise SystemExit(f"{name!r} has to be measured first: the experts stand on it")
+        scale = self.scales[name] if tuned else STATIC[name].data_free(self, merged)
+        return {key: scale * tensor for key, tensor in merged.items()}
 
 
 @dataclass(frozen=True)
 class Static:
-    """One model for all tasks: theta_0 + scale * merge(inputs), the scale tuned among ``candidates``."""
+    """One model for all tasks: theta_0 + scale * what the recipe merges at scale 1.
+
+    ``candidates``: of the scale that is tuned; the scale that the recipe finds without data is measured beside it.
+    ``permuted``: with rows and columns in random order while the method sees them, so that frequency means nothing.
+    """
 
     name: str
-    merge: Callable[[Inputs], TaskVector]
+    recipe: fm.Recipe
     candidates: tuple[float, ...]
+    permuted: bool = False
+
+    def merge(self, inputs: Inputs) -> TaskVector:
+        """The merged task vector at scale 1."""
+        return (_permuted if self.permuted else _merged)(inputs, self.recipe.replace(scale=1.0))
+
+    def data_free(self, inputs: Inputs, merged: TaskVector) -> float:
+        """The scale that the recipe finds by itself, given what it merges at scale 1."""
+        scale = self.recipe.global_scale(len(inputs.models))
+        if scale is not None:
+            return scale
+        return norm(_merged(inputs, self.recipe)) / norm(merged)
 
 
 @dataclass(frozen=True)
@@ -67,115 +83,78 @@ class Kept:
 
 @dataclass(frozen=True)
 class Specific:
-    """Something kept for each task; ``candidates`` of its one tuned number, if it has one."""
+    """Something kept for each task, beside the ``backbone``, a static method that serves all (None: the base)."""
 
     name: str
-    build: Callable[[Inputs, float], Kept]
-    candidates: tuple[float, ...] = (1.0,)
+    build: Callable[[Inputs], Kept]
+    backbone: str | None = None
     routed: bool = False
 
 
-def recipe_merge(recipe: fm.Recipe) -> Callable[[Inputs], TaskVector]:
-    """The task vector that freemerge merges by a recipe, at scale 1."""
-
-    def merge(inputs: Inputs) -> TaskVector:
-        merged = fm.merge(inputs.base, list(inputs.models.values()), recipe.replace(scale=1.0))
-        return {name: merged[name] - weights for name, weights in inputs.base.items()}
-
-    return merge
+def _merged(inputs: Inputs, recipe: fm.Recipe) -> TaskVector:
+    merged = fm.merge(inputs.base, list(inputs.models.values()), recipe)
+    return {name: merged[name] - weights for name, weights in inputs.base.items()}
 
 
-def permuted_merge(recipe: fm.Recipe, seed: int = 0) -> Callable[[Inputs], TaskVector]:
-    """The control: rows and columns in random order while the filter sees them, so frequency means nothing."""
-    inner = recipe_merge(recipe)
+def _permuted(inputs: Inputs, recipe: fm.Recipe, seed: int = 0) -> TaskVector:
+    """The same, with rows and columns in random order while it is merged."""
+    generator = torch.Generator().manual_seed(seed)
+    order = {
+        name: [torch.randperm(side, generator=generator) for side in tensor.shape]
+        for name, tensor in inputs.base.items()
+        if tensor.ndim == 2
+    }
 
-    def merge(inputs: Inputs) -> TaskVector:
-        generator = torch.Generator().manual_seed(seed)
-        order = {
-            name: [torch.randperm(side, generator=generator) for side in tensor.shape]
-            for name, tensor in inputs.base.items()
-            if tensor.ndim == 2
-        }
-
-        def shuffled(weights: TaskVector) -> TaskVector:
-            return {
-                name: tensor[order[name][0]][:, order[name][1]] if name in order else tensor
-                for name, tensor in weights.items()
-            }
-
-        merged = inner(Inputs(shuffled(inputs.base), {name: shuffled(m) for name, m in inputs.models.items()}))
+    def shuffled(weights: TaskVector) -> TaskVector:
         return {
-            name: tensor[order[name][0].argsort()][:, order[name][1].argsort()] if name in order else tensor
-            for name, tensor in merged.items()
+            name: tensor[order[name][0]][:, order[name][1]] if name in order else tensor
+            for name, tensor in weights.items()
         }
 
-    return merge
+    models = {name: shuffled(model) for name, model in inputs.models.items()}
+    merged = _merged(Inputs(shuffled(inputs.base), models), recipe)
+    return {
+        name: tensor[order[name][0].argsort()][:, order[name][1].argsort()] if name in order else tensor
+        for name, tensor in merged.items()
+    }
 
 
-def emr(inputs: Inputs, _: float) -> Kept:
+def norm(vector: TaskVector) -> float:
+    """The Frobenius norm of all tensors together."""
+    return math.sqrt(math.fsum(float(tensor.double().square().sum()) for tensor in vector.values()))
+
+
+def emr(inputs: Inputs) -> Kept:
     result = rivals.emr(inputs.vectors)
     return Kept([[vector] for vector in result.vectors], result.bytes_per_task)
 
 
-def low_rank(backbone: str, **size: Any) -> Callable[[Inputs, float], Kept]:
-    """The first singular vectors of theta_i - theta_m, within a ``budget`` or of a ``rank``."""
+def on(backbone: str | None, *, tuned: bool = True, **options: Any) -> Callable[[Inputs], Kept]:
+    """Experts of the package on a merged model, by the options of :func:`freemerge.extract_experts`."""
 
-    def build(inputs: Inputs, _: float) -> Kept:
-        shared = inputs.merged(backbone)
+    def build(inputs: Inputs) -> Kept:
+        nothing = {name: torch.zeros_like(tensor) for name, tensor in inputs.base.items()}
+        shared = nothing if backbone is None else inputs.merged(backbone, tuned=tuned)
         merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
-        return _kept(shared, inputs.base, extract_experts(inputs.base, inputs.models, backbone=merged, **size))
+        needed = "budget" in options or "rank" in options or options.get("rescale") == "least_squares"
+        experts = extract_experts(inputs.base, inputs.models, backbone=merged if needed else None, **options)
+        parts = [[shared, nothing | expert.dense()] for expert in experts.values()]
+        return Kept(parts, _file_bytes(experts), experts)
 
     return build
 
 
-def twin_svd(rank: int) -> Callable[[Inputs, float], Kept]:
-    """Twin-Merging (Lu et al., arXiv 2406.15479): a rank of what the merged model lacks, in float16."""
-    return low_rank("Task Arithmetic", rank=rank, values="svd16")
+def twin_sparse(density: float) -> Callable[[Inputs], Kept]:
+    """Twin-Merging: exclusive parts theta_i - theta_shared, the largest entries of the model, as our experts."""
 
-
-def twin_sparse(density: float) -> Callable[[Inputs, float], Kept]:
-    """Exclusive parts theta_i - theta_shared, the largest entries of the model, in the files of our experts."""
-
-    def build(inputs: Inputs, _: float) -> Kept:
+    def build(inputs: Inputs) -> Kept:
         shared = inputs.merged("Task Arithmetic")
         start = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
         experts = extract_experts(start, inputs.models, density=density, scope="model", rescale=1.0, values="fp16")
-        return _kept(shared, inputs.base, experts)
+        nothing = {name: torch.zeros_like(tensor) for name, tensor in inputs.base.items()}
+        return Kept([[shared, nothing | expert.dense()] for expert in experts.values()], _file_bytes(experts), experts)
 
     return build
-
-
-def free(
-    rescale: Literal["auto", "released", "paper", "projection", "tuned"] = "released",
-    *,
-    density: float = 0.01,
-    values: Literal["fp16", "sign"] = "fp16",
-    backbone: str | None = "FR-Merging",
-) -> Callable[[Inputs, float], Kept]:
-    """FREE-Merging: experts on a merged backbone. ``rescale="tuned"`` takes mu from the tuned number."""
-
-    def build(inputs: Inputs, mu: float) -> Kept:
-        shared = inputs.merged(backbone) if backbone else {name: torch.zeros_like(t) for name, t in inputs.base.items()}
-        merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
-        experts = extract_experts(
-            inputs.base,
-            inputs.models,
-            density=density,
-            rescale=mu if rescale == "tuned" else rescale,
-            values=values,
-            backbone=merged if rescale == "projection" else None,
-        )
-        return _kept(shared, inputs.base, experts)
-
-    return build
-
-
-def _kept(shared: TaskVector, base: TaskVector, experts: Mapping[str, Expert]) -> Kept:
-    parts = []
-    for expert in experts.values():
-        dense = expert.dense()
-        parts.append([shared, {name: dense.get(name, torch.zeros_like(tensor)) for name, tensor in base.items()}])
-    return Kept(parts, _file_bytes(experts), dict(experts))
 
 
 def _file_bytes(experts: Mapping[str, Expert]) -> float:
@@ -184,61 +163,45 @@ def _file_bytes(experts: Mapping[str, Expert]) -> float:
         return fmean(expert.save(f"{folder}/{name}.safetensors") for name, expert in experts.items())
 
 
-def _by_name(method: str) -> Callable[[Inputs], TaskVector]:
-    return recipe_merge(fm.Recipe(method=method))
+FR = {"weights": "magnitude", "renormalize": "energy"}
+PERMUTED = "FR-Merging, rows and columns permuted"
+UNFILTERED = "FR-Merging without its filter"
+BUDGETS = ("0.15 %", "0.3 %", "0.6 %", "1 %")
 
-
-def _fr(response: fm.Response) -> fm.Recipe:
-    return fm.Recipe(response=response, weights="magnitude", renormalize="energy")
-
-
-def _fr_at(cutoff: float, candidates: tuple[float, ...] = MEAN_SCALES) -> Static:
-    return Static(f"FR, cutoff {cutoff}", recipe_merge(_fr(fm.HighPass(cutoff))), candidates)
-
-
-STATIC = (
-    Static("weight average", _by_name("average"), (1.0,)),
-    Static("Task Arithmetic", _by_name("task_arithmetic"), SUM_SCALES),
-    Static("TIES, top 20 %", _by_name("ties"), UNIT_SCALES),
-    Static("DARE, p = .9", _by_name("dare"), SUM_SCALES),
-    Static("PCB, top 10 %", _by_name("pcb"), UNIT_SCALES),
-    Static("Iso-C", _by_name("iso_c"), UNIT_SCALES),
-    Static("TSV-M", _by_name("tsv_m"), UNIT_SCALES),
-    Static("no filter, weights of FR", recipe_merge(_fr(fm.HighPass(0))), MEAN_SCALES),
-    *(_fr_at(cutoff) for cutoff in (0.05, 0.1, 0.2, 0.3)),
-    Static("FR-Merging", recipe_merge(fm.Recipe()), MEAN_SCALES),
-    _fr_at(0.5),
-    _fr_at(0.6, STRONG_SCALES),
-    Static(
-        "FR as released (ViT-8 script)",
-        recipe_merge(fm.Recipe(response=fm.Official(0.7), weights="sum", align=True, renormalize=None)),
-        RELEASED_SCALES,
-    ),
-    Static("FR, cutoff 0.4, rows and columns permuted", permuted_merge(fm.Recipe()), STRONG_SCALES),
-    Static("row means removed, nothing else", recipe_merge(_fr(fm.Center(-1))), MEAN_SCALES),
+_STATIC = (
+    Static("weight average", fm.Recipe(method="average"), (1.0,)),
+    Static("Task Arithmetic", fm.Recipe(method="task_arithmetic"), SUM_SCALES),
+    Static("TIES, top 20 %", fm.Recipe(method="ties"), UNIT_SCALES),
+    Static("DARE, p = .9", fm.Recipe(method="dare"), SUM_SCALES),
+    Static("PCB, top 10 %", fm.Recipe(method="pcb"), UNIT_SCALES),
+    Static("FR-Merging", fm.Recipe(), MEAN_SCALES),
+    Static("Iso-C", fm.Recipe(method="iso_c"), UNIT_SCALES),
+    Static("Iso-CTS", fm.Recipe(method="iso_cts"), UNIT_SCALES),
+    Static("TSV-M", fm.Recipe(method="tsv_m"), UNIT_SCALES),
+    Static("WUDI", fm.Recipe(method="wudi"), UNIT_SCALES),
+    Static(UNFILTERED, fm.Recipe(fm.HighPass(0), **FR), MEAN_SCALES),
+    Static(PERMUTED, fm.Recipe(), STRONG_SCALES, permuted=True),
+    Static("row means removed, nothing else", fm.Recipe(fm.Center(-1), **FR), MEAN_SCALES),
 )
+STATIC = {method.name: method for method in _STATIC}
 
-SPECIFIC = (
-    Specific("EMR", emr, routed=True),
-    Specific("Twin, sparse 1 %", twin_sparse(0.01)),
-    Specific("Twin, sparse 10 %", twin_sparse(0.1)),
-    Specific("Twin, SVD rank 3", twin_svd(3)),
-    Specific("Twin, SVD rank 32", twin_svd(32)),
-    Specific("FREE, 1 %, released mu", free("released"), routed=True),
-    Specific("FREE, 1 %, auto mu", free("auto")),
-    Specific("FREE, 1 %, paper's mu", free("paper")),
-    Specific("FREE, 1 %, projection mu", free("projection")),
-    Specific("FREE, 1 %, tuned mu", free("tuned"), MU),
-    Specific("FREE, 1 % signs, released mu", free("released", values="sign"), routed=True),
-    Specific("FREE, 1 % signs, tuned mu", free("tuned", values="sign"), MU),
-    Specific("FREE, 0.25 %, released mu", free("released", density=0.0025)),
-    Specific("FREE, 5 %, released mu", free("released", density=0.05)),
-    Specific("experts on Iso-C, 1 % signs, released mu", free("released", values="sign", backbone="Iso-C")),
+_SPECIFIC = (
+    Specific("EMR", emr),
+    Specific("Twin, sparse 1 %", twin_sparse(0.01), "Task Arithmetic"),
+    Specific("Twin, SVD rank 3", on("Task Arithmetic", rank=3, values="svd16"), "Task Arithmetic"),
+    Specific("FREE, 1 %", on("FR-Merging"), "FR-Merging", routed=True),
+    Specific("FREE, 1 %, released mu", on("FR-Merging", rescale="released"), "FR-Merging"),
+    Specific("FREE, 1 %, paper's mu", on("FR-Merging", rescale="paper"), "FR-Merging"),
+    Specific("FREE, 1 % signs", on("FR-Merging", values="sign"), "FR-Merging"),
+    Specific("FREE, 1 %, no filter", on(UNFILTERED), UNFILTERED),
+    Specific("FREE, 1 %, permuted", on(PERMUTED), PERMUTED),
+    Specific("FREE, 1 %, on the base", on(None)),
+    Specific("Iso-C + 1 % signs", on("Iso-C", values="sign"), "Iso-C"),
     *(
-        Specific(f"experts on Iso-C, low rank {budget}", low_rank("Iso-C", budget=budget))
-        for budget in ("0.15 %", "0.3 %", "0.6 %", "1 %")
+        Specific(f"{backbone} + low rank {budget}", on(backbone, budget=budget), backbone, routed=budget == "0.6 %")
+        for backbone in ("Iso-C", "TSV-M")
+        for budget in BUDGETS
     ),
-    Specific("experts on FR-Merging, low rank 0.6 %", low_rank("FR-Merging", budget="0.6%")),
-    Specific("experts without a filter", free("released", backbone="no filter, weights of FR")),
-    Specific("experts on the base", free("released", backbone=None)),
+    Specific("FR-Merging + low rank 0.6 %", on("FR-Merging", budget="0.6 %"), "FR-Merging"),
 )
+SPECIFIC = {method.name: method for method in _SPECIFIC}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TaskVector = dict[str, Tensor]
+from .suite import TaskVector
 
 
 def flatten(vector: TaskVector) -> Tensor:

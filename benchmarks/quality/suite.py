@@ -1,37 +1,63 @@
-"""The tasks of one seed made ready: weights of the fine-tuned encoders, test sets, heads and the router."""
+"""The tasks of one seed made ready, whatever the modality: fine-tuned weights, test sets and the router."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from freemerge.experts.router import Router
 
-from . import tasks
-from .encoder import Encoder, Examples, class_head
-from .finetune import finetuned, load
-from .rivals import TaskVector
+TaskVector = dict[str, Tensor]
+ROUTER_SAMPLES = 1000  # training examples of each task, labelled by task only
 
-ROUTER_SAMPLES = 1000  # training texts of each task, labelled by task only
+
+class Model(Protocol):
+    """A network of which a part is fine-tuned and merged."""
+
+    merged: nn.Module  #: that part
+
+    def eval(self) -> object: ...
+
+    def train(self) -> object: ...
+
+
+class Examples(Protocol):
+    """Examples of one task, ready for the model."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def rows(self, rows: list[int]) -> Examples:
+        """Some of the examples."""
+        ...
+
+    def predictions(self, model: Model) -> Tensor:
+        """The class of each example, (N,), with the weights the model holds now."""
+        ...
+
+
+def weights(model: Model) -> TaskVector:
+    """The merged part's tensors, as the model holds them (not copies)."""
+    return dict(model.merged.state_dict(keep_vars=False))
 
 
 @dataclass
 class Suite:
     """Everything that the methods of one seed are measured on."""
 
-    encoder: Encoder
+    model: Model
     base: TaskVector
     models: list[TaskVector]
     names: list[str]
-    validation: list[Examples]
-    test: list[Examples]
-    router: Router
-    routes: list[Tensor]  # for each task, the index of the task that the router takes each test text for
+    validation: Sequence[Examples]
+    test: Sequence[Examples]
+    routes: list[Tensor]  # for each task, the index of the task that the router takes each test example for
 
     @property
     def vectors(self) -> list[TaskVector]:
@@ -40,19 +66,20 @@ class Suite:
 
     @property
     def dense_bytes(self) -> float:
-        """Bytes of the merged part of the encoder in fp16: what keeping one fine-tuned model costs."""
+        """Bytes of the merged part of the model in fp16: what keeping one fine-tuned model costs."""
         return 2.0 * sum(tensor.numel() for tensor in self.base.values())
 
     def apply(self, *parts: TaskVector) -> None:
-        """Load theta_0 plus the given task vectors into the encoder."""
-        self.encoder.load({name: sum((part[name] for part in parts), base) for name, base in self.base.items()})
+        """Load theta_0 plus the given task vectors into the model."""
+        total = {name: sum((part[name] for part in parts), base) for name, base in self.base.items()}
+        self.model.merged.load_state_dict(total)
 
     def accuracies(self, parts: Sequence[Sequence[TaskVector]], examples: Sequence[Examples]) -> list[float]:
         """Accuracy on each task with the sum of its own parts."""
         result = []
         for own, example in zip(parts, examples, strict=True):
             self.apply(*own)
-            result.append(100.0 * float((example.predictions(self.encoder) == example.labels).double().mean()))
+            result.append(100.0 * float((example.predictions(self.model) == example.labels).double().mean()))
         return result
 
     def validate(self, parts: Sequence[Sequence[TaskVector]]) -> float:
@@ -60,9 +87,9 @@ class Suite:
         return fmean(self.accuracies(parts, self.validation))
 
     def routed(self, parts: Sequence[Sequence[TaskVector]]) -> tuple[list[float], list[float]]:
-        """Accuracy on each task when every text is served by the expert that the router picks.
+        """Accuracy on each task when every example is served by the expert that the router picks.
 
-        First with the task's own head, then with the picked task's head too, where a text sent astray is lost.
+        First with the task's own head, then with the picked task's head too, where an example sent astray is lost.
         """
         own_head, picked_head = [], []
         for task, example in enumerate(self.test):
@@ -70,45 +97,27 @@ class Suite:
             for expert in self.routes[task].unique().tolist():
                 rows = torch.nonzero(self.routes[task] == expert).flatten().tolist()
                 self.apply(*parts[expert])
-                predicted[rows] = example.rows(rows).predictions(self.encoder)
+                predicted[rows] = example.rows(rows).predictions(self.model)
             right = predicted == example.labels
             own_head.append(100.0 * float(right.double().mean()))
             picked_head.append(100.0 * float((right & (self.routes[task] == task)).double().mean()))
         return own_head, picked_head
 
     def routing_accuracy(self) -> float:
-        """Share of test texts that the router sends to their own task, in percent, as a mean over tasks."""
+        """Share of test examples that the router sends to their own task, in percent, as a mean over tasks."""
         return fmean(100.0 * float((routes == task).double().mean()) for task, routes in enumerate(self.routes))
 
     def wrong_expert(self, parts: Sequence[Sequence[TaskVector]]) -> list[float]:
-        """Accuracy on each task when the next task's expert serves all of its texts."""
+        """Accuracy on each task when the next task's expert serves all of its examples."""
         return self.accuracies([*parts[1:], parts[0]], self.test)
 
 
-def build(cache: Path, names: Sequence[str], seed: int, steps: int, test: int = tasks.TEST) -> Suite:
-    """Fine-tune what the cache lacks, then load everything of one seed; at most ``test`` test texts a task."""
-    encoder = Encoder(cache)
-    base = {name: tensor.clone() for name, tensor in encoder.weights().items()}
-    loaded = [tasks.load(name, cache, seed, test) for name in names]
-    # The size of the test set is part of the name: with another one, the training texts are others too.
-    folder = cache / "weights" / f"seed{seed}-steps{steps}-test{test}"
-    models = [load(finetuned(encoder, base, task, folder, seed, steps)) for task in loaded]
-    encoder.load(base)
-    heads = [class_head(encoder, task) for task in loaded]
-    router = _fit_router(encoder, loaded, seed)
-    return Suite(
-        encoder,
-        base,
-        models,
-        list(names),
-        [Examples.of(encoder, task.validation, head) for task, head in zip(loaded, heads, strict=True)],
-        [Examples.of(encoder, task.test, head) for task, head in zip(loaded, heads, strict=True)],
-        router,
-        [router(encoder.word_features(task.test.texts)).argmax(1) for task in loaded],
-    )
+def routes(train: Sequence[Tensor], test: Sequence[Tensor], names: Sequence[str], seed: int) -> list[Tensor]:
+    """Which task a router takes each test example for; ``train`` and ``test`` hold each task's features (N, F)."""
+    owners = [name for name, features in zip(names, train, strict=True) for _ in features]
+    router = Router.fit(torch.cat(list(train)), owners, seed=seed)
+    return [router(features).argmax(1) for features in test]
 
 
-def _fit_router(encoder: Encoder, loaded: Sequence[tasks.Task], seed: int) -> Router:
-    texts = [text for task in loaded for text in task.train.texts[:ROUTER_SAMPLES]]
-    owners = [task.name for task in loaded for _ in task.train.texts[:ROUTER_SAMPLES]]
-    return Router.fit(encoder.word_features(texts), owners, seed=seed)
+Build = Callable[[Path, Sequence[str], int, int, int], Suite]
+"""From cache folder, tasks, seed, steps and number of test examples: fine-tunes what the cache lacks."""

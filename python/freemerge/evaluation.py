@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from torch import Tensor
 
@@ -108,7 +109,7 @@ def sweep(
     return Sweep(recipes[best], evaluations)
 
 
-def load_function(reference: str) -> ScoreFunction:
+def load_function(reference: str) -> Callable[[dict[str, Tensor]], Any]:
     """The function named by ``"path/to/file.py:function"`` or ``"package.module:function"``; executes that file.
 
     Raises ArgumentError if there is no such file, module or function.

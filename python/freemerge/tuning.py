@@ -33,7 +33,7 @@ class Tuned:
     """What was learnt.
 
     ``recipe``: the recipe with the learnt weights, at scale 1, for :func:`freemerge.merge`. ``entropies``: the mean
-    entropy of the predictions before each step, in nats.
+    entropy of the predictions before each iteration, in nats.
     """
 
     recipe: Recipe
@@ -47,7 +47,7 @@ def tune(
     function: LogitFunction,
     *,
     by: By = "task",
-    steps: int = 100,
+    iterations: int = 100,
     rate: float = 0.01,
     backend: str = "auto",
 ) -> Tuned:
@@ -63,10 +63,10 @@ def tune(
             ``renormalize=None`` and without sign election; a filter may come before it. It has no ``layers``.
         function: called with a state dict as :func:`freemerge.merge` returns it, whose tensors require gradients;
             yields the logits [..., classes] of unlabelled batches, as a rule one of each task, each from a forward pass
-            of its own (``torch.func.functional_call``). It is called once a step, and should go on with other batches.
+            of its own (``torch.func.functional_call``). It is called once an iteration, and should go on with others.
         by: one weight for each ``"task"``, or one for each task in each ``"layer"``: tensors that share their name up
             to the first number, as ``encoder.layer.3.``, are a layer; all others together are one more.
-        steps, rate: of Adam.
+        iterations, rate: of Adam.
 
     Raises:
         ArgumentError: a method that is not linear; batches that are no logits, do not depend on the weights, or give
@@ -74,8 +74,8 @@ def tune(
     """
     if by not in ("task", "layer"):
         raise ArgumentError(f"by must be 'task' or 'layer', got {by!r}")
-    if steps < 1 or not rate > 0:
-        raise ArgumentError(f"steps must be at least 1 and rate above 0, got {steps} and {rate}")
+    if iterations < 1 or not rate > 0:
+        raise ArgumentError(f"iterations must be at least 1 and rate above 0, got {iterations} and {rate}")
     if recipe.layers:
         raise ArgumentError("layers: these weights are what is learnt; start from a recipe without them")
     if not recipe.merging.linear:
@@ -92,7 +92,7 @@ def tune(
         fixed = _fixed(merger, measured, parts)
         optimizer = torch.optim.Adam([weights], lr=rate)
         entropies = []
-        for _ in range(steps):
+        for _ in range(iterations):
             merged = {
                 name: _merged(merger, name, torch.tensordot(weights[group[name]].to(part.dtype), part, 1))
                 for name, part in parts.items()

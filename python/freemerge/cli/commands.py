@@ -20,6 +20,7 @@ SECTIONS = {
         "init": "write a recipe with comments, from a base and models",
         "merge": "merge checkpoints into one",
         "inspect": "what a merge would do to each tensor",
+        "tune": "learn the weights of a merge from unlabelled data, into a recipe",
         "mergekit-yaml": "mergekit's own command, with freemerge's methods in it",
     },
     "Parts of models": {

@@ -148,11 +148,6 @@ SOURCES = {
 }
 
 
-def packages(names: list[str]) -> set[str]:
-    """The packages that ship the named tasks' texts."""
-    return {SOURCES[name].package for name in names}
-
-
 def _rows(name: str, cache: Path) -> list[Row]:
     """A task's rows without duplicates or contradictions, kept in the cache folder since parsing takes a while."""
     kept = cache / "texts" / f"{name}.json"
