@@ -13,7 +13,9 @@ from freemerge.backends import registry
 from freemerge.backends.torch import TorchBackend
 
 # Tests of a host run where it is installed: ./check hosts makes an environment for each.
-collect_ignore = [f"hosts/test_{host}.py" for host in ("mergekit",) if find_spec(host) is None]
+HOSTS = ("mergekit", "sd_mecha", "fusion_bench")
+collect_ignore = [f"hosts/test_{host}.py" for host in HOSTS if find_spec(host) is None]
+collect_ignore += ["hosts/test_together.py"] if collect_ignore else []
 
 settings.register_profile(
     "reproducible", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

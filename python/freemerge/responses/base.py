@@ -129,7 +129,7 @@ class Response:
         return np.array(np.broadcast_to(self.gain(ky, signed_frequencies(width)[None, :], shape), (height, width)))
 
     def removed_fraction(self, shape: tuple[int, ...]) -> float:
-        """Share of the spectrum this response removes at ``shape``: the mean over all bins of 1 - min(|M_s|, 1)."""
+        """Share of the spectrum this response removes at ``shape``: the mean over all bins of ``1 - min(|M_s|, 1)``."""
         height, width = matrix_shape(shape)
         weights = column_weights(width)
         total = sum(
