@@ -22,6 +22,7 @@ from freemerge.experts.names import Values
 from freemerge.experts.values import CODINGS
 from freemerge.merging.commented import commented_recipe
 from freemerge.merging.recipe import PRESETS, Recipe
+from freemerge.methods import METHODS
 from freemerge.methods.fr import FR
 from freemerge.methods.parameters import parameters_of
 
@@ -480,13 +481,19 @@ def test_init(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run("init", files[0], tmp_path / "nowhere") == 1
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_commented_recipe_is_the_recipe(preset: str, tmp_path: Path) -> None:
+EVERYTHING = Recipe(
+    method="task_arithmetic", weights=[0.1, 0.2], layers=[("*.0.*", [0.3, 0.4])], filter="before", cutoff=0.3,
+    select=[("*.bias", "copy")], rename=[("a.", "b.")], views=[{"split": "*.qkv", "parts": 3}], out_dtype="float16",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", [EVERYTHING, *(Recipe(method=m) for m in METHODS), *map(Recipe.preset, PRESETS)])
+def test_a_commented_recipe_is_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
     file = tmp_path / "recipe.yml"
-    file.write_text(commented_recipe(Recipe.preset(preset), ["one", "", "two"]))
-    assert Recipe.from_yaml(file) == Recipe.preset(preset)
+    file.write_text(commented_recipe(recipe, ["one", "", "two"]))
+    assert Recipe.from_yaml(file) == recipe
     keys = [line.split(":")[0] for line in file.read_text().splitlines() if line[:1].isalpha()]
-    assert keys == ["version", *Recipe.preset(preset).to_config()]
+    assert keys == ["version", *recipe.to_config()]
 
 
 def test_the_codings_of_the_command_line_are_those_of_experts() -> None:

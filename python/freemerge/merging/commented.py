@@ -15,6 +15,7 @@ _OTHERS = {
     "response": "the filter of the matrices, by the name of a class of freemerge.responses and its arguments",
     "select": "what happens to tensors, by name; the first rule that fits counts, without one matrices are filtered "
     "and the rest is merged: filter, merge, average, copy, drop",
+    "layers": "weights of some tensors, by name; the first pattern that fits counts",
     "views": "tensors that are seen as one matrix, or as several: {stack: [PATTERN, ...]}, {split: PATTERN, parts: 3}",
     "rename": "prefixes of names of models, and those of the base that they stand for",
 }
