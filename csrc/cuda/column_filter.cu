@@ -7,6 +7,7 @@
 #include "cuda/launch_math.h"
 #include "cuda/mask_gain.cuh"
 #include "cuda/shared_fft.cuh"
+#include "cuda/spectrum_column.cuh"
 
 namespace freemerge::cuda {
 namespace {
