@@ -4,7 +4,8 @@
 # compute-sanitizer and Nsight Compute where they are installed. Each part has its time, and a part that fails or runs
 # out of it does not keep the others from running.
 # usage: benchmarks/gpu_suite.sh [RESULT.json]; PYTHON names a Python with a CUDA build of torch and the test extras.
-# BUILT=1 takes the freemerge that this Python imports, for instance a build that was made elsewhere and carried in.
+# BUILT=1 takes the freemerge that this Python imports, for instance a build that was made elsewhere and carried in;
+# COMMIT tells the result which one it is of, where the tree has no history.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -31,9 +32,9 @@ if [ -z "${BUILT:-}" ]; then
   FREEMERGE_CUDA=ON CUDAARCHS=${CUDAARCHS:-native} "$python" -m pip install --quiet --no-deps $isolation .
 fi
 
-part tests 90 "$python" -m pytest -q -m gpu tests/backends
-part sweep 190 "$python" -m benchmarks.gpu_suite sweep --out "$result" --budget 160
-part table 180 "$python" -m benchmarks.gpu_suite table --out "$result" --budget 130
+part tests 120 "$python" -m pytest -q -m gpu tests/backends
+part sweep 170 "$python" -m benchmarks.gpu_suite sweep --out "$result" --budget 140
+part table 170 "$python" -m benchmarks.gpu_suite table --out "$result" --budget 120
 
 if command -v compute-sanitizer > /dev/null; then
   for tool in memcheck racecheck; do

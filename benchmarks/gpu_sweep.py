@@ -42,7 +42,8 @@ def kernel_times(work: Callable[[], object]) -> KernelTimes:
         torch.cuda.synchronize()
     times: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
-        times[kernel_name(event.name)].append(event.device_time_total)
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[kernel_name(event.name)].append(event.time_range.elapsed_us())
     return {
         name: sum(found) / CALLS if len(found) > CALLS else statistics.median(found) for name, found in times.items()
     }

@@ -36,10 +36,10 @@ def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
 @pytest.mark.parametrize("response", RESPONSES, ids=lambda r: type(r).__name__)
 def test_results_agree_with_the_formula(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> None:
     x = matrix(*shape, dtype=dtype)
-    want = 1.5 * reference_filter(x.cpu(), response)
+    want = 1.5 * reference_filter(x, response)  # on the GPU, by torch in float64: a tenth of the time
     got = fm.filtered(x, response, scale=1.5, backend="cuda")
     norm = max(float(want.norm()), 0.3 * float(x.double().norm()))
-    assert float((got.cpu().double() - want).norm()) / norm < TOLERANCE[dtype]
+    assert float((got.double() - want).norm()) / norm < TOLERANCE[dtype]
     assert torch.equal(got, fm.filtered(x, response, scale=1.5, backend="cuda"))
 
 
