@@ -1,6 +1,7 @@
-"""The CUDA backend against torch.fft and the released code's way, on a GPU: checked first, then timed.
+"""The CUDA backend against torch.fft on a GPU: checked first, then timed. Run by gpu_suite.sh, part by part.
 
-Times are medians of CUDA events over inputs that rotate through more memory than the L2 holds. Run by gpu_suite.sh.
+Times are medians over inputs that rotate through more memory than the L2 holds: of a call, with what the host does, and
+of a replayed CUDA graph. Each case is measured by the plan that "auto" takes and by the full form in three kernels.
 """
 
 from __future__ import annotations
@@ -8,22 +9,44 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from itertools import cycle
 from pathlib import Path
 
 import torch
 
 import freemerge as fm
-from benchmarks import harness
+from benchmarks import gpu_sweep, harness
 from benchmarks.experts import switching
 from benchmarks.harness import LLAMA, PRIMES, VIT, VOCABULARY, Case, Row
 from benchmarks.kernels import one_tensor
+from freemerge.backends.cuda import CudaBackend
+from freemerge.backends.registry import named
+from freemerge.planner.plan import Plan
 
-SHAPES = [*VIT, *LLAMA, *VOCABULARY, *PRIMES, (48, 768, 768)]
-RESPONSES = [*(f"HighPass({cutoff})" for cutoff in (0.01, 0.05, 0.2, 0.4)), "Official(0.7)", "Butterworth(0.1)"]
+RESULT = Path("benchmarks/results/gpu.json")
+SHAPES = [*LLAMA, *VIT, (48, 768, 768), *VOCABULARY, *PRIMES]  # the most important first
+RESPONSES = {
+    "HighPass(0.4)": ("float32", "bfloat16"),
+    "HighPass(0.05)": ("float32", "bfloat16"),
+    "Butterworth(0.1)": ("float32",),
+    "Official(0.7)": ("float32",),
+    "HighPass(0.2)": ("float32",),
+}
+FORCED = {((14336, 4096), "HighPass(0.4)"): "decimated"}  # a form that "auto" passes over, to fit its costs
 DTYPES = ("float32", "bfloat16")
 ARITHMETIC = 1e-6  # relative error of the kernels
+GRAPHED = 16  # calls in a graph, at most
+
+Run = Callable[[torch.Tensor], object]
+
+
+def cases() -> list[Case]:
+    """By importance: a budget that is too short leaves out the last."""
+    return [
+        Case(shape, response, dtype) for response, dtypes in RESPONSES.items() for dtype in dtypes for shape in SHAPES
+    ]
 
 
 def rotation(case: Case) -> list[torch.Tensor]:
@@ -33,41 +56,104 @@ def rotation(case: Case) -> list[torch.Tensor]:
     return [x, *(x.clone() for _ in range(min(63, max(1, 4 * l2 // x.nbytes))))]
 
 
-def measure(case: Case) -> Row:
+def measured_plans(backend: CudaBackend, case: Case, device: str = "cuda") -> dict[str, Plan]:
+    """The plan of "auto", that in three kernels, and one that is to be forced, as far as they differ."""
+    found = gpu_sweep.plans(backend, case, device)
+    forced = FORCED.get((case.shape, case.response))
+    wanted = [("auto", found[0])]
+    wanted += [
+        ("three_kernels" if plan.tiles else plan.form, plan) for plan in found[1:] if plan.tiles or plan.form == forced
+    ]
+    return dict(wanted)
+
+
+def runs(backend: CudaBackend, case: Case, plans: Mapping[str, Plan]) -> dict[str, Run]:
+    scale = harness.steady_scale(case.mask)
+
+    def by_plan(plan: Plan) -> Run:
+        executable = backend.executable(plan)
+        return lambda t: executable.run([t if t.ndim == 3 else t[None]], scale)
+
+    found = {name: by_plan(plan) for name, plan in plans.items()}
+    found["auto"] = lambda t: fm.filter_(t, case.mask, scale=scale, backend="cuda")  # with all that a call costs
+    return found
+
+
+def graph_ms(run: Run, inputs: list[torch.Tensor]) -> float:
+    """Milliseconds of a call within a replayed graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        run(inputs[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for t in inputs[:GRAPHED]:
+            run(t)
+    return harness.gpu_median({"graph": graph.replay})["graph"] / min(GRAPHED, len(inputs))
+
+
+def measure(backend: CudaBackend, case: Case) -> Row:
     inputs, response = rotation(case), case.mask
-    x = inputs[0]
-    error = harness.check(fm.filtered(x, response, backend="cuda"), x, response, ARITHMETIC)["error"]
-    plan = fm.explain(x, response, backend="cuda")
-    in_torch = harness.torch_fft(x, response)
+    x, plans = inputs[0], measured_plans(backend, case)
+    ours, in_torch = runs(backend, case, plans), harness.torch_fft(x, response)
+    scale = harness.steady_scale(response)
+    errors = {}
+    for name, run in ours.items():
+        y = x.clone()
+        run(y)
+        errors[name] = harness.check(y / scale, x, response, ARITHMETIC)["error"]
 
-    def ours(t: torch.Tensor) -> torch.Tensor:
-        return fm.filter_(t, response, scale=harness.steady_scale(response), backend="cuda")
-
-    def rotating(run: Callable[[torch.Tensor], object]) -> Callable[[], object]:
+    def rotating(run: Run) -> Callable[[], object]:
         following = cycle(inputs)
         return lambda: run(next(following))
 
-    works = {"ms": ours, "floor_ms": lambda t: t.mul_(1.0009765625), "torch_ms": in_torch}
-    if len(case.shape) == 2 and isinstance(response, fm.Official):
-        works["released_ms"] = lambda t: harness.released(t, response.ratio)
+    works = {**ours, "floor": lambda t: t.mul_(1.0009765625), "torch": in_torch}
     times = harness.gpu_median({name: rotating(run) for name, run in works.items()})
+    forms = {
+        name: {
+            "form": plan.form, "tiles": vars(plan.tiles) if plan.tiles else None, "ms": times[name],
+            "graph_ms": graph_ms(ours[name], inputs), "error": errors[name], "promised_bytes": plan.workspace_bytes,
+            "extra_bytes": harness.peak_growth(lambda run=ours[name]: run(x), "cuda"),  # type: ignore[misc]
+        }
+        for name, plan in plans.items()
+    }  # fmt: skip
     return {
-        "shape": list(case.shape), "dtype": case.dtype, "response": repr(response), "form": plan.form, "error": error,
-        "extra_bytes": harness.peak_growth(lambda: ours(x), "cuda"), "promised_bytes": plan.workspace_bytes,
-        "torch_extra_bytes": harness.peak_growth(lambda: in_torch(x), "cuda"), **times,
-        "gb_per_s_of_floor": 3 * x.nbytes / times["ms"] / 1e6,
+        "shape": list(case.shape), "dtype": case.dtype, "response": repr(response), "plans": forms,
+        "torch_ms": times["torch"], "torch_graph_ms": graph_ms(in_torch, inputs), "floor_ms": times["floor"],
+        "torch_extra_bytes": harness.peak_growth(lambda: in_torch(x), "cuda"),
     }  # fmt: skip
 
 
-def sanitize() -> None:
-    """Every kernel once, on shapes small enough for compute-sanitizer."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for response in (fm.HighPass(0.05), fm.HighPass(0.3), fm.Butterworth(0.1), fm.Center(-2)):
-            for shape in ((128, 200), (97, 101), (3, 40, 48)):
-                fm.filter_(torch.randn(shape, device="cuda").to(dtype), response, backend="cuda")
+def table(backend: CudaBackend, budget: float) -> dict[str, object]:
+    """Rows of all cases, and the cases for which the budget in seconds was too short."""
+    end, rows, left_out = time.monotonic() + budget, [], []
+    for case in cases():
+        if time.monotonic() > end:
+            left_out.append(str(case))
+        else:
+            rows.append(measure(backend, case))
+            torch.cuda.empty_cache()
+    merges = [one_tensor((4096, 11008), fm.HighPass(c), "cuda", harness.gpu_median) for c in (0.05, 0.4)]
+    switches = [{"dtype": dtype, **switching(getattr(torch, dtype), "cuda")} for dtype in DTYPES]
+    return {"results": rows, "left_out": left_out, "merge": merges, "switch": switches}
+
+
+def exercise(shapes: Iterable[tuple[int, ...]], responses: Iterable[str]) -> None:
+    """Every plan of the backend once, for compute-sanitizer and profilers; a merge too."""
+    backend = cuda()
+    for case in (Case(shape, response, dtype) for shape in shapes for response in responses for dtype in DTYPES):
+        x = case.input("cuda")
+        for plan in gpu_sweep.plans(backend, case, "cuda"):
+            backend.executable(plan).run([x if x.ndim == 3 else x[None]], 1.0)
     base, model = (torch.randn(300, 200, device="cuda") for _ in range(2))
     fm.merge({"w": base}, [{"w": model}], fm.Recipe(fm.HighPass(0.3), out_dtype="bfloat16"), backend="cuda")
     torch.cuda.synchronize()
+
+
+def cuda() -> CudaBackend:
+    backend = named("cuda")
+    assert isinstance(backend, CudaBackend)
+    return backend
 
 
 def machine() -> Row:
@@ -77,40 +163,56 @@ def machine() -> Row:
     )
 
 
-def print_table(rows: list[Row]) -> None:
-    print("| shape | dtype | response | form | ms | x torch | x in-place scale | extra MB (torch) | error |")
-    print("|---|---|---|---|---:|---:|---:|---:|---:|")
+def markdown(rows: Iterable[Row]) -> str:
+    lines = [
+        "| shape | dtype | response | plan | call us | graph us | x torch, call | graph | x scale | MB (torch) | off |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
-        print(
-            f"| {shape} | {row['dtype']} | {row['response']} | {row['form']} | {row['ms']:.3f} "
-            f"| {row['torch_ms'] / row['ms']:.1f} | {row['ms'] / row['floor_ms']:.1f} "
-            f"| {row['extra_bytes'] / 1e6:.1f} ({row['torch_extra_bytes'] / 1e6:.0f}) | {row['error']:.0e} |"
-        )
+        for name, plan in row["plans"].items():
+            lines.append(
+                f"| {shape} | {row['dtype']} | {row['response']} | {name}: {plan['form']} | {1e3 * plan['ms']:.0f} "
+                f"| {1e3 * plan['graph_ms']:.0f} | {row['torch_ms'] / plan['ms']:.2f} "
+                f"| {row['torch_graph_ms'] / plan['graph_ms']:.2f} | {plan['graph_ms'] / row['floor_ms']:.1f} "
+                f"| {plan['extra_bytes'] / 1e6:.1f} ({row['torch_extra_bytes'] / 1e6:.0f}) | {plan['error']:.0e} |"
+            )
+    return "\n".join(lines)
+
+
+def record(out: Path, found: Mapping[str, object]) -> None:
+    """Adds parts to a result of the same commit, or starts a new one."""
+    here = machine()
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    same = before.get("machine", {}).get("commit") == here.get("commit")
+    harness.write(out, {**(before if same else {}), "machine": here, **found})
+    print(f"written to {out}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
-    parser.add_argument("--sanitize", action="store_true", help="run every kernel once and stop")
+    parser.add_argument("part", choices=["sweep", "table", "sanitize", "profile"])
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--budget", type=float, default=150.0, help="seconds after which nothing new is begun")
     options = parser.parse_args()
-    backend = fm.backends()["cuda"]
-    if not backend.available:
-        sys.exit(f"no CUDA backend: {backend.reason}")
-    if options.sanitize:
-        sanitize()
-        return
-    rows = []
-    for shape in SHAPES:
-        for response in RESPONSES:
-            rows += [measure(Case(shape, response, dtype)) for dtype in DTYPES]
-            torch.cuda.empty_cache()
-    merges = [one_tensor((4096, 11008), fm.HighPass(c), "cuda", harness.gpu_median) for c in (0.05, 0.4)]
-    switches = [{"dtype": dtype, **switching(getattr(torch, dtype), "cuda")} for dtype in DTYPES]
-    harness.write(options.out, {"machine": machine(), "results": rows, "merge": merges, "switch": switches})
-    print_table(rows)
-    print("", *(json.dumps(row) for row in merges + switches), sep="\n")
-    print(f"\nwritten to {options.out}")
+    info = fm.backends()["cuda"]
+    if not info.available:
+        sys.exit(f"no CUDA backend: {info.reason}")
+    if options.part == "sanitize":
+        exercise(
+            [(128, 200), (97, 101), (3, 40, 48), (64, 86)], [fm.HighPass(0.05), fm.HighPass(0.3), fm.Butterworth(0.1)]
+        )
+    elif options.part == "profile":
+        exercise([(4096, 4096), (4096, 11008)], ["HighPass(0.4)", "HighPass(0.05)"])
+    elif options.part == "sweep":
+        found = gpu_sweep.sweep(cuda(), options.budget)
+        record(options.out, {"sweep": found})
+    else:
+        found = table(cuda(), options.budget)
+        record(options.out, found)
+        print(markdown(found["results"]))  # type: ignore[arg-type]
+        print("", *(json.dumps(row) for row in (*found["merge"], *found["switch"])), sep="\n")  # type: ignore[misc]
+        print(f"left out: {found['left_out']}")
 
 
 if __name__ == "__main__":

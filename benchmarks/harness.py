@@ -286,13 +286,16 @@ def machine(**about: Any) -> Row:
 
 @lru_cache
 def commit() -> str:
-    """The commit of the package in use, or of this file where the package is installed elsewhere."""
+    """The commit of the package in use, or of this file where the package is installed elsewhere.
+
+    The environment says it for a copy of the tree without its history.
+    """
     for file in (fm.__file__, __file__):
         command = ["git", "-C", Path(file).parent, "rev-parse", "HEAD"]
         told = subprocess.run(command, capture_output=True, text=True, check=False)
         if told.returncode == 0:
             return told.stdout.strip()
-    return ""
+    return os.environ.get("COMMIT", "")
 
 
 def processor() -> str:

@@ -15,7 +15,7 @@ from freemerge.responses import Response
 def reference_filter(matrix: Tensor, response: Response) -> Tensor:
     """Re(ifft2(M * fft2(x))) of the last two axes (or the only one), float64."""
     shape = tuple(matrix.shape[-2:])
-    mask = torch.from_numpy(response.mask(shape))
+    mask = torch.from_numpy(response.mask(shape)).to(matrix.device)
     wide = matrix.double() if matrix.ndim > 1 else matrix.double()[None]
     return torch.fft.ifft2(mask * torch.fft.fft2(wide)).real.reshape(matrix.shape)
 

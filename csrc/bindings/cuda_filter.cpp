@@ -72,6 +72,7 @@ void bind_filter(py::module_& m) {
            py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("table"), py::arg("dtype"),
            py::arg("background"), py::arg("rows"), py::arg("columns"), py::arg("fused"), py::arg("tiles"),
            py::arg("column_gains"), py::arg("upload"))
+      .def_readwrite("chunk_rows", &Filter::chunk_rows)
       .def(
           "workspace_bytes",
           [](const Filter& self, const std::vector<Address>& pointers,

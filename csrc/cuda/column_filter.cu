@@ -7,6 +7,7 @@
 #include "cuda/launch_math.h"
 #include "cuda/mask_gain.cuh"
 #include "cuda/shared_fft.cuh"
+#include "cuda/spectrum_column.cuh"
 
 namespace freemerge::cuda {
 namespace {
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_filter_kernel(Job jo
     columns.at(row, column) = bin < bins ? spectrum.get(first_row + row) : make_float2(0.0f, 0.0f);
   __syncthreads();
   // A pass whose results are masked while they are in registers, or that has no turns, is the same both ways.
-  const bool fused = a.tables.steps && is_common(passes.last());
+  const bool fused = !kUncommon && a.tables.steps;
   const bool direct = kUncommon && passes.last() == 43;
   const int ordinary = passes.count - (fused || direct ? 1 : 0);
   int stride = passes.length;
@@ -150,7 +151,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks) column_filter_kernel(Job jo
     stride /= passes.radix[i];
     pass_of_radix<kUncommon, false>(passes.radix[i], columns, a.tables.roots, passes.length, stride);
   }
-  if (fused) masked_pass_of_radix(job, columns, first_column);
+  if constexpr (!kUncommon) {
+    if (fused) masked_pass_of_radix(job, columns, first_column);
+  }
 #pragma unroll 1
   for (int way = 0; way < 2 && !fused; ++way) {
     if constexpr (kUncommon) {

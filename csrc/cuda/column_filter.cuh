@@ -9,7 +9,7 @@
 #include "common/mask.h"
 #include "common/plan.h"
 #include "cuda/column_tables.h"
-#include "cuda/half_spectra.cuh"
+#include "cuda/half_spectra.h"
 #include "cuda/passes.h"
 
 namespace freemerge::cuda {

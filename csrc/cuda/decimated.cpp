@@ -30,6 +30,7 @@ class Decimated : public Executor {
     const std::int64_t rows = height * ceil_div(width, 64) * most / heuristics::kWarpsWanted;
     chunks_.rows = std::max(
         {std::min(rows, heuristics::kMaxChunkRows), heuristics::kMinChunkRows, ceil_div(height, kMaxBlocks)});
+    if (call.filter.chunk_rows > 0) chunks_.rows = call.filter.chunk_rows;
     chunks_.rows = heuristics::kAhead * ceil_div(chunks_.rows, heuristics::kAhead);
     chunks_.reach = ceil_div((chunks_.rows - 1) * rows_.cells, height) + rows_.taps;
     chunks_.pitch = 2 * ceil_div(width, 2);

@@ -41,6 +41,8 @@ struct Filter {
   WindowTables columns{};        // kDecimated; or a whole axis
   ColumnTables column_tables{};  // kFull with fused columns, or in three kernels
   RowTables row_tables{};        // kFull in three kernels
+  std::int64_t chunk_rows =
+      0;  // kDecimated: rows that a block walks down, for sweeps; 0: what the matrices need
 };
 
 }  // namespace freemerge::cuda

@@ -3,6 +3,7 @@
 #include "cuda/launch_math.h"
 #include "cuda/row_spectra.cuh"
 #include "cuda/shared_fft.cuh"
+#include "cuda/spectrum_column.cuh"
 #include "cuda/storage.cuh"
 
 namespace freemerge::cuda {

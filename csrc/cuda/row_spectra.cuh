@@ -10,7 +10,7 @@
 #include <cstdint>
 
 #include "common/plan.h"
-#include "cuda/half_spectra.cuh"
+#include "cuda/half_spectra.h"
 #include "cuda/matrices.h"
 #include "cuda/passes.h"
 #include "cuda/upload.h"

@@ -19,9 +19,9 @@ from freemerge.planner.lengths import largest_prime
 from freemerge.planner.tiles import blocks, column_bytes, row_bytes, tiles
 
 CSRC = Path(__file__).parents[2] / "csrc"
-REGISTERS, THREADS = 65536, 2048  # of a multiprocessor
+REGISTERS, WARPS, QUARTERS = 65536, 64, 4  # of a multiprocessor; each warp lives in one of its quarters
 MAX_REGISTERS = 96  # two blocks of 256 threads, or five of 128
-# Of kernels whose launch bounds say otherwise: a block of 512 with whole columns, two of 160 with uncommon radices.
+# Of kernels whose launch bounds say otherwise: a block of 512 with whole columns, two of 192 with uncommon radices.
 LARGE = {"column_filter_kernelILb0ELi512E": 128, "column_filter_kernelILb1E": 200, "rows_kernelILb1E": 200,
          "spectra_kernelILb1E": 200}  # fmt: skip
 BLOCK_BYTES, MULTIPROCESSORS = 227 << 10, 132  # of an H100
@@ -82,8 +82,10 @@ def test_every_kernel_keeps_to_its_budget(kernels: list[Kernel]) -> None:
 
 
 def blocks_of(kernel: Kernel, threads: int, shared: int) -> int:
-    """Blocks that share a multiprocessor of an H100: registers are handed out by eights to every thread."""
-    return min(blocks(shared, BLOCK_BYTES), REGISTERS // (-(-kernel.registers // 8) * 8 * threads), THREADS // threads)
+    """Blocks that share a multiprocessor of an H100: registers are handed out to warps, by eights to each thread."""
+    of_a_warp = 32 * 8 * -(-kernel.registers // 8)
+    warps = min(WARPS, QUARTERS * (REGISTERS // QUARTERS // of_a_warp))
+    return min(blocks(shared, BLOCK_BYTES), warps // (threads // 32))
 
 
 @pytest.mark.parametrize(

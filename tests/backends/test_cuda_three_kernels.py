@@ -218,7 +218,7 @@ BUGS = {
         "{ turns[p] = load(a.tables.turns + group.first * p); turns[p].y = -turns[p].y; }",
     ),
     "sign of a twiddle in a line": Bug("shared_fft.cuh", "load(roots + angle * p)", "load(roots)"),
-    "last column in the row": Bug("half_spectra.cuh", "bin == spectra.width / 2;", "false;"),
+    "last column in the row": Bug("spectrum_column.cuh", "bin == spectra.width / 2;", "false;"),
     "no barrier after reading rows": Bug("row_spectra.cu", "__syncthreads();\n  transform", "transform"),
     "no barrier after a pass": Bug("shared_fft.cuh", "  __syncthreads();\n", ""),
     "a row beyond the last": Bug(

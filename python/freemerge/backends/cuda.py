@@ -194,7 +194,7 @@ class _Filter(Executable):
     """A native filter and the device memory it points into."""
 
     def __init__(self, runtime: Runtime, native: Any, tables: list[torch.Tensor], recorded: set[Executable]) -> None:
-        self._runtime, self._native, self._tables, self._recorded = runtime, native, tables, recorded
+        self._runtime, self.native, self._tables, self._recorded = runtime, native, tables, recorded
         self._sizes: Cache[tuple[int, ...], int] = Cache(_CACHED_SIZES)
         self._streams: set[int] = set()  # those whose work the tables' memory waits for when it is freed
         self.nbytes = _FILTER_BYTES + table_bytes(tables)
@@ -206,7 +206,7 @@ class _Filter(Executable):
         the most that any need, if there are none."""
 
         def ask() -> int:
-            return int(self._native.workspace_bytes(pointers, strides, stream.device, stream.handle))
+            return int(self.native.workspace_bytes(pointers, strides, stream.device, stream.handle))
 
         if len(batches) != 1:
             return ask()
@@ -223,7 +223,7 @@ class _Filter(Executable):
         pointers, strides = addresses(batches)
         needed = self.workspace(batches, pointers, strides, stream)
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-        self._native.run(
+        self.native.run(
             pointers, strides, scale, address(workspace), needed, stream.device, stream.handle,
         )  # fmt: skip
         if stream.handle not in self._streams and self._runtime.device_type == "cuda":

@@ -16,7 +16,7 @@ _PARTS = (1, 2, 4, 8)
 _COLUMNS = (8, 4)  # of a block: 64 or 32 bytes of a row
 _THREADS = (64, 256)  # of a block, at least and at most
 _ALONE = 384  # of a block that has a multiprocessor to itself
-_UNCOMMON_THREADS = 160  # most of a block with one of the primes 11, 13 and 43, which take many registers
+_UNCOMMON_THREADS = 192  # most of a block with one of the primes 11, 13 and 43, which take many registers
 
 
 @dataclass(frozen=True)
