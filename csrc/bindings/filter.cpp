@@ -33,13 +33,14 @@ std::unique_ptr<Filter> to_filter(const std::string& form, const py::object& mas
                                   const py::object& rows, const py::object& columns,
                                   const std::optional<Gains>& column_gains,
                                   const std::optional<std::string>& isa) {
-  const Plan plan{to_form(form),
-                  to_mask(mask, pointer<const float>(table)),
-                  transposed,
-                  packed,
-                  background,
-                  to_decimation(rows),
-                  to_decimation(columns)};
+  Plan plan;
+  plan.form = to_form(form);
+  plan.mask = to_mask(mask, pointer<const float>(table));
+  plan.transposed = transposed;
+  plan.packed = packed;
+  plan.background = background;
+  plan.rows = to_decimation(rows);
+  plan.columns = to_decimation(columns);
   std::vector<double> gains;
   if (column_gains) gains.assign(column_gains->data(), column_gains->data() + column_gains->size());
   const Kernels& chosen = isa ? kernels(isa_from_name(*isa)) : active_kernels();
