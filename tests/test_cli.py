@@ -298,7 +298,7 @@ def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pyte
     [
         (["--help"], 0),
         (["--version"], 0),
-        (["merge", "--help"], 0),
+        (["merge", "-h"], 0),
         (["completion", "bash"], 0),
         ([], 2),
         (["mrege"], 2),
