@@ -405,6 +405,9 @@ def test_errors_as_json(files: list[str], tmp_path: Path, capsys: pytest.Capture
         assert (told["type"], told["status"], captured.err) == (kind, code, "")
         assert run(*arguments) == code
         assert capsys.readouterr().err == f"freemerge: {told['message']}\n"
+        if arguments[0] == "merge":
+            assert run(*arguments, "--log-json") == code
+            assert json.loads(capsys.readouterr().err.splitlines()[-1]) == {"event": "error", **told}
 
 
 def test_verbose_says_where_an_error_was_raised_and_what_happens_to_each_tensor(
