@@ -161,6 +161,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     torch.testing.assert_close(merged["head.weight"], tensors["head.weight"] + 0.25 * 3)
     assert main(["inspect", "--mergekit", str(file)]) == 0
     capsys.readouterr()
+    assert main(["init", "--mergekit", str(file)]) == 2
+    assert "cannot be written as a recipe" in capsys.readouterr().err
     assert main(["merge", *paths, "--mergekit", str(file), "-o", str(out)]) == 2
     assert "--mergekit names base and models" in capsys.readouterr().err
     assert main(["merge", "-o", str(out)]) == 2

@@ -41,13 +41,13 @@ class Weighted(TaskArithmetic):
     Attributes:
         rules: of each model.
         normalize: whether weights are divided by their sum, to which ``rest`` is added: the weight of the base.
-        layers: how many the model has, for gradients.
+        depth: how many layers the model has, for gradients.
     """
 
     rules: tuple[Rules, ...] = ()
     rest: Rules = ()
     normalize: bool = False
-    layers: int = 0
+    depth: int = 0
 
     @property
     def by_entries(self) -> bool:
@@ -80,9 +80,9 @@ class Weighted(TaskArithmetic):
         """A gradient where the tensor lies, which is at its beginning if it is of no layer."""
         found = re.search(r"\.(\d+)\.", name)
         layer = 0 if found is None else int(found[1])
-        if layer >= self.layers:
-            raise ArgumentError(f"weight: {name} lies beyond the {self.layers} layers that there is a gradient for")
-        last = self.layers - 1
+        if layer >= self.depth:
+            raise ArgumentError(f"weight: {name} lies beyond the {self.depth} layers that there is a gradient for")
+        last = self.depth - 1
         place = layer / last if last else float(found is not None)  # in mergekit a single layer is the last one
         position = place * (len(gradient) - 1)
         before = int(position)
@@ -165,8 +165,8 @@ class _Config:
     def _weighted(self, others: list[dict[str, Any]], rest: Rules, *, normalize: bool) -> Method:
         rules = tuple(self._rules(entry, "weight") for entry in others)
         gradients = any(isinstance(value, tuple) for each in (*rules, rest) for _, value in each)
-        layers = _layers(self._base) if gradients else 0
-        method = Weighted(rules=rules, rest=rest, normalize=normalize, layers=layers)
+        depth = _depth(self._base) if gradients else 0
+        method = Weighted(rules=rules, rest=rest, normalize=normalize, depth=depth)
         if not gradients and all(len(each) == 1 and not each[0][0] for each in (*rules, rest or (("", 0.0),))):
             return TaskArithmetic(weights=method.weights_of(""))  # the same for every tensor
         return method
@@ -245,16 +245,18 @@ def _number_or_gradient(value: object) -> Value | None:
     return tuple(numbers) if numbers and len(numbers) == len(value) else None
 
 
-def _layers(base: str) -> int:
+def _depth(base: str) -> int:
     """How many layers the config of a model says it has."""
     from ..checkpoint.architecture import read_config
     from ..checkpoint.hub_cache import local_path
 
     config = read_config(local_path(base))
-    count = config.get("num_hidden_layers", config.get("text_config", config).get("num_hidden_layers"))
-    if not isinstance(count, int) or count < 1:
-        raise ArgumentError(f"weight: the number of layers, for gradients, is not in the config.json of {base}")
-    return count
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if isinstance(place.get(name), int) and place[name] > 0:
+                return int(place[name])
+    raise ArgumentError(f"weight: the number of layers, for gradients, is not in the config.json of {base}")
 
 
 def _mapping(name: str, value: object) -> dict[str, Any]:
