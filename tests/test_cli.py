@@ -204,6 +204,7 @@ def test_exit_codes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
         ("--max-shard-size", "infGB", "expected a size such as"),
         ("--max-shard-size", "5GiB", "expected a size such as"),
         ("--max-shard-size", "5G", "expected a size such as"),
+        ("--memory", "-5MB", "expected a size such as"),
     ],
 )
 def test_misspelt_values(
@@ -358,6 +359,15 @@ def test_every_example_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
             other = commands.get_command(context, used)
             assert other is not None
             other.make_context(used, words)
+
+
+@pytest.mark.parametrize("values", [["--scale", "0"], ["--weights", "0,0"], ["--weights", "0,-0.0", "--dry-run"]])
+def test_a_merge_that_changes_nothing_is_refused(
+    values: list[str], files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("merge", *files, "-o", tmp_path / "out", *values) == 2
+    assert "the merged model is the base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
