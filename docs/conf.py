@@ -11,7 +11,6 @@ version = release = freemerge.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3
-suppress_warnings = ["misc.highlighting_failure"]
 
 html_theme = "furo"
 html_title = "freemerge"

@@ -204,6 +204,7 @@ def test_exit_codes(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
         ("--max-shard-size", "infGB", "expected a size such as"),
         ("--max-shard-size", "5GiB", "expected a size such as"),
         ("--max-shard-size", "5G", "expected a size such as"),
+        ("--memory", "-5MB", "expected a size such as"),
     ],
 )
 def test_misspelt_values(
@@ -298,7 +299,7 @@ def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pyte
     [
         (["--help"], 0),
         (["--version"], 0),
-        (["merge", "--help"], 0),
+        (["merge", "-h"], 0),
         (["completion", "bash"], 0),
         ([], 2),
         (["mrege"], 2),
@@ -360,6 +361,15 @@ def test_every_example_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
             other.make_context(used, words)
 
 
+@pytest.mark.parametrize("values", [["--scale", "0"], ["--weights", "0,0"], ["--weights", "0,-0.0", "--dry-run"]])
+def test_a_merge_that_changes_nothing_is_refused(
+    values: list[str], files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("merge", *files, "-o", tmp_path / "out", *values) == 2
+    assert "the merged model is the base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -405,6 +415,9 @@ def test_errors_as_json(files: list[str], tmp_path: Path, capsys: pytest.Capture
         assert (told["type"], told["status"], captured.err) == (kind, code, "")
         assert run(*arguments) == code
         assert capsys.readouterr().err == f"freemerge: {told['message']}\n"
+        if arguments[0] == "merge":
+            assert run(*arguments, "--log-json") == code
+            assert json.loads(capsys.readouterr().err.splitlines()[-1]) == {"event": "error", **told}
 
 
 def test_verbose_says_where_an_error_was_raised_and_what_happens_to_each_tensor(

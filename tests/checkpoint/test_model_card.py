@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 import freemerge as fm
@@ -129,3 +130,17 @@ def test_auto_classes_know_the_models_of_transformers(task: str) -> None:
             if name not in ([known] if isinstance(known, str) else known):
                 wrong.append((name, auto, known))
     assert not wrong
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_metadata_of_the_base_is_kept_but_for_hashes(single: bool, tmp_path: Path) -> None:
+    """Of Stable Diffusion's files, for instance."""
+    said = {"format": "mlx", "modelspec.title": "Base", "modelspec.hash_sha256": "0x12", "sshs_model_hash": "34"}
+    base, model = write(tmp_path / "base"), write(tmp_path / "model")
+    save_file(STATE, base / "model.safetensors", metadata=said)
+    save_file(STATE, model / "model.safetensors", metadata={"modelspec.author": "another"})
+    sources = [folder / "model.safetensors" if single else folder for folder in (base, model)]
+    out = tmp_path / ("out.safetensors" if single else "out")
+    fm.merge_checkpoints(sources[0], sources[1:], out, progress=False)
+    with safe_open(out if single else out / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "modelspec.title": "Base"}

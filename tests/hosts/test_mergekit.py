@@ -127,6 +127,7 @@ OWN: list[tuple[str, list[Any], dict[str, Any]]] = [
     ("task_arithmetic", [0.5, 0.3, -0.2], {"lambda": 0.8}),
     ("task_arithmetic", [0.5, 0.3, 0.2], {"normalize": True}),
     ("task_arithmetic", [[{"filter": "mlp", "value": 0.6}, {"value": 0.1}], 0.3, 0.2], {}),
+    ("task_arithmetic", [[0.1, 0.9], [{"filter": "mlp", "value": [0.0, 0.5]}, {"value": 0.1}], 0.2], {}),
     ("ties", [0.5, 0.5, 0.5], {"density": 0.5}),
     ("ties", [1.0, 1.0, 1.0], {"density": 0.25, "lambda": 0.7, "int8_mask": True}),
 ]

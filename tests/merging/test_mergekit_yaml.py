@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,22 @@ def test_weights_by_name(tmp_path: Path) -> None:
     assert method.weights_of("layers.0.mlp.weight") == pytest.approx((1 / 3, 2 / 3))
 
 
+@pytest.mark.parametrize("where", [{"num_hidden_layers": 5}, {"text_config": {"num_hidden_layers": 5}}])
+def test_a_list_of_numbers_is_a_gradient_over_the_layers(where: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(where))
+    weights: list[Any] = [[0.0, 1.0, 0.0], [{"filter": "mlp", "value": [0.2, 0.6]}, {"value": 0.5}]]
+    listed = [{"model": name, "parameters": {"weight": w}} for name, w in zip("ab", weights, strict=True)]
+    config = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": listed}
+    method = read(tmp_path, config)[2].method
+    for layer, (first, second) in enumerate([(0.0, 0.2), (0.5, 0.3), (1.0, 0.4), (0.5, 0.5), (0.0, 0.6)]):
+        assert method.weights_of(f"model.layers.{layer}.mlp.weight") == pytest.approx((first, second))
+        assert method.weights_of(f"model.layers.{layer}.attn.3.weight") == pytest.approx((first, 0.5))
+    assert method.weights_of("embed.weight") == (0.0, 0.5), "the beginning, for tensors of no layer"
+    with pytest.raises(fm.ArgumentError, match="lies beyond the 5 layers"):
+        method.weights_of("model.layers.5.mlp.weight")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,7 +113,9 @@ def test_weights_by_name(tmp_path: Path) -> None:
         ({"models": [{"model": "base"}]}, "models: none but the base"),
         ({"models": [{"model": "math"}]}, "weight: math has none"),
         ({"models": [{"model": "math+lora", "parameters": {"weight": 1}}]}, "names an adapter"),
-        ({"models": [{"model": "math", "parameters": {"weight": [0.1, 0.5]}}]}, "gradients over layers"),
+        ({"models": [{"model": "math", "parameters": {"weight": [0.1, 0.5]}}]}, "the number of layers, for gradients"),
+        ({"models": [{"model": "math", "parameters": {"weight": [0.1, {"value": 1}]}}]}, "weight: must be a number, a"),
+        ({"merge_method": "ties", "parameters": {"density": [0.1, 0.5]}}, "weight: ties has one"),
         ({"models": [{"model": "math", "parameters": {"weight": "high"}}]}, "weight: must be a number"),
         ({"parameters": {"densty": 1}}, "parameters: densty is not known for task_arithmetic"),
         ({"parameters": {"lambda": "x"}}, "lambda: must be a number"),
@@ -142,6 +161,8 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     torch.testing.assert_close(merged["head.weight"], tensors["head.weight"] + 0.25 * 3)
     assert main(["inspect", "--mergekit", str(file)]) == 0
     capsys.readouterr()
+    assert main(["init", "--mergekit", str(file)]) == 2
+    assert "cannot be written as a recipe" in capsys.readouterr().err
     assert main(["merge", *paths, "--mergekit", str(file), "-o", str(out)]) == 2
     assert "--mergekit names base and models" in capsys.readouterr().err
     assert main(["merge", "-o", str(out)]) == 2

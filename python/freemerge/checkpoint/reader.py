@@ -44,6 +44,7 @@ class Checkpoint(ABC):
         widened: whether dtypes are wider than what is stored, so that they say nothing about the files.
         copies: names in ``specs`` that are known to hold a copy of another tensor, each with the name of that.
         set_aside: what of the source is left out, in sentences.
+        metadata: what the headers of the files say about the model, beside ``format``, and not about their bytes.
         label: what to call this model in messages.
         name: what to call it in a manifest: no path of this machine in it.
     """
@@ -57,6 +58,7 @@ class Checkpoint(ABC):
     path: Path | None = None
     directory: Path | None = None
     files: tuple[Path, ...] = ()
+    metadata: Mapping[str, str] = {}
     module: torch.nn.Module | None = None
     label: str
     name: str
@@ -291,6 +293,8 @@ class _Safetensors(_OnDisk):
         where = self._assign({file: content.slots for file, content in files.items()}, located)
         self._files = {name: files[where[name]] for name in sorted(where)}
         self.specs = {name: file.slots[name].spec for name, file in self._files.items()}
+        said = {key: value for file in files.values() for key, value in file.metadata.items()}
+        self.metadata = {key: value for key, value in said.items() if key != "format" and "hash" not in key}
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self._files[name].read_rows(name, start, stop)

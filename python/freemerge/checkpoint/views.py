@@ -17,7 +17,7 @@ class View(Checkpoint):
 
     def __init__(self, inner: Checkpoint, sources: Mapping[str, str], tied: Mapping[str, str]) -> None:
         self.inner = inner
-        self.path, self.directory, self.files = inner.path, inner.directory, inner.files
+        self.path, self.directory, self.files, self.metadata = inner.path, inner.directory, inner.files, inner.metadata
         self.label, self.name, self.module = inner.label, inner.name, inner.module
         self.dequantised, self.widened = inner.dequantised, inner.widened
         self._sources = dict(sorted(sources.items()))
@@ -102,7 +102,7 @@ class _Relaid(Checkpoint):
 
     def __init__(self, inner: Checkpoint, layout: Layout) -> None:
         self.inner, self.layout = inner, layout
-        self.path, self.directory, self.files = inner.path, inner.directory, inner.files
+        self.path, self.directory, self.files, self.metadata = inner.path, inner.directory, inner.files, inner.metadata
         self.label, self.name, self.module = inner.label, inner.name, inner.module
         self.dequantised, self.widened = inner.dequantised, inner.widened
 

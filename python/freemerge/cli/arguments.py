@@ -116,6 +116,9 @@ def size(text: str) -> int:
     number = text.upper()
     unit = next((unit for unit in _SIZES if number.endswith(unit)), "")
     try:
-        return int(float(number.removesuffix(unit)) * _SIZES.get(unit, 1))
+        found = int(float(number.removesuffix(unit)) * _SIZES.get(unit, 1))
     except (ValueError, OverflowError):
-        raise ValueError(f"expected a size such as 500MB or 2GB, got {text!r}") from None
+        found = -1
+    if found < 0:
+        raise ValueError(f"expected a size such as 500MB or 2GB, got {text!r}")
+    return found

@@ -58,7 +58,7 @@ class Commands(click.Group):
             NAME,
             help="Merge fine-tuned models of one base in the frequency domain.",
             epilog=_EPILOG,
-            context_settings={"max_content_width": 100},
+            context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
         )
         show = click.version_option(__version__, prog_name=NAME, message="%(prog)s %(version)s")
         show(self)

@@ -17,13 +17,14 @@ DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
 
 class Failures:
-    """Tells failures on standard error in a line, or with --json as an object on standard output.
+    """Tells failures on standard error in a line, or as an object: with --json on standard output, with --log-json as
+    the last event.
 
     Arguments that could not be parsed are told as they ask for, so flags are looked for in the words themselves.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._json = "--json" in arguments
+        self._json, self._log = "--json" in arguments, "--log-json" in arguments
         self._verbose = not {"-v", "--verbose"}.isdisjoint(arguments)
         self._out: Path | None = None
         self._before: object = None
@@ -39,8 +40,11 @@ class Failures:
             message = f"{error.filename}: {error.strerror}" if system else str(error)  # type: ignore[attr-defined]
         if self._verbose and not isinstance(error, click.UsageError):
             traceback.print_exception(error)
+        told = {"type": type(error).__name__, "message": message, "status": code}
         if self._json:
-            print(json.dumps({"error": {"type": type(error).__name__, "message": message, "status": code}}), flush=True)
+            print(json.dumps({"error": told}), flush=True)
+        elif self._log:
+            print(json.dumps({"event": "error", **told}), file=sys.stderr)
         else:
             print(f"freemerge: {printable(message)}", file=sys.stderr)
         return code

@@ -100,12 +100,12 @@ def run(
     }
     if dry_run:
         inspection = inspect(origin, tuned, recipe, out=out, **common)
-        refuse_what_removes_everything(inspection)
+        refuse_what_changes_nothing(recipe, inspection)
         tell(output, inspection)
         return DONE
 
     def start(inspection: Inspection) -> None:
-        refuse_what_removes_everything(inspection)
+        refuse_what_changes_nothing(recipe, inspection)
         output.detail(text_of(inspection))
         if not log_json:
             warn(output, inspection)
@@ -128,8 +128,13 @@ def run(
     return DONE
 
 
-def refuse_what_removes_everything(inspection: Inspection) -> None:
-    """ArgumentError for a filter that leaves nothing of any matrix: the base would be written as a merge."""
+def refuse_what_changes_nothing(recipe: Recipe, inspection: Inspection) -> None:
+    """ArgumentError for values by which the base, or its matrices, would be written as a merge."""
+    if recipe.scale == 0:
+        raise ArgumentError("scale: at 0 the merged model is the base")
+    weights = recipe.method.weights
+    if isinstance(weights, tuple) and not recipe.layers and not any(weights):
+        raise ArgumentError("weights: with nothing but zeros the merged model is the base")
     removed = [decision.removed for decision in inspection.decisions if decision.removed is not None]
     if removed and min(removed) == 1:
         raise ArgumentError(

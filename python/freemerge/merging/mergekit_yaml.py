@@ -1,12 +1,13 @@
 """Configurations of mergekit as recipes, where a method here computes the same; everything else is refused by name.
 
-Values follow mergekit's rules: a parameter of a model before a shared one, and of a list of values the first whose
-``filter`` is part of the tensor's name.
+Values follow mergekit's rules: a parameter of a model before a shared one, of a list of values the first whose
+``filter`` is part of the tensor's name, and a list of numbers is a gradient over the layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from ..methods.vectors import TaskVectors
 from ..responses import finite_number
 from .recipe import Recipe, StrictLoader
 
-Rules = tuple[tuple[str, float], ...]
+Value = float | tuple[float, ...]  # of all layers, or from the first layer to the last
+Rules = tuple[tuple[str, Value], ...]
 """Pairs of a part of tensors' names, empty for any, and a value; the first that matches counts."""
 
 _FIELDS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source")
@@ -39,11 +41,13 @@ class Weighted(TaskArithmetic):
     Attributes:
         rules: of each model.
         normalize: whether weights are divided by their sum, to which ``rest`` is added: the weight of the base.
+        depth: how many layers the model has, for gradients.
     """
 
     rules: tuple[Rules, ...] = ()
     rest: Rules = ()
     normalize: bool = False
+    depth: int = 0
 
     @property
     def by_entries(self) -> bool:
@@ -58,20 +62,32 @@ class Weighted(TaskArithmetic):
 
     def weights_of(self, name: str) -> tuple[float, ...]:
         """lambda_i of one tensor."""
-        weights = [_value(rules, name, "weight") for rules in self.rules]
+        weights = [self._value(rules, name) for rules in self.rules]
         if not self.normalize:
             return tuple(weights)
-        total = sum(weights) + (_value(self.rest, name, "weight") if self.rest else 0.0)
+        total = sum(weights) + (self._value(self.rest, name) if self.rest else 0.0)
         if total == 0:
             raise ArgumentError(f"weight: those of {name} sum to zero and cannot be normalized")
         return tuple(weight / total for weight in weights)
 
+    def _value(self, rules: Rules, name: str) -> float:
+        for part, value in rules:
+            if part in name:
+                return self._along(value, name) if isinstance(value, tuple) else value
+        raise ArgumentError(f"weight: no value is given for {name}")
 
-def _value(rules: Rules, name: str, parameter: str) -> float:
-    for part, value in rules:
-        if part in name:
-            return value
-    raise ArgumentError(f"{parameter}: no value is given for {name}")
+    def _along(self, gradient: tuple[float, ...], name: str) -> float:
+        """A gradient where the tensor lies, which is at its beginning if it is of no layer."""
+        found = re.search(r"\.(\d+)\.", name)
+        layer = 0 if found is None else int(found[1])
+        if layer >= self.depth:
+            raise ArgumentError(f"weight: {name} lies beyond the {self.depth} layers that there is a gradient for")
+        last = self.depth - 1
+        place = layer / last if last else float(found is not None)  # in mergekit a single layer is the last one
+        position = place * (len(gradient) - 1)
+        before = int(position)
+        after = min(before + 1, len(gradient) - 1)
+        return gradient[before] + (position - before) * (gradient[after] - gradient[before])
 
 
 def read_mergekit(path: str | Path) -> tuple[str, list[str], Recipe]:
@@ -121,7 +137,7 @@ class _Config:
         base = self._fields.get("base_model")
         if base is None and asked != "linear":
             raise ArgumentError(f"base_model: {asked} needs it")
-        base = names[0] if base is None else _path(base)
+        self._base = base = names[0] if base is None else _path(base)
         itself = [entry for entry, name in zip(self._models, names, strict=True) if name == base]
         others = [entry for entry, name in zip(self._models, names, strict=True) if name != base]
         if not others:
@@ -148,8 +164,10 @@ class _Config:
 
     def _weighted(self, others: list[dict[str, Any]], rest: Rules, *, normalize: bool) -> Method:
         rules = tuple(self._rules(entry, "weight") for entry in others)
-        method = Weighted(rules=rules, rest=rest, normalize=normalize)
-        if all(len(each) == 1 and not each[0][0] for each in (*rules, rest or (("", 0.0),))):
+        gradients = any(isinstance(value, tuple) for each in (*rules, rest) for _, value in each)
+        depth = _depth(self._base) if gradients else 0
+        method = Weighted(rules=rules, rest=rest, normalize=normalize, depth=depth)
+        if not gradients and all(len(each) == 1 and not each[0][0] for each in (*rules, rest or (("", 0.0),))):
             return TaskArithmetic(weights=method.weights_of(""))  # the same for every tensor
         return method
 
@@ -172,7 +190,7 @@ class _Config:
         """The values of a parameter for one model, its own before the shared ones."""
         self._used.add(parameter)
         own = _mapping("parameters", entry.get("parameters") or {})
-        found: list[tuple[str, float]] = []
+        found: list[tuple[str, Value]] = []
         for place in (own, self._shared):
             if parameter in place:
                 found += _pairs(parameter, place[parameter])
@@ -185,7 +203,7 @@ class _Config:
 
     def _constant(self, entry: Mapping[str, Any], parameter: str, default: float | None = None) -> float:
         rules = self._rules(entry, parameter, default)
-        if len(rules) != 1 or rules[0][0]:
+        if len(rules) != 1 or rules[0][0] or isinstance(rules[0][1], tuple):
             raise ArgumentError(f"{parameter}: one number for all tensors is possible here; mergekit-yaml takes more")
         return rules[0][1]
 
@@ -204,23 +222,41 @@ class _Config:
         return value
 
 
-def _pairs(parameter: str, value: object) -> list[tuple[str, float]]:
-    number = finite_number(value)
-    if number is not None:
-        return [("", number)]
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise ArgumentError(f"{parameter}: must be a number or a list of values with filters, got {value!r}")
-    pairs: list[tuple[str, float]] = []
-    for item in value:
+def _pairs(parameter: str, value: object) -> list[tuple[str, Value]]:
+    for_all = _number_or_gradient(value)
+    if for_all is not None:
+        return [("", for_all)]
+    pairs: list[tuple[str, Value]] = []
+    for item in value if isinstance(value, list) and value else [value]:
         condition = item if isinstance(item, Mapping) else {}
-        number = finite_number(condition.get("value"))
+        number = _number_or_gradient(condition.get("value"))
         if number is None or not condition.keys() <= {"filter", "value"}:
-            raise ArgumentError(
-                f"{parameter}: gradients over layers are not computed here, got {item!r}; use mergekit-yaml"
-            )
+            allowed = "a number, a gradient of numbers, or a list of these with filters"
+            raise ArgumentError(f"{parameter}: must be {allowed}, got {item!r}")
         part = condition.get("filter")
         pairs.append(("" if part in (None, "*") else str(part), number))
     return pairs
+
+
+def _number_or_gradient(value: object) -> Value | None:
+    if not isinstance(value, list):
+        return finite_number(value)
+    numbers = [number for number in map(finite_number, value) if number is not None]
+    return tuple(numbers) if numbers and len(numbers) == len(value) else None
+
+
+def _depth(base: str) -> int:
+    """How many layers the config of a model says it has."""
+    from ..checkpoint.architecture import read_config
+    from ..checkpoint.hub_cache import local_path
+
+    config = read_config(local_path(base))
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, dict) else {}):
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            if isinstance(place.get(name), int) and place[name] > 0:
+                return int(place[name])
+    raise ArgumentError(f"weight: the number of layers, for gradients, is not in the config.json of {base}")
 
 
 def _mapping(name: str, value: object) -> dict[str, Any]:

@@ -305,6 +305,7 @@ def _writer(
         specs,
         max_shard_bytes=max_shard_bytes,
         memory=memory,
+        metadata=merger.base.metadata,
         identity=_identity(merger),
         resume=resume,
         force=force,
