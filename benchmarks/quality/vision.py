@@ -21,7 +21,7 @@ from .suite import ROUTER_SAMPLES, Suite, TaskVector, routes, weights
 HIDDEN, DEPTH, WIDTH = 512, 4, 192
 LOGIT_SCALE = 20.0
 STEPS = 400  # of fine-tuning
-RATE = 1e-3
+RATE = 2e-4
 PRETRAINING_STEPS, PRETRAINING_BATCH = 2000, 64
 
 
