@@ -199,7 +199,7 @@ def _specific(method: Specific, suite: Suite, inputs: Inputs, measured: Measured
 def _switch_seconds(suite: Suite, kept: Kept) -> float:
     """CPU time to switch one expert on and off again in the encoder."""
     assert kept.experts is not None
-    bank = ExpertBank(suite.model.merged, kept.experts)
+    bank = ExpertBank(suite.model.merged, kept.experts, base=suite.base)
 
     def switch() -> None:
         with bank.active(suite.names[0]):

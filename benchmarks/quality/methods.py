@@ -14,7 +14,6 @@ import torch
 import freemerge as fm
 from freemerge.experts import Expert, extract_experts
 
-from . import rivals
 from .suite import TaskVector
 
 SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for every method
@@ -124,11 +123,6 @@ def norm(vector: TaskVector) -> float:
     return math.sqrt(math.fsum(float(tensor.double().square().sum()) for tensor in vector.values()))
 
 
-def emr(inputs: Inputs) -> Kept:
-    result = rivals.emr(inputs.vectors)
-    return Kept([[vector] for vector in result.vectors], result.bytes_per_task)
-
-
 def on(backbone: str | None, *, tuned: bool = True, **options: Any) -> Callable[[Inputs], Kept]:
     """Experts of the package on a merged model, by the options of :func:`freemerge.extract_experts`."""
 
@@ -136,9 +130,9 @@ def on(backbone: str | None, *, tuned: bool = True, **options: Any) -> Callable[
         nothing = {name: torch.zeros_like(tensor) for name, tensor in inputs.base.items()}
         shared = nothing if backbone is None else inputs.merged(backbone, tuned=tuned)
         merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
-        needed = "budget" in options or "rank" in options or options.get("rescale") == "least_squares"
+        needed = {"budget", "rank"} & set(options) or options.get("values") == "mask"
         experts = extract_experts(inputs.base, inputs.models, backbone=merged if needed else None, **options)
-        parts = [[shared, nothing | expert.dense()] for expert in experts.values()]
+        parts = [[shared, nothing | expert.dense(shared)] for expert in experts.values()]
         return Kept(parts, _file_bytes(experts), experts)
 
     return build
@@ -164,6 +158,7 @@ def _file_bytes(experts: Mapping[str, Expert]) -> float:
 
 
 FR = {"weights": "magnitude", "renormalize": "energy"}
+ELECTED = "EMR without masks"
 PERMUTED = "FR-Merging, rows and columns permuted"
 UNFILTERED = "FR-Merging without its filter"
 BUDGETS = ("0.15 %", "0.3 %", "0.6 %", "1 %")
@@ -179,6 +174,7 @@ _STATIC = (
     Static("Iso-CTS", fm.Recipe(method="iso_cts"), UNIT_SCALES),
     Static("TSV-M", fm.Recipe(method="tsv_m"), UNIT_SCALES),
     Static("WUDI", fm.Recipe(method="wudi"), UNIT_SCALES),
+    Static(ELECTED, fm.Recipe(method="emr"), SUM_SCALES),
     Static(UNFILTERED, fm.Recipe(fm.HighPass(0), **FR), MEAN_SCALES),
     Static(PERMUTED, fm.Recipe(), STRONG_SCALES, permuted=True),
     Static("row means removed, nothing else", fm.Recipe(fm.Center(-1), **FR), MEAN_SCALES),
@@ -186,7 +182,7 @@ _STATIC = (
 STATIC = {method.name: method for method in _STATIC}
 
 _SPECIFIC = (
-    Specific("EMR", emr),
+    Specific("EMR", on(ELECTED, tuned=False, values="mask"), ELECTED),
     Specific("Twin, sparse 1 %", twin_sparse(0.01), "Task Arithmetic"),
     Specific("Twin, SVD rank 3", on("Task Arithmetic", rank=3, values="svd16"), "Task Arithmetic"),
     Specific("FREE, 1 %", on("FR-Merging"), "FR-Merging", routed=True),

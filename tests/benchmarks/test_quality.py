@@ -16,8 +16,11 @@ import torch
 import freemerge as fm
 from benchmarks.quality import archives, images, methods, report, texts
 from benchmarks.quality.methods import SPECIFIC, STATIC, Inputs, Static
-from benchmarks.quality.rivals import flatten
 from benchmarks.quality.suite import TaskVector
+
+
+def flatten(vector: TaskVector) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in vector.values()])
 
 
 @pytest.fixture
