@@ -13,6 +13,7 @@ import torch
 
 import freemerge as fm
 from freemerge.experts import Expert, extract_experts
+from freemerge.tuning import By, LogitFunction
 
 from .suite import TaskVector
 
@@ -29,6 +30,7 @@ class Inputs:
     base: TaskVector
     models: dict[str, TaskVector]
     scales: dict[str, float] = field(default_factory=dict)
+    unlabelled: LogitFunction | None = None
     _merged: dict[str, TaskVector] = field(default_factory=dict)
 
     @property
@@ -82,7 +84,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Specific:
-    """Something kept for each task, beside the ``backbone``, a static method that serves all (None: the base)."""
+    """What is no plain merge: above all what is kept for each task, beside the ``backbone``.
+
+    That is a static method, which serves all tasks; None: the base.
+    """
 
     name: str
     build: Callable[[Inputs], Kept]
@@ -138,6 +143,18 @@ def on(backbone: str | None, *, tuned: bool = True, **options: Any) -> Callable[
     return build
 
 
+def adamerging(by: By) -> Callable[[Inputs], Kept]:
+    """One model whose weights are learnt from unlabelled validation examples."""
+
+    def build(inputs: Inputs) -> Kept:
+        assert inputs.unlabelled is not None
+        models, recipe = list(inputs.models.values()), fm.Recipe(method="task_arithmetic")
+        tuned = fm.tune(inputs.base, models, recipe, inputs.unlabelled, by=by, iterations=60, rate=0.02)
+        return Kept([[_merged(inputs, tuned.recipe)]] * len(models), 0.0)
+
+    return build
+
+
 def twin_sparse(density: float) -> Callable[[Inputs], Kept]:
     """Twin-Merging: exclusive parts theta_i - theta_shared, the largest entries of the model, as our experts."""
 
@@ -182,6 +199,8 @@ _STATIC = (
 STATIC = {method.name: method for method in _STATIC}
 
 _SPECIFIC = (
+    Specific("AdaMerging, by task, unlabelled data", adamerging("task")),
+    Specific("AdaMerging, by layer, unlabelled data", adamerging("layer")),
     Specific("EMR", on(ELECTED, tuned=False, values="mask"), ELECTED),
     Specific("Twin, sparse 1 %", twin_sparse(0.01), "Task Arithmetic"),
     Specific("Twin, SVD rank 3", on("Task Arithmetic", rank=3, values="svd16"), "Task Arithmetic"),

@@ -103,6 +103,10 @@ class Examples:
         """The class of each image, (N,), with the weights the model holds now."""
         return (embed(model, self.images) @ self.head.T).argmax(1)
 
+    def logits(self, model: Any, state: TaskVector) -> Tensor:
+        """(N, classes), with other weights."""
+        return LOGIT_SCALE * torch.func.functional_call(model, state, self.images) @ self.head.T
+
 
 def class_head(model: Vision, task: Task) -> Tensor:
     """A frozen head, (classes, WIDTH): where the pretrained embeddings of a class lie, seen from all of them."""
