@@ -136,6 +136,12 @@ def pcb(vectors: Sequence[Array], density: float = 0.1) -> Array:
     return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
+def emr(vectors: Sequence[Array]) -> Array:
+    sign = np.sign(np.sum(vectors, 0))
+    agreeing = [np.where(np.sign(v) == sign, np.abs(v), 0.0) for v in vectors]
+    return sign * np.max(agreeing, 0)
+
+
 def whole(formula: Callable[[Sequence[Array]], Array], vectors: Vectors) -> dict[str, Tensor]:
     """A formula of the entries of the whole model."""
     count = len(next(iter(vectors.values())))
@@ -155,8 +161,8 @@ def merged(method: str, vectors: Vectors, **options: Any) -> dict[str, Tensor]:
             name: total(own) / len(own) if any(part in name for part in averaged) else spectral(method, own)
             for name, own in vectors.items()
         }
-    if method in ("ties", "pcb"):
-        formula = {"ties": ties, "pcb": pcb}[method]
+    if method in ("ties", "pcb", "emr"):
+        formula = {"ties": ties, "pcb": pcb, "emr": emr}[method]
         return whole(lambda flat: formula(flat, **options), vectors)
     factor = {"average": lambda count: 1 / count, "task_arithmetic": lambda count: 1.0}[method]
     return {name: factor(len(own)) * total(own) for name, own in vectors.items()}

@@ -128,6 +128,11 @@ class Examples:
         """The class of each text, (N,), with the weights the encoder holds now."""
         return (embed(encoder, self.tokens) @ self.head.T).argmax(1)
 
+    def logits(self, encoder: Any, state: TaskVector) -> Tensor:
+        """(N, classes), with other weights."""
+        embeddings = torch.func.functional_call(encoder, state, pad(self.tokens))
+        return LOGIT_SCALE * embeddings @ self.head.T
+
 
 def packages(tasks: list[str]) -> set[str]:
     """The packages that ship the encoder and the tasks' texts."""

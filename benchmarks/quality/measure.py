@@ -82,7 +82,7 @@ def measure(cache: Path, out: Path, settings: Settings, patterns: Sequence[str] 
     for number, seed in enumerate(settings.seeds):
         suite = build(cache, settings.tasks, seed, settings.steps, settings.test)
         scales = {name: measured.value for name, measured in done.items() if measured.value is not None}
-        inputs = Inputs(suite.base, dict(zip(suite.names, suite.models, strict=True)), scales)
+        inputs = Inputs(suite.base, dict(zip(suite.names, suite.models, strict=True)), scales, suite.unlabelled())
         _reference(suite, results, number)
         for name in chosen:
             measured = done.setdefault(name, Measured())
@@ -199,7 +199,7 @@ def _specific(method: Specific, suite: Suite, inputs: Inputs, measured: Measured
 def _switch_seconds(suite: Suite, kept: Kept) -> float:
     """CPU time to switch one expert on and off again in the encoder."""
     assert kept.experts is not None
-    bank = ExpertBank(suite.model.merged, kept.experts)
+    bank = ExpertBank(suite.model.merged, kept.experts, base=suite.base)
 
     def switch() -> None:
         with bank.active(suite.names[0]):

@@ -13,8 +13,8 @@ import torch
 
 import freemerge as fm
 from freemerge.experts import Expert, extract_experts
+from freemerge.tuning import By, LogitFunction
 
-from . import rivals
 from .suite import TaskVector
 
 SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for every method
@@ -30,6 +30,7 @@ class Inputs:
     base: TaskVector
     models: dict[str, TaskVector]
     scales: dict[str, float] = field(default_factory=dict)
+    unlabelled: LogitFunction | None = None
     _merged: dict[str, TaskVector] = field(default_factory=dict)
 
     @property
@@ -83,7 +84,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Specific:
-    """Something kept for each task, beside the ``backbone``, a static method that serves all (None: the base)."""
+    """What is no plain merge: above all what is kept for each task, beside the ``backbone``.
+
+    That is a static method, which serves all tasks; None: the base.
+    """
 
     name: str
     build: Callable[[Inputs], Kept]
@@ -124,11 +128,6 @@ def norm(vector: TaskVector) -> float:
     return math.sqrt(math.fsum(float(tensor.double().square().sum()) for tensor in vector.values()))
 
 
-def emr(inputs: Inputs) -> Kept:
-    result = rivals.emr(inputs.vectors)
-    return Kept([[vector] for vector in result.vectors], result.bytes_per_task)
-
-
 def on(backbone: str | None, *, tuned: bool = True, **options: Any) -> Callable[[Inputs], Kept]:
     """Experts of the package on a merged model, by the options of :func:`freemerge.extract_experts`."""
 
@@ -136,10 +135,22 @@ def on(backbone: str | None, *, tuned: bool = True, **options: Any) -> Callable[
         nothing = {name: torch.zeros_like(tensor) for name, tensor in inputs.base.items()}
         shared = nothing if backbone is None else inputs.merged(backbone, tuned=tuned)
         merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
-        needed = "budget" in options or "rank" in options or options.get("rescale") == "least_squares"
+        needed = {"budget", "rank"} & set(options) or options.get("values") == "mask"
         experts = extract_experts(inputs.base, inputs.models, backbone=merged if needed else None, **options)
-        parts = [[shared, nothing | expert.dense()] for expert in experts.values()]
+        parts = [[shared, nothing | expert.dense(shared)] for expert in experts.values()]
         return Kept(parts, _file_bytes(experts), experts)
+
+    return build
+
+
+def adamerging(by: By) -> Callable[[Inputs], Kept]:
+    """One model whose weights are learnt from unlabelled validation examples."""
+
+    def build(inputs: Inputs) -> Kept:
+        assert inputs.unlabelled is not None
+        models, recipe = list(inputs.models.values()), fm.Recipe(method="task_arithmetic")
+        tuned = fm.tune(inputs.base, models, recipe, inputs.unlabelled, by=by, iterations=60, rate=0.02)
+        return Kept([[_merged(inputs, tuned.recipe)]] * len(models), 0.0)
 
     return build
 
@@ -164,6 +175,7 @@ def _file_bytes(experts: Mapping[str, Expert]) -> float:
 
 
 FR = {"weights": "magnitude", "renormalize": "energy"}
+ELECTED = "EMR without masks"
 PERMUTED = "FR-Merging, rows and columns permuted"
 UNFILTERED = "FR-Merging without its filter"
 BUDGETS = ("0.15 %", "0.3 %", "0.6 %", "1 %")
@@ -179,6 +191,7 @@ _STATIC = (
     Static("Iso-CTS", fm.Recipe(method="iso_cts"), UNIT_SCALES),
     Static("TSV-M", fm.Recipe(method="tsv_m"), UNIT_SCALES),
     Static("WUDI", fm.Recipe(method="wudi"), UNIT_SCALES),
+    Static(ELECTED, fm.Recipe(method="emr"), SUM_SCALES),
     Static(UNFILTERED, fm.Recipe(fm.HighPass(0), **FR), MEAN_SCALES),
     Static(PERMUTED, fm.Recipe(), STRONG_SCALES, permuted=True),
     Static("row means removed, nothing else", fm.Recipe(fm.Center(-1), **FR), MEAN_SCALES),
@@ -186,7 +199,9 @@ _STATIC = (
 STATIC = {method.name: method for method in _STATIC}
 
 _SPECIFIC = (
-    Specific("EMR", emr),
+    Specific("AdaMerging, by task, unlabelled data", adamerging("task")),
+    Specific("AdaMerging, by layer, unlabelled data", adamerging("layer")),
+    Specific("EMR", on(ELECTED, tuned=False, values="mask"), ELECTED),
     Specific("Twin, sparse 1 %", twin_sparse(0.01), "Task Arithmetic"),
     Specific("Twin, SVD rank 3", on("Task Arithmetic", rank=3, values="svd16"), "Task Arithmetic"),
     Specific("FREE, 1 %", on("FR-Merging"), "FR-Merging", routed=True),

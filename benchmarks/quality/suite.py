@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +16,7 @@ from freemerge.experts.router import Router
 
 TaskVector = dict[str, Tensor]
 ROUTER_SAMPLES = 1000  # training examples of each task, labelled by task only
+UNLABELLED_BATCH = 16
 
 
 class Model(Protocol):
@@ -23,6 +25,8 @@ class Model(Protocol):
     merged: nn.Module  #: that part
 
     def eval(self) -> object: ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
 
     def train(self) -> object: ...
 
@@ -39,6 +43,10 @@ class Examples(Protocol):
 
     def predictions(self, model: Model) -> Tensor:
         """The class of each example, (N,), with the weights the model holds now."""
+        ...
+
+    def logits(self, model: Model, state: TaskVector) -> Tensor:
+        """(N, classes), with other weights by the names that the model has for them, which may require gradients."""
         ...
 
 
@@ -81,6 +89,19 @@ class Suite:
             self.apply(*own)
             result.append(100.0 * float((example.predictions(self.model) == example.labels).double().mean()))
         return result
+
+    def unlabelled(self, seed: int = 0) -> Callable[[TaskVector], Iterator[Tensor]]:
+        """What :func:`freemerge.tune` asks for: logits of a batch of each task's validation split, without labels."""
+        rng = random.Random(seed)
+        prefix = next(name for name, module in self.model.named_modules() if module is self.model.merged)
+
+        def logits(merged: TaskVector) -> Iterator[Tensor]:
+            state = {f"{prefix}.{name}": tensor for name, tensor in merged.items()}
+            for examples in self.validation:
+                rows = rng.sample(range(len(examples.labels)), min(UNLABELLED_BATCH, len(examples.labels)))
+                yield examples.rows(rows).logits(self.model, state)
+
+        return logits
 
     def validate(self, parts: Sequence[Sequence[TaskVector]]) -> float:
         """Mean accuracy over the validation splits."""

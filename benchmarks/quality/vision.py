@@ -21,7 +21,7 @@ from .suite import ROUTER_SAMPLES, Suite, TaskVector, routes, weights
 HIDDEN, DEPTH, WIDTH = 512, 4, 192
 LOGIT_SCALE = 20.0
 STEPS = 400  # of fine-tuning
-RATE = 1e-3
+RATE = 2e-4
 PRETRAINING_STEPS, PRETRAINING_BATCH = 2000, 64
 
 
@@ -102,6 +102,10 @@ class Examples:
     def predictions(self, model: Any) -> Tensor:
         """The class of each image, (N,), with the weights the model holds now."""
         return (embed(model, self.images) @ self.head.T).argmax(1)
+
+    def logits(self, model: Any, state: TaskVector) -> Tensor:
+        """(N, classes), with other weights."""
+        return LOGIT_SCALE * torch.func.functional_call(model, state, self.images) @ self.head.T
 
 
 def class_head(model: Vision, task: Task) -> Tensor:

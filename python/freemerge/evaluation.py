@@ -60,10 +60,13 @@ def evaluate(model: Source, function: ScoreFunction) -> Evaluation:
         return Evaluation(opened.name, _scores(function(weights)))
 
 
-def evaluate_experts(model: Source, experts: str | Path | Mapping[str, Expert], function: ScoreFunction) -> Evaluation:
+def evaluate_experts(
+    model: Source, experts: str | Path | Mapping[str, Expert], function: ScoreFunction, *, base: Source | None = None
+) -> Evaluation:
     """Score a merged model on each task with that task's expert switched on, as a perfect router would.
 
-    ``experts``: a folder of expert files, or experts by name; the function must return a mapping with these names. The
+    ``experts``: a folder of expert files, or experts by name; the function must return a mapping with these names.
+    ``base``: theta_0, which experts that are masks need. The
     weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. The errors of a real
     router are not included: measure them with :class:`freemerge.RoutedModel`.
     """
@@ -73,7 +76,10 @@ def evaluate_experts(model: Source, experts: str | Path | Mapping[str, Expert], 
         stored = module.state_dict() if module is not None else {n: opened.read(n).clone() for n in opened.specs}
         weights = {name: tensor.detach() for name, tensor in stored.items()}
         attached = module if module is not None else weights
-        bank = ExpertBank(attached, experts) if isinstance(experts, Mapping) else ExpertBank.load(attached, experts)
+        if isinstance(experts, Mapping):
+            bank = ExpertBank(attached, experts, base=base)
+        else:
+            bank = ExpertBank.load(attached, experts, base=base)
         scores = {}
         for task in bank:
             with bank.active(task):

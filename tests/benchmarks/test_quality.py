@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import torch
 import freemerge as fm
 from benchmarks.quality import archives, images, methods, report, texts
 from benchmarks.quality.methods import SPECIFIC, STATIC, Inputs, Static
-from benchmarks.quality.rivals import flatten
 from benchmarks.quality.suite import TaskVector
+
+
+def flatten(vector: TaskVector) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in vector.values()])
 
 
 @pytest.fixture
@@ -30,7 +34,11 @@ def inputs() -> Inputs:
 
     base = weights(1.0)
     models = {f"task{i}": {name: base[name] + tensor for name, tensor in weights(0.1).items()} for i in range(3)}
-    return Inputs(base, models)
+
+    def unlabelled(state: TaskVector) -> Iterator[torch.Tensor]:
+        yield torch.tanh(state["a.weight"] + state["a.bias"][:, None])
+
+    return Inputs(base, models, unlabelled=unlabelled)
 
 
 def test_every_static_method_merges_and_leaves_the_weights_alone(inputs: Inputs) -> None:
@@ -62,7 +70,7 @@ def test_every_method_that_keeps_something_counts_its_bytes(inputs: Inputs) -> N
         build = methods.on("Iso-C", budget="60 %") if small else method.build
         kept = build(inputs)
         assert len(kept.parts) == 3, name
-        assert kept.bytes_per_task > 0
+        assert (kept.bytes_per_task > 0) == (kept.experts is not None), name
         assert torch.isfinite(flatten(kept.parts[0][-1])).all()
         assert method.backbone is None or method.backbone in STATIC
 

@@ -30,6 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ties": {"method": "ties", "scope": "tensor"},
     "dare": {"method": "dare", "drop": 0.5},
     "pcb": {"method": "pcb", "scope": "tensor"},
+    "EMR": {"method": "emr"},
     "Iso-C": {"method": "iso_c", "scale": 1.0},
     "Iso-CTS": {"method": "iso_cts", "scale": 1.0},
     "TSV-M": {"method": "tsv_m", "scale": 1.0},

@@ -37,7 +37,7 @@ class ExpertBank(Mapping[str, Expert]):
             whatever device they are, while an expert is active, and are bit for bit as before afterwards.
         experts: as :func:`extract_experts` returns them. Their names may be those of the model's files, where
             transformers loads separate tensors into stacked ones, or lack what wrappers such as torch.compile add.
-        base: theta_0 (state dict, module or path), which ``combine="replace"`` needs.
+        base: theta_0 (state dict, module or path), which ``combine="replace"`` needs, and experts that are masks.
 
     Raises ArgumentError or CheckpointError, naming the tensor, if an expert does not fit the model or the base. It is
     safe to use one bank from several threads: a thread that switches waits until no other has an expert on, as the
@@ -214,8 +214,7 @@ class ExpertBank(Mapping[str, Expert]):
         for task, weight in weights.items():
             if name in self._parts[task]:
                 expert = self._experts[task]
-                dense = gathered_dense(self._parts[task][name], expert.tensors, self._tensor(name))
-                yield dense, weight * expert.mu
+                yield self._dense(task, name), weight * expert.mu
 
     def _change(self, task: str, name: str) -> tuple[Change, float]:
         """e_i of one tensor in the form that costs least in the forward pass, and its factor."""
@@ -226,7 +225,17 @@ class ExpertBank(Mapping[str, Expert]):
         if len(parts) == 1 and parts[0].piece is None and isinstance(kept, LowRankTensor) and tensor.ndim == 2:
             left, right = kept.factors
             return Product(left.to(tensor.device), right.to(tensor.device)), expert.mu
-        return gathered_dense(parts, expert.tensors, tensor), expert.mu
+        return self._dense(task, name), expert.mu
+
+    def _dense(self, task: str, name: str) -> Tensor:
+        """e_i of one tensor as it is now, without mu: masks select from what it has beyond the base."""
+        parts, entries, tensor = self._parts[task][name], self._experts[task].tensors, self._tensor(name)
+        vector = None
+        if any(entries[part.entry].relative for part in parts):
+            assert self._base is not None
+            compute = torch.promote_types(tensor.dtype, torch.float32)
+            vector = tensor.detach().to(compute) - self._base.read(name).to(tensor.device, compute)
+        return gathered_dense(parts, entries, tensor, vector)
 
     def _vector(self, task: str, name: str, device: torch.device) -> SparseVector:
         vector = self._vectors.get((task, name))
@@ -284,6 +293,8 @@ class ExpertBank(Mapping[str, Expert]):
             raise ArgumentError(f"experts: {task!r}: {error}") from None
 
     def _check(self, task: str, expert: Expert) -> None:
+        if self._base is None and any(tensor.relative for tensor in expert.tensors.values()):
+            raise ArgumentError(f"base must be given: {task!r} holds masks, which select from what was merged")
         memory: dict[int, str] = {}
         for name, parts in self._parts[task].items():
             try:

@@ -43,9 +43,16 @@ class Expert:
         """How many numbers are kept."""
         return sum(tensor.entries for tensor in self.tensors.values())
 
-    def dense(self) -> dict[str, torch.Tensor]:
-        """What is added, as dense float32 tensors, for tensors of which anything is kept."""
-        return {name: self.mu * tensor.dense() for name, tensor in self.tensors.items()}
+    def dense(self, vectors: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """What is added, as dense float32 tensors, for tensors of which anything is kept.
+
+        ``vectors``: theta_m - theta_0 of each of these tensors, which masks need (ArgumentError without).
+        """
+        known = {} if vectors is None else vectors
+        return {
+            name: self.mu * (tensor.dense(None, known.get(name)) if tensor.relative else tensor.dense())
+            for name, tensor in self.tensors.items()
+        }
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> int:
         """Write an expert file (docs/expert-format.md) and return its size in bytes.

@@ -1,4 +1,4 @@
-"""Experts from checkpoints, one tensor in memory at a time: of single entries, or of low rank."""
+"""Experts from checkpoints, one tensor in memory at a time: of single entries, of low rank, or masks."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from .budget import share_of
 from .entries import Criterion, EntryExtraction
 from .expert import Expert, check_task_name
 from .low_rank import LowRankExtraction
+from .masks import MaskExtraction
 from .names import Values
 from .rescale import check_rescale
 from .values import LowRankTensor, SparseTensor, coding_of
+from .values.mask import Mask
 
+_Extraction = EntryExtraction | LowRankExtraction | MaskExtraction
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 
@@ -70,7 +73,11 @@ def extract_experts(
 
             Sums run over all tensors that experts are made of. mu is 0 where v_i is.
         values: how entries are stored: "fp32", "bf16" (the default), "fp16", "int8" (a scale per row), "sign" (a scale
-            per tensor); or how singular vectors are: "svd2" (two bits an entry, the default), "svd16" (float16).
+            per tensor); or how singular vectors are: "svd2" (two bits an entry, the default), "svd16" (float16). Or
+            "mask" (one bit for every entry of the model): with M_i = [v_i (theta_m - theta_0) > 0] and one scale,
+            ``sum |v_i| / sum |M_i (theta_m - theta_0)|``, theta_m becomes ``theta_0 + scale M_i (theta_m - theta_0)``.
+            With a ``backbone`` by the method "emr" this is EMR-Merging (arXiv 2405.17461). Only ``backbone``,
+            ``select`` and ``rename`` apply.
         trim: the share of largest entries to leave out: the k after the first floor(trim n) of a scope are kept.
         backbone: the merged model theta_m, for the rules that need it, and for ``budget`` and ``rank``.
         budget: makes experts of theta_i - theta_m and is the share of the bytes of the model's tensors in float16 that
@@ -129,16 +136,19 @@ def iter_experts(
     As :func:`extract_experts`; all arguments and checkpoints are checked before the first expert is made.
     """
     coding = coding_of(values if values is not None else "bf16" if budget is None and rank is None else "svd2")
-    if not issubclass(coding, SparseTensor | LowRankTensor):
+    if not issubclass(coding, SparseTensor | LowRankTensor | Mask):
         raise ArgumentError(f"values: {values} does not code single entries, which density keeps")
     if (budget is not None) + (rank is not None) != issubclass(coding, LowRankTensor):
         raise ArgumentError("budget or rank must be given for values svd2 and svd16, one of them, and for these only")
     criterion = Criterion(0.01 if density is None else density, scope, trim)
-    if issubclass(coding, LowRankTensor):
+    if not issubclass(coding, SparseTensor):
         if (density, scope, trim, rescale) != (None, "tensor", 0, "auto"):
-            raise ArgumentError("density, scope, trim and rescale are for single entries: budget and rank exclude them")
+            raise ArgumentError(
+                "density, scope, trim and rescale are for single entries: budget, rank and masks exclude them"
+            )
         if backbone is None:
-            raise ArgumentError("backbone must be given for budget and rank: experts hold what it lacks")
+            what = "masks: they select from it" if coding is Mask else "budget and rank: experts hold what it lacks"
+            raise ArgumentError(f"backbone must be given for {what}")
         if rank is not None and rank < 1:
             raise ArgumentError(f"rank must be at least 1, got {rank}")
     else:
@@ -162,19 +172,20 @@ def iter_experts(
         names = [name for name in made if name not in inputs.base.buffers]
         merged = None if backbone is None else inputs.models[-1]
         tuned = inputs.models[: len(named)]
-        extraction: EntryExtraction | LowRankExtraction
+        extraction: _Extraction
         if issubclass(coding, SparseTensor):
             extraction = EntryExtraction(inputs.base, tuned, names, merged, criterion, rescale, coding)
         else:
             assert merged is not None
-            extraction = LowRankExtraction(merged, tuned, names, coding, share, rank)
+            if issubclass(coding, LowRankTensor):
+                extraction = LowRankExtraction(merged, tuned, names, coding, share, rank)
+            else:
+                extraction = MaskExtraction(inputs.base, merged, tuned, names)
         stack = stack.pop_all()
     return _generate(extraction, list(named), stack)
 
 
-def _generate(
-    extraction: EntryExtraction | LowRankExtraction, names: Sequence[str], stack: ExitStack
-) -> Iterator[tuple[str, Expert]]:
+def _generate(extraction: _Extraction, names: Sequence[str], stack: ExitStack) -> Iterator[tuple[str, Expert]]:
     with stack:
         for i, name in enumerate(names):
             yield name, extraction.expert(i)

@@ -98,18 +98,31 @@ def gathered(parts: list[Part], entries: Mapping[str, SparseTensor]) -> SparseVe
     return SparseVector(joined[order].to(dtype), torch.cat(values)[order])
 
 
-def gathered_dense(parts: list[Part], entries: Mapping[str, ExpertTensor], like: Tensor) -> Tensor:
-    """What is added to one tensor of a model, float32 on its device, from the parts of an expert's tensors."""
+def gathered_dense(
+    parts: list[Part], entries: Mapping[str, ExpertTensor], like: Tensor, vector: Tensor | None = None
+) -> Tensor:
+    """What is added to one tensor of a model, float32 on its device, from the parts of an expert's tensors.
+
+    ``vector``: the tensor's theta_m - theta_0, for codings that are relative to it.
+    """
     if len(parts) == 1 and parts[0].piece is None:
-        return entries[parts[0].entry].dense(like.device)
+        return _dense(entries[parts[0].entry], like.device, vector)
     total = torch.zeros(like.shape, device=like.device)
     for part in parts:
-        dense = entries[part.entry].dense(like.device)
+        entry = entries[part.entry]
         if part.piece is None:
-            total += dense
-        else:
-            part.piece.of_module(total).copy_(part.piece.of_file(dense))
+            total += _dense(entry, like.device, vector)
+            continue
+        seen = vector
+        if vector is not None:  # as the file has it; entries outside of the piece are not taken below
+            seen = torch.zeros(entry.shape, device=like.device)
+            part.piece.of_file(seen).copy_(part.piece.of_module(vector))
+        part.piece.of_module(total).copy_(part.piece.of_file(_dense(entry, like.device, seen)))
     return total
+
+
+def _dense(entry: ExpertTensor, device: torch.device, vector: Tensor | None) -> Tensor:
+    return entry.dense(device, vector) if entry.relative else entry.dense(device)
 
 
 def _in_module(indices: Tensor, piece: Piece | None) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ class ExpertTensor(ABC):
     """
 
     coding: ClassVar[str]  #: its name in metadata and arguments
+    relative: ClassVar[bool] = False  #: whether what is added depends on the merged task vector
     shape: tuple[int, ...]
 
     def __init_subclass__(cls) -> None:
@@ -39,8 +40,11 @@ class ExpertTensor(ABC):
         """How many numbers are kept."""
 
     @abstractmethod
-    def dense(self, device: torch.device | None = None) -> torch.Tensor:
-        """What is added to the weights, not yet multiplied by mu: float32, in the shape of the tensor."""
+    def dense(self, device: torch.device | None = None, vector: torch.Tensor | None = None) -> torch.Tensor:
+        """What is added to the weights, not yet multiplied by mu: float32, in the shape of the tensor.
+
+        ``vector``: theta_m - theta_0 in the same shape and on the same device, which :attr:`relative` codings need.
+        """
 
     @abstractmethod
     def to_bytes(self) -> Bytes:

@@ -66,7 +66,7 @@ class LowRankTensor(ExpertTensor):
     def entries(self) -> int:
         return self.rank * sum(rows_of(self.shape))
 
-    def dense(self, device: torch.device | None = None) -> torch.Tensor:
+    def dense(self, device: torch.device | None = None, vector: torch.Tensor | None = None) -> torch.Tensor:
         left, right = (factor.to(device) for factor in self.factors)
         return product(left, right).view(self.shape)
 

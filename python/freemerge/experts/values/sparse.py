@@ -53,7 +53,7 @@ class SparseTensor(ExpertTensor):
         """The kept entries: positions and values (float32), not yet multiplied by mu."""
         return SparseVector(self.indices, self.values())
 
-    def dense(self, device: torch.device | None = None) -> torch.Tensor:
+    def dense(self, device: torch.device | None = None, vector: torch.Tensor | None = None) -> torch.Tensor:
         flat = torch.zeros(self.numel, device=device)
         flat[self.indices.long().to(flat.device)] = self.values().to(flat.device)
         return flat.view(self.shape)

@@ -1,0 +1,48 @@
+"""A mask over the merged task vector, one bit an entry, as EMR-Merging (arXiv 2405.17461) keeps for each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ...errors import ArgumentError
+from ..payload import Bytes, Reader, tensors_to_bytes
+from .base import ExpertTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(ExpertTensor):
+    """theta_0 + scale M (theta_m - theta_0) in place of theta_m. ``kept``: the bits M, flat; ``scale``: float32 [1].
+
+    What is added depends on the merged task vector theta_m - theta_0, of which a mask keeps nothing itself.
+    """
+
+    coding = "mask"
+    relative = True
+    kept: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def entries(self) -> int:
+        return self.numel
+
+    def dense(self, device: torch.device | None = None, vector: torch.Tensor | None = None) -> torch.Tensor:
+        if vector is None:
+            raise ArgumentError("vector must be given: a mask selects from the merged task vector")
+        factors = self.kept.to(device).float() * self.scale.to(device) - 1
+        return factors.view(self.shape) * vector
+
+    def to_bytes(self) -> Bytes:
+        bits = np.packbits(self.kept.numpy(), bitorder="little")
+        return tensors_to_bytes(self.scale, torch.from_numpy(bits))
+
+    @classmethod
+    def from_bytes(cls, shape: tuple[int, ...], reader: Reader) -> Mask:
+        count = int(np.prod(shape, dtype=np.int64))
+        scale, packed = reader.tensors((torch.float32, 1), (torch.uint8, (count + 7) // 8))
+        bits = np.unpackbits(packed.numpy(), bitorder="little")
+        if bits[count:].any():
+            raise ValueError("stray bits after the mask")
+        return cls(shape, torch.from_numpy(bits[:count].view(np.bool_)), scale)
