@@ -226,6 +226,8 @@ void column_filter(const ColumnFilter& arguments, const ColumnBlocks& blocks, cu
   const dim3 grid(static_cast<unsigned>(ceil_div(spectra.width / 2 + 1, columns)),
                   static_cast<unsigned>(arguments.parts), static_cast<unsigned>(spectra.count));
   const bool uncommon = are_uncommon(blocks.passes);
+  require(blocks.threads <= (uncommon ? kColumnThreads : kWholeThreads),
+          "a block of columns has too many threads");
   const auto kernel = uncommon                          ? column_filter_kernel<true, kColumnThreads, 2>
                       : blocks.threads > kColumnThreads ? column_filter_kernel<false, kWholeThreads, 1>
                                                         : column_filter_kernel<false, kColumnThreads, 3>;
