@@ -25,7 +25,7 @@ from freemerge.planner.tiles import Tiles, blocks, column_bytes, row_bytes
 SHAPES = [(4096, 4096), (4096, 11008), (14336, 4096), (11008, 4096), (3072, 768), (768, 768)]
 TAPS = (8, 10, 12)
 CHUNK_ROWS = (0, 32, 64, 128, 256)  # 0: the backend's own choice
-THREADS = ((128, 128), (192, 192), (256, 256), (384, 256))  # of blocks of rows, and of columns
+THREADS = ((128, 128), (192, 192), (256, 160), (384, 96))  # of blocks of rows, and of columns
 CALLS = 6
 
 KernelTimes = dict[str, float]
@@ -64,14 +64,9 @@ def tile_choices(shape: tuple[int, int], block_bytes: int) -> Iterator[Tiles]:
         for columns in (4, 8, 16):
             if blocks(column_bytes(height // parts, columns), block_bytes) < 1:
                 continue
-            for rows_at_most, columns_at_most in THREADS:
-                chosen = Tiles(
-                    parts,
-                    columns,
-                    min(rows_at_most, 192) if largest_prime(width) > 7 else rows_at_most,
-                    min(columns_at_most, 192) if largest_prime(height // parts) > 7 else columns_at_most,
-                )
-                yield chosen
+            for rows_at_most, column_threads in THREADS:
+                row_threads = min(rows_at_most, 192) if largest_prime(width) > 7 else rows_at_most
+                yield Tiles(parts, columns, row_threads, column_threads)
 
 
 def plans(backend: CudaBackend, case: Case, device: str, **changes: object) -> list[Plan]:

@@ -226,7 +226,9 @@ void column_filter(const ColumnFilter& arguments, const ColumnBlocks& blocks, cu
   const dim3 grid(static_cast<unsigned>(ceil_div(spectra.width / 2 + 1, columns)),
                   static_cast<unsigned>(arguments.parts), static_cast<unsigned>(spectra.count));
   const bool uncommon = are_uncommon(blocks.passes);
-  const auto kernel = uncommon                          ? column_filter_kernel<true, kUncommonThreads, 2>
+  require(blocks.threads <= (uncommon ? kColumnThreads : kWholeThreads),
+          "a block of columns has too many threads");
+  const auto kernel = uncommon                          ? column_filter_kernel<true, kColumnThreads, 2>
                       : blocks.threads > kColumnThreads ? column_filter_kernel<false, kWholeThreads, 1>
                                                         : column_filter_kernel<false, kColumnThreads, 3>;
   launch(kernel,
@@ -238,7 +240,7 @@ void column_filter(const ColumnFilter& arguments, const ColumnBlocks& blocks, cu
 ColumnBlocks whole_columns(std::int64_t height, std::int64_t bins) {
   const int log2 = columns_log2(height, bins);
   // A block that has a multiprocessor to itself needs more threads to fill it.
-  const int threads = column_bytes(height, 1 << log2) > kSharedTarget ? kWholeThreads : kColumnThreads;
+  const int threads = column_bytes(height, 1 << log2) > kSharedTarget ? kWholeThreads : kWholeThreads / 2;
   return {passes_of(height, {16, 4, 2, 7, 5, 3}), log2, threads};
 }
 

@@ -17,8 +17,8 @@ constexpr int kLargestCommonRadix =
 
 // Threads of a block at most, so that registers last for two or three blocks on a multiprocessor.
 constexpr int kRowThreads = 384;
-constexpr int kColumnThreads = 256;
-constexpr int kUncommonThreads = 192;
+constexpr int kColumnThreads = 192;
+constexpr int kUncommonThreads = 192;  // of rows
 
 // Decimation in frequency, in place: after the passes, position p1 M1 + p2 M2 + ... (M1 = n / r1, M2 = M1 /
 // r2, ...) holds frequency p1 + r1 (p2 + r2 (p3 + ...)).

@@ -202,8 +202,9 @@ __global__ void __launch_bounds__(kUncommon ? kUncommonThreads : kRowThreads, 2)
   if (a.matrices.dtype == DType::kFloat16) write_rows<__half>(a, group, lines);
 }
 
-Launch row_launch(const char* name, const RowPass& a, cudaStream_t stream,
+Launch row_launch(const char* name, const RowPass& a, bool uncommon, cudaStream_t stream,
                   const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  require(a.threads <= (uncommon ? kUncommonThreads : kRowThreads), "a block of rows has too many threads");
   const std::int64_t groups = a.parts == 1 ? ceil_div(a.spectra.height, 2) : a.spectra.height / a.parts;
   const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(a.matrices.count));
   return Launch(name, grid, dim3(static_cast<unsigned>(a.threads)), row_bytes(a.spectra.width, a.parts),
@@ -226,13 +227,13 @@ std::size_t row_bytes(std::int64_t width, int parts) {
 void rows_to_spectra(const RowPass& arguments, cudaStream_t stream) {
   const bool uncommon = are_uncommon(arguments.tables.passes);
   launch(uncommon ? rows_to_spectra_kernel<true> : rows_to_spectra_kernel<false>,
-         row_launch("rows_to_spectra", arguments, stream), arguments);
+         row_launch("rows_to_spectra", arguments, uncommon, stream), arguments);
 }
 
 void spectra_to_rows(const RowPass& arguments, cudaStream_t stream) {
   const bool uncommon = are_uncommon(arguments.tables.passes);
   launch(uncommon ? spectra_to_rows_kernel<true> : spectra_to_rows_kernel<false>,
-         row_launch("spectra_to_rows", arguments, stream), arguments);
+         row_launch("spectra_to_rows", arguments, uncommon, stream), arguments);
 }
 
 }  // namespace freemerge::cuda

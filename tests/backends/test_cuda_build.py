@@ -111,7 +111,7 @@ def test_blocks_of_the_three_kernels_share_a_multiprocessor(
     row_groups = height // chosen.parts if chosen.parts > 1 else -(-height // 2)
     column_groups = chosen.parts * -(-bins // chosen.columns)
     uncommon = {n: largest_prime(n) > 7 for n in (width, length)}
-    columns_by = "column_filter_kernelILb1E" if uncommon[length] else "column_filter_kernelILb0ELi256E"
+    columns_by = "column_filter_kernelILb1E" if uncommon[length] else "column_filter_kernelILb0ELi192E"
     used = {
         f"rows_to_spectra_kernelILb{uncommon[width]:d}E": (chosen.row_threads, row, row_groups),
         f"spectra_to_rows_kernelILb{uncommon[width]:d}E": (chosen.row_threads, row, row_groups),

@@ -12,11 +12,14 @@ _RESERVED = 1 << 10  # bytes that the device takes of a multiprocessor's shared 
 _COMPLEX = 8
 _SMALL_PRIMES = (2, 3, 5, 7, 11, 13)  # that have kernels, in any power
 _LARGE_PRIME = 43  # of 11008, once
+_UNCOMMON_PRIMES = (11, 13, _LARGE_PRIME)
 _PARTS = (1, 2, 4, 8)
 _COLUMNS = (8, 4)  # of a block: 64 or 32 bytes of a row
-_THREADS = (64, 256)  # of a block, at least and at most
-_ALONE = 384  # of a block that has a multiprocessor to itself
-_UNCOMMON_THREADS = 192  # most of a block with one of the primes 11, 13 and 43, which take many registers
+_LEAST_THREADS = 64  # of a block
+_ROW_THREADS = 256  # at most
+_ALONE = 384  # of a block of rows that has a multiprocessor to itself
+_COLUMN_THREADS = 192
+_UNCOMMON_THREADS = 192  # of a block of rows with one of the primes 11, 13 and 43, which take many registers
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,14 @@ def tiles(height: int, width: int, block_bytes: int) -> Tiles | None:
     if not found:
         return None
     parts, columns = found[min(found)]
-    lines = max(1, parts // 2)
+    uncommon = any(prime in _UNCOMMON_PRIMES for prime in prime_factors(width))
     alone = blocks(row_bytes(width, parts), block_bytes) < 2
+    most = _UNCOMMON_THREADS if uncommon else _ALONE if alone else _ROW_THREADS
     return Tiles(
         parts,
         columns,
-        _threads(lines * width, width, _ALONE if alone else _THREADS[1]),
-        _threads(height // parts * columns, height // parts, _THREADS[1]),
+        _threads(max(1, parts // 2) * width, most),
+        _threads(height // parts * columns, _COLUMN_THREADS),
     )
 
 
@@ -90,11 +94,9 @@ def _preference(height: int, width: int, parts: int, columns: int, block_bytes: 
     return row_blocks < 2, columns < _COLUMNS[0], column_blocks < 3, parts, columns
 
 
-def _threads(entries: int, length: int, most: int) -> int:
+def _threads(entries: int, most: int) -> int:
     """One for each butterfly of a pass of radix 16, within limits; whole warps."""
-    if any(prime in (11, 13, _LARGE_PRIME) for prime in prime_factors(length)):
-        most = _UNCOMMON_THREADS
-    return min(max(entries // 16 // 32 * 32, _THREADS[0]), most)
+    return min(max(entries // 16 // 32 * 32, _LEAST_THREADS), most)
 
 
 def _has_kernels(length: int) -> bool:
