@@ -15,7 +15,7 @@ from safetensors import safe_open
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 from freemerge.experts.positions import CodedPositions
-from freemerge.experts.values import CODINGS, SparseTensor
+from freemerge.experts.values import CODINGS, LowRankTensor, SparseTensor
 
 LAYER = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
 
@@ -137,7 +137,9 @@ def small_file(tmp_path: Path, values: str = "bf16") -> Path:
     model = torch.randn(30, 40, generator=torch.Generator().manual_seed(2))
     path = tmp_path / "small.safetensors"
     base = {"w": torch.zeros(30, 40)}
-    options = {"density": 0.1} if issubclass(CODINGS[values], SparseTensor) else {"rank": 2, "backbone": base}
+    coding = CODINGS[values]
+    options = {"density": 0.1} if issubclass(coding, SparseTensor) else {"backbone": {"w": model / 2}}
+    options |= {"rank": 2} if issubclass(coding, LowRankTensor) else {}
     fx.extract_experts(base, {"t": {"w": model}}, values=values, **options)["t"].save(path)  # type: ignore[arg-type]
     return path
 
