@@ -288,6 +288,27 @@ def test_a_living_worker_keeps_others_away(models: Path, server: subprocess.Pope
     )
 
 
+def test_experts_are_those_of_one_process(models: Path, server: subprocess.Popen[str]) -> None:
+    forked(
+        models,
+        server,
+        """
+        def extract(out):
+            def work(workers=fm.workers.ALONE):
+                experts = fm.iter_experts(paths[0], paths[1:], rescale="paper", workers=workers)
+                saved = fm.save_experts(experts, folder / out, workers=workers)
+                assert [expert.task for expert in saved] == ["1", "2", "3"]
+            return work
+        extract("experts")()
+        codes, said = run(2, extract("experts2"))
+        assert codes == [0, 0], said
+        assert contents("experts2") == contents("experts") and len(contents("experts")) == 3
+        codes, said = run(2, extract("experts"))
+        assert codes == [1, 1] and said.count("freemerge:") == 1 and "is not empty" in said, said
+        """,
+    )
+
+
 def test_shares() -> None:
     """By bytes, the largest first, the same in every process."""
     sizes = {"a": 5, "b": 9, "c": 5, "d": 1, "e": 4, "f": 0}
