@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from .errors import FreemergeError
+from .errors import FreemergeError, WorkerError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,10 +20,6 @@ T = TypeVar("T")
 Key = TypeVar("Key")
 
 PATIENCE = timedelta(days=2)  # a worker that is done waits for the others; those that have ended are noticed at once
-
-
-class WorkerError(FreemergeError, RuntimeError):
-    """Another worker has ended before the work was done."""
 
 
 @dataclass
@@ -125,7 +121,7 @@ def joined() -> Iterator[Workers]:
 
     try:
         yield workers
-    except (FreemergeError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         kept = f"what is finished stays in {workers.kept}; the same command with --resume goes on with it"
         if workers.kept is not None and is_first_to_say(kept):
             print(f"freemerge: {kept}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,9 @@ from safetensors.torch import save_file
 import freemerge as fm
 from freemerge.workers import Workers
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+pytestmark = pytest.mark.skipif(
+    not (hasattr(os, "fork") and torch.distributed.is_available()), reason="needs fork, and torch with distributed"
+)
 
 # One process imports torch, which takes seconds; from it each test's script is forked, and from that the workers. See
 # the last test for torchrun itself.

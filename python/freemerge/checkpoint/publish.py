@@ -99,10 +99,9 @@ class Staging:
     def discard(self) -> None:
         """Remove the hidden directory, whatever it holds; safe to call twice. Only the first worker removes it."""
         if self._lock >= 0:
-            same = os.path.samestat(
-                os.fstat(self._lock), _stat(self.directory)
-            )  # another writer may have made a new one
-            if same and self._workers.rank == 0:
+            # Another writer may have made a new one.
+            ours = os.path.samestat(os.fstat(self._lock), _stat(self.directory))
+            if ours and self._workers.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1

@@ -153,8 +153,10 @@ def merge_checkpoints(
         writer = _writer(
             merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume, workers=workers
         )
+        stack.enter_context(writer)  # before the work of a second run that writes there begins
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
-        reads = _reads(merger, writer)
+        missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
+        reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
         ratio = pace(merger.recipe, len(merger.models), backend).ratio if progress and merger.method.passes else 1.0
         log = stack.enter_context(
             Progress(
@@ -170,10 +172,8 @@ def merge_checkpoints(
         def advance(stage: str, unit: Unit, read_bytes: int) -> None:
             log.advance(stage, read_bytes, len(unit.names))
 
-        stack.enter_context(writer)  # before the work of a second run that writes there begins
         measured = _measured(merger, writer, partial(advance, "measure"))
         workers.first(lambda: _carry_over(merger, writer, tokenizer))
-        missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
         for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
             merged = merger.merged(unit, measured, partial(advance, "merge"))
             for name in merger.outputs(unit):
@@ -351,11 +351,11 @@ def _measured(merger: Merger, writer: CheckpointWriter, advance: OnRead) -> Meas
     return measured
 
 
-def _reads(merger: Merger, writer: CheckpointWriter) -> tuple[int, int]:
-    """Bytes that this worker reads to measure and to merge."""
-    own = {name for name in merger.written if writer.worker(name) == writer.workers.rank}
-    measured = merger.reads(unit for unit in merger.steps if unit.names[0] in own)[0]
-    return measured, merger.reads(unit for unit in merger.steps if own.intersection(merger.outputs(unit)))[1]
+def _reads_to_measure(merger: Merger, writer: CheckpointWriter) -> int:
+    """Bytes that this worker reads to measure; none if a killed run has done so."""
+    if writer.measured is not None:
+        return 0
+    return merger.reads(unit for unit in merger.steps if writer.worker(unit.names[0]) == writer.workers.rank)[0]
 
 
 def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
