@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from .rescale import check_rescale
 from .values import LowRankTensor, SparseTensor, coding_of
 from .values.mask import Mask
 
-_Extraction = EntryExtraction | LowRankExtraction | MaskExtraction
+_Extraction: TypeAlias = EntryExtraction | LowRankExtraction | MaskExtraction
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 

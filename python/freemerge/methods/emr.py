@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
 from .vectors import Sides, TaskVectors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class EMR(Method):
         return True
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        sums, highest, lowest = [], [], []
+        sums: list[Tensor] = []
+        highest: list[Tensor] = []
+        lowest: list[Tensor] = []
         for deltas in vectors.each():
             if not sums:
                 sums = [torch.zeros_like(delta) for delta in deltas]
