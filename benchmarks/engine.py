@@ -148,7 +148,7 @@ def merge(folder: Path, out: Path, recipe: fm.Recipe) -> None:
     fm.merge_checkpoints(base, models, out, recipe, progress=False)
 
 
-def check(folder: Path, out: Path, recipe: fm.Recipe) -> None:
+def check(folder: Path, out: Path, recipe: fm.Recipe, count: int | None = None) -> None:
     """Compare a matrix and a vector with float64, with the weights and the scale that the manifest names."""
     manifest = json.loads((out / "freemerge.json").read_text())
     measured = manifest["recipe"]["measured"]
@@ -157,14 +157,14 @@ def check(folder: Path, out: Path, recipe: fm.Recipe) -> None:
         min((n for n, t in tensors.items() if t["action"] == action), default=None) for action in ("filter", "merge")
     ]
     for name in filter(None, names):
-        base, *models = (read(path, name).double() for path in inputs(folder))
+        base, *models = (read(path, name).double() for path in inputs(folder)[: None if count is None else 1 + count])
         total = sum(w * (model - base) for w, model in zip(measured["weights"], models, strict=True))
         filtered = total
         if tensors[name]["action"] == "filter":
             filtered = harness.torch_fft(total, recipe.response)(total)
             filtered = filtered * (total.norm() / filtered.norm())
         exact = base + measured["scale"] * filtered
-        found = read(out / "model.safetensors", name).double()
+        found = read(holder(out, name), name).double()
         error = float((found - exact).norm() / exact.norm())
         if not error < 3e-3:  # bf16 keeps 8 bits
             raise AssertionError(f"relative error {error:.1e} of {name}")
@@ -183,10 +183,16 @@ def read(path: Path, name: str) -> torch.Tensor:
         return tensor
 
 
-def shapes_of(megabytes: int, small: int) -> dict[str, tuple[int, ...]]:
+def holder(out: Path, name: str) -> Path:
+    """The file of an output that holds a tensor."""
+    index = out / "model.safetensors.index.json"
+    return out / (json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors")
+
+
+def shapes_of(megabytes: int, small: int = 0, width: int = 0) -> dict[str, tuple[int, ...]]:
     if small:
         return {f"layers.{i}.norm.weight": (16,) for i in range(small)}
-    width = 1024 if megabytes < 800 else 2048
+    width = width or (1024 if megabytes < 800 else 2048)
     hidden, heads = 11 * width // 4, width // 4
     layer = {
         "self_attn.q_proj.weight": (width, width),

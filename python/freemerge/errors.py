@@ -26,6 +26,10 @@ class RefusedError(FreemergeError, RuntimeError):
     """The operation would overwrite or lose something and was not started."""
 
 
+class WorkerError(FreemergeError, RuntimeError):
+    """Another of the processes that merge together has ended before the work was done."""
+
+
 class CudaError(BackendError):
     """A call of the CUDA runtime or of cuFFT, or a kernel launch, failed.
 

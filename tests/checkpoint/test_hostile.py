@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 
+import freemerge as fm
 from freemerge.checkpoint import Checkpoint
 from freemerge.checkpoint.safetensors_file import MAX_HEADER_BYTES
 from freemerge.errors import CheckpointError
@@ -197,6 +198,30 @@ def test_links_may_not_leave_the_directory(tmp_path: Path) -> None:
     refused(model, "no such file")
     (model / "nowhere").symlink_to(model / "model.safetensors")
     refused(model, "no such file")  # a loop
+
+
+@pytest.mark.parametrize("name", ["config.json", "modules.json", "tokenizer.json"])
+def test_nor_links_of_what_lies_beside_the_weights(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret").write_text("{}")
+    for model in ("base", "model"):
+        (tmp_path / model).mkdir()
+        save_file({"a": torch.zeros(2)}, tmp_path / model / "model.safetensors")
+    (tmp_path / "model" / name).symlink_to(tmp_path / "secret")
+    pairs = [("model", "base"), ("base", "model")] if name != "modules.json" else [("model", "base")]
+    for base, model in pairs:
+        with pytest.raises(CheckpointError, match=f"{name} is a symbolic link out of its directory"):
+            fm.merge_checkpoints(tmp_path / base, [tmp_path / model], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_card_that_is_a_link_out_of_the_directory_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("---\nlicense: secret\n---\n")
+    for model in ("base", "model"):
+        (tmp_path / model).mkdir()
+        save_file({"a": torch.zeros(2)}, tmp_path / model / "model.safetensors")
+        (tmp_path / model / "README.md").symlink_to(tmp_path / "secret")
+    fm.merge_checkpoints(tmp_path / "base", [tmp_path / "model"], tmp_path / "out", progress=False)
+    assert "secret" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_links_inside_the_directory_and_to_the_directory_are_followed(tmp_path: Path) -> None:

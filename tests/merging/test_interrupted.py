@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -182,6 +183,24 @@ def test_finished_tensors_are_not_merged_again(
     assert merged(models, tmp_path / "out", resume=True) == expected
     assert 0 < len(done) < 22
     assert not hidden(tmp_path / "out").exists()
+
+
+def test_progress_counts_what_is_left(
+    models: list[Path],
+    tmp_path: Path,
+    killed: Callable[[list[Path], Path, int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    killed(models, tmp_path / "out", 17)
+    for name in ("out", "whole"):
+        fm.merge_checkpoints(
+            models[0], models[1:], tmp_path / name, progress="json", max_shard_bytes=2_000_000, resume=True
+        )
+    starts = [event for event in map(json.loads, capsys.readouterr().err.splitlines()) if event["event"] == "start"]
+    size = sum(path.stat().st_size for path in models)
+    left, everything = (event["read_bytes"] for event in starts)
+    assert 0 < left < 0.7 * size, "nothing is measured again, and not everything merged"
+    assert 1.9 * size < everything < 2 * size
 
 
 def test_damage_is_found_and_written_again(

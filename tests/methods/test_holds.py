@@ -11,6 +11,7 @@ from allocations import peak_bytes
 from freemerge.methods import METHODS, Method
 from freemerge.methods.filtered import Filter, Filtered
 from freemerge.methods.vectors import TaskVectors
+from freemerge.methods.whole import Whole
 from in_memory import deltas
 
 FIXED = 8 << 20  # half of what is allowed, with units that are no larger
@@ -48,10 +49,12 @@ def unit(shapes: list[tuple[int, ...]], count: int, dtype: torch.dtype, *, parts
 def allocated(method: Method, vectors: TaskVectors, count: int) -> int:
     """Bytes allocated while a model of one unit is measured and merged."""
 
+    whole = Whole(lambda: [vectors])
+
     def work() -> None:
-        method.merge(vectors, method.measure([vectors], count))
+        method.merge(vectors, method.measure(whole, count))
         if method.default_scale(count) is None:
-            method.measure_scale([vectors])
+            method.measure_scale(whole)
 
     work()  # tables of filters are made once
     return peak_bytes(work)

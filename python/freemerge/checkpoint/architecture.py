@@ -18,6 +18,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 from .conversion import Layout, layout_of, loaded_names
+from .locate import entry
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 10_000_000
@@ -86,9 +87,14 @@ def second_names(module: nn.Module) -> set[str]:
 
 
 def read_config(directory: Path | None) -> dict[str, Any]:
-    """The config.json of a model directory; empty where there is none or it is not a JSON object."""
-    path = None if directory is None else directory / CONFIG
-    if path is None or not path.is_file() or path.stat().st_size > _MAX_CONFIG_BYTES:
+    """The config.json of a model directory; empty where there is none or it is not a JSON object.
+
+    Raises CheckpointError for a link that leads out of the directory.
+    """
+    if directory is None or not (directory / CONFIG).is_file():
+        return {}
+    path = entry(directory, CONFIG)
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..errors import CheckpointError
+from ..workers import ALONE, Workers
 from .hashing import Hasher
 from .publish import MANIFEST
 from .reader import Checkpoint
@@ -24,24 +25,27 @@ FORMAT = 1
 class InputHashes:
     """The SHA-256 of every input file, computed in the background while the merge runs.
 
-    These are the plain hashes of whole files, as ``sha256sum`` and model hubs show them.
+    These are the plain hashes of whole files, as ``sha256sum`` and model hubs show them. Several workers share the
+    files out.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
-        self._checkpoints = tuple(checkpoints)
+    def __init__(self, checkpoints: Sequence[Checkpoint], workers: Workers = ALONE) -> None:
+        self._checkpoints, self._workers = tuple(checkpoints), workers
         self._hasher = Hasher()
         self._before = {file: _identity(file) for checkpoint in self._checkpoints for file in checkpoint.files}
-        self._futures = self._hasher.submit_all(
-            dict.fromkeys(file for checkpoint in self._checkpoints for file in checkpoint.files)
-        )
+        ranks = workers.shares({file: identity[0] for file, identity in self._before.items()})
+        self._futures = self._hasher.submit_all(file for file in self._before if ranks[file] == workers.rank)
 
     def records(self) -> list[dict[str, object]]:
         """For each checkpoint its name and its files with size and hash; waits for the hashes.
 
         Raises CheckpointError for a file that was changed or replaced since the hashing began.
         """
+        records: dict[Path, dict[str, object]] = {}
+        for own in self._workers.gather({file: self._record(file) for file in self._futures}):
+            records |= own
         return [
-            {"name": checkpoint.name, "files": [self._record(file) for file in checkpoint.files]}
+            {"name": checkpoint.name, "files": [records[file] for file in checkpoint.files]}
             for checkpoint in self._checkpoints
         ]
 
@@ -52,8 +56,8 @@ class InputHashes:
 
     @property
     def nbytes(self) -> int:
-        """Size of all files."""
-        return sum(identity[0] for identity in self._before.values())
+        """Size of the files that this worker hashes."""
+        return sum(self._before[file][0] for file in self._futures)
 
     def _record(self, file: Path) -> dict[str, object]:
         digest = self._futures[file].result()

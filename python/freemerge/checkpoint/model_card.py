@@ -9,8 +9,10 @@ from typing import Any
 import yaml
 
 from .. import __version__
+from ..errors import CheckpointError
 from .architecture import read_config
 from .hub_cache import hub_id
+from .locate import entry
 from .reader import Checkpoint
 from .side_files import is_tokenizer_file
 
@@ -120,8 +122,8 @@ def _auto_class(name: str, config: Mapping[str, Any]) -> tuple[str, str | None]:
 def _front_matter(directory: Path | None) -> dict[str, str]:
     """The words that the model card of a directory says to machines; none where there is no card that can be read."""
     try:
-        text = (directory / "README.md").read_text(encoding="utf-8") if directory is not None else ""
+        text = entry(directory, "README.md").read_text(encoding="utf-8") if directory is not None else ""
         front = yaml.safe_load(text.split("\n---", 1)[0]) if text.startswith("---\n") else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, CheckpointError):
         return {}
     return {key: value for key, value in front.items() if isinstance(value, str)} if isinstance(front, dict) else {}

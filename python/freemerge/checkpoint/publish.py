@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, RefusedError
+from ..workers import ALONE, Workers
 
 MANIFEST = "freemerge.json"
 _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
@@ -51,30 +52,32 @@ class Staging:
     """A hidden directory beside ``out`` that becomes ``out``, or supplies the file ``out``, when it is complete.
 
     A lock on the directory tells a running writer from one that was killed: a second writer of the same output is
-    refused while the first lives, and removes what it left behind otherwise, or goes on with it (``resume``).
+    refused while the first lives, and removes what it left behind otherwise, or goes on with it (``resume``). Several
+    workers share one: the first of them makes and publishes it, and it is in use while one of them lives.
 
     Attributes:
         directory: the hidden directory.
         resumed: whether it was left behind by a killed writer.
     """
 
-    def __init__(self, out: Path, *, resume: bool = False) -> None:
-        self._out = out
-        self._made = _missing_parents(out)
+    def __init__(self, out: Path, *, resume: bool = False, workers: Workers = ALONE) -> None:
+        self._out, self._workers = out, workers
+        self._made: list[Path] = []
+        self._lock = -1
         self.directory = hidden(out)
-        self.resumed = False
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = self._claim(resume)
-        except OSError as error:
-            self._remove_made_parents()
-            raise cannot_write(out, error) from error
+        self.resumed = workers.first(lambda: self._begin(resume))
+        if workers.rank:
+            self._follow()
 
     def publish(self, file: str | None, *, force: bool) -> None:
         """Put the directory, or the one ``file`` in it, at ``out``: at any instant ``out`` is the old or the new one.
 
         The file system must already hold every file's data. What was at ``out`` is deleted last.
         """
+        self._workers.first(lambda: self._publish(file, force=force))
+        self.discard()
+
+    def _publish(self, file: str | None, *, force: bool) -> None:
         check_target(self._out, single_file=file is not None, force=force)
         try:
             os.fsync(self._lock)
@@ -92,21 +95,52 @@ class Staging:
                 os.close(parent)
         except OSError as error:
             raise cannot_write(self._out, error) from error
-        self.discard()
 
     def discard(self) -> None:
-        """Remove the hidden directory, whatever it holds; safe to call twice."""
+        """Remove the hidden directory, whatever it holds; safe to call twice. Only the first worker removes it."""
         if self._lock >= 0:
-            if os.path.samestat(os.fstat(self._lock), _stat(self.directory)):  # another writer may have made a new one
+            # Another writer may have made a new one.
+            ours = os.path.samestat(os.fstat(self._lock), _stat(self.directory))
+            if ours and self._workers.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
         self._remove_made_parents()
 
+    @property
+    def held(self) -> bool:
+        """Whether the hidden directory is this writer's, and not published, discarded or left."""
+        return self._lock >= 0
+
     def leave(self) -> None:
         """Let go of the hidden directory and leave it to another writer."""
-        os.close(self._lock)
-        self._lock = -1
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _begin(self, resume: bool) -> bool:
+        """Claim the hidden directory; whether a killed writer has left it behind."""
+        self._made = _missing_parents(self._out)
+        try:
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock, resumed = self._claim(resume)
+        except OSError as error:
+            self._remove_made_parents()
+            raise cannot_write(self._out, error) from error
+        if self._workers.size > 1:
+            _lock(self._lock, shared=True)
+        return resumed
+
+    def _follow(self) -> None:
+        """Share what the first worker has claimed."""
+        try:
+            self._lock = os.open(self.directory, _DIRECTORY)
+        except OSError as error:
+            raise CheckpointError(
+                f"worker {self._workers.rank} cannot open {self.directory}, which the first worker has made "
+                f"({error.strerror}); the output must be on a file system that all workers share"
+            ) from error
+        _lock(self._lock, shared=True)
 
     def _exchange(self) -> None:
         """Replace an old output, which is then deleted."""
@@ -120,8 +154,8 @@ class Staging:
         finally:
             os.close(old)
 
-    def _claim(self, resume: bool) -> int:
-        """The lock on a directory that is ours alone."""
+    def _claim(self, resume: bool) -> tuple[int, bool]:
+        """The lock on a directory that is ours alone, and whether it was there already."""
         while True:
             try:
                 self.directory.mkdir()
@@ -145,8 +179,7 @@ class Staging:
                 shutil.rmtree(self.directory, ignore_errors=True)
                 os.close(fd)
                 continue
-            self.resumed = not made
-            return fd
+            return fd, not made
 
     def _swap_in_two_steps(self) -> None:
         # Without an atomic exchange (not Linux, or an old file system) there is an instant in which a kill leaves no
@@ -232,14 +265,15 @@ def _stat(path: Path) -> os.stat_result:
         return os.stat_result([0] * 10)
 
 
-def _lock(fd: int) -> bool | None:
-    """Lock a directory; False if another process has, None where the system or the file system cannot."""
+def _lock(fd: int, *, shared: bool = False) -> bool | None:
+    """Lock a directory, alone or with others that share it; False if another process has, None where the system or the
+    file system cannot."""
     try:
         import fcntl
     except ImportError:  # Windows
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
     return True

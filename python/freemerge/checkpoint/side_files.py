@@ -43,7 +43,7 @@ def part_weights(directory: Path | None) -> dict[str, Path]:
     listed: object = None
     if directory is not None and (directory / "modules.json").is_file():
         try:
-            listed = json.loads((directory / "modules.json").read_text(encoding="utf-8"))
+            listed = json.loads(entry(directory, "modules.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             listed = None
     modules = [module.get("path") for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
@@ -163,7 +163,11 @@ def _files(checkpoint: Checkpoint) -> dict[str, Path]:
         return {}
     found = [path for path in (*directory.iterdir(), *directory.glob("additional_chat_templates/*")) if path.is_file()]
     names = {path.relative_to(directory).as_posix(): path for path in found}
-    return {name: path for name, path in sorted(names.items()) if is_tokenizer_file(name)}
+    return {
+        name: entry(path.parent, path.name, home=directory)
+        for name, path in sorted(names.items())
+        if is_tokenizer_file(name)
+    }
 
 
 def _contents(checkpoint: Checkpoint) -> dict[str, object]:

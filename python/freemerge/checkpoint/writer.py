@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from ..errors import ArgumentError, CheckpointError, RefusedError
+from ..workers import ALONE, Workers
 from .hashing import Hasher
-from .journal import JOURNAL, Journal
+from .journal import JOURNAL, Journal, WorkerJournal, remove_journals
 from .locate import MODEL, SAFETENSORS
 from .publish import MANIFEST, Staging, cannot_write, check_target, target
 from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
@@ -88,15 +89,18 @@ class CheckpointWriter:
         resume: go on after the tensors that a killed writer of ``out`` finished, if there was one.
         stem: how the names of the weight files begin; that of transformers, or diffusers' ``diffusion_pytorch_model``.
         force: replace an earlier output at ``out`` (see :func:`freemerge.checkpoint.publish.check_target`).
+        workers: who write it together, each some of the files; all of them make such a writer with the same arguments
+            and go through the ``with`` block. What they leave unfinished stays, to be resumed.
 
     Attributes:
         directory: the hidden directory, for files that belong to the model (config, tokenizer, model card); None
             outside the ``with`` block and for a single-file output.
-        notes: for each tensor what was said when it was written, also to the killed writer.
-        whole: names of the tensors that need not be written, because the killed writer did.
+        notes: for each tensor what was said when it was written, also to the killed writer; once it is finished, also
+            to other workers.
+        whole: names of the tensors that need not be written, because the killed writer did, or another worker does.
         measured: what the killed writer was told by :meth:`measure`; None if nothing.
         manifest: becomes ``freemerge.json`` of a model directory, with the hash of every file added under ``files``.
-        nbytes: size of all weight files.
+        nbytes: size of the weight files that this worker writes.
 
     Raises, before anything is written: RefusedError if ``out`` holds something, ArgumentError for impossible specs,
     CheckpointError if the target cannot be written or the disk has too little room. A disk that fills up later is a
@@ -115,10 +119,11 @@ class CheckpointWriter:
         resume: bool = False,
         force: bool = False,
         stem: str = MODEL,
+        workers: Workers = ALONE,
     ) -> None:
         if resume and identity is None:
             raise ArgumentError("resume: only what is made from files can be resumed")
-        self.identity, self.resume = identity, resume
+        self.identity, self.resume, self.workers = identity, resume, workers
         self.out = target(out)
         self.single_file = self.out.suffix == ".safetensors"
         self.force = force
@@ -126,18 +131,22 @@ class CheckpointWriter:
         limit = max(1, sum(spec.nbytes for spec in specs)) if self.single_file else max_shard_bytes
         self._stem = MODEL if self.single_file else stem
         self.shards = plan_shards(specs, limit, {"format": "pt", **(metadata or {})}, self._stem)
-        self.nbytes = sum(shard.nbytes for shard in self.shards)
+        ranks = workers.shares({shard.file: shard.nbytes for shard in self.shards})
+        self._own = [shard for shard in self.shards if ranks[shard.file] == workers.rank]
+        self.nbytes = sum(shard.nbytes for shard in self._own)
         check_target(self.out, single_file=self.single_file, force=force)
-        _check_room(self.out, self.nbytes)
+        _check_room(self.out, sum(shard.nbytes for shard in self.shards))
         self.manifest: dict[str, object] = {}
         self._shard_of = {name: shard for shard in self.shards for name in shard.slots}
-        self._pending = set(self._shard_of)
+        self._ranks = ranks
+        self._pending = {name for shard in self._own for name in shard.slots}
         self._lock = threading.Lock()
         self._memory = memory
         self._files: dict[str, ShardFile] = {}
+        self._hashes: dict[str, str] = {}
         self._journal: Journal | None = None
         self.notes: dict[str, Mapping[str, object]] = {}
-        self.whole: set[str] = set()
+        self.whole = self._shard_of.keys() - self._pending
         self.measured: dict[str, Any] | None = None
 
     @property
@@ -145,11 +154,11 @@ class CheckpointWriter:
         return None if self.single_file else self._staging.directory
 
     def __enter__(self) -> CheckpointWriter:
-        self._staging = Staging(self.out, resume=self.resume)
+        self._staging = Staging(self.out, resume=self.resume, workers=self.workers)
         self._background = Background(self._memory)
         try:
             earlier = self._open_journal() if self.identity is not None else {}
-            for shard in self.shards:
+            for shard in self._own:
                 file = self._file(shard, earlier.get(shard.file, {}))
                 self._files[shard.file] = file
                 self.whole |= {n for n, slot in shard.slots.items() if slot.offset + slot.spec.nbytes <= file.whole}
@@ -170,18 +179,30 @@ class CheckpointWriter:
         assert self.identity is not None
         layout = hashlib.sha256(b"".join(shard.header for shard in self.shards)).hexdigest()
         identity = {**self.identity, "layout": layout}
-        self._journal = Journal(self._staging.directory, identity, resumed=self._staging.resumed)
+        first_identity, entries = self.workers.first(lambda: (identity, self._first_journal(identity)))
+        if self.workers.rank:
+            changed = [key for key in identity if identity[key] != first_identity[key]]
+            if changed:
+                raise CheckpointError(
+                    f"worker {self.workers.rank} has other {' and '.join(changed)} than the first one"
+                )
+            self._journal = WorkerJournal(self._staging.directory, self.workers.rank)
         earlier: dict[str, dict[int, str]] = {}
-        for entry in self._journal.earlier:
+        for entry in entries:
             self.measured = entry.get("measured", self.measured)
             if "file" in entry:
                 earlier.setdefault(entry["file"], {})[entry["to"]] = entry["sha256"]
                 self.notes |= entry["notes"]
+        return earlier
+
+    def _first_journal(self, identity: Mapping[str, object]) -> list[dict[str, Any]]:
+        """What is known from a killed run, of which nothing else stays but weight files."""
+        journal = self._journal = Journal(self._staging.directory, identity, resumed=self._staging.resumed)
         kept = {JOURNAL, *(shard.file for shard in self.shards)}
         for path in self._staging.directory.iterdir():
             if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        return earlier
+        return journal.earlier
 
     def _file(self, shard: Shard, earlier: Mapping[int, str]) -> ShardFile:
         ends = deque(sorted((slot.offset + slot.spec.nbytes, name) for name, slot in shard.slots.items()))
@@ -235,13 +256,22 @@ class CheckpointWriter:
         return {**self._background.seconds, "wait": self._background.waited}
 
     def finish(self) -> None:
-        """Wait until everything is written, hashed and on the disk."""
+        """Wait until everything is written, hashed and on the disk, by all workers."""
+        if self._hashes:
+            return
         try:
             for file in self._files.values():
                 file.hand_over()
-            self._hashes = {name: self._background.result(file.sha256) for name, file in self._files.items()}
+            own = {name: self._background.result(file.sha256) for name, file in self._files.items()}
         except OSError as error:
             raise cannot_write(self.out, error) from error
+        for hashes, notes in self.workers.gather((own, self.notes)):
+            self._hashes |= hashes
+            self.notes |= notes
+
+    def worker(self, name: str) -> int:
+        """Which of the workers writes a tensor."""
+        return self._ranks[self._shard_of[name].file]
 
     def place(self, name: str) -> tuple[str, int]:
         """Where a tensor is written: file and offset."""
@@ -263,13 +293,17 @@ class CheckpointWriter:
             raise ArgumentError(f"{len(missing)} tensors were never written: {', '.join(missing[:10])}")
         self.finish()
         try:
-            if self._journal is not None:
-                self._journal.close()
-            if not self.single_file:
-                self._write_index_and_manifest(self._staging.directory, self._hashes)
+            self.workers.first(self._complete)
             self._staging.publish(SAFETENSORS if self.single_file else None, force=self.force)
         except OSError as error:
             raise cannot_write(self.out, error) from error
+
+    def _complete(self) -> None:
+        if self._journal is not None:
+            self._journal.close()
+            remove_journals(self._staging.directory)
+        if not self.single_file:
+            self._write_index_and_manifest(self._staging.directory, self._hashes)
 
     def _write_index_and_manifest(self, directory: Path, hashes: Mapping[str, str]) -> None:
         if len(self.shards) > 1:
@@ -294,6 +328,9 @@ class CheckpointWriter:
         self._background.close()
         if self._journal is not None:
             self._journal.close()
+        if self.workers.size > 1 and self._journal is not None and self._staging.held:
+            self.workers.kept = self._staging.directory
+            self._staging.leave()
         self._staging.discard()
 
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from ..experts.names import Values
 from ..experts.rescale import RULES
 from ..methods.rules import Scope
+from ..workers import joined
 from .arguments import PATH, Named, Parsed, base_and_models, names
 from .command import Command, Option
 from .failures import DONE
@@ -61,7 +62,10 @@ def run(output: Output, base: Path, models: Sequence[Path], out: Path, **options
     """Extract a light expert of each model: its task vector's largest entries, or what a merged model lacks of it."""
     from ..experts import iter_experts, save_experts
 
-    saved = save_experts(iter_experts(base, models, **options), out)
+    with joined() as workers:
+        saved = save_experts(iter_experts(base, models, **options, workers=workers), out, workers=workers)
+    if workers.rank:  # the first one talks
+        return DONE
     lines = [
         f"{expert.task}: {expert.entries} entries, mu {expert.mu:.4g}, {expert.nbytes / 1e6:.3g} MB" for expert in saved
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
+from ..workers import joined
 from .arguments import PATH, Parsed, size, tokenizer_from
 from .command import Command, Option
 from .failures import DONE
@@ -66,6 +67,7 @@ def command() -> Command:
             freemerge merge base math code -o merged --select '*.bias=copy' --out-dtype bfloat16
             freemerge merge base math code -o merged --recipe recipe.yml
             freemerge merge --mergekit config.yml -o merged
+            torchrun --nproc-per-node 4 -m freemerge merge base math code -o merged --max-shard-size 2GB
         """,
     )
 
@@ -89,43 +91,47 @@ def run(
 
     Inputs are directories, .safetensors files, LoRA adapters or Hub ids in the local cache; they are checked first.
     """
-    origin, tuned, recipe = read(base, models, options)
-    from ..merging.run import inspect, merge_checkpoints
+    with joined() as workers:
+        if workers.rank:  # the first one talks
+            output, log_json = Output(quiet=True), False
+        origin, tuned, recipe = read(base, models, options)
+        from ..merging.run import inspect, merge_checkpoints
 
-    common: dict[str, Any] = {
-        "backend": backend,
-        "force": force,
-        "max_shard_bytes": max_shard_size,
-        "tokenizer_from": tokenizer_from,
-    }
-    if dry_run:
-        inspection = inspect(origin, tuned, recipe, out=out, **common)
-        refuse_what_changes_nothing(recipe, inspection)
-        tell(output, inspection)
-        return DONE
+        common: dict[str, Any] = {
+            "backend": backend,
+            "force": force,
+            "max_shard_bytes": max_shard_size,
+            "tokenizer_from": tokenizer_from,
+        }
+        if dry_run:
+            inspection = inspect(origin, tuned, recipe, out=out, **common)
+            refuse_what_changes_nothing(recipe, inspection)
+            tell(output, inspection)
+            return DONE
 
-    def start(inspection: Inspection) -> None:
-        refuse_what_changes_nothing(recipe, inspection)
-        output.detail(text_of(inspection))
+        def start(inspection: Inspection) -> None:
+            refuse_what_changes_nothing(recipe, inspection)
+            output.detail(text_of(inspection))
+            if not log_json:
+                warn(output, inspection)
+
+        report = merge_checkpoints(
+            origin,
+            tuned,
+            out,
+            recipe,
+            memory=memory,
+            resume=resume,
+            progress="json" if log_json else output.talks,
+            on_start=start,
+            workers=workers,
+            **common,
+        )
+        output.result(report, _text_of(report, recipe))
         if not log_json:
-            warn(output, inspection)
-
-    report = merge_checkpoints(
-        origin,
-        tuned,
-        out,
-        recipe,
-        memory=memory,
-        resume=resume,
-        progress="json" if log_json else output.talks,
-        on_start=start,
-        **common,
-    )
-    output.result(report, _text_of(report, recipe))
-    if not log_json:
-        for stage in report.stages:
-            output.note(f"  {stage}")
-    return DONE
+            for stage in report.stages:
+                output.note(f"  {stage}")
+        return DONE
 
 
 def refuse_what_changes_nothing(recipe: Recipe, inspection: Inspection) -> None:

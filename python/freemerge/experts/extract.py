@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeAlias
@@ -17,6 +17,7 @@ from ..errors import ArgumentError
 from ..merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
 from ..merging.statistics_buffers import is_statistic
 from ..methods.rules import Scope
+from ..workers import ALONE, Workers
 from .budget import share_of
 from .entries import Criterion, EntryExtraction
 from .expert import Expert, check_task_name
@@ -131,10 +132,12 @@ def iter_experts(
     rank: int | None = None,
     select: Sequence[Rule | tuple[str, Action]] = (),
     rename: Sequence[Rename] = (),
+    workers: Workers = ALONE,
 ) -> Iterator[tuple[str, Expert]]:
     """Task names and experts one after the other, holding one expert and a few tensors at a time.
 
-    As :func:`extract_experts`; all arguments and checkpoints are checked before the first expert is made.
+    As :func:`extract_experts`; all arguments and checkpoints are checked before the first expert is made. Of several
+    ``workers``, number r of n makes the experts of models r, r + n, r + 2 n, ...
     """
     coding = coding_of(values if values is not None else "bf16" if budget is None and rank is None else "svd2")
     if not issubclass(coding, SparseTensor | LowRankTensor | Mask):
@@ -183,13 +186,15 @@ def iter_experts(
             else:
                 extraction = MaskExtraction(inputs.base, merged, tuned, names)
         stack = stack.pop_all()
-    return _generate(extraction, list(named), stack)
+    return _generate(extraction, list(named), range(workers.rank, len(named), workers.size), stack)
 
 
-def _generate(extraction: _Extraction, names: Sequence[str], stack: ExitStack) -> Iterator[tuple[str, Expert]]:
+def _generate(
+    extraction: _Extraction, names: Sequence[str], chosen: Iterable[int], stack: ExitStack
+) -> Iterator[tuple[str, Expert]]:
     with stack:
-        for i, name in enumerate(names):
-            yield name, extraction.expert(i)
+        for i in chosen:
+            yield names[i], extraction.expert(i)
 
 
 def has_expert(spec: TensorSpec) -> bool:

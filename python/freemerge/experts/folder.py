@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 
 from ..checkpoint.publish import Staging, check_target, target
+from ..workers import ALONE, Workers
 from .expert import Expert
 
 
@@ -20,21 +22,26 @@ class SavedExpert:
     nbytes: int
 
 
-def save_experts(experts: Iterable[tuple[str, Expert]], out: str | os.PathLike[str]) -> list[SavedExpert]:
+def save_experts(
+    experts: Iterable[tuple[str, Expert]], out: str | os.PathLike[str], *, workers: Workers = ALONE
+) -> list[SavedExpert]:
     """Write ``TASK.safetensors`` for each task into the new directory ``out``, which :meth:`ExpertBank.load` reads.
 
     ``experts`` may be a generator (:func:`iter_experts`), so that one expert is in memory at a time. An error leaves no
     ``out``. Raises RefusedError, before the first expert is made, if ``out`` exists and is not empty.
+
+    ``workers``: processes that each write the experts :func:`iter_experts` gives them; all get the whole list.
     """
     folder = target(out)
     check_target(folder, single_file=False, force=False)
-    staging = Staging(folder)
+    staging = Staging(folder, workers=workers)
     try:
         saved = []
         for task, expert in experts:
             nbytes = expert.save(staging.directory / f"{task}.safetensors")
             saved.append(SavedExpert(task, expert.mu, expert.entries, nbytes))
+        written = workers.gather(saved)
         staging.publish(None, force=False)
     finally:
         staging.discard()
-    return saved
+    return [expert for expert in chain.from_iterable(zip_longest(*written)) if expert is not None]

@@ -20,6 +20,8 @@ from ..checkpoint.mapped import fetched
 from ..errors import ArgumentError, CheckpointError
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
+from ..methods.whole import Result, Whole
+from ..workers import ALONE, Workers
 from .inspection import Decision, Inspection, decide, matrix_shapes, warnings
 from .recipe import Recipe
 from .selection import drops, left_alone, rule_of
@@ -123,30 +125,47 @@ class Merger:
             dtype = self._compute_dtype(unit.names[0])
             device = self._device(unit.names[0])
             decisions += decide(unit, self.specs, self.method.response, dtype, device, self.backend)
-        once = sum(self._unit_bytes(unit) for unit in self.units if unit.action != "copy")
-        measured = self.method.passes * once
-        passes = 1 + self.method.passes
-        if self.scale is None:
-            measured += sum(self._merge_bytes(unit) for unit in self.units if unit.action != "copy")
-            passes += 1
+        passes = 1 + self.method.passes + (self.scale is None)
         written = sum(self.out_spec(name).nbytes for name in self.written)
         notices = (*self.notices, *warnings(decisions))
-        read = measured + sum(map(self._merge_bytes, self.units))
-        return Inspection(tuple(decisions), notices, read, written, passes, measured, self._memory_bytes())
+        measured, merged = self.reads(self.units)
+        return Inspection(tuple(decisions), notices, measured + merged, written, passes, measured, self._memory_bytes())
 
-    def measure(self, on_read: OnRead | None = None) -> Measured:
-        """What the method finds out about the whole model, the weights above all, and the scale."""
+    def reads(self, units: Iterable[Unit]) -> tuple[int, int]:
+        """Bytes of some units that are read to measure and to merge them."""
+        units = list(units)
+        merged = {unit: self._merge_bytes(unit) for unit in units}
+        vectors = [unit for unit in units if unit.action != "copy"]
+        measured = self.method.passes * sum(map(self._unit_bytes, vectors))
+        if self.scale is None:
+            measured += sum(merged[unit] for unit in vectors)
+        return measured, sum(merged.values())
 
-        def vectors(read_bytes: Callable[[Unit], int]) -> Iterator[TaskVectors]:
-            for unit in self.ahead([unit for unit in self.steps if unit.action != "copy"]):
+    def measure(
+        self,
+        on_read: OnRead | None = None,
+        workers: Workers = ALONE,
+        worker: Callable[[Unit], int] = lambda unit: 0,
+    ) -> Measured:
+        """What the method finds out about the whole model, the weights above all, and the scale.
+
+        ``worker``: which one of the workers measures a unit; all of them get the same, which is what one would find.
+        """
+        units = [unit for unit in self.steps if unit.action != "copy"]
+        own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
+
+        def vectors(read_bytes: Callable[[Unit], int], chosen: Sequence[Unit]) -> Iterator[TaskVectors]:
+            for unit in self.ahead(chosen):
                 yield self.vectors(unit)
                 if on_read is not None:
                     on_read(unit, read_bytes(unit))
 
-        measured = self.method.measure(_Repeatable(partial(vectors, self._unit_bytes)), len(self.models))
+        measured = self.method.measure(
+            _Shared(partial(vectors, self._unit_bytes), units, own, workers), len(self.models)
+        )
         scale = self.scale
         if scale is None:
-            scale = self.method.measure_scale(_Repeatable(partial(vectors, self._merge_bytes)))
+            scale = self.method.measure_scale(_Shared(partial(vectors, self._merge_bytes), units, own, workers))
         return dataclasses.replace(measured, scale=scale)
 
     def outputs(self, unit: Unit) -> list[str]:
@@ -351,11 +370,25 @@ def _read(source: Checkpoint, name: str) -> Tensor:
     return fetched(source.read(name), source.origin(name))
 
 
-@dataclass(frozen=True)
-class _Repeatable(Iterable[TaskVectors]):
-    """An iterable that can be iterated over more than once."""
+class _Shared(Whole[TaskVectors]):
+    """The task vectors of some units, each of which one of the workers looks at: this one at ``own``."""
 
-    iterate: Callable[[], Iterator[TaskVectors]]
+    def __init__(
+        self,
+        vectors: Callable[[Sequence[Unit]], Iterator[TaskVectors]],
+        units: Sequence[Unit],
+        own: Sequence[int],
+        workers: Workers,
+    ) -> None:
+        super().__init__(partial(vectors, units))
+        self._count, self._own, self._workers = len(units), own, workers
+        self._mine = Whole(partial(vectors, [units[i] for i in own]))
 
-    def __iter__(self) -> Iterator[TaskVectors]:
-        return self.iterate()
+    def map(self, function: Callable[[TaskVectors], Result]) -> list[Result]:
+        results: dict[int, Result] = {}
+        for part in self._workers.gather(dict(zip(self._own, self._mine.map(function), strict=True))):
+            results |= part
+        return [results[i] for i in range(self._count)]
+
+    def total(self, add: Callable[[TaskVectors, Tensor], None], zeros: Tensor) -> Tensor:
+        return self._workers.total(self._mine.total(add, zeros))

@@ -32,14 +32,15 @@ from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
 from ..errors import ArgumentError, RefusedError
 from ..methods import Measured
-from .engine import MergedUnit, Merger, OnRead
+from ..workers import ALONE, Workers
+from .engine import Merger, OnRead
 from .estimate import pace
 from .fill import Target
 from .inspection import Decision, Inspection
 from .progress import Progress
 from .recipe import Recipe, checked_recipe, to_yaml
 from .selection import left_alone
-from .stages import Stage
+from .stages import Stage, together
 from .units import Unit
 
 
@@ -116,6 +117,7 @@ def merge_checkpoints(
     progress: bool | Literal["json"] = True,
     tokenizer_from: TokenizerFrom = "base",
     on_start: Callable[[Inspection], None] = lambda inspection: None,
+    workers: Workers = ALONE,
 ) -> Report:
     """Merge checkpoints into the directory (or ``.safetensors`` file) ``out``, holding a few tensors at a time.
 
@@ -135,6 +137,9 @@ def merge_checkpoints(
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
             the base's, those of the model with that number, or with "auto" the models', if all have the same.
         on_start: called with what is going to happen, before anything is written.
+        workers: processes that do it together (:func:`freemerge.workers.joined`), all of which call this function with
+            the same arguments on a file system they share. Each writes some of the output's files; the bytes are the
+            same for any number. What they leave unfinished stays, to be resumed.
 
     Raises:
         RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
@@ -145,38 +150,41 @@ def merge_checkpoints(
             tokenizer = _side_files(merger, tokenizer_from)
             inspection = merger.inspect()
         on_start(inspection)
-        writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume)
-        hashes = stack.enter_context(InputHashes((merger.base, *merger.models)))
+        writer = _writer(
+            merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume, workers=workers
+        )
+        stack.enter_context(writer)  # before the work of a second run that writes there begins
+        hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
+        missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
+        reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
         ratio = pace(merger.recipe, len(merger.models), backend).ratio if progress and merger.method.passes else 1.0
         log = stack.enter_context(
             Progress(
-                inspection.measured_bytes,
-                inspection.read_bytes - inspection.measured_bytes,
+                *reads,
                 ratio=ratio,
                 style="json" if progress == "json" else "bar" if progress else "none",
             )
         )
-        log.event("start", read_bytes=inspection.read_bytes, write_bytes=inspection.write_bytes)
+        log.event("start", read_bytes=sum(reads), write_bytes=inspection.write_bytes)
         for warning in inspection.warnings:
             log.event("warning", text=warning)
 
         def advance(stage: str, unit: Unit, read_bytes: int) -> None:
             log.advance(stage, read_bytes, len(unit.names))
 
-        stack.enter_context(writer)  # before the work of a second run that writes there begins
         measured = _measured(merger, writer, partial(advance, "measure"))
-        _carry_over(merger, writer, tokenizer)
-        merging = partial(advance, "merge")
-        for unit in merger.ahead(sorted(merger.steps, key=lambda unit: writer.place(unit.names[0]))):
-            missing = [name for name in merger.outputs(unit) if name not in writer.whole]
-            merged = merger.merged(unit, measured, merging) if missing else MergedUnit({}, {})
-            for name in missing:
-                writer.write(name, merged.tensors[name], merged.notes.get(name))
+        workers.first(lambda: _carry_over(merger, writer, tokenizer))
+        for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
+            merged = merger.merged(unit, measured, partial(advance, "merge"))
+            for name in merger.outputs(unit):
+                if name in missing[unit]:
+                    writer.write(name, merged.tensors[name], merged.notes.get(name))
         writer.finish()
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
         with _without_collecting():
             _describe(merger, writer, hashes, report)
-        report = replace(report, stages=tuple(_stages(merger, writer, hashes)))
+        stages = workers.gather(list(_stages(merger, writer, hashes)))
+        report = replace(report, stages=tuple(map(together, zip(*stages, strict=True))))
         for done in report.stages:
             log.event("stage", name=done.name, seconds=round(done.seconds, 3), bytes=done.nbytes)
     log.event("done", out=str(report.out))
@@ -289,6 +297,7 @@ def _writer(
     force: bool,
     memory: int = DEFAULT_MEMORY,
     resume: bool = False,
+    workers: Workers = ALONE,
 ) -> CheckpointWriter:
     """The writer of the output, which is refused where writing it would replace or delete an input."""
     target = Path(out).resolve()
@@ -310,6 +319,7 @@ def _writer(
         resume=resume,
         force=force,
         stem=stem_of(merger.base.directory, merger.base.files),
+        workers=workers,
     )
 
 
@@ -335,10 +345,17 @@ def _measured(merger: Merger, writer: CheckpointWriter, advance: OnRead) -> Meas
     """What the method finds out, or found out before the merge was killed."""
     if writer.measured is not None:
         return Measured(tuple(writer.measured["weights"]), writer.measured["scale"])
-    measured = merger.measure(advance)
+    measured = merger.measure(advance, writer.workers, lambda unit: writer.worker(unit.names[0]))
     if type(measured) is Measured:  # what else methods measure takes no note
         writer.measure({"weights": measured.weights, "scale": measured.scale})
     return measured
+
+
+def _reads_to_measure(merger: Merger, writer: CheckpointWriter) -> int:
+    """Bytes that this worker reads to measure; none if a killed run has done so."""
+    if writer.measured is not None:
+        return 0
+    return merger.reads(unit for unit in merger.steps if writer.worker(unit.names[0]) == writer.workers.rank)[0]
 
 
 def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
@@ -365,6 +382,9 @@ def _describe(
     """The model card and the manifest."""
     if writer.directory is None:
         return
+    inputs = hashes.records()
+    if writer.workers.rank:
+        return
     recipe = merger.recipe
     card = model_card(
         base=merger.base,
@@ -377,7 +397,7 @@ def _describe(
     decisions = report.inspection.decisions
     writer.manifest = build_manifest(
         recipe={**recipe.to_record(), "measured": {"weights": report.weights, "scale": report.scale}},
-        inputs=hashes.records(),
+        inputs=inputs,
         tensors={decision.name: _record(decision, writer.notes.get(decision.name, {})) for decision in decisions},
         backend=", ".join(sorted({decision.backend for decision in decisions if decision.backend})),
     )

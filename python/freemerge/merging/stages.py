@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,11 @@ class Stage:
     def __str__(self) -> str:
         rate = f"{self.nbytes / self.seconds / 1e9:8.2f} GB/s" if self.nbytes and self.seconds else ""
         return f"{self.name:6} {self.seconds:8.2f} s {self.nbytes / 1e9:9.3f} GB {rate}".rstrip()
+
+
+def together(stages: Sequence[Stage]) -> Stage:
+    """The same stage of several workers: seconds and bytes of all of them."""
+    return Stage(stages[0].name, sum(stage.seconds for stage in stages), sum(stage.nbytes for stage in stages))
 
 
 class Stopwatch:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..responses import Response
 from .rules import Weights, inner_product, projection_scale, weights_by_rule
 from .vectors import Sides, TaskVectors, watched
+from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,24 +111,25 @@ class Method(ABC):
         """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0
 
-    def measure_scale(self, units: Iterable[TaskVectors]) -> float:
-        """The scale where :meth:`default_scale` is None, from one iteration over ``units`` with the reads of a merge.
+    def measure_scale(self, units: Whole[TaskVectors]) -> float:
+        """The scale where :meth:`default_scale` is None, from one look at ``units`` with the reads of a merge.
 
         It is asked for only if the recipe's scale is "auto". The merged task vector then projects on the sum of the
         task vectors as they do themselves (:func:`freemerge.methods.rules.projection_scale`).
         """
-        squares: list[float] = []
-        overlaps: list[float] = []
-        for vectors in units:
+
+        def measured(vectors: TaskVectors) -> tuple[list[float], list[float]]:
             seen = watched(vectors)
             merged = self.merge(seen, Measured()).tensors
             seen.read()
-            squares += seen.squares
-            overlaps += map(inner_product, seen.sums, merged)
-        return projection_scale(squares, overlaps)
+            return seen.squares, list(map(inner_product, seen.sums, merged))
 
-    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
-        """What merging needs to know about the whole model. Every iteration over ``units`` reads all tensors."""
+        found = units.map(measured)
+        squares = [square for unit, _ in found for square in unit]
+        return projection_scale(squares, [overlap for _, unit in found for overlap in unit])
+
+    def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
+        """What merging needs to know about the whole model. Every look at ``units`` reads all tensors."""
         return Measured(weights_by_rule(self.weights, count) if self.weights is not None else ())
 
     @abstractmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -13,6 +13,7 @@ from .base import Measured, Merged, Method
 from .parameters import NUMBER, parameter
 from .rules import energy_factor
 from .vectors import Deltas, Sides, TaskVectors
+from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,13 +114,13 @@ class Filtered(Method):
     def default_scale(self, count: int) -> float | None:
         return self.method.default_scale(count)
 
-    def measure_scale(self, units: Iterable[TaskVectors]) -> float:
+    def measure_scale(self, units: Whole[TaskVectors]) -> float:
         if self.filter.when == "before":
-            return self.method.measure_scale(_Each(self._seen, units))
+            return self.method.measure_scale(units.through(self._seen))
         return super().measure_scale(units)
 
-    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
-        return self.method.measure(_Each(self._seen, units), count)
+    def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
+        return self.method.measure(units.through(self._seen), count)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         merged = self.method.merge(self._seen(vectors), measured)
@@ -185,14 +186,3 @@ def _summed(each: Iterator[list[Tensor]], weights: Sequence[float]) -> list[Tens
             delta.mul_(weight)
         totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
     return totals
-
-
-@dataclass(frozen=True)
-class _Each(Iterable[TaskVectors]):
-    """A function of each of ``units``, as often as these can be iterated over."""
-
-    function: Callable[[TaskVectors], TaskVectors]
-    units: Iterable[TaskVectors]
-
-    def __iter__(self) -> Iterator[TaskVectors]:
-        return map(self.function, self.units)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,7 @@ from .rules import (
     weighted_sum,
 )
 from .vectors import Sides, TaskVectors
+from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,16 +96,20 @@ class FR(Method):
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
-    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
+    def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         if self._own_weights:
             return Measured()
         if self.weights != "magnitude":
             return super().measure(units, count)
         totals: list[list[float]] = [[] for _ in range(count)]
         entries = 0
-        for vectors in units:
-            for tensor, means in zip(vectors.tensors, self._means(vectors), strict=True):
-                weight = 1 if self.stats == "filtered" else tensor.numel
+
+        def sizes_and_means(vectors: TaskVectors) -> list[tuple[int, list[float]]]:
+            return list(zip((tensor.numel for tensor in vectors.tensors), self._means(vectors), strict=True))
+
+        for unit in units.map(sizes_and_means):
+            for numel, means in unit:
+                weight = 1 if self.stats == "filtered" else numel
                 entries += weight
                 for total, mean in zip(totals, means, strict=True):
                     total.append(mean * weight)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
+from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,23 +15,28 @@ if TYPE_CHECKING:
 LOW_BITS = 15  # of a float32 >= 0, whose bits order as its value: 16 bits in the first pass, 15 in the second
 
 
-def kth_largest(pieces: Callable[[], Iterable[tuple[int, Tensor]]], count: int, share: float) -> list[float]:
+def kth_largest(whole: Whole[Iterable[tuple[int, Tensor]]], count: int, share: float) -> list[float]:
     """For each of ``count`` models the round(share * n)-th largest of its n numbers >= 0, as float32.
 
-    Infinity if that is the 0-th. ``pieces`` gives the numbers as (model, tensor). Exact, in two iterations over them
-    and the memory of a histogram for each model.
+    Infinity if that is the 0-th. Each unit gives its numbers as (model, tensor). Exact, in two looks at the whole and
+    the memory of a histogram for each model.
     """
-    upper = torch.zeros(count, 1 << 16, dtype=torch.int64)
-    for model, piece in pieces():
-        for bits in _bits(piece):
-            upper[model] += torch.bincount(bits >> LOW_BITS, minlength=1 << 16).cpu()
+
+    def add_upper(pieces: Iterable[tuple[int, Tensor]], counts: Tensor) -> None:
+        for model, piece in pieces:
+            for bits in _bits(piece):
+                counts[model] += torch.bincount(bits >> LOW_BITS, minlength=1 << 16).cpu()
+
+    def add_lower(pieces: Iterable[tuple[int, Tensor]], counts: Tensor) -> None:
+        for model, piece in pieces:
+            for bits in _bits(piece):
+                inside = bits[bits >> LOW_BITS == found[model][0]] & ((1 << LOW_BITS) - 1)
+                counts[model] += torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
+
+    upper = whole.total(add_upper, torch.zeros(count, 1 << 16, dtype=torch.int64))
     ranks = [round(share * int(counts.sum())) for counts in upper]
     found = [_rank_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
-    lower = torch.zeros(count, 1 << LOW_BITS, dtype=torch.int64)
-    for model, piece in pieces():
-        for bits in _bits(piece):
-            inside = bits[bits >> LOW_BITS == found[model][0]] & ((1 << LOW_BITS) - 1)
-            lower[model] += torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
+    lower = whole.total(add_lower, torch.zeros(count, 1 << LOW_BITS, dtype=torch.int64))
     return [
         _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else float("inf")
         for (high, rank), counts, k in zip(found, lower, ranks, strict=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from ..lazy import torch
@@ -12,11 +13,10 @@ from .base import Measured, Merged, Method
 from .order import kth_largest
 from .parameters import number, parameter
 from .vectors import Sides, TaskVectors
+from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    Pieces = Callable[[], Iterable[Sequence[Tensor]]]  # for each tensor its K task vectors
 
 SMALLEST_SPAN = 1e-30  # of products, so that equal ones are not divided by zero
 
@@ -78,15 +78,14 @@ class PCB(Method):
     def holds(self, count: int, matrix: Sides | None) -> float:
         return 2 * count + 5  # those of the tensor before are let go when the next are there
 
-    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
+    def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()
 
-        def pieces() -> Iterator[list[Tensor]]:
-            for vectors in units:
-                yield from (deltas for deltas in map(list, zip(*vectors.each(), strict=True)) if deltas[0].numel())
+        def tensors(vectors: TaskVectors) -> Iterator[list[Tensor]]:
+            return (deltas for deltas in map(list, zip(*vectors.each(), strict=True)) if deltas[0].numel())
 
-        return self._competition(pieces, count)
+        return self._competition(units.through(tensors), count)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([self._merged(list(deltas), measured) for deltas in zip(*vectors.each(), strict=True)])
@@ -95,7 +94,7 @@ class PCB(Method):
         if not deltas[0].numel():
             return deltas[0]
         if not isinstance(measured, Competition):
-            measured = self._competition(lambda: [deltas], len(deltas))
+            measured = self._competition(Whole(lambda: [[deltas]]), len(deltas))
         total, weight = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
         for i, (delta, threshold) in enumerate(zip(deltas, measured.thresholds, strict=True)):
             score = measured.score(deltas, i)
@@ -104,33 +103,55 @@ class PCB(Method):
             weight.add_(score)
         return total.div_(weight).masked_fill_(weight == 0, 0.0)
 
-    def _competition(self, pieces: Pieces, count: int) -> Competition:
-        """Four looks at the task vectors: ranges, sums of exponentials, and two for the thresholds."""
+    def _competition(self, units: Whole[Iterable[Sequence[Tensor]]], count: int) -> Competition:
+        """Four looks at the task vectors: ranges, sums of exponentials, and two for the thresholds.
+
+        Each unit gives the K task vectors of one tensor after the other.
+        """
         from ..accumulate import norm
 
         pairs = [(i, j) for i in range(count) for j in range(i, count)]
+
+        def products(tensors: Iterable[Sequence[Tensor]]) -> list[tuple[int, list[tuple[float, float]]]]:
+            """The entries of each tensor, and for each pair the range of their products."""
+            found = []
+            for deltas in tensors:
+                extremes = [torch.aminmax(deltas[i] * deltas[j]) for i, j in pairs]
+                found.append((deltas[0].numel(), [(float(low), float(high)) for low, high in extremes]))
+            return found
+
         least = torch.full((count, count), float("inf"), dtype=torch.float64)
         most = -least
-        inter, intra = torch.zeros_like(least), torch.zeros(count, dtype=torch.float64)
         entries = 0
-        for deltas in pieces():
-            entries += deltas[0].numel()
-            for i, j in pairs:
-                low, high = torch.aminmax(deltas[i] * deltas[j])
-                least[i, j] = least[j, i] = min(float(least[i, j]), float(low))
-                most[i, j] = most[j, i] = max(float(most[i, j]), float(high))
+        for numel, extremes in chain.from_iterable(units.map(products)):
+            entries += numel
+            for (i, j), (low, high) in zip(pairs, extremes, strict=True):
+                least[i, j] = least[j, i] = min(float(least[i, j]), low)
+                most[i, j] = most[j, i] = max(float(most[i, j]), high)
         ranges = Competition(least=least, span=(most - least).clamp(min=SMALLEST_SPAN))
-        for deltas in pieces():
-            for i, j in pairs:
-                half = ranges.normal(deltas, i, j).div_(2)
-                inter[i, j] += norm([half.exp()]) ** 2 / entries  # the same for any number of threads
+
+        def exponentials(tensors: Iterable[Sequence[Tensor]]) -> list[list[tuple[float, float]]]:
+            """For each tensor and pair the shares in ``inter`` and ``intra``, the same for any number of threads."""
+            found = []
+            for deltas in tensors:
+                sums = []
+                for i, j in pairs:
+                    half = ranges.normal(deltas, i, j).div_(2)
+                    between = norm([half.exp()]) ** 2 / entries
+                    within = norm([half.sub_(0.5).mul_(count).exp_()]) ** 2 / entries if i == j else 0.0
+                    sums.append((between, within))
+                found.append(sums)
+            return found
+
+        inter, intra = torch.zeros_like(least), torch.zeros(count, dtype=torch.float64)
+        for sums in chain.from_iterable(units.map(exponentials)):
+            for (i, j), (between, within) in zip(pairs, sums, strict=True):
+                inter[i, j] += between
                 inter[j, i] = inter[i, j]
-                if i == j:
-                    intra[i] += norm([half.sub_(0.5).mul_(count).exp_()]) ** 2 / entries
+                intra[i] += within
         scored = dataclasses.replace(ranges, inter=inter, intra=intra)
 
-        def scores() -> Iterator[tuple[int, Tensor]]:
-            for deltas in pieces():
-                yield from ((i, scored.score(deltas, i)) for i in range(count))
+        def scores(tensors: Iterable[Sequence[Tensor]]) -> Iterator[tuple[int, Tensor]]:
+            return ((i, scored.score(deltas, i)) for deltas in tensors for i in range(count))
 
-        return dataclasses.replace(scored, thresholds=tuple(kth_largest(scores, count, self.density)))
+        return dataclasses.replace(scored, thresholds=tuple(kth_largest(units.through(scores), count, self.density)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +11,7 @@ from .base import Measured, Merged, Method
 from .order import kth_largest
 from .parameters import number, parameter
 from .vectors import Sides, TaskVectors
+from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,16 +58,15 @@ class TIES(Method):
     def by_entries(self) -> bool:
         return self.scope == "model"
 
-    def measure(self, units: Iterable[TaskVectors], count: int) -> Measured:
+    def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()
 
-        def magnitudes() -> Iterator[tuple[int, Tensor]]:
-            for vectors in units:
-                for model, deltas in enumerate(vectors.each()):
-                    yield from ((model, delta.abs_()) for delta in deltas)
+        def magnitudes(vectors: TaskVectors) -> Iterator[tuple[int, Tensor]]:
+            for model, deltas in enumerate(vectors.each()):
+                yield from ((model, delta.abs_()) for delta in deltas)
 
-        return Thresholds(thresholds=tuple(kth_largest(magnitudes, count, self.density)))
+        return Thresholds(thresholds=tuple(kth_largest(units.through(magnitudes), count, self.density)))
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         """One look at each model: the sums and counts of both signs are kept until the sign is known."""
@@ -81,7 +81,7 @@ class TIES(Method):
         return Merged([agreement.mean() for agreement in agreements])
 
     def _threshold(self, magnitude: Tensor) -> float:
-        return kth_largest(lambda: [(0, magnitude)], 1, self.density)[0]
+        return kth_largest(Whole(lambda: [[(0, magnitude)]]), 1, self.density)[0]
 
 
 class _Agreement:
