@@ -25,7 +25,7 @@ from freemerge.planner.tiles import Tiles, blocks, column_bytes, row_bytes
 SHAPES = [(4096, 4096), (4096, 11008), (14336, 4096), (11008, 4096), (3072, 768), (768, 768)]
 TAPS = (8, 10, 12)
 CHUNK_ROWS = (0, 32, 64, 128, 256)  # 0: the backend's own choice
-THREADS = ((128, 128), (192, 192), (256, 160), (384, 96))  # of blocks of rows, and of columns
+THREADS = ((128, 128), (192, 160), (256, 96), (384, 64))  # of blocks of rows, and of columns
 CALLS = 6
 
 KernelTimes = dict[str, float]

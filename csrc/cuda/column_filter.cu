@@ -101,8 +101,9 @@ __device__ void masked_pass_of_radix(const Job& job, const InterleavedLines& col
 }
 
 // blockIdx: columns, part, matrix.
-template <bool kUncommon, int kThreads, int kBlocks>
-__global__ void __launch_bounds__(kThreads, kBlocks) column_filter_kernel(Job job) {
+template <bool kUncommon>
+__global__ void __launch_bounds__(kUncommon ? kColumnThreads : kWholeThreads, kUncommon ? 2 : 1)
+    column_filter_kernel(Job job) {
   const ColumnFilter& a = job.filter;
   const Passes& passes = job.passes;
   const int count = 1 << job.columns_log2;
@@ -228,10 +229,7 @@ void column_filter(const ColumnFilter& arguments, const ColumnBlocks& blocks, cu
   const bool uncommon = are_uncommon(blocks.passes);
   require(blocks.threads <= (uncommon ? kColumnThreads : kWholeThreads),
           "a block of columns has too many threads");
-  const auto kernel = uncommon                          ? column_filter_kernel<true, kColumnThreads, 2>
-                      : blocks.threads > kColumnThreads ? column_filter_kernel<false, kWholeThreads, 1>
-                                                        : column_filter_kernel<false, kColumnThreads, 3>;
-  launch(kernel,
+  launch(uncommon ? column_filter_kernel<true> : column_filter_kernel<false>,
          Launch("column_filter", grid, dim3(static_cast<unsigned>(blocks.threads)),
                 column_bytes(blocks.passes.length, columns), stream),
          job);

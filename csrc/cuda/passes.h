@@ -15,9 +15,10 @@ constexpr int kMaxPasses = 16;
 constexpr int kLargestCommonRadix =
     16;  // kernels with larger ones, or with 11 and 13, are instances of their own
 
-// Threads of a block at most, so that registers last for two or three blocks on a multiprocessor.
+// Threads of a block of the three kernels at most, so that registers last for two or three blocks on a
+// multiprocessor.
 constexpr int kRowThreads = 384;
-constexpr int kColumnThreads = 192;
+constexpr int kColumnThreads = 160;
 constexpr int kUncommonThreads = 192;  // of rows
 
 // Decimation in frequency, in place: after the passes, position p1 M1 + p2 M2 + ... (M1 = n / r1, M2 = M1 /

@@ -21,8 +21,8 @@ from freemerge.planner.tiles import blocks, column_bytes, row_bytes, tiles
 CSRC = Path(__file__).parents[2] / "csrc"
 REGISTERS, WARPS, QUARTERS = 65536, 64, 4  # of a multiprocessor; each warp lives in one of its quarters
 MAX_REGISTERS = 96  # two blocks of 256 threads, or five of 128
-# Of kernels whose launch bounds say otherwise: a block of 512 with whole columns, two of 192 with uncommon radices.
-LARGE = {"column_filter_kernelILb0ELi512E": 128, "column_filter_kernelILb1E": 200, "rows_kernelILb1E": 200,
+# Of kernels whose launch bounds say otherwise: blocks of 512 or three of 160 columns, two with uncommon radices.
+LARGE = {"column_filter_kernelILb0E": 128, "column_filter_kernelILb1E": 200, "rows_kernelILb1E": 200,
          "spectra_kernelILb1E": 200}  # fmt: skip
 BLOCK_BYTES, MULTIPROCESSORS = 227 << 10, 132  # of an H100
 MAX_WHEEL_BYTES = 5_000_000
@@ -111,7 +111,7 @@ def test_blocks_of_the_three_kernels_share_a_multiprocessor(
     row_groups = height // chosen.parts if chosen.parts > 1 else -(-height // 2)
     column_groups = chosen.parts * -(-bins // chosen.columns)
     uncommon = {n: largest_prime(n) > 7 for n in (width, length)}
-    columns_by = "column_filter_kernelILb1E" if uncommon[length] else "column_filter_kernelILb0ELi192E"
+    columns_by = f"column_filter_kernelILb{uncommon[length]:d}E"
     used = {
         f"rows_to_spectra_kernelILb{uncommon[width]:d}E": (chosen.row_threads, row, row_groups),
         f"spectra_to_rows_kernelILb{uncommon[width]:d}E": (chosen.row_threads, row, row_groups),

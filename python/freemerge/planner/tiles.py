@@ -18,7 +18,7 @@ _COLUMNS = (8, 4)  # of a block: 64 or 32 bytes of a row
 _LEAST_THREADS = 64  # of a block
 _ROW_THREADS = 256  # at most
 _ALONE = 384  # of a block of rows that has a multiprocessor to itself
-_COLUMN_THREADS = 192
+_COLUMN_THREADS = 160
 _UNCOMMON_THREADS = 192  # of a block of rows with one of the primes 11, 13 and 43, which take many registers
 
 
