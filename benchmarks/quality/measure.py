@@ -73,7 +73,7 @@ def measure(cache: Path, out: Path, settings: Settings, patterns: Sequence[str] 
     """Measure the methods that match a pattern on every seed, write ``results.json`` after each, return its content.
 
     What an existing file with the same settings holds is not measured again, so an interrupted run goes on where it
-    was.
+    was, and a run with more seeds where that with fewer ended.
     """
     results = _start(out, settings)
     done = {name: Measured(**entry) for name, entry in results["methods"].items()}
@@ -106,10 +106,14 @@ def _start(out: Path, settings: Settings) -> dict[str, Any]:
     if not path.exists():
         return fresh
     old: dict[str, Any] = json.loads(path.read_text())
-    if old["settings"] != fresh["settings"]:
+    measured = old["settings"]["seeds"]
+    if old["settings"] | {"seeds": settings.seeds[: len(measured)]} != asdict(settings) | {"seeds": measured}:
         raise SystemExit(f"{path} was measured with {old['settings']}; move it away to measure with other settings")
     commits = [*old["environment"]["commits"], *fresh["environment"]["commits"]]
-    return old | {"environment": fresh["environment"] | {"commits": list(dict.fromkeys(commits))}}
+    return old | {
+        "settings": asdict(settings),
+        "environment": fresh["environment"] | {"commits": list(dict.fromkeys(commits))},
+    }
 
 
 def _environment() -> dict[str, Any]:

@@ -180,6 +180,10 @@ def chart(results: dict[str, Any], path: Path) -> None:
             target.axhline(mean, color="black", linestyle=style, linewidth=0.8)
         axes.annotate(f"{key} {mean:.1f}", (0.99, mean), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     axes.set_xscale("log")
+    left, right = axes.get_xlim()
+    ticks = [share for share in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if left <= share <= right]
+    axes.set_xticks(ticks, [f"{share:g}" for share in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("stored for each task, % of the merged part in fp16")
     zero.set_xticks([0.0], ["nothing stored"])
     zero.set_xlim(-1, 1)
@@ -192,8 +196,9 @@ def chart(results: dict[str, Any], path: Path) -> None:
 
 def write(results: dict[str, Any], out: Path) -> None:
     """``table.md``, ``by_task.md`` and ``chart.png`` beside ``results.json``."""
-    modality = results["settings"]["modality"]
-    head = f"Made by `python -m benchmarks.quality run --modality {modality} --cache CACHE --out OUT`.\n\n"
+    modality, seeds = results["settings"]["modality"], " ".join(map(str, results["settings"]["seeds"]))
+    command = f"python -m benchmarks.quality run --modality {modality} --seeds {seeds} --cache CACHE --out OUT"
+    head = f"Made by `{command}`.\n\n"
     (out / "table.md").write_text(head + table(results), encoding="utf-8")
     (out / "by_task.md").write_text(head + by_task(results), encoding="utf-8")
     chart(results, out / "chart.png")

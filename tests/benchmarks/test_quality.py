@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import freemerge as fm
-from benchmarks.quality import archives, images, methods, report, texts
+from benchmarks.quality import archives, images, measure, methods, report, texts
 from benchmarks.quality.methods import SPECIFIC, STATIC, Inputs, Static
 from benchmarks.quality.suite import TaskVector
 
@@ -230,6 +231,16 @@ def test_the_table_says_what_was_measured(results: dict[str, Any]) -> None:
     assert "| FREE, 1 % | 72.7 | 82.3 |" in report.by_task(results)
 
 
+@pytest.mark.parametrize("modality", ["texts", "images"])
+def test_the_documents_show_the_committed_results(modality: str) -> None:
+    root = Path(__file__).parents[2]
+    folder = root / "benchmarks/results/quality" / modality
+    if not folder.exists():
+        pytest.skip("not measured yet, or a source distribution without results")
+    committed = json.loads((folder / "results.json").read_text())
+    assert report.table(committed) in (root / "docs/evaluation.md").read_text()
+
+
 def test_differences_are_paired_by_seed(results: dict[str, Any]) -> None:
     methods = results["methods"]
     methods["Iso-C"] = methods["FREE, 1 %"]
@@ -241,6 +252,20 @@ def test_one_seed_has_no_spread_and_an_unfinished_row_says_so(results: dict[str,
     assert report.mean_and_spread([[1.0, 3.0]]) == (2.0, 0.0)
     del results["methods"]["FR-Merging"]["accuracy"][1:]
     assert "| FR-Merging | 4, 3.00 | 65.0 (1 of 3 seeds) |" in report.table(results)
+
+
+def test_a_run_goes_on_with_more_seeds_and_refuses_other_settings(results: dict[str, Any], tmp_path: Path) -> None:
+    settings = measure.Settings("texts", ["x", "y"], [0, 1, 2, 3], 80, 400)
+    assert measure._start(tmp_path, settings)["methods"] == {}
+    results["environment"] = {"commits": ["abc"]}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    begun = measure._start(tmp_path, settings)
+    assert begun["settings"]["seeds"] == [0, 1, 2, 3]
+    assert begun["methods"] == results["methods"]
+    assert begun["environment"]["commits"][0] == "abc"
+    for other in ({"seeds": [0, 1]}, {"seeds": [1, 0, 2]}, {"steps": 81}):
+        with pytest.raises(SystemExit, match="other settings"):
+            measure._start(tmp_path, dataclasses.replace(settings, **other))
 
 
 def test_report_files(results: dict[str, Any], tmp_path: Path) -> None:
