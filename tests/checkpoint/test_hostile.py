@@ -283,6 +283,21 @@ def test_pickles_with_code_are_refused_and_not_run(tmp_path: Path, zipped: bool)
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("number", [2**31, 2**62, 2**70])
+def test_old_torch_files_may_not_promise_more_than_they_hold(tmp_path: Path, number: int) -> None:
+    """Torch would fill so much memory with zeros before it finds out."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(77.0), "b": torch.ones(3)}, path, _use_new_zipfile_serialization=False)
+    with Checkpoint.open(path) as whole:
+        assert whole.read("a").tolist() == list(range(77))
+    content = path.read_bytes()
+    entries = pickle.dumps(77, 2)[2:-1]
+    assert content.count(b"cpuq") == 1
+    place = content.index(entries, content.index(b"cpuq"))
+    path.write_bytes(content[:place] + pickle.dumps(number, 2)[2:-1] + content[place + len(entries) :])
+    refused(tmp_path, f"its tensors have {number + 3} entries, the whole file has")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"PK\x03\x04" + b"\0" * 500, b"garbage", b"\x80\x02]q\x00."])
 def test_damaged_torch_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.pt"

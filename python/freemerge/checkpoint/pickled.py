@@ -13,6 +13,7 @@ import torch
 from ..errors import CheckpointError
 from .containers import SEPARATOR, state_dict_in
 from .file_format import is_mapped
+from .legacy_storages import stored_entries
 from .state_dict import dense_tensors, specs_of, tied_names
 
 _RELEASE_AFTER_BYTES = 256 << 20
@@ -32,6 +33,8 @@ class PickledFile:
         self._bytes = os.stat(path).st_size
         if self._mapped:
             _check_archive(path, self._bytes)
+        else:
+            _check_storages(path, self._bytes)
         state = self._load()
         self.specs = specs_of(state)
         self.tied = tied_names(state)
@@ -71,6 +74,16 @@ class PickledFile:
                     f"{source}: tensor {name!r} would take {tensor.nbytes} bytes, the whole file has {self._bytes}"
                 )
         return state
+
+
+def _check_storages(path: Path, file_bytes: int) -> None:
+    """Refuse a file whose tensors have more entries than it has bytes."""
+    try:
+        entries = stored_entries(path)
+    except Exception:
+        raise CheckpointError(f"{path}: not a readable torch file: damaged, cut, or of another kind") from None
+    if entries > file_bytes:
+        raise CheckpointError(f"{path}: its tensors have {entries} entries, the whole file has {file_bytes} bytes")
 
 
 def _not_tensors(reason: str) -> str:
