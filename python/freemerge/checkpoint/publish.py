@@ -163,23 +163,33 @@ class Staging:
             except FileExistsError:
                 made = False
             try:
-                fd = os.open(self.directory, _DIRECTORY)
-            except FileNotFoundError:  # another writer finished just now
-                continue
-            free = _lock(fd)
-            if not made and free is not True:
-                os.close(fd)
-                advice = f"remove {self.directory} if no run is writing it"
-                why = "another run is writing it" if free is False else advice
-                raise RefusedError(f"{self._out} cannot be written now: {why}")
-            if not os.path.samestat(os.fstat(fd), _stat(self.directory)):  # removed by another writer meanwhile
-                os.close(fd)
-                continue
-            if not made and not resume:
-                shutil.rmtree(self.directory, ignore_errors=True)
-                os.close(fd)
-                continue
-            return fd, not made
+                fd = self._locked(made=made, resume=resume)
+            except KeyboardInterrupt:  # a signal
+                if made:
+                    shutil.rmtree(self.directory, ignore_errors=True)
+                raise
+            if fd is not None:
+                return fd, not made
+
+    def _locked(self, *, made: bool, resume: bool) -> int | None:
+        """The lock on a directory that was ``made``, or found and is to be resumed; None if another has to be made."""
+        try:
+            fd = os.open(self.directory, _DIRECTORY)
+        except FileNotFoundError:  # another writer finished just now
+            return None
+        free = _lock(fd)
+        if not made and free is not True:
+            os.close(fd)
+            advice = f"remove {self.directory} if no run is writing it"
+            why = "another run is writing it" if free is False else advice
+            raise RefusedError(f"{self._out} cannot be written now: {why}")
+        ours = os.path.samestat(os.fstat(fd), _stat(self.directory))
+        if ours and (made or resume):
+            return fd
+        if ours:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        os.close(fd)  # also if another writer has removed it meanwhile
+        return None
 
     def _swap_in_two_steps(self) -> None:
         # Without an atomic exchange (not Linux, or an old file system) there is an instant in which a kill leaves no

@@ -154,8 +154,8 @@ class CheckpointWriter:
         return None if self.single_file else self._staging.directory
 
     def __enter__(self) -> CheckpointWriter:
-        self._staging = Staging(self.out, resume=self.resume, workers=self.workers)
         self._background = Background(self._memory)
+        self._staging = Staging(self.out, resume=self.resume, workers=self.workers)
         try:
             earlier = self._open_journal() if self.identity is not None else {}
             for shard in self._own:
