@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,16 +158,17 @@ class Staging:
     def _claim(self, resume: bool) -> tuple[int, bool]:
         """The lock on a directory that is ours alone, and whether it was there already."""
         while True:
+            made = True
             try:
-                self.directory.mkdir()
-                made = True
-            except FileExistsError:
-                made = False
-            try:
+                try:
+                    self.directory.mkdir()
+                except FileExistsError:
+                    made = False
                 fd = self._locked(made=made, resume=resume)
-            except KeyboardInterrupt:  # a signal
-                if made:
-                    shutil.rmtree(self.directory, ignore_errors=True)
+            except KeyboardInterrupt:  # a signal, perhaps before mkdir: that of a living writer is not empty
+                with suppress(OSError):
+                    if made:
+                        self.directory.rmdir()
                 raise
             if fd is not None:
                 return fd, not made
