@@ -101,7 +101,7 @@ def extract_job(dtype: str, scope: str, folder: Path) -> Job:
     model = {name: x + torch.randn_like(x) for name, x in base.items()}
 
     def run() -> dict[str, fm.Expert]:
-        return fm.extract_experts(base, {"t": model}, density=0.01, scope=scope)
+        return fm.extract_experts(base, {"t": model}, density=0.01, scope=scope, rescale="released")
 
     path = folder / f"expert-{os.getpid()}.safetensors"
     run()["t"].save(path, force=True)
