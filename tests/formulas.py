@@ -67,6 +67,32 @@ def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
     return left @ torch.diag(torch.cat([s[:rank] for _, s, _ in parts])) @ right
 
 
+def jsv(vectors: Sequence[Tensor]) -> Tensor:
+    """In turns from TSV-M's bases: each is the polar factor of the sum that the other one and the diagonals give."""
+    doubles = [vector.double() for vector in vectors]
+    rank = min(vectors[0].shape) // len(vectors)
+    parts = [nonzero(vector) for vector in doubles]
+    left = polar(torch.cat([u[:, :rank] for u, _, _ in parts], 1))
+    right = polar(torch.cat([vh[:rank] for _, _, vh in parts]))
+    shares = [1 / float(v.square().sum()) if v.any() else 0.0 for v in doubles]
+
+    def diagonals() -> list[Tensor]:
+        return [torch.diag(left.mT @ v @ right.mT) for v in doubles]
+
+    for _ in range(3):
+        right = polar(
+            total([s * torch.diag(d) @ left.mT @ v for s, d, v in zip(shares, diagonals(), doubles, strict=True)])
+        )
+        left = polar(
+            total([s * v @ right.mT @ torch.diag(d) for s, d, v in zip(shares, diagonals(), doubles, strict=True)])
+        )
+    lengths = torch.stack(diagonals()).square().sum(0).sqrt()
+    strongest = torch.nonzero(lengths).flatten()[lengths[lengths > 0].argsort(descending=True, stable=True)]
+    values = torch.zeros_like(lengths)
+    values[strongest] = torch.linspace(1.5, 0.5, len(strongest), dtype=torch.float64) * mean(lengths[lengths > 0])
+    return left @ torch.diag(values) @ right
+
+
 def wudi(vectors: Sequence[Tensor], steps: float = 100.0) -> Tensor:
     """Where X' = B - X A goes from the sum of the task vectors in the time steps / lambda_1."""
     doubles = [vector.double() for vector in vectors if vector.any()]
@@ -85,6 +111,7 @@ SPECTRAL: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
     "iso_c": iso_c,
     "iso_cts": iso_cts,
     "tsv_m": tsv_m,
+    "jsv": jsv,
     "wudi": wudi,
 }
 

@@ -135,7 +135,7 @@ def on(backbone: str | None, *, tuned: bool = True, **options: Any) -> Callable[
         nothing = {name: torch.zeros_like(tensor) for name, tensor in inputs.base.items()}
         shared = nothing if backbone is None else inputs.merged(backbone, tuned=tuned)
         merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
-        needed = {"budget", "rank"} & set(options) or options.get("values") == "mask"
+        needed = {"budget", "rank"} & set(options) or options.get("values") in ("mask", "gains")
         experts = extract_experts(inputs.base, inputs.models, backbone=merged if needed else None, **options)
         parts = [[shared, nothing | expert.dense(shared)] for expert in experts.values()]
         return Kept(parts, _file_bytes(experts), experts)
@@ -191,6 +191,7 @@ _STATIC = (
     Static("Iso-CTS", fm.Recipe(method="iso_cts"), UNIT_SCALES),
     Static("TSV-M", fm.Recipe(method="tsv_m"), UNIT_SCALES),
     Static("WUDI", fm.Recipe(method="wudi"), UNIT_SCALES),
+    Static("JSV", fm.Recipe(method="jsv"), UNIT_SCALES),
     Static(ELECTED, fm.Recipe(method="emr"), SUM_SCALES),
     Static(UNFILTERED, fm.Recipe(fm.HighPass(0), **FR), MEAN_SCALES),
     Static(PERMUTED, fm.Recipe(), STRONG_SCALES, permuted=True),
@@ -218,5 +219,8 @@ _SPECIFIC = (
         for budget in BUDGETS
     ),
     Specific("FR-Merging + low rank 0.6 %", on("FR-Merging", budget="0.6 %"), "FR-Merging"),
+    Specific("JSV + gains", on("JSV", values="gains"), "JSV", routed=True),
+    *(Specific(f"JSV + gains {budget}", on("JSV", values="gains", budget=budget), "JSV") for budget in BUDGETS),
+    Specific("TSV-M + gains", on("TSV-M", values="gains"), "TSV-M"),
 )
 SPECIFIC = {method.name: method for method in _SPECIFIC}

@@ -153,6 +153,7 @@ FAMILIES = {
     "TSV-M +": ("experts on TSV-M", "#2e7d32", "P"),
     "FR-": ("FR-Merging, its controls and low rank on it", "#b3261e", "s"),
     "Twin": ("Twin-Merging", "#1f5fa8", "^"),
+    "JSV +": ("gains of joint singular vectors", "#00838f", "*"),
     "EMR": ("EMR-Merging", "#5b2a86", "v"),
 }
 OTHER = ("other methods of one model", "#666666", "s")

@@ -19,7 +19,7 @@ from freemerge.checkpoint.conversion import Piece
 from freemerge.errors import ArgumentError, CheckpointError
 from freemerge.evaluation import evaluate_experts
 from freemerge.experts.payload import Reader
-from freemerge.experts.placement import Part, gathered_dense
+from freemerge.experts.placement import Part, gathered_dense, seen_by
 from freemerge.experts.values.mask import Mask
 
 SHAPES = {"a": (7, 5), "b": (13,), "c": (2, 3, 2, 2), "same": (3,)}
@@ -138,7 +138,8 @@ def test_pieces_of_a_fused_tensor_are_selected_from_their_own() -> None:
     parts = [
         Part(n, Piece((3, 4), n, 0, (4, 1), "w", 24 * (i // 2) + 12 * (i % 2), (4, 1))) for i, n in enumerate("abcd")
     ]
-    gathered = gathered_dense(parts, entries, torch.zeros(2, 6, 4), vector)
+    seen = {part.entry: seen_by(part, entries[part.entry], vector) for part in parts}
+    gathered = gathered_dense(parts, entries, torch.zeros(2, 6, 4), seen)
     torch.testing.assert_close(gathered, (2.0 * bits.view(2, 6, 4) - 1) * vector)
 
 
@@ -146,9 +147,9 @@ def test_bad_arguments_are_named() -> None:
     base, models = family()
     merged = fm.merge(base, list(models.values()), fm.Recipe(method="emr"))
     experts = fx.extract_experts(base, models, backbone=merged, values="mask")
-    with pytest.raises(ArgumentError, match="base must be given: 't0' holds masks"):
+    with pytest.raises(ArgumentError, match="base must be given: 't0' holds mask"):
         fx.ExpertBank(merged, experts)
-    with pytest.raises(ArgumentError, match="vector must be given"):
+    with pytest.raises(ArgumentError, match="vectors must be given"):
         experts["t0"].dense()
     with pytest.raises(ArgumentError, match="backbone must be given for masks"):
         fx.extract_experts(base, models, values="mask")

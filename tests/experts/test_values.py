@@ -29,7 +29,7 @@ def entries(rows: int, width: int, count: int, seed: int) -> Selection:
 
 
 def test_codings_of_the_file_format() -> None:
-    assert list(CODINGS) == ["fp32", "bf16", "fp16", "int8", "mask", "sign", "svd16", "svd2"]
+    assert list(CODINGS) == ["fp32", "bf16", "fp16", "svd2", "gains", "int8", "mask", "sign", "svd16"]
 
 
 @pytest.mark.parametrize("coding", SPARSE)

@@ -53,13 +53,13 @@ def update(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
 def test_the_formula(
     method: str, shape: tuple[int, ...], kinds: list[str], dtype: torch.dtype, compute: str, seed: int
 ) -> None:
-    if method in ("iso_cts", "tsv_m") and len(kinds) > min(shape[-2:]):
+    if method in ("iso_cts", "tsv_m", "jsv") and len(kinds) > min(shape[-2:]):
         kinds = kinds[: min(shape[-2:])]  # where there are more directions than room, their order decides
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator)
     if compute == "float32":  # differences are exact, sums nearly so
         base = torch.zeros(shape)
-        if method in ("iso_cts", "tsv_m"):  # see test_spectral_methods.py, with matrices that allow it
+        if method in ("iso_cts", "tsv_m", "jsv"):  # see test_spectral_methods.py, with matrices that allow it
             compute = "float64"
     updates: list[Tensor] = []
     for i, kind in enumerate(kinds):

@@ -14,7 +14,7 @@ import freemerge as fm
 from formulas import polar, spectral, svd
 from freemerge.cli import main
 
-METHODS = ("iso_c", "iso_cts", "tsv_m")
+METHODS = ("iso_c", "iso_cts", "tsv_m", "jsv")
 SHAPES = [(12, 30), (30, 12), (16, 16), (2, 9), (3, 16, 20)]
 
 
@@ -33,7 +33,7 @@ def test_the_formula(method: str, shape: tuple[int, ...], count: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         base, models = tensors(shape, count, dtype)
         vectors = [model.double() - base.double() for model in models]
-        if method == "tsv_m" and count > min(shape[-2:]):
+        if method in ("tsv_m", "jsv") and count > min(shape[-2:]):
             continue  # more directions than there is room for: their order decides, see below
         for compute, error in (("float64", 1e-7), ("float32", 3e-5)):
             recipe = fm.Recipe(method=method, scale=1.0, compute_dtype=compute, out_dtype="float64")

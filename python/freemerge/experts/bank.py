@@ -22,9 +22,10 @@ from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
 from .deltas import Change, Product, forward_deltas, unserved
 from .expert import Expert
-from .placement import Part, Placement, gathered, gathered_dense
+from .placement import Part, Placement, gathered, gathered_dense, seen_by
 from .switch import Switch, add_dense, weighted_sum
 from .values import LowRankTensor, SparseTensor
+from .values.base import Seen
 
 Combine = Literal["add", "replace"]
 
@@ -37,7 +38,9 @@ class ExpertBank(Mapping[str, Expert]):
             whatever device they are, while an expert is active, and are bit for bit as before afterwards.
         experts: as :func:`extract_experts` returns them. Their names may be those of the model's files, where
             transformers loads separate tensors into stacked ones, or lack what wrappers such as torch.compile add.
-        base: theta_0 (state dict, module or path), which ``combine="replace"`` needs, and experts that are masks.
+        base: theta_0 (state dict, module or path), which ``combine="replace"`` needs, and experts that are masks or
+            gains. For gains, the singular vectors of theta_m - theta_0 are found here, and kept in float32.
+        backbone: theta_m (as base), for gains where the model holds it rounded, as in bfloat16.
 
     Raises ArgumentError or CheckpointError, naming the tensor, if an expert does not fit the model or the base. It is
     safe to use one bank from several threads: a thread that switches waits until no other has an expert on, as the
@@ -50,6 +53,7 @@ class ExpertBank(Mapping[str, Expert]):
         experts: Mapping[str, Expert],
         *,
         base: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
+        backbone: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
     ) -> None:
         self._model = model
         self._experts = dict(experts)
@@ -60,7 +64,8 @@ class ExpertBank(Mapping[str, Expert]):
             task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
             for task, expert in self._experts.items()
         }
-        self._base = None if base is None else self._in_place(dequantised(Checkpoint.open(base, argument="base")))
+        self._base = None if base is None else self._opened(base, "base")
+        self._backbone = None if backbone is None else self._opened(backbone, "backbone")
         self._lock = threading.RLock()
         self._vectors: dict[tuple[str, str], SparseVector] = {}
         self._origins: dict[tuple[str, str], Tensor] = {}
@@ -68,6 +73,9 @@ class ExpertBank(Mapping[str, Expert]):
         self._scratch = Scratch()
         for task, expert in self._experts.items():
             self._check(task, expert)
+        self._seen: dict[str, Seen] = {}
+        for task, expert in self._experts.items():
+            self._keep(task, expert)
 
     @staticmethod
     def load(
@@ -75,12 +83,13 @@ class ExpertBank(Mapping[str, Expert]):
         folder: str | os.PathLike[str],
         *,
         base: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
+        backbone: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
     ) -> ExpertBank:
         """Attach every expert file of a folder; the task is the file's name without ``.safetensors``."""
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder} holds no expert files (*.safetensors)")
-        return ExpertBank(model, {file.stem: Expert.load(file) for file in files}, base=base)
+        return ExpertBank(model, {file.stem: Expert.load(file) for file in files}, base=base, backbone=backbone)
 
     def __getitem__(self, task: str) -> Expert:
         return self._experts[task]
@@ -230,12 +239,39 @@ class ExpertBank(Mapping[str, Expert]):
     def _dense(self, task: str, name: str) -> Tensor:
         """e_i of one tensor as it is now, without mu: masks select from what it has beyond the base."""
         parts, entries, tensor = self._parts[task][name], self._experts[task].tensors, self._tensor(name)
-        vector = None
-        if any(entries[part.entry].relative for part in parts):
-            assert self._base is not None
-            compute = torch.promote_types(tensor.dtype, torch.float32)
-            vector = tensor.detach().to(compute) - self._base.read(name).to(tensor.device, compute)
-        return gathered_dense(parts, entries, tensor, vector)
+        seen: dict[str, Seen] = {}
+        vector: Tensor | None = None
+        for part in parts:
+            entry = entries[part.entry]
+            if entry.keeps:
+                seen[part.entry] = tuple(kept.to(tensor.device) for kept in self._seen[part.entry])
+            elif entry.relative:
+                vector = self._merged_vector(name) if vector is None else vector
+                seen[part.entry] = seen_by(part, entry, vector)
+        return gathered_dense(parts, entries, tensor, seen)
+
+    def _merged_vector(self, name: str) -> Tensor:
+        """theta_m - theta_0 of one tensor, as the backbone has it, or else the model now."""
+        assert self._base is not None
+        device = self._tensor(name).device
+        tensor = self._tensor(name).detach() if self._backbone is None else self._backbone.read(name).to(device)
+        base = self._base.read(name).to(device)
+        compute = torch.promote_types(torch.promote_types(tensor.dtype, base.dtype), torch.float32)
+        return tensor.to(compute) - base.to(compute)
+
+    def _keep(self, task: str, expert: Expert) -> None:
+        """Look at the merged task vectors for codings that take long to do it, before any expert changes them."""
+        for name, parts in self._parts[task].items():
+            for part in parts:
+                entry = expert.tensors[part.entry]
+                if not entry.keeps:
+                    continue
+                if part.entry not in self._seen:
+                    self._seen[part.entry] = seen_by(part, entry, self._merged_vector(name))
+                try:
+                    entry.check(self._seen[part.entry])
+                except ArgumentError as error:
+                    raise ArgumentError(f"experts: {task!r}, {part.entry!r}: {error}") from None
 
     def _vector(self, task: str, name: str, device: torch.device) -> SparseVector:
         vector = self._vectors.get((task, name))
@@ -277,8 +313,9 @@ class ExpertBank(Mapping[str, Expert]):
             raise KeyError(name)
         return dense(held, f"model: {name!r}")
 
-    def _in_place(self, base: Checkpoint) -> Checkpoint:
-        """The base under the model's names and in its layout."""
+    def _opened(self, source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module, argument: str) -> Checkpoint:
+        """Another checkpoint of the model, under its names and in its layout."""
+        base = dequantised(Checkpoint.open(source, argument=argument))
         layout = self._placement.layout if base.specs.keys() - self._placement.names else None
         if layout is not None and base.specs.keys() & (layout.files.keys() - layout.module.keys()):
             base = InModuleLayout(base, layout)
@@ -294,7 +331,7 @@ class ExpertBank(Mapping[str, Expert]):
 
     def _check(self, task: str, expert: Expert) -> None:
         if self._base is None and any(tensor.relative for tensor in expert.tensors.values()):
-            raise ArgumentError(f"base must be given: {task!r} holds masks, which select from what was merged")
+            raise ArgumentError(f"base must be given: {task!r} holds {expert.values}, which depend on what was merged")
         memory: dict[int, str] = {}
         for name, parts in self._parts[task].items():
             try:
@@ -311,7 +348,7 @@ class ExpertBank(Mapping[str, Expert]):
             if first != name or (len(parts) > 1 and parts[0].piece is None):
                 names = [part.entry for part in (*self._parts[task][first], *parts)]
                 raise ArgumentError(f"experts: {task!r} has {names[0]!r} and {names[-1]!r}, which the model ties")
-            if self._base is not None:
-                spec = self._base.specs.get(name)
-                if spec is None or spec.shape != shape:
-                    raise CheckpointError(f"{self._base.label}: tensor {name!r} is missing or has another shape")
+            for other in (self._base, self._backbone):
+                spec = None if other is None else other.specs.get(name)
+                if other is not None and (spec is None or spec.shape != shape):
+                    raise CheckpointError(f"{other.label}: tensor {name!r} is missing or has another shape")

@@ -17,7 +17,7 @@ from .values import ExpertTensor
 @dataclass(frozen=True, eq=False)
 class Expert:
     """What is added to the merged model for one task: e_i = mu_i * M(v_i, d), arXiv 2411.16815, section 4.2; or, for
-    each tensor, a matrix of low rank near theta_i - theta_m.
+    each tensor, a matrix of low rank near theta_i - theta_m; or what changes theta_m - theta_0 for the task.
 
     Attributes:
         tensors: what is kept of each tensor; one of which nothing is kept is left out.
@@ -46,11 +46,12 @@ class Expert:
     def dense(self, vectors: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What is added, as dense float32 tensors, for tensors of which anything is kept.
 
-        ``vectors``: theta_m - theta_0 of each of these tensors, which masks need (ArgumentError without).
+        ``vectors``: theta_m - theta_0 of each of these tensors, which masks and gains need (ArgumentError without).
         """
         known = {} if vectors is None else vectors
         return {
-            name: self.mu * (tensor.dense(None, known.get(name)) if tensor.relative else tensor.dense())
+            name: self.mu
+            * (tensor.dense(None, tensor.seen(known[name])) if tensor.relative and name in known else tensor.dense())
             for name, tensor in self.tensors.items()
         }
 

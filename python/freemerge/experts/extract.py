@@ -21,14 +21,16 @@ from ..workers import ALONE, Workers
 from .budget import share_of
 from .entries import Criterion, EntryExtraction
 from .expert import Expert, check_task_name
+from .gains import GainExtraction
 from .low_rank import LowRankExtraction
 from .masks import MaskExtraction
 from .names import Values
 from .rescale import check_rescale
 from .values import LowRankTensor, SparseTensor, coding_of
+from .values.gains import Gains
 from .values.mask import Mask
 
-_Extraction: TypeAlias = EntryExtraction | LowRankExtraction | MaskExtraction
+_Extraction: TypeAlias = EntryExtraction | LowRankExtraction | MaskExtraction | GainExtraction
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 
@@ -140,18 +142,23 @@ def iter_experts(
     ``workers``, number r of n makes the experts of models r, r + n, r + 2 n, ...
     """
     coding = coding_of(values if values is not None else "bf16" if budget is None and rank is None else "svd2")
-    if not issubclass(coding, SparseTensor | LowRankTensor | Mask):
+    if not issubclass(coding, SparseTensor | LowRankTensor | Mask | Gains):
         raise ArgumentError(f"values: {values} does not code single entries, which density keeps")
-    if (budget is not None) + (rank is not None) != issubclass(coding, LowRankTensor):
-        raise ArgumentError("budget or rank must be given for values svd2 and svd16, one of them, and for these only")
+    if (budget is not None) + (rank is not None) != issubclass(coding, LowRankTensor) and (coding is not Gains or rank):
+        raise ArgumentError(
+            "budget or rank must be given for values svd2 and svd16, one of them; else only a budget, with gains"
+        )
     criterion = Criterion(0.01 if density is None else density, scope, trim)
     if not issubclass(coding, SparseTensor):
         if (density, scope, trim, rescale) != (None, "tensor", 0, "auto"):
             raise ArgumentError(
-                "density, scope, trim and rescale are for single entries: budget, rank and masks exclude them"
+                "density, scope, trim and rescale are for single entries: budget, rank, masks and gains exclude them"
             )
         if backbone is None:
-            what = "masks: they select from it" if coding is Mask else "budget and rank: experts hold what it lacks"
+            low_rank = "budget and rank: experts hold what it lacks"
+            what = {Mask: "masks: they select from it", Gains: "gains: they are of its directions"}.get(
+                coding, low_rank
+            )
             raise ArgumentError(f"backbone must be given for {what}")
         if rank is not None and rank < 1:
             raise ArgumentError(f"rank must be at least 1, got {rank}")
@@ -183,6 +190,8 @@ def iter_experts(
             assert merged is not None
             if issubclass(coding, LowRankTensor):
                 extraction = LowRankExtraction(merged, tuned, names, coding, share, rank)
+            elif issubclass(coding, Gains):
+                extraction = GainExtraction(inputs.base, merged, tuned, names, share)
             else:
                 extraction = MaskExtraction(inputs.base, merged, tuned, names)
         stack = stack.pop_all()

@@ -4,4 +4,5 @@ from __future__ import annotations
 
 from typing import Literal
 
-Values = Literal["fp32", "bf16", "fp16", "int8", "sign", "svd2", "svd16", "mask"]  #: one of each file in values/
+#: One of each file in values/.
+Values = Literal["fp32", "bf16", "fp16", "int8", "sign", "svd2", "svd16", "mask", "gains"]

@@ -61,11 +61,12 @@ class Reader:
         expected, left = sum(dtype.itemsize * count for dtype, count in parts), self.size - self._at
         if left != expected:
             raise ValueError(f"{left} bytes of values instead of {expected}")
-        read = []
-        for dtype, count in parts:
-            data = self.take(dtype.itemsize * count)
-            tensor = torch.from_numpy(data).view(dtype) if count else torch.empty(0, dtype=dtype)
-            if dtype.is_floating_point and not all_finite(tensor):
-                raise ValueError("non-finite values")
-            read.append(tensor)
-        return read
+        return [self.tensor(dtype, count) for dtype, count in parts]
+
+    def tensor(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """The next bytes, as a finite vector."""
+        data = self.take(dtype.itemsize * count)
+        tensor = torch.from_numpy(data).view(dtype) if count else torch.empty(0, dtype=dtype)
+        if dtype.is_floating_point and not all_finite(tensor):
+            raise ValueError("non-finite values")
+        return tensor

@@ -13,6 +13,7 @@ from ..checkpoint.conversion import Layout, Piece, layout_of, loaded_names
 from ..checkpoint.prefixes import inner_module, unwrapped
 from ..errors import ArgumentError
 from .values import ExpertTensor, SparseTensor
+from .values.base import Seen
 
 
 @dataclass(frozen=True)
@@ -99,30 +100,37 @@ def gathered(parts: list[Part], entries: Mapping[str, SparseTensor]) -> SparseVe
 
 
 def gathered_dense(
-    parts: list[Part], entries: Mapping[str, ExpertTensor], like: Tensor, vector: Tensor | None = None
+    parts: list[Part], entries: Mapping[str, ExpertTensor], like: Tensor, seen: Mapping[str, Seen] | None = None
 ) -> Tensor:
     """What is added to one tensor of a model, float32 on its device, from the parts of an expert's tensors.
 
-    ``vector``: the tensor's theta_m - theta_0, for codings that are relative to it.
+    ``seen``: by entry, what codings that are relative to the merged task vector have to know of it (:func:`seen_by`).
     """
+
+    def dense_of(entry: str) -> Tensor:
+        tensor = entries[entry]
+        return tensor.dense(like.device, seen[entry]) if tensor.relative and seen else tensor.dense(like.device)
+
+    dense = {part.entry: dense_of(part.entry) for part in parts}
     if len(parts) == 1 and parts[0].piece is None:
-        return _dense(entries[parts[0].entry], like.device, vector)
+        return dense[parts[0].entry]
     total = torch.zeros(like.shape, device=like.device)
     for part in parts:
-        entry = entries[part.entry]
         if part.piece is None:
-            total += _dense(entry, like.device, vector)
-            continue
-        seen = vector
-        if vector is not None:  # as the file has it; entries outside of the piece are not taken below
-            seen = torch.zeros(entry.shape, device=like.device)
-            part.piece.of_file(seen).copy_(part.piece.of_module(vector))
-        part.piece.of_module(total).copy_(part.piece.of_file(_dense(entry, like.device, seen)))
+            total += dense[part.entry]
+        else:
+            part.piece.of_module(total).copy_(part.piece.of_file(dense[part.entry]))
     return total
 
 
-def _dense(entry: ExpertTensor, device: torch.device, vector: Tensor | None) -> Tensor:
-    return entry.dense(device, vector) if entry.relative else entry.dense(device)
+def seen_by(part: Part, entry: ExpertTensor, vector: Tensor) -> Seen:
+    """What an entry's coding has to know of the theta_m - theta_0 of the tensor that it is a part of."""
+    if part.piece is None:
+        return entry.seen(vector)
+    # As the file has it; where a tensor of the file is in several of the model, the rest of it is not looked at.
+    whole = torch.zeros(entry.shape, device=vector.device)
+    part.piece.of_file(whole).copy_(part.piece.of_module(vector))
+    return entry.seen(whole)
 
 
 def _in_module(indices: Tensor, piece: Piece | None) -> tuple[Tensor, Tensor]:

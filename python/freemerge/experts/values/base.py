@@ -12,6 +12,8 @@ import torch
 from ...errors import ArgumentError
 from ..payload import Bytes, Reader
 
+Seen = tuple[torch.Tensor, ...]
+
 
 @dataclass(frozen=True, eq=False)
 class ExpertTensor(ABC):
@@ -23,6 +25,7 @@ class ExpertTensor(ABC):
 
     coding: ClassVar[str]  #: its name in metadata and arguments
     relative: ClassVar[bool] = False  #: whether what is added depends on the merged task vector
+    keeps: ClassVar[bool] = False  #: whether what it depends on (:meth:`seen`) is dear enough to be kept
     shape: tuple[int, ...]
 
     def __init_subclass__(cls) -> None:
@@ -39,11 +42,19 @@ class ExpertTensor(ABC):
     def entries(self) -> int:
         """How many numbers are kept."""
 
+    @classmethod
+    def seen(cls, vector: torch.Tensor) -> Seen:
+        """What :meth:`dense` of a :attr:`relative` coding has to know of ``vector``, theta_m - theta_0 in its shape."""
+        return (vector,)
+
+    def check(self, seen: Seen) -> None:  # noqa: B027 most codings have nothing to check
+        """Raise ArgumentError if :meth:`seen` is not of the theta_m - theta_0 that the tensor was made for."""
+
     @abstractmethod
-    def dense(self, device: torch.device | None = None, vector: torch.Tensor | None = None) -> torch.Tensor:
+    def dense(self, device: torch.device | None = None, seen: Seen = ()) -> torch.Tensor:
         """What is added to the weights, not yet multiplied by mu: float32, in the shape of the tensor.
 
-        ``vector``: theta_m - theta_0 in the same shape and on the same device, which :attr:`relative` codings need.
+        ``seen``: what :meth:`seen` returned for it, on the same device; ArgumentError where it is needed and not given.
         """
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 
 from ..payload import Bytes, Reader
 from ..select import rows_of
-from .base import ExpertTensor
+from .base import ExpertTensor, Seen
 
 _BLOCK = 1 << 18  # entries of a product that are computed together on a CPU, so that they stay in the cache
 
@@ -66,7 +66,7 @@ class LowRankTensor(ExpertTensor):
     def entries(self) -> int:
         return self.rank * sum(rows_of(self.shape))
 
-    def dense(self, device: torch.device | None = None, vector: torch.Tensor | None = None) -> torch.Tensor:
+    def dense(self, device: torch.device | None = None, seen: Seen = ()) -> torch.Tensor:
         left, right = (factor.to(device) for factor in self.factors)
         return product(left, right).view(self.shape)
 

@@ -9,7 +9,7 @@ import torch
 
 from ...errors import ArgumentError
 from ..payload import Bytes, Reader, tensors_to_bytes
-from .base import ExpertTensor
+from .base import ExpertTensor, Seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +28,10 @@ class Mask(ExpertTensor):
     def entries(self) -> int:
         return self.numel
 
-    def dense(self, device: torch.device | None = None, vector: torch.Tensor | None = None) -> torch.Tensor:
-        if vector is None:
-            raise ArgumentError("vector must be given: a mask selects from the merged task vector")
+    def dense(self, device: torch.device | None = None, seen: Seen = ()) -> torch.Tensor:
+        if not seen:
+            raise ArgumentError("vectors must be given: a mask selects from the merged task vector")
+        (vector,) = seen
         factors = self.kept.to(device).float() * self.scale.to(device) - 1
         return factors.view(self.shape) * vector
 

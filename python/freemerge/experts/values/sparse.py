@@ -13,7 +13,7 @@ from ...backends.sparse import SparseVector
 from ..payload import Bytes, Reader, numbers_to_bytes
 from ..positions import CodedPositions, decode_positions, encode_positions, index_dtype
 from ..select import Selection
-from .base import ExpertTensor
+from .base import ExpertTensor, Seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class SparseTensor(ExpertTensor):
         """The kept entries: positions and values (float32), not yet multiplied by mu."""
         return SparseVector(self.indices, self.values())
 
-    def dense(self, device: torch.device | None = None, vector: torch.Tensor | None = None) -> torch.Tensor:
+    def dense(self, device: torch.device | None = None, seen: Seen = ()) -> torch.Tensor:
         flat = torch.zeros(self.numel, device=device)
         flat[self.indices.long().to(flat.device)] = self.values().to(flat.device)
         return flat.view(self.shape)

@@ -54,6 +54,10 @@ class Svd2(LowRankTensor):
     def rank(self) -> int:
         return len(self.scales)
 
+    def first(self, rank: int) -> Svd2:
+        """The first components alone."""
+        return Svd2(self.shape, self.left[:rank], self.right[:rank], self.scales[:rank])
+
     def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         left, right = (LEVELS[codes.long()] / math.sqrt(codes.shape[1]) for codes in (self.left, self.right))
         return (left.t() * self.scales.double()).float(), right.float()

@@ -1,0 +1,165 @@
+"""Experts that set each singular direction of the merged task vector to what one task has of it.
+
+In a merged model whose directions come from single tasks, above all one by the method "jsv", that tells the tasks apart
+for half a byte a direction. What a number for each direction cannot tell may follow as a matrix of low rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..accumulate import task_vector_sum
+from ..checkpoint import Checkpoint
+from ..errors import ArgumentError, CheckpointError
+from .budget import Offer, allocate
+from .expert import Expert
+from .format import empty_file_bytes, entry_bytes
+from .leading import leading_triplets
+from .payload import numbers_to_bytes
+from .select import rows_of
+from .values.gains import Gains, coded, directions
+from .values.svd2 import Svd2
+
+_FIRST = 8  # components that every matrix offers, beside four times its even share of a budget
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    """One tensor of an expert before bytes are given out: coded gains, and what coded components would add.
+
+    ``square``: ||U diag(g) V^T||^2; ``overlaps``: its inner product with each component; ``norm``: ||v_i||; ``merged``:
+    ||theta_m - theta_0||, float32 [1].
+    """
+
+    shape: tuple[int, ...]
+    codes: Tensor
+    scale: Tensor
+    square: float
+    norm: float
+    merged: Tensor
+    energies: list[float]
+    components: Svd2 | None
+    overlaps: Tensor
+
+    def tensor(self, rank: int) -> Gains | None:
+        """With the first components, and the norm of the task vector; None if nothing is left."""
+        rest = None
+        if rank:
+            assert self.components is not None
+            rest = self.components.first(rank)
+        if not len(self.codes):
+            return None if rest is None else Gains(self.shape, self.codes, self.scale, self.merged, rest)
+        square = self.square
+        if rest is not None:
+            left, right = (factor.double() for factor in rest.decoded())
+            square += 2 * float(self.overlaps[:rank].sum()) + float(((left.mT @ left) * (right @ right.mT)).sum())
+        factor = self.norm / math.sqrt(square) if square > 0 else 1.0
+        if rest is not None:
+            rest = Svd2(rest.shape, rest.left, rest.right, (rest.scales.double() * factor).to(rest.scales.dtype))
+        return Gains(self.shape, self.codes, self.scale * factor, self.merged, rest)
+
+
+@dataclass(frozen=True)
+class GainExtraction:
+    """Experts of a merged model's tensors ``names``: gains of all matrices, and components as a ``budget`` allows.
+
+    With U diag(s) V^T = theta_m - theta_0, the gains are the diagonal of U^T v_i V, the nearest in least squares. What
+    they and the components make of v_i is shorter than v_i, and is given its norm: the directions that are missing are
+    not there to be scaled. Of other tensors, v_i - (theta_m - theta_0) is a component of its own. All experts are made
+    in one pass and held in memory.
+    """
+
+    base: Checkpoint
+    backbone: Checkpoint
+    models: Sequence[Checkpoint]
+    names: Sequence[str]
+    budget: float | None
+
+    def expert(self, i: int) -> Expert:
+        """The expert of model i."""
+        sketches = self._sketches[i]
+        ranks = dict.fromkeys(sketches, 0)
+        if self.budget is not None:
+            limit = math.floor(self.budget * 2 * sum(math.prod(self._shape(name)) for name in self.names))
+            without = {name: sketch.tensor(0) for name, sketch in sketches.items()}
+            gains = {name: tensor for name, tensor in without.items() if tensor is not None}
+            least = empty_file_bytes(self._expert({}).metadata)
+            least += sum(self._entry_bytes(name, limit) + tensor.to_bytes().size for name, tensor in gains.items())
+            if least > limit:
+                raise ArgumentError(f"budget: {limit} bytes are less than the gains alone take, which is {least}")
+            offers = {
+                name: Offer(
+                    sketch.energies,
+                    Svd2.component_bits(sketch.shape),
+                    8 * (3 if name in gains else self._entry_bytes(name, limit) + 3),
+                )
+                for name, sketch in sketches.items()
+            }
+            ranks = allocate(offers, 8 * (limit - least))
+        tensors = {name: sketch.tensor(ranks[name]) for name, sketch in sketches.items()}
+        return self._expert({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+    @cached_property
+    def _sketches(self) -> list[dict[str, _Sketch]]:
+        """Of each model and tensor."""
+        found: list[dict[str, _Sketch]] = [{} for _ in self.models]
+        for name in self.names:
+            base = self.base.read(name)
+            merged = self._vector(self.backbone, base, name)
+            basis = directions(merged) if merged.ndim > 1 and merged.any() else None
+            for sketches, model in zip(found, self.models, strict=True):
+                sketches[name] = self._sketch(self._vector(model, base, name), merged, basis)
+        return found
+
+    def _sketch(self, own: Tensor, merged: Tensor, basis: tuple[Tensor, Tensor, Tensor] | None) -> _Sketch:
+        matrix = own.view(rows_of(own.shape))
+        codes, scale = torch.empty(0, dtype=torch.int8), torch.zeros(1)
+        made, rest = torch.zeros((), dtype=torch.float64), own - merged
+        if basis is not None:
+            left, _, right = basis
+            codes, scale = coded(((left.mT @ matrix.double()) * right).sum(1))
+            made = left * (codes.to(left.device) * scale.double().to(left.device)) @ right
+            rest = (matrix - made).to(own.dtype)
+        count = self._offered(own.shape)
+        components, energies, overlaps = None, [], torch.zeros(0, dtype=torch.float64)
+        if count:
+            first, values, last = (part.cpu() for part in leading_triplets(rest.view(matrix.shape), count))
+            energies = values.square().tolist()
+        if energies:
+            components = Svd2.encode(tuple(own.shape), first, values, last)
+            factors = (factor.double() for factor in components.decoded())
+            if basis is not None:
+                here, there = factors
+                overlaps = ((here.mT @ made.cpu()) * there).sum(1)
+        norm = float(torch.linalg.vector_norm(own, dtype=torch.float64))
+        length = torch.linalg.vector_norm(merged, dtype=torch.float64).float().view(1).cpu()
+        square = float(made.square().sum())
+        return _Sketch(tuple(own.shape), codes, scale, square, norm, length, energies, components, overlaps)
+
+    def _offered(self, shape: Sequence[int]) -> int:
+        if self.budget is None:
+            return 0
+        even = self.budget * 16 * math.prod(shape) / Svd2.component_bits(tuple(shape))
+        return min(*rows_of(shape), _FIRST + math.ceil(4 * even))
+
+    def _vector(self, model: Checkpoint, base: Tensor, name: str) -> Tensor:
+        vector, means = task_vector_sum(base, [model.read(name).to(base.device)], [1.0])
+        if not math.isfinite(means[0]):
+            raise CheckpointError(f"{model.label}: {name!r} is not finite, or {self.base.label} has it not finite")
+        return vector
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.base.specs[name].shape
+
+    def _entry_bytes(self, name: str, limit: int) -> int:
+        shape = self._shape(name)
+        return entry_bytes(name, limit) + len(numbers_to_bytes(len(shape), *shape))
+
+    def _expert(self, tensors: dict[str, Gains]) -> Expert:
+        return Expert(tensors, 1.0, None, None, "number", Gains.coding, self.budget)

@@ -1,0 +1,334 @@
+"""Gains of the merged task vector's singular directions: formula, bytes, budget, and how models take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from expert_models import TASKS, Text, Vision, assert_same, make, snapshot, tuned, untied
+from hypothesis import given
+from hypothesis import strategies as st
+from task_vectors import family, vectors
+from torch import Tensor, nn
+
+import freemerge as fm
+import freemerge.experts as fx
+from freemerge.checkpoint.conversion import Piece
+from freemerge.errors import ArgumentError, CheckpointError
+from freemerge.experts.payload import Reader
+from freemerge.experts.placement import Part, gathered_dense, seen_by
+from freemerge.experts.values.gains import Gains, coded, directions
+from freemerge.experts.values.svd2 import Svd2
+
+State = dict[str, Tensor]
+NORM = torch.tensor([3.0])
+
+
+def gaussian(shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def merged_of(base: State, models: dict[str, State], scale: float = 1.0) -> State:
+    return fm.merge(base, list(models.values()), fm.Recipe(method="jsv", scale=scale))
+
+
+def as_matrix(x: np.ndarray) -> np.ndarray:
+    return x.reshape(len(x) if x.ndim > 1 else 1, -1)
+
+
+def apart(count: int = 3) -> tuple[State, dict[str, State]]:
+    """Models whose task vectors have no singular directions in common."""
+    left, right = (torch.linalg.qr(gaussian((24, 24), seed).double()).Q for seed in (1, 2))
+    base = {"w": gaussian((24, 24)), "b": gaussian((24,), 5)}
+    models = {}
+    for i in range(count):
+        own = slice(8 * i, 8 * i + 8)
+        strength = torch.diag(0.2 / (1 + torch.arange(8.0, dtype=torch.float64)))
+        vector = left[:, own] @ strength @ right[own]
+        models[f"t{i}"] = {"w": (base["w"] + vector).float(), "b": base["b"] + 0.1 * i}
+    return base, models
+
+
+def test_tasks_that_share_no_direction_are_told_apart(tmp_path: Path) -> None:
+    base, models = apart()
+    merged = merged_of(base, models, scale=1.4)
+    fx.save_experts(fx.iter_experts(base, models, backbone=merged, values="gains"), tmp_path / "experts")
+    weights = {name: tensor.clone() for name, tensor in merged.items()}
+    bank = fx.ExpertBank.load(weights, tmp_path / "experts", base=base)
+    for task, model in models.items():
+        vector = model["w"] - base["w"]
+        assert float((merged["w"] - model["w"]).norm()) > float(vector.norm())
+        with bank.active(task):
+            assert float((weights["w"] - model["w"]).norm()) < 0.1 * float(vector.norm())
+            assert torch.equal(weights["b"], merged["b"])
+        assert all(torch.equal(weights[name], tensor) for name, tensor in merged.items())
+        assert (tmp_path / "experts" / f"{task}.safetensors").stat().st_size < 250
+
+
+@pytest.mark.parametrize("method", ["jsv", "tsv_m", "task_arithmetic", "iso_c"])
+def test_the_formula_in_float64(method: str) -> None:
+    base, models = family()
+    merged = fm.merge(base, list(models.values()), fm.Recipe(method=method))
+    for task, expert in fx.extract_experts(base, models, backbone=merged, values="gains").items():
+        assert sorted(expert.tensors) == ["a.weight", "b.weight", "c.weight"], "vectors have no gains"
+        own, whole = vectors(base, models[task]), vectors(base, merged)
+        dense = expert.dense({name: merged[name] - base[name] for name in base})
+        for name, tensor in expert.tensors.items():
+            assert isinstance(tensor, Gains)
+            u, s, w = np.linalg.svd(as_matrix(whole[name]), full_matrices=False)
+            count = int((s > 1e-5 * s[0]).sum())
+            u, w = u[:, :count], w[:count]
+            projected = np.diag(u.T @ as_matrix(own[name]) @ w.T)
+            result = as_matrix(dense[name].double().numpy() + whole[name])
+            length = np.linalg.norm(own[name])
+            assert np.linalg.norm(result) == pytest.approx(length, rel=1e-5)
+            if method == "iso_c":
+                continue  # all values are the same, so the directions are not np.linalg's
+            gains = tensor.gains.numpy()
+            np.testing.assert_allclose(result, (u * gains) @ w, rtol=0, atol=1e-5 * length)
+            factor = length / np.linalg.norm(coded_gains(projected))
+            np.testing.assert_allclose(gains, factor * coded_gains(projected), rtol=1e-5, atol=1e-6 * length)
+
+
+def coded_gains(gains: np.ndarray) -> np.ndarray:
+    """At four bits, by trying scales."""
+    scales = np.linspace(1.0, 0.3, 15) * np.abs(gains).max() / 7
+    tried = [np.clip(np.round(gains / scale), -7, 7) * scale for scale in scales]
+    return min(tried, key=lambda x: ((x - gains) ** 2).sum())
+
+
+@given(
+    shape=st.one_of(st.tuples(st.integers(1, 9)), st.tuples(st.integers(1, 9), st.integers(1, 9))),
+    share=st.floats(0, 1), rank=st.integers(0, 3), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_they_come_back_from_their_bytes(shape: tuple[int, ...], share: float, rank: int, seed: int) -> None:
+    shortest = min(as_matrix(np.empty(shape)).shape)
+    codes, scale = coded(gaussian((round(share * shortest),), seed).double())
+    rest = None
+    if rank:
+        rest = Svd2.encode(shape, *directions(gaussian(shape, seed)))
+    tensor = Gains(shape, codes, scale, NORM, rest)
+    raw = tensor.to_bytes()
+    again = Gains.from_bytes(shape, Reader(raw))
+    assert torch.equal(again.codes, codes)
+    assert torch.equal(again.scale, scale)
+    assert (again.rest is None) == (rest is None)
+    assert again.entries == tensor.entries
+    vector = gaussian(shape, seed + 1)
+    seen = Gains.seen(vector * (float(NORM) / vector.norm()))
+    assert len(shape) == 1 or torch.equal(again.dense(None, seen), tensor.dense(None, seen))
+    assert np.array_equal(again.to_bytes(), raw)
+    for wrong in (raw[:-1], np.append(raw, np.uint8(0))):
+        with pytest.raises(ValueError, match=r"bytes|header|gains"):
+            Gains.from_bytes(shape, Reader(wrong))
+
+
+def test_hostile_bytes_are_refused() -> None:
+    raw = Gains(
+        (3, 5), torch.tensor([1, -7, 7], dtype=torch.int8), torch.tensor([0.5]), torch.tensor([2.0]), None
+    ).to_bytes()
+    assert raw.size == 2 + 4 + 4 + 2
+    with pytest.raises(ValueError, match="3 gains and 0 remainders"):
+        Gains.from_bytes((2, 5), Reader(raw))
+    for place, value, message in (
+        (1, 2, "2 remainders"),
+        (5, 0x7F, "non-finite"),
+        (10, 0xFF, "above 14"),
+        (11, 0x0E, "stray bits"),
+    ):
+        wrong = raw.copy()
+        wrong[place] = value
+        if place == 5:
+            wrong[4] = 0x80
+        with pytest.raises(ValueError, match=message):
+            Gains.from_bytes((3, 5), Reader(wrong))
+
+
+def test_a_budget_brings_them_nearer_and_is_kept_to(tmp_path: Path) -> None:
+    base, models = family()
+    merged = merged_of(base, models)
+    dense = sum(2 * tensor.numel() for tensor in base.values())
+    whole = {name: merged[name] - base[name] for name in base}
+    distances = []
+    for share in (None, 0.06, 0.12, 0.2):
+        expert = fx.extract_experts(base, models, backbone=merged, values="gains", budget=share)["t1"]
+        path = tmp_path / f"{share}.safetensors"
+        size = expert.save(path)
+        assert share is None or 0.9 * share * dense < size <= share * dense
+        again = fx.Expert.load(path)
+        assert (again.budget, again.density, again.values, again.mu) == (share, None, "gains", 1.0)
+        added, loaded = expert.dense(whole), again.dense(whole)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in added.items())
+        nothing = torch.zeros(())
+        distances.append(
+            sum(float((merged[name] + added.get(name, nothing) - models["t1"][name]).square().sum()) for name in base)
+        )
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.5 * distances[0]
+
+
+@given(more=st.floats(0, 1), seed=st.integers(0, 99))
+def test_a_file_is_never_larger_than_its_budget(
+    more: float, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base = {"a": gaussian((30, 20), seed), "bias": gaussian((50,), seed), "b": gaussian((3, 2, 4), seed)}
+    models = {
+        t: {n: x + gaussian(tuple(x.shape), seed + i) for n, x in base.items()} for i, t in ((50, "s"), (60, "t"))
+    }
+    dense = sum(2 * tensor.numel() for tensor in base.values())
+    budget = (700 + more * (dense - 701)) / dense
+    expert = fx.extract_experts(base, models, backbone=merged_of(base, models), values="gains", budget=budget)["t"]
+    assert expert.save(tmp_path_factory.mktemp("budget") / "t.safetensors") <= budget * dense
+
+
+def experts_of(kind: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Module, dict[str, fx.Expert], State]:
+    model, _, base = make(kind, dtype)
+    base = untied({name: value.to(dtype) if value.is_floating_point() else value for name, value in base.items()})
+    torch.manual_seed(0)
+    origin = kind().eval()
+    tasks = {task: untied(tuned(origin, i + 1)) for i, task in enumerate(TASKS[:3])}
+    backbone = untied(model.state_dict())
+    experts = {}
+    for i, (task, own) in enumerate(tasks.items()):
+        options = {"budget": 0.4} if i == 1 else {}
+        experts |= fx.extract_experts(base, {task: own}, backbone=backbone, values="gains", **options)  # type: ignore[arg-type]
+    return model, experts, base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", [Text, Vision])
+def test_active_replaces_what_was_merged_and_undoes_it(kind: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    model, experts, base = experts_of(kind, dtype)
+    bank = fx.ExpertBank(model, experts, base=base)
+    before = snapshot(model)
+    whole = {name: before[name].to(torch.promote_types(dtype, torch.float32)) - base[name] for name in base}
+    added = {task: expert.dense({n: whole[n] for n in expert.tensors}) for task, expert in experts.items()}
+    for chosen in ({"task0": 1.0}, {"task1": 1.0}, {"task1": 0.5, "task2": 0.25}):
+        with bank.active(chosen):
+            for name in {name for task in chosen for name in added[task]}:
+                expected = before[name].double()
+                for task, weight in chosen.items():
+                    expected = expected + weight * added[task].get(name, torch.zeros(())).double()
+                error = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+                torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=error, atol=error)
+        assert_same(model, before)
+
+
+def test_inside_another_block_they_are_of_the_merged_model() -> None:
+    """The directions are those that the bank found, whatever an outer block has changed since."""
+    model, experts, base = experts_of(Text, torch.float32)
+    bank = fx.ExpertBank(model, experts, base=base)
+    before = snapshot(model)
+    with bank.active("task0"):
+        first = snapshot(model)
+        with bank.active("task2"):
+            both = snapshot(model)
+        assert_same(model, first)
+    assert_same(model, before)
+    with bank.active({"task0": 1.0, "task2": 1.0}):
+        for name in experts["task0"].tensors:
+            torch.testing.assert_close(model.state_dict()[name], both[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_forward_pass_adds_what_active_does() -> None:
+    model, experts, base = experts_of(Text, torch.float32)
+    bank = fx.ExpertBank(model, experts, base=base)
+    x = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(0))
+    chosen = [{"task0": 1.0}, None, {"task1": 0.5, "task2": 0.5}]
+    with torch.no_grad(), bank.deltas(chosen):
+        together = model(x)
+    for i, own in enumerate(chosen):
+        with torch.no_grad(), bank.active(own or {}):
+            torch.testing.assert_close(together[i], model(x[i : i + 1])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_of_a_fused_tensor_have_their_own_directions() -> None:
+    vector = gaussian((2, 6, 4), 1)
+    pieces = {n: Piece((3, 4), n, 0, (4, 1), "w", 24 * (i // 2) + 12 * (i % 2), (4, 1)) for i, n in enumerate("abcd")}
+    entries = {}
+    for i, name in enumerate(pieces):
+        norm = vector[i // 2, 3 * (i % 2) : 3 * (i % 2) + 3].norm().view(1)
+        entries[name] = Gains((3, 4), *coded(gaussian((3,), i).double()), norm, None)
+    parts = [Part(n, piece) for n, piece in pieces.items()]
+    seen = {part.entry: seen_by(part, entries[part.entry], vector) for part in parts}
+    gathered = gathered_dense(parts, entries, torch.zeros(2, 6, 4), seen) + vector
+    for i, name in enumerate(pieces):
+        left, _, right = directions(vector[i // 2, 3 * (i % 2) : 3 * (i % 2) + 3])
+        expected = (left * entries[name].gains) @ right
+        torch.testing.assert_close(
+            gathered[i // 2, 3 * (i % 2) : 3 * (i % 2) + 3].double(), expected, rtol=0, atol=1e-5
+        )
+
+
+def test_a_merged_tensor_without_change_is_left_alone() -> None:
+    base, models = apart()
+    experts = fx.extract_experts(base, models, backbone=base, values="gains")
+    assert all(not expert.tensors for expert in experts.values())
+    experts = fx.extract_experts(base, models, backbone=base, values="gains", budget=0.5)
+    tensor = experts["t1"].tensors["w"]
+    assert isinstance(tensor, Gains)
+    assert not len(tensor.codes)
+    assert tensor.rest is not None, "low rank on the base"
+
+
+def test_files_memory_and_threads_give_the_same_bytes(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    base, models = family(torch.bfloat16, models=2)
+    merged = merged_of(base, models)
+    paths = {}
+    for name, state in {"base": base, "merged": merged, **models}.items():
+        paths[name] = tmp_path / f"{name}.safetensors"
+        save_file(state, paths[name])
+    threads, written = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for b, m, own in ((base, merged, models), (paths["base"], paths["merged"], {t: paths[t] for t in models})):
+                expert = fx.extract_experts(b, own, backbone=m, values="gains", budget="20%")["t1"]
+                expert.save(tmp_path / "expert.safetensors", force=True)
+                written.append((tmp_path / "expert.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(written)) == 1
+
+
+def test_another_merged_model_or_a_rounded_one_is_noticed() -> None:
+    base, models = family()
+    merged = merged_of(base, models)
+    experts = fx.extract_experts(base, models, backbone=merged, values="gains")
+    rounded = {name: tensor.bfloat16() for name, tensor in merged.items()}
+    for wrong in (rounded, merged_of(base, models, scale=1.1)):
+        with pytest.raises(ArgumentError, match=r"experts: 't0', 'a\.weight': theta_m - theta_0 has norm"):
+            fx.ExpertBank(wrong, experts, base=base)
+    bank = fx.ExpertBank(rounded, experts, base=base, backbone=merged)
+    added = experts["t1"].dense({name: merged[name] - base[name] for name in base})
+    with bank.active("t1"):
+        for name, change in added.items():
+            torch.testing.assert_close(rounded[name].float(), merged[name] + change, rtol=2e-2, atol=2e-2)
+    with pytest.raises(CheckpointError, match=r"backbone .*: tensor 'a"):
+        fx.ExpertBank(rounded, experts, base=base, backbone={"b.weight": merged["b.weight"]})
+
+
+def test_bad_arguments_are_named() -> None:
+    base, models = family()
+    merged = merged_of(base, models)
+    experts = fx.extract_experts(base, models, backbone=merged, values="gains")
+    with pytest.raises(ArgumentError, match="base must be given: 't0' holds gains"):
+        fx.ExpertBank(merged, experts)
+    with pytest.raises(ArgumentError, match="vectors must be given"):
+        experts["t0"].dense()
+    with pytest.raises(ArgumentError, match="backbone must be given for gains"):
+        fx.extract_experts(base, models, values="gains")
+    with pytest.raises(ArgumentError, match="density, scope, trim and rescale"):
+        fx.extract_experts(base, models, backbone=merged, values="gains", density=0.1)
+    with pytest.raises(ArgumentError, match="budget or rank must be given"):
+        fx.extract_experts(base, models, backbone=merged, values="gains", rank=1)
+    with pytest.raises(ArgumentError, match="less than the gains alone take"):
+        fx.extract_experts(base, models, backbone=merged, values="gains", budget=0.01)
+    broken = {**merged, "a.weight": merged["a.weight"] * float("nan")}
+    with pytest.raises(CheckpointError, match=r"'a\.weight' is not finite"):
+        fx.extract_experts(base, models, backbone=broken, values="gains")
