@@ -26,7 +26,10 @@ def command() -> Command:
             Option("-o", "--out", type=PATH, required=True, help="new directory for the expert files"),
             Option("--values", type=Named(get_args(Values)), help="default bf16; svd2 with --budget or --rank"),
             Option(
-                "--backbone", type=PATH, metavar="MERGED", help="merged model, for those of low rank and some --rescale"
+                "--backbone",
+                type=PATH,
+                metavar="MERGED",
+                help="merged model, for low rank, masks, gains, some --rescale",
             ),
             Option("--density", section=entries, type=float, metavar="D", help="share of entries kept (default 0.01)"),
             Option("--scope", section=entries, type=Named(get_args(Scope)), default="tensor", help="where D counts"),
@@ -54,6 +57,7 @@ def command() -> Command:
             freemerge experts base math code -o experts --density 0.01
             freemerge experts base math code -o experts --values sign
             freemerge experts base math code -o experts --backbone merged --budget 0.3%
+            freemerge experts base math code -o experts --backbone joint --values gains
         """,
     )
 

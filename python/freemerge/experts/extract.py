@@ -1,4 +1,4 @@
-"""Experts from checkpoints, one tensor in memory at a time: of single entries, of low rank, or masks."""
+"""Experts from checkpoints, one tensor in memory at a time: of single entries, of low rank, masks or gains."""
 
 from __future__ import annotations
 
@@ -81,9 +81,13 @@ def extract_experts(
             "mask" (one bit for every entry of the model): with M_i = [v_i (theta_m - theta_0) > 0] and one scale,
             ``sum |v_i| / sum |M_i (theta_m - theta_0)|``, theta_m becomes ``theta_0 + scale M_i (theta_m - theta_0)``.
             With a ``backbone`` by the method "emr" this is EMR-Merging (arXiv 2405.17461). Only ``backbone``,
-            ``select`` and ``rename`` apply.
+            ``select`` and ``rename`` apply. Or "gains" (four bits for each singular direction of the merged matrices):
+            with U diag(s) V^T = theta_m - theta_0, theta_m becomes ``theta_0 + U diag(g) V^T``, g in proportion to the
+            diagonal of U^T v_i V and so long that the matrix has the norm of v_i. It takes a ``backbone`` whose
+            directions belong to single tasks, as by the method "jsv", not rounded to 16 bits. With a ``budget``,
+            singular vectors of what that leaves are kept as in "svd2". All experts are made in one pass.
         trim: the share of largest entries to leave out: the k after the first floor(trim n) of a scope are kept.
-        backbone: the merged model theta_m, for the rules that need it, and for ``budget`` and ``rank``.
+        backbone: the merged model theta_m, for the rules that need it, for ``budget`` and ``rank``, masks and gains.
         budget: makes experts of theta_i - theta_m and is the share of the bytes of the model's tensors in float16 that
             an expert file may have, such as "0.3%" or 0.003. All of the file counts. Each tensor is a matrix (with a
             row for each index of the first dimension; a vector is one row), kept as its first singular vectors; bytes
