@@ -50,6 +50,8 @@ class Fft {
   // Throws std::invalid_argument unless 1 <= n <= 2^31 - 1.
   explicit Fft(std::int64_t n);
   Fft(Fft&&) = default;  // not copied: the pointers below are into its own tables
+  // Never kSplit, and so in natural order.
+  static Fft in_order(std::int64_t n) { return Fft(n, Ordered{}); }
 
   std::int64_t n;
   Method method;
@@ -85,7 +87,7 @@ class Fft {
 
  private:
   struct Ordered {};
-  Fft(std::int64_t n, Ordered);  // in natural order: never kSplit
+  Fft(std::int64_t n, Ordered);
   void plan_ordered();
   void plan_direct(const std::vector<int>& radices);
   void plan_split(std::int64_t row_length);

@@ -220,15 +220,21 @@ struct Batch {
   const T* outer;
 };
 
+// Where the halves of elements lie that a transform reads, and of those that it writes.
+template <typename T>
+struct Ends {
+  Halves<T> in, out;
+};
+
 // One butterfly: R elements from `from`, in_step reals apart, to `to`. Pointers run, because R precomputed
 // offsets would not fit in registers. Without twiddles, `twiddles` is null.
 template <int R, Outer kOuter, bool kTwiddles, typename T>
 FM_INLINE void pass_step(const T* from, std::int64_t in_step, T* to, std::int64_t out_step, const T* outer,
-                         std::int64_t outer_step, const T* twiddles, const T* roots, Halves<T> halves) {
+                         std::int64_t outer_step, const T* twiddles, const T* roots, Ends<T> ends) {
   Complex<T> a[R];
 #pragma GCC unroll 16
   for (int j = 0; j < R; ++j, from += in_step) {
-    a[j] = halves.load(from);
+    a[j] = ends.in.load(from);
     if constexpr (kOuter == Outer::kLoad) {
       a[j] = times(a[j], outer);
       outer += outer_step;
@@ -242,12 +248,12 @@ FM_INLINE void pass_step(const T* from, std::int64_t in_step, T* to, std::int64_
       a[j] = times(a[j], outer);
       outer += outer_step;
     }
-    halves.store(to, a[j]);
+    ends.out.store(to, a[j]);
   }
 }
 
 template <int R, Outer kOuter, typename T>
-void stockham_pass(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves<T> halves, Batch<T> batch) {
+void stockham_pass(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Ends<T> ends, Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
   const std::int64_t in_step = span * count * in.step, out_step = span * out.step;
   const std::int64_t outer_step = 2 * span * (kOuter == Outer::kLoad ? count : 1);
@@ -257,7 +263,7 @@ void stockham_pass(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves
     const T* outer = batch.outer;
     for (std::int64_t q = 0; q < span; ++q) {  // the twiddles of p = 0 are 1
       pass_step<R, kOuter, false>(from, in_step, to, out_step, outer, outer_step, pass.twiddles, pass.roots,
-                                  halves);
+                                  ends);
       from += in.step;
       to += out.step;
       outer += 2;
@@ -268,7 +274,7 @@ void stockham_pass(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves
       if constexpr (kOuter == Outer::kStore) outer = batch.outer + 2 * span * R * p;
       for (std::int64_t q = 0; q < span; ++q) {
         pass_step<R, kOuter, true>(from, in_step, to, out_step, outer, outer_step, twiddles, pass.roots,
-                                   halves);
+                                   ends);
         from += in.step;
         to += out.step;
         outer += 2;
@@ -282,8 +288,7 @@ void stockham_pass(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves
 
 // Any odd radix: as butterfly_odd, with the sums and differences in memory and a few bins at a time.
 template <Outer kOuter, typename T>
-void stockham_pass_odd(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves<T> halves,
-                       Batch<T> batch) {
+void stockham_pass_odd(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Ends<T> ends, Batch<T> batch) {
   const std::int64_t span = pass.span, count = pass.count;
   const int radix = pass.radix, half = (radix - 1) / 2;
   Complex<T> sum[kMaxRadix / 2 + 1], difference[kMaxRadix / 2 + 1];
@@ -293,13 +298,13 @@ void stockham_pass_odd(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Ha
       for (std::int64_t q = 0; q < span; ++q) {
         const auto input = [&](int j) {
           const std::int64_t element = q + span * (p + count * j);
-          const Complex<T> a = halves.load(in.at(element));
+          const Complex<T> a = ends.in.load(in.at(element));
           return kOuter == Outer::kLoad ? times(a, batch.outer + 2 * element) : a;
         };
         const auto output = [&](int k, Complex<T> a) {
           const std::int64_t element = q + span * (radix * p + k);
           if (p > 0 && k > 0) a = times(a, twiddles + 2 * (k - 1));
-          halves.store(out.at(element), kOuter == Outer::kStore ? times(a, batch.outer + 2 * element) : a);
+          ends.out.store(out.at(element), kOuter == Outer::kStore ? times(a, batch.outer + 2 * element) : a);
         };
         const Complex<T> first = input(0);
         Complex<T> total = first;
@@ -341,36 +346,36 @@ void stockham_pass_odd(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Ha
 }
 
 template <Outer kOuter, typename T>
-void stockham(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves<T> halves, Batch<T> batch) {
+void stockham(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Ends<T> ends, Batch<T> batch) {
   switch (pass.radix) {
     case 2:
-      return stockham_pass<2, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<2, kOuter>(pass, in, out, ends, batch);
     case 3:
-      return stockham_pass<3, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<3, kOuter>(pass, in, out, ends, batch);
     case 4:
-      return stockham_pass<4, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<4, kOuter>(pass, in, out, ends, batch);
     case 5:
-      return stockham_pass<5, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<5, kOuter>(pass, in, out, ends, batch);
     case 6:
-      return stockham_pass<6, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<6, kOuter>(pass, in, out, ends, batch);
     case 7:
-      return stockham_pass<7, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<7, kOuter>(pass, in, out, ends, batch);
     case 8:
-      return stockham_pass<8, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<8, kOuter>(pass, in, out, ends, batch);
     case 9:
-      return stockham_pass<9, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<9, kOuter>(pass, in, out, ends, batch);
     case 10:
-      return stockham_pass<10, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<10, kOuter>(pass, in, out, ends, batch);
     case 11:
-      return stockham_pass<11, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<11, kOuter>(pass, in, out, ends, batch);
     case 12:
-      return stockham_pass<12, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<12, kOuter>(pass, in, out, ends, batch);
     case 13:
-      return stockham_pass<13, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<13, kOuter>(pass, in, out, ends, batch);
     case 16:
-      return stockham_pass<16, kOuter>(pass, in, out, halves, batch);
+      return stockham_pass<16, kOuter>(pass, in, out, ends, batch);
     default:
-      return stockham_pass_odd<kOuter>(pass, in, out, halves, batch);
+      return stockham_pass_odd<kOuter>(pass, in, out, ends, batch);
   }
 }
 
@@ -380,21 +385,24 @@ void stockham(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Halves<T> h
 // Outer twiddles go with the first pass's loads or the last one's stores. In and out may be one place: the
 // last pass reads and writes the same elements in every butterfly, so a single pass needs no work space.
 template <Outer kOuter, typename T>
-void direct(const Fft<T>& plan, Strided<T> in, Strided<T> out, T* work, Halves<T> halves, Batch<T> batch) {
-  if (plan.pass_count == 1) return stockham<kOuter>(plan.passes[0], in, out, halves, batch);
+void direct(const Fft<T>& plan, Strided<T> in, Strided<T> out, T* work, Ends<T> ends, Batch<T> batch) {
+  if (plan.pass_count == 1) return stockham<kOuter>(plan.passes[0], in, out, ends, batch);
   for (; batch.count > 0; --batch.count) {
     Strided<T> from = in;
+    Halves<T> from_halves = ends.in;
     for (int i = 0; i < plan.pass_count; ++i) {
       const bool last = i == plan.pass_count - 1;
       const Strided<T> to =
           last ? out : Strided<T>{work + (i % 2 == 0 ? 0 : plan.n * kElement<T>), kElement<T>};
+      const Ends<T> pass_ends{from_halves, last ? ends.out : kForward<T>};
       const Batch<T> one{1, 0, 0, batch.outer};
       if ((kOuter == Outer::kLoad && i == 0) || (kOuter == Outer::kStore && last)) {
-        stockham<kOuter>(plan.passes[i], from, to, halves, one);
+        stockham<kOuter>(plan.passes[i], from, to, pass_ends, one);
       } else {
-        stockham<Outer::kNone>(plan.passes[i], from, to, halves, one);
+        stockham<Outer::kNone>(plan.passes[i], from, to, pass_ends, one);
       }
       from = to;
+      from_halves = kForward<T>;
     }
     in.data += batch.in_step;
     out.data += batch.out_step;
@@ -408,7 +416,9 @@ void bluestein(const Fft<T>& plan, T* data, T* work, Halves<T> halves);
 // Transforms that keep natural order: any method but kSplit.
 template <Outer kOuter, typename T>
 void ordered(const Fft<T>& plan, Strided<T> in, Strided<T> out, T* work, Halves<T> halves, Batch<T> batch) {
-  if (plan.method == Fft<T>::Method::kDirect) return direct<kOuter>(plan, in, out, work, halves, batch);
+  if (plan.method == Fft<T>::Method::kDirect) {
+    return direct<kOuter>(plan, in, out, work, {halves, halves}, batch);
+  }
   for (; batch.count > 0; --batch.count) {
     for (std::int64_t j = 0; j < plan.n; ++j) {
       const Complex<T> a = halves.load(in.at(j));

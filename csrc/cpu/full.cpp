@@ -34,9 +34,11 @@ class FullFilter : public Filter {
         transposed_(plan.transposed),
         packed_(plan.packed),
         background_(plan.form == Form::kPruned ? plan.background : 0.0),
-        first_(std::make_shared<const Fft<T>>(mask_.length())),
-        second_(mask_.signals() == mask_.length() ? first_
-                                                  : std::make_shared<const Fft<T>>(mask_.signals())) {
+        lines_(transposed_ ? nullptr : LineFft<T>::make(mask_.length(), transforms_.lanes)),
+        first_(lines_ ? nullptr : std::make_shared<const Fft<T>>(mask_.length())),
+        second_(first_ && mask_.signals() == mask_.length()
+                    ? first_
+                    : std::make_shared<const Fft<T>>(mask_.signals())) {
     require(static_cast<std::int64_t>(column_gains_.size()) == mask_.length() / 2 + 1,
             "column_gains must hold one gain for each column of the half spectrum");
     // Corrections to some other number would cancel most of background * X, and with it digits of the result.
@@ -49,15 +51,17 @@ class FullFilter : public Filter {
 
   std::int64_t nbytes() const override {
     return mask_.nbytes() + vector_bytes(column_gains_, columns_, low_, high_, kept_, kept_memory_) +
-           first_->nbytes() + (second_ == first_ ? 0 : second_->nbytes());
+           (lines_ ? lines_->nbytes() : first_->nbytes()) + (second_ == first_ ? 0 : second_->nbytes());
   }
 
  private:
   // In units of T: a batch of signals, what the edge sets aside, gains of all lanes, and those of a block
   // with the edge.
   std::int64_t batch_size() const {
-    return 2 * transforms_.lanes *
-           std::max(first_->padded_size() + first_->work, second_->padded_size() + second_->work);
+    const auto batch = [&](const Fft<T>& plan) {
+      return 2 * transforms_.lanes * (plan.padded_size() + plan.work);
+    };
+    return std::max(batch(*second_), lines_ ? lines_->work(packed_) : batch(*first_));
   }
   std::int64_t edge_size() const { return 2 * mask_.signals(); }
   std::int64_t table_size() const { return mask_.rows() * transforms_.lanes; }
@@ -93,7 +97,11 @@ class FullFilter : public Filter {
         const Upcoming next = after(group, groups, [&](std::int64_t other) {
           return signals.upcoming(other * spectrum.group_size(), spectrum.signals_in(other));
         });
-        signals_.forward_rows(*first_, signals, spectrum, group, work_of(worker), next);
+        if (lines_ != nullptr) {
+          signals_.forward_lines(*lines_, signals, spectrum, group, work_of(worker), next);
+        } else {
+          signals_.forward_rows(*first_, signals, spectrum, group, work_of(worker), next);
+        }
       });
       parallel_for(blocks, workers, [&](std::int64_t block, int worker) {
         const Upcoming next =
@@ -104,11 +112,15 @@ class FullFilter : public Filter {
     parallel_for(groups, workers, [&](std::int64_t group, int worker) {
       const Upcoming next =
           after(group, groups, [&](std::int64_t other) { return spectrum.upcoming_group(other); });
-      signals_.inverse_rows(*first_, signals, spectrum, group, background, factor, work_of(worker), next);
+      if (lines_ != nullptr) {
+        signals_.inverse_lines(*lines_, signals, spectrum, group, background, factor, work_of(worker), next);
+      } else {
+        signals_.inverse_rows(*first_, signals, spectrum, group, background, factor, work_of(worker), next);
+      }
     });
   }
 
-  std::int64_t slot(std::int64_t bin) const { return first_->padded_slot(bin); }
+  std::int64_t slot(std::int64_t bin) const { return lines_ ? bin : first_->padded_slot(bin); }
   double column_gain(std::int64_t column) const { return column_gains_[static_cast<std::size_t>(column)]; }
 
   // Takes the columns that differ from the background somewhere; the edge goes last.
@@ -201,6 +213,7 @@ class FullFilter : public Filter {
   const std::vector<double> column_gains_;
   const bool transposed_, packed_;
   const double background_;
+  const std::shared_ptr<const LineFft<T>> lines_;  // null where rows are transformed in batches
   const std::shared_ptr<const Fft<T>> first_, second_;
   std::vector<std::int32_t> columns_, low_, high_;
   bool dc_ = false, nyquist_ = false;

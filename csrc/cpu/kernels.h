@@ -9,6 +9,7 @@
 #include "cpu/decimated_job.h"
 #include "cpu/features.h"
 #include "cpu/fft.h"
+#include "cpu/line_fft.h"
 #include "cpu/radial_table.h"
 #include "cpu/select_kernels.h"
 #include "cpu/spectrum.h"
@@ -56,6 +57,11 @@ struct SignalKernels {
   // background is 0.
   void (*inverse_rows)(const Fft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
                        std::int64_t group, T background, T factor, T* scratch, Upcoming next);
+  // The same for rows that have a plan of lines: two at a time. `scratch` holds plan.work() reals.
+  void (*forward_lines)(const LineFft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+                        std::int64_t group, T* scratch, Upcoming next);
+  void (*inverse_lines)(const LineFft<T>& plan, const Signals<Storage>& signals, const Spectrum<T>& spectrum,
+                        std::int64_t group, T background, T factor, T* scratch, Upcoming next);
 };
 
 struct Kernels {

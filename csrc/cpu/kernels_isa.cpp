@@ -1,7 +1,7 @@
 // The table of the instruction set FREEMERGE_ISA, and all of its kernels that work on vectors by hand.
 #include "cpu/decimated.inl"
-#include "cpu/full.inl"
 #include "cpu/kernels.h"
+#include "cpu/line_rows.inl"
 #include "cpu/radial.inl"
 #include "cpu/step_gains.inl"
 
@@ -31,7 +31,9 @@ constexpr TransformKernels<T> transform_table() {
 
 template <typename Storage>
 constexpr SignalKernels<Storage, Arithmetic<Storage>> signal_table() {
-  return {forward_rows<Storage, Arithmetic<Storage>>, inverse_rows<Storage, Arithmetic<Storage>>};
+  using T = Arithmetic<Storage>;
+  return {forward_rows<Storage, T>, inverse_rows<Storage, T>, forward_lines<Storage, T>,
+          inverse_lines<Storage, T>};
 }
 
 extern const Kernels kKernels;

@@ -6,6 +6,7 @@
 #include "check.h"
 #include "cpu/buffer.h"
 #include "cpu/kernels.h"
+#include "cpu/line_fft.h"
 
 namespace freemerge {
 namespace {
@@ -83,6 +84,16 @@ void test_length_zero() {
   check(refused, "length 0 is refused");
 }
 
+// Which rows are transformed one line at a time.
+void test_lines() {
+  const auto made = [](std::int64_t n, int lanes) { return LineFft<float>::make(n, lanes) != nullptr; };
+  check(made(768, 16) && made(768, 8) && made(256, 16) && made(4096, 16), "lines");
+  check(!made(240, 16), "lines are the square of the lanes long, or longer");
+  check(!made(770, 16), "lines are whole vectors");
+  check(!made(16 * 67, 16), "lines have no large prime factor");
+  check(!made(8192, 16), "lines are short enough for the caches");
+}
+
 }  // namespace
 }  // namespace freemerge
 
@@ -90,6 +101,7 @@ int main(int argc, char** argv) {
   using namespace freemerge;
   const std::int64_t longest = argc > 1 ? std::atoi(argv[1]) : 65536;
   test_length_zero();
+  test_lines();
   for (const Isa isa : test::available_isas()) {
     std::vector<std::int64_t> lengths;
     for (std::int64_t n = 1; n <= 300; ++n) lengths.push_back(n);

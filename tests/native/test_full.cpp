@@ -80,15 +80,17 @@ std::vector<double> column_gains(const Mask& mask, bool transposed) {
 }
 
 std::int64_t random_side(Random& random) {
-  // Whole vectors, large primes, and lengths that are transformed in two levels.
-  static constexpr std::int64_t kNotable[] = {32, 64, 67, 96, 101, 127, 128, 192, 201, 256, 330, 384};
+  // Whole vectors, large primes, lengths that are transformed in two levels, and rows that are lines, with
+  // and without a last group that overlaps.
+  static constexpr std::int64_t kNotable[] = {32,  64,  67,  96,  101, 127, 128,
+                                              192, 201, 256, 272, 330, 384, 416};
   switch (random.integer(0, 2)) {
     case 0:
       return random.integer(1, 9);
     case 1:
       return random.integer(10, 110);
     default:
-      return kNotable[random.integer(0, 11)];
+      return kNotable[random.integer(0, static_cast<std::int64_t>(std::size(kNotable)) - 1)];
   }
 }
 
@@ -178,29 +180,30 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
 }
 
 // Same bytes whatever the number of threads, also where several run one filter at the same time.
-void test_determinism(const Kernels& kernels) {
+void test_determinism(const Kernels& kernels, std::int64_t width) {
   Random random(7);
   Plan plan;
   plan.form = Form::kFull;
   plan.packed = true;
   plan.mask.height = 150;
-  plan.mask.width = 203;
+  plan.mask.width = width;
   plan.mask.edge0 = 40;
   plan.mask.edge1 = 1e300;
   plan.mask.gain1 = 1;
-  std::vector<float> input(150 * 203), first;
+  std::vector<float> input(static_cast<std::size_t>(150 * width)), first;
   for (float& x : input) x = static_cast<float>(random.normal());
   const auto filter = make_filter(plan, DType::kFloat32, column_gains(plan.mask, false), kernels);
   check(filter->nbytes() > 0, "its tables take memory");
   for (const int threads : {1, 2, 5}) {
     std::vector<float> x = input;
-    filter->run({x.data()}, 203, 1.0, threads);
+    filter->run({x.data()}, width, 1.0, threads);
     if (first.empty()) first = x;
     check(x == first, "results do not depend on the number of threads");
   }
   std::vector<std::vector<float>> matrices(4, input);
   std::vector<std::thread> callers;
-  for (std::vector<float>& x : matrices) callers.emplace_back([&] { filter->run({x.data()}, 203, 1.0, 1); });
+  for (std::vector<float>& x : matrices)
+    callers.emplace_back([&] { filter->run({x.data()}, width, 1.0, 1); });
   for (std::thread& caller : callers) caller.join();
   for (const std::vector<float>& x : matrices) check(x == first, "several threads may run one filter");
 }
@@ -245,7 +248,8 @@ int main(int argc, char** argv) {
       test_case<bfloat16>(random, DType::kBFloat16, table, name + " bfloat16");
       test_case<float16>(random, DType::kFloat16, table, name + " float16");
     }
-    test_determinism(table);
+    test_determinism(table, 203);
+    test_determinism(table, 272);
     test_refusals(table);
     std::printf("%s: %d cases of each type\n", name.c_str(), cases);
   }
