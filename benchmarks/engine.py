@@ -91,6 +91,7 @@ def main() -> None:
                 if options.cold:
                     forget(inputs(folder))
                 times[job].append(in_own_process(job, folder, options.mergekit))
+                print(job, times[job][-1], file=sys.stderr, flush=True)
         size = sum(path.stat().st_size for path in inputs(folder))
     rows = [{"what": job, **summary(runs)} for job, runs in times.items()]
     unit = min((run["wall"] for run in times.get("copy", [])), default=0.0)
