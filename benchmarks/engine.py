@@ -2,17 +2,27 @@
 
     python -m benchmarks.engine [--models 4] [--megabytes 1000] [--rounds 3] [--report FILE]
     python -m benchmarks.engine --small 100000     # tensors of 32 bytes, for the cost of a tensor
+    python -m benchmarks.engine --methods [--mergekit PYTHON] [--cold]
 
 Makes a base and K bf16 models of Llama shapes, then takes turns, a process for each: copy the same bytes (read all
 models, write one) by plain buffered reads and writes, average, merge by FR-Merging with given weights (one pass) and by
-default (two passes). Wall and CPU count from after the imports to the published output, hashes and all, from a warm
-page cache; memory is anonymous memory at its peak, mapped files not counted. The median over the rounds counts. Merged
-values are checked against float64, and the best copy is the unit of the ratios.
+default (two passes); with --methods by every other method, too. With --mergekit, the interpreter of an environment that
+has mergekit 0.1.5, transformers and this torch, mergekit merges the same files by the methods that it has, and by task
+arithmetic with our default filter in torch.fft.
+
+Wall and CPU count from after the imports to the published output, hashes and all (mergekit has none, and does not
+flush), from a warm page cache, or with --cold from one that has let go of the inputs. Memory is anonymous memory at its
+peak, mapped files not counted. The median over the rounds counts. The best copy is the unit of the ratios.
+
+What is merged linearly is checked against float64 in a matrix and a vector; other methods tensor by tensor against
+:func:`freemerge.merge_tensors`, which benchmarks.methods holds to the formulas, or, where they measure the whole model
+or are mergekit's, by how well the merged task vector agrees with the sum of the task vectors.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -23,16 +33,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 import freemerge as fm
-from benchmarks import harness
+from benchmarks import harness, mergekit_jobs
+from freemerge.checkpoint import Checkpoint
+from freemerge.methods import METHODS
 
 COPY_BYTES = 16 << 20
 RECIPES = {
@@ -41,6 +55,8 @@ RECIPES = {
     "FR-Merging, default": fm.Recipe(),
 }
 JOBS = ("copy", *RECIPES)
+RECIPES |= {name: fm.Recipe(method=name) for name in METHODS if name not in ("average", "fr")}
+ALL_JOBS = (*JOBS, *(name for name in RECIPES if name not in JOBS), *mergekit_jobs.METHODS)
 
 
 def main() -> None:
@@ -49,30 +65,46 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000, help="size of one model")
     parser.add_argument("--small", type=int, default=0, metavar="N", help="N tensors of 32 bytes instead")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS)
+    parser.add_argument("--methods", action="store_true", help="every method, not only those of the engine's own page")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter that has mergekit 0.1.5: its methods, too")
+    parser.add_argument("--cold", action="store_true", help="let the system forget the inputs before every job")
+    parser.add_argument("--jobs", nargs="+", choices=ALL_JOBS, help="these only")
     parser.add_argument("--report", type=Path)
-    parser.add_argument("--run", choices=JOBS, help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=ALL_JOBS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run is not None:
         print(json.dumps(measured(options.run, options.folder)))
         return
+    own = ALL_JOBS[: len(JOBS) + len(METHODS) - 2] if options.methods else JOBS
+    jobs = options.jobs or [*own, *(mergekit_jobs.METHODS if options.mergekit else ())]
+    if options.mergekit is None and any(job in mergekit_jobs.METHODS for job in jobs):
+        parser.error("jobs of mergekit need --mergekit PYTHON")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(folder, options.models + 1, shapes_of(options.megabytes, options.small))
-        times: dict[str, list[dict[str, float]]] = {job: [] for job in options.jobs}
+        if options.mergekit:
+            mergekit_jobs.prepare(folder, inputs(folder))
+        times: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
         for _ in range(options.rounds):
-            for job in options.jobs:
-                times[job].append(in_own_process(job, folder))
+            for job in jobs:
+                if options.cold:
+                    forget(inputs(folder))
+                times[job].append(in_own_process(job, folder, options.mergekit))
+                print(job, times[job][-1], file=sys.stderr, flush=True)
         size = sum(path.stat().st_size for path in inputs(folder))
     rows = [{"what": job, **summary(runs)} for job, runs in times.items()]
     unit = min((run["wall"] for run in times.get("copy", [])), default=0.0)
-    print(f"{options.models + 1} files, {size / 1e9:.2f} GB in all, {os.cpu_count()} processors")
+    about = harness.machine(load=os.getloadavg(), cold=options.cold)
+    print(
+        f"{options.models + 1} files, {size / 1e9:.2f} GB in all, {'cold' if options.cold else 'warm'}, "
+        f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}\n\n"
+        "| | wall s | CPU s | memory MB | x copy |\n|---|---|---|---|---|"
+    )
     for row in rows:
-        ratio = f"{row['wall'] / unit:6.2f} x copy" if unit else ""
-        print(f"{row['what']:<28} {row['wall']:8.2f} s {row['cpu']:8.2f} s CPU {row['memory']:6.0f} MB {ratio}")
+        ratio = f"{row['wall'] / unit:.2f}" if unit else ""
+        print(f"| {row['what']} | {row['wall']:.2f} | {row['cpu']:.2f} | {row['memory']:.0f} | {ratio} |")
     if options.report is not None:
-        about = harness.machine(load=os.getloadavg())
         harness.write(options.report, {"machine": about, "bytes": size, "models": options.models, "rows": rows})
 
 
@@ -80,27 +112,49 @@ def summary(runs: list[dict[str, float]]) -> dict[str, float]:
     return {field: round(statistics.median(run[field] for run in runs), 3) for field in runs[0]}
 
 
-def in_own_process(job: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.engine", "--run", job, "--folder", str(folder)]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # as the command sets it
-    told = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    result: dict[str, float] = json.loads(told.stdout)
+def forget(paths: list[Path]) -> None:
+    """Let the system drop the pages of files that it has written to the disk."""
+    for path in paths:
+        with open(path, "rb", buffering=0) as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def in_own_process(job: str, folder: Path, mergekit: str | None = None) -> dict[str, float]:
+    python = mergekit if mergekit and job in mergekit_jobs.METHODS else sys.executable
+    command = [python, "-m", "benchmarks.engine", "--run", job, "--folder", str(folder)]
+    packages = Path(fm.__file__).parents[1]  # mergekit's environment need not have freemerge
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(packages)])
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": paths}  # the policy as the command sets it
+    told = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if told.returncode:
+        raise RuntimeError(f"{job}:\n{told.stderr}")
+    result: dict[str, float] = json.loads(told.stdout.splitlines()[-1])
     return result
 
 
 def measured(job: str, folder: Path) -> dict[str, float]:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
-    work = (lambda: copy(folder, out)) if job == "copy" else (lambda: merge(folder, out, RECIPES[job]))
-    if job != "copy":
-        import freemerge.merging.run  # noqa: F401  imports are not what is measured
     with peak_memory() as memory:
+        run, verify = prepared(job, folder, out)
         cpu, wall = cpu_seconds(), time.perf_counter()
-        work()
+        run()
         wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-    if job != "copy":
-        check(folder, out, RECIPES[job])
+    verify()
     return {"wall": wall, "cpu": cpu, "memory": memory[0] / 1e6}
+
+
+def prepared(job: str, folder: Path, out: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What does a job, everything imported, and what checks its result."""
+    if job == "copy":
+        return partial(copy, folder, out), lambda: None
+    if job in mergekit_jobs.METHODS:
+        mergekit_jobs.load(folder, job)
+        return partial(mergekit_jobs.merge, folder, out, job), partial(check_mergekit, folder, out, job)
+    import freemerge.merging.run  # noqa: F401  imports are not what is measured
+
+    return partial(merge, folder, out, RECIPES[job]), partial(check, folder, out, RECIPES[job])
 
 
 def cpu_seconds() -> float:
@@ -149,25 +203,73 @@ def merge(folder: Path, out: Path, recipe: fm.Recipe) -> None:
 
 
 def check(folder: Path, out: Path, recipe: fm.Recipe, count: int | None = None) -> None:
-    """Compare a matrix and a vector with float64, with the weights and the scale that the manifest names."""
+    """Compare a matrix and a vector with what they should be by the weights and the scale in the manifest."""
     manifest = json.loads((out / "freemerge.json").read_text())
-    measured = manifest["recipe"]["measured"]
-    tensors = manifest["tensors"]
-    names = [
-        min((n for n, t in tensors.items() if t["action"] == action), default=None) for action in ("filter", "merge")
-    ]
-    for name in filter(None, names):
-        base, *models = (read(path, name).double() for path in inputs(folder)[: None if count is None else 1 + count])
-        total = sum(w * (model - base) for w, model in zip(measured["weights"], models, strict=True))
-        filtered = total
-        if tensors[name]["action"] == "filter":
-            filtered = harness.torch_fft(total, recipe.response)(total)
-            filtered = filtered * (total.norm() / filtered.norm())
-        exact = base + measured["scale"] * filtered
-        found = read(holder(out, name), name).double()
-        error = float((found - exact).norm() / exact.norm())
-        if not error < 3e-3:  # bf16 keeps 8 bits
-            raise AssertionError(f"relative error {error:.1e} of {name}")
+    weights, scale = (manifest["recipe"]["measured"][key] for key in ("weights", "scale"))
+    paths = inputs(folder)[: None if count is None else 1 + count]
+    method = recipe.merging
+    for name, filtered in checked_names(out):
+        base, *models = (read(path, name) for path in paths)
+        found = read(holder(out, name), name)
+        if recipe.method.name in ("average", "task_arithmetic", "fr"):
+            response = recipe.response if filtered and recipe.method.name == "fr" else None
+            compare(name, found, exactly(base, models, weights or [1.0] * len(models), scale, response))
+        elif method.passes:
+            agrees(name, found, base, models)
+        else:
+            expected = fm.merge_tensors(base, models, recipe=dataclasses.replace(recipe, scale=scale), name=name)
+            if not torch.equal(found, expected):
+                raise AssertionError(f"{name} is not what merge_tensors gives")
+
+
+def check_mergekit(folder: Path, out: Path, job: str) -> None:
+    """The same for what mergekit wrote."""
+    method, parameters = mergekit_jobs.METHODS[job]
+    for name, filtered in checked_names(out):
+        base, *models = (read(path, name) for path in inputs(folder))
+        found = read(holder(out, name), name)
+        if "density" in parameters:
+            agrees(name, found, base, models)
+        else:
+            weights = [parameters["weight"]] * len(models)
+            response = fm.Recipe().response if filtered and method == mergekit_jobs.FILTERED else None
+            compare(name, found, exactly(base, models, weights, 1.0, response))
+
+
+def checked_names(out: Path) -> Iterator[tuple[str, bool]]:
+    """A matrix and a vector of a merged model, and whether it is the matrix."""
+    shapes = Checkpoint.open(out).specs
+    for sides in (2, 1):
+        names = [name for name, spec in shapes.items() if len(spec.shape) == sides]
+        if names:
+            yield min(names, key=lambda name: (shapes[name].numel, name)), sides == 2
+
+
+def exactly(
+    base: Tensor, models: list[Tensor], weights: list[float], scale: float, response: fm.Response | None
+) -> Tensor:
+    """``base + scale * sum_i weights[i] * (models[i] - base)`` in float64, the sum filtered, and its norm restored."""
+    total = torch.zeros(base.shape, dtype=torch.float64)
+    for weight, model in zip(weights, models, strict=True):
+        total += weight * (model.double() - base.double())
+    if response is not None:
+        filtered = harness.torch_fft(total, response)(total)
+        total = filtered * (total.norm() / filtered.norm())
+    return base.double() + scale * total
+
+
+def compare(name: str, found: Tensor, exact: Tensor) -> None:
+    error = float((found.double() - exact).norm() / exact.norm())
+    if not error < 3e-3:  # bf16 keeps 8 bits
+        raise AssertionError(f"relative error {error:.1e} of {name}")
+
+
+def agrees(name: str, found: Tensor, base: Tensor, models: list[Tensor]) -> None:
+    merged = found.double() - base.double()
+    total = sum(model.double() - base.double() for model in models)
+    cosine = float((merged * total).sum() / (merged.norm() * total.norm()))
+    if not cosine > 0.2:  # of entries that were dropped at random, or for their signs, much is left
+        raise AssertionError(f"cosine {cosine:.2f} of {name} with the sum of the task vectors")
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -177,9 +279,9 @@ def inputs(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.safetensors"))
 
 
-def read(path: Path, name: str) -> torch.Tensor:
+def read(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
+        tensor: Tensor = file.get_tensor(name)
         return tensor
 
 

@@ -178,3 +178,8 @@ def test_the_operators_are_there_after_an_import_of_the_filter() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_merging_does_not_wait_for_the_compiler() -> None:
+    code = "import freemerge.merging.run, sys; assert 'torch._dynamo' not in sys.modules, 'imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,6 +13,7 @@ namespace freemerge {
 void bind_accumulate(pybind11::module_& m);
 void bind_features(pybind11::module_& m);
 void bind_filter(pybind11::module_& m);
+void bind_hashing(pybind11::module_& m);
 void bind_select(pybind11::module_& m);
 void bind_sparse(pybind11::module_& m);
 

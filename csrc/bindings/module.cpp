@@ -6,4 +6,5 @@ PYBIND11_MODULE(_core, m) {
   freemerge::bind_select(m);
   freemerge::bind_sparse(m);
   freemerge::bind_filter(m);
+  freemerge::bind_hashing(m);
 }

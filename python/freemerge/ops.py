@@ -36,12 +36,15 @@ def text_of(response: Response) -> str:
     return text
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _name_of(response: Response) -> str:
     name = f"{type(response).__name__} {hash(response):x}"
     while _UNWRITTEN.setdefault(name, response) != response:
         name += "'"
     return name
+
+
+# What torch.compiler.assume_constant_result does, which imports all of torch._dynamo first: more than a second.
+_name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(256)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import RLock
 
 import torch
 
@@ -11,6 +15,7 @@ from ..dense import address
 from ..errors import ArgumentError
 
 _SAMPLE = (16, 64)  # rows and columns that estimate a matrix's mean
+_LEAST_PIECE = 1 << 20  # bytes; the C library finds smaller ones in its own heap
 
 DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in _core.DTYPES.items()}
 
@@ -30,11 +35,78 @@ def compute_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``torch.empty`` for a result that is about to be written as a whole: on a CPU in huge pages where there are any,
-    because touching 4 KB at a time for the first time takes longer than computing most of what we write."""
+    because touching 4 KB at a time for the first time takes longer than computing most of what we write. Within
+    :func:`reusing` large results get memory that earlier ones have let go, which takes no touching at all."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type == "cpu" and nbytes >= _LEAST_PIECE and _pieces.users:
+        return torch.frombuffer(_pieces.take(nbytes), dtype=dtype, count=math.prod(shape)).view(tuple(shape))
     result = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu":
         _core.prefer_huge_pages(address(result), result.nbytes)
     return result
+
+
+@contextmanager
+def reusing() -> Iterator[None]:
+    """In the block, memory of large results is used again. For work whose results do not outlive it: one may lie in a
+    piece of memory that is half as large again."""
+    with _pieces.lock:
+        _pieces.users += 1
+    try:
+        yield
+    finally:
+        with _pieces.lock:
+            _pieces.users -= 1
+            if not _pieces.users:
+                _pieces.forget()
+
+
+class _Pieces:
+    """Pieces of memory; with those that nobody uses never more than were in use at some time."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()  # a tensor may die, and give its piece back, at any allocation of Python's
+        self.users = 0
+        self.forget()
+
+    def forget(self) -> None:
+        self._free: list[torch.Tensor] = []  # the one that waits longest comes first
+        self._used = self._most = 0
+        self._taken: dict[int, weakref.ref[memoryview]] = {}
+
+    def take(self, nbytes: int) -> memoryview:
+        """So many bytes or more, uninitialised; they come back when the view and what is made of it are gone."""
+        with self.lock:
+            fitting = [piece for piece in self._free if nbytes <= piece.nbytes <= nbytes + nbytes // 2]
+            if fitting:
+                piece = min(fitting, key=lambda piece: piece.nbytes)
+                self._free = [other for other in self._free if other is not piece]
+            else:
+                self._most = max(self._most, self._used + nbytes)
+                self._make_room(nbytes)
+                piece = torch.empty(nbytes, dtype=torch.uint8)
+                _core.prefer_huge_pages(address(piece), nbytes)
+            self._used += piece.nbytes
+            self._most = max(self._most, self._used)
+            taken = self._taken
+            view = piece.numpy().data
+            taken[id(piece)] = weakref.ref(view, lambda _: self._give(piece, taken))
+            return view
+
+    def _give(self, piece: torch.Tensor, taken: dict[int, weakref.ref[memoryview]]) -> None:
+        with self.lock:
+            del taken[id(piece)]
+            if taken is self._taken:  # otherwise the block that it was taken in is over
+                self._used -= piece.nbytes
+                self._make_room(piece.nbytes)
+                self._free.append(piece)
+
+    def _make_room(self, nbytes: int) -> None:
+        while self._free and self._used + sum(piece.nbytes for piece in self._free) + nbytes > self._most:
+            del self._free[0]
+
+
+_pieces = _Pieces()
 
 
 def matrices(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

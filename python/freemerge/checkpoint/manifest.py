@@ -34,7 +34,7 @@ class InputHashes:
         self._hasher = Hasher()
         self._before = {file: _identity(file) for checkpoint in self._checkpoints for file in checkpoint.files}
         ranks = workers.shares({file: identity[0] for file, identity in self._before.items()})
-        self._futures = self._hasher.submit_all(file for file in self._before if ranks[file] == workers.rank)
+        self._digests = self._hasher.submit_all(file for file in self._before if ranks[file] == workers.rank)
 
     def records(self) -> list[dict[str, object]]:
         """For each checkpoint its name and its files with size and hash; waits for the hashes.
@@ -42,7 +42,7 @@ class InputHashes:
         Raises CheckpointError for a file that was changed or replaced since the hashing began.
         """
         records: dict[Path, dict[str, object]] = {}
-        for own in self._workers.gather({file: self._record(file) for file in self._futures}):
+        for own in self._workers.gather({file: self._record(file) for file in self._digests}):
             records |= own
         return [
             {"name": checkpoint.name, "files": [records[file] for file in checkpoint.files]}
@@ -57,10 +57,10 @@ class InputHashes:
     @property
     def nbytes(self) -> int:
         """Size of the files that this worker hashes."""
-        return sum(self._before[file][0] for file in self._futures)
+        return sum(self._before[file][0] for file in self._digests)
 
     def _record(self, file: Path) -> dict[str, object]:
-        digest = self._futures[file].result()
+        digest = self._digests[file]()
         identity = _identity(file)
         if identity != self._before[file]:
             raise CheckpointError(f"{file} changed while it was being read")
@@ -143,12 +143,12 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
     assert isinstance(files, dict)  # read_manifest checked it
     problems = []
     with Hasher() as hasher:
-        present = {name for name in files if (directory / name).is_file()}
-        hashes = {name: hasher.submit(directory / name) for name in sorted(present)}
+        present = [path for name in sorted(files) if (path := directory / name).is_file()]
+        digests = hasher.submit_all(present)
         for name in sorted(files):
-            if name not in present:
+            if directory / name not in digests:
                 problems.append(f"{name} is missing")
-            elif hashes[name].result() != files[name]["sha256"]:
+            elif digests[directory / name]() != files[name]["sha256"]:
                 problems.append(f"{name} has changed: its hash is not the one in {MANIFEST}")
     for path in sorted(directory.rglob("*")):
         relative = path.relative_to(directory)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..backends.memory import reusing
 from ..checkpoint import (
     DEFAULT_MEMORY,
     DEFAULT_SHARD_BYTES,
@@ -144,7 +145,7 @@ def merge_checkpoints(
     Raises:
         RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
     """
-    with ExitStack() as stack:
+    with reusing(), ExitStack() as stack:
         with _without_collecting():
             merger = open_merger(stack, base, models, recipe, backend, memory)
             tokenizer = _side_files(merger, tokenizer_from)

@@ -1,0 +1,95 @@
+"""Memory of large results is used again within a block, and never shared by two that live."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor
+
+from freemerge.backends import memory
+from freemerge.backends.memory import empty, reusing
+
+LARGE = 1 << 19  # entries of 2 MB
+
+
+def large(entries: int = LARGE) -> Tensor:
+    return empty((entries,), torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def fresh() -> Iterator[list[int]]:
+    """Sizes of the pieces that were made; takes note of them by counting."""
+    made: list[int] = []
+    original = torch.empty
+
+    def counted(*args: object, **options: object) -> Tensor:
+        result: Tensor = original(*args, **options)  # type: ignore[call-overload]
+        made.append(result.nbytes)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory.torch, "empty", counted)
+        yield made
+
+
+def test_the_next_result_lies_where_the_last_one_was(fresh: list[int]) -> None:
+    with reusing():
+        first = large()
+        part = first[5:10].view(torch.int32)  # views and NumPy's arrays hold the memory, too
+        array = part.numpy()
+        del first, part
+        second = large()
+        assert len(fresh) == 2
+        del array
+        third = large(LARGE * 3 // 4)  # fits with room to spare
+        assert len(fresh) == 2
+        fourth = large(LARGE // 2)
+        assert len(fresh) == 3  # of the second one nothing is given away, and the first is too large a piece
+        assert [x.numel() for x in (second, third, fourth)] == [LARGE, LARGE * 3 // 4, LARGE // 2]
+
+
+def test_no_more_is_held_than_was_in_use_at_one_time(fresh: list[int]) -> None:
+    with reusing():
+        for entries in (LARGE, 2 * LARGE, 4 * LARGE, 2 * LARGE, LARGE):
+            large(entries)
+            pieces = memory._pieces
+            assert sum(piece.nbytes for piece in pieces._free) + pieces._used <= pieces._most <= 16 * LARGE
+    assert fresh == [4 * LARGE, 8 * LARGE, 16 * LARGE, 8 * LARGE, 4 * LARGE]  # one at a time: nothing else fits
+
+
+def test_nothing_is_kept_outside_of_the_block() -> None:
+    with reusing():
+        survivor = large()
+        large()
+        with reusing():
+            pass
+        assert memory._pieces._free
+    assert not memory._pieces._free
+    survivor.fill_(3.0)
+    with reusing():
+        other = large().fill_(1.0)
+        del survivor
+        assert not memory._pieces._free  # it was taken in another block
+        assert float(other.sum()) == LARGE
+    del other
+    assert not memory._pieces._free
+
+
+def test_results_that_live_never_overlap() -> None:
+    def work(seed: int) -> None:
+        choose = random.Random(seed)
+        held: list[tuple[Tensor, int]] = []
+        for number in range(200):
+            tensor = large(LARGE // choose.choice((1, 2)))
+            value = seed * 1000 + number
+            held.append((tensor.fill_(value), value))
+            if len(held) > 3:
+                tensor, value = held.pop(choose.randrange(len(held)))
+                assert tensor[0] == tensor[-1] == tensor.mean() == value
+
+    with reusing(), ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
