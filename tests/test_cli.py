@@ -591,6 +591,31 @@ def test_evaluate(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
     assert run("evaluate", *files, "--function", "score") == 2
 
 
+def test_evaluate_experts_that_need_the_base(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "score.py").write_text(
+        "def score(state):\n    return {f'model-{i}': float(state['a.weight'].sum()) for i in (1, 2)}\n"
+    )
+    merged = tmp_path / "merged"
+    assert run("merge", *files, "-o", merged, "--method", "emr") == 0
+    assert run("experts", *files, "-o", tmp_path / "masks", "--backbone", merged, "--values", "mask") == 0
+    evaluating = ["evaluate", merged, "--function", f"{tmp_path / 'score.py'}:score"]
+    capsys.readouterr()
+    assert run(*evaluating, "--experts", tmp_path / "masks") == 2
+    assert "base must be given" in capsys.readouterr().err
+    options = ["--base", files[0], "--backbone", merged, "--json"]
+    assert run(*evaluating, "--experts", tmp_path / "masks", *options) == 0
+    alone, with_experts = json.loads(capsys.readouterr().out)
+    state = load_file(merged / "model.safetensors")
+    bank = fm.ExpertBank.load(state, tmp_path / "masks", base=files[0])
+    for task in bank:
+        with bank.active(task):
+            assert with_experts["scores"][task] == pytest.approx(float(state["a.weight"].sum()))
+            assert with_experts["scores"][task] != alone["scores"][task]
+    assert run(*evaluating, "--base", files[0]) == 2
+
+
 def test_backends_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("backends") == 0
     assert "torch    available" in capsys.readouterr().out

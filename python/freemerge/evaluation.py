@@ -61,12 +61,17 @@ def evaluate(model: Source, function: ScoreFunction) -> Evaluation:
 
 
 def evaluate_experts(
-    model: Source, experts: str | Path | Mapping[str, Expert], function: ScoreFunction, *, base: Source | None = None
+    model: Source,
+    experts: str | Path | Mapping[str, Expert],
+    function: ScoreFunction,
+    *,
+    base: Source | None = None,
+    backbone: Source | None = None,
 ) -> Evaluation:
     """Score a merged model on each task with that task's expert switched on, as a perfect router would.
 
     ``experts``: a folder of expert files, or experts by name; the function must return a mapping with these names.
-    ``base``: theta_0, which experts that are masks need. The
+    ``base`` and ``backbone``: theta_0 and theta_m, which some experts need, as for :class:`freemerge.ExpertBank`. The
     weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. The errors of a real
     router are not included: measure them with :class:`freemerge.RoutedModel`.
     """
@@ -77,9 +82,9 @@ def evaluate_experts(
         weights = {name: tensor.detach() for name, tensor in stored.items()}
         attached = module if module is not None else weights
         if isinstance(experts, Mapping):
-            bank = ExpertBank(attached, experts, base=base)
+            bank = ExpertBank(attached, experts, base=base, backbone=backbone)
         else:
-            bank = ExpertBank.load(attached, experts, base=base)
+            bank = ExpertBank.load(attached, experts, base=base, backbone=backbone)
         scores = {}
         for task in bank:
             with bank.active(task):

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,14 +27,6 @@ else:
 __all__ = ["attach", "torch"]
 
 
-class _Package(ModuleType):
-    """A package with a function that is called as one of its folders: importing the folder must not hide it."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (isinstance(value, ModuleType) and name in self.__all__):
-            super().__setattr__(name, value)
-
-
 def attach(package: str, file: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
     """``__all__``, ``__getattr__`` and ``__dir__`` of a package whose names its stub file lists with their origins.
 
@@ -49,14 +40,13 @@ def attach(package: str, file: str) -> tuple[list[str], Callable[[str], Any], Ca
         for alias in node.names
     }
     (listed,) = [ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign)]
-    sys.modules[package].__class__ = _Package
 
     def get(name: str) -> Any:
         if name not in origins:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module = import_module(origins[name], package)
         value = module if origins[name] == f".{name}" else getattr(module, name)
-        vars(sys.modules[package])[name] = value
-        return value
+        # What a folder has the name of is the folder, which importing has put here: freemerge.backends can be called.
+        return vars(sys.modules[package]).setdefault(name, value)
 
     return listed, get, lambda: sorted({*vars(sys.modules[package]), *origins})

@@ -108,6 +108,21 @@ def test_the_snippet_loads_the_model_with_its_head(tmp_path: Path) -> None:
     assert isinstance(found["model"], LlamaForCausalLM)
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_snippet_reads_the_files_that_there_are(shards: int, tmp_path: Path) -> None:
+    """The merged model may have more files than its base, or fewer."""
+    state = {"v": torch.ones(2, 2), **STATE}
+    base = write(tmp_path / "base")
+    save_file(state, base / "model.safetensors")
+    fm.merge_checkpoints(base, [base], tmp_path / "out", progress=False, max_shard_bytes=100 if shards == 1 else 50)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == shards
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    found: dict[str, Any] = {}
+    exec(code.replace("path/to/this/directory", str(tmp_path / "out")), found)
+    assert found["state"].keys() == state.keys()
+    assert all(torch.equal(found["state"][name], tensor) for name, tensor in state.items())
+
+
 TASKS = (
     *("MODEL_FOR_CAUSAL_LM", "MODEL_FOR_MASKED_LM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM", "MODEL_FOR_QUESTION_ANSWERING"),
     *("MODEL_FOR_SEQUENCE_CLASSIFICATION", "MODEL_FOR_TOKEN_CLASSIFICATION", "MODEL_FOR_IMAGE_CLASSIFICATION", "MODEL"),

@@ -34,6 +34,7 @@ from .bands import band_sums
 from .entries import entry_sums
 from .measures import Measures, measures_of
 from .names import depth, module_type
+from .report.pictures import check_matplotlib, pictures
 from .result import Analysis, TensorMeasures
 from .singular import singular_sums
 from .sums import EDGES, RANKS, Sums
@@ -59,6 +60,7 @@ def analyze(
     select: Sequence[Any] = (),
     rename: Sequence[Any] = (),
     out: str | Path | None = None,
+    png: str | Path | None = None,
     force: bool = False,
     progress: bool = False,
 ) -> Analysis:
@@ -74,16 +76,22 @@ def analyze(
         select: rules as in a :class:`freemerge.Recipe`; what they copy is left out.
         rename: prefixes as in a recipe.
         out: a file for the report; ``force`` allows to replace one.
+        png: a folder for the figures of the report as PNG files, which is made. It needs matplotlib; ``force`` allows
+            one that exists.
         progress: show a progress bar on standard error.
 
     Raises:
-        ArgumentError, CheckpointError: as :func:`freemerge.merge`, and if there is nothing to analyse.
-        RefusedError: ``out`` exists and may not be replaced.
+        ArgumentError, CheckpointError: as :func:`freemerge.merge`, and if there is nothing to analyse, or no
+            matplotlib for ``png``.
+        RefusedError: ``out`` or ``png`` exists and may not be replaced.
     """
     recipe = Recipe(select=select, rename=rename)
     methods = _methods(methods)
     if out is not None:
         _check_out(Path(out), force=force)
+    if png is not None:
+        _check_folder(Path(png), force=force)
+        check_matplotlib()
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe)
         units = [
@@ -103,7 +111,12 @@ def analyze(
             bar.advance("merge", sizes[unit], 1)
         analysis = _analysis(merger, found, methods, measured)
     if out is not None:
-        _write(analysis.to_html(), Path(out), force=force)
+        _write(analysis.to_html().encode(), Path(out), force=force)
+    if png is not None:
+        _check_folder(Path(png), force=force)
+        Path(png).mkdir(exist_ok=True)
+        for name, content in pictures(analysis):
+            _write(content, Path(png) / name, force=force)
     return analysis
 
 
@@ -125,11 +138,20 @@ def _check_out(out: Path, *, force: bool) -> None:
         raise RefusedError(f"{out} exists; it is replaced only by force")
 
 
-def _write(page: str, out: Path, *, force: bool) -> None:
-    """All of the page or nothing."""
+def _check_folder(folder: Path, *, force: bool) -> None:
+    """The same for a folder."""
+    if not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
+        wrong = "is no directory" if folder.exists() else "is in no directory that exists"
+        raise ArgumentError(f"png: {folder} {wrong}")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise RefusedError(f"{folder} is not empty; files in it are replaced only by force")
+
+
+def _write(content: bytes, out: Path, *, force: bool) -> None:
+    """All of a file or nothing."""
     partial = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_bytes(content)
         _check_out(out, force=force)
         partial.replace(out)
     finally:

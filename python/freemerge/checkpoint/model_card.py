@@ -32,6 +32,7 @@ def model_card(
     *,
     base: Checkpoint,
     models: Sequence[Checkpoint],
+    files: Sequence[str],
     recipe: str,
     method: str = "FR-Merging",
     paper: str | None = None,
@@ -43,12 +44,13 @@ def model_card(
 
     Args:
         base, models: the inputs; no local path of theirs is written.
+        files: names of the merged model's weight files.
         recipe: the recipe as YAML.
         method, paper: what the merging method is called, and its arXiv number if it has one.
     """
     inputs = [base, *models]
     cards = [_front_matter(source.directory) for source in inputs]
-    library, usage, task = _loading(base.directory)
+    library, usage, task = _loading(base.directory, files)
     ids = [name for source in inputs if source.path is not None and (name := hub_id(source.path)) is not None]
     licenses = [card.get("license") for card in cards if card.get("license")]
     front = {
@@ -90,7 +92,7 @@ def _title(models: Sequence[Checkpoint]) -> str:
     return f"Merge of {' and '.join(names) if len(names) < 4 else f'{len(names)} models'}"
 
 
-def _loading(directory: Path | None) -> tuple[str | None, str, str | None]:
+def _loading(directory: Path | None, files: Sequence[str]) -> tuple[str | None, str, str | None]:
     """The library that loads a model with the config of this directory, the lines that do, and the model's task."""
     place = '"path/to/this/directory"'
     config = read_config(directory)
@@ -98,14 +100,27 @@ def _loading(directory: Path | None) -> tuple[str | None, str, str | None]:
         return "diffusers", f"from diffusers import {kind}\n\nmodel = {kind}.from_pretrained({place})", None
     classes = config.get("architectures")
     if not isinstance(classes, list) or not classes or not _is_class(classes[0]):
-        file = place.replace("directory", "directory/model.safetensors")
-        return None, f"from safetensors.torch import load_file\n\nstate = load_file({file})", None
+        return None, _reading(place, files), None
     auto, task = _auto_class(classes[0], config)
     lines = [f"from transformers import {auto}", "", f"model = {auto}.from_pretrained({place})"]
     if directory is not None and any(is_tokenizer_file(path.name) for path in directory.glob("*token*")):
         lines[0] += ", AutoTokenizer"
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({place})")
     return "transformers", "\n".join(lines), task
+
+
+def _reading(place: str, files: Sequence[str]) -> str:
+    """How the weights are read by safetensors alone."""
+    if len(files) == 1:
+        file = place.replace("directory", f"directory/{files[0]}")
+        return f"from safetensors.torch import load_file\n\nstate = load_file({file})"
+    return f"""from pathlib import Path
+
+from safetensors.torch import load_file
+
+state = {{}}
+for file in Path({place}).glob("*.safetensors"):
+    state |= load_file(file)"""
 
 
 def _is_class(name: object) -> bool:

@@ -18,12 +18,14 @@ def command() -> Command:
         [
             *base_and_models(),
             Option("-o", "--out", type=PATH, metavar="REPORT.html", help="write the report to this file"),
-            Option("--force", is_flag=True, help="replace an existing report"),
+            Option("--png", type=PATH, metavar="DIR", help="write its figures into this folder, by matplotlib"),
+            Option("--force", is_flag=True, help="replace an existing report and pictures"),
             Option("--methods", type=Parsed(listed), metavar="NAME,...", help="methods of merging to compare"),
             *names(),
         ],
         examples="""
             freemerge analyze base math code -o report.html
+            freemerge analyze base math code -o report.html --png figures
             freemerge analyze base math code --methods fr,iso_c,tsv_m
             freemerge analyze base math code --json --select '*embed*=copy'
         """,
@@ -35,6 +37,7 @@ def run(
     base: Path,
     models: Sequence[Path],
     out: Path | None,
+    png: Path | None,
     force: bool,
     methods: list[str] | None,
     select: Sequence[tuple[str, str]],
@@ -48,11 +51,13 @@ def run(
 
     chosen = {} if methods is None else {"methods": methods}
     analysis = analyze(
-        base, models, select=select, rename=rename, out=out, force=force, progress=output.talks, **chosen
+        base, models, select=select, rename=rename, out=out, png=png, force=force, progress=output.talks, **chosen
     )
     output.result(analysis.to_dict(), analysis.to_text())
-    if out is not None and output.talks:
-        print(f"report: {out}")
+    if output.talks:
+        for label, written in (("report", out), ("pictures", png)):
+            if written is not None:
+                print(f"{label}: {written}")
     return DONE
 
 

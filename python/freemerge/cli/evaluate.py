@@ -29,21 +29,34 @@ def command() -> Command:
                 metavar="DIR",
                 help="score each task of the first model with its expert from here, too",
             ),
+            Option("--base", type=PATH, metavar="DIR", help="what experts that are masks or gains were made from"),
+            Option("--backbone", type=PATH, metavar="DIR", help="the first model unrounded, for gains"),
         ],
         examples="""
             freemerge evaluate merged math code --function score.py:accuracy
             freemerge evaluate merged --function score.py:accuracy --experts experts --json
+            freemerge evaluate merged --function score.py:accuracy --experts masks --base base
         """,
     )
 
 
-def run(output: Output, models: Sequence[Path], function: str, experts: Path | None) -> int:
+def run(
+    output: Output,
+    models: Sequence[Path],
+    function: str,
+    experts: Path | None,
+    base: Path | None,
+    backbone: Path | None,
+) -> int:
     """Score models with a Python function of your own; higher is better."""
+    from ..errors import ArgumentError
     from ..evaluation import evaluate, evaluate_experts, load_function, table
 
+    if experts is None and (base or backbone):
+        raise ArgumentError("--base and --backbone are for --experts")
     score = load_function(function)
     evaluations = [evaluate(model, score) for model in models]
     if experts is not None:
-        evaluations.append(evaluate_experts(models[0], experts, score))
+        evaluations.append(evaluate_experts(models[0], experts, score, base=base, backbone=backbone))
     output.result(evaluations, table(evaluations))
     return DONE

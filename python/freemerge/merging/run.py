@@ -390,6 +390,7 @@ def _describe(
     card = model_card(
         base=merger.base,
         models=merger.models,
+        files=[shard.file for shard in writer.shards],
         recipe=to_yaml(recipe.to_record()),
         method=recipe.method.title,
         paper=recipe.method.paper,

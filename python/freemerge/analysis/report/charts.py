@@ -1,4 +1,4 @@
-"""Line charts as SVG text. Colours are those of the page's style sheet, so that they follow light and dark."""
+"""Line charts, and how they become SVG text in the colours of the page's style sheet, which follow light and dark."""
 
 from __future__ import annotations
 
@@ -40,6 +40,17 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
+@dataclass(frozen=True)
+class Chart:
+    """Lines over common positions, with a dot at each value. ``reference`` is the height of a dashed line."""
+
+    x: Axis
+    y: Axis
+    positions: Sequence[float]
+    lines: Sequence[Line]
+    reference: float | None = None
+
+
 def linear_axis(title: str, values: Sequence[float], *, include: Sequence[float] = ()) -> Axis:
     """An axis over values with about five round ticks."""
     low, high = min([*values, *include], default=0.0), max([*values, *include], default=1.0)
@@ -63,10 +74,9 @@ def logarithmic_axis(title: str, values: Sequence[float], base: int = 2) -> Axis
     return Axis(float(base) ** low, float(base) ** high, ticks, title, logarithmic=True)
 
 
-def line_chart(
-    title: str, x: Axis, y: Axis, positions: Sequence[float], lines: Sequence[Line], reference: float | None = None
-) -> str:
-    """Lines with a dot at each value. ``reference`` is the height of a dashed line."""
+def line_chart(title: str, chart: Chart) -> str:
+    """A chart as SVG; ``title`` is what a screen reader says."""
+    x, y = chart.x, chart.y
 
     def across(value: float) -> float:
         return _LEFT + x.place(value) * (WIDTH - _LEFT - _RIGHT)
@@ -82,9 +92,9 @@ def line_chart(
         drawn.append(f'<text class="x" x="{across(value):.1f}" y="{HEIGHT - _BOTTOM + 16}">{text(label)}</text>')
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     drawn.append(f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 6}">{text(x.title)}</text>')
-    if reference is not None:
-        drawn.append(f'<path class="reference" d="M{_LEFT} {down(reference):.1f}H{WIDTH - _RIGHT}"/>')
-    drawn += [_drawn(line, positions, across, down) for line in lines]
+    if chart.reference is not None:
+        drawn.append(f'<path class="reference" d="M{_LEFT} {down(chart.reference):.1f}H{WIDTH - _RIGHT}"/>')
+    drawn += [_drawn(line, chart.positions, across, down) for line in chart.lines]
     return "".join([*drawn, "</svg>"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..measures import Measures, Value
+from ..measures import Measures, Row, Value
 from .charts import Axis, logarithmic_axis, spark_line
 from .heat import heat_map
 from .text import count, mean, number, percent, table, text
@@ -25,24 +25,33 @@ MAPS: dict[str, tuple[Summary, Callable[[Value], str]]] = {
 }
 
 
-def layer_maps(analysis: Analysis) -> str:
-    """A map for each measure, of which one is shown: types of modules down, depth across."""
+def layer_values(analysis: Analysis) -> tuple[list[str], list[str], dict[str, list[Row]]]:
+    """The types of modules, the depths, and for each of MAPS a row a type with a value a depth."""
     kinds = list(analysis.module_types)
     outside = any(tensor.depth is None for tensor in analysis.tensors)
     depths = [*([None] if outside else []), *sorted(analysis.depths)]
     places: dict[tuple[str, int | None], list[TensorMeasures]] = {}
     for tensor in analysis.tensors:
         places.setdefault((tensor.module_type, tensor.depth), []).append(tensor)
-    columns = ["no layer" if depth is None else str(depth) for depth in depths]
-    buttons, maps = [], []
-    for i, (label, (summary, show)) in enumerate(MAPS.items()):
-        values = [
+    values = {
+        label: [
             tuple(mean(tuple(summary(t.measures) for t in places.get((kind, depth), []))) for depth in depths)
             for kind in kinds
         ]
+        for label, (summary, _) in MAPS.items()
+    }
+    return kinds, ["no layer" if depth is None else str(depth) for depth in depths], values
+
+
+def layer_maps(analysis: Analysis) -> str:
+    """A map for each measure, of which one is shown: types of modules down, depth across."""
+    kinds, columns, values = layer_values(analysis)
+    buttons, maps = [], []
+    for i, (label, (_, show)) in enumerate(MAPS.items()):
         chosen = " checked" if i == 0 else ""
         buttons.append(f'<input type="radio" name="map" id="map{i}"{chosen}><label for="map{i}">{text(label)}</label>')
-        maps.append(f'<div class="map">{heat_map(kinds, columns, values, show, written=len(depths) <= 12)}</div>')
+        drawn = heat_map(kinds, columns, values[label], show, written=len(columns) <= 12)
+        maps.append(f'<div class="map">{drawn}</div>')
     return f'<div class="maps">{"".join(buttons)}{"".join(maps)}</div>'
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ... import __version__
 from ..advice import LIMITS
-from .figures import merged_figures, task_figures
+from .figures import merged_figures, side_by_side, task_figures
 from .layers import layer_maps, module_details
 from .tables import methods_table
 from .text import count, mean, number, percent, sentence, text
@@ -29,8 +29,9 @@ def page(analysis: Analysis) -> str:
         _header(analysis),
         _tiles(analysis),
         _advice(analysis),
-        f"<section><h2>Task vectors</h2>{task_figures(analysis)}</section>",
-        f"<section><h2>Before and after merging</h2>{merged_figures(analysis)}{methods_table(analysis)}</section>",
+        f"<section><h2>Task vectors</h2>{side_by_side(task_figures(analysis))}</section>",
+        "<section><h2>Before and after merging</h2>"
+        f"{side_by_side(merged_figures(analysis))}{methods_table(analysis)}</section>",
         f"<section><h2>Layers</h2>{layer_maps(analysis)}{module_details(analysis)}</section>",
         f"<section><h2>What the measures tell, and what they do not</h2>{_list(LIMITS)}</section>",
         _remarks(analysis),

@@ -10,8 +10,13 @@ NONE = "–"
 
 
 def text(value: object) -> str:
-    """Escaped for HTML, attributes included; characters that show nothing or change the direction are spelled out."""
-    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value)))
+    """Escaped for HTML, attributes included; see :func:`printable`."""
+    return escape(printable(value))
+
+
+def printable(value: object) -> str:
+    """Characters that show nothing or change the direction are spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
 
 
 def sentence(words: str) -> str:
