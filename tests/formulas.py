@@ -69,12 +69,14 @@ def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
 
 def jsv(vectors: Sequence[Tensor]) -> Tensor:
     """In turns from TSV-M's bases: each is the polar factor of the sum that the other one and the diagonals give."""
-    doubles = [vector.double() for vector in vectors]
-    rank = min(vectors[0].shape) // len(vectors)
+    doubles = [vector.double() for vector in vectors if vector.any()]
+    if not doubles:
+        return total(vectors)
+    rank = min(vectors[0].shape) // len(doubles)
     parts = [nonzero(vector) for vector in doubles]
     left = polar(torch.cat([u[:, :rank] for u, _, _ in parts], 1))
     right = polar(torch.cat([vh[:rank] for _, _, vh in parts]))
-    shares = [1 / float(v.square().sum()) if v.any() else 0.0 for v in doubles]
+    shares = [1 / float(v.square().sum()) for v in doubles]
 
     def diagonals() -> list[Tensor]:
         return [torch.diag(left.mT @ v @ right.mT) for v in doubles]
@@ -90,7 +92,7 @@ def jsv(vectors: Sequence[Tensor]) -> Tensor:
     strongest = torch.nonzero(lengths).flatten()[lengths[lengths > 0].argsort(descending=True, stable=True)]
     values = torch.zeros_like(lengths)
     values[strongest] = torch.linspace(1.5, 0.5, len(strongest), dtype=torch.float64) * mean(lengths[lengths > 0])
-    return left @ torch.diag(values) @ right
+    return left @ torch.diag(values.copysign(total(diagonals()))) @ right
 
 
 def wudi(vectors: Sequence[Tensor], steps: float = 100.0) -> Tensor:

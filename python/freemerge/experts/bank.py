@@ -39,7 +39,8 @@ class ExpertBank(Mapping[str, Expert]):
         experts: as :func:`extract_experts` returns them. Their names may be those of the model's files, where
             transformers loads separate tensors into stacked ones, or lack what wrappers such as torch.compile add.
         base: theta_0 (state dict, module or path), which ``combine="replace"`` needs, and experts that are masks or
-            gains. For gains, the singular vectors of theta_m - theta_0 are found here, and kept in float32.
+            gains. For gains, the singular vectors of theta_m - theta_0 are found here, and kept in float32: do not load
+            other weights into the model afterwards.
         backbone: theta_m (as base), for gains where the model holds it rounded, as in bfloat16.
 
     Raises ArgumentError or CheckpointError, naming the tensor, if an expert does not fit the model or the base. It is
@@ -244,7 +245,8 @@ class ExpertBank(Mapping[str, Expert]):
         for part in parts:
             entry = entries[part.entry]
             if entry.keeps:
-                seen[part.entry] = tuple(kept.to(tensor.device) for kept in self._seen[part.entry])
+                self._seen[part.entry] = tuple(kept.to(tensor.device) for kept in self._seen[part.entry])
+                seen[part.entry] = self._seen[part.entry]
             elif entry.relative:
                 vector = self._merged_vector(name) if vector is None else vector
                 seen[part.entry] = seen_by(part, entry, vector)

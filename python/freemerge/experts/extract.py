@@ -140,7 +140,7 @@ def iter_experts(
     rename: Sequence[Rename] = (),
     workers: Workers = ALONE,
 ) -> Iterator[tuple[str, Expert]]:
-    """Task names and experts one after the other, holding one expert and a few tensors at a time.
+    """Task names and experts one after the other, holding one expert (with gains: all) and a few tensors at a time.
 
     As :func:`extract_experts`; all arguments and checkpoints are checked before the first expert is made. Of several
     ``workers``, number r of n makes the experts of models r, r + n, r + 2 n, ...
@@ -187,6 +187,7 @@ def iter_experts(
         names = [name for name in made if name not in inputs.base.buffers]
         merged = None if backbone is None else inputs.models[-1]
         tuned = inputs.models[: len(named)]
+        chosen = range(workers.rank, len(named), workers.size)
         extraction: _Extraction
         if issubclass(coding, SparseTensor):
             extraction = EntryExtraction(inputs.base, tuned, names, merged, criterion, rescale, coding)
@@ -195,11 +196,11 @@ def iter_experts(
             if issubclass(coding, LowRankTensor):
                 extraction = LowRankExtraction(merged, tuned, names, coding, share, rank)
             elif issubclass(coding, Gains):
-                extraction = GainExtraction(inputs.base, merged, tuned, names, share)
+                extraction = GainExtraction(inputs.base, merged, tuned, names, share, chosen)
             else:
                 extraction = MaskExtraction(inputs.base, merged, tuned, names)
         stack = stack.pop_all()
-    return _generate(extraction, list(named), range(workers.rank, len(named), workers.size), stack)
+    return _generate(extraction, list(named), chosen, stack)
 
 
 def _generate(

@@ -14,15 +14,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..accumulate import task_vector_sum
 from ..checkpoint import Checkpoint
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError
 from .budget import Offer, allocate
 from .expert import Expert
 from .format import empty_file_bytes, entry_bytes
 from .leading import leading_triplets
 from .payload import numbers_to_bytes
 from .select import rows_of
+from .task_vector import task_vector
 from .values.gains import Gains, coded, directions
 from .values.svd2 import Svd2
 
@@ -33,8 +33,8 @@ _FIRST = 8  # components that every matrix offers, beside four times its even sh
 class _Sketch:
     """One tensor of an expert before bytes are given out: coded gains, and what coded components would add.
 
-    ``square``: ||U diag(g) V^T||^2; ``overlaps``: its inner product with each component; ``norm``: ||v_i||; ``merged``:
-    ||theta_m - theta_0||, float32 [1].
+    ``square``: ||U diag(g) V^T||^2; ``overlaps``: its inner product with each component; ``along``: its inner product
+    with v_i, and ``norm``: ||v_i||; ``own``: that of v_i with each component; ``merged``: ||theta_m - theta_0||.
     """
 
     shape: tuple[int, ...]
@@ -46,6 +46,8 @@ class _Sketch:
     energies: list[float]
     components: Svd2 | None
     overlaps: Tensor
+    along: float
+    own: Tensor
 
     def tensor(self, rank: int) -> Gains | None:
         """With the first components, and the norm of the task vector; None if nothing is left."""
@@ -59,7 +61,10 @@ class _Sketch:
         if rest is not None:
             left, right = (factor.double() for factor in rest.decoded())
             square += 2 * float(self.overlaps[:rank].sum()) + float(((left.mT @ left) * (right @ right.mT)).sum())
-        factor = self.norm / math.sqrt(square) if square > 0 else 1.0
+        factor, along = 1.0, self.along + float(self.own[:rank].sum())
+        if square > 0:
+            near = 2 * along > self.norm * math.sqrt(square)  # else at full length it is farther off than nothing
+            factor = self.norm / math.sqrt(square) if near else max(0.0, along / square)
         if rest is not None:
             rest = Svd2(rest.shape, rest.left, rest.right, (rest.scales.double() * factor).to(rest.scales.dtype))
         return Gains(self.shape, self.codes, self.scale * factor, self.merged, rest)
@@ -70,9 +75,10 @@ class GainExtraction:
     """Experts of a merged model's tensors ``names``: gains of all matrices, and components as a ``budget`` allows.
 
     With U diag(s) V^T = theta_m - theta_0, the gains are the diagonal of U^T v_i V, the nearest in least squares. What
-    they and the components make of v_i is shorter than v_i, and is given its norm: the directions that are missing are
-    not there to be scaled. Of other tensors, v_i - (theta_m - theta_0) is a component of its own. All experts are made
-    in one pass and held in memory.
+    they and the components make of v_i is shorter than v_i, and is given its norm, if that is nearer to v_i than
+    nothing: the directions that are missing are not there to be scaled. Of other tensors, components are of
+    v_i - (theta_m - theta_0). The experts of the ``chosen`` models are made in one pass and held in memory; each matrix
+    offers at most eight components beside four times its even share of the budget.
     """
 
     base: Checkpoint
@@ -80,6 +86,7 @@ class GainExtraction:
     models: Sequence[Checkpoint]
     names: Sequence[str]
     budget: float | None
+    chosen: Sequence[int]
 
     def expert(self, i: int) -> Expert:
         """The expert of model i."""
@@ -106,15 +113,14 @@ class GainExtraction:
         return self._expert({name: tensor for name, tensor in tensors.items() if tensor is not None})
 
     @cached_property
-    def _sketches(self) -> list[dict[str, _Sketch]]:
-        """Of each model and tensor."""
-        found: list[dict[str, _Sketch]] = [{} for _ in self.models]
+    def _sketches(self) -> dict[int, dict[str, _Sketch]]:
+        """Of each chosen model and tensor."""
+        found: dict[int, dict[str, _Sketch]] = {i: {} for i in self.chosen}
         for name in self.names:
-            base = self.base.read(name)
-            merged = self._vector(self.backbone, base, name)
-            basis = directions(merged) if merged.ndim > 1 and merged.any() else None
-            for sketches, model in zip(found, self.models, strict=True):
-                sketches[name] = self._sketch(self._vector(model, base, name), merged, basis)
+            merged = task_vector(self.backbone, self.base, name)
+            basis = directions(merged) if merged.ndim == 2 and merged.any() else None
+            for i, sketches in found.items():
+                sketches[name] = self._sketch(task_vector(self.models[i], self.base, name), merged, basis)
         return found
 
     def _sketch(self, own: Tensor, merged: Tensor, basis: tuple[Tensor, Tensor, Tensor] | None) -> _Sketch:
@@ -127,7 +133,8 @@ class GainExtraction:
             made = left * (codes.to(left.device) * scale.double().to(left.device)) @ right
             rest = (matrix - made).to(own.dtype)
         count = self._offered(own.shape)
-        components, energies, overlaps = None, [], torch.zeros(0, dtype=torch.float64)
+        components, energies = None, []
+        overlaps = owned = torch.zeros(0, dtype=torch.float64)
         if count:
             first, values, last = (part.cpu() for part in leading_triplets(rest.view(matrix.shape), count))
             energies = values.square().tolist()
@@ -136,23 +143,19 @@ class GainExtraction:
             factors = (factor.double() for factor in components.decoded())
             if basis is not None:
                 here, there = factors
-                overlaps = ((here.mT @ made.cpu()) * there).sum(1)
+                overlaps, owned = (((here.mT @ x.double().cpu()) * there).sum(1) for x in (made, matrix))
         norm = float(torch.linalg.vector_norm(own, dtype=torch.float64))
         length = torch.linalg.vector_norm(merged, dtype=torch.float64).float().view(1).cpu()
         square = float(made.square().sum())
-        return _Sketch(tuple(own.shape), codes, scale, square, norm, length, energies, components, overlaps)
+        along = float((made * matrix).sum())
+        shape = tuple(own.shape)
+        return _Sketch(shape, codes, scale, square, norm, length, energies, components, overlaps, along, owned)
 
     def _offered(self, shape: Sequence[int]) -> int:
         if self.budget is None:
             return 0
         even = self.budget * 16 * math.prod(shape) / Svd2.component_bits(tuple(shape))
         return min(*rows_of(shape), _FIRST + math.ceil(4 * even))
-
-    def _vector(self, model: Checkpoint, base: Tensor, name: str) -> Tensor:
-        vector, means = task_vector_sum(base, [model.read(name).to(base.device)], [1.0])
-        if not math.isfinite(means[0]):
-            raise CheckpointError(f"{model.label}: {name!r} is not finite, or {self.base.label} has it not finite")
-        return vector
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.base.specs[name].shape

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..accumulate import task_vector_sum
 from ..checkpoint import Checkpoint
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError
 from .budget import Offer, allocate
 from .expert import Expert
 from .format import empty_file_bytes, entry_bytes
 from .leading import EXACT, leading_triplets
 from .payload import numbers_to_bytes
 from .select import rows_of
+from .task_vector import task_vector
 from .values.low_rank import LowRankTensor
 
 
@@ -81,11 +81,7 @@ class LowRankExtraction:
         return Offer(values.square().tolist(), self.coding.component_bits(shape), 8 * opening)
 
     def _residual(self, i: int, name: str) -> Tensor:
-        merged = self.backbone.read(name)
-        residual, means = task_vector_sum(merged, [self.models[i].read(name).to(merged.device)], [1.0])
-        if not math.isfinite(means[0]):
-            label = self.models[i].label
-            raise CheckpointError(f"{label}: {name!r} is not finite, or {self.backbone.label} has it not finite")
+        residual = task_vector(self.models[i], self.backbone, name)
         return residual.view(rows_of(residual.shape))
 
     def _shape(self, name: str) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from .spectra import (
     polar_factor,
     replace_matrices,
     singular_triplets,
+    squared_norm,
     squareness,
     united,
 )
@@ -38,7 +39,8 @@ class JSV(SpectralMethod):
     The bases start from TSV-M's, the top min(H, W) / K singular vectors of each v_i made orthogonal, and take turns:
     with one and all d_i fixed, the other is a polar factor. s falls evenly from 1.5 to .5 times the mean of
     ``(sum_i d_ik^2)^.5``, in the order of these: nearly as flat as in Iso-C, but far enough apart for the directions to
-    be found again. Tensors that are no matrices are averaged.
+    be found again. Each s_k has the sign of ``sum_i d_ik``. Where tasks share directions, there are fewer of them than
+    min(H, W). Tensors that are no matrices are averaged.
     """
 
     name = "jsv"
@@ -66,7 +68,8 @@ def _joined(tasks: Tensor) -> Tensor:
     left, right = _bases(tasks)
     diagonals = torch.stack([_diagonal(left_times(left.mT, task), right) for task in tasks])
     lengths = torch.linalg.vector_norm(diagonals, dim=0)
-    merged: Tensor = left * _spaced(lengths)[..., None, :] @ right
+    values = _spaced(lengths).copysign(diagonals.sum(0))  # with the majority, where tasks are opposed
+    merged: Tensor = left * values[..., None, :] @ right
     return merged
 
 
@@ -81,8 +84,8 @@ def _spaced(lengths: Tensor) -> Tensor:
 def _bases(tasks: Tensor) -> tuple[Tensor, Tensor]:
     """U [..., H, n] and V^T [..., n, W]."""
     exact = tasks.dtype == torch.float64
-    norms = torch.linalg.matrix_norm(tasks, dtype=torch.float64)
-    shares = norms.square().reciprocal().where(norms > 0, 0.0)[..., None]
+    squares = torch.stack([squared_norm(task) for task in tasks])
+    shares = squares.reciprocal().where(squares > 0, 0.0)[..., None]
     left, right = _start(tasks, shares, exact)
     for _ in range(TURNS):
         right = _turned(tasks, left.mT, right, shares, exact)
@@ -92,12 +95,17 @@ def _bases(tasks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _start(tasks: Tensor, shares: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     rank = min(tasks.shape[-2:])
-    if len(tasks) <= rank:
-        left, _, right = united([singular_triplets(task, rank // len(tasks), exact) for task in tasks], exact)
-    else:  # more tasks than directions: those of the sum
-        total = (tasks * shares.sqrt()[..., None].to(tasks.dtype)).sum(0)
-        left, _, right = singular_triplets(total, rank, exact)
-    return left, right
+    changed = [task for task in tasks if task.any()]  # others need no directions
+    if len(changed) <= rank:
+        own = rank // max(1, len(changed))
+        left, _, right = united([singular_triplets(task, own, exact) for task in changed or tasks[:1]], exact)
+        return left, right
+    # More tasks than directions: the strongest of all columns, and of all rows, which unlike a sum cannot cancel.
+    equal = list(tasks * shares.sqrt()[..., None].to(tasks.dtype))
+    left, _, _ = singular_triplets(torch.cat(equal, -1), rank, exact)
+    _, _, right = singular_triplets(torch.cat(equal, -2), rank, exact)
+    count = min(left.shape[-1], right.shape[-2])
+    return left[..., :count], right[..., :count, :]
 
 
 def _turned(tasks: Tensor, fixed: Tensor, turned: Tensor, shares: Tensor, exact: bool) -> Tensor:

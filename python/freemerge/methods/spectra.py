@@ -72,7 +72,7 @@ def low_rank(wide: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor] 
     residual = (
         _times(wide, right[..., : values.shape[-1], :].mT) * (values > 0)[..., None, :] - left * values[..., None, :]
     )
-    left_out = (_square(wide) - values.square().sum(-1)).clamp(min=0).sqrt()
+    left_out = (squared_norm(wide) - values.square().sum(-1)).clamp(min=0).sqrt()
     zero = RANK_TOLERANCE * (values[..., 0] if size is None else size)
     found = (left_out <= zero) & (torch.linalg.matrix_norm(residual) <= BACKWARD_ERROR * smallest)
     return (left, values) if bool(found.all()) else None
@@ -168,7 +168,7 @@ def _gram(wide: Tensor) -> Tensor:
     return _added(block @ block.mT for block in blocks)
 
 
-def _square(wide: Tensor) -> Tensor:
+def squared_norm(wide: Tensor) -> Tensor:
     """The squared norm of each matrix in float64, likewise."""
     return _added(block.double().square().sum((-2, -1)) for block in torch.split(wide, BLOCK, -1))
 

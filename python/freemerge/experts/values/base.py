@@ -24,8 +24,6 @@ class ExpertTensor(ABC):
     """
 
     coding: ClassVar[str]  #: its name in metadata and arguments
-    relative: ClassVar[bool] = False  #: whether what is added depends on the merged task vector
-    keeps: ClassVar[bool] = False  #: whether what it depends on (:meth:`seen`) is dear enough to be kept
     shape: tuple[int, ...]
 
     def __init_subclass__(cls) -> None:
@@ -41,6 +39,16 @@ class ExpertTensor(ABC):
     @abstractmethod
     def entries(self) -> int:
         """How many numbers are kept."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether what is added depends on the merged task vector."""
+        return False
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what it depends on (:meth:`seen`) takes so long to find that it is kept."""
+        return False
 
     @classmethod
     def seen(cls, vector: torch.Tensor) -> Seen:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from ...errors import ArgumentError
-from ...methods.spectra import singular_triplets
+from ...methods.spectra import left_times, singular_triplets
 from ..payload import Bytes, Reader, numbers_to_bytes, tensors_to_bytes
 from ..select import rows_of
 from .base import ExpertTensor, Seen
 from .svd2 import Svd2
 
-TOLERANCE = 1e-4  # of the norm: far above what arithmetic changes, below what rounding to bfloat16 does
+TOLERANCE = 3e-6  # of the norm: above what arithmetic changes, below what rounding to 16 bits does
 LARGEST = 7  # codes are -7 to 7, written as 0 to 14 in four bits
 _CLIPPINGS = torch.linspace(1.0, 0.3, 15, dtype=torch.float64)
 
@@ -23,8 +23,8 @@ _CLIPPINGS = torch.linspace(1.0, 0.3, 15, dtype=torch.float64)
 class Gains(ExpertTensor):
     """theta_0 + U diag(g) V^T + rest in place of theta_m, where theta_m - theta_0 = U diag(s) V^T, s falling.
 
-    A tensor of another number of dimensions is the matrix of its rows (:func:`freemerge.experts.select.rows_of`).
-    Without gains, as of a vector, the rest is added to theta_m.
+    Only matrices have gains: how methods see other tensors, a file does not tell. Without them, the rest is added to
+    theta_m.
 
     Attributes:
         codes: int8 [n], g_k = ``scale`` * codes[k]; directions after the first n have no gain.
@@ -34,12 +34,18 @@ class Gains(ExpertTensor):
     """
 
     coding = "gains"
-    relative = True
-    keeps = True
     codes: torch.Tensor
     scale: torch.Tensor
     norm: torch.Tensor
     rest: Svd2 | None
+
+    @property
+    def relative(self) -> bool:
+        return len(self.codes) > 0
+
+    @property
+    def keeps(self) -> bool:
+        return self.relative
 
     @property
     def entries(self) -> int:
@@ -52,9 +58,7 @@ class Gains(ExpertTensor):
 
     @classmethod
     def seen(cls, vector: torch.Tensor) -> Seen:
-        """U, s and V^T of theta_m - theta_0 in float32, on its device; nothing for a vector."""
-        if vector.ndim < 2:
-            return ()
+        """U, s and V^T of theta_m - theta_0 in float32, on its device."""
         return tuple(part.float() for part in directions(vector))
 
     def check(self, seen: Seen) -> None:
@@ -76,7 +80,7 @@ class Gains(ExpertTensor):
             changes = -values.double()
             known = self.gains[: len(values)].to(device)
             changes[: len(known)] += known
-            added += (left * changes.float()) @ right
+            added += left_times(left.double() * changes, right)  # in float64, which no autocast and no TF32 lowers
         added = added.view(self.shape)
         return added if self.rest is None else added.add_(self.rest.dense(device))
 
@@ -91,11 +95,13 @@ class Gains(ExpertTensor):
     @classmethod
     def from_bytes(cls, shape: tuple[int, ...], reader: Reader) -> Gains:
         count, more = reader.number(), reader.number()
-        if count > min(rows_of(shape)) or more > 1:
+        if count > (min(shape) if len(shape) == 2 else 0) or more > 1 or not (count or more):
             raise ValueError(f"{count} gains and {more} remainders of shape {shape}")
         codes, scale, norm = torch.empty(0, dtype=torch.int8), torch.zeros(1), torch.zeros(1)
         if count:
             scale, norm = reader.tensor(torch.float32, 1), reader.tensor(torch.float32, 1)
+            if float(norm) <= 0 or not 0 <= float(scale) * LARGEST <= torch.finfo(torch.float32).max:
+                raise ValueError(f"scale {float(scale):g} and norm {float(norm):g}")
             codes = _unpacked(reader.take((count + 1) // 2), count)
         if more:
             return cls(shape, codes, scale, norm, Svd2.from_bytes(shape, reader))
@@ -103,27 +109,26 @@ class Gains(ExpertTensor):
         return cls(shape, codes, scale, norm, None)
 
 
-def directions(vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U [H, n], s [n] falling and V^T [n, W] of the matrix of a tensor's rows, in float64, without those that are zero.
+def directions(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U [H, n], s [n] falling and V^T [n, W] of a matrix, in float64, without those that are zero.
 
     Only float64's rounding can turn them, so whoever decomposes the same weights finds the same directions, but for
     signs, which cancel, and for values that are equal to 1e-10 of the largest.
     """
-    matrix = vector.reshape(rows_of(vector.shape))
     left, values, right = singular_triplets(matrix, min(matrix.shape), exact=matrix.dtype == torch.float64)
     count = int((values > 0).sum())
     return left[:, :count], values[:count], right[:count]
 
 
-def coded(gains: torch.Tensor, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scale for ``factor`` times float64 gains: of some scales, the one with the least squared error."""
+def coded(gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scale for float64 gains: of some scales, the one with the least squared error."""
     largest = gains.abs().max() if len(gains) else torch.zeros((), dtype=torch.float64)
     if not largest:
         return torch.zeros(len(gains), dtype=torch.int8), torch.zeros(1)
     scales = _CLIPPINGS.to(gains.device) * largest / LARGEST
     codes = (gains / scales[:, None]).round().clamp(-LARGEST, LARGEST)
     best = int((codes * scales[:, None] - gains).square().sum(1).argmin())
-    return codes[best].to(torch.int8).cpu(), (factor * scales[best : best + 1]).float().cpu()
+    return codes[best].to(torch.int8).cpu(), scales[best : best + 1].float().cpu()
 
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,12 @@ class Mask(ExpertTensor):
     """
 
     coding = "mask"
-    relative = True
     kept: torch.Tensor
     scale: torch.Tensor
+
+    @property
+    def relative(self) -> bool:
+        return True
 
     @property
     def entries(self) -> int:
