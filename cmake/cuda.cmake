@@ -9,6 +9,26 @@ if(NOT FREEMERGE_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "FREEMERGE_CUDA must be AUTO, ON or OFF, not '${FREEMERGE_CUDA}'")
 endif()
 
+# Those of the GPUs that the driver's tool sees here and `nvcc` can compile for, each with PTX for later ones; empty if
+# there are none.
+function(freemerge_own_architectures result nvcc)
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE capabilities RESULT_VARIABLE failed ERROR_QUIET)
+  execute_process(COMMAND "${nvcc}" --list-gpu-arch OUTPUT_VARIABLE known ERROR_QUIET)
+  set(architectures "")
+  if(failed STREQUAL "0")
+    string(REGEX MATCHALL "[0-9]+\\.[0-9]+" capabilities "${capabilities}")
+    foreach(capability IN LISTS capabilities)
+      string(REPLACE "." "" architecture "${capability}")
+      if("${known}" MATCHES "compute_${architecture}\n")
+        list(APPEND architectures ${architecture})
+      endif()
+    endforeach()
+    list(REMOVE_DUPLICATES architectures)
+  endif()
+  set(${result} "${architectures}" PARENT_SCOPE)
+endfunction()
+
 # Leaves CMAKE_CUDA_COMPILER false where there is no compiler that works.
 macro(freemerge_find_nvcc)
   if(NOT DEFINED CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
@@ -20,8 +40,12 @@ macro(freemerge_find_nvcc)
     endif()
   endif()
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
-    # A100, H100, and PTX for whatever comes later; must be set before the language is enabled.
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 90-virtual)
+    # Must be set before the language is enabled.
+    freemerge_own_architectures(CMAKE_CUDA_ARCHITECTURES "$ENV{CUDACXX}")
+    if(NOT CMAKE_CUDA_ARCHITECTURES)
+      # A100, H100, and PTX for whatever comes later.
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 90-virtual)
+    endif()
   endif()
   if(DEFINED ENV{CUDACXX})
     # The toolkit in wheel form has lib/ where nvcc looks for lib64/.

@@ -10,8 +10,8 @@ PROGRAM = """
 import mmap, os, signal, sys
 import torch
 from safetensors.torch import save_file
-sys.modules["fcntl"] = None
-for name in ("pread", "preadv", "posix_fadvise", "register_at_fork", "O_DIRECTORY"):
+sys.modules["fcntl"] = sys.modules["resource"] = None
+for name in ("pread", "preadv", "pwrite", "posix_fadvise", "statvfs", "register_at_fork", "O_DIRECTORY"):
     if hasattr(os, name):
         delattr(os, name)
 for name in ("MAP_PRIVATE", "MAP_NORESERVE", "PROT_READ", "PROT_WRITE"):
