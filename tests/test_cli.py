@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -614,6 +614,35 @@ def test_evaluate_experts_that_need_the_base(
             assert with_experts["scores"][task] == pytest.approx(float(state["a.weight"].sum()))
             assert with_experts["scores"][task] != alone["scores"][task]
     assert run(*evaluating, "--base", files[0]) == 2
+
+
+def test_evaluate_gains_of_a_rounded_model(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "score.py").write_text(
+        "from safetensors.torch import load_file\n"
+        f"OWN = {{f'model-{{i}}': load_file({str(tmp_path)!r} + f'/model-{{i}}.safetensors') for i in (1, 2)}}\n"
+        "def score(state):\n"
+        "    return {n: -float((state['a.weight'].float() - m['a.weight']).norm()) for n, m in OWN.items()}\n"
+    )
+    assert run("merge", *files, "-o", tmp_path / "joint", "--method", "jsv", "--scale", 1) == 0
+    backbone = tmp_path / "joint" / "model.safetensors"
+    rounded = tmp_path / "rounded.safetensors"
+    save_file({name: tensor.bfloat16() for name, tensor in load_file(backbone).items()}, rounded)
+    assert run("experts", *files, "-o", tmp_path / "gains", "--backbone", backbone, "--values", "gains") == 0
+    capsys.readouterr()
+
+    def evaluation(expected: int, *arguments: object) -> Any:
+        scoring = ("evaluate", "--function", f"{tmp_path / 'score.py'}:score", "--json")
+        assert run(*scoring, "--experts", tmp_path / "gains", *arguments) == expected
+        return json.loads(capsys.readouterr().out)
+
+    alone, own = (sum(found["scores"].values()) for found in evaluation(0, backbone, "--base", files[0]))
+    assert own > alone
+    given = evaluation(0, rounded, "--base", files[0], "--backbone", backbone)[1]["scores"]
+    assert sum(given.values()) == pytest.approx(own, rel=0.05)
+    assert "(--base)" in evaluation(2, backbone)["error"]["message"]
+    assert "(--backbone)" in evaluation(2, rounded, "--base", files[0])["error"]["message"]
 
 
 def test_backends_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,11 +183,11 @@ def test_json_is_everything(files: list[str], capsys: pytest.CaptureFixture[str]
 
 
 def test_the_summary_on_the_terminal(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["analyze", *files, "--methods", "iso_c,fr"]) == 0
+    assert main(["analyze", *files, "--methods", "iso_c,fr,jsv"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("3 task vectors of 2748 entries in 5 tensors")
-    rows = [line.split("  ")[0] for line in lines if line.startswith(("method ", "Iso-C ", "FR-Merging "))]
-    assert rows == ["method", "Iso-C", "FR-Merging"]
+    rows = [line.split("  ")[0] for line in lines if line.startswith(("method ", "Iso-C ", "FR-Merging ", "Joint "))]
+    assert rows == ["method", "Iso-C", "FR-Merging", "Joint singular vectors"]
     assert max(map(len, lines)) <= 100
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import pytest
 
 from freemerge.analysis import Analysis, analyze
 from freemerge.analysis.report.charts import linear_axis, logarithmic_axis
+from freemerge.analysis.report.pictures import pictures
 from freemerge.analysis.report.text import NONE, count, number, percent, text
+from freemerge.errors import ArgumentError, RefusedError
 
 HOSTILE = [
     "<script>document.title='taken'</script>",
@@ -122,6 +125,38 @@ def test_pages_without_some_measures() -> None:
     assert NONE in Page(same.to_html()).text
     base, tuned = plain.models({f"layers.{i}.w": (4, 4) for i in range(20)}, 12)
     assert len(headings(analyze(base, tuned))) == 6
+
+
+def test_figures_as_pictures(analysis: Analysis, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    found = dict(pictures(analysis))
+    titles = {name.removesuffix(".png").replace("-", " ").capitalize() for name in found}
+    assert titles == {*re.findall("<h3>(.*?)</h3>", analysis.to_html()), "Layers"}
+    for name, content in found.items():
+        (tmp_path / name).write_bytes(content)
+        pixels = imread(tmp_path / name)
+        assert min(pixels.shape[:2]) > 300
+        assert pixels[..., :3].std() > 0.01, "something is drawn"
+    assert dict(pictures(analysis)) == found
+
+
+def test_pictures_need_matplotlib_and_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = plain.models({"w": (6, 5)}, 1)
+    folder = tmp_path / "figures"
+    for _ in range(2):
+        analyze(base, tuned, png=folder, force=folder.exists())
+        assert {file.suffix for file in folder.iterdir()} == {".png"}
+    with pytest.raises(RefusedError, match="figures is not empty"):
+        analyze(base, tuned, png=folder)
+    with pytest.raises(ArgumentError, match="is no directory"):
+        analyze(base, tuned, png=folder / "layers.png")
+    with pytest.raises(ArgumentError, match="no directory that exists"):
+        analyze(base, tuned, png=tmp_path / "absent" / "figures")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ArgumentError, match=r"freemerge\[png\]"):
+        analyze(base, tuned, png=tmp_path / "others")
+    assert not (tmp_path / "others").exists()
 
 
 def test_numbers_are_readable() -> None:

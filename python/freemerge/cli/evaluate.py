@@ -55,8 +55,8 @@ def run(
     if experts is None and (base or backbone):
         raise ArgumentError("--base and --backbone are for --experts")
     score = load_function(function)
-    evaluations = [evaluate(model, score) for model in models]
-    if experts is not None:
-        evaluations.append(evaluate_experts(models[0], experts, score, base=base, backbone=backbone))
+    # Experts come first, as they may be refused, but are shown last.
+    last = [] if experts is None else [evaluate_experts(models[0], experts, score, base=base, backbone=backbone)]
+    evaluations = [*(evaluate(model, score) for model in models), *last]
     output.result(evaluations, table(evaluations))
     return DONE

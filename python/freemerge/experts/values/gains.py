@@ -69,7 +69,7 @@ class Gains(ExpertTensor):
             if abs(found - norm) > TOLERANCE * norm:
                 raise ArgumentError(
                     f"theta_m - theta_0 has norm {found:.6g}, but gains are of one with norm {norm:.6g}: "
-                    "give the merged model that the experts were made of, unrounded, and its base"
+                    "give as backbone (--backbone) the merged model that they were made of, unrounded, and its base"
                 )
 
     def dense(self, device: torch.device | None = None, seen: Seen = ()) -> torch.Tensor:
