@@ -672,6 +672,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for kind in ("1 % entries", "low rank"):
             assert means[backbone] < means[f"{backbone} + {kind}"] < means["individual"]
             assert means["pretrained"] < means[f"{backbone} + {kind}, router"]
+    assert means["JSV"] < means["JSV + gains"] < means["JSV + gains, low rank"] < means["individual"]
     assert (tmp_path / "FR-Merging" / "freemerge.json").exists()
     assert len(TASKS) >= 4
     assert "FR-Merging" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -55,9 +55,16 @@ METHODS = {
     "task arithmetic": Recipe(method="task_arithmetic"),
     "FR-Merging": Recipe(),
     "Iso-C": Recipe(method="iso_c"),
+    "JSV": Recipe(method="jsv"),
 }
-BACKBONES = ("FR-Merging", "Iso-C")
-EXPERTS: dict[str, dict[str, Any]] = {"1 % entries": {"density": 0.01}, "low rank": {"budget": "1%"}}
+EXPERTS: list[tuple[str, str, dict[str, Any]]] = [
+    ("FR-Merging", "1 % entries", {"density": 0.01}),
+    ("FR-Merging", "low rank", {"budget": "1%"}),
+    ("Iso-C", "1 % entries", {"density": 0.01}),
+    ("Iso-C", "low rank", {"budget": "1%"}),
+    ("JSV", "gains", {"values": "gains"}),
+    ("JSV", "gains, low rank", {"values": "gains", "budget": "1%"}),
+]
 
 
 class Digits:
@@ -185,12 +192,12 @@ def _run(folder: Path, data: Digits, seed: int) -> dict[str, dict[str, float]]:
 
     fp16_bytes = sum(2 * tensor.numel() for tensor in base.values())
     stored, notes = {"individual": 1.0} | dict.fromkeys(METHODS, 0.0), []
-    for method, (kind, options) in product(BACKBONES, EXPERTS.items()):
+    for method, kind, options in EXPERTS:
         row = f"{method} + {kind}"
         out = folder / row.replace(" ", "")
-        backbone = merged[method] if "budget" in options else None
+        backbone = None if "density" in options else merged[method]
         saved = save_experts(iter_experts(base_file, models, backbone=backbone, **options), out)
-        oracle, routed, right = _with_experts(data, merged[method], out)
+        oracle, routed, right = _with_experts(data, base, merged[method], out)
         table |= {row: oracle, f"{row}, router": routed}
         stored |= dict.fromkeys((row, f"{row}, router"), fmean(expert.nbytes for expert in saved) / fp16_bytes)
         if _mean(oracle) < _mean(table[method]):
@@ -205,14 +212,14 @@ def _run(folder: Path, data: Digits, seed: int) -> dict[str, dict[str, float]]:
 
 
 def _with_experts(
-    data: Digits, merged: Mapping[str, Tensor], out: Path
+    data: Digits, base: Mapping[str, Tensor], merged: Mapping[str, Tensor], out: Path
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Accuracies of the merged backbone with an expert switched on: the right one, and the router's choice.
 
     And how often that is right, in percent.
     """
     encoder = build_encoder(merged)
-    bank = ExpertBank.load(encoder, out)
+    bank = ExpertBank.load(encoder, out, base=base)
     samples = torch.cat([data.images[name][:ROUTER_SAMPLES] for name in TASKS])
     router = Router.fit(samples, [name for name in TASKS for _ in range(ROUTER_SAMPLES)])
     model = RoutedModel(encoder, bank, router, features=lambda images: images)
