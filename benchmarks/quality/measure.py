@@ -203,6 +203,7 @@ def _specific(method: Specific, suite: Suite, inputs: Inputs, measured: Measured
 def _switch_seconds(suite: Suite, kept: Kept) -> float:
     """CPU time to switch one expert on and off again in the encoder."""
     assert kept.experts is not None
+    suite.apply(kept.parts[0][0])  # the backbone
     bank = ExpertBank(suite.model.merged, kept.experts, base=suite.base)
 
     def switch() -> None:
