@@ -51,7 +51,7 @@ def copy_model(source: Path, out: Path, *, shard: int = 10**9, dtype: torch.dtyp
             assert base.directory is not None
             assert writer.directory is not None
             carry_over(base.directory, writer.directory, out_dtype=dtype)
-            card = model_card(base=base, models=[base], recipe="cutoff: 0.4\n")
+            card = model_card(base=base, models=[base], files=["model.safetensors"], recipe="cutoff: 0.4\n")
             (writer.directory / "README.md").write_text(card)
             for spec in specs:
                 writer.write(spec.name, base.read(spec.name).to(spec.dtype))

@@ -49,7 +49,8 @@ class JSV(SpectralMethod):
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:
             return AVERAGE_HOLDS
-        return max(2 * count + 15 + 6 * squareness(matrix), 8 * count / min(matrix) + 3)
+        crowded = 6.5 * count + 3 if count > min(matrix) else 0.0  # all tasks' rows side by side, see _start()
+        return max(2 * count + 15 + 6 * squareness(matrix), crowded)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         count = len(vectors.tensors[0].models)
