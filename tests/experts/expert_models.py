@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,17 @@ def untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_forward_adds_what_active_does(
+    model: nn.Module, bank: fx.ExpertBank, x: Tensor, chosen: Sequence[str | dict[str, float] | None]
+) -> None:
+    """One forward pass with an expert for each sample gives what each sample gives with its expert switched on."""
+    with torch.no_grad(), bank.deltas(chosen):
+        together = model(x)
+    for i, own in enumerate(chosen):
+        with torch.no_grad(), bank.active(own or {}):
+            torch.testing.assert_close(together[i], model(x[i : i + 1])[0], rtol=1e-4, atol=1e-4)
 
 
 def assert_same(model: nn.Module, before: dict[str, Tensor]) -> None:

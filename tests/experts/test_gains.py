@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from expert_models import TASKS, Text, Vision, assert_same, make, snapshot, tuned, untied
+from expert_models import (
+    TASKS,
+    Text,
+    Vision,
+    assert_forward_adds_what_active_does,
+    assert_same,
+    make,
+    snapshot,
+    tuned,
+    untied,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from task_vectors import family, vectors
@@ -236,12 +246,7 @@ def test_the_forward_pass_adds_what_active_does() -> None:
     model, experts, base = experts_of(Text, torch.float32)
     bank = fx.ExpertBank(model, experts, base=base)
     x = torch.randint(0, 50, (3, 12), generator=torch.Generator().manual_seed(0))
-    chosen = [{"task0": 1.0}, None, {"task1": 0.5, "task2": 0.5}]
-    with torch.no_grad(), bank.deltas(chosen):
-        together = model(x)
-    for i, own in enumerate(chosen):
-        with torch.no_grad(), bank.active(own or {}):
-            torch.testing.assert_close(together[i], model(x[i : i + 1])[0], rtol=1e-4, atol=1e-4)
+    assert_forward_adds_what_active_does(model, bank, x, [{"task0": 1.0}, None, {"task1": 0.5, "task2": 0.5}])
 
 
 def test_pieces_of_a_fused_tensor_have_their_own_directions() -> None:

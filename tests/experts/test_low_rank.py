@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from expert_models import TASKS, Text, Vision, assert_same, make, snapshot, tuned, untied
+from expert_models import (
+    TASKS,
+    Text,
+    Vision,
+    assert_forward_adds_what_active_does,
+    assert_same,
+    make,
+    snapshot,
+    tuned,
+    untied,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from task_vectors import counted_reads, family, vectors
@@ -318,11 +328,7 @@ def test_the_forward_pass_adds_what_active_does(kind: Callable[[], nn.Module]) -
     if bank.serves_deltas() is not None:
         assert kind is Vision
         pytest.skip(f"{bank.serves_deltas()}")
-    with torch.no_grad(), bank.deltas(chosen):
-        together = model(x)
-    for i, own in enumerate(chosen):
-        with torch.no_grad(), bank.active(own or {}):
-            torch.testing.assert_close(together[i], model(x[i : i + 1])[0], rtol=1e-4, atol=1e-4)
+    assert_forward_adds_what_active_does(model, bank, x, chosen)
 
 
 def test_pieces_of_a_fused_tensor_get_their_parts() -> None:

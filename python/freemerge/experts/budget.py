@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ArgumentError
@@ -20,6 +20,11 @@ def share_of(budget: float | str) -> float:
     if not 0 < share < 1:
         raise ArgumentError(f'budget must be a share of the model such as "0.3%" or 0.003, got {budget!r}')
     return share
+
+
+def byte_limit(share: float, shapes: Iterable[Sequence[int]]) -> int:
+    """The bytes that a budget allows for experts of tensors of these shapes: its share of them in float16."""
+    return math.floor(share * 2 * sum(math.prod(shape) for shape in shapes))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
-from .budget import Offer, allocate
+from .budget import Offer, allocate, byte_limit
 from .expert import Expert
 from .format import empty_file_bytes, entry_bytes
 from .leading import leading_triplets
@@ -93,7 +93,7 @@ class GainExtraction:
         sketches = self._sketches[i]
         ranks = dict.fromkeys(sketches, 0)
         if self.budget is not None:
-            limit = math.floor(self.budget * 2 * sum(math.prod(self._shape(name)) for name in self.names))
+            limit = byte_limit(self.budget, map(self._shape, self.names))
             without = {name: sketch.tensor(0) for name, sketch in sketches.items()}
             gains = {name: tensor for name, tensor in without.items() if tensor is not None}
             least = empty_file_bytes(self._expert({}).metadata)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
-from .budget import Offer, allocate
+from .budget import Offer, allocate, byte_limit
 from .expert import Expert
 from .format import empty_file_bytes, entry_bytes
 from .leading import EXACT, leading_triplets
@@ -91,7 +91,7 @@ class LowRankExtraction:
     def _limit(self) -> int:
         """Bytes that a file may have."""
         assert self.budget is not None
-        return math.floor(self.budget * 2 * sum(math.prod(self._shape(name)) for name in self.names))
+        return byte_limit(self.budget, map(self._shape, self.names))
 
     @property
     def _room(self) -> int:

@@ -20,6 +20,7 @@ from .spectra import (
     singular_triplets,
     squared_norm,
     squareness,
+    stacked_matrices,
     united,
 )
 from .vectors import Sides, TaskVectors
@@ -53,14 +54,7 @@ class JSV(SpectralMethod):
         return max(2 * count + 15 + 6 * squareness(matrix), crowded)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
-        count = len(vectors.tensors[0].models)
-        stacks: list[Tensor] = []
-        for model, deltas in enumerate(vectors.each()):
-            matrices = vectors.matrices(deltas)
-            if not stacks:
-                stacks = [matrix.new_empty(count, *matrix.shape) for matrix in matrices]
-            for stack, matrix in zip(stacks, matrices, strict=True):
-                stack[model] = matrix
+        stacks, deltas = stacked_matrices(vectors)
         return replace_matrices(vectors, deltas, map(_joined, stacks))
 
 

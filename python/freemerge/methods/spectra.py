@@ -229,6 +229,22 @@ def add_up(each: Iterator[list[Tensor]]) -> tuple[list[Tensor], int]:
     return total, count
 
 
+def stacked_matrices(vectors: TaskVectors) -> tuple[list[Tensor], list[Tensor]]:
+    """The matrices of all models, [K, ..., H, W] for each of a unit, and the task vectors that were read last.
+
+    The latter are there for :func:`replace_matrices` to overwrite.
+    """
+    count = len(vectors.tensors[0].models)
+    stacks: list[Tensor] = []
+    for model, deltas in enumerate(vectors.each()):
+        matrices = vectors.matrices(deltas)
+        if not stacks:
+            stacks = [matrix.new_empty(count, *matrix.shape) for matrix in matrices]
+        for stack, matrix in zip(stacks, matrices, strict=True):
+            stack[model] = matrix
+    return stacks, deltas
+
+
 def replace_matrices(vectors: TaskVectors, deltas: list[Tensor], merged: Iterable[Tensor]) -> list[Tensor]:
     """``deltas``, with the matrices that they make up overwritten."""
     matrices = vectors.matrices(deltas)

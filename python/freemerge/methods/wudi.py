@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .parameters import number, parameter
-from .spectra import AVERAGE_HOLDS, SpectralMethod, left_times, low_rank, replace_matrices
+from .spectra import AVERAGE_HOLDS, SpectralMethod, left_times, low_rank, replace_matrices, stacked_matrices
 from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
@@ -49,14 +49,7 @@ class WUDI(SpectralMethod):
         return max(count + 21 + 6.5 * square, 6 * count + 5 + 8.5 * square * (side < width)) + decomposition
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
-        count = len(vectors.tensors[0].models)
-        stacks: list[Tensor] = []
-        for model, deltas in enumerate(vectors.each()):
-            matrices = vectors.matrices(deltas)
-            if not stacks:
-                stacks = [matrix.new_empty(count, *matrix.shape) for matrix in matrices]
-            for stack, matrix in zip(stacks, matrices, strict=True):
-                stack[model] = matrix
+        stacks, deltas = stacked_matrices(vectors)
         return replace_matrices(vectors, deltas, map(self._least_interference, stacks))
 
     def averages(self, vectors: TaskVectors) -> bool:
