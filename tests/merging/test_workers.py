@@ -59,14 +59,18 @@ FORKED = """
 
     def run(size, work):
         '''The exit codes of the workers, by rank, and what they said.'''
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         said = folder / "said"
         said.unlink(missing_ok=True)
+        told, tell = os.pipe()
         pids = []
         for rank in range(size):
             pids.append(os.fork())
             if pids[-1] == 0:
-                os._exit(child(rank, size, store.port, work, said))
+                os._exit(child(rank, size, int(os.read(told, 5)), work, said))
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # after its thread no fork
+        os.write(tell, f"{store.port:5}".encode() * size)
+        os.close(tell)
+        os.close(told)
         return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], said.read_text()
 
     def merge(out, recipe=fm.Recipe(), **options):
