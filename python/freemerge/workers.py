@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -98,8 +99,8 @@ def _noticing() -> Iterator[None]:
 def joined() -> Iterator[Workers]:
     """The workers that torchrun has started, this process among them; alone, if it was not started so.
 
-    What several workers find wrong is told by one of them: the others end without a word. Each worker takes the GPU
-    with its number on its machine.
+    What several workers find wrong is told by one of them: the others end without a word. After an error this process
+    ignores SIGTERM, as it is about to end. Each worker takes the GPU with its number on its machine.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Workers()
@@ -122,6 +123,8 @@ def joined() -> Iterator[Workers]:
     try:
         yield workers
     except (Exception, KeyboardInterrupt) as error:
+        with suppress(ValueError):  # not the main thread, to which alone signals come
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which would end this one before it has said it
         kept = f"what is finished stays in {workers.kept}; the same command with --resume goes on with it"
         if workers.kept is not None and is_first_to_say(kept):
             print(f"freemerge: {kept}", file=sys.stderr)
