@@ -12,6 +12,7 @@ from . import report
 from .archives import fetch
 from .measure import MODALITIES, RESULTS, Settings, measure
 from .measures import measure_encoders
+from .scales import DIGITS, measure_scales
 
 SEEDS = [0, 1, 2, 3, 4]
 TEST = 400
@@ -30,13 +31,17 @@ def main() -> None:
     analysing = commands.add_parser(
         "measures", help="what `freemerge analyze` measures, beside the accuracies of a run on texts"
     )
-    for command in (fetching, running, checking, analysing):
+    scaling = commands.add_parser("scales", help="accuracy against the scale, in units of the one that needs no data")
+    for command in (fetching, running, checking, analysing, scaling):
         command.add_argument("--cache", type=Path, required=True, help="folder for packages and fine-tuned weights")
     for command in (running, checking, reporting, analysing):
         command.add_argument("--out", type=Path, required=True, help="folder for the results")
     running.add_argument("--modality", choices=list(MODALITIES), default="texts")
     running.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="scales are tuned on the first")
     running.add_argument("--methods", nargs="+", default=["*"], metavar="PATTERN", help="measure only these")
+    scaling.add_argument("--on", choices=[DIGITS, *MODALITIES], default=DIGITS)
+    scaling.add_argument("--seeds", nargs="+", type=int, default=SEEDS[:3])
+    scaling.set_defaults(run=_scales)
     fetching.set_defaults(run=lambda options: fetch(options.cache / "packages"))
     running.set_defaults(run=_run)
     checking.set_defaults(run=_check)
@@ -67,6 +72,12 @@ def _report(results: dict[str, Any], out: Path) -> None:
 def _analyse(options: argparse.Namespace) -> None:
     fetch(options.cache / "packages")
     print(json.dumps(measure_encoders(options.cache, options.out), indent=1))
+
+
+def _scales(options: argparse.Namespace) -> None:
+    if options.on != DIGITS:
+        fetch(options.cache / "packages", MODALITIES[options.on].packages(MODALITIES[options.on].tasks))
+    print(measure_scales(options.on, options.seeds, options.cache, TEST))
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -209,10 +209,10 @@ def _analysis(
     scales = {}
     for v, (label, method) in enumerate(methods.items(), start=count):
         gram = total.entries.gram
-        projects = isinstance(method, SpectralMethod)
-        scales[label] = (
-            projection_scale(np.diagonal(gram)[:count], gram[v, :count]) if projects else measured[label].scale
-        )
+        if isinstance(method, SpectralMethod):
+            scales[label] = method.regained * projection_scale(np.diagonal(gram)[:count], gram[v, :count])
+        else:
+            scales[label] = measured[label].scale
     filters = {label: method.response is not None for label, method in methods.items()}
 
     def grouped(key: Callable[[str], T]) -> dict[T, Measures]:

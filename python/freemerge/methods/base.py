@@ -55,6 +55,7 @@ class Method(ABC):
     title: ClassVar[str]  #: as papers write it
     paper: ClassVar[str | None] = None  #: arXiv number
     sees_matrices: ClassVar[bool] = True  #: False: the method is the same for matrices and other tensors
+    regained: ClassVar[float] = 1.0  #: how much of the task vectors a scale found from the weights gives back
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__ and METHODS.setdefault(cls.name, cls) is not cls:
@@ -115,7 +116,7 @@ class Method(ABC):
         """The scale where :meth:`default_scale` is None, from one look at ``units`` with the reads of a merge.
 
         It is asked for only if the recipe's scale is "auto". The merged task vector then projects on the sum of the
-        task vectors as they do themselves (:func:`freemerge.methods.rules.projection_scale`).
+        task vectors as they do themselves (:func:`freemerge.methods.rules.projection_scale`), times :attr:`regained`.
         """
 
         def measured(vectors: TaskVectors) -> tuple[list[float], list[float]]:
@@ -126,7 +127,7 @@ class Method(ABC):
 
         found = units.map(measured)
         squares = [square for unit, _ in found for square in unit]
-        return projection_scale(squares, [overlap for _, unit in found for overlap in unit])
+        return self.regained * projection_scale(squares, [overlap for _, unit in found for overlap in unit])
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         """What merging needs to know about the whole model. Every look at ``units`` reads all tensors."""

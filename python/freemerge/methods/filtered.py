@@ -117,7 +117,7 @@ class Filtered(Method):
     def measure_scale(self, units: Whole[TaskVectors]) -> float:
         if self.filter.when == "before":
             return self.method.measure_scale(units.through(self._seen))
-        return super().measure_scale(units)
+        return self.method.regained * super().measure_scale(units)
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         return self.method.measure(units.through(self._seen), count)

@@ -46,6 +46,7 @@ class JSV(SpectralMethod):
 
     name = "jsv"
     title = "Joint singular vectors"
+    regained = 0.9  # measured, see docs/methods.md
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:
