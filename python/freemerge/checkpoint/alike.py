@@ -9,7 +9,7 @@ import torch
 
 from .adapter import AdaptedCheckpoint
 from .reader import Checkpoint
-from .spec import MERGEABLE
+from .spec import MERGEABLE, TensorSpec
 
 
 def alike(sources: Mapping[str, Checkpoint]) -> Iterator[str]:
@@ -24,18 +24,16 @@ def alike(sources: Mapping[str, Checkpoint]) -> Iterator[str]:
 
 
 def _same(one: Checkpoint, other: Checkpoint) -> bool:
-    names = [name for name, spec in one.specs.items() if spec.dtype in MERGEABLE and spec.numel]
-    found = [other.specs.get(name) for name in names]
-    if not names or any(spec is None or spec.dtype not in MERGEABLE for spec in found):
-        return False
-    if any(other.specs[name].shape != one.specs[name].shape for name in names):
-        return False
-    return all(_equal(one, other, names, rows) for rows in (1, None))
+    specs = [spec for spec in one.specs.values() if spec.dtype in MERGEABLE and spec.numel]
+    return bool(specs) and all(_equal(one, other, specs, rows) for rows in (1, None))
 
 
-def _equal(one: Checkpoint, other: Checkpoint, names: Iterable[str], rows: int | None) -> bool:
+def _equal(one: Checkpoint, other: Checkpoint, specs: Iterable[TensorSpec], rows: int | None) -> bool:
     touched = [source.touched for source in (one, other) if isinstance(source, AdaptedCheckpoint)]
-    for name in names:
+    for spec in specs:
+        name, theirs = spec.name, other.specs.get(spec.name)
+        if theirs is None or theirs.dtype not in MERGEABLE or theirs.shape != spec.shape:
+            return False
         if touched and not any(name in changed for changed in touched):
             continue  # both have the base's
         first, second = (

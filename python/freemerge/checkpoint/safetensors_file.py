@@ -13,10 +13,12 @@ import math
 import mmap
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -27,15 +29,16 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_ELEMENTS = 1 << 62  # sizes and strides stay inside int64, even for tensors without elements
 _MAX_DIMENSIONS = 64  # torch's own limit
 _COPY_BELOW_BYTES = 1 << 20  # a mapping costs a file descriptor; small tensors are cheaper to copy
+_ENTRY = frozenset({"dtype", "shape", "data_offsets"})  # what a header says about a tensor
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A tensor and where its bytes begin, counted from the start of the file."""
+class Slot(NamedTuple):
+    """A tensor, and where its bytes begin and end, counted from the start of the file."""
 
     spec: TensorSpec
     offset: int
+    end: int
 
 
 class SafetensorsFile:
@@ -80,7 +83,7 @@ class SafetensorsFile:
             slot = self.slots.get(name)
             if slot is None or slot.offset != end:
                 return None
-            end += slot.spec.nbytes
+            end = slot.end
         dtype = first.spec.dtype
         return self._read(((end - first.offset) // dtype.itemsize,), dtype, first.offset)
 
@@ -205,43 +208,41 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object whose keys differ: two readers could disagree about which duplicate counts."""
-    result: dict[str, object] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"key {name!r} appears twice")
-        name.encode()  # a lone surrogate is a ValueError too: it could not be written back
-        result[name] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} appears twice")
+    "".join(result).encode()  # a lone surrogate is a ValueError too: it could not be written back
     return result
 
 
 def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Slot:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise CheckpointError(f"{path}: tensor {name!r}: the header must give dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in TORCH_DTYPES:
         raise CheckpointError(f"{path}: tensor {name!r}: dtype {code!r} is not supported")
-    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) > _MAX_ELEMENTS:
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
         raise CheckpointError(f"{path}: tensor {name!r}: bad shape")
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{path}: tensor {name!r}: bad data_offsets")
     spec = TensorSpec(name, tuple(shape), TORCH_DTYPES[code])
-    span = offsets[1] - offsets[0]
-    if span != spec.nbytes:
-        raise CheckpointError(f"{path}: tensor {name!r}: {code} {spec.shape} is {spec.nbytes} bytes, not {span}")
-    return Slot(spec, data_start + offsets[0])
+    begin, end = offsets
+    if end - begin != spec.nbytes:
+        raise CheckpointError(f"{path}: tensor {name!r}: {code} {spec.shape} is {spec.nbytes} bytes, not {end - begin}")
+    return Slot(spec, data_start + begin, data_start + end)
 
 
 def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+    return isinstance(values, list) and {*map(type, values)} <= {int} and min(values, default=0) >= 0
 
 
 def _check_tiling(path: Path, slots: Iterable[Slot], position: int, file_bytes: int) -> None:
     """Tensors must fill the data section in some order, without overlaps, holes or a remainder."""
-    for slot in sorted(slots, key=lambda slot: (slot.offset, slot.spec.nbytes)):
+    for slot in sorted(slots, key=attrgetter("offset", "end")):
         if slot.offset != position:
             what = "overlaps another tensor" if slot.offset < position else "leaves a hole before it"
             raise CheckpointError(f"{path}: tensor {slot.spec.name!r} {what}")
-        position += slot.spec.nbytes
+        position = slot.end
         if position > file_bytes:
             raise CheckpointError(
                 f"{path}: truncated (tensor {slot.spec.name!r} ends at byte {position}, the file has {file_bytes})"
@@ -269,6 +270,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tu
     slots: dict[str, Slot] = {}
     offset = data_start
     for spec in ordered:
-        slots[spec.name] = Slot(spec, offset)
-        offset += spec.nbytes
+        end = offset + spec.nbytes
+        slots[spec.name] = Slot(spec, offset, end)
+        offset = end
     return len(text).to_bytes(8, "little") + text, slots, offset

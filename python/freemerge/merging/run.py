@@ -177,9 +177,11 @@ def merge_checkpoints(
         workers.first(lambda: _carry_over(merger, writer, tokenizer))
         for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
             merged = merger.merged(unit, measured, partial(advance, "merge"))
-            for name in merger.outputs(unit):
+            if merged.flat is not None:
+                writer.write_flat(unit.names, merged.flat)
+            for name, tensor in merged.tensors.items():
                 if name in missing[unit]:
-                    writer.write(name, merged.tensors[name], merged.notes.get(name))
+                    writer.write(name, tensor, merged.notes.get(name))
         writer.finish()
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
         with _without_collecting():
