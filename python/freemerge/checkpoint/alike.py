@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import torch
 
 from .adapter import AdaptedCheckpoint
 from .reader import Checkpoint
-from .spec import MERGEABLE, TensorSpec
+from .spec import MERGEABLE
 
 
 def alike(sources: Mapping[str, Checkpoint]) -> Iterator[str]:
@@ -24,14 +24,17 @@ def alike(sources: Mapping[str, Checkpoint]) -> Iterator[str]:
 
 
 def _same(one: Checkpoint, other: Checkpoint) -> bool:
-    specs = [spec for spec in one.specs.values() if spec.dtype in MERGEABLE and spec.numel]
-    return bool(specs) and all(_equal(one, other, specs, rows) for rows in (1, None))
+    return all(_equal(one, other, rows) for rows in (1, None))
 
 
-def _equal(one: Checkpoint, other: Checkpoint, specs: Iterable[TensorSpec], rows: int | None) -> bool:
+def _equal(one: Checkpoint, other: Checkpoint, rows: int | None) -> bool:
+    """Whether there are tensors to merge, and these agree in a number of first rows, or all."""
+    seen = False
     touched = [source.touched for source in (one, other) if isinstance(source, AdaptedCheckpoint)]
-    for spec in specs:
-        name, theirs = spec.name, other.specs.get(spec.name)
+    for name, spec in one.specs.items():
+        if spec.dtype not in MERGEABLE or not spec.numel:
+            continue
+        seen, theirs = True, other.specs.get(name)
         if theirs is None or theirs.dtype not in MERGEABLE or theirs.shape != spec.shape:
             return False
         if touched and not any(name in changed for changed in touched):
@@ -43,4 +46,4 @@ def _equal(one: Checkpoint, other: Checkpoint, specs: Iterable[TensorSpec], rows
         wide = torch.promote_types(first.dtype, second.dtype)
         if not torch.equal(first.to(wide), second.to(first.device, wide)):
             return False
-    return True
+    return seen

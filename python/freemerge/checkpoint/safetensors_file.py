@@ -30,6 +30,7 @@ _MAX_ELEMENTS = 1 << 62  # sizes and strides stay inside int64, even for tensors
 _MAX_DIMENSIONS = 64  # torch's own limit
 _COPY_BELOW_BYTES = 1 << 20  # a mapping costs a file descriptor; small tensors are cheaper to copy
 _ENTRY = frozenset({"dtype", "shape", "data_offsets"})  # what a header says about a tensor
+_INT = frozenset({int})  # no booleans
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0)
 
 
@@ -201,7 +202,8 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: bad safetensors header: __metadata__ must map strings to strings")
-    slots = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
+    kinds: dict[tuple[object, ...], tuple[TensorSpec, int]] = {}
+    slots = {name: _parse_entry(path, name, entry, data_start, kinds) for name, entry in header.items()}
     _check_tiling(path, slots.values(), data_start, file_bytes)
     return slots, metadata
 
@@ -215,25 +217,30 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
-def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Slot:
+def _parse_entry(
+    path: Path, name: str, entry: object, data_start: int, kinds: dict[tuple[object, ...], tuple[TensorSpec, int]]
+) -> Slot:
+    """Where a tensor is; ``kinds`` are those that were checked before, as most tensors of a model are like others."""
     if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise CheckpointError(f"{path}: tensor {name!r}: the header must give dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in TORCH_DTYPES:
         raise CheckpointError(f"{path}: tensor {name!r}: dtype {code!r} is not supported")
-    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+    if not isinstance(shape, list) or not {*map(type, shape)} <= _INT:
         raise CheckpointError(f"{path}: tensor {name!r}: bad shape")
-    if not _are_sizes(offsets) or len(offsets) != 2:
+    kind = kinds.get((code, *shape))
+    if kind is None:
+        if min(shape, default=0) < 0 or len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+            raise CheckpointError(f"{path}: tensor {name!r}: bad shape")
+        spec = TensorSpec(name, tuple(shape), TORCH_DTYPES[code])
+        kind = kinds[code, *shape] = spec, spec.nbytes
+    like, nbytes = kind
+    if not isinstance(offsets, list) or [*map(type, offsets)] != [int, int] or min(offsets) < 0:
         raise CheckpointError(f"{path}: tensor {name!r}: bad data_offsets")
-    spec = TensorSpec(name, tuple(shape), TORCH_DTYPES[code])
     begin, end = offsets
-    if end - begin != spec.nbytes:
-        raise CheckpointError(f"{path}: tensor {name!r}: {code} {spec.shape} is {spec.nbytes} bytes, not {end - begin}")
-    return Slot(spec, data_start + begin, data_start + end)
-
-
-def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and {*map(type, values)} <= {int} and min(values, default=0) >= 0
+    if end - begin != nbytes:
+        raise CheckpointError(f"{path}: tensor {name!r}: {code} {like.shape} is {nbytes} bytes, not {end - begin}")
+    return Slot(TensorSpec(name, like.shape, like.dtype), data_start + begin, data_start + end)
 
 
 def _check_tiling(path: Path, slots: Iterable[Slot], position: int, file_bytes: int) -> None:
@@ -259,18 +266,14 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tu
     """
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position = 0
+    places: list[tuple[TensorSpec, int, int]] = []
+    end = 0
     for spec in ordered:
-        end = position + spec.nbytes
-        header[spec.name] = {"dtype": dtype_code(spec), "shape": list(spec.shape), "data_offsets": [position, end]}
-        position = end
+        begin, end = end, end + spec.nbytes
+        header[spec.name] = {"dtype": dtype_code(spec), "shape": spec.shape, "data_offsets": (begin, end)}
+        places.append((spec, begin, end))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     data_start = 8 + len(text)
-    slots: dict[str, Slot] = {}
-    offset = data_start
-    for spec in ordered:
-        end = offset + spec.nbytes
-        slots[spec.name] = Slot(spec, offset, end)
-        offset = end
-    return len(text).to_bytes(8, "little") + text, slots, offset
+    slots = {spec.name: Slot(spec, data_start + begin, data_start + end) for spec, begin, end in places}
+    return len(text).to_bytes(8, "little") + text, slots, data_start + end

@@ -221,9 +221,8 @@ class Merger:
 
     def _merged_flat(self, unit: Unit, measured: Measured) -> Tensor:
         """Small tensors merged as one vector."""
-        flat = self._flat(unit)
         with self.stopwatch.stage("merge", self._worked_bytes(unit)):
-            (delta,) = self.method.merge(TaskVectors((flat,), False, backend=self.backend), measured).tensors
+            (delta,) = self.method.merge(self.vectors(unit), measured).tensors
         spec = self.out_spec(unit.names[0])
         merged = add_round(self.base.read_flat(unit.names), delta, measured.scale, spec.dtype)
         if not all_finite(merged):
@@ -329,17 +328,18 @@ class Merger:
         devices = {self._device(name) for name in self.specs}
         return list(together(ordered, self.specs, kind)) if devices == {torch.device("cpu")} else ordered
 
-    def _flat(self, unit: Unit) -> Deltas:
-        """The tensors of a flat unit as one vector."""
+    def _flat(self, unit: Unit) -> TaskVectors:
+        """The task vectors of a flat unit as one."""
         names = unit.names
 
         def base() -> Tensor:
             flat = self.base.read_flat(names)
             return flat.double() if self._compute_dtype(names[0]) == torch.float64 else flat
 
-        entries = sum(self.specs[name].numel for name in names)
+        sizes = tuple([self.specs[name].numel for name in names])
         models = [partial(self._timed, model.read_flat, names) for model in self.models]
-        return Deltas(names[0], (entries,), partial(self._timed, base), models, partial(self._check, names))
+        flat = Deltas(names[0], (sum(sizes),), partial(self._timed, base), models, partial(self._check, names))
+        return TaskVectors((flat,), False, backend=self.backend, sizes=sizes)
 
     def _timed(self, read: Callable[..., Tensor], *what: object) -> Tensor:
         """Mapped memory is read while it is worked on, which ends with :meth:`_check`."""
@@ -348,6 +348,8 @@ class Merger:
 
     def vectors(self, unit: Unit) -> TaskVectors:
         """The task vectors of a unit, which are read when they are asked for."""
+        if unit.flat:
+            return self._flat(unit)
         deltas = tuple(
             Deltas(
                 name,
@@ -358,8 +360,7 @@ class Merger:
             )
             for name in unit.names
         )
-        flat = self._flat(unit) if unit.flat else None
-        return TaskVectors(deltas, unit.action == "filter", unit.parts, self.backend, flat)
+        return TaskVectors(deltas, unit.action == "filter", unit.parts, self.backend)
 
     def _read_base(self, name: str) -> Tensor:
         base = _read(self.base, name).to(self._device(name))
