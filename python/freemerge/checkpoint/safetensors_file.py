@@ -8,6 +8,7 @@ a new file written, at known offsets.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import mmap
@@ -19,6 +20,7 @@ from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -54,9 +56,10 @@ class SafetensorsFile:
         fd = open_regular(path)
         try:
             self._identity = _identity(fd)
-            self.slots, self.metadata = _parse_header(path, fd)
+            self._header = _header_of(path, fd)
         finally:
             os.close(fd)
+        self.slots, self.metadata = self._header.slots, dict(self._header.metadata)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor; see :meth:`read_rows`."""
@@ -179,7 +182,18 @@ def _bytes_at(fd: int, count: int, offset: int) -> bytes:
     return bytes(found[: _read_at(fd, memoryview(found), offset)])
 
 
-def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]:
+class _Header:
+    """What a header says, checked against the size of its file. Nobody changes it."""
+
+    def __init__(self, slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> None:
+        self.slots, self.metadata = slots, metadata
+
+
+# Headers of the files that are open: a model and its fine-tuned ones mostly have the same, and it can be long.
+_open_headers: WeakValueDictionary[tuple[int, bytes], _Header] = WeakValueDictionary()
+
+
+def _header_of(path: Path, fd: int) -> _Header:
     file_bytes = os.fstat(fd).st_size
     if file_bytes < 8:
         raise CheckpointError(f"{path}: not a safetensors file ({file_bytes} bytes, the header alone needs more)")
@@ -194,6 +208,14 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     raw = _bytes_at(fd, header_bytes, 8)
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file (the header is not a JSON object)")
+    key = file_bytes, hashlib.sha256(raw).digest()
+    known = _open_headers.get(key)
+    if known is None:
+        known = _open_headers[key] = _parse_header(path, raw, data_start, file_bytes)
+    return known
+
+
+def _parse_header(path: Path, raw: bytes, data_start: int, file_bytes: int) -> _Header:
     try:
         header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -205,7 +227,7 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     kinds: dict[tuple[object, ...], tuple[TensorSpec, int]] = {}
     slots = {name: _parse_entry(path, name, entry, data_start, kinds) for name, entry in header.items()}
     _check_tiling(path, slots.values(), data_start, file_bytes)
-    return slots, metadata
+    return _Header(slots, metadata)
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

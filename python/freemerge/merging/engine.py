@@ -120,7 +120,7 @@ class Merger:
         for layer in self.recipe.layers:
             if not any(rule_of((name, *self.base.aliases(name)), [layer]) for name in self.specs):
                 raise ArgumentError(f"layers: pattern {layer.pattern!r} matches no tensor of the base")
-        for unit in self.units:
+        for unit in self.units if self._layers else ():
             if len({self._layers.get(name) for name in unit.names}) > 1:
                 raise ArgumentError(f"layers: {unit.names[0]} is stacked with tensors that have other weights")
 
@@ -320,11 +320,12 @@ class Merger:
         ordered = sorted(self.units, key=lambda unit: -self.out_spec(unit.names[0]).dtype.itemsize)
         if not self.method.by_entries:
             return ordered
-        sources = (self.base, *self.models)
 
         def kind(name: str) -> tuple[object, ...]:
-            return self._dtypes[name], self._layers.get(name), *[source.device(name) for source in sources]
+            return self._dtypes[name], self._layers.get(name), *[source.device(name) for source in in_memory]
 
+        # Files are read on the CPU, and adapters where the base is.
+        in_memory = [source for source in (self.base, *self.models) if not source.files]
         devices = {self._device(name) for name in self.specs}
         return list(together(ordered, self.specs, kind)) if devices == {torch.device("cpu")} else ordered
 
