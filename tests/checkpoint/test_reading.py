@@ -231,3 +231,16 @@ def test_names_for_manifests_hold_no_local_path(tmp_path: Path) -> None:
     assert Checkpoint.open(snapshot).name == "org/model"
     assert Checkpoint.open(plain).name == "plain"
     assert Checkpoint.open(plain / "model.safetensors").name == "plain/model.safetensors"
+
+
+def test_a_header_is_shared_by_open_files_and_checked_against_each(tmp_path: Path) -> None:
+    state = some_state()
+    first, second, short = (tmp_path / f"{name}.safetensors" for name in ("first", "second", "short"))
+    save_file(state, first)
+    save_file({name: tensor + 1 if name == "big" else tensor for name, tensor in state.items()}, second)
+    short.write_bytes(first.read_bytes()[:-1])
+    one, other = SafetensorsFile(first), SafetensorsFile(second)
+    assert one.slots is other.slots
+    assert torch.equal(one.read("big") + 1, other.read("big"))
+    with pytest.raises(CheckpointError, match=r"short\.safetensors: truncated"):
+        SafetensorsFile(short)

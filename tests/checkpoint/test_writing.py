@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, publish, verify
 from freemerge.checkpoint.spec import TORCH_DTYPES
+from freemerge.checkpoint.writer import _indented
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 
 
@@ -462,3 +463,30 @@ def test_a_second_writer_of_the_same_output_is_refused_while_the_first_lives(tmp
             first.write(name, tensor)
     assert_only(tmp_path, "other", "out")
     assert Checkpoint.open(tmp_path / "out").read("d").item() == 1
+
+
+def test_tensors_end_to_end(tmp_path: Path) -> None:
+    state = {
+        name: torch.randn(shape).bfloat16() for name, shape in {"a": (2, 3), "b": (), "c": (0,), "d": (5,)}.items()
+    }
+    flat = torch.cat([tensor.reshape(-1) for tensor in state.values()])
+    with CheckpointWriter(tmp_path / "out", specs_of(state), max_shard_bytes=12) as writer:
+        for wrong, message in ((flat[:-1], "do not have 11 entries"), (flat.float(), "a vector of their dtype")):
+            with pytest.raises(ArgumentError, match=f"a to d .*{message}"):
+                writer.write_flat(list(state), wrong)
+        writer.write_flat(list(state), flat)
+        with pytest.raises(ArgumentError, match="a was already written"):
+            writer.write_flat(list(state), flat)
+    with Checkpoint.open(tmp_path / "out") as written:
+        assert len(written.files) == 2
+        assert all(torch.equal(written.read(name), tensor) for name, tensor in state.items())
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_json_is_indented_as_the_json_module_does(value: object) -> None:
+    assert _indented(value) == json.dumps(value, indent=2, ensure_ascii=False)

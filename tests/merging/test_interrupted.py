@@ -135,7 +135,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Path], Path, int],
         from freemerge.checkpoint.publish import Staging
         from freemerge.checkpoint.writer import CheckpointWriter
 
-        write, abort = CheckpointWriter.write, CheckpointWriter._abort
+        write, abort = CheckpointWriter._write, CheckpointWriter._abort
         written = 0
 
         def stopping(self: CheckpointWriter, *arguments: object) -> None:
@@ -156,11 +156,11 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Path], Path, int],
             os.close(self._staging._lock)
             self._staging._lock = -1
 
-        monkeypatch.setattr(CheckpointWriter, "write", stopping)
+        monkeypatch.setattr(CheckpointWriter, "_write", stopping)
         monkeypatch.setattr(CheckpointWriter, "_abort", leaving)
         with pytest.raises(Killed):
             merged(models, out)
-        monkeypatch.setattr(CheckpointWriter, "write", write)
+        monkeypatch.setattr(CheckpointWriter, "_write", write)
         monkeypatch.setattr(CheckpointWriter, "_abort", abort)
 
     return run

@@ -81,10 +81,10 @@ class CpuBackend(Backend):
     def part_means(self, base: torch.Tensor, models: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[float]]:
         first, *others = _pointer(base), *map(_pointer, models)
         codes, steps = [code for _, code in others], [model.element_size() for model in models]
-        means, at = [], 0
+        means, at, step_of_base = [], 0, base.element_size()
         for n in sizes:  # on addresses: making a tensor of each part would take longer than the work
             pointers = [address + at * step for (address, _), step in zip(others, steps, strict=True)]
-            means.append(_core.accumulate(0, first[0] + at * base.element_size(), first[1], pointers, codes, [], n, 1))
+            means.append(_core.accumulate(0, first[0] + at * step_of_base, first[1], pointers, codes, [], n, 1))
             at += n
         return means
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 
 import torch
@@ -24,18 +24,19 @@ def alike(sources: Mapping[str, Checkpoint]) -> Iterator[str]:
 
 
 def _same(one: Checkpoint, other: Checkpoint) -> bool:
-    names = [name for name, spec in one.specs.items() if spec.dtype in MERGEABLE and spec.numel]
-    found = [other.specs.get(name) for name in names]
-    if not names or any(spec is None or spec.dtype not in MERGEABLE for spec in found):
-        return False
-    if any(other.specs[name].shape != one.specs[name].shape for name in names):
-        return False
-    return all(_equal(one, other, names, rows) for rows in (1, None))
+    return all(_equal(one, other, rows) for rows in (1, None))
 
 
-def _equal(one: Checkpoint, other: Checkpoint, names: Iterable[str], rows: int | None) -> bool:
+def _equal(one: Checkpoint, other: Checkpoint, rows: int | None) -> bool:
+    """Whether there are tensors to merge, and these agree in a number of first rows, or all."""
+    seen = False
     touched = [source.touched for source in (one, other) if isinstance(source, AdaptedCheckpoint)]
-    for name in names:
+    for name, spec in one.specs.items():
+        if spec.dtype not in MERGEABLE or not spec.numel:
+            continue
+        seen, theirs = True, other.specs.get(name)
+        if theirs is None or theirs.dtype not in MERGEABLE or theirs.shape != spec.shape:
+            return False
         if touched and not any(name in changed for changed in touched):
             continue  # both have the base's
         first, second = (
@@ -45,4 +46,4 @@ def _equal(one: Checkpoint, other: Checkpoint, names: Iterable[str], rows: int |
         wide = torch.promote_types(first.dtype, second.dtype)
         if not torch.equal(first.to(wide), second.to(first.device, wide)):
             return False
-    return True
+    return seen

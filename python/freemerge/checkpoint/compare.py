@@ -45,19 +45,21 @@ def compare(
     """
     everyone = (base, *models)
     tied = _tied_names(everyone, merged)
-    expected = {name for name in base.specs if merged(name) and name not in tied}
+    chosen = {name for name in set().union(*(one.specs for one in everyone)) if merged(name)} - tied.keys()
+    expected = chosen & base.specs.keys()
     for model in models:
-        _check_names(base, model, expected, {name for name in model.specs if merged(name) and name not in tied})
-    names = tuple(sorted(expected))
-    for model in models:
+        _check_names(base, model, expected, chosen & model.specs.keys())
+    # What is stored in the same shape and dtype everywhere, most tensors as a rule, needs no look one by one.
+    odd = {model: sorted(expected & dict(model.specs.items() - base.specs.items()).keys()) for model in models}
+    for model, names in odd.items():
         _check_shapes(base, model, names)
         _check_kinds(base, model, names)
     mixed = {}
-    for name in names:
+    for name in sorted(set().union(*odd.values())):
         dtypes = tuple(checkpoint.specs[name].dtype for checkpoint in everyone)
         if len(set(dtypes)) > 1:
             mixed[name] = dtypes
-    return Comparison(names, tied, mixed)
+    return Comparison(tuple(sorted(expected)), tied, mixed)
 
 
 def mixed_dtype_notices(comparison: Comparison, base: Checkpoint, models: Sequence[Checkpoint]) -> list[str]:

@@ -106,7 +106,7 @@ def open_inputs(
 
 def _refuse_unmerged_adapter(model: Checkpoint, base: Checkpoint) -> None:
     """Refuse weights that change others in a way that only the library which trained them knows."""
-    adapted = next((n for n in model.specs if _ADAPTER_WEIGHT.search(n) and n not in base.specs), None)
+    adapted = next((n for n in model.specs if n not in base.specs and _ADAPTER_WEIGHT.search(n)), None)
     if adapted is None:
         return
     way_out = "merge it with the library that trained it, and pass the full model"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 
 from torch import nn
 
@@ -68,8 +70,14 @@ class Naming:
         self._renames = renames
         self._loaded_name = loaded_name
         self._base = set(base)
-        self._unwrapped = {unwrapped(name): name for name in sorted(self._base, reverse=True)}
-        self._loaded = {} if loaded_name is None else {loaded_name(name): name for name in sorted(self._base)}
+
+    @cached_property
+    def _unwrapped(self) -> dict[str, str]:
+        return {unwrapped(name): name for name in sorted(self._base, reverse=True)}
+
+    @cached_property
+    def _loaded(self) -> dict[str, str]:
+        return {} if self._loaded_name is None else {self._loaded_name(name): name for name in sorted(self._base)}
 
     def __call__(self, name: str) -> str:
         changed = (new + name[len(old) :] for old, new in self._renames if name.startswith(old))
@@ -83,12 +91,10 @@ class Naming:
         return name
 
     def of(self, names: Collection[str]) -> dict[str, str]:
-        """The new name of each; those that would take another's stay as they are."""
-        new = {name: self(name) for name in names}
-        taken: dict[str, int] = {}
-        for name in new.values():
-            taken[name] = taken.get(name, 0) + 1
-        return {name: to if taken[to] == 1 else name for name, to in new.items()}
+        """The new name of each that the base lacks; those that would take another's stay as they are."""
+        new = {name: self(name) for name in names if name not in self._base}
+        taken = Counter(new.values())
+        return {name: to if taken[to] == 1 and to not in names else name for name, to in new.items()}
 
 
 def prefix_change(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> Rename | None:

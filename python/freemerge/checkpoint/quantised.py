@@ -47,6 +47,7 @@ _PACKED = {
     "VPTQ": (re.compile(r"\.(res_)?centroids\.weight$"), _ORIGINAL),
     "SmoothQuant": (re.compile(r"\.(deq_scale|quant_bias)$"), _ORIGINAL),
 }
+_ANY_PACKED = re.compile("|".join(pattern.pattern for pattern, _ in _PACKED.values()))
 _INTEGERS = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
 _NO_WEIGHT = re.compile(r"mask|bias|ids|index|position|token|offset|count|step|stat", re.IGNORECASE)
 
@@ -68,15 +69,18 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     if packed is not None:
         kind, name, advice = packed
         raise CheckpointError(f"{checkpoint.label} is quantised ({config.get('quant_method', kind)}: {name}); {advice}")
-    scales = {name: _scale_of(name, checkpoint.specs) for name in checkpoint.specs}
-    weights = {name: scale for name, scale in scales.items() if scale and checkpoint.specs[name].dtype in FLOAT8}
+    specs = checkpoint.specs
+    scales = {name: _scale_of(name, specs) for name, spec in specs.items() if spec.dtype in FLOAT8}
+    weights = {name: scale for name, scale in scales.items() if scale}
     return Dequantised(checkpoint, weights, config.get("weight_block_size")) if weights else checkpoint
 
 
 def _packed(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
     """The format, a tensor that shows it, and the way out, of weights that are integers with scales."""
+    # A name is searched once for the endings of all formats, as hardly ever there is one.
+    suspects = [name for name in checkpoint.specs if _ANY_PACKED.search(name)]
     for kind, (pattern, advice) in _PACKED.items():
-        found = next((name for name in checkpoint.specs if pattern.search(name)), None)
+        found = next((name for name in suspects if pattern.search(name)), None)
         if found is not None:
             return kind, found, advice
     for name, spec in checkpoint.specs.items():
@@ -91,10 +95,12 @@ def _mostly_integers(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
     """A format that is not known by name: weights that are integers, or integers that fill most of the checkpoint."""
     packed = [s for n, s in checkpoint.specs.items() if s.dtype in _INTEGERS and s.ndim and not _NO_WEIGHT.search(n)]
     weights = [spec for spec in packed if spec.name.endswith(".weight")]
+    if not packed:
+        return None
     if not weights and 2 * sum(spec.nbytes for spec in packed) < sum(s.nbytes for s in checkpoint.specs.values()):
         return None
-    largest = max(weights or packed, key=lambda spec: spec.nbytes, default=None)
-    return None if largest is None else (largest.dtype_name, largest.name, _ORIGINAL)
+    largest = max(weights or packed, key=lambda spec: spec.nbytes)
+    return largest.dtype_name, largest.name, _ORIGINAL
 
 
 class Dequantised(Checkpoint):

@@ -8,15 +8,19 @@ a new file written, at known offsets.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import mmap
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
+from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -27,15 +31,17 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _MAX_ELEMENTS = 1 << 62  # sizes and strides stay inside int64, even for tensors without elements
 _MAX_DIMENSIONS = 64  # torch's own limit
 _COPY_BELOW_BYTES = 1 << 20  # a mapping costs a file descriptor; small tensors are cheaper to copy
+_ENTRY = frozenset({"dtype", "shape", "data_offsets"})  # what a header says about a tensor
+_INT = frozenset({int})  # no booleans
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0)
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A tensor and where its bytes begin, counted from the start of the file."""
+class Slot(NamedTuple):
+    """A tensor, and where its bytes begin and end, counted from the start of the file."""
 
     spec: TensorSpec
     offset: int
+    end: int
 
 
 class SafetensorsFile:
@@ -50,9 +56,10 @@ class SafetensorsFile:
         fd = open_regular(path)
         try:
             self._identity = _identity(fd)
-            self.slots, self.metadata = _parse_header(path, fd)
+            self._header = _header_of(path, fd)
         finally:
             os.close(fd)
+        self.slots, self.metadata = self._header.slots, dict(self._header.metadata)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor; see :meth:`read_rows`."""
@@ -80,7 +87,7 @@ class SafetensorsFile:
             slot = self.slots.get(name)
             if slot is None or slot.offset != end:
                 return None
-            end += slot.spec.nbytes
+            end = slot.end
         dtype = first.spec.dtype
         return self._read(((end - first.offset) // dtype.itemsize,), dtype, first.offset)
 
@@ -175,7 +182,18 @@ def _bytes_at(fd: int, count: int, offset: int) -> bytes:
     return bytes(found[: _read_at(fd, memoryview(found), offset)])
 
 
-def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]:
+class _Header:
+    """What a header says, checked against the size of its file. Nobody changes it."""
+
+    def __init__(self, slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> None:
+        self.slots, self.metadata = slots, metadata
+
+
+# Headers of the files that are open: a model and its fine-tuned ones mostly have the same, and it can be long.
+_open_headers: WeakValueDictionary[tuple[int, bytes], _Header] = WeakValueDictionary()
+
+
+def _header_of(path: Path, fd: int) -> _Header:
     file_bytes = os.fstat(fd).st_size
     if file_bytes < 8:
         raise CheckpointError(f"{path}: not a safetensors file ({file_bytes} bytes, the header alone needs more)")
@@ -190,6 +208,14 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     raw = _bytes_at(fd, header_bytes, 8)
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{path}: not a safetensors file (the header is not a JSON object)")
+    key = file_bytes, hashlib.sha256(raw).digest()
+    known = _open_headers.get(key)
+    if known is None:
+        known = _open_headers[key] = _parse_header(path, raw, data_start, file_bytes)
+    return known
+
+
+def _parse_header(path: Path, raw: bytes, data_start: int, file_bytes: int) -> _Header:
     try:
         header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
@@ -198,50 +224,54 @@ def _parse_header(path: Path, fd: int) -> tuple[dict[str, Slot], dict[str, str]]
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: bad safetensors header: __metadata__ must map strings to strings")
-    slots = {name: _parse_entry(path, name, entry, data_start) for name, entry in header.items()}
+    kinds: dict[tuple[object, ...], tuple[TensorSpec, int]] = {}
+    slots = {name: _parse_entry(path, name, entry, data_start, kinds) for name, entry in header.items()}
     _check_tiling(path, slots.values(), data_start, file_bytes)
-    return slots, metadata
+    return _Header(slots, metadata)
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """A JSON object whose keys differ: two readers could disagree about which duplicate counts."""
-    result: dict[str, object] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"key {name!r} appears twice")
-        name.encode()  # a lone surrogate is a ValueError too: it could not be written back
-        result[name] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} appears twice")
+    "".join(result).encode()  # a lone surrogate is a ValueError too: it could not be written back
     return result
 
 
-def _parse_entry(path: Path, name: str, entry: object, data_start: int) -> Slot:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+def _parse_entry(
+    path: Path, name: str, entry: object, data_start: int, kinds: dict[tuple[object, ...], tuple[TensorSpec, int]]
+) -> Slot:
+    """Where a tensor is; ``kinds`` are those that were checked before, as most tensors of a model are like others."""
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise CheckpointError(f"{path}: tensor {name!r}: the header must give dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in TORCH_DTYPES:
         raise CheckpointError(f"{path}: tensor {name!r}: dtype {code!r} is not supported")
-    if not _are_sizes(shape) or len(shape) > _MAX_DIMENSIONS or math.prod(max(1, n) for n in shape) > _MAX_ELEMENTS:
+    if not isinstance(shape, list) or not {*map(type, shape)} <= _INT:
         raise CheckpointError(f"{path}: tensor {name!r}: bad shape")
-    if not _are_sizes(offsets) or len(offsets) != 2:
+    kind = kinds.get((code, *shape))
+    if kind is None:
+        if min(shape, default=0) < 0 or len(shape) > _MAX_DIMENSIONS or math.prod(filter(None, shape)) > _MAX_ELEMENTS:
+            raise CheckpointError(f"{path}: tensor {name!r}: bad shape")
+        spec = TensorSpec(name, tuple(shape), TORCH_DTYPES[code])
+        kind = kinds[code, *shape] = spec, spec.nbytes
+    like, nbytes = kind
+    if not isinstance(offsets, list) or [*map(type, offsets)] != [int, int] or min(offsets) < 0:
         raise CheckpointError(f"{path}: tensor {name!r}: bad data_offsets")
-    spec = TensorSpec(name, tuple(shape), TORCH_DTYPES[code])
-    span = offsets[1] - offsets[0]
-    if span != spec.nbytes:
-        raise CheckpointError(f"{path}: tensor {name!r}: {code} {spec.shape} is {spec.nbytes} bytes, not {span}")
-    return Slot(spec, data_start + offsets[0])
-
-
-def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
+    begin, end = offsets
+    if end - begin != nbytes:
+        raise CheckpointError(f"{path}: tensor {name!r}: {code} {like.shape} is {nbytes} bytes, not {end - begin}")
+    return Slot(TensorSpec(name, like.shape, like.dtype), data_start + begin, data_start + end)
 
 
 def _check_tiling(path: Path, slots: Iterable[Slot], position: int, file_bytes: int) -> None:
     """Tensors must fill the data section in some order, without overlaps, holes or a remainder."""
-    for slot in sorted(slots, key=lambda slot: (slot.offset, slot.spec.nbytes)):
+    for slot in sorted(slots, key=attrgetter("offset", "end")):
         if slot.offset != position:
             what = "overlaps another tensor" if slot.offset < position else "leaves a hole before it"
             raise CheckpointError(f"{path}: tensor {slot.spec.name!r} {what}")
-        position += slot.spec.nbytes
+        position = slot.end
         if position > file_bytes:
             raise CheckpointError(
                 f"{path}: truncated (tensor {slot.spec.name!r} ends at byte {position}, the file has {file_bytes})"
@@ -258,17 +288,14 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> tu
     """
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    position = 0
+    places: list[tuple[TensorSpec, int, int]] = []
+    end = 0
     for spec in ordered:
-        end = position + spec.nbytes
-        header[spec.name] = {"dtype": dtype_code(spec), "shape": list(spec.shape), "data_offsets": [position, end]}
-        position = end
+        begin, end = end, end + spec.nbytes
+        header[spec.name] = {"dtype": dtype_code(spec), "shape": spec.shape, "data_offsets": (begin, end)}
+        places.append((spec, begin, end))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     data_start = 8 + len(text)
-    slots: dict[str, Slot] = {}
-    offset = data_start
-    for spec in ordered:
-        slots[spec.name] = Slot(spec, offset)
-        offset += spec.nbytes
-    return len(text).to_bytes(8, "little") + text, slots, offset
+    slots = {spec.name: Slot(spec, data_start + begin, data_start + end) for spec, begin, end in places}
+    return len(text).to_bytes(8, "little") + text, slots, data_start + end

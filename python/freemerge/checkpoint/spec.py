@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -42,15 +41,14 @@ MERGEABLE = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float
 """The dtypes that arithmetic is done on. Everything else (integers, booleans, fp8, complex) is only ever copied."""
 
 
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor without its values."""
+class TensorSpec(NamedTuple):
+    """One tensor without its values; a tuple, as models have very many."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @cached_property
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -60,10 +58,10 @@ class TensorSpec:
         """Number of dimensions."""
         return len(self.shape)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
         """Size in bytes, contiguous."""
-        return self.numel * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def dtype_name(self) -> str:

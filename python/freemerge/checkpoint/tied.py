@@ -66,14 +66,20 @@ def _pairs(everyone: Sequence[Checkpoint], merged: Callable[[str], bool]) -> dic
             root = pairs.get(first, first)  # another source may list the same pair in the other order
             if name != root:
                 pairs.setdefault(name, root)
-    for name in sorted({name for checkpoint in everyone for name in checkpoint.specs}):
-        lacking = [checkpoint for checkpoint in everyone if name not in checkpoint.specs]
-        if lacking and name not in pairs and merged(name):
+    for name in sorted(_not_in_all(everyone)):
+        if name not in pairs and merged(name):
+            lacking = [checkpoint for checkpoint in everyone if name not in checkpoint.specs]
             declared = next((other.absent_ties[name] for other in lacking if name in other.absent_ties), None)
             embeddings = declared or _embeddings_of(name, everyone)
             if embeddings is not None:
                 pairs[name] = embeddings
     return pairs
+
+
+def _not_in_all(everyone: Sequence[Checkpoint]) -> set[str]:
+    """Names that some checkpoint has and another lacks."""
+    first = everyone[0].specs.keys()
+    return set().union(*(checkpoint.specs.keys() ^ first for checkpoint in everyone))
 
 
 def _embeddings_of(name: str, everyone: Sequence[Checkpoint]) -> str | None:
@@ -153,8 +159,11 @@ def copied_names(
     A tensor that is the same number throughout is taken for a copy only beside another copy in the same module: a
     norm of ones is no copy of every other norm.
     """
-    shared = set.intersection(*(set(other.specs) for other in everyone))
-    extra = [name for name in checkpoint.specs if name not in shared and name not in checkpoint.tied and merged(name)]
+    some = _not_in_all(everyone)
+    extra = [name for name in checkpoint.specs if name in some and name not in checkpoint.tied and merged(name)]
+    if not extra:
+        return {}
+    shared = checkpoint.specs.keys() - some
     kinds = {(checkpoint.specs[name].shape, checkpoint.specs[name].dtype) for name in extra}
     alike: dict[object, list[str]] = {}
     for name in sorted(shared):

@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -161,7 +161,7 @@ class CheckpointWriter:
             for shard in self._own:
                 file = self._file(shard, earlier.get(shard.file, {}))
                 self._files[shard.file] = file
-                self.whole |= {n for n, slot in shard.slots.items() if slot.offset + slot.spec.nbytes <= file.whole}
+                self.whole |= {n for n, slot in shard.slots.items() if slot.end <= file.whole}
             self._pending -= self.whole
         except RefusedError:
             self._background.close()
@@ -205,7 +205,7 @@ class CheckpointWriter:
         return journal.earlier
 
     def _file(self, shard: Shard, earlier: Mapping[int, str]) -> ShardFile:
-        ends = deque(sorted((slot.offset + slot.spec.nbytes, name) for name, slot in shard.slots.items()))
+        ends = deque(sorted((slot.end, name) for name, slot in shard.slots.items()))
 
         def hashed(to: int, sha256: str) -> None:
             notes: dict[str, Mapping[str, object]] = {}
@@ -230,25 +230,47 @@ class CheckpointWriter:
 
         The tensor must not change until the block is left. It is fastest in the order of :meth:`place`.
         """
-        shard = self._shard_of.get(name)
-        if shard is None:
-            raise ArgumentError(f"{name} is not among the specs of this checkpoint")
-        slot = shard.slots[name]
+        slot = self._slot(name)
         if tuple(tensor.shape) != slot.spec.shape or tensor.dtype != slot.spec.dtype:
             raise ArgumentError(
                 f"{name} must be {slot.spec.dtype} {slot.spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with self._lock:
-            if name not in self._pending:
-                raise ArgumentError(f"{name} was already written")
-            self._pending.discard(name)
+            self._write(name, slot, _bytes_of(tensor))
             if note:
                 self.notes[name] = note
-            try:
-                self._files[shard.file].write(slot.offset, raw)
-            except OSError as error:
-                raise cannot_write(self.out, error) from error
+
+    def write_flat(self, names: Sequence[str], flat: torch.Tensor) -> None:
+        """Write tensors that lie end to end in a vector of their dtype, except those that are :attr:`whole`.
+
+        For many small tensors: a torch tensor of each would take longer than all else.
+        """
+        slots = [self._slot(name) for name in names]
+        if flat.dim() != 1 or any(slot.spec.dtype != flat.dtype for slot in slots):
+            raise ArgumentError(f"{names[0]} to {names[-1]} must be a vector of their dtype, got {flat.dtype}")
+        raw, end = _bytes_of(flat), 0
+        if len(raw) != sum(slot.end - slot.offset for slot in slots):
+            raise ArgumentError(f"{names[0]} to {names[-1]} do not have {flat.numel()} entries together")
+        with self._lock:
+            for name, slot in zip(names, slots, strict=True):
+                begin, end = end, end + slot.end - slot.offset
+                if name not in self.whole:
+                    self._write(name, slot, raw[begin:end])
+
+    def _slot(self, name: str) -> Slot:
+        shard = self._shard_of.get(name)
+        if shard is None:
+            raise ArgumentError(f"{name} is not among the specs of this checkpoint")
+        return shard.slots[name]
+
+    def _write(self, name: str, slot: Slot, raw: memoryview) -> None:
+        if name not in self._pending:
+            raise ArgumentError(f"{name} was already written")
+        self._pending.discard(name)
+        try:
+            self._files[self._shard_of[name].file].write(slot.offset, raw)
+        except OSError as error:
+            raise cannot_write(self.out, error) from error
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -334,9 +356,28 @@ class CheckpointWriter:
         self._staging.discard()
 
 
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def write_json(path: Path, content: object) -> None:
     """Readable JSON with the keys in the given order."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_indented(content) + "\n", encoding="utf-8")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _indented(value: object, margin: str = "\n") -> str:
+    """As json.dumps with an indent of 2, which takes several times as long, and a manifest lists every tensor."""
+    inner = f"{margin}  "
+    if isinstance(value, dict) and value:
+        return (
+            f"{{{inner}{f',{inner}'.join([f'{_encode(k)}: {_indented(v, inner)}' for k, v in value.items()])}{margin}}}"
+        )
+    if isinstance(value, list | tuple) and value:
+        return f"[{inner}{f',{inner}'.join([_indented(item, inner) for item in value])}{margin}]"
+    return _encode(value)
 
 
 def _check_room(out: Path, nbytes: int) -> None:

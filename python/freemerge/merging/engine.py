@@ -35,10 +35,14 @@ OnRead = Callable[[Unit, int], None]  # called with a unit and the bytes just re
 
 @dataclass(frozen=True)
 class MergedUnit:
-    """The merged tensors of a unit, under every name that is written, and what the method noted about them."""
+    """The merged tensors of a unit, under every name that is written, and what the method noted about them.
+
+    ``flat``: those of a flat unit, end to end; ``tensors`` then holds second names only.
+    """
 
     tensors: dict[str, Tensor]
     notes: dict[str, dict[str, object]]
+    flat: Tensor | None = None
 
 
 class Merger:
@@ -72,6 +76,7 @@ class Merger:
             self._chosen.require()
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
         self.method, self.memory = recipe.merging, memory
+        self._widest: torch.dtype = getattr(torch, recipe.compute_dtype)
         self.stopwatch = Stopwatch()
 
         def names(name: str) -> tuple[str, ...]:
@@ -93,6 +98,13 @@ class Merger:
             buffers=base.buffers,
         )
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
+        everywhere = [source.specs for source in (base, *models)]
+        # The dtypes of each tensor, base first, and the bytes that one look at it reads.
+        self._dtypes = {name: tuple([held[name].dtype for held in everywhere if name in held]) for name in self.specs}
+        self._nbytes = {
+            name: spec.numel * sum([dtype.itemsize for dtype in self._dtypes[name]])
+            for name, spec in self.specs.items()
+        }
         self._layers = {name: layer for name in self.specs if (layer := rule_of(names(name), recipe.layers))}
         self._check_layers()
         self.steps = self._steps()
@@ -108,7 +120,7 @@ class Merger:
         for layer in self.recipe.layers:
             if not any(rule_of((name, *self.base.aliases(name)), [layer]) for name in self.specs):
                 raise ArgumentError(f"layers: pattern {layer.pattern!r} matches no tensor of the base")
-        for unit in self.units:
+        for unit in self.units if self._layers else ():
             if len({self._layers.get(name) for name in unit.names}) > 1:
                 raise ArgumentError(f"layers: {unit.names[0]} is stacked with tensors that have other weights")
 
@@ -134,12 +146,11 @@ class Merger:
     def reads(self, units: Iterable[Unit]) -> tuple[int, int]:
         """Bytes of some units that are read to measure and to merge them."""
         units = list(units)
-        merged = {unit: self._merge_bytes(unit) for unit in units}
         vectors = [unit for unit in units if unit.action != "copy"]
         measured = self.method.passes * sum(map(self._unit_bytes, vectors))
         if self.scale is None:
-            measured += sum(merged[unit] for unit in vectors)
-        return measured, sum(merged.values())
+            measured += sum(map(self._merge_bytes, vectors))
+        return measured, sum(map(self._merge_bytes, units))
 
     def measure(
         self,
@@ -176,13 +187,15 @@ class Merger:
         """The merged tensors of a unit, new ones in their output dtype, with the second names of :attr:`written`."""
         if layer := self._layers.get(unit.names[0]):
             measured = dataclasses.replace(measured, weights=layer.weights)
+        flat: Tensor | None = None
         if unit.action == "copy":
             tensors = {name: self._copied(name, must_agree=unit.must_agree) for name in unit.names}
             notes: dict[str, dict[str, object]] = {}
         elif unit.action == "average":
             tensors, notes = self._averaged(unit, measured), {}
         elif unit.flat:
-            tensors, notes = self._merged_flat(unit, measured), {}
+            flat, notes = self._merged_flat(unit, measured), {}
+            tensors = self._parts(unit, flat) if self._seconds.keys() & set(unit.names) else {}
         else:
             with self.stopwatch.stage("merge", self._worked_bytes(unit)):
                 merged = self.method.merge(self.vectors(unit), measured)
@@ -191,9 +204,11 @@ class Merger:
             notes = dict(zip(unit.names, merged.notes, strict=True)) if merged.notes else {}
         for name in self._seconds.keys() & tensors.keys():
             tensors |= dict.fromkeys(self._seconds[name], tensors[name])
+        if flat is not None:
+            tensors = {name: tensor for name, tensor in tensors.items() if name in self.tied}
         if on_read is not None:
             on_read(unit, self._merge_bytes(unit))
-        return MergedUnit(tensors, notes)
+        return MergedUnit(tensors, notes, flat)
 
     def _added(self, unit: Unit, merged: Merged, scale: float) -> Iterator[tuple[str, Tensor]]:
         """``theta_0 + scale * merged`` of each member, rounded to its output dtype."""
@@ -204,17 +219,21 @@ class Merger:
             check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
             yield name, tensor.to(self.base.device(name))
 
-    def _merged_flat(self, unit: Unit, measured: Measured) -> dict[str, Tensor]:
+    def _merged_flat(self, unit: Unit, measured: Measured) -> Tensor:
         """Small tensors merged as one vector."""
-        flat = self._flat(unit)
         with self.stopwatch.stage("merge", self._worked_bytes(unit)):
-            (delta,) = self.method.merge(TaskVectors((flat,), False, backend=self.backend), measured).tensors
-        specs = [self.out_spec(name) for name in unit.names]
-        merged = add_round(self.base.read_flat(unit.names), delta, measured.scale, specs[0].dtype)
-        parts = torch.split(merged, [spec.numel for spec in specs])
+            (delta,) = self.method.merge(self.vectors(unit), measured).tensors
+        spec = self.out_spec(unit.names[0])
+        merged = add_round(self.base.read_flat(unit.names), delta, measured.scale, spec.dtype)
         if not all_finite(merged):
-            for name, part in zip(unit.names, parts, strict=True):
-                check_finite(name, part, f"merged model at scale {measured.scale:g} in {specs[0].dtype_name}")
+            for name, part in self._parts(unit, merged).items():
+                check_finite(name, part, f"merged model at scale {measured.scale:g} in {spec.dtype_name}")
+        return merged
+
+    def _parts(self, unit: Unit, flat: Tensor) -> dict[str, Tensor]:
+        """The tensors of a flat unit."""
+        specs = [self.specs[name] for name in unit.names]
+        parts = torch.split(flat, [spec.numel for spec in specs])
         return {spec.name: part.view(spec.shape) for spec, part in zip(specs, parts, strict=True)}
 
     def _averaged(self, unit: Unit, measured: Measured) -> dict[str, Tensor]:
@@ -257,8 +276,9 @@ class Merger:
                 yield unit
 
     def _will_need(self, unit: Unit) -> None:
-        for source in self._sources(unit):
-            source.will_need(unit.names)
+        if not unit.flat:  # small tensors come with what the system reads ahead anyway
+            for source in self._sources(unit):
+                source.will_need(unit.names)
 
     # Bytes of tensor data
 
@@ -284,7 +304,9 @@ class Merger:
 
     def _unit_bytes(self, unit: Unit) -> int:
         """What one look at a unit reads."""
-        return sum(source.specs[name].nbytes for name in unit.names for source in self._sources(unit))
+        if unit.action == "copy" and not unit.must_agree:
+            return sum(self.base.specs[name].nbytes for name in unit.names)
+        return sum(map(self._nbytes.__getitem__, unit.names))
 
     def _sources(self, unit: Unit) -> tuple[Checkpoint, ...]:
         """The checkpoints from which a unit is read."""
@@ -298,26 +320,27 @@ class Merger:
         ordered = sorted(self.units, key=lambda unit: -self.out_spec(unit.names[0]).dtype.itemsize)
         if not self.method.by_entries:
             return ordered
-        sources = (self.base, *self.models)
 
         def kind(name: str) -> tuple[object, ...]:
-            stored = [(source.specs[name].dtype, source.device(name)) for source in sources]
-            return *stored, self.out_spec(name).dtype, self._layers.get(name)
+            return self._dtypes[name], self._layers.get(name), *[source.device(name) for source in in_memory]
 
+        # Files are read on the CPU, and adapters where the base is.
+        in_memory = [source for source in (self.base, *self.models) if not source.files]
         devices = {self._device(name) for name in self.specs}
         return list(together(ordered, self.specs, kind)) if devices == {torch.device("cpu")} else ordered
 
-    def _flat(self, unit: Unit) -> Deltas:
-        """The tensors of a flat unit as one vector."""
+    def _flat(self, unit: Unit) -> TaskVectors:
+        """The task vectors of a flat unit as one."""
         names = unit.names
 
         def base() -> Tensor:
             flat = self.base.read_flat(names)
             return flat.double() if self._compute_dtype(names[0]) == torch.float64 else flat
 
-        entries = sum(self.specs[name].numel for name in names)
+        sizes = tuple([self.specs[name].numel for name in names])
         models = [partial(self._timed, model.read_flat, names) for model in self.models]
-        return Deltas(names[0], (entries,), partial(self._timed, base), models, partial(self._check, names))
+        flat = Deltas(names[0], (sum(sizes),), partial(self._timed, base), models, partial(self._check, names))
+        return TaskVectors((flat,), False, backend=self.backend, sizes=sizes)
 
     def _timed(self, read: Callable[..., Tensor], *what: object) -> Tensor:
         """Mapped memory is read while it is worked on, which ends with :meth:`_check`."""
@@ -326,6 +349,8 @@ class Merger:
 
     def vectors(self, unit: Unit) -> TaskVectors:
         """The task vectors of a unit, which are read when they are asked for."""
+        if unit.flat:
+            return self._flat(unit)
         deltas = tuple(
             Deltas(
                 name,
@@ -336,17 +361,14 @@ class Merger:
             )
             for name in unit.names
         )
-        flat = self._flat(unit) if unit.flat else None
-        return TaskVectors(deltas, unit.action == "filter", unit.parts, self.backend, flat)
+        return TaskVectors(deltas, unit.action == "filter", unit.parts, self.backend)
 
     def _read_base(self, name: str) -> Tensor:
         base = _read(self.base, name).to(self._device(name))
         return base.double() if self._compute_dtype(name) == torch.float64 else base  # arithmetic follows the widest
 
     def _compute_dtype(self, name: str) -> torch.dtype:
-        stored = [source.specs[name].dtype for source in (self.base, *self.models) if name in source.specs]
-        widest: torch.dtype = getattr(torch, self.recipe.compute_dtype)
-        return torch.float64 if torch.float64 in stored else widest
+        return torch.float64 if torch.float64 in self._dtypes[name] else self._widest
 
     def _device(self, name: str) -> torch.device:
         """Where a tensor is merged: where the base holds it, unless the backend asked for needs another device."""
@@ -355,8 +377,9 @@ class Merger:
 
     def _check(self, names: Sequence[str], means: Sequence[float]) -> None:
         """Raise CheckpointError, naming tensor and source, if a mean |theta_i - theta_0| of theirs is not finite."""
-        sources = self.models[: len(means)] if len(means) < len(self.models) else (*self.models, self.base)
-        self.stopwatch.has_read(sum(source.specs[name].nbytes for source in sources for name in names))
+        some = self.models[: len(means)] if len(means) < len(self.models) else ()  # or all, and the base
+        nbytes = [source.specs[name].nbytes for source in some for name in names]
+        self.stopwatch.has_read(sum(nbytes or map(self._nbytes.__getitem__, names)))
         if all(map(math.isfinite, means)):
             return
         for name in names:

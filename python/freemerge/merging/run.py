@@ -151,12 +151,13 @@ def merge_checkpoints(
             tokenizer = _side_files(merger, tokenizer_from)
             inspection = merger.inspect()
         on_start(inspection)
-        writer = _writer(
-            merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume, workers=workers
-        )
-        stack.enter_context(writer)  # before the work of a second run that writes there begins
+        with _without_collecting():
+            writer = _writer(
+                merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume, workers=workers
+            )
+            stack.enter_context(writer)  # before the work of a second run that writes there begins
+            missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
-        missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
         reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
         ratio = pace(merger.recipe, len(merger.models), backend).ratio if progress and merger.method.passes else 1.0
         log = stack.enter_context(
@@ -177,9 +178,11 @@ def merge_checkpoints(
         workers.first(lambda: _carry_over(merger, writer, tokenizer))
         for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
             merged = merger.merged(unit, measured, partial(advance, "merge"))
-            for name in merger.outputs(unit):
+            if merged.flat is not None:
+                writer.write_flat(unit.names, merged.flat)
+            for name, tensor in merged.tensors.items():
                 if name in missing[unit]:
-                    writer.write(name, merged.tensors[name], merged.notes.get(name))
+                    writer.write(name, tensor, merged.notes.get(name))
         writer.finish()
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
         with _without_collecting():

@@ -147,7 +147,10 @@ Named = TypeVar("Named", Rule, LayerWeights)
 
 def rule_of(names: Sequence[str], rules: Sequence[Named]) -> Named | None:
     """The first rule that matches one of a tensor's names: its own, or one that a module has for it."""
-    return next((rule for rule in rules if any(fnmatchcase(name, rule.pattern) for name in names)), None)
+    for rule in rules:
+        if any(fnmatchcase(name, rule.pattern) for name in names):
+            return rule
+    return None
 
 
 def left_alone(names: Sequence[str], select: Sequence[Rule]) -> bool:

@@ -21,7 +21,7 @@ _VARIANCE = re.compile(r"(running|moving)_(var|variance|std)$|\.(var|variance)$|
 
 def is_statistic(name: str) -> bool:
     """Whether a tensor is a running statistic or a moving average, by its name."""
-    return bool(_STATISTICS.search(name) or _MOVING_AVERAGE.search(name))
+    return bool(_STATISTICS.search(name) or ("ema" in name and _MOVING_AVERAGE.search(name)))
 
 
 def convex(weights: Sequence[float], scale: float) -> tuple[list[float], float]:

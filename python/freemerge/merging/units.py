@@ -92,8 +92,8 @@ def plan_units(
         elif name in splits:
             units.append(Unit((name,), "filter", splits[name].rows(name, spec.shape[-2])))
         elif action != "drop":
-            asked = left_alone(known[name], select) or is_statistic(name)
-            units.append(Unit((name,), action, must_agree=action == "copy" and not asked))
+            agree = action == "copy" and not (left_alone(known[name], select) or is_statistic(name))
+            units.append(Unit((name,), action, must_agree=agree))
     return units
 
 

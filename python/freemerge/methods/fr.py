@@ -105,7 +105,8 @@ class FR(Method):
         entries = 0
 
         def sizes_and_means(vectors: TaskVectors) -> list[tuple[int, list[float]]]:
-            return list(zip((tensor.numel for tensor in vectors.tensors), self._means(vectors), strict=True))
+            sizes = vectors.sizes or [tensor.numel for tensor in vectors.tensors]
+            return list(zip(sizes, self._means(vectors), strict=True))
 
         for unit in units.map(sizes_and_means):
             for numel, means in unit:

@@ -80,26 +80,25 @@ class TaskVectors:
         parts: rows of the matrices that a view splits the (stacked) rows, or those of each matrix of a batch, into;
             empty where they are one matrix.
         backend: the backend that must do the work, or "auto".
-        flat: the members end to end as one vector, where several small ones are taken together.
+        sizes: entries of each of several small tensors, which the only member then is, end to end as one vector.
     """
 
     tensors: tuple[Deltas, ...]
     as_matrices: bool
     parts: tuple[int, ...] = ()
     backend: str = "auto"
-    flat: Deltas | None = None
+    sizes: tuple[int, ...] = ()
 
     def means(self) -> list[list[float]]:
-        """E(v_i) = mean |v_i| of each member and model."""
-        if self.flat is None:
+        """E(v_i) = mean |v_i| of each member and model, or of each of the small tensors."""
+        if not self.sizes:
             return [tensor.means() for tensor in self.tensors]
         from ..accumulate import part_means
 
-        base = self.flat.base()
-        models = [read().to(base.device) for read in self.flat.models]
-        means = part_means(base, models, [tensor.numel for tensor in self.tensors])
-        for tensor, own in zip(self.tensors, means, strict=True):
-            tensor.check(own)
+        (flat,) = self.tensors
+        base = flat.base()
+        means = part_means(base, [read().to(base.device) for read in flat.models], self.sizes)
+        flat.check([sum(column) for column in zip(*means, strict=True)])  # not finite where one of them is not
         return means
 
     def each(self) -> Iterator[list[Tensor]]:
