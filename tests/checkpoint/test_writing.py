@@ -321,14 +321,14 @@ class TestFailures:
     def test_a_disk_that_fills_up(
         self, tmp_path: Path, old: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, code: int
     ) -> None:
-        real = os.pwrite
+        real = os.write
 
-        def full(fd: int, data: bytes, offset: int) -> int:
+        def full(fd: int, data: bytes) -> int:
             if len(data) > 10:
                 raise OSError(code, os.strerror(code))
-            return real(fd, data, offset)
+            return real(fd, data)
 
-        monkeypatch.setattr(os, "pwrite", full)
+        monkeypatch.setattr(os, "write", full)
         with pytest.raises(CheckpointError, match=r"cannot write .*out: .*nothing was changed") as caught:
             write(tmp_path / "out", state_of(2), force=True)
         assert ("disk is full" in str(caught.value)) == (code != errno.EIO)
@@ -357,8 +357,8 @@ class TestFailures:
         assert contents(tmp_path / "out") == old
 
     def test_short_writes_are_continued(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = os.pwrite
-        monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:7], offset))
+        real = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
         write(tmp_path / "out", state_of(3))
         assert load_file(tmp_path / "out" / "model.safetensors")["a"].eq(3).all()
 
