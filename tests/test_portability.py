@@ -1,4 +1,4 @@
-"""What other systems lack is not needed to import freemerge, to merge in memory, to read files, or to write their bytes."""
+"""What other systems lack is not needed to import freemerge, to merge in memory, to read files, or to write one."""
 
 from __future__ import annotations
 
