@@ -217,7 +217,7 @@ class TestTarget:
     def test_existing_output_needs_force(self, tmp_path: Path) -> None:
         write(tmp_path / "out", state_of(1))
         before = contents(tmp_path / "out")
-        with pytest.raises(RefusedError, match="not empty; use force"):
+        with pytest.raises(RefusedError, match="not empty; use --force"):
             CheckpointWriter(tmp_path / "out", specs_of(state_of()))
         assert contents(tmp_path / "out") == before
 

@@ -1,7 +1,8 @@
-"""The directories that the pages speak of, with small models in them."""
+"""Small models without training, under the names that the documentation speaks of: `python examples/models.py FOLDER`."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,7 @@ def _models(folder: Path, names: list[str], make: Callable[[], Any]) -> Any:
         model.save_pretrained(folder / name)
     model.load_state_dict(start)
     return model
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
