@@ -84,7 +84,7 @@ def test_write_somewhere_else_or_use_force(tmp_path: Path) -> None:
     out = tmp_path / "new" / "merged"
     out.parent.mkdir()
     fm.merge_checkpoints(base, [model], out, EXACT, progress=False)
-    with pytest.raises(fm.RefusedError, match="use force to replace it"):
+    with pytest.raises(fm.RefusedError, match="use --force "):
         fm.merge_checkpoints(base, [model], out, EXACT, progress=False)
     fm.merge_checkpoints(base, [model], out, EXACT, force=True, progress=False)
 

@@ -1,4 +1,4 @@
-"""What other systems lack is not needed to import freemerge, to merge in memory, or to read files."""
+"""What other systems lack is not needed to import freemerge, to merge in memory, to read files, or to write one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import mmap, os, signal, sys
+import hashlib, mmap, os, pathlib, signal, sys
 import torch
 from safetensors.torch import save_file
 sys.modules["fcntl"] = sys.modules["resource"] = None
@@ -29,6 +29,18 @@ for path, state in zip(paths, states):
 expected = fm.merge(states[0], states[1:])
 read = fm.merge(paths[0], paths[1:])
 assert all(torch.equal(read[name], expected[name]) for name in tensors)
+
+from freemerge.checkpoint.shard_file import Background, ShardFile
+shard, whole, background = pathlib.Path(folder, "shard"), {}, Background(1 << 20)
+content = bytes(range(256)) * 40
+file = ShardFile(shard, content[:100], len(content), background, whole.__setitem__, {})
+for begin, end in (5000, len(content)), (100, 700), (700, 5000):
+    file.write(begin, memoryview(content)[begin:end])
+file.hand_over()
+assert background.result(file.sha256) == hashlib.sha256(content).hexdigest()
+assert shard.read_bytes() == content
+assert ShardFile(shard, b"", len(content), background, whole.__setitem__, whole).whole == len(content)
+background.close()
 """
 
 

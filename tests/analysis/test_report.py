@@ -15,6 +15,7 @@ import pytest
 
 from freemerge.analysis import Analysis, analyze
 from freemerge.analysis.report.charts import linear_axis, logarithmic_axis
+from freemerge.analysis.report.heat import Shades, heat_map
 from freemerge.analysis.report.pictures import pictures
 from freemerge.analysis.report.text import NONE, count, number, percent, text
 from freemerge.errors import ArgumentError, RefusedError
@@ -228,3 +229,23 @@ def _browse(page: Path, folder: Path, *flags: str) -> str:
     own = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}")
     command = [BROWSER, *own, *flags, page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+
+
+@pytest.mark.parametrize("values", [[-0.02, 0.0, 0.01, 0.9], [0.5, 0.51, 0.55], [0.3], [0.0], []])
+def test_shades_tell_weak_values_apart(values: list[float]) -> None:
+    shades = Shades([*values, None])
+    assert all(abs(shades.depth(value)) <= 1 for value in values)
+    assert [shades.value(shades.depth(value)) for value in values] == pytest.approx(values)
+    assert shades.lowest == min(0.0, *map(shades.depth, values), 0.0)
+    assert sorted(values, key=shades.depth) == values
+
+
+def test_maps_have_a_legend_and_no_cell_without_colour() -> None:
+    html = heat_map(["a"], ["1", "2", "3"], [(-0.02, 0.001, 0.9)], number, written=True)
+    depths = [int(depth) for depth in re.findall(r"--v:(\d+)%", html)]
+    assert depths[1] == 15
+    assert depths[0] > 25
+    assert depths[2] == 100
+    assert '<td class="negative"' in html
+    assert re.findall("<span>(.*?)</span>", html) == ["0.00", "0.23", "0.90"]
+    assert "<b>negative</b>" in html

@@ -218,7 +218,7 @@ class TestTarget:
     def test_existing_output_needs_force(self, tmp_path: Path) -> None:
         write(tmp_path / "out", state_of(1))
         before = contents(tmp_path / "out")
-        with pytest.raises(RefusedError, match="not empty; use force"):
+        with pytest.raises(RefusedError, match="not empty; use --force"):
             CheckpointWriter(tmp_path / "out", specs_of(state_of()))
         assert contents(tmp_path / "out") == before
 
@@ -322,14 +322,14 @@ class TestFailures:
     def test_a_disk_that_fills_up(
         self, tmp_path: Path, old: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, code: int
     ) -> None:
-        real = os.pwrite
+        real = os.write
 
-        def full(fd: int, data: bytes, offset: int) -> int:
+        def full(fd: int, data: bytes) -> int:
             if len(data) > 10:
                 raise OSError(code, os.strerror(code))
-            return real(fd, data, offset)
+            return real(fd, data)
 
-        monkeypatch.setattr(os, "pwrite", full)
+        monkeypatch.setattr(os, "write", full)
         with pytest.raises(CheckpointError, match=r"cannot write .*out: .*nothing was changed") as caught:
             write(tmp_path / "out", state_of(2), force=True)
         assert ("disk is full" in str(caught.value)) == (code != errno.EIO)
@@ -358,8 +358,8 @@ class TestFailures:
         assert contents(tmp_path / "out") == old
 
     def test_short_writes_are_continued(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = os.pwrite
-        monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:7], offset))
+        real = os.write
+        monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
         write(tmp_path / "out", state_of(3))
         assert load_file(tmp_path / "out" / "model.safetensors")["a"].eq(3).all()
 

@@ -22,7 +22,7 @@ def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 
 def test_every_example_is_tested_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"library.py", "latents.py", "router.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"library.py", "latents.py", "models.py", "router.py"}
 
 
 def test_a_library_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

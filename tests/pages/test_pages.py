@@ -20,10 +20,10 @@ import pytest
 import yaml
 
 import freemerge as fm
+from examples.models import build
 from freemerge.cli import main
 from freemerge.cli.commands import Commands
 from freemerge.methods import METHODS
-from pages.world import build
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

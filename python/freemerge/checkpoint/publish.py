@@ -44,7 +44,9 @@ def check_target(out: Path, *, single_file: bool, force: bool) -> None:
     if not single_file and not any(out.iterdir()):
         return
     if not force:
-        raise RefusedError(f"{out} exists{'' if single_file else ' and is not empty'}; use force to replace it")
+        raise RefusedError(
+            f"{out} exists{'' if single_file else ' and is not empty'}; use --force (force=True) to replace it"
+        )
     if not single_file and not (out / MANIFEST).is_file():
         raise RefusedError(f"{out} was not written by freemerge (no {MANIFEST}), so even force does not delete it")
 

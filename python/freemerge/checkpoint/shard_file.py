@@ -13,6 +13,7 @@ from pathlib import Path
 
 _CALL_BYTES = 16 << 20  # of one system call or one update of a hash, between which an abort is noticed
 _RUN_BYTES = 4 << 20  # small tensors that lie end to end are written together, up to this many bytes
+_WRITE = os.O_WRONLY | getattr(os, "O_BINARY", 0)  # for flushing, too: Windows flushes no file that is only read
 _FLUSH_BYTES = 256 << 20  # written bytes that are sent to the disk while the next ones are computed
 
 
@@ -161,12 +162,13 @@ class ShardFile:
 
     def _write(self, start: int, run: Sequence[memoryview], nbytes: int) -> None:
         data = run[0] if len(run) == 1 else memoryview(b"".join(run))
-        fd = os.open(self.path, os.O_WRONLY)
+        fd = os.open(self.path, _WRITE)
         try:
+            os.lseek(fd, start, os.SEEK_SET)
             position = 0
             while position < nbytes:
                 self._background.check()
-                position += os.pwrite(fd, data[position : position + _CALL_BYTES], start + position)
+                position += os.write(fd, data[position : position + _CALL_BYTES])
         finally:
             os.close(fd)
         self._background.run("hash", lambda: self._hash(start, data))
@@ -216,7 +218,7 @@ class ShardFile:
                 self._hashed += len(data)
 
     def _flush(self) -> None:
-        fd = os.open(self.path, os.O_RDONLY)
+        fd = os.open(self.path, _WRITE)
         try:
             os.fsync(fd)
         finally:

@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ArgumentError
 from .charts import Chart
 from .figures import WRITTEN, Figure, Grid, merged_figures, task_figures
+from .heat import FLOOR, STRONG, Shades
 from .layers import MAPS, layer_values
 from .text import number, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure as Picture
 
-    from ..measures import Row
+    from ..measures import Row, Value
     from ..result import Analysis
 
 DPI = 150
@@ -85,7 +87,7 @@ def _picture(figure: Figure) -> Picture:
     if isinstance(figure.content, Grid):
         names = figure.content.rows
         columns = [str(i + 1) for i in range(len(names))]
-        _draw_map(picture, axes, names, columns, figure.content.values, written=len(names) <= WRITTEN)
+        _draw_map(picture, axes, names, columns, figure.content.values, number, written=len(names) <= WRITTEN)
     else:
         _draw_lines(axes, figure.content)
         handles = [axes.plot([], [], **_line(style))[0] for _, style in figure.legend]
@@ -114,29 +116,46 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
 
 
 def _draw_map(
-    picture: Picture, axes: Axes, rows: Sequence[str], columns: Sequence[str], values: Sequence[Row], *, written: bool
+    picture: Picture,
+    axes: Axes,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Row],
+    show: Callable[[Value], str],
+    *,
+    written: bool,
 ) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    colours = LinearSegmentedColormap.from_list("page", [_COLOURS["panel"], _COLOURS["accent"]])
-    known = [value for row in values for value in row if value is not None]
-    low, high = min([0.0, *known]), max([0.0, *known])
-    cells = [[float("nan") if value is None else value for value in row] for row in values]
-    image = axes.imshow(cells, cmap=colours, vmin=low, vmax=high or 1.0, aspect="auto", interpolation="nearest")
+    shades = Shades(value for row in values for value in row)
+    depths = [[float("nan") if value is None else shades.depth(value) for value in row] for row in values]
+    image = axes.imshow(depths, cmap=_colours(), vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     shown = range(0, len(columns), max(1, len(columns) // 12))
     axes.set_xticks(list(shown), [columns[i] for i in shown])
     axes.set_yticks(range(len(rows)), [printable(name) for name in rows])
+    bar = picture.colorbar(image, ax=axes, shrink=0.8)
+    bar.outline.set_visible(False)
+    ticks = [depth for depth in (-1.0, -0.5, 0.0, 0.5, 1.0) if depth >= shades.lowest]
+    bar.set_ticks(ticks, labels=[show(shades.value(depth)) for depth in ticks])
+    bar.ax.set_ylim(shades.lowest, 1)
     if not written:
-        picture.colorbar(image, ax=axes, shrink=0.8).outline.set_visible(False)
         return
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if value is not None:
-                strong = (value - low) / ((high - low) or 1.0) > 0.6
-                colour = _COLOURS["bg" if strong else "ink"]
-                axes.text(j, i, number(value), ha="center", va="center", color=colour)
+                colour = _COLOURS["bg" if abs(shades.depth(value)) > STRONG else "ink"]
+                axes.text(j, i, show(value), ha="center", va="center", color=colour)
+
+
+def _colours() -> Colormap:
+    """Of depths from -1 to 1, as the page mixes them."""
+    from matplotlib.colors import LinearSegmentedColormap, ListedColormap
+
+    def half(name: str) -> Colormap:
+        return LinearSegmentedColormap.from_list(name, [_COLOURS["panel"], _COLOURS[name]])
+
+    depths = [FLOOR + (1 - FLOOR) * i / 127 for i in range(128)]
+    return ListedColormap([*half("second")(depths[::-1]), *half("accent")(depths)])
 
 
 def _layers(analysis: Analysis) -> Picture:
@@ -144,9 +163,9 @@ def _layers(analysis: Analysis) -> Picture:
 
     kinds, columns, values = layer_values(analysis)
     picture = Picture(figsize=(13.0, min(_HIGHEST, 2 * (1.0 + 0.24 * len(kinds)))), layout="constrained")
-    for axes, label in zip(picture.subplots(2, 3, sharey=True).flat, MAPS, strict=True):
+    for axes, (label, (_, show)) in zip(picture.subplots(2, 3, sharey=True).flat, MAPS.items(), strict=True):
         axes.set_title(label)
-        _draw_map(picture, axes, kinds, columns, values[label], written=False)
+        _draw_map(picture, axes, kinds, columns, values[label], show, written=False)
     return picture
 
 
