@@ -13,7 +13,7 @@ from torch import Tensor
 from freemerge.backends import memory
 from freemerge.backends.memory import empty, reusing
 
-LARGE = 1 << 19  # entries of 2 MB
+LARGE = 1 << 20  # entries of 4 MB
 
 
 def large(entries: int = LARGE) -> Tensor:
@@ -45,20 +45,36 @@ def test_the_next_result_lies_where_the_last_one_was(fresh: list[int]) -> None:
         second = large()
         assert len(fresh) == 2
         del array
-        third = large(LARGE * 3 // 4)  # fits with room to spare
+        third = large(LARGE * 3 // 4)
+        fourth = large(LARGE // 4)  # behind the third one
         assert len(fresh) == 2
-        fourth = large(LARGE // 2)
-        assert len(fresh) == 3  # of the second one nothing is given away, and the first is too large a piece
-        assert [x.numel() for x in (second, third, fourth)] == [LARGE, LARGE * 3 // 4, LARGE // 2]
+        fifth = large(LARGE // 4)
+        assert len(fresh) == 3  # nothing is left
+        assert [x.numel() for x in (second, third, fourth, fifth)] == [LARGE, LARGE * 3 // 4, LARGE // 4, LARGE // 4]
+
+
+def test_what_was_cut_to_pieces_is_used_again_as_a_whole(fresh: list[int]) -> None:
+    with reusing():
+        large()
+        pieces = [large(LARGE // 4) for _ in range(4)]
+        for i in (0, 2, 3, 1):
+            pieces[i] = torch.empty(0)
+        large()
+    assert [nbytes for nbytes in fresh if nbytes] == [4 * LARGE]
 
 
 def test_no_more_is_held_than_was_in_use_at_one_time(fresh: list[int]) -> None:
     with reusing():
         for entries in (LARGE, 2 * LARGE, 4 * LARGE, 2 * LARGE, LARGE):
             large(entries)
-            pieces = memory._pieces
-            assert sum(piece.nbytes for piece in pieces._free) + pieces._used <= pieces._most <= 16 * LARGE
-    assert fresh == [4 * LARGE, 8 * LARGE, 16 * LARGE, 8 * LARGE, 4 * LARGE]  # one at a time: nothing else fits
+            assert memory._pieces._held <= memory._pieces._most
+        held = large(2 * LARGE), large(2 * LARGE)
+        large(LARGE)
+        assert memory._pieces._held == 20 * LARGE
+        del held
+        large(5 * LARGE)
+        assert memory._pieces._held == memory._pieces._most == 20 * LARGE
+    assert fresh == [4 * LARGE, 8 * LARGE, 16 * LARGE, 4 * LARGE, 20 * LARGE]
 
 
 def test_nothing_is_kept_outside_of_the_block() -> None:

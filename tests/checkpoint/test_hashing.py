@@ -31,6 +31,8 @@ def test_digests_are_those_of_hashlib(pairs: bool, tmp_path: Path, monkeypatch: 
         for path in files:  # and each with one much longer
             both = hasher.submit_all([path, tmp_path / "13"])
             assert {other: digest() for other, digest in both.items()} == {p: expected[p] for p in both}
+            three = hasher.submit_all([path, *(tmp_path / name for name in ("11", "13"))])  # which take turns
+            assert {other: digest() for other, digest in three.items()} == {p: expected[p] for p in three}
             assert hasher.submit(path).result() == expected[path]
         assert hasher.seconds > 0
         assert hasher.submit_all([]) == {}

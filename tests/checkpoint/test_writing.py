@@ -8,9 +8,12 @@ import resource
 import subprocess
 import sys
 import textwrap
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -133,6 +136,21 @@ def test_many_threads_write_the_same_bytes(tmp_path: Path) -> None:
         for future in [pool.submit(writer.write, name, tensor) for name, tensor in state.items()]:
             future.result()
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_what_exceeds_the_memory_is_let_go_of_when_it_is_written(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "out", [TensorSpec("a", (1 << 20,), torch.float32)], memory=1 << 20) as writer:
+        values = np.ones(1 << 20, dtype=np.float32)
+        alive = weakref.ref(values)
+        writer.write("a", torch.from_numpy(values))
+        del values
+        writer.settle()
+        assert writer._background._waiting == 0
+        for _ in range(1000):  # the thread that wrote it may not have been woken since
+            if alive() is None:
+                break
+            time.sleep(0.01)
+        assert alive() is None
 
 
 def test_non_contiguous_and_grad_tensors(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import RLock
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,7 @@ from ..errors import ArgumentError
 
 _SAMPLE = (16, 64)  # rows and columns that estimate a matrix's mean
 _LEAST_PIECE = 1 << 20  # bytes; the C library finds smaller ones in its own heap
+_ALIGNMENT = 64  # bytes, as torch aligns memory
 
 DTYPE_CODES: dict[torch.dtype, int] = {getattr(torch, name): code for name, code in _core.DTYPES.items()}
 
@@ -49,7 +51,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
 @contextmanager
 def reusing() -> Iterator[None]:
     """In the block, memory of large results is used again. For work whose results do not outlive it: one may lie in a
-    piece of memory that is half as large again."""
+    block of memory that was made for a larger one."""
     with _pieces.lock:
         _pieces.users += 1
     try:
@@ -61,8 +63,19 @@ def reusing() -> Iterator[None]:
                 _pieces.forget()
 
 
+class _Piece(NamedTuple):
+    block: torch.Tensor
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
 class _Pieces:
-    """Pieces of memory; with those that nobody uses never more than were in use at some time."""
+    """Blocks of memory, and the pieces of them that nobody uses. A block that is free as a whole is only kept while all
+    of them are no more than was in use at some time."""
 
     def __init__(self) -> None:
         self.lock = RLock()  # a tensor may die, and give its piece back, at any allocation of Python's
@@ -70,40 +83,52 @@ class _Pieces:
         self.forget()
 
     def forget(self) -> None:
-        self._free: list[torch.Tensor] = []  # the one that waits longest comes first
-        self._used = self._most = 0
-        self._taken: dict[int, weakref.ref[memoryview]] = {}
+        self._free: list[_Piece] = []  # the one that waits longest comes first; no two of them touch
+        self._used = self._held = self._most = 0
+        self._taken: dict[object, weakref.ref[memoryview]] = {}
 
     def take(self, nbytes: int) -> memoryview:
-        """So many bytes or more, uninitialised; they come back when the view and what is made of it are gone."""
+        """So many bytes, uninitialised; they come back when the view and what is made of it are gone."""
+        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         with self.lock:
-            fitting = [piece for piece in self._free if nbytes <= piece.nbytes <= nbytes + nbytes // 2]
-            if fitting:
-                piece = min(fitting, key=lambda piece: piece.nbytes)
-                self._free = [other for other in self._free if other is not piece]
-            else:
-                self._most = max(self._most, self._used + nbytes)
-                self._make_room(nbytes)
-                piece = torch.empty(nbytes, dtype=torch.uint8)
-                _core.prefer_huge_pages(address(piece), nbytes)
-            self._used += piece.nbytes
+            self._used += size
             self._most = max(self._most, self._used)
-            taken = self._taken
-            view = piece.numpy().data
-            taken[id(piece)] = weakref.ref(view, lambda _: self._give(piece, taken))
+            fitting = [piece for piece in self._free if size <= piece.nbytes]
+            if fitting:
+                found = min(fitting, key=lambda piece: piece.nbytes)
+                self._free = [piece for piece in self._free if piece is not found]
+            else:
+                self._make_room(size)
+                found = _Piece(torch.empty(size, dtype=torch.uint8), 0, size)
+                _core.prefer_huge_pages(address(found.block), size)
+                self._held += size
+            piece, rest = found._replace(end=found.begin + size), found._replace(begin=found.begin + size)
+            if rest.nbytes:
+                self._free.append(rest)
+            taken, key = self._taken, object()
+            view = piece.block[piece.begin : piece.begin + nbytes].numpy().data
+            taken[key] = weakref.ref(view, lambda _: self._give(key, piece, taken))
             return view
 
-    def _give(self, piece: torch.Tensor, taken: dict[int, weakref.ref[memoryview]]) -> None:
+    def _give(self, key: object, piece: _Piece, taken: dict[object, weakref.ref[memoryview]]) -> None:
         with self.lock:
-            del taken[id(piece)]
-            if taken is self._taken:  # otherwise the block that it was taken in is over
-                self._used -= piece.nbytes
-                self._make_room(piece.nbytes)
-                self._free.append(piece)
+            del taken[key]
+            if taken is not self._taken:
+                return  # it was taken within an earlier reusing()
+            self._used -= piece.nbytes
+            beside = [x for x in self._free if x.block is piece.block and piece.begin <= x.end and x.begin <= piece.end]
+            self._free = [x for x in self._free if all(x is not other for other in beside)]
+            whole = [piece, *beside]
+            self._free.append(_Piece(piece.block, min(x.begin for x in whole), max(x.end for x in whole)))
+            self._make_room(0)
 
     def _make_room(self, nbytes: int) -> None:
-        while self._free and self._used + sum(piece.nbytes for piece in self._free) + nbytes > self._most:
-            del self._free[0]
+        """Let go of blocks that are free as a whole, so that so many bytes more are not more than was ever in use."""
+        for piece in [piece for piece in self._free if piece.nbytes == piece.block.nbytes]:
+            if self._held + nbytes <= self._most:
+                return
+            self._free = [other for other in self._free if other is not piece]
+            self._held -= piece.nbytes
 
 
 _pieces = _Pieces()

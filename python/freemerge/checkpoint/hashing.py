@@ -51,8 +51,11 @@ class Hasher:
         """:meth:`submit` for all paths together; for each what waits for its digest."""
         ordered = sorted(paths, key=_size, reverse=True)  # those of one size side by side
         step = 2 if _core.has_sha256() else 1
+        groups = [ordered[i : i + step] for i in range(0, len(ordered), step)]
+        if step == 2 and len(groups) > 1 and len(groups[-1]) == 1:
+            groups[-2:] = [groups[-2] + groups[-1]]  # three take turns, so that none is left to be hashed alone
         digests: dict[Path, Callable[[], str]] = {}
-        for group in (ordered[i : i + step] for i in range(0, len(ordered), step)):
+        for group in groups:
             future = self._pool.submit(self._hash, group)
             digests |= {path: partial(_nth, future, i) for i, path in enumerate(group)}
         return digests
@@ -113,16 +116,17 @@ def _of_one(chunks: Iterator[Chunk]) -> str:
 
 
 def _of_several(chunks: Sequence[Iterator[Chunk]]) -> list[str]:
-    """The same of two files at once, and then of the rest of the longer one."""
+    """The same of several files, two at once while there are two: those of which least has been hashed."""
     states = np.array([[int(_BEGIN[i : i + 8], 16) for i in range(0, 64, 8)]] * len(chunks), dtype=np.uint32)
     lengths, live = [0] * len(chunks), list(range(len(chunks)))
     while live:
-        now = {i: next(chunks[i]) for i in live}
+        now = {i: next(chunks[i]) for i in sorted(live, key=lengths.__getitem__)[:2]}
         for i, chunk in now.items():
             lengths[i] += len(chunk)
-        live = [i for i in live if len(now[i]) == _CHUNK_BYTES]
-        _core.sha256([states[i].ctypes.data for i in live], [now[i].ctypes.data for i in live], _CHUNK_BYTES // 64)
-        for i in now.keys() - live:  # its last piece, with what the standard appends
+        whole = [i for i in now if len(now[i]) == _CHUNK_BYTES]
+        _core.sha256([states[i].ctypes.data for i in whole], [now[i].ctypes.data for i in whole], _CHUNK_BYTES // 64)
+        for i in now.keys() - whole:  # its last piece, with what the standard appends
+            live.remove(i)
             rest = now[i].tobytes() + b"\x80"
             rest += bytes(-(len(rest) + 8) % 64) + (8 * lengths[i]).to_bytes(8, "big")
             last = np.frombuffer(rest, dtype=np.uint8)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 _CALL_BYTES = 16 << 20  # of one system call or one update of a hash, between which an abort is noticed
@@ -45,6 +46,14 @@ class Background:
                 lambda: self._error is not None or not self._waiting or self._waiting + nbytes <= self._limit
             )
             self._waiting += nbytes
+        self.waited += time.perf_counter() - begin
+        self.check()
+
+    def settle(self) -> None:
+        """Wait until no more than the limit waits, as it does where one piece exceeds it."""
+        begin = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or self._waiting <= self._limit)
         self.waited += time.perf_counter() - begin
         self.check()
 
@@ -181,7 +190,8 @@ class ShardFile:
             self._hashed += len(data)
         else:
             self._early[start] = len(data)
-        self._background.give(len(data))
+        # As a task of its own, which begins when this one has let go of the memory.
+        self._background.run("hash", partial(self._background.give, len(data)))
         while self._hashed in self._early:
             self._hash_again(self._early.pop(self._hashed))
         if self._hashed > start:

@@ -272,6 +272,13 @@ class CheckpointWriter:
         except OSError as error:
             raise cannot_write(self.out, error) from error
 
+    def settle(self) -> None:
+        """Wait until the tensors that wait to be written are no more than ``memory``, for memory to write the next."""
+        try:
+            self._background.settle()
+        except OSError as error:
+            raise cannot_write(self.out, error) from error
+
     @property
     def seconds(self) -> dict[str, float]:
         """How long the stages in the background have worked, and how long they were waited for."""

@@ -183,8 +183,17 @@ class Merger:
         """The names under which :meth:`merged` gives the tensors of a unit."""
         return [*unit.names, *(second for name in unit.names for second in self._seconds.get(name, ()))]
 
-    def merged(self, unit: Unit, measured: Measured, on_read: OnRead | None = None) -> MergedUnit:
-        """The merged tensors of a unit, new ones in their output dtype, with the second names of :attr:`written`."""
+    def merged(
+        self,
+        unit: Unit,
+        measured: Measured,
+        on_read: OnRead | None = None,
+        settle: Callable[[], None] = lambda: None,
+    ) -> MergedUnit:
+        """The merged tensors of a unit, new ones in their output dtype, with the second names of :attr:`written`.
+
+        ``settle``: called before memory is taken for them.
+        """
         if layer := self._layers.get(unit.names[0]):
             measured = dataclasses.replace(measured, weights=layer.weights)
         flat: Tensor | None = None
@@ -199,6 +208,7 @@ class Merger:
         else:
             with self.stopwatch.stage("merge", self._worked_bytes(unit)):
                 merged = self.method.merge(self.vectors(unit), measured)
+            settle()
             with self.stopwatch.stage("round", self._worked_bytes(unit)):
                 tensors = dict(self._added(unit, merged, measured.scale))
             notes = dict(zip(unit.names, merged.notes, strict=True)) if merged.notes else {}

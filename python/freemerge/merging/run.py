@@ -177,12 +177,13 @@ def merge_checkpoints(
         measured = _measured(merger, writer, partial(advance, "measure"))
         workers.first(lambda: _carry_over(merger, writer, tokenizer))
         for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
-            merged = merger.merged(unit, measured, partial(advance, "merge"))
+            merged = merger.merged(unit, measured, partial(advance, "merge"), writer.settle)
             if merged.flat is not None:
                 writer.write_flat(unit.names, merged.flat)
-            for name, tensor in merged.tensors.items():
+            for name in merged.tensors:
                 if name in missing[unit]:
-                    writer.write(name, tensor, merged.notes.get(name))
+                    writer.write(name, merged.tensors[name], merged.notes.get(name))
+            del merged  # its memory is used again when it is written
         writer.finish()
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
         with _without_collecting():
