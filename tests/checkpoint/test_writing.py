@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, publish, verify
+from freemerge.checkpoint.journal import Journal
+from freemerge.checkpoint.shard_file import Background
 from freemerge.checkpoint.spec import TORCH_DTYPES
 from freemerge.checkpoint.writer import _indented
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
@@ -498,6 +501,25 @@ def test_tensors_end_to_end(tmp_path: Path) -> None:
     with Checkpoint.open(tmp_path / "out") as written:
         assert len(written.files) == 2
         assert all(torch.equal(written.read(name), tensor) for name, tensor in state.items())
+
+
+def test_a_note_is_in_the_journal_however_fast_its_tensor_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, told = Background.run, []
+
+    def at_once(self: Background, stage: str, work: Callable[[], None]) -> None:
+        run(self, stage, work)
+        if stage == "write":
+            for later in ("write", "hash"):
+                self._threads[later].submit(lambda: None).result()
+
+    monkeypatch.setattr(Background, "run", at_once)
+    monkeypatch.setattr(Journal, "add", lambda self, entry: told.append(entry))
+    large = torch.zeros(2 << 20)
+    with CheckpointWriter(tmp_path / "out", specs_of({"large": large}), identity={}) as writer:
+        writer.write("large", large, {"factor": 1.5})
+    assert [entry["notes"] for entry in told if "notes" in entry] == [{"large": {"factor": 1.5}}]
 
 
 @given(

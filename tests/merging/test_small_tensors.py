@@ -130,3 +130,14 @@ def test_a_small_result_that_overflows_is_named(tmp_path: Path) -> None:
         fm.merge_checkpoints(
             tmp_path / "0.safetensors", [tmp_path / "1.safetensors"], tmp_path / "out", fm.Recipe(scale=3.0)
         )
+
+
+@pytest.mark.parametrize("recipe", [fm.Recipe(), fm.Recipe(method="ties"), fm.Recipe(method="average")])
+def test_a_small_difference_that_overflows_is_named(recipe: fm.Recipe, tmp_path: Path) -> None:
+    base = {f"{name}.bias": torch.ones(3) for name in "abcd"}
+    model = {name: tensor + 1 for name, tensor in base.items()}
+    base["b.bias"][1], model["b.bias"][1] = 3e38, -3e38
+    for name, state in (("base", base), ("model", model)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    with pytest.raises(fm.CheckpointError, match=r"tensor 'b\.bias': the difference of a model and the base overflows"):
+        fm.merge(tmp_path / "base.safetensors", [tmp_path / "model.safetensors"] * 2, recipe)

@@ -235,10 +235,9 @@ class CheckpointWriter:
             raise ArgumentError(
                 f"{name} must be {slot.spec.dtype} {slot.spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
+        raw = _bytes_of(tensor)
         with self._lock:
-            self._write(name, slot, _bytes_of(tensor))
-            if note:
-                self.notes[name] = note
+            self._write(name, slot, raw, note)
 
     def write_flat(self, names: Sequence[str], flat: torch.Tensor) -> None:
         """Write tensors that lie end to end in a vector of their dtype, except those that are :attr:`whole`.
@@ -263,10 +262,12 @@ class CheckpointWriter:
             raise ArgumentError(f"{name} is not among the specs of this checkpoint")
         return shard.slots[name]
 
-    def _write(self, name: str, slot: Slot, raw: memoryview) -> None:
+    def _write(self, name: str, slot: Slot, raw: memoryview, note: Mapping[str, object] | None = None) -> None:
         if name not in self._pending:
             raise ArgumentError(f"{name} was already written")
         self._pending.discard(name)
+        if note:
+            self.notes[name] = note  # before the thread that hashes tells the journal of it
         try:
             self._files[self._shard_of[name].file].write(slot.offset, raw)
         except OSError as error:
@@ -376,7 +377,10 @@ _encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _indented(value: object, margin: str = "\n") -> str:
-    """As json.dumps with an indent of 2, which takes several times as long, and a manifest lists every tensor."""
+    """As json.dumps with an indent of 2, which takes several times as long, and a manifest lists every tensor.
+
+    Keys are strings.
+    """
     inner = f"{margin}  "
     if isinstance(value, dict) and value:
         return (

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..accumulate import add_round
+from ..accumulate import abs_means, add_round
 from ..backends.registry import named
 from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
 from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices
@@ -395,8 +395,11 @@ class Merger:
         for name in names:
             for source in (self.base, *self.models):
                 check_finite(name, source.read(name), source.origin(name))
-        which = f"tensor {names[0]!r}" if len(names) == 1 else f"one of the tensors {names[0]!r} to {names[-1]!r}"
-        raise CheckpointError(f"{which}: the difference of a model and the base overflows")
+        for name in names:
+            base = self._read_base(name)
+            if not all(map(math.isfinite, abs_means(base, [_read(m, name).to(base.device) for m in self.models]))):
+                raise CheckpointError(f"tensor {name!r}: the difference of a model and the base overflows")
+        raise CheckpointError(f"tensors {names[0]!r} to {names[-1]!r}: what they add up to overflows")
 
 
 def _read(source: Checkpoint, name: str) -> Tensor:

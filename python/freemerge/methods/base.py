@@ -100,7 +100,8 @@ class Method(ABC):
     @property
     def by_entries(self) -> bool:
         """Whether a merged entry of what is not treated as a matrix depends on that entry of the models alone, and on
-        what was measured, so that :meth:`merge` may be given several small tensors end to end, as one vector."""
+        what was measured, so that :meth:`merge` and :meth:`measure` may be given several small tensors end to end, as
+        one vector (:attr:`TaskVectors.sizes`)."""
         return False
 
     @property
