@@ -224,7 +224,7 @@ def test_misspelt_values(
             "'magnitude', 'uniform', 'sum' or a list of finite numbers, got 'foo'",
         ),
         (["--weights", "0.5;0.5"], "--weights must be"),
-        (["--scale", "big"], "--scale must be 'auto' or a finite number, got 'big'"),
+        (["--scale", "big"], "--scale must be 'auto', 'interference' or a finite number, got 'big'"),
         (["--stats", "all"], "--stats must be one of 'raw', 'filtered', got 'all'"),
         (["--scope", "row"], "--scope must be one of 'model', 'tensor', got 'row'"),
         (["--renormalize", "no"], "--renormalize must be one of 'none', 'energy', got 'no'"),

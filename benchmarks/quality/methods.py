@@ -18,7 +18,8 @@ from freemerge.tuning import By, LogitFunction
 from .suite import TaskVector
 
 SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for every method
-UNIT_SCALES = (0.8, 1.0, 1.5, 2.0, 2.5, 3.0)  # of methods whose papers merge at scale 1
+UNIT_SCALES = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5)  # of methods whose papers merge at scale 1
+EQUAL_SCALES = (1.0, 1.5, 2.0, 2.5, 4.0, 6.0)  # of those that make singular values nearly equal
 MEAN_SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # of methods whose weights sum to one
 STRONG_SCALES = (3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # of those whose filter removes so much that more is needed
 
@@ -37,15 +38,14 @@ class Inputs:
     def vectors(self) -> list[TaskVector]:
         return [{name: model[name] - self.base[name] for name in self.base} for model in self.models.values()]
 
-    def merged(self, name: str, *, tuned: bool = True) -> TaskVector:
-        """The task vector of a static method, at its tuned scale or the one that needs no data."""
+    def merged(self, name: str, scale: float | None = None) -> TaskVector:
+        """The task vector of a static method, at its tuned scale if none is given."""
         if name not in self._merged:  # at scale 1, kept for the next who asks
             self._merged[name] = STATIC[name].merge(self)
-        merged = self._merged[name]
-        if tuned and name not in self.scales:
+        if scale is None and name not in self.scales:
             raise SystemExit(f"{name!r} has to be measured first: the experts stand on it")
-        scale = self.scales[name] if tuned else STATIC[name].data_free(self, merged)
-        return {key: scale * tensor for key, tensor in merged.items()}
+        factor = self.scales[name] if scale is None else scale
+        return {key: factor * tensor for key, tensor in self._merged[name].items()}
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,17 @@ class Static:
 
     def merge(self, inputs: Inputs) -> TaskVector:
         """The merged task vector at scale 1."""
-        return (_permuted if self.permuted else _merged)(inputs, self.recipe.replace(scale=1.0))
+        return self._merged(inputs, self.recipe.replace(scale=1.0))
 
     def data_free(self, inputs: Inputs, merged: TaskVector) -> float:
         """The scale that the recipe finds by itself, given what it merges at scale 1."""
         scale = self.recipe.global_scale(len(inputs.models))
         if scale is not None:
             return scale
-        return norm(_merged(inputs, self.recipe)) / norm(merged)
+        return norm(self._merged(inputs, self.recipe)) / norm(merged)
+
+    def _merged(self, inputs: Inputs, recipe: fm.Recipe) -> TaskVector:
+        return (_permuted if self.permuted else _merged)(inputs, recipe)
 
 
 @dataclass(frozen=True)
@@ -128,12 +131,12 @@ def norm(vector: TaskVector) -> float:
     return math.sqrt(math.fsum(float(tensor.double().square().sum()) for tensor in vector.values()))
 
 
-def on(backbone: str | None, *, tuned: bool = True, **options: Any) -> Callable[[Inputs], Kept]:
-    """Experts of the package on a merged model, by the options of :func:`freemerge.extract_experts`."""
+def on(backbone: str | None, *, scale: float | None = None, **options: Any) -> Callable[[Inputs], Kept]:
+    """Experts on a merged model, at its tuned ``scale`` or a given one: options of ``freemerge.extract_experts``."""
 
     def build(inputs: Inputs) -> Kept:
         nothing = {name: torch.zeros_like(tensor) for name, tensor in inputs.base.items()}
-        shared = nothing if backbone is None else inputs.merged(backbone, tuned=tuned)
+        shared = nothing if backbone is None else inputs.merged(backbone, scale)
         merged = {name: tensor + shared[name] for name, tensor in inputs.base.items()}
         needed = {"budget", "rank"} & set(options) or options.get("values") in ("mask", "gains")
         experts = extract_experts(inputs.base, inputs.models, backbone=merged if needed else None, **options)
@@ -180,29 +183,35 @@ PERMUTED = "FR-Merging, rows and columns permuted"
 UNFILTERED = "FR-Merging without its filter"
 BUDGETS = ("0.15 %", "0.3 %", "0.6 %", "1 %")
 
+
+def plain(**options: Any) -> fm.Recipe:
+    """A method that merges entry by entry, whose best scale without data is that of the least interference."""
+    return fm.Recipe(**options, scale="interference")
+
+
 _STATIC = (
     Static("weight average", fm.Recipe(method="average"), (1.0,)),
-    Static("Task Arithmetic", fm.Recipe(method="task_arithmetic"), SUM_SCALES),
-    Static("TIES, top 20 %", fm.Recipe(method="ties"), UNIT_SCALES),
-    Static("DARE, p = .9", fm.Recipe(method="dare"), SUM_SCALES),
-    Static("PCB, top 10 %", fm.Recipe(method="pcb"), UNIT_SCALES),
-    Static("FR-Merging", fm.Recipe(), MEAN_SCALES),
-    Static("Iso-C", fm.Recipe(method="iso_c"), UNIT_SCALES),
-    Static("Iso-CTS", fm.Recipe(method="iso_cts"), UNIT_SCALES),
-    Static("TSV-M", fm.Recipe(method="tsv_m"), UNIT_SCALES),
+    Static("Task Arithmetic", plain(method="task_arithmetic"), SUM_SCALES),
+    Static("TIES, top 20 %", plain(method="ties"), UNIT_SCALES),
+    Static("DARE, p = .9", plain(method="dare"), SUM_SCALES),
+    Static("PCB, top 10 %", plain(method="pcb"), UNIT_SCALES),
+    Static("FR-Merging", plain(), MEAN_SCALES),
+    Static("Iso-C", fm.Recipe(method="iso_c"), EQUAL_SCALES),
+    Static("Iso-CTS", fm.Recipe(method="iso_cts"), EQUAL_SCALES),
+    Static("TSV-M", fm.Recipe(method="tsv_m"), EQUAL_SCALES),
     Static("WUDI", fm.Recipe(method="wudi"), UNIT_SCALES),
-    Static("JSV", fm.Recipe(method="jsv"), UNIT_SCALES),
-    Static(ELECTED, fm.Recipe(method="emr"), SUM_SCALES),
-    Static(UNFILTERED, fm.Recipe(fm.HighPass(0), **FR), MEAN_SCALES),
-    Static(PERMUTED, fm.Recipe(), STRONG_SCALES, permuted=True),
-    Static("row means removed, nothing else", fm.Recipe(fm.Center(-1), **FR), MEAN_SCALES),
+    Static("JSV", fm.Recipe(method="jsv"), EQUAL_SCALES),
+    Static(ELECTED, plain(method="emr"), SUM_SCALES),
+    Static(UNFILTERED, plain(response=fm.HighPass(0), **FR), MEAN_SCALES),
+    Static(PERMUTED, plain(), STRONG_SCALES, permuted=True),
+    Static("row means removed, nothing else", plain(response=fm.Center(-1), **FR), MEAN_SCALES),
 )
 STATIC = {method.name: method for method in _STATIC}
 
 _SPECIFIC = (
     Specific("AdaMerging, by task, unlabelled data", adamerging("task")),
     Specific("AdaMerging, by layer, unlabelled data", adamerging("layer")),
-    Specific("EMR", on(ELECTED, tuned=False, values="mask"), ELECTED),
+    Specific("EMR", on(ELECTED, scale=1.0, values="mask"), ELECTED),
     Specific("Twin, sparse 1 %", twin_sparse(0.01), "Task Arithmetic"),
     Specific("Twin, SVD rank 3", on("Task Arithmetic", rank=3, values="svd16"), "Task Arithmetic"),
     Specific("FREE, 1 %", on("FR-Merging"), "FR-Merging", routed=True),
@@ -214,8 +223,7 @@ _SPECIFIC = (
     Specific("FREE, 1 %, on the base", on(None)),
     Specific("Iso-C + 1 % signs", on("Iso-C", values="sign"), "Iso-C"),
     *(
-        Specific(f"{backbone} + low rank {budget}", on(backbone, budget=budget), backbone, routed=budget == "0.6 %")
-        for backbone in ("Iso-C", "TSV-M")
+        Specific(f"Iso-C + low rank {budget}", on("Iso-C", budget=budget), "Iso-C", routed=budget == "0.6 %")
         for budget in BUDGETS
     ),
     Specific("FR-Merging + low rank 0.6 %", on("FR-Merging", budget="0.6 %"), "FR-Merging"),

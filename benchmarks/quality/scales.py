@@ -30,26 +30,37 @@ def measure_scales(
 ) -> str:
     """A table: a row for each method, a column for each share of its scale "auto"; mean over tasks and seeds, percent.
 
-    For methods whose scale is a projection, the shares are of the projection itself (see :attr:`Method.regained`).
+    For methods whose scale is a projection, the shares are of the projection itself (see :attr:`Method.regained`). The
+    last two columns are the scale "interference" and the accuracy at it.
     """
     found: dict[str, list[list[float]]] = {name: [] for name in methods}
     scales: dict[str, list[float]] = {name: [] for name in methods}
+    least: dict[str, list[float]] = {name: [] for name in methods}
     for base, models, score in _suites(on, seeds, cache, test):
         for name in methods:
-            with ExitStack() as stack:
-                scale = open_merger(stack, base, models, fm.Recipe(method=name)).measure().scale
-            scales[name].append(scale / METHODS[name].regained)
-            merged = fm.merge(base, models, fm.Recipe(method=name, scale=1.0))
-            found[name].append([])
-            for share in SHARES:
-                factor = share * scales[name][-1]
-                found[name][-1].append(score({n: base[n] + factor * (merged[n] - base[n]) for n in base}))
-    lines = [f"| method | scale | {' | '.join(map(str, SHARES))} |", "|---" * (len(SHARES) + 2) + "|"]
+            recipe = fm.Recipe(method=name)
+            scales[name].append(_scale(base, models, recipe) / METHODS[name].regained)
+            least[name].append(_scale(base, models, recipe.replace(scale="interference")))
+            merged = fm.merge(base, models, recipe.replace(scale=1.0))
+            factors = [*(share * scales[name][-1] for share in SHARES), least[name][-1]]
+            found[name].append(
+                [score({n: base[n] + factor * (merged[n] - base[n]) for n in base}) for factor in factors]
+            )
+    lines = [
+        f"| method | scale | {' | '.join(map(str, SHARES))} | interference | at it |",
+        "|---" * (len(SHARES) + 4) + "|",
+    ]
     for name in methods:
         means = [fmean(column) for column in zip(*found[name], strict=True)]
         cells = [f"{fmean(scales[name]):.2f}", *(f"{mean:.1f}" for mean in means)]
+        cells.insert(-1, f"{fmean(least[name]):.2f}")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _scale(base: State, models: list[State], recipe: fm.Recipe) -> float:
+    with ExitStack() as stack:
+        return open_merger(stack, base, models, recipe).measure().scale
 
 
 def _suites(on: str, seeds: Sequence[int], cache: Path, test: int) -> Iterator[tuple[State, list[State], Score]]:

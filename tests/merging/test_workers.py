@@ -164,7 +164,7 @@ def test_the_bytes_are_those_of_one_process(models: Path, server: subprocess.Pop
         recipes = {
             "fr": stacked, "own": fm.Recipe(scope="tensor", stats="filtered"), "ties": fm.Recipe(method="ties"),
             "pcb": fm.Recipe(method="pcb"), "scaled": fm.Recipe(method="wudi"),
-            "before": fm.Recipe(method="ties", filter="before"),
+            "before": fm.Recipe(method="ties", filter="before"), "apart": fm.Recipe(scale="interference"),
         }
         for name, recipe in recipes.items():
             merge(name, recipe)()

@@ -19,6 +19,7 @@ from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_
 from ..checkpoint.mapped import fetched
 from ..errors import ArgumentError, CheckpointError
 from ..methods import Measured, Merged
+from ..methods.interference import sampled
 from ..methods.vectors import Deltas, TaskVectors
 from ..methods.whole import Result, Whole
 from ..workers import ALONE, Workers
@@ -149,7 +150,7 @@ class Merger:
         vectors = [unit for unit in units if unit.action != "copy"]
         measured = self.method.passes * sum(map(self._unit_bytes, vectors))
         if self.scale is None:
-            measured += sum(map(self._merge_bytes, vectors))
+            measured += sum(map(self._scale_bytes, vectors))
         return measured, sum(map(self._merge_bytes, units))
 
     def measure(
@@ -175,8 +176,13 @@ class Merger:
             _Shared(partial(vectors, self._unit_bytes), units, own, workers), len(self.models)
         )
         scale = self.scale
-        if scale is None:
-            scale = self.method.measure_scale(_Shared(partial(vectors, self._merge_bytes), units, own, workers))
+        if self.recipe.scale == "interference":  # between matrices, small ones too
+            units = [unit for unit in self.units if unit.action != "copy" and self._has_matrices(unit.names)]
+            own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
+            whole = _Shared(partial(vectors, self._scale_bytes), units, own, workers)
+            scale = self.method.interference_scale(whole, measured)
+        elif scale is None:
+            scale = self.method.measure_scale(_Shared(partial(vectors, self._scale_bytes), units, own, workers))
         return dataclasses.replace(measured, scale=scale)
 
     def outputs(self, unit: Unit) -> list[str]:
@@ -303,6 +309,9 @@ class Merger:
             sides = [shape[-2:] for shape in matrix_shapes(unit, self.specs)] if unit.action == "filter" else []
             matrix = max(((rows, columns) for rows, columns in sides), key=math.prod, default=None)
             held = 1.0 if unit.action == "copy" else self.method.holds(len(self.models), matrix)
+            if self.recipe.scale == "interference":
+                rows = [shape[-2] for name in unit.names if len(shape := self.specs[name].shape) > 1]
+                held += sampled(len(self.models), min(rows)) if rows else 0.0
             written = sum(self.out_spec(name).nbytes for name in unit.names)
             largest = max(largest, held * self._worked_bytes(unit) + 2 * written)
         return int(largest) + self.memory + PROCESS_BYTES
@@ -311,6 +320,17 @@ class Merger:
         """What merging a unit reads."""
         once = unit.action in ("copy", "average")
         return self._unit_bytes(unit) * (1 if once else self.method.reads(unit.action == "filter"))
+
+    def _scale_bytes(self, unit: Unit) -> int:
+        """What finding the scale reads of a unit: what a merge does, for "interference" of matrices and once more."""
+        if self.recipe.scale != "interference":
+            return self._merge_bytes(unit)
+        if unit.flat:
+            return sum(self._scale_bytes(Unit((name,), unit.action)) for name in unit.names)
+        return self._unit_bytes(unit) + self._merge_bytes(unit) if self._has_matrices(unit.names) else 0
+
+    def _has_matrices(self, names: Sequence[str]) -> bool:
+        return any(len(self.specs[name].shape) > 1 for name in names)
 
     def _unit_bytes(self, unit: Unit) -> int:
         """What one look at a unit reads."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..checkpoint.prefixes import Rename
 
 ComputeDType = Literal["float32", "float64"]
+ScaleRule = Literal["auto", "interference"]
 OutDType = Literal["float32", "float64", "bfloat16", "float16"]
 
 VERSION = 1  #: of the format of recipes
@@ -40,7 +41,8 @@ class Recipe:
     Attributes:
         method: a method's name (see :data:`freemerge.methods.METHODS`), or the method itself. The result is
             ``theta_0 + scale * merged``, with the task vector that the method merges.
-        scale: a number, or ``"auto"`` for the default of the method.
+        scale: a number; ``"auto"`` for the default of the method; or ``"interference"`` for the one at which what is
+            merged interferes least with the tasks, which the weights tell (docs/methods.md; they are read once more).
         filter: a frequency filter of matrices ``"before"`` the method, of every task vector, or ``"after"`` it, of the
             merged one, with ``response`` or ``cutoff`` (the default is ``HighPass(0.4)``). It is kept as a
             :class:`freemerge.methods.filtered.Filter`. FR-Merging has a response of its own instead.
@@ -59,8 +61,8 @@ class Recipe:
     """
 
     method: Method
-    scale: Literal["auto"] | float = parameter(
-        "auto", "strength of the merged task vector", choices=("auto",), kind=NUMBER
+    scale: ScaleRule | float = parameter(
+        "auto", "strength of the merged task vector", choices=get_args(ScaleRule), kind=NUMBER
     )
     filter: Filter | None = parameter(
         None, "filter matrices before or after a method that does not filter by itself", choices=(None, *WHEN)
@@ -77,7 +79,7 @@ class Recipe:
         response: Response | None = None,
         *,
         method: str | Method = "fr",
-        scale: Literal["auto"] | float = "auto",
+        scale: ScaleRule | float = "auto",
         filter: When | Filter | None = None,
         select: Sequence[Any] = (),
         views: Sequence[Any] = (),
@@ -108,6 +110,8 @@ class Recipe:
             values["filter"] = (filter if isinstance(filter, Filter) else Filter(filter)).replace(**responses)
         if values["layers"]:
             _check_layers(values["layers"], values["method"])
+            if values["scale"] == "interference":
+                raise ArgumentError("layers: scale must be a number or auto, 'interference' sees one weight a model")
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -126,6 +130,8 @@ class Recipe:
 
     def global_scale(self, count: int) -> float | None:
         """The scale of a merge of ``count`` models; None if the method has to find it from the weights."""
+        if self.scale == "interference":
+            return None
         return self.method.default_scale(count) if self.scale == "auto" else self.scale
 
     @classmethod

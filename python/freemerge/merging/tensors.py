@@ -58,7 +58,7 @@ def merge_tensors(
     _check_tensors(base, tensors)
     if weights is not None:
         scale = recipe.global_scale(len(tensors))
-        recipe = recipe.replace(weights=weights, scale="auto" if scale is None else scale)
+        recipe = recipe.replace(weights=weights, scale=recipe.scale if scale is None else scale)
     key = "tensor" if name is None else name
     spec = TensorSpec(key, tuple(base.shape), base.dtype)
     select, views = _rules_for(spec, recipe) if name is not None else ((), ())

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..responses import Response
+from .interference import interference_terms, least_interference
 from .rules import Weights, inner_product, projection_scale, weights_by_rule
 from .vectors import Sides, TaskVectors, watched
 from .whole import Whole
@@ -55,7 +56,8 @@ class Method(ABC):
     title: ClassVar[str]  #: as papers write it
     paper: ClassVar[str | None] = None  #: arXiv number
     sees_matrices: ClassVar[bool] = True  #: False: the method is the same for matrices and other tensors
-    regained: ClassVar[float] = 1.0  #: how much of the task vectors a scale found from the weights gives back
+    regained: ClassVar[float] = 1.0  #: how much of the task vectors a scale that is a projection gives back
+    strengthened: ClassVar[float] = 1.0  #: by how much more than the scale of least interference helps, as measured
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__ and METHODS.setdefault(cls.name, cls) is not cls:
@@ -129,6 +131,16 @@ class Method(ABC):
         found = units.map(measured)
         squares = [square for unit, _ in found for square in unit]
         return self.regained * projection_scale(squares, [overlap for _, unit in found for overlap in unit])
+
+    def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
+        """The scale of a recipe's "interference", from one look at ``units`` with the reads of a merge and one more.
+
+        At it, what is merged interferes least with the tasks (:mod:`freemerge.methods.interference`); times
+        :attr:`strengthened`. 1 where there is no matrix, or what is merged has nothing in common with the task vectors.
+        """
+        found = units.map(lambda unit: interference_terms(unit, lambda: self.merge(unit, measured).tensors))
+        scale = least_interference(terms for unit in found for terms in unit)
+        return 1.0 if scale is None else self.strengthened * scale
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         """What merging needs to know about the whole model. Every look at ``units`` reads all tensors."""

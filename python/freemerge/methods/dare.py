@@ -10,7 +10,9 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .parameters import WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale
+from .task_arithmetic import TaskArithmetic
 from .vectors import Deltas, Sides, TaskVectors
+from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +49,10 @@ class DARE(Method):
     @property
     def linear(self) -> bool:
         return True
+
+    def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
+        # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them.
+        return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         totals: list[Tensor] = []

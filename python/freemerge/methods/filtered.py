@@ -119,6 +119,11 @@ class Filtered(Method):
             return self.method.measure_scale(units.through(self._seen))
         return self.method.regained * super().measure_scale(units)
 
+    def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
+        if self.filter.when == "before":
+            return self.method.interference_scale(units.through(self._seen), measured)
+        return self.method.strengthened * super().interference_scale(units, measured)
+
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         return self.method.measure(units.through(self._seen), count)
 

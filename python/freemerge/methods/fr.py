@@ -54,6 +54,7 @@ class FR(Method):
     name = "fr"
     title = "FR-Merging"
     paper = "2411.16815"
+    strengthened = 1.2  # what is cut off took some of the tasks along, see docs/methods.md
 
     response: Response = HighPass(0.4)
     weights: Weights = weights_parameter("magnitude", "uniform", "sum", aliases={"paper": "magnitude"})

@@ -1,0 +1,155 @@
+"""Scale "interference" against its formula in float64, what it is where it is known, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import freemerge as fm
+from freemerge.merging.run import inspect
+from freemerge.methods import METHODS
+
+State = dict[str, Tensor]
+SHAPES = {
+    "a.weight": (12, 20),
+    "b.weight": (9, 7),
+    "stack": (3, 8, 11),
+    "row": (1, 30),
+    "a.bias": (12,),
+    "b.bias": (9,),
+}
+
+
+def models(count: int, shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 0) -> tuple[State, list[State]]:
+    """A base and models whose task vectors have something in common."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def state(size: float) -> State:
+        return {name: size * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+    base, common = state(1.0), state(0.05)
+    return base, [
+        {name: base[name] + common[name] + own for name, own in state(0.1 * (i + 1)).items()} for i in range(count)
+    ]
+
+
+def formula(base: State, others: list[State], merged: State) -> float:
+    """The scale of least interference, of merged at scale 1."""
+    gain = cost = 0.0
+    for name, weights in base.items():
+        if weights.ndim < 2:
+            continue
+        x = merged[name].double() - weights.double()
+        for other in others:
+            v = other[name].double() - weights.double()
+            for x_own, v_own in zip(x.reshape(-1, *x.shape[-2:]), v.reshape(-1, *v.shape[-2:]), strict=True):
+                whole = float(v.square().sum()) ** 2  # a stack counts once
+                gain += float(((x_own @ v_own.T) * (v_own @ v_own.T)).sum()) / whole
+                cost += float((x_own @ v_own.T).square().sum()) / whole
+    return gain / cost
+
+
+def found(base: State, others: list[State], out: Path, **options: object) -> float:
+    recipe = fm.Recipe(scale="interference", **options)  # type: ignore[arg-type]
+    return fm.merge_checkpoints(base, others, out, recipe, progress=False).scale
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "dare"])
+def test_the_formula(method: str, tmp_path: Path) -> None:
+    base, others = models(3)
+    merged = fm.merge(base, others, fm.Recipe(method=method, scale=1.0, out_dtype="float64"))
+    scale = found(base, others, tmp_path / "out", method=method)
+    strengthened = 1.2 if method in ("fr", "ties", "pcb") else 1.0
+    assert scale == pytest.approx(strengthened * formula(base, others, merged), rel=2e-5)
+    manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())
+    assert manifest["recipe"]["scale"] == "interference"
+    assert manifest["recipe"]["measured"]["scale"] == scale
+    again = fm.merge(base, others, fm.Recipe(method=method, scale=scale))
+    at_once = fm.merge(base, others, fm.Recipe(method=method, scale="interference"))
+    assert all(torch.equal(again[name], at_once[name]) for name in base)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_with_a_filter_around_the_method(when: str, tmp_path: Path) -> None:
+    base, others = models(3)
+    options = {"method": "ties", "filter": when, "cutoff": 0.2}
+    merged = fm.merge(base, others, fm.Recipe(scale=1.0, out_dtype="float64", **options))  # type: ignore[arg-type]
+    seen = others
+    if when == "before":  # the method sees task vectors that are filtered and keep their norm: a merge of each alone
+        alone = fm.Recipe(method="average", filter="after", cutoff=0.2, out_dtype="float64")
+        seen = [fm.merge(base, [other], alone) for other in others]
+    assert found(base, others, tmp_path / "out", **options) == pytest.approx(
+        1.2 * formula(base, seen, merged), rel=1e-4
+    )
+
+
+def test_where_it_is_known(tmp_path: Path) -> None:
+    base, (one, two) = models(2)
+    assert found(base, [one], tmp_path / "one", method="task_arithmetic") == pytest.approx(1)
+    assert found(base, [one, one, one], tmp_path / "same", method="task_arithmetic") == pytest.approx(1 / 3, rel=1e-5)
+    assert found(base, [one, two], tmp_path / "two", method="average") > 1
+    apart = {"w": torch.zeros(6, 8)}
+    left, right = torch.randn(6, 8), torch.randn(6, 8)
+    left[:, 4:], right[:, :4] = 0, 0  # tasks whose inputs have nothing in common do not interfere
+    assert found(apart, [{"w": left}, {"w": right}], tmp_path / "apart", method="task_arithmetic") == pytest.approx(1)
+
+
+def test_where_the_weights_say_nothing(tmp_path: Path) -> None:
+    base, (one,) = models(1)
+    assert found(base, [base, base], tmp_path / "same", method="task_arithmetic") == 1
+    vector = {"a.bias": base["a.bias"]}
+    assert found(vector, [{"a.bias": one["a.bias"]}], tmp_path / "vector", method="task_arithmetic") == 1
+    opposite = {name: 2 * base[name] - one[name] for name in base}
+    assert found(base, [one, opposite], tmp_path / "opposite", method="task_arithmetic") == 1
+
+
+def test_some_rows_tell_of_all(tmp_path: Path) -> None:
+    base, others = models(3, {f"{i}.weight": (700, 90) for i in range(4)})
+    merged = fm.merge(base, others, fm.Recipe(method="task_arithmetic", scale=1.0))
+    scale = found(base, others, tmp_path / "out", method="task_arithmetic")
+    assert scale == pytest.approx(formula(base, others, merged), rel=0.03)
+
+
+def test_random_drops_do_not_count(tmp_path: Path) -> None:
+    base, others = models(3)
+    kept, dropped = (found(base, others, tmp_path / name, method=name) for name in ("task_arithmetic", "dare"))
+    assert dropped == kept
+
+
+def test_what_is_read() -> None:
+    base, others = models(2)
+    nbytes = 3 * sum(tensor.nbytes for tensor in base.values())
+    matrices = 3 * sum(tensor.nbytes for tensor in base.values() if tensor.ndim > 1)
+    for method, before in (("task_arithmetic", 0), ("fr", nbytes)):
+        known = inspect(base, others, fm.Recipe(method=method))
+        measured = inspect(base, others, fm.Recipe(method=method, scale="interference"))
+        assert known.read_bytes == before + nbytes
+        assert measured.read_bytes == known.read_bytes + 2 * matrices
+        assert measured.passes == known.passes + 1
+        assert measured.memory_bytes > known.memory_bytes
+
+
+def test_it_is_a_scale_of_the_whole_model() -> None:
+    base, others = models(2)
+    recipe = fm.Recipe(scale="interference")
+    with pytest.raises(fm.ArgumentError, match="scale: method fr finds it over the whole model"):
+        fm.task_weights(base, others, recipe)
+    alone = fm.merge_tensors(
+        base["a.weight"], [other["a.weight"] for other in others], recipe=recipe, weights=[0.5, 0.5]
+    )
+    only = {"a.weight": base["a.weight"]}, [{"a.weight": other["a.weight"]} for other in others]
+    assert torch.equal(alone, fm.merge(*only, fm.Recipe(scale="interference", weights=[0.5, 0.5]))["a.weight"])
+    with pytest.raises(fm.ArgumentError, match="layers: scale must be a number or auto"):
+        fm.Recipe(method="task_arithmetic", weights=[1, 1], scale="interference", layers=[("*", [0.5, 0.5])])
+
+
+def test_a_value_that_is_not_finite_is_named() -> None:
+    base, others = models(2)
+    others[1]["b.weight"][2, 3] = math.nan
+    with pytest.raises(fm.CheckpointError, match=r"b\.weight"):
+        fm.merge(base, others, fm.Recipe(method="task_arithmetic", scale="interference"))
