@@ -184,27 +184,27 @@ UNFILTERED = "FR-Merging without its filter"
 BUDGETS = ("0.15 %", "0.3 %", "0.6 %", "1 %")
 
 
-def plain(**options: Any) -> fm.Recipe:
-    """A method that merges entry by entry, whose best scale without data is that of the least interference."""
+def least(**options: Any) -> fm.Recipe:
+    """A method whose best scale without data is that of the least interference."""
     return fm.Recipe(**options, scale="interference")
 
 
 _STATIC = (
     Static("weight average", fm.Recipe(method="average"), (1.0,)),
-    Static("Task Arithmetic", plain(method="task_arithmetic"), SUM_SCALES),
-    Static("TIES, top 20 %", plain(method="ties"), UNIT_SCALES),
-    Static("DARE, p = .9", plain(method="dare"), SUM_SCALES),
-    Static("PCB, top 10 %", plain(method="pcb"), UNIT_SCALES),
-    Static("FR-Merging", plain(), MEAN_SCALES),
+    Static("Task Arithmetic", least(method="task_arithmetic"), SUM_SCALES),
+    Static("TIES, top 20 %", least(method="ties"), UNIT_SCALES),
+    Static("DARE, p = .9", least(method="dare"), SUM_SCALES),
+    Static("PCB, top 10 %", least(method="pcb"), UNIT_SCALES),
+    Static("FR-Merging", least(), MEAN_SCALES),
     Static("Iso-C", fm.Recipe(method="iso_c"), EQUAL_SCALES),
     Static("Iso-CTS", fm.Recipe(method="iso_cts"), EQUAL_SCALES),
-    Static("TSV-M", fm.Recipe(method="tsv_m"), EQUAL_SCALES),
-    Static("WUDI", fm.Recipe(method="wudi"), UNIT_SCALES),
+    Static("TSV-M", least(method="tsv_m"), EQUAL_SCALES),
+    Static("WUDI", least(method="wudi"), UNIT_SCALES),
     Static("JSV", fm.Recipe(method="jsv"), EQUAL_SCALES),
-    Static(ELECTED, plain(method="emr"), SUM_SCALES),
-    Static(UNFILTERED, plain(response=fm.HighPass(0), **FR), MEAN_SCALES),
-    Static(PERMUTED, plain(), STRONG_SCALES, permuted=True),
-    Static("row means removed, nothing else", plain(response=fm.Center(-1), **FR), MEAN_SCALES),
+    Static(ELECTED, least(method="emr"), SUM_SCALES),
+    Static(UNFILTERED, least(response=fm.HighPass(0), **FR), MEAN_SCALES),
+    Static(PERMUTED, least(), STRONG_SCALES, permuted=True),
+    Static("row means removed, nothing else", least(response=fm.Center(-1), **FR), MEAN_SCALES),
 )
 STATIC = {method.name: method for method in _STATIC}
 

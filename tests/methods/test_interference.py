@@ -64,7 +64,7 @@ def test_the_formula(method: str, tmp_path: Path) -> None:
     base, others = models(3)
     merged = fm.merge(base, others, fm.Recipe(method=method, scale=1.0, out_dtype="float64"))
     scale = found(base, others, tmp_path / "out", method=method)
-    strengthened = 1.2 if method in ("fr", "ties", "pcb") else 1.0
+    strengthened = {"fr": 1.2, "ties": 1.2, "pcb": 1.3, "tsv_m": 1.6}.get(method, 1.0)
     assert scale == pytest.approx(strengthened * formula(base, others, merged), rel=2e-5)
     manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())
     assert manifest["recipe"]["scale"] == "interference"
