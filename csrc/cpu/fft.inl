@@ -252,9 +252,12 @@ FM_INLINE void pass_step(const T* from, std::int64_t in_step, T* to, std::int64_
   }
 }
 
+// Loads with outer twiddles are those of a first pass, whose span is 1; stores with them are those of a last
+// pass, whose count is 1. The compiler is told, as it need not make loops that never run.
 template <int R, Outer kOuter, typename T>
 void stockham_pass(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Ends<T> ends, Batch<T> batch) {
-  const std::int64_t span = pass.span, count = pass.count;
+  const std::int64_t span = kOuter == Outer::kLoad ? 1 : pass.span;
+  const std::int64_t count = kOuter == Outer::kStore ? 1 : pass.count;
   const std::int64_t in_step = span * count * in.step, out_step = span * out.step;
   const std::int64_t outer_step = 2 * span * (kOuter == Outer::kLoad ? count : 1);
   for (std::int64_t b = 0; b < batch.count; ++b) {
@@ -271,7 +274,6 @@ void stockham_pass(const FftPass<T>& pass, Strided<T> in, Strided<T> out, Ends<T
     for (std::int64_t p = 1; p < count; ++p) {
       const T* const twiddles = pass.twiddles + p * 2 * (R - 1);
       to = out.data + span * R * p * out.step;
-      if constexpr (kOuter == Outer::kStore) outer = batch.outer + 2 * span * R * p;
       for (std::int64_t q = 0; q < span; ++q) {
         pass_step<R, kOuter, true>(from, in_step, to, out_step, outer, outer_step, twiddles, pass.roots,
                                    ends);

@@ -237,20 +237,46 @@ struct Group {
   }
 };
 
+// `count` tiles of up to kLanes elements of all signals: tile i begins at element first + i * step and goes
+// to `apart` reals times i; each has `shrink` elements less left than the one before. Elements lie `pitch`
+// reals apart.
+struct Tiles {
+  std::int64_t first, step, count;
+  std::int64_t left, shrink;
+  std::int64_t apart, pitch;
+};
+
+// Neighbouring tiles of `length` elements from `first` on.
+template <typename T>
+FM_INLINE Tiles tiles_of_run(std::int64_t first, std::int64_t length) {
+  constexpr std::int64_t n = kLanes<T>;
+  return {first, n, (length + n - 1) / n, length, n, n * kElement<T>, kElement<T>};
+}
+
+// Not inlined, as the code is long and each is called in three places.
+template <typename Storage, typename T>
+__attribute__((noinline)) void load_tiles(const Group<Storage>& group, Tiles tiles, T* to) {
+  for (; tiles.count > 0; --tiles.count) {
+    group.load(tiles.first, smaller(kLanes<T>, tiles.left), to, tiles.pitch);
+    tiles.first += tiles.step;
+    tiles.left -= tiles.shrink;
+    to += tiles.apart;
+  }
+}
+template <typename Storage, typename T>
+__attribute__((noinline)) void store_tiles(const T* from, const Group<Storage>& group, Tiles tiles,
+                                           T background, T factor) {
+  for (; tiles.count > 0; --tiles.count) {
+    group.store(from, tiles.pitch, tiles.first, smaller(kLanes<T>, tiles.left), background, factor);
+    tiles.first += tiles.step;
+    tiles.left -= tiles.shrink;
+    from += tiles.apart;
+  }
+}
+
 // Signals so long that a group of them fills the second-level cache: they are read and written from front to
 // back.
 inline constexpr std::int64_t kLongSignals = 8192;
-
-// tile(element, count, slot) for all elements of a split transform in order, up to kLanes at a time.
-template <typename T, typename Tile>
-FM_INLINE void for_split_tiles(const Fft<T>& plan, Tile tile) {
-  constexpr std::int64_t n = kLanes<T>;
-  for (std::int64_t j = 0; j < plan.columns->n; ++j) {
-    for (std::int64_t first = 0; first < plan.rows->n; first += n) {
-      tile(first + plan.rows->n * j, smaller(n, plan.rows->n - first), plan.row_pitch * j + first);
-    }
-  }
-}
 
 // All rows of a split transform, and what is read next with them.
 template <typename T>
@@ -267,25 +293,22 @@ template <typename Storage, typename T>
 void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch, T* work, Upcoming next) {
   constexpr std::int64_t n = kLanes<T>;
   if (plan.method != Fft<T>::Method::kSplit) {
-    for (std::int64_t e = 0; e < plan.n; e += n) {
-      group.load(e, smaller(n, plan.n - e), batch + e * kElement<T>, kElement<T>);
-    }
+    load_tiles(group, tiles_of_run<T>(0, plan.n), batch);
     return forward(plan, batch, work);
   }
+  const std::int64_t width = plan.rows->n, length = plan.columns->n;
   if (plan.n > kLongSignals) {
-    for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t slot) {
-      group.load(element, count, batch + slot * kElement<T>, kElement<T>);
-    });
-    forward_columns(plan, batch, 0, plan.rows->n, {batch, plan.row_pitch * kElement<T>}, kElement<T>, work,
-                    kForward<T>);
-    return split_rows(plan, batch, plan.row_pitch, plan.columns->n, work, kForward<T>);
-  }
-  const std::int64_t length = plan.columns->n, pitch = (length + 1) * kElement<T>;
-  for (std::int64_t first = 0; first < plan.rows->n; first += n) {
-    const std::int64_t count = smaller(n, plan.rows->n - first);
+    const std::int64_t row = plan.row_pitch * kElement<T>;
     for (std::int64_t j = 0; j < length; ++j) {
-      group.load(first + plan.rows->n * j, count, work + j * kElement<T>, pitch);
+      load_tiles(group, tiles_of_run<T>(width * j, width), batch + row * j);
     }
+    forward_columns(plan, batch, 0, width, {batch, row}, kElement<T>, work, kForward<T>);
+    return split_rows(plan, batch, plan.row_pitch, length, work, kForward<T>);
+  }
+  const std::int64_t pitch = (length + 1) * kElement<T>;
+  for (std::int64_t first = 0; first < width; first += n) {
+    const std::int64_t count = smaller(n, width - first);
+    load_tiles(group, Tiles{first, width, length, count, 0, kElement<T>, pitch}, work);
     forward_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kForward<T>);
   }
   all_split_rows(plan, batch, work, kForward<T>, next);
@@ -297,27 +320,24 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
   constexpr std::int64_t n = kLanes<T>;
   if (plan.method != Fft<T>::Method::kSplit) {
     inverse(plan, batch, work);
-    for (std::int64_t e = 0; e < plan.n; e += n) {
-      group.store(batch + e * kElement<T>, kElement<T>, e, smaller(n, plan.n - e), background, factor);
+    return store_tiles(batch, group, tiles_of_run<T>(0, plan.n), background, factor);
+  }
+  const std::int64_t width = plan.rows->n, length = plan.columns->n;
+  if (plan.n > kLongSignals) {
+    const std::int64_t row = plan.row_pitch * kElement<T>;
+    split_rows(plan, batch, plan.row_pitch, length, work, kInverse<T>);
+    inverse_columns(plan, batch, 0, width, {batch, row}, kElement<T>, work, kInverse<T>);
+    for (std::int64_t j = 0; j < length; ++j) {
+      store_tiles(batch + row * j, group, tiles_of_run<T>(width * j, width), background, factor);
     }
     return;
   }
-  if (plan.n > kLongSignals) {
-    split_rows(plan, batch, plan.row_pitch, plan.columns->n, work, kInverse<T>);
-    inverse_columns(plan, batch, 0, plan.rows->n, {batch, plan.row_pitch * kElement<T>}, kElement<T>, work,
-                    kInverse<T>);
-    return for_split_tiles(plan, [&](std::int64_t element, std::int64_t count, std::int64_t slot) {
-      group.store(batch + slot * kElement<T>, kElement<T>, element, count, background, factor);
-    });
-  }
-  const std::int64_t length = plan.columns->n, pitch = (length + 1) * kElement<T>;
+  const std::int64_t pitch = (length + 1) * kElement<T>;
   all_split_rows(plan, batch, work, kInverse<T>, next);
-  for (std::int64_t first = 0; first < plan.rows->n; first += n) {
-    const std::int64_t count = smaller(n, plan.rows->n - first);
+  for (std::int64_t first = 0; first < width; first += n) {
+    const std::int64_t count = smaller(n, width - first);
     inverse_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kInverse<T>);
-    for (std::int64_t j = 0; j < length; ++j) {
-      group.store(work + j * kElement<T>, pitch, first + plan.rows->n * j, count, background, factor);
-    }
+    store_tiles(work, group, Tiles{first, width, length, count, 0, kElement<T>, pitch}, background, factor);
   }
 }
 

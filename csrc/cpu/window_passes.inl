@@ -256,6 +256,17 @@ FM_INLINE void store_transposed(Rows rows, std::int64_t begin, std::int64_t coun
   }
 }
 
+// A whole block, out of line: its code is long, and the same for every number of taps.
+template <typename Rows>
+__attribute__((noinline)) void load_block(Rows rows, std::int64_t begin, std::int64_t count, float* block) {
+  load_transposed(rows, begin, count, block);
+}
+template <typename Rows>
+__attribute__((noinline)) void store_block(Rows rows, std::int64_t begin, std::int64_t count,
+                                           const float* block) {
+  store_transposed(rows, begin, count, block);
+}
+
 // kLanes rows of `width` samples each become kLanes lanes of `cells` coarse points, `pitch` floats apart.
 template <int Taps, typename Rows>
 void spread_columns(Rows rows, std::int64_t width, WindowView window, std::int64_t cells, float* out,
@@ -265,7 +276,7 @@ void spread_columns(Rows rows, std::int64_t width, WindowView window, std::int64
   std::int64_t cell = 0;
   for (std::int64_t begin = 0; begin < width; begin += kRowBlock) {
     const std::int64_t end = smaller(begin + kRowBlock, width);
-    load_transposed(rows, begin, end - begin, block);
+    load_block(rows, begin, end - begin, block);
     for (std::int64_t n = begin;;) {
       for (const std::int64_t stop = smaller(window.first[cell + 1], end); n < stop; ++n) {
         const FloatVec value = load(block + (n - begin) * kLanes<float>);
@@ -316,7 +327,7 @@ void interpolate_columns(const float* in, std::int64_t pitch, WindowView window,
       for (int j = 0; j + 1 < Taps; ++j) coarse[j] = coarse[j + 1];
       coarse[Taps - 1] = load(in + (last < cells ? last : last - cells) * pitch);
     }
-    store_transposed(rows, begin, end - begin, block);
+    store_block(rows, begin, end - begin, block);
   }
 }
 

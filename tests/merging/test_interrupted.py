@@ -153,8 +153,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Path], Path, int],
             assert self._journal is not None
             self._journal._stream.close()
             assert isinstance(self._staging, Staging)
-            os.close(self._staging._lock)
-            self._staging._lock = -1
+            self._staging.leave()
 
         monkeypatch.setattr(CheckpointWriter, "_write", stopping)
         monkeypatch.setattr(CheckpointWriter, "_abort", leaving)

@@ -135,7 +135,10 @@ def _of_several(chunks: Sequence[Iterator[Chunk]]) -> list[str]:
 
 
 def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDWR)  # Windows flushes nothing that is open for reading only
+    except PermissionError:
+        fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

@@ -38,14 +38,13 @@ class Journal:
                     "run without resume to start anew"
                 )
         new = path.with_suffix(".new")
-        self._stream = open(new, "w", encoding="utf-8")  # noqa: SIM115  closed by close()
-        for entry in (identity, *self.earlier):
-            self.add(entry)
+        new.write_text("".join(map(_line, (identity, *self.earlier))), encoding="utf-8")
         os.replace(new, path)  # at no instant is the former one cut short
+        self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
     def add(self, entry: Mapping[str, object]) -> None:
         """Note something down; it survives the process, and if the machine fails, what it says is checked by hashes."""
-        self._stream.write(json.dumps(entry) + "\n")
+        self._stream.write(_line(entry))
         self._stream.flush()
 
     def close(self) -> None:
@@ -64,6 +63,10 @@ def remove_journals(folder: Path) -> None:
     """Remove those of all workers."""
     for path in (folder / JOURNAL, *folder.glob(_worker("*"))):
         path.unlink(missing_ok=True)
+
+
+def _line(entry: Mapping[str, object]) -> str:
+    return json.dumps(entry) + "\n"
 
 
 def _worker(rank: int | str) -> str:

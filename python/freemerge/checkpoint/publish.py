@@ -13,10 +13,10 @@ from pathlib import Path
 
 from ..errors import CheckpointError, RefusedError
 from ..workers import ALONE, Workers
+from .locks import DirectoryLock, FileLock, flush_directory, lock_of, remove_unused_files
 
 MANIFEST = "freemerge.json"
 _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
-_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -54,9 +54,10 @@ def check_target(out: Path, *, single_file: bool, force: bool) -> None:
 class Staging:
     """A hidden directory beside ``out`` that becomes ``out``, or supplies the file ``out``, when it is complete.
 
-    A lock on the directory tells a running writer from one that was killed: a second writer of the same output is
-    refused while the first lives, and removes what it left behind otherwise, or goes on with it (``resume``). Several
-    workers share one: the first of them makes and publishes it, and it is in use while one of them lives.
+    A lock (:mod:`freemerge.checkpoint.locks`) tells a running writer from one that was killed: a second writer of the
+    same output is refused while the first lives, and removes what it left behind otherwise, or goes on with it
+    (``resume``). Several workers share one: the first of them makes and publishes it, and it is in use while one of
+    them lives.
 
     Attributes:
         directory: the hidden directory.
@@ -66,7 +67,7 @@ class Staging:
     def __init__(self, out: Path, *, resume: bool = False, workers: Workers = ALONE) -> None:
         self._out, self._workers = out, workers
         self._made: list[Path] = []
-        self._lock = -1
+        self._lock: DirectoryLock | FileLock | None = None
         self.directory = hidden(out)
         self.resumed = workers.first(lambda: self._begin(resume))
         if workers.rank:
@@ -83,43 +84,36 @@ class Staging:
     def _publish(self, file: str | None, *, force: bool) -> None:
         check_target(self._out, single_file=file is not None, force=force)
         try:
-            os.fsync(self._lock)
+            flush_directory(self.directory)
             if file is not None:
                 os.replace(self.directory / file, self._out)
             elif not self._out.exists() or not any(self._out.iterdir()):
-                os.rename(self.directory, self._out)
+                self._rename()
             else:
                 self._exchange()
             self._made = []
-            parent = os.open(self._out.parent, os.O_RDONLY)
-            try:
-                os.fsync(parent)
-            finally:
-                os.close(parent)
+            flush_directory(self._out.parent)
         except OSError as error:
             raise cannot_write(self._out, error) from error
 
     def discard(self) -> None:
         """Remove the hidden directory, whatever it holds; safe to call twice. Only the first worker removes it."""
-        if self._lock >= 0:
-            # Another writer may have made a new one.
-            ours = os.path.samestat(os.fstat(self._lock), _stat(self.directory))
-            if ours and self._workers.rank == 0:
+        if self._lock is not None:
+            if self._lock.in_place() and self._workers.rank == 0:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
+            self.leave()
         self._remove_made_parents()
 
     @property
     def held(self) -> bool:
         """Whether the hidden directory is this writer's, and not published, discarded or left."""
-        return self._lock >= 0
+        return self._lock is not None
 
     def leave(self) -> None:
         """Let go of the hidden directory and leave it to another writer."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _begin(self, resume: bool) -> bool:
         """Claim the hidden directory; whether a killed writer has left it behind."""
@@ -131,33 +125,38 @@ class Staging:
             self._remove_made_parents()
             raise cannot_write(self._out, error) from error
         if self._workers.size > 1:
-            _lock(self._lock, shared=True)
+            self._lock.share(0)
         return resumed
 
     def _follow(self) -> None:
         """Share what the first worker has claimed."""
         try:
-            self._lock = os.open(self.directory, _DIRECTORY)
+            self._lock = lock_of(self.directory)
         except OSError as error:
             raise CheckpointError(
                 f"worker {self._workers.rank} cannot open {self.directory}, which the first worker has made "
                 f"({error.strerror}); the output must be on a file system that all workers share"
             ) from error
-        _lock(self._lock, shared=True)
+        self._lock.share(self._workers.rank)
+
+    def _rename(self) -> None:
+        """Become an output where there is none, or an empty directory."""
+        try:
+            os.rename(self.directory, self._out)
+        except FileExistsError:  # Windows replaces no directory, not even an empty one
+            self._out.rmdir()
+            os.rename(self.directory, self._out)
 
     def _exchange(self) -> None:
         """Replace an old output, which is then deleted."""
-        old = os.open(self._out, _DIRECTORY)
-        try:
-            _lock(old)  # it will lie where the next writer looks for a directory that nobody uses
+        assert self._lock is not None
+        with self._lock.covering(self._out):
             if _exchange(self.directory, self._out):
                 shutil.rmtree(self.directory, ignore_errors=True)
             else:
                 self._swap_in_two_steps()
-        finally:
-            os.close(old)
 
-    def _claim(self, resume: bool) -> tuple[int, bool]:
+    def _claim(self, resume: bool) -> tuple[DirectoryLock | FileLock, bool]:
         """The lock on a directory that is ours alone, and whether it was there already."""
         while True:
             made = True
@@ -166,39 +165,43 @@ class Staging:
                     self.directory.mkdir()
                 except FileExistsError:
                     made = False
-                fd = self._locked(made=made, resume=resume)
+                lock = self._locked(made=made, resume=resume)
             except KeyboardInterrupt:  # a signal, perhaps before mkdir: that of a living writer is not empty
                 with suppress(OSError):
                     if made:
                         self.directory.rmdir()
                 raise
-            if fd is not None:
-                return fd, not made
+            if lock is not None:
+                return lock, not made
 
-    def _locked(self, *, made: bool, resume: bool) -> int | None:
+    def _locked(self, *, made: bool, resume: bool) -> DirectoryLock | FileLock | None:
         """The lock on a directory that was ``made``, or found and is to be resumed; None if another has to be made."""
         try:
-            fd = os.open(self.directory, _DIRECTORY)
+            lock = lock_of(self.directory)
         except FileNotFoundError:  # another writer finished just now
             return None
-        free = _lock(fd)
+        free = lock.take()
+        if free is False and made:  # another writer took it for one left behind
+            lock.close()
+            return None
         if not made and free is not True:
-            os.close(fd)
+            lock.close()
             advice = f"remove {self.directory} if no run is writing it"
             why = "another run is writing it" if free is False else advice
             raise RefusedError(f"{self._out} cannot be written now: {why}")
-        ours = os.path.samestat(os.fstat(fd), _stat(self.directory))
+        ours = lock.in_place()
         if ours and (made or resume):
-            return fd
+            return lock
         if ours:
             shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(fd)  # also if another writer has removed it meanwhile
+        lock.close()  # also if another writer has removed it meanwhile
         return None
 
     def _swap_in_two_steps(self) -> None:
         # Without an atomic exchange (not Linux, or an old file system) there is an instant in which a kill leaves no
         # output; even then the old one is whole, under the hidden name.
         old = self.directory.with_name(self.directory.name + "-old")
+        shutil.rmtree(old, ignore_errors=True)  # of one that was killed: there is an output, so it is not the only one
         os.rename(self._out, old)
         try:
             os.rename(self.directory, self._out)
@@ -260,44 +263,31 @@ def _cleaned(folder: Path, remove: bool) -> Iterator[Leftover]:
         name, mark, rest = path.name.rpartition(_MARK)
         if not name.startswith(".") or not mark or path.is_symlink() or not path.is_dir():
             continue
-        fd = os.open(path, _DIRECTORY)
+        lock = lock_of(path)
         try:
-            dead = _lock(fd) is True
+            dead = lock.take() is True
             whole = rest.endswith("-old") and not (folder / name[1:]).exists()
-            nbytes = sum(file.stat().st_blocks * 512 for file in path.rglob("*") if file.is_file())
+            nbytes = sum(_room(file.stat()) for file in path.rglob("*") if file.is_file())
             yield Leftover(path, nbytes, not dead, whole)
             if dead and remove and not whole:
                 shutil.rmtree(path, ignore_errors=True)
         finally:
-            os.close(fd)
+            lock.close()
+    if remove:
+        remove_unused_files(folder, _MARK)
 
 
-def _stat(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except FileNotFoundError:
-        return os.stat_result([0] * 10)
-
-
-def _lock(fd: int, *, shared: bool = False) -> bool | None:
-    """Lock a directory, alone or with others that share it; False if another process has, None where the system or the
-    file system cannot."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError as error:
-        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
-    return True
+def _room(status: os.stat_result) -> int:
+    """The bytes that a file takes; a hole in it takes none, where the system tells."""
+    blocks: int | None = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else blocks * 512
 
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two directories atomically; False where the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows has no library of all symbols
         return False
     if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
         return True

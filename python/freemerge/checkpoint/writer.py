@@ -295,6 +295,8 @@ class CheckpointWriter:
             own = {name: self._background.result(file.sha256) for name, file in self._files.items()}
         except OSError as error:
             raise cannot_write(self.out, error) from error
+        if self._journal is not None:
+            self._journal.close()  # before the first worker moves its directory: Windows moves none with an open file
         for hashes, notes in self.workers.gather((own, self.notes)):
             self._hashes |= hashes
             self.notes |= notes
@@ -330,7 +332,6 @@ class CheckpointWriter:
 
     def _complete(self) -> None:
         if self._journal is not None:
-            self._journal.close()
             remove_journals(self._staging.directory)
         if not self.single_file:
             self._write_index_and_manifest(self._staging.directory, self._hashes)
