@@ -41,6 +41,10 @@ struct Tiles {
   int columns = 0;         // of a block of the column kernel, a power of two
   int row_threads = 0;     // of a block
   int column_threads = 0;  // of a block
+  // Points of the convolution that transforms a row, or a part of a column, whose length has a prime factor
+  // without a kernel (Bluestein); 0: none.
+  int row_chirp = 0;
+  int column_chirp = 0;
 };
 
 struct Plan {

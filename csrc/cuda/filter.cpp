@@ -39,10 +39,11 @@ Filter::Filter(const Plan& plan_, DType dtype_, const std::vector<float>& column
     return;
   }
   require(plan.form == Form::kFull, "the form must be decimated or full");
-  const int parts = plan.tiles.parts;
-  if (parts > 0) row_tables = cuda::row_tables(mask.height, mask.width, parts, upload);
-  if (parts > 0 || plan.fused)
-    column_tables = cuda::column_tables(mask, column_gains, std::max(parts, 1), upload);
+  const Tiles& tiles = plan.tiles;
+  if (tiles.parts > 0) row_tables = cuda::row_tables(mask.height, mask.width, tiles, upload);
+  if (tiles.parts > 0 || plan.fused)
+    column_tables =
+        cuda::column_tables(mask, column_gains, std::max(tiles.parts, 1), tiles.column_chirp, upload);
 }
 
 std::size_t Filter::workspace_bytes(const MatrixList& matrices, cudaStream_t stream) const {

@@ -45,7 +45,7 @@ class ThreeKernels : public Executor {
     const Mask& mask = filter.plan.mask;
     // Columns keep their size, so that those of gain 1 stay as they are; twice the spectra come from the
     // rows.
-    const double column_factor = 1.0 / blocks_.passes.length;
+    const double column_factor = 1.0 / blocks_.length;
     const double row_factor = call_.scale / (2.0 * static_cast<double>(width_) * tiles.parts);
     const RowPass rows{matrices,    spectra,           filter.row_tables,
                        tiles.parts, tiles.row_threads, static_cast<float>(row_factor)};
