@@ -14,6 +14,7 @@ set(FREEMERGE_CUDA_KERNELS
 set(FREEMERGE_CUDA_HOST
   common/window.cpp
   cuda/chirp.cpp
+  cuda/coarse_filter.cpp
   cuda/column_tables.cpp
   cuda/cufft_api.cpp
   cuda/decimated.cpp

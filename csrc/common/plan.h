@@ -34,7 +34,8 @@ struct Decimation {
 
 inline bool is_whole(const Decimation& axis) { return axis.taps == 0; }
 
-// kFull on a GPU, in three kernels: rows to spectra, columns, spectra to rows.
+// kFull on a GPU, or the coarse grids of kDecimated, in three kernels: rows to spectra, columns, spectra to
+// rows. Sizes are those of the matrix, or of the grid.
 struct Tiles {
   int parts =
       0;  // rows that one block of the row kernels takes, H / parts apart: columns are that much shorter
@@ -57,7 +58,7 @@ struct Plan {
   Decimation rows;          // along H
   Decimation columns;       // along W
   bool fused = false;       // kFull on a GPU: columns are transformed and masked by one kernel
-  Tiles tiles;              // kFull on a GPU, in three kernels if it has parts; else rows are cuFFT's
+  Tiles tiles;  // on a GPU: in three kernels if it has parts; else cuFFT transforms rows, or grids
 };
 
 }  // namespace freemerge

@@ -228,6 +228,100 @@ def test_fp32_spectra_take_the_matrix_itself() -> None:
     assert traits.workspace(narrow) == 8 * 2048 * 1028
 
 
+# --- coarse grids -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
+    monkeypatch.setenv("FREEMERGE_CUDA_TRANSFORMS", "own")
+    return CudaBackend(emulated.runtime())
+
+
+def coarse_plan(backend: CudaBackend, x: torch.Tensor, response: Response) -> Plan:
+    traits = backend.traits(x.device)
+    assert traits is not None
+    found = candidates(response, tuple(x.shape[-2:]), x.dtype, str(x.device), "cuda", traits)
+    return next(plan for plan in found if plan.form == "decimated")
+
+
+@pytest.mark.parametrize(
+    ("shape", "response"),
+    [
+        ((300, 90), fm.LowPass(0.05)),
+        ((3, 128, 200), fm.LowPass(0.05)),  # an odd number of coarse columns, several matrices
+        ((300, 90), fm.Official(0.05)),  # around Nyquist
+        ((512, 31), fm.Butterworth(0.02)),  # a whole axis, by a convolution
+        ((257, 1021), fm.HighPass(0.1)),
+    ],
+    ids=str,
+)
+def test_coarse_grids_need_no_cufft(own: CudaBackend, shape: tuple[int, ...], response: Response) -> None:
+    x = matrix(*shape)
+    plan = coarse_plan(own, x, response)
+    assert plan.tiles is not None
+    ours, theirs, again = x.clone(), x.clone(), x.clone()
+    emulated.standin_traffic()
+    run(plan, ours, own)
+    assert emulated.standin_traffic() == (0, 0)
+    run(replace(plan, tiles=None), theirs, own)
+    assert emulated.standin_traffic() != (0, 0)
+    want = torch.stack([reference_filter(m, response) for m in x.reshape(-1, *shape[-2:])]).reshape(shape)
+    changed = float((want - plan.background * x.double()).norm())  # what comes from the grid
+    assert float((ours.double() - want).norm()) < 1.1 * float((theirs.double() - want).norm()) + 2e-7 * changed
+    assert float((ours.double() - theirs.double()).norm()) < ERROR * max(changed, float(want.norm()))
+    emulated.module().set_order(emulated.module().Order.random)
+    try:
+        run(plan, again, own)
+    finally:
+        emulated.module().set_order(emulated.module().Order.forward)
+    assert torch.equal(ours, again)
+
+
+def test_a_batch_of_coarse_grids_is_one_by_one_and_takes_no_work_area(own: CudaBackend) -> None:
+    x, response = matrix(70, 24, 40, dtype=torch.bfloat16), fm.HighPass(0.1)  # more than one launch takes
+    plan = coarse_plan(own, x, response)
+    together, alone = x.clone(), x.clone()
+    run(plan, together, own)
+    for y in alone:
+        run(plan, y, own)
+    assert torch.equal(together, alone)
+    traits = own.traits(x.device)
+    assert traits is not None
+    assert traits.workspace is not None
+    assert traits.workspace(plan) < traits.workspace(replace(plan, tiles=None))
+
+
+def test_the_traffic_model_counts_every_store_of_coarse_grids(own: CudaBackend) -> None:
+    module, x = emulated.module(), matrix(256, 160)
+    plan = coarse_plan(own, x, fm.HighPass(0.05))
+    stores = []
+    for chosen in (plan, replace(plan, tiles=None)):
+        executable = own.executable(chosen)
+        executable.run([x.clone()[None]], 1.0)  # makes the tables
+        emulated.standin_traffic()
+        module.watch(0, (1 << 63) - 1)
+        executable.run([x.clone()[None]], 1.0)
+        stores.append(module.watched()[0][1] + emulated.standin_traffic()[1])
+        module.unwatch_all()
+    written = [
+        sum(step.written for step in traffic(chosen).steps if step.name in names)
+        for chosen, names in (
+            (plan, ("rows_to_spectra", "column_filter", "spectra_to_rows")),
+            (replace(plan, tiles=None), ("cuFFT R2C", "coarse_mask", "cuFFT C2R")),
+        )
+    ]
+    assert stores[0] - stores[1] == written[0] - written[1]
+    assert written[0] > 0
+
+
+def test_explain_shows_how_the_coarse_grid_is_filtered(own: CudaBackend) -> None:
+    with registry.using(own, TorchBackend()):
+        plan = fm.explain((4096, 4096), fm.HighPass(0.05))
+        assert plan.form == "decimated"
+        assert "grid       rows to spectra, columns, and back: " in str(plan)
+        assert "decimated 1.0" in plan.reason
+
+
 # --- who chooses it ---------------------------------------------------------------------------------------------------
 
 

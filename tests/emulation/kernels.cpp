@@ -244,6 +244,9 @@ void check_filters() {
       plan.rows = {24, taps, 5, nyquist};
       plan.columns = {30, taps, 5, nyquist};
       check_storage(plan, {}, s, nyquist ? "decimated around Nyquist" : "decimated");
+      plan.tiles = {2, 4, 64, 64};
+      check_storage(plan, {}, s, "decimated, the grid in three kernels");
+      plan.tiles = {};
       if (nyquist) continue;
       plan.columns = {s.width, 0, s.width / 2 + 1, false};
       check_storage(plan, {}, s, "decimated, whole columns axis");

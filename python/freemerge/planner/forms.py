@@ -191,6 +191,7 @@ class _Request:
                         background=box.background,
                         rows=rows,
                         columns=columns,
+                        tiles=tiles(rows.cells, columns.cells, traits.block_bytes) if traits.own_transforms else None,
                         error_bound=error,
                         bytes_moved=self.nbytes * (3 if box.background else 2),
                     )  # fmt: skip
@@ -283,7 +284,8 @@ class _Request:
 
 
 def _name(plan: Plan) -> str:
-    return plan.form + " transposed" * plan.transposed + " in three kernels" * (plan.tiles is not None)
+    ours = plan.form == "full" and plan.tiles is not None
+    return plan.form + " transposed" * plan.transposed + " in three kernels" * ours
 
 
 def background_gain(gains: np.ndarray) -> float:
