@@ -18,9 +18,8 @@ from benchmarks import harness
 from benchmarks.harness import Case, Row
 from freemerge.backends.cuda import CudaBackend
 from freemerge.planner.forms import candidates
-from freemerge.planner.lengths import largest_prime
 from freemerge.planner.plan import Plan
-from freemerge.planner.tiles import Tiles, blocks, column_bytes, row_bytes
+from freemerge.planner.tiles import Tiles, blocks, column_bytes, convolution, is_uncommon, row_bytes
 
 SHAPES = [(4096, 4096), (4096, 11008), (14336, 4096), (11008, 4096), (3072, 768), (768, 768)]
 TAPS = (8, 10, 12)
@@ -59,14 +58,15 @@ def tile_choices(shape: tuple[int, int], block_bytes: int) -> Iterator[Tiles]:
     """All tiles that fit: rows x columns x threads."""
     height, width = shape
     for parts in (1, 2, 4, 8):
-        if height % parts or blocks(row_bytes(width, parts), block_bytes) < 1:
+        chirps = convolution(width), convolution(height // parts)
+        if height % parts or blocks(row_bytes(chirps[0] or width, parts), block_bytes) < 1:
             continue
         for columns in (4, 8, 16):
-            if blocks(column_bytes(height // parts, columns), block_bytes) < 1:
+            if blocks(column_bytes(chirps[1] or height // parts, columns), block_bytes) < 1:
                 continue
             for rows_at_most, column_threads in THREADS:
-                row_threads = min(rows_at_most, 192) if largest_prime(width) > 7 else rows_at_most
-                yield Tiles(parts, columns, row_threads, column_threads)
+                row_threads = min(rows_at_most, 192) if is_uncommon(width) else rows_at_most
+                yield Tiles(parts, columns, row_threads, column_threads, *chirps)
 
 
 def plans(backend: CudaBackend, case: Case, device: str, **changes: object) -> list[Plan]:

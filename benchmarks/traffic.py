@@ -68,13 +68,22 @@ def _decimated(plan: Plan) -> list[Step]:
     grid = plan.rows.cells * plan.columns.cells * _FLOAT
     spectrum = plan.rows.cells * (plan.columns.cells // 2 + 1) * _COMPLEX
     kept = matrix if plan.background else 0
+    table = plan.rows.cells * plan.columns.band * _FLOAT  # of gains
+    coarse = [
+        Step("rows_to_spectra", "panel", grid, spectrum),
+        Step("column_filter", "panel", spectrum + table, spectrum),
+        Step("spectra_to_rows", "panel", spectrum, grid),
+    ]
+    by_cufft = [
+        Step("cuFFT R2C", "panel", grid, spectrum),
+        Step("coarse_mask", "panel", spectrum, spectrum),
+        Step("cuFFT C2R", "panel", spectrum, grid),
+    ]
     return [
         Step("spread_rows", "matrix", matrix, 0),
         Step("spread_rows", "panel", 0, panel),
         Step("spread_columns", "panel", panel + grid, 2 * grid),  # the grid is cleared, then added to
-        Step("cuFFT R2C", "panel", grid, spectrum),
-        Step("coarse_mask", "panel", spectrum, spectrum),
-        Step("cuFFT C2R", "panel", spectrum, grid),
+        *(by_cufft if plan.tiles is None else coarse),
         Step("interpolate", "panel", grid, 0),  # again for each chunk of rows, mostly from L1
         Step("interpolate", "matrix", kept, matrix),
     ]

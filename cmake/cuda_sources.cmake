@@ -13,6 +13,8 @@ set(FREEMERGE_CUDA_KERNELS
   cuda/spread_rows.cu)
 set(FREEMERGE_CUDA_HOST
   common/window.cpp
+  cuda/chirp.cpp
+  cuda/coarse_filter.cpp
   cuda/column_tables.cpp
   cuda/cufft_api.cpp
   cuda/decimated.cpp

@@ -42,8 +42,10 @@ void bind_filter(py::module_& m) {
       "tile_bytes",
       [](std::int64_t height, std::int64_t width, const py::object& object) {
         const Tiles tiles = to_tiles(object);
-        return py::make_tuple(row_bytes(width, tiles.parts),
-                              column_bytes(height / tiles.parts, tiles.columns));
+        const std::int64_t length = height / tiles.parts;
+        return py::make_tuple(
+            row_bytes(line_passes(width, tiles.row_chirp).passes.length, tiles.parts),
+            column_bytes(line_passes(length, tiles.column_chirp).passes.length, tiles.columns));
       },
       py::arg("height"), py::arg("width"), py::arg("tiles"));
   m.def(

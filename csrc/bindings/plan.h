@@ -28,8 +28,9 @@ inline Decimation to_decimation(const pybind11::handle& axis) {
 // `tiles` is a freemerge.planner.tiles.Tiles, or None.
 inline Tiles to_tiles(const pybind11::handle& tiles) {
   if (tiles.is_none()) return {};
-  return {tiles.attr("parts").cast<int>(), tiles.attr("columns").cast<int>(),
-          tiles.attr("row_threads").cast<int>(), tiles.attr("column_threads").cast<int>()};
+  return {tiles.attr("parts").cast<int>(),       tiles.attr("columns").cast<int>(),
+          tiles.attr("row_threads").cast<int>(), tiles.attr("column_threads").cast<int>(),
+          tiles.attr("row_chirp").cast<int>(),   tiles.attr("column_chirp").cast<int>()};
 }
 
 }  // namespace freemerge

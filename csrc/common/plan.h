@@ -34,13 +34,18 @@ struct Decimation {
 
 inline bool is_whole(const Decimation& axis) { return axis.taps == 0; }
 
-// kFull on a GPU, in three kernels: rows to spectra, columns, spectra to rows.
+// kFull on a GPU, or the coarse grids of kDecimated, in three kernels: rows to spectra, columns, spectra to
+// rows. Sizes are those of the matrix, or of the grid.
 struct Tiles {
   int parts =
       0;  // rows that one block of the row kernels takes, H / parts apart: columns are that much shorter
   int columns = 0;         // of a block of the column kernel, a power of two
   int row_threads = 0;     // of a block
   int column_threads = 0;  // of a block
+  // Points of the convolution that transforms a row, or a part of a column, whose length has a prime factor
+  // without a kernel (Bluestein); 0: none.
+  int row_chirp = 0;
+  int column_chirp = 0;
 };
 
 struct Plan {
@@ -53,7 +58,7 @@ struct Plan {
   Decimation rows;          // along H
   Decimation columns;       // along W
   bool fused = false;       // kFull on a GPU: columns are transformed and masked by one kernel
-  Tiles tiles;              // kFull on a GPU, in three kernels if it has parts; else rows are cuFFT's
+  Tiles tiles;  // on a GPU: in three kernels if it has parts; else cuFFT transforms rows, or grids
 };
 
 }  // namespace freemerge

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/error.h"
+#include "cuda/chirp_transform.cuh"
 #include "cuda/column_filter.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
@@ -19,6 +20,7 @@ constexpr std::size_t kSharedTarget = std::size_t{72} << 10;  // lets three bloc
 
 struct Job {
   ColumnFilter filter;
+  int length;  // of a part
   Passes passes;
   int columns_log2;  // of a block
   int padding_log2;
@@ -40,26 +42,30 @@ __device__ int row_frequency(const ColumnFilter& a, int frequency) {
   return static_cast<int>(blockIdx.y) + a.parts * frequency;
 }
 
-// Any other mask, on columns that hold frequencies; real and imaginary parts are swapped.
-__device__ void mask_columns(const Job& job, const InterleavedLines& columns, int first_column) {
-  const ColumnFilter& a = job.filter;
-  const int length = job.passes.length;
-  const int radix = job.passes.last();
-  columns.for_each_butterfly(length, radix, [&](Butterfly b) {
-    const int bin = first_column + b.line;
-    if (bin > a.spectra.width / 2) return;
-    const int frequency = first_frequency(job.passes, b.block) + length / radix * b.within;
-    const auto gain = static_cast<float>(a.factor * mask_gain(a.mask, row_frequency(a, frequency), bin));
-    float2& value = columns.at(b.block * radix + b.within, b.line);
-    value = make_float2(value.y * gain, value.x * gain);
-  });
-  __syncthreads();
-}
-
 __device__ float step_gain(const ColumnFilter& a, int2 rows, int frequency) {
   const int height = static_cast<int>(a.spectra.height);
   const int row = frequency <= height / 2 ? frequency : height - frequency;
   return row < rows.x ? a.step_gains[0] : (row < rows.y ? a.step_gains[1] : a.step_gains[2]);
+}
+
+// Any mask, on columns that hold frequencies; real and imaginary parts are swapped.
+template <Transform kBy>
+__device__ void mask_columns(const Job& job, const InterleavedLines& columns, int first_column) {
+  const ColumnFilter& a = job.filter;
+  const int radix = kBy == Transform::kChirp ? 1 : job.passes.last();
+  columns.for_each_butterfly(job.length, radix, [&](Butterfly b) {
+    const int bin = first_column + b.line;
+    if (bin > a.spectra.width / 2) return;
+    const int frequency = kBy == Transform::kChirp
+                              ? b.block  // in their order
+                              : first_frequency(job.passes, b.block) + job.length / radix * b.within;
+    const int row = row_frequency(a, frequency);
+    const float gain = a.tables.steps ? step_gain(a, load(a.tables.steps + bin), row)
+                                      : static_cast<float>(a.factor * mask_gain(a.mask, row, bin));
+    float2& value = columns.at(b.block * radix + b.within, b.line);
+    value = make_float2(value.y * gain, value.x * gain);
+  });
+  __syncthreads();
 }
 
 // The last forward pass, a mask of steps and the first inverse pass, on the same registers.
@@ -100,20 +106,63 @@ __device__ void masked_pass_of_radix(const Job& job, const InterleavedLines& col
   if (radix == 1) masked_pass<1>(job, columns, first_column);
 }
 
-// blockIdx: columns, part, matrix.
-template <bool kUncommon>
-__global__ void __launch_bounds__(kUncommon ? kColumnThreads : kWholeThreads, kUncommon ? 2 : 1)
-    column_filter_kernel(Job job) {
-  const ColumnFilter& a = job.filter;
+constexpr int most_threads(Transform by) { return by == Transform::kCommon ? kWholeThreads : kColumnThreads; }
+
+constexpr int least_blocks(Transform by) {
+  return by == Transform::kCommon ? 1 : (by == Transform::kChirp ? 3 : 2);
+}
+
+// Columns of frequencies in shared memory, their mask, and back, with real and imaginary parts swapped.
+template <Transform kBy>
+__device__ void filter_columns(const Job& job, const InterleavedLines& columns, int first_column) {
+  constexpr bool kUncommon = kBy == Transform::kUncommon;
+  const ColumnTables& tables = job.filter.tables;
   const Passes& passes = job.passes;
+  if constexpr (kBy == Transform::kChirp) {
+#pragma unroll 1
+    for (int way = 0; way < 2; ++way) {
+      transform_by_chirp(columns, passes, tables.roots, tables.chirp);
+      if (way == 0) mask_columns<kBy>(job, columns, first_column);
+    }
+    return;
+  }
+  // A pass whose results are masked while they are in registers, or that has no turns, is the same both ways.
+  const bool fused = !kUncommon && tables.steps;
+  const bool direct = kUncommon && passes.last() == 43;
+  const int ordinary = passes.count - (fused || direct ? 1 : 0);
+  int stride = passes.length;
+  for (int i = 0; i < ordinary; ++i) {
+    stride /= passes.radix[i];
+    pass_of_radix<kUncommon, false>(passes.radix[i], columns, tables.roots, passes.length, stride);
+  }
+  if constexpr (!kUncommon) {
+    if (fused) masked_pass_of_radix(job, columns, first_column);
+  }
+#pragma unroll 1
+  for (int way = 0; way < 2 && !fused; ++way) {
+    if constexpr (kUncommon) {
+      if (direct) pass<43, false>(columns, tables.roots, passes.length, 1);
+    }
+    if (way == 0) mask_columns<kBy>(job, columns, first_column);
+  }
+  for (int i = ordinary - 1; i >= 0; --i) {
+    pass_of_radix<kUncommon, true>(passes.radix[i], columns, tables.roots, passes.length, stride);
+    stride *= passes.radix[i];
+  }
+}
+
+// blockIdx: columns, part, matrix.
+template <Transform kBy>
+__global__ void __launch_bounds__(most_threads(kBy), least_blocks(kBy)) column_filter_kernel(Job job) {
+  const ColumnFilter& a = job.filter;
   const int count = 1 << job.columns_log2;
   const int bins = static_cast<int>(a.spectra.width / 2 + 1);
   const int first_column = static_cast<int>(blockIdx.x) * count;
-  const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.y) * passes.length;
+  const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.y) * job.length;
   const InterleavedLines columns{shared_memory<float2>(), job.columns_log2, job.padding_log2};
 
   // The columns' own transforms would cancel, but for a factor, where gains are constant.
-  const auto constant_factor = static_cast<float>(a.factor * passes.length);
+  const auto constant_factor = static_cast<float>(a.factor * job.length);
   bool constant = true;
   bool unchanged = true;
   for (int c = 0; c < count; ++c) {
@@ -133,44 +182,21 @@ __global__ void __launch_bounds__(kUncommon ? kColumnThreads : kWholeThreads, kU
     if (bin >= bins) return;
     const float gain = constant_factor * load(a.tables.gains + bin);
 #pragma unroll 4
-    for (int row = row_begin; row < passes.length; row += row_step) {
+    for (int row = row_begin; row < job.length; row += row_step) {
       const float2 old = spectrum.get(first_row + row);
       spectrum.put(first_row + row, make_float2(old.x * gain, old.y * gain));
     }
     return;
   }
 #pragma unroll 8
-  for (int row = row_begin; row < passes.length; row += row_step)
+  for (int row = row_begin; row < job.length; row += row_step)
     columns.at(row, column) = bin < bins ? spectrum.get(first_row + row) : make_float2(0.0f, 0.0f);
   __syncthreads();
-  // A pass whose results are masked while they are in registers, or that has no turns, is the same both ways.
-  const bool fused = !kUncommon && a.tables.steps;
-  const bool direct = kUncommon && passes.last() == 43;
-  const int ordinary = passes.count - (fused || direct ? 1 : 0);
-  int stride = passes.length;
-  for (int i = 0; i < ordinary; ++i) {
-    stride /= passes.radix[i];
-    pass_of_radix<kUncommon, false>(passes.radix[i], columns, a.tables.roots, passes.length, stride);
-  }
-  if constexpr (!kUncommon) {
-    if (fused) masked_pass_of_radix(job, columns, first_column);
-  }
-#pragma unroll 1
-  for (int way = 0; way < 2 && !fused; ++way) {
-    if constexpr (kUncommon) {
-      if (direct) pass<43, false>(columns, a.tables.roots, passes.length, 1);
-    }
-    if (way == 0) mask_columns(job, columns, first_column);
-  }
-  for (int i = ordinary - 1; i >= 0; --i) {
-    pass_of_radix<kUncommon, true>(passes.radix[i], columns, a.tables.roots, passes.length, stride);
-    stride *= passes.radix[i];
-  }
+  filter_columns<kBy>(job, columns, first_column);
   if (bin >= bins) return;
 #pragma unroll 8
-  for (int row = row_begin; row < passes.length; row += row_step) {
-    const float2 swapped = columns.at(row, column);
-    spectrum.put(first_row + row, make_float2(swapped.y, swapped.x));
+  for (int row = row_begin; row < job.length; row += row_step) {
+    spectrum.put(first_row + row, swapped(columns.at(row, column)));
   }
 }
 
@@ -221,17 +247,19 @@ std::int64_t longest_column() {
 }
 
 void column_filter(const ColumnFilter& arguments, const ColumnBlocks& blocks, cudaStream_t stream) {
-  const Job job{arguments, blocks.passes, blocks.columns_log2, blocks.passes.last() == 16 ? 4 : 31};
+  const Passes& passes = blocks.line.passes;
+  const Job job{arguments, blocks.length, passes, blocks.columns_log2, passes.last() == 16 ? 4 : 31};
   const HalfSpectra& spectra = arguments.spectra;
   const int columns = 1 << blocks.columns_log2;
   const dim3 grid(static_cast<unsigned>(ceil_div(spectra.width / 2 + 1, columns)),
                   static_cast<unsigned>(arguments.parts), static_cast<unsigned>(spectra.count));
-  const bool uncommon = are_uncommon(blocks.passes);
-  require(blocks.threads <= (uncommon ? kColumnThreads : kWholeThreads),
-          "a block of columns has too many threads");
-  launch(uncommon ? column_filter_kernel<true> : column_filter_kernel<false>,
+  const Transform by = blocks.line.transform;
+  require(blocks.threads <= most_threads(by), "a block of columns has too many threads");
+  launch(by == Transform::kCommon     ? column_filter_kernel<Transform::kCommon>
+         : by == Transform::kUncommon ? column_filter_kernel<Transform::kUncommon>
+                                      : column_filter_kernel<Transform::kChirp>,
          Launch("column_filter", grid, dim3(static_cast<unsigned>(blocks.threads)),
-                column_bytes(blocks.passes.length, columns), stream),
+                column_bytes(blocks.line.passes.length, columns), stream),
          job);
 }
 
@@ -239,7 +267,8 @@ ColumnBlocks whole_columns(std::int64_t height, std::int64_t bins) {
   const int log2 = columns_log2(height, bins);
   // A block that has a multiprocessor to itself needs more threads to fill it.
   const int threads = column_bytes(height, 1 << log2) > kSharedTarget ? kWholeThreads : kWholeThreads / 2;
-  return {passes_of(height, {16, 4, 2, 7, 5, 3}), log2, threads};
+  return {
+      static_cast<int>(height), {passes_of(height, {16, 4, 2, 7, 5, 3}), Transform::kCommon}, log2, threads};
 }
 
 ColumnBlocks column_blocks(std::int64_t height, const Tiles& tiles) {
@@ -247,7 +276,8 @@ ColumnBlocks column_blocks(std::int64_t height, const Tiles& tiles) {
   int log2 = 0;
   while (1 << log2 < tiles.columns) ++log2;
   require(1 << log2 == tiles.columns, "the columns of a block must be a power of two");
-  return {passes_of(height / tiles.parts), log2, tiles.column_threads};
+  const std::int64_t length = height / tiles.parts;
+  return {static_cast<int>(length), line_passes(length, tiles.column_chirp), log2, tiles.column_threads};
 }
 
 void column_mask(const ColumnFilter& arguments, cudaStream_t stream) {

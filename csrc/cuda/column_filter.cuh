@@ -28,7 +28,8 @@ struct ColumnFilter {
 
 // How columns, or parts of them, are divided among blocks.
 struct ColumnBlocks {
-  Passes passes;
+  int length;  // of a part
+  LinePasses line;
   int columns_log2;  // of a block
   int threads;
 };

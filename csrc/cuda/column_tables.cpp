@@ -27,13 +27,15 @@ std::vector<int2> step_rows(const Mask& mask) {
 
 }  // namespace
 
-ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, int parts,
+ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, int parts, int chirp,
                            const Upload& upload) {
   require(static_cast<std::int64_t>(gains.size()) == mask.width / 2 + 1,
           "one gain is needed for each column");
+  const std::int64_t length = mask.height / parts;
   return {to_device(gains, upload),
           mask.kind == MaskKind::kSteps ? to_device(step_rows(mask), upload) : nullptr,
-          to_device(unit_roots(mask.height / parts), upload)};
+          to_device(unit_roots(chirp > 0 ? chirp : length), upload),
+          chirp > 0 ? chirp_tables(length, line_passes(length, chirp).passes, upload) : Chirp{}};
 }
 
 }  // namespace freemerge::cuda

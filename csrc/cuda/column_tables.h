@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/mask.h"
+#include "cuda/chirp.h"
 #include "cuda/upload.h"
 
 namespace freemerge::cuda {
@@ -15,10 +16,12 @@ struct ColumnTables {
   // For each bin of a row, how many rows from frequency 0 on have the first gain of a mask of steps, and how
   // many the first or the second; null for other masks.
   const int2* steps;
-  const float2* roots;  // of the length of a part: exp(-2 pi i k / length)
+  const float2* roots;  // of the passes' length: exp(-2 pi i k / length)
+  Chirp chirp;          // of the length of a part; empty where the passes transform it
 };
 
-ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, int parts,
+// `chirp`: points of the convolution, or 0.
+ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, int parts, int chirp,
                            const Upload& upload);
 
 }  // namespace freemerge::cuda

@@ -21,6 +21,7 @@ class Decimated : public Executor {
  public:
   explicit Decimated(const Call& call)
       : Executor(call),
+        own_(call.filter.plan.tiles.parts > 0),
         rows_(call.filter.rows),
         columns_(call.filter.columns),
         pitch_(2 * (columns_.cells / 2 + 1)) {
@@ -54,7 +55,7 @@ class Decimated : public Executor {
     return most;
   }
 
-  std::size_t work_bound() const override { return fft_work_bound(keys(), work_limit()); }
+  std::size_t work_bound() const override { return own_ ? 0 : fft_work_bound(keys(), work_limit()); }
 
   void run_groups() override {
     in_groups([&](std::int64_t begin, std::int64_t count) { run_group(slice(begin, count)); });
@@ -64,7 +65,10 @@ class Decimated : public Executor {
     return {call_.device, type, rows_.cells, columns_.cells, 1, pitch_, pitch_ / 2};
   }
 
-  FftKeys keys() const { return {key(cufft::kR2C), key(cufft::kC2R)}; }
+  FftKeys keys() const {
+    if (own_) return {};
+    return {key(cufft::kR2C), key(cufft::kC2R)};
+  }
 
   std::size_t work_limit() const { return static_cast<std::size_t>(2 * group_ * 4 * rows_.cells * pitch_); }
 
@@ -86,14 +90,49 @@ class Decimated : public Executor {
     sample_mean({matrices, rows_.samples, columns_.samples, centers_}, stream);
     for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
       spread(matrices, begin, std::min(begin + panel_chunks_, chunk_count_));
-    transform(cufft::kR2C);
-    coarse_mask({grids_, rows_, columns_, plan.mask, plan.background, call_.scale}, stream);
-    transform(cufft::kC2R);
+    filter_grids();
     const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
     interpolate(
         {matrices, rows_, columns_, grids_, chunks_.rows, centers_,
          static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero)},
         stream);
+  }
+
+  void filter_grids() {
+    const Filter& filter = call_.filter;
+    if (own_) return filter_spectra(filter.spectra, grids(), grid_spectra(), call_.scale, call_.stream);
+    transform(cufft::kR2C);
+    coarse_mask({grids_, rows_, columns_, filter.plan.mask, filter.plan.background, call_.scale},
+                call_.stream);
+    transform(cufft::kC2R);
+  }
+
+  float* grid(int i) const { return grids_.data + i * grids_.rows * pitch_; }
+
+  Matrices grids() const {
+    Matrices matrices{};
+    matrices.count = grids_.count;
+    matrices.dtype = DType::kFloat32;
+    for (int i = 0; i < grids_.count; ++i) {
+      matrices.data[i] = grid(i);
+      matrices.row_stride[i] = pitch_;
+    }
+    return matrices;
+  }
+
+  // In the grids' own memory, whose rows have room for the last bin.
+  HalfSpectra grid_spectra() const {
+    HalfSpectra spectra{};
+    spectra.height = grids_.rows;
+    spectra.width = grids_.columns;
+    spectra.count = grids_.count;
+    spectra.last_pitch = pitch_ / 2;
+    for (int i = 0; i < grids_.count; ++i) {
+      spectra.data[i] = grid(i);
+      spectra.pitch[i] = pitch_;
+      spectra.last[i] = reinterpret_cast<float2*>(grid(i)) + grids_.columns / 2;
+    }
+    return spectra;
   }
 
   // Chunks [begin, end) of the rows, onto the coarse rows that they touch.
@@ -109,6 +148,7 @@ class Decimated : public Executor {
     spread_columns({grids_, rows_, columns_, chunks_, partials_, first, touched}, call_.stream);
   }
 
+  bool own_;  // the grids are filtered without cuFFT
   const WindowTables& rows_;
   const WindowTables& columns_;
   std::int64_t pitch_;         // of the grids

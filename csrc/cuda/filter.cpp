@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "common/error.h"
+#include "cuda/coarse_filter.h"
 #include "cuda/error.h"
 #include "cuda/executor.h"
 #include "cuda/heuristics.h"
@@ -36,13 +37,12 @@ Filter::Filter(const Plan& plan_, DType dtype_, const std::vector<float>& column
     const int padded = padded_taps(std::max(plan.rows.taps, plan.columns.taps));
     rows = row_window(mask.height, plan.rows, padded, upload);
     columns = column_window(mask.width, plan.columns, padded, upload);
+    if (plan.tiles.parts > 0) spectra = coarse_filter(plan, upload);
     return;
   }
   require(plan.form == Form::kFull, "the form must be decimated or full");
-  const int parts = plan.tiles.parts;
-  if (parts > 0) row_tables = cuda::row_tables(mask.height, mask.width, parts, upload);
-  if (parts > 0 || plan.fused)
-    column_tables = cuda::column_tables(mask, column_gains, std::max(parts, 1), upload);
+  if (plan.tiles.parts > 0) spectra = spectrum_filter(mask, plan.tiles, column_gains, upload);
+  if (plan.fused) column_tables = cuda::column_tables(mask, column_gains, 1, 0, upload);
 }
 
 std::size_t Filter::workspace_bytes(const MatrixList& matrices, cudaStream_t stream) const {

@@ -11,7 +11,7 @@
 #include "common/dtype.h"
 #include "common/plan.h"
 #include "cuda/column_tables.h"
-#include "cuda/row_spectra.cuh"
+#include "cuda/three_kernels.h"
 #include "cuda/window_tables.h"
 
 namespace freemerge::cuda {
@@ -39,8 +39,8 @@ struct Filter {
   DType dtype;
   WindowTables rows{};           // kDecimated
   WindowTables columns{};        // kDecimated; or a whole axis
-  ColumnTables column_tables{};  // kFull with fused columns, or in three kernels
-  RowTables row_tables{};        // kFull in three kernels
+  ColumnTables column_tables{};  // kFull with fused columns
+  SpectrumFilter spectra{};      // in three kernels: of the matrices, or, kDecimated, of their coarse grids
   std::int64_t chunk_rows =
       0;  // kDecimated: rows that a block walks down, for sweeps; 0: what the matrices need
 };

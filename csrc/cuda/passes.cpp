@@ -20,15 +20,13 @@ Passes passes_of(std::int64_t length, std::initializer_list<int> radices) {
   return passes;
 }
 
-Passes passes_of(std::int64_t length) {
+LinePasses line_passes(std::int64_t length, int chirp) {
+  if (chirp > 0) return {passes_of(chirp, {16, 8, 4, 2, 7, 5, 3}), Transform::kChirp};
   const Passes passes = passes_of(length, {43, 16, 8, 4, 2, 13, 11, 7, 5, 3});
-  require(std::count(passes.radix, passes.radix + passes.count, 43) <= 1,
-          "a length may have the factor 43 once");
-  return passes;
-}
-
-bool are_uncommon(const Passes& passes) {
-  return !std::all_of(passes.radix, passes.radix + passes.count, is_common);
+  const int* end = passes.radix + passes.count;
+  require(std::count(passes.radix, end, 43) <= 1, "a length may have the factor 43 once");
+  const bool common = std::all_of(passes.radix, end, [](int r) { return r != 11 && r != 13 && r != 43; });
+  return {passes, common ? Transform::kCommon : Transform::kUncommon};
 }
 
 std::vector<float2> unit_roots(std::int64_t n) {
@@ -41,9 +39,10 @@ std::vector<float2> unit_roots(std::int64_t n) {
   return roots;
 }
 
-std::vector<std::uint16_t> frequency_offsets(const Passes& passes) {
+std::vector<std::uint16_t> frequency_offsets(std::int64_t length, const LinePasses& line) {
+  const Passes& passes = line.passes;
   std::vector<std::uint16_t> offsets;
-  for (int frequency = 0; frequency < passes.length; ++frequency) {
+  for (int frequency = 0; frequency < static_cast<int>(length); ++frequency) {
     int position = 0;
     int stride = passes.length;
     int rest = frequency;
@@ -52,6 +51,7 @@ std::vector<std::uint16_t> frequency_offsets(const Passes& passes) {
       position += rest % passes.radix[i] * stride;
       rest /= passes.radix[i];
     }
+    if (line.transform == Transform::kChirp) position = frequency;  // which undoes its passes itself
     offsets.push_back(static_cast<std::uint16_t>(padded(position)));
   }
   return offsets;

@@ -12,8 +12,6 @@
 namespace freemerge::cuda {
 
 constexpr int kMaxPasses = 16;
-constexpr int kLargestCommonRadix =
-    16;  // kernels with larger ones, or with 11 and 13, are instances of their own
 
 // Threads of a block of the three kernels at most, so that registers last for two or three blocks on a
 // multiprocessor.
@@ -34,13 +32,18 @@ struct Passes {
 // The large radices last. Throws if the length has a factor that is none of `radices`.
 Passes passes_of(std::int64_t length, std::initializer_list<int> radices);
 
-// Those of the full form in three kernels, without 43 where it does not divide the length: it is the last
-// then.
-Passes passes_of(std::int64_t length);
+// How the full form in three kernels transforms a line. Each kernel has an instance for each of these,
+// because they take different numbers of registers: passes of common radices, passes with the radices 11, 13
+// and 43, and a convolution by passes of common radices (chirp.h).
+enum class Transform { kCommon, kUncommon, kChirp };
 
-// Kernels with the radices 11, 13 and 43 are instances of their own: they take more registers.
-FM_HOST_DEVICE inline bool is_common(int radix) { return radix != 11 && radix != 13 && radix != 43; }
-bool are_uncommon(const Passes& passes);
+// The passes of a line's own length if `chirp` is 0, else those of a convolution of so many points.
+struct LinePasses {
+  Passes passes;
+  Transform transform;
+};
+
+LinePasses line_passes(std::int64_t length, int chirp);
 
 // exp(-2 pi i k / n) for 0 <= k < n
 std::vector<float2> unit_roots(std::int64_t n);
@@ -49,7 +52,7 @@ std::vector<float2> unit_roots(std::int64_t n);
 // neighbours nor strides of powers of two meet in one bank.
 FM_HOST_DEVICE inline int padded(int position) { return position + (position >> 4) + (position >> 8); }
 
-// Where the frequencies 0 .. length - 1 are after the passes, padded.
-std::vector<std::uint16_t> frequency_offsets(const Passes& passes);
+// Where the frequencies 0 .. length - 1 of a line are after its transform, padded.
+std::vector<std::uint16_t> frequency_offsets(std::int64_t length, const LinePasses& line);
 
 }  // namespace freemerge::cuda

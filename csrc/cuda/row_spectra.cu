@@ -1,4 +1,5 @@
 #include "common/error.h"
+#include "cuda/chirp_transform.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
 #include "cuda/row_spectra.cuh"
@@ -29,18 +30,20 @@ struct RowGroup {
 };
 
 FM_HOST_DEVICE int line_count(int parts) { return parts <= 2 ? 1 : parts / 2; }
-FM_HOST_DEVICE int line_pitch(int width) { return padded(width - 1) + 1; }
+FM_HOST_DEVICE int line_pitch(int points) { return padded(points - 1) + 1; }
 
 __device__ ConsecutiveLines lines_of(const RowPass& a) {
-  return {shared_memory<float2>(), line_count(a.parts), line_pitch(a.tables.passes.length)};
+  return {shared_memory<float2>(), line_count(a.parts), line_pitch(a.tables.line.passes.length)};
 }
+
+__device__ int width_of(const RowPass& a) { return static_cast<int>(a.spectra.width); }
 
 // The rows of slots 2 j and 2 j + 1 become the real and imaginary parts of line j.
 template <typename T>
 __device__ void read_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
   const std::int64_t stride = a.matrices.row_stride[blockIdx.y];
   const T* matrix = static_cast<const T*>(a.matrices.data[blockIdx.y]);
-  const int width = a.tables.passes.length;
+  const int width = width_of(a);
   const int threads = static_cast<int>(blockDim.x);
   for (int j = 0; j < lines.lines; ++j) {
     const T* upper = matrix + group.row(2 * j) * stride;
@@ -74,7 +77,7 @@ template <typename T>
 __device__ void write_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
   const std::int64_t stride = a.matrices.row_stride[blockIdx.y];
   T* matrix = static_cast<T*>(a.matrices.data[blockIdx.y]);
-  const int width = a.tables.passes.length;
+  const int width = width_of(a);
   for (int j = 0; j < lines.lines; ++j) {
     T* upper = matrix + group.row(2 * j) * stride;
     T* lower = matrix + group.row(2 * j + 1) * stride;
@@ -103,7 +106,7 @@ __device__ void load_turns(const RowPass& a, const RowGroup& group, float2 (&tur
 template <int kParts>
 __device__ void write_bins(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
   constexpr int kSlots = kParts == 1 ? 2 : kParts;
-  const int width = a.tables.passes.length;
+  const int width = width_of(a);
   const int index = static_cast<int>(blockIdx.y);
   float2 turns[kSlots];
   if constexpr (kParts > 1) load_turns(a, group, turns);
@@ -136,7 +139,7 @@ __device__ void write_bins(const RowPass& a, const RowGroup& group, const Consec
 template <int kParts>
 __device__ void read_bins(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
   constexpr int kSlots = kParts == 1 ? 2 : kParts;
-  const int width = a.tables.passes.length;
+  const int width = width_of(a);
   const int index = static_cast<int>(blockIdx.y);
   float2 turns[kSlots];
   if constexpr (kParts > 1) load_turns(a, group, turns);
@@ -169,26 +172,37 @@ __device__ void read_bins(const RowPass& a, const RowGroup& group, const Consecu
   }
 }
 
+template <Transform kBy>
+__device__ void transform_lines(const ConsecutiveLines& lines, const RowTables& tables) {
+  if constexpr (kBy == Transform::kChirp) {
+    transform_by_chirp(lines, tables.line.passes, tables.roots, tables.chirp);
+  } else {
+    transform<kBy == Transform::kUncommon>(lines, tables.line.passes, tables.roots);
+  }
+}
+
+constexpr int most_threads(Transform by) {
+  return by == Transform::kUncommon ? kUncommonThreads : kRowThreads;
+}
+
 // blockIdx: group of rows, matrix.
-template <bool kUncommon>
-__global__ void __launch_bounds__(kUncommon ? kUncommonThreads : kRowThreads, 2)
-    rows_to_spectra_kernel(RowPass a) {
+template <Transform kBy>
+__global__ void __launch_bounds__(most_threads(kBy), 2) rows_to_spectra_kernel(RowPass a) {
   const RowGroup group(a);
   const ConsecutiveLines lines = lines_of(a);
   if (a.matrices.dtype == DType::kFloat32) read_rows<float>(a, group, lines);
   if (a.matrices.dtype == DType::kBFloat16) read_rows<__nv_bfloat16>(a, group, lines);
   if (a.matrices.dtype == DType::kFloat16) read_rows<__half>(a, group, lines);
   __syncthreads();
-  transform<kUncommon>(lines, a.tables.passes, a.tables.roots);
+  transform_lines<kBy>(lines, a.tables);
   if (a.parts == 1) write_bins<1>(a, group, lines);
   if (a.parts == 2) write_bins<2>(a, group, lines);
   if (a.parts == 4) write_bins<4>(a, group, lines);
   if (a.parts == 8) write_bins<8>(a, group, lines);
 }
 
-template <bool kUncommon>
-__global__ void __launch_bounds__(kUncommon ? kUncommonThreads : kRowThreads, 2)
-    spectra_to_rows_kernel(RowPass a) {
+template <Transform kBy>
+__global__ void __launch_bounds__(most_threads(kBy), 2) spectra_to_rows_kernel(RowPass a) {
   const RowGroup group(a);
   const ConsecutiveLines lines = lines_of(a);
   if (a.parts == 1) read_bins<1>(a, group, lines);
@@ -196,44 +210,56 @@ __global__ void __launch_bounds__(kUncommon ? kUncommonThreads : kRowThreads, 2)
   if (a.parts == 4) read_bins<4>(a, group, lines);
   if (a.parts == 8) read_bins<8>(a, group, lines);
   __syncthreads();
-  transform<kUncommon>(lines, a.tables.passes, a.tables.roots);
+  transform_lines<kBy>(lines, a.tables);
   if (a.matrices.dtype == DType::kFloat32) write_rows<float>(a, group, lines);
   if (a.matrices.dtype == DType::kBFloat16) write_rows<__nv_bfloat16>(a, group, lines);
   if (a.matrices.dtype == DType::kFloat16) write_rows<__half>(a, group, lines);
 }
 
-Launch row_launch(const char* name, const RowPass& a, bool uncommon, cudaStream_t stream,
-                  const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  require(a.threads <= (uncommon ? kUncommonThreads : kRowThreads), "a block of rows has too many threads");
+using RowKernel = void (*)(RowPass);
+
+// `instances` are in the order of Transform.
+void launch_rows(const char* name, const RowKernel (&instances)[3], const RowPass& a, cudaStream_t stream) {
+  const Transform by = a.tables.line.transform;
+  require(a.threads <= most_threads(by), "a block of rows has too many threads");
   const std::int64_t groups = a.parts == 1 ? ceil_div(a.spectra.height, 2) : a.spectra.height / a.parts;
   const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(a.matrices.count));
-  return Launch(name, grid, dim3(static_cast<unsigned>(a.threads)), row_bytes(a.spectra.width, a.parts),
-                stream, file, line);
+  launch(instances[static_cast<int>(by)],
+         Launch(name, grid, dim3(static_cast<unsigned>(a.threads)),
+                row_bytes(a.tables.line.passes.length, a.parts), stream),
+         a);
 }
 
 }  // namespace
 
-RowTables row_tables(std::int64_t height, std::int64_t width, int parts, const Upload& upload) {
+RowTables row_tables(std::int64_t height, std::int64_t width, const Tiles& tiles, const Upload& upload) {
+  const int parts = tiles.parts;
   require(parts == 1 || parts == 2 || parts == 4 || parts == 8, "parts must be 1, 2, 4 or 8");
-  const Passes passes = passes_of(width);
-  return {passes, to_device(frequency_offsets(passes), upload), to_device(unit_roots(width), upload),
-          parts == 1 ? nullptr : to_device(unit_roots(height), upload)};
+  const LinePasses line = line_passes(width, tiles.row_chirp);
+  const bool by_chirp = line.transform == Transform::kChirp;
+  return {line, to_device(frequency_offsets(width, line), upload),
+          to_device(unit_roots(line.passes.length), upload),
+          parts > 1 ? to_device(unit_roots(height), upload) : nullptr,
+          by_chirp ? chirp_tables(width, line.passes, upload) : Chirp{}};
 }
 
-std::size_t row_bytes(std::int64_t width, int parts) {
-  return static_cast<std::size_t>(line_count(parts) * line_pitch(static_cast<int>(width))) * sizeof(float2);
+std::size_t row_bytes(std::int64_t points, int parts) {
+  return static_cast<std::size_t>(line_count(parts)) *
+         static_cast<std::size_t>(line_pitch(static_cast<int>(points))) * sizeof(float2);
 }
 
 void rows_to_spectra(const RowPass& arguments, cudaStream_t stream) {
-  const bool uncommon = are_uncommon(arguments.tables.passes);
-  launch(uncommon ? rows_to_spectra_kernel<true> : rows_to_spectra_kernel<false>,
-         row_launch("rows_to_spectra", arguments, uncommon, stream), arguments);
+  launch_rows("rows_to_spectra",
+              {rows_to_spectra_kernel<Transform::kCommon>, rows_to_spectra_kernel<Transform::kUncommon>,
+               rows_to_spectra_kernel<Transform::kChirp>},
+              arguments, stream);
 }
 
 void spectra_to_rows(const RowPass& arguments, cudaStream_t stream) {
-  const bool uncommon = are_uncommon(arguments.tables.passes);
-  launch(uncommon ? spectra_to_rows_kernel<true> : spectra_to_rows_kernel<false>,
-         row_launch("spectra_to_rows", arguments, uncommon, stream), arguments);
+  launch_rows("spectra_to_rows",
+              {spectra_to_rows_kernel<Transform::kCommon>, spectra_to_rows_kernel<Transform::kUncommon>,
+               spectra_to_rows_kernel<Transform::kChirp>},
+              arguments, stream);
 }
 
 }  // namespace freemerge::cuda

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "common/plan.h"
+#include "cuda/chirp.h"
 #include "cuda/half_spectra.h"
 #include "cuda/matrices.h"
 #include "cuda/passes.h"
@@ -18,13 +19,14 @@
 namespace freemerge::cuda {
 
 struct RowTables {
-  Passes passes;
+  LinePasses line;
   const std::uint16_t* offsets;  // see frequency_offsets()
-  const float2* roots;           // of the width
+  const float2* roots;           // of the passes' length
   const float2* turns;           // roots of the height; null for one part
+  Chirp chirp;                   // of the width; empty where the passes transform it
 };
 
-RowTables row_tables(std::int64_t height, std::int64_t width, int parts, const Upload& upload);
+RowTables row_tables(std::int64_t height, std::int64_t width, const Tiles& tiles, const Upload& upload);
 
 struct RowPass {
   Matrices matrices;
@@ -35,8 +37,8 @@ struct RowPass {
   float factor;  // of the rows that come back
 };
 
-// Shared memory of a block.
-std::size_t row_bytes(std::int64_t width, int parts);
+// Shared memory of a block whose lines have this many points.
+std::size_t row_bytes(std::int64_t points, int parts);
 
 // spectra = twice the half spectra of the matrices' rows, combined
 void rows_to_spectra(const RowPass& arguments, cudaStream_t stream);

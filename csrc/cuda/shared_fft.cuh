@@ -159,4 +159,14 @@ __device__ void transform(const Lines& lines, const Passes& passes, const float2
   }
 }
 
+// The passes of an inverse transform, on swapped numbers in the order that those of transform() leave.
+template <bool kUncommon, typename Lines>
+__device__ void undo_transform(const Lines& lines, const Passes& passes, const float2* roots) {
+  int stride = 1;
+  for (int i = passes.count - 1; i >= 0; --i) {
+    pass_of_radix<kUncommon, true>(passes.radix[i], lines, roots, passes.length, stride);
+    stride *= passes.radix[i];
+  }
+}
+
 }  // namespace freemerge::cuda

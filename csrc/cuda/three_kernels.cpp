@@ -1,3 +1,5 @@
+#include "cuda/three_kernels.h"
+
 #include <algorithm>
 
 #include "common/error.h"
@@ -5,15 +7,13 @@
 #include "cuda/executor.h"
 #include "cuda/heuristics.h"
 #include "cuda/launch_math.h"
-#include "cuda/row_spectra.cuh"
 
 namespace freemerge::cuda {
 namespace {
 
 using heuristics::kBinsPerSector;
 
-// Rows to half spectra, their columns through the mask, and back, without cuFFT. Spectra of float32 matrices
-// take the matrices' own memory, and only their last bins the workspace.
+// Spectra of float32 matrices take the matrices' own memory, and only their last bins the workspace.
 class ThreeKernels : public Executor {
  public:
   explicit ThreeKernels(const Call& call)
@@ -21,8 +21,7 @@ class ThreeKernels : public Executor {
         in_place_(call.filter.dtype == DType::kFloat32),
         height_(call.filter.plan.mask.height),
         width_(call.filter.plan.mask.width),
-        pitch_(in_place_ ? 1 : kBinsPerSector * ceil_div(width_ / 2 + 1, kBinsPerSector)),
-        blocks_(column_blocks(height_, call.filter.plan.tiles)) {
+        pitch_(in_place_ ? 1 : kBinsPerSector * ceil_div(width_ / 2 + 1, kBinsPerSector)) {
     group_ = fit(heuristics::kBatchBytes, 8 * (width_ / 2 + 1) * height_, 1,
                  std::min<std::int64_t>(heuristics::kMatricesPerLaunch, call.count));
   }
@@ -39,27 +38,7 @@ class ThreeKernels : public Executor {
   }
 
   void run_group(const Matrices& matrices) {
-    const Filter& filter = call_.filter;
-    const Tiles& tiles = filter.plan.tiles;
-    const HalfSpectra spectra = spectra_of(matrices);
-    const Mask& mask = filter.plan.mask;
-    // Columns keep their size, so that those of gain 1 stay as they are; twice the spectra come from the
-    // rows.
-    const double column_factor = 1.0 / blocks_.passes.length;
-    const double row_factor = call_.scale / (2.0 * static_cast<double>(width_) * tiles.parts);
-    const RowPass rows{matrices,    spectra,           filter.row_tables,
-                       tiles.parts, tiles.row_threads, static_cast<float>(row_factor)};
-    rows_to_spectra(rows, call_.stream);
-    column_filter(
-        {spectra,
-         mask,
-         column_factor,
-         {static_cast<float>(column_factor * mask.gain0), static_cast<float>(column_factor * mask.gain1),
-          static_cast<float>(column_factor * mask.gain2)},
-         filter.column_tables,
-         tiles.parts},
-        blocks_, call_.stream);
-    spectra_to_rows(rows, call_.stream);
+    filter_spectra(call_.filter.spectra, matrices, spectra_of(matrices), call_.scale, call_.stream);
   }
 
   HalfSpectra spectra_of(const Matrices& matrices) const {
@@ -80,13 +59,41 @@ class ThreeKernels : public Executor {
   bool in_place_;
   std::int64_t height_;
   std::int64_t width_;
-  std::int64_t pitch_;  // of the workspace
-  ColumnBlocks blocks_;
+  std::int64_t pitch_;        // of the workspace
   std::int64_t group_;        // matrices at a time
   float2* memory_ = nullptr;  // spectra, or their last bins
 };
 
 }  // namespace
+
+SpectrumFilter spectrum_filter(const Mask& mask, const Tiles& tiles, const std::vector<float>& column_gains,
+                               const Upload& upload) {
+  return {mask, tiles, row_tables(mask.height, mask.width, tiles, upload),
+          column_tables(mask, column_gains, tiles.parts, tiles.column_chirp, upload)};
+}
+
+void filter_spectra(const SpectrumFilter& filter, const Matrices& matrices, const HalfSpectra& spectra,
+                    double scale, cudaStream_t stream) {
+  const Mask& mask = filter.mask;
+  const Tiles& tiles = filter.tiles;
+  const ColumnBlocks blocks = column_blocks(mask.height, tiles);
+  // Columns keep their size, so that those of gain 1 stay as they are; twice the spectra come from the rows.
+  const double column_factor = 1.0 / blocks.length;
+  const double row_factor = scale / (2.0 * static_cast<double>(mask.width) * tiles.parts);
+  const RowPass rows{matrices,    spectra,           filter.rows,
+                     tiles.parts, tiles.row_threads, static_cast<float>(row_factor)};
+  rows_to_spectra(rows, stream);
+  column_filter(
+      {spectra,
+       mask,
+       column_factor,
+       {static_cast<float>(column_factor * mask.gain0), static_cast<float>(column_factor * mask.gain1),
+        static_cast<float>(column_factor * mask.gain2)},
+       filter.columns,
+       tiles.parts},
+      blocks, stream);
+  spectra_to_rows(rows, stream);
+}
 
 std::unique_ptr<Executor> three_kernels(const Call& call) { return std::make_unique<ThreeKernels>(call); }
 

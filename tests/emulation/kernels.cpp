@@ -183,16 +183,18 @@ void check_three_kernels() {
   struct Case {
     Shape shape;
     int parts;
+    int row_chirp = 0;
+    int column_chirp = 0;
   };
-  // Odd widths and strides, a lone last row, every number of parts, uncommon radices.
-  for (const Case& c :
-       {Case{{48, 56, 56}, 4}, Case{{63, 45, 48}, 1}, Case{{16, 30, 31}, 8}, Case{{86, 33, 33}, 2}}) {
+  // Odd widths and strides, a lone last row, every number of parts, uncommon radices, convolutions.
+  for (const Case& c : {Case{{48, 56, 56}, 4}, Case{{63, 45, 48}, 1}, Case{{16, 30, 31}, 8},
+                        Case{{86, 33, 33}, 2}, Case{{38, 41, 43}, 2, 84, 40}, Case{{1, 67, 67}, 1, 135, 0}}) {
     const Shape& s = c.shape;
     const double edge = 0.2 * double(std::max(s.height, s.width));
     Plan plan;
     plan.form = Form::kFull;
     plan.mask = high_pass(s, edge);
-    plan.tiles = {c.parts, 4, 64, 64};
+    plan.tiles = {c.parts, 4, 64, 64, c.row_chirp, c.column_chirp};
     std::vector<float> gains(std::size_t(s.width / 2 + 1), std::nanf(""));
     for (std::size_t i = 0; i < gains.size(); ++i) {
       if (double(i) >= edge) gains[i] = 1.0f;
@@ -242,6 +244,9 @@ void check_filters() {
       plan.rows = {24, taps, 5, nyquist};
       plan.columns = {30, taps, 5, nyquist};
       check_storage(plan, {}, s, nyquist ? "decimated around Nyquist" : "decimated");
+      plan.tiles = {2, 4, 64, 64};
+      check_storage(plan, {}, s, "decimated, the grid in three kernels");
+      plan.tiles = {};
       if (nyquist) continue;
       plan.columns = {s.width, 0, s.width / 2 + 1, false};
       check_storage(plan, {}, s, "decimated, whole columns axis");

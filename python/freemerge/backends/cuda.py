@@ -87,6 +87,7 @@ class CudaBackend(TorchVectors):
             fused_prime=fused_prime,
             block_bytes=self._runtime.module.block_bytes(*self._runtime.place(device)) if available else 0,
             own_transforms=_own_transforms(),
+            chirp_cost=8.0,  # fitted to matrices of 50257, 151936 and 1009 rows
             workspace=self._workspace_bytes,
             centers={"decimated": _DTYPES},
         )
@@ -122,7 +123,8 @@ class CudaBackend(TorchVectors):
         native = self._runtime.module.Filter(
             form=plan.form, mask=mask, table=gains, dtype=DTYPE_CODES[plan.dtype], background=plan.background,
             rows=plan.rows, columns=plan.columns, fused=plan.fused, tiles=plan.tiles,
-            column_gains=plan.column_gains if plan.fused or plan.tiles else (), upload=upload,
+            column_gains=plan.column_gains if plan.form == "full" and (plan.fused or plan.tiles) else (),
+            upload=upload,
         )  # fmt: skip
         return _Filter(self._runtime, native, tables, self._recorded)
 
@@ -272,7 +274,7 @@ class _Switch(BackendSwitch):
 
 
 def _own_transforms() -> bool:
-    """Whether the full form is to run in three kernels of ours where it can, not on cuFFT."""
+    """Whether the full form and coarse grids are to run in three kernels of ours where they can, not on cuFFT."""
     choice = os.environ.get(_TRANSFORMS, "cufft")
     if choice not in ("cufft", "own"):
         raise BackendError(f"{_TRANSFORMS} must be cufft or own, not {choice!r}")

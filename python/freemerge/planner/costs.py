@@ -48,8 +48,9 @@ class Traits:
     fused_length: int = 0  #: full has one kernel that transforms and masks columns, up to this length
     fused_prime: int = 1  #: largest prime factor of such a length
     block_bytes: int = 0  #: shared memory of a block, for full in three kernels of its own; 0 if it has none
-    own_transforms: bool = False  #: those three kernels come first where they and a library's transforms can do it
+    own_transforms: bool = False  #: those kernels come first where a library could do it, too; for coarse grids as well
     chirp_stages: float = 3.0  #: roundings over log2 n of an FFT whose length n has a large prime factor (Bluestein)
+    chirp_cost: float = 3.0  #: and what it costs down columns, over an FFT of a length near it that has none
     row_library: str = ""  #: what transforms single rows, if not what transforms matrices
     #: Forms, and dtypes, that take out a dominant mean first, which would drown a small result in rounding.
     centers: Mapping[Form, frozenset[torch.dtype]] = field(default_factory=dict)

@@ -191,6 +191,7 @@ class _Request:
                         background=box.background,
                         rows=rows,
                         columns=columns,
+                        tiles=tiles(rows.cells, columns.cells, traits.block_bytes) if traits.own_transforms else None,
                         error_bound=error,
                         bytes_moved=self.nbytes * (3 if box.background else 2),
                     )  # fmt: skip
@@ -235,9 +236,10 @@ class _Request:
         background = background_gain(gains)
         varying = int(np.count_nonzero(gains != background))
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
-        base = 2 * costs.row_fft * height * width * _fft_factor(width) * (costs.transposed if transpose else 1.0)
+        row_factor, column_factor = _fft_factor(width), _fft_factor(height, traits.chirp_cost)
+        base = 2 * costs.row_fft * height * width * row_factor * (costs.transposed if transpose else 1.0)
         steps = 2.5 if height == 1 else 6  # on a small matrix
-        down = 2 * costs.column_fft * _fft_factor(height)
+        down = 2 * costs.column_fft * column_factor
         size = dtype.itemsize * height * (width + 2)
         pruned_size = 2 * dtype.itemsize * height * varying
         blocks = dtype.itemsize * (3 * width + 6 * height) * 16
@@ -264,15 +266,26 @@ class _Request:
             library = traits.row_library if height == 1 else ""
             full = replace(common, form="full", packed=packed, fused=fused, library=library)
             by_library = replace(full, bytes_moved=moves * self.nbytes, workspace_bytes=work)
-            own = None if transpose or height == 1 else tiles(height, width, traits.block_bytes)
-            ours = [replace(by_library, fused=False, tiles=own)] if own is not None else []
-            # Their costs are not known apart; equal ones stay in this order.
-            for plan in (*ours, by_library) if traits.own_transforms else (by_library, *ours):
-                yield cost, plan
+            own = None if transpose else tiles(height, width, traits.block_bytes)
+            if own is None:
+                yield cost, by_library
+                return
+            ours = replace(by_library, fused=False, tiles=own)
+            own_cost = cost + 2 * costs.row_fft * height * width * (_own_factor(width, own.row_chirp) - row_factor)
+            length = height // own.parts
+            columns = _own_factor(length, own.column_chirp) + math.log2(own.parts)
+            own_cost += 2 * costs.column_fft * height * transformed * (columns - column_factor)
+            # An estimate that no GPU has confirmed: own_transforms decides whose kernels come first.
+            if traits.own_transforms:
+                yield min(own_cost, cost), ours
+            yield cost, by_library
+            if not traits.own_transforms:
+                yield max(own_cost, cost), ours
 
 
 def _name(plan: Plan) -> str:
-    return plan.form + " transposed" * plan.transposed + " in three kernels" * (plan.tiles is not None)
+    ours = plan.form == "full" and plan.tiles is not None
+    return plan.form + " transposed" * plan.transposed + " in three kernels" * ours
 
 
 def background_gain(gains: np.ndarray) -> float:
@@ -300,9 +313,14 @@ def _smooth(minimum: int, multiple: int) -> int:
     return multiple * best
 
 
-def _fft_factor(n: int) -> float:
+def _fft_factor(n: int, chirp_cost: float = 3.0) -> float:
     """log2 n, with the price of lengths that have a large prime factor."""
-    return math.log2(n + 1) * (1.0 if _direct(n) else 3.0)
+    return math.log2(n + 1) * (1.0 if _direct(n) else chirp_cost)
+
+
+def _own_factor(n: int, chirp: int) -> float:
+    """The same for three kernels, which make two transforms of ``chirp`` points of it."""
+    return 2 * chirp / n * math.log2(chirp) if chirp else math.log2(n + 1)
 
 
 def _direct(n: int) -> bool:

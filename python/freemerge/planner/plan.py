@@ -69,9 +69,9 @@ class Plan:
     ``shape`` and ``response`` are those in this ``layout``. ``shape`` is (n,) for a
     vector, which filters as a 1 x n matrix but takes its cutoff from n. ``transposed`` (pruned, full) takes real FFTs
     along the columns of x instead of its rows; ``packed`` (full) keeps the spectrum in x's own memory; ``fused`` (full)
-    transforms a column of the spectrum, masks it and transforms it back in one kernel; with ``tiles`` (full) rows are
-    transformed by kernels of the backend too, three in all; ``library`` (full) makes the transforms, if not the backend
-    itself; ``centers`` takes the mean of x out where it is dominant, and adds M(0, 0)
+    transforms a column of the spectrum, masks it and transforms it back in one kernel; with ``tiles`` kernels of the
+    backend transform rows too, three in all, or filter the coarse grid (decimated); ``library`` (full) makes the
+    transforms, if not the backend itself; ``centers`` takes the mean of x out where it is dominant, and adds M(0, 0)
     times it to y. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``;
     ``bytes_moved`` counts the reads and writes of x itself.
     """
@@ -149,7 +149,8 @@ class Plan:
         if self.fused:
             lines.append("  fused      one kernel transforms and masks a column, and transforms it back")
         if self.tiles is not None:
-            lines.append(f"  kernels    rows to spectra, columns, and back: {self.tiles}")
+            what = "kernels   " if self.form == "full" else "grid      "
+            lines.append(f"  {what} rows to spectra, columns, and back: {self.tiles}")
         if self.packed:
             lines.append("  spectrum   packed: in the memory of the input")
         if self.library:

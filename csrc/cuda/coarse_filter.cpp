@@ -1,0 +1,54 @@
+#include "cuda/coarse_filter.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
+#include "common/error.h"
+#include "common/window.h"
+
+namespace freemerge::cuda {
+namespace {
+
+// M at a bin that may lie beyond the stored half of the spectrum, or beyond its period.
+double gain_around(const Mask& mask, std::int64_t bin_y, std::int64_t bin_x) {
+  const bool stored = bin_x <= mask.width / 2;
+  const std::int64_t y = ((stored ? bin_y : -bin_y) % mask.height + mask.height) % mask.height;
+  return mask_gain(mask, y, stored ? bin_x : mask.width - bin_x);
+}
+
+}  // namespace
+
+SpectrumFilter coarse_filter(const Plan& plan, const Upload& upload) {
+  const Mask& mask = plan.mask;
+  require(mask.kind != MaskKind::kTable, "a table has no coarse grid: it is on the device");
+  const std::vector<double> rows = make_window(mask.height, plan.rows).transform;
+  const std::vector<double> columns = make_window(mask.width, plan.columns).transform;
+  const std::int64_t bins = plan.columns.cells / 2 + 1;
+  const std::int64_t center_y = plan.rows.nyquist ? mask.height / 2 : 0;
+  const std::int64_t center_x = plan.columns.nyquist ? mask.width / 2 : 0;
+  const double smaller = static_cast<double>(plan.rows.cells) * static_cast<double>(plan.columns.cells) /
+                         (static_cast<double>(mask.height) * static_cast<double>(mask.width));
+  std::vector<float> gains(static_cast<std::size_t>(plan.rows.cells * bins), 0.0f);
+  std::vector<float> column_gains(static_cast<std::size_t>(bins), 0.0f);
+  for (std::int64_t row = 0; row < plan.rows.cells; ++row) {
+    const std::int64_t dy = row <= plan.rows.cells / 2 ? row : row - plan.rows.cells;
+    if (std::abs(dy) >= plan.rows.band) continue;
+    for (std::int64_t dx = 0; dx < std::min(plan.columns.band, bins); ++dx) {
+      const double gain = gain_around(mask, center_y + dy, center_x + dx) - plan.background;
+      const double window =
+          rows[static_cast<std::size_t>(std::abs(dy))] * columns[static_cast<std::size_t>(dx)];
+      gains[static_cast<std::size_t>(row * bins + dx)] =
+          static_cast<float>(gain * smaller / (window * window));
+      column_gains[static_cast<std::size_t>(dx)] = std::nanf("");
+    }
+  }
+  Mask coarse;
+  coarse.kind = MaskKind::kTable;
+  coarse.height = plan.rows.cells;
+  coarse.width = plan.columns.cells;
+  coarse.table = to_device(gains, upload);
+  return spectrum_filter(coarse, plan.tiles, column_gains, upload);
+}
+
+}  // namespace freemerge::cuda
