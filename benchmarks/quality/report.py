@@ -163,7 +163,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
     """Accuracy against stored bytes, as PNG; methods that store nothing stand in a column of their own."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.5, 5.2), dpi=140, layout="constrained")
+    figure = Figure(figsize=(8.5, 5.6), dpi=140, layout="constrained")
     zero, axes = figure.subplots(1, 2, width_ratios=(1, 3.2), sharey=True)
     labelled: set[str] = set()
     for name, entry in results["methods"].items():
@@ -191,7 +191,7 @@ def chart(results: dict[str, Any], path: Path) -> None:
     zero.set_ylabel("accuracy, %, mean over tasks and unseen seeds")
     for target in (zero, axes):
         target.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path)
 
 
