@@ -483,7 +483,7 @@ def test_init(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert Recipe.from_yaml(file) == recipe
     text = file.read_text()
     assert f"--recipe {file} -o OUT" in text
-    assert "# strength of the merged task vector: auto or a finite number\nscale: auto\n" in text
+    assert "# strength of the merged task vector: auto, interference or a finite number\nscale: auto\n" in text
     assert "1 tensors filtered, 0 merged unfiltered, 1 copied" in text
     assert run("merge", *files, "--recipe", file, "-o", tmp_path / "out", "-q") == 0
     expected = fm.merge(files[0], files[1:], recipe)

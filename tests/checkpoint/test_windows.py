@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
-from tests.windows import pretend
+from windows import pretend
 pretend()
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, verify
@@ -146,8 +147,9 @@ def test_where_directories_cannot_be_opened(program: str, tmp_path: Path) -> Non
     (tmp_path / "work").mkdir()
     script = tmp_path / "script.py"
     script.write_text(BEGIN + textwrap.dedent(program))
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-W", "ignore", script, tmp_path / "work"],
-        capture_output=True, text=True, timeout=240, check=False,
+        capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
