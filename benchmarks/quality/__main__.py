@@ -17,7 +17,7 @@ from .scales import DIGITS, measure_scales
 SEEDS = [0, 1, 2, 3, 4]
 TEST = 400
 REDUCED = Settings("texts", ["movie", "news", "language"], seeds=[0], steps=15, test=120)
-LOW_RANK = "Iso-C + low rank 0.6 %"
+LOW_RANK = "FR-Merging + low rank 0.6 %"
 REDUCED_METHODS = ("weight average", "Task Arithmetic", "FR-Merging", "Iso-C", "EMR", "FREE, 1 %", LOW_RANK)
 
 
@@ -91,7 +91,7 @@ def _check(options: argparse.Namespace) -> None:
         "FR-Merging beats the pretrained encoder": accuracy["FR-Merging"] > reference["pretrained"],
         "experts improve on FR-Merging": accuracy["FREE, 1 %"] > accuracy["FR-Merging"],
         "a 1 % expert stays below 2.2 % of the model": methods["FREE, 1 %"]["storage"] < 2.2,
-        "low-rank experts improve on Iso-C": accuracy[LOW_RANK] > accuracy["Iso-C"],
+        "low-rank experts improve on FR-Merging": accuracy[LOW_RANK] > accuracy["FR-Merging"],
         "they keep to their budget": methods[LOW_RANK]["storage"] <= 0.6,
         "the router knows the tasks": results["reference"]["routing"][0] > 80,
     }
