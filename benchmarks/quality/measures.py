@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save_file
 
 import freemerge as fm
 from freemerge.methods import DARE, FR, PCB, TIES, TSVM, Average, IsoC, Method, TaskArithmetic
@@ -41,14 +43,16 @@ def measure_encoders(cache: Path, out: Path, seed: int = 0) -> dict[str, Any]:
     results = json.loads((out / RESULTS).read_text())
     settings = results["settings"]
     encoder = Encoder(cache)
-    base = {name: tensor.clone() for name, tensor in weights(encoder).items()}
-    tuned = [
-        finetuned(
-            cache, encoder, load_task(name, cache, seed, settings["test"]), seed, settings["steps"], settings["test"]
-        )
-        for name in settings["tasks"]
-    ]
-    analysis = fm.analyze(base, tuned, methods=METHODS)
+    models = {"base": {name: tensor.clone() for name, tensor in weights(encoder).items()}}
+    for name in settings["tasks"]:
+        task = load_task(name, cache, seed, settings["test"])
+        models[name] = finetuned(cache, encoder, task, seed, settings["steps"], settings["test"])
+    with TemporaryDirectory() as folder:  # the report calls models by their files' names
+        for name, model in models.items():
+            save_file(model, f"{folder}/{name}.safetensors")
+        base, *tuned = (f"{folder}/{name}.safetensors" for name in models)
+        analysis = fm.analyze(base, tuned, methods=METHODS)
+        fm.analyze(base, tuned, out=cache / "report.html", force=True)
     index = settings["seeds"].index(seed)
     methods = {}
     for name, merged in analysis.total.methods.items():
@@ -82,7 +86,6 @@ def measure_encoders(cache: Path, out: Path, seed: int = 0) -> dict[str, Any]:
         "methods": methods,
     }
     (out / "measures.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (cache / "report.html").write_text(analysis.to_html(), encoding="utf-8")
     return measured
 
 

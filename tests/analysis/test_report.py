@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import pytest
 
 from freemerge.analysis import Analysis, analyze
 from freemerge.analysis.report.charts import linear_axis, logarithmic_axis
+from freemerge.analysis.report.figures import method_style
 from freemerge.analysis.report.heat import Shades, heat_map
-from freemerge.analysis.report.pictures import pictures
+from freemerge.analysis.report.pictures import line, pictures
 from freemerge.analysis.report.text import NONE, count, number, percent, text
 from freemerge.errors import ArgumentError, RefusedError
+from freemerge.methods import TaskArithmetic
 
 HOSTILE = [
     "<script>document.title='taken'</script>",
@@ -140,6 +143,18 @@ def test_figures_as_pictures(analysis: Analysis, tmp_path: Path) -> None:
         assert min(pixels.shape[:2]) > 300
         assert pixels[..., :3].std() > 0.01, "something is drawn"
     assert dict(pictures(analysis)) == found
+
+
+def test_twelve_methods_have_lines_of_their_own() -> None:
+    base, tuned = plain.models({"w": (6, 5)}, 2)
+    methods = {f"method {i}": TaskArithmetic() for i in range(12)}
+    found = analyze(base, tuned, methods=methods)
+    page = Page(found.to_html())
+    drawn = [a["class"] for tag, a in page.elements if tag == "g" and str(a.get("class")).startswith("m")]
+    assert len(set(drawn)) == 12
+    assert set(Counter(drawn).values()) == {3}, "one in each chart of the methods"
+    assert len({str(line(method_style(i))) for i in range(12)}) == 12
+    assert "energy-in-the-strongest-directions.png" in dict(pictures(found))
 
 
 def test_pictures_need_matplotlib_and_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,8 @@ def side_by_side(figures: Sequence[Figure]) -> str:
 
 
 def method_style(index: int) -> str:
-    """The colour of a method."""
-    return f"m{index % METHOD_STYLES}"
+    """The colour of a method; those after the first six have dashed lines."""
+    return f"m{index % METHOD_STYLES}" + (" dashed" if index >= METHOD_STYLES else "")
 
 
 def _spectrum(analysis: Analysis) -> Figure | None:

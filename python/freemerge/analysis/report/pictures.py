@@ -90,7 +90,7 @@ def _picture(figure: Figure) -> Picture:
         _draw_map(picture, axes, names, columns, figure.content.values, number, written=len(names) <= WRITTEN)
     else:
         _draw_lines(axes, figure.content)
-        handles = [axes.plot([], [], **_line(style))[0] for _, style in figure.legend]
+        handles = [axes.plot([], [], **line(style))[0] for _, style in figure.legend]
         labels = [f" {printable(label)}" for label, _ in figure.legend]  # one that begins with _ would be left out
         picture.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
     return picture
@@ -109,10 +109,10 @@ def _draw_lines(axes: Axes, chart: Chart) -> None:
     axes.set_xlim(chart.x.low, chart.x.high)
     axes.set_ylim(chart.y.low, chart.y.high)
     if chart.reference is not None:
-        axes.axhline(chart.reference, **_line("reference"))
-    for line in chart.lines:
-        values = [float("nan") if value is None else value for value in line.values]
-        axes.plot(chart.positions, values, clip_on=False, **_line(line.style))
+        axes.axhline(chart.reference, **line("reference"))
+    for drawn in chart.lines:
+        values = [float("nan") if value is None else value for value in drawn.values]
+        axes.plot(chart.positions, values, clip_on=False, **line(drawn.style))
 
 
 def _draw_map(
@@ -169,6 +169,9 @@ def _layers(analysis: Analysis) -> Picture:
     return picture
 
 
-def _line(style: str) -> dict[str, Any]:
+def line(style: str) -> dict[str, Any]:
     """How matplotlib draws what the style sheet calls by this name."""
-    return _LINES[style] if style in _LINES else {"color": _COLOURS[style], "linewidth": 1.6}
+    if style in _LINES:
+        return _LINES[style]
+    colour, *dashed = style.split()
+    return {"color": _COLOURS[colour], "linewidth": 1.6, "linestyle": "--" if dashed else "-"}
