@@ -100,6 +100,16 @@ def test_pcb_of_many_models() -> None:
         assert (tensor - base[name] >= deltas.amin(0).clamp(max=0) - 1e-5).all()
 
 
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_pcb_where_products_overflow(scope: str) -> None:
+    base, models = states(3)
+    huge = [{name: 1e25 * tensor for name, tensor in model.items()} for model in models]
+    with pytest.raises(fm.CheckpointError, match="products overflow"):
+        fm.merge(base, huge, fm.Recipe(method="pcb", scope=scope))
+    empty = {"none": torch.zeros(0, 4)}
+    assert fm.merge(empty, [empty], fm.Recipe(method="pcb", scope=scope))["none"].shape == (0, 4)
+
+
 @pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
 def test_task_vectors_of_zero(method: str) -> None:
     base, (model,) = states(1)

@@ -176,13 +176,14 @@ class Merger:
             _Shared(partial(vectors, self._unit_bytes), units, own, workers), len(self.models)
         )
         scale = self.scale
-        if self.recipe.scale == "interference":  # between matrices, small ones too
-            units = [unit for unit in self.units if unit.action != "copy" and self._has_matrices(unit.names)]
-            own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
+        if scale is None:
+            interference = self.recipe.scale == "interference"
+            if interference:  # between matrices, small ones too
+                units = [unit for unit in self.units if unit.action != "copy" and self._has_matrices(unit.names)]
+                own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
             whole = _Shared(partial(vectors, self._scale_bytes), units, own, workers)
-            scale = self.method.interference_scale(whole, measured)
-        elif scale is None:
-            scale = self.method.measure_scale(_Shared(partial(vectors, self._scale_bytes), units, own, workers))
+            method = self.method
+            scale = method.interference_scale(whole, measured) if interference else method.measure_scale(whole)
         return dataclasses.replace(measured, scale=scale)
 
     def outputs(self, unit: Unit) -> list[str]:

@@ -28,8 +28,8 @@ def interference_terms(vectors: TaskVectors, merge: Callable[[], Sequence[Tensor
     """The terms of each matrix and model of a unit; none for vectors. Reads the unit once, and as ``merge`` does."""
     if all(len(tensor.shape) < 2 for tensor in vectors.tensors):
         return []
-    own = [[_rows(matrix) for matrix in _matrices(vectors, deltas)] for deltas in vectors.each()]
-    merged = [_rows(matrix) for matrix in _matrices(vectors, merge())]
+    own = [[_rows(matrix) for matrix in vectors.matrices(deltas)] for deltas in vectors.each()]
+    merged = [_rows(matrix) for matrix in vectors.matrices(merge())]
     return [_terms(x, v) for model in own for x, v in zip(merged, model, strict=True)]
 
 
@@ -43,13 +43,6 @@ def least_interference(terms: Iterable[Terms]) -> float | None:
 def sampled(count: int, rows: int) -> float:
     """What the samples of ``count`` models take, in copies of a float32 matrix of so many rows."""
     return 2 * (count + 1) * min(1.0, ROWS / max(1, rows))
-
-
-def _matrices(vectors: TaskVectors, deltas: Sequence[Tensor]) -> list[Tensor]:
-    """Matrices, or batches of them, whether the method sees them as such or not."""
-    if vectors.as_matrices:
-        return vectors.matrices(deltas)
-    return [delta for delta in deltas if delta.ndim > 1]
 
 
 def _rows(matrix: Tensor) -> tuple[Tensor, int]:

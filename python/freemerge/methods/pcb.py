@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
+from ..errors import CheckpointError
 from ..lazy import torch
 from .base import Measured, Merged, Method
 from .order import kth_largest
@@ -129,6 +130,8 @@ class PCB(Method):
             for (i, j), (low, high) in zip(pairs, extremes, strict=True):
                 least[i, j] = least[j, i] = min(float(least[i, j]), low)
                 most[i, j] = most[j, i] = max(float(most[i, j]), high)
+        if entries and not torch.isfinite(most - least).all():
+            raise CheckpointError("pcb multiplies task vectors with each other: their products overflow")
         ranges = Competition(least=least, span=(most - least).clamp(min=SMALLEST_SPAN))
 
         def exponentials(tensors: Iterable[Sequence[Tensor]]) -> list[list[tuple[float, float]]]:

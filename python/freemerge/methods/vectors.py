@@ -113,7 +113,10 @@ class TaskVectors:
         """The matrices [H, W], or batches [..., H, W] of them, that task vectors of the members make up.
 
         They share memory with the task vectors, unless several are stacked: :meth:`unstack` copies their rows back.
+        Of a unit that is merged entry by entry, they are the members that have rows.
         """
+        if not self.as_matrices:
+            return [delta for delta in deltas if delta.ndim > 1]
         matrix = deltas[0] if len(deltas) == 1 else torch.cat(list(deltas))
         if not self.parts:
             return [matrix]
