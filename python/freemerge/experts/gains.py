@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
 from .budget import Offer, allocate, byte_limit
 from .expert import Expert
-from .format import empty_file_bytes, entry_bytes
+from .format import empty_file_bytes, entry_bytes, statistics_bytes
 from .leading import leading_triplets
 from .payload import numbers_to_bytes
 from .select import rows_of
@@ -87,6 +87,7 @@ class GainExtraction:
     names: Sequence[str]
     budget: float | None
     chosen: Sequence[int]
+    statistics: Sequence[str] = ()
 
     def expert(self, i: int) -> Expert:
         """The expert of model i."""
@@ -96,7 +97,8 @@ class GainExtraction:
             limit = byte_limit(self.budget, map(self._shape, self.names))
             without = {name: sketch.tensor(0) for name, sketch in sketches.items()}
             gains = {name: tensor for name, tensor in without.items() if tensor is not None}
-            least = empty_file_bytes(self._expert({}).metadata)
+            kept = (self.base.specs[name] for name in self.statistics)
+            least = empty_file_bytes(self._expert({}).metadata) + statistics_bytes(kept, limit)
             least += sum(self._entry_bytes(name, limit) + tensor.to_bytes().size for name, tensor in gains.items())
             if least > limit:
                 raise ArgumentError(f"budget: {limit} bytes are less than the gains alone take, which is {least}")
