@@ -76,7 +76,10 @@ def test_delta_mode_names_what_it_cannot_serve() -> None:
 
     shifted = Shifted()
     experts = fx.extract_experts(shifted.state_dict(), {"t": tuned(shifted, 1)})
-    assert fx.ExpertBank(shifted, experts).serves_deltas() == "deltas cannot serve 'shift': it is not a parameter"
+    assert (
+        fx.ExpertBank(shifted, experts).serves_deltas()
+        == "deltas cannot serve 'shift': it is not a parameter, nor a batch norm's"
+    )
 
 
 @given(

@@ -78,7 +78,7 @@ def test_tasks_that_share_no_direction_are_told_apart(tmp_path: Path) -> None:
         assert (tmp_path / "experts" / f"{task}.safetensors").stat().st_size < 250
 
 
-@pytest.mark.parametrize("method", ["jsv", "tsv_m", "task_arithmetic"])
+@pytest.mark.parametrize("method", ["jsv", "tsv_m"])
 def test_the_formula_in_float64(method: str) -> None:
     """As long as v_i where that is nearer to it than nothing, else in least squares."""
     base, models = family()
@@ -101,6 +101,34 @@ def test_the_formula_in_float64(method: str) -> None:
             result = dense[name].double().numpy() + whole[name]
             np.testing.assert_allclose(result, (u * gains) @ w, rtol=0, atol=1e-5 * length)
             assert np.linalg.norm(result - own[name]) < length
+
+
+@pytest.mark.parametrize("method", ["iso_c", "task_arithmetic"])
+def test_a_merged_model_of_other_directions_is_left_as_it_is(method: str) -> None:
+    """Twelve tasks that share their directions: the few numbers on the diagonal say next to nothing of each."""
+    base, models = family(models=12)
+    merged = fm.merge(base, list(models.values()), fm.Recipe(method=method))
+    for task, expert in fx.extract_experts(base, models, backbone=merged, values="gains").items():
+        assert not expert.tensors, "rather than the pretrained model with little of the task"
+        near = fx.extract_experts(base, {task: models[task]}, backbone=merged, values="gains", budget=0.3)[task]
+        added = near.dense({name: merged[name] - base[name] for name in base})
+        assert any(isinstance(tensor, Gains) and len(tensor.codes) for tensor in near.tensors.values())
+        for name in ("a.weight", "c.weight"):
+            vector = models[task][name] - base[name]
+            assert float((merged[name] + added[name] - models[task][name]).norm()) < float(vector.norm())
+
+
+def test_where_gains_do_not_help_a_budget_goes_to_what_is_missing() -> None:
+    base, models = family(models=12)
+    merged = fm.merge(base, list(models.values()), fm.Recipe(method="iso_c"))
+    for name in ("b.weight", "b.bias", "n.weight"):  # of matrices alone a small budget makes no near model
+        merged[name] = base[name]
+    for budget in (0.05, 0.055):
+        expert = fx.extract_experts(base, {"t": models["t0"]}, backbone=merged, values="gains", budget=budget)["t"]
+        assert expert.tensors
+        for name, change in expert.dense().items():
+            missing = models["t0"][name] - merged[name]
+            assert float((missing - change).norm()) < float(missing.norm())
 
 
 def coded_gains(gains: np.ndarray) -> np.ndarray:
@@ -199,6 +227,8 @@ def experts_of(kind: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Mo
     torch.manual_seed(0)
     origin = kind().eval()
     tasks = {task: untied(tuned(origin, i + 1)) for i, task in enumerate(TASKS[:3])}
+    backbone = merged_of(base, tasks)
+    model.load_state_dict(backbone, strict=False)
     backbone = untied(model.state_dict())
     experts = {}
     for i, (task, own) in enumerate(tasks.items()):
@@ -211,6 +241,8 @@ def experts_of(kind: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Mo
 @pytest.mark.parametrize("kind", [Text, Vision])
 def test_active_replaces_what_was_merged_and_undoes_it(kind: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     model, experts, base = experts_of(kind, dtype)
+    assert all(len(tensor.codes) for tensor in experts["task0"].tensors.values() if isinstance(tensor, Gains))
+    assert experts["task0"].tensors
     bank = fx.ExpertBank(model, experts, base=base)
     before = snapshot(model)
     whole = {name: before[name].to(torch.promote_types(dtype, torch.float32)) - base[name] for name in base}
@@ -318,14 +350,10 @@ def test_another_merged_model_or_a_rounded_one_is_noticed() -> None:
         fx.ExpertBank(rounded, experts, base=base, backbone={"b.weight": merged["b.weight"]})
 
 
-def test_a_task_that_was_not_merged_is_not_made_worse_than_nothing() -> None:
+def test_a_task_that_was_not_merged_has_no_gains() -> None:
     base, models = family(models=4)
     merged = merged_of(base, {task: models[task] for task in ("t0", "t1", "t2")})
-    expert = fx.extract_experts(base, {"t3": models["t3"]}, backbone=merged, values="gains")["t3"]
-    added = expert.dense({name: merged[name] - base[name] for name in base})
-    for name, change in added.items():
-        vector = models["t3"][name] - base[name]
-        assert float((merged[name] + change - models["t3"][name]).norm()) < float(vector.norm())
+    assert not fx.extract_experts(base, {"t3": models["t3"]}, backbone=merged, values="gains")["t3"].tensors
 
 
 def test_autocast_does_not_lower_them() -> None:

@@ -20,6 +20,7 @@ from ..checkpoint.quantised import dequantised
 from ..checkpoint.views import InModuleLayout, renamed
 from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
+from ..merging.statistics_buffers import convex
 from .deltas import Change, Product, forward_deltas, unserved
 from .expert import Expert
 from .placement import Part, Placement, gathered, gathered_dense, seen_by
@@ -60,6 +61,7 @@ class ExpertBank(Mapping[str, Expert]):
         self._experts = dict(experts)
         self._placement = Placement(model)
         self._parts = {task: self._placed(task, expert) for task, expert in self._experts.items()}
+        self._statistics = {task: self._placed_statistics(task, expert) for task, expert in self._experts.items()}
         self._names = {task: list(parts) for task, parts in self._parts.items()}
         self._entries = {
             task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
@@ -112,12 +114,16 @@ class ExpertBank(Mapping[str, Expert]):
         The cost of single entries is that of the entries touched, not of the model. Low-rank experts touch every entry:
         their products are added tensor by tensor, and the former weights kept as copies. In a mixture of both kinds,
         entries are added first.
+
+        Running means and variances become ``(1 - sum_i a_i) s_m + sum_i a_i s_i``, a_i = w_i :attr:`Expert.share`; it
+        is an average always: negative a_i count as 0, and a sum above 1 is brought down to 1.
         """
         weights = self._weights(experts)
         if combine not in ("add", "replace"):
             raise ArgumentError(f"combine must be 'add' or 'replace', got {combine!r}")
         if combine == "replace" and self._base is None:
             raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
+        averages = self._averages(weights)
         dense = {task: weight for task, weight in weights.items() if not self._sparse(task)}
         weights = {task: weight for task, weight in weights.items() if task not in dense}
         if combine == "replace" and dense:
@@ -130,6 +136,8 @@ class ExpertBank(Mapping[str, Expert]):
                 undo.enter_context(self._switch(weights, combine, tensors).on([*tensors.values()]))
             for name in self._touched(dense):
                 undo.enter_context(add_dense(self._tensor(name), self._dense_terms(name, dense)))
+            for name, terms in averages.items():
+                undo.enter_context(add_dense(self._tensor(name), self._moves(name, terms)))
             if weights or dense:
                 torch.clear_autocast_cache()
             yield
@@ -155,7 +163,8 @@ class ExpertBank(Mapping[str, Expert]):
         weights = torch.tensor([[chosen.get(task, 0.0) for task in tasks] for chosen in samples], dtype=torch.float64)
         with self._lock:
             updates = [{name: self._change(task, name) for name in self._names[task]} for task in tasks]
-            with forward_deltas(self._model, weights.view(len(samples), len(tasks)), updates):
+            statistics = self._of_samples(samples)
+            with forward_deltas(self._model, weights.view(len(samples), len(tasks)), updates, statistics):
                 yield
 
     def serves_deltas(self, tasks: Iterable[str] | None = None, run: Callable[[], object] | None = None) -> str | None:
@@ -167,7 +176,8 @@ class ExpertBank(Mapping[str, Expert]):
         """
         if not isinstance(self._model, nn.Module):
             return "deltas needs a bank that is attached to a module, not to a state dict"
-        names = self._touched(self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0)))
+        weights = self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0))
+        names = self._touched(weights) + list(self._averages(weights))
         with self._lock:
             reason = unserved(self._model, names, run)
         return None if reason is None else f"deltas cannot serve {reason}"
@@ -185,6 +195,35 @@ class ExpertBank(Mapping[str, Expert]):
         if len(weights) == 1:
             return self._names[next(iter(weights))]
         return sorted({name for task in weights for name in self._names[task]})
+
+    def _averages(self, weights: Mapping[str, float]) -> dict[str, list[tuple[Tensor, float]]]:
+        """For each running statistic that experts replace, theirs and the share of each."""
+        placed: dict[str, list[tuple[Tensor, float]]] = {}
+        for task, weight in weights.items():
+            for name, values in self._statistics[task].items():
+                placed.setdefault(name, []).append((values, weight * self._experts[task].share))
+        averages = {}
+        for name, terms in sorted(placed.items()):
+            shares, scale = convex([share for _, share in terms], 1.0)
+            averages[name] = [(values, scale * share) for (values, _), share in zip(terms, shares, strict=True)]
+        return averages
+
+    def _moves(self, name: str, terms: Iterable[tuple[Tensor, float]]) -> list[tuple[Tensor, float]]:
+        """How far it is from a running statistic to those of experts, in float32 or float64."""
+        tensor = self._tensor(name).detach()
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return [(values.to(tensor) - tensor, share) for values, share in terms]
+
+    def _of_samples(self, samples: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+        """Of each running statistic that an expert of a batch replaces, its values for each sample, float32 [N, C]."""
+        rows: dict[str, Tensor] = {}
+        for j, weights in enumerate(samples):
+            for name, terms in self._averages(weights).items():
+                if name not in rows:
+                    rows[name] = self._tensor(name).detach().float().repeat(len(samples), 1)
+                for move, share in self._moves(name, terms):
+                    rows[name][j] += share * move
+        return rows
 
     def _switch(self, weights: Mapping[str, float], combine: Combine, tensors: Mapping[str, Tensor]) -> Switch:
         """What changes ``tensors``; kept for an expert that is switched on alone, while they stay where they are."""
@@ -330,6 +369,18 @@ class ExpertBank(Mapping[str, Expert]):
             raise ArgumentError(f"experts: {task!r} has an entry {error.args[0]!r}, which the model lacks") from None
         except ValueError as error:
             raise ArgumentError(f"experts: {task!r}: {error}") from None
+
+    def _placed_statistics(self, task: str, expert: Expert) -> dict[str, Tensor]:
+        """An expert's running statistics in float32, under the model's names."""
+        placed: dict[str, Tensor] = {}
+        try:
+            for name, parts in self._placement.parts(expert.statistics).items():
+                placed[name] = expert.statistics[parts[0].entry].float()
+                if len(parts) > 1 or parts[0].piece is not None or self._tensor(name).shape != placed[name].shape:
+                    raise ArgumentError(f"experts: {parts[0].entry!r} of {task!r} does not fit the model's {name!r}")
+        except KeyError as error:
+            raise ArgumentError(f"experts: {task!r} has an entry {error.args[0]!r}, which the model lacks") from None
+        return placed
 
     def _check(self, task: str, expert: Expert) -> None:
         if self._base is None and any(tensor.relative for tensor in expert.tensors.values()):

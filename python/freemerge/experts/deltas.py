@@ -47,7 +47,7 @@ def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] |
     owners, names = _owners(model), list(names)
     for name in names:
         if name not in owners:
-            return f"{name!r}: it is not a parameter"
+            return f"{name!r}: it is not a parameter, nor a batch norm's"
         for module, _ in owners[name]:
             if _contribution(module) is None:
                 return f"{name!r}: it belongs to a {type(module).__name__}"
@@ -57,8 +57,12 @@ def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] |
 
 
 @contextmanager
-def forward_deltas(model: nn.Module, weights: Tensor, experts: Sequence[Updates]) -> Iterator[None]:
+def forward_deltas(
+    model: nn.Module, weights: Tensor, experts: Sequence[Updates], statistics: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
     """Within the block, ``model`` computes sample j as if ``sum_i weights[j, i] * experts[i]`` were added to it.
+
+    ``statistics``: running means and variances of batch norms, [N, C]; sample j is normalised by row j.
 
     :func:`unserved` must be asked before. Raises ArgumentError, in the forward pass, for a module whose input has
     neither one row per sample nor a single row.
@@ -74,7 +78,13 @@ def forward_deltas(model: nn.Module, weights: Tensor, experts: Sequence[Updates]
         for module, deltas in by_module.items():
             terms.setdefault(module, []).append((column, deltas))
     names = {module: name or "the model" for name, module in model.named_modules()}
+    normed: dict[nn.Module, dict[str, Tensor]] = {}
+    for name, rows in (statistics or {}).items():
+        for module, attribute in owners[name]:
+            normed.setdefault(module, {})[attribute] = rows
     with ExitStack() as hooks:
+        for module, own_rows in normed.items():
+            hooks.callback(module.register_forward_pre_hook(_renormed(names[module], batch, own_rows)).remove)
         for module, own in terms.items():
             hooks.callback(module.register_forward_hook(_hook(names[module], batch, own)).remove)
         yield
@@ -85,16 +95,25 @@ def _owners(model: nn.Module) -> _Owners:
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
             users.setdefault(id(parameter), []).append((module, attribute))
+        if isinstance(module, _BATCH_NORMS):
+            for attribute in ("running_mean", "running_var"):
+                users.setdefault(id(getattr(module, attribute)), []).append((module, attribute))
         if isinstance(module, nn.MultiheadAttention):  # it uses the parameters of its out_proj without calling it
             for attribute, parameter in module.out_proj.named_parameters():
                 users.setdefault(id(parameter), []).append((module, f"out_proj.{attribute}"))
-    return {name: users[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return {name: users[id(tensor)] for name, tensor in _tensors(model).items() if id(tensor) in users}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by all their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _observed(model: nn.Module, owners: _Owners, run: Callable[[], object]) -> str | None:
     """What a forward pass of one sample shows against serving the parameters of ``owners``."""
     names = {module: name for name, owning in owners.items() for module, _ in owning}
-    uses = _Uses({id(model.get_parameter(name)): name for name in owners})
+    tensors = _tensors(model)
+    uses = _Uses({id(tensors[name]): name for name in owners})
     called = set()
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -170,6 +189,27 @@ def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module,
         return total.to(output.dtype)
 
     return add
+
+
+def _renormed(
+    name: str, batch: int, statistics: Mapping[str, Tensor]
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """What makes of a batch norm's input one of which its own statistics make what each sample's make of the input."""
+
+    def change(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, *others = args
+        if len(x) not in (1, batch):
+            raise ArgumentError(f"deltas: {name!r} got {tuple(x.shape)} where the batch should be first, {batch}")
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        now = {"running_mean": module.running_mean[None], "running_var": module.running_var[None]}
+        (mean, variance), (own_mean, own_variance) = (
+            [values[key].to(x.device, dtype).view(-1, x.shape[1], *[1] * (x.ndim - 2)) for key in now]
+            for values in (now, {**now, **statistics})
+        )
+        factor = ((variance + module.eps) / (own_variance + module.eps)).sqrt()
+        return ((x.to(dtype) - own_mean) * factor + mean).to(x.dtype), *others
+
+    return change
 
 
 def _delta(weights: Tensor, update: Change, scale: float) -> Tensor | Product:

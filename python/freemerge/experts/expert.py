@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,6 +28,8 @@ class Expert:
             values of the other tensors are smaller than those of v_i.
         values: how the tensors are coded, a name of :data:`freemerge.experts.values.CODINGS`.
         budget: the share of the fp16 model's bytes that was asked for, if one was.
+        statistics: running means and variances of the task's model, bfloat16 vectors: they replace those of the merged
+            model, by :attr:`share`.
     """
 
     tensors: Mapping[str, ExpertTensor]
@@ -37,14 +39,26 @@ class Expert:
     rescale: str
     values: str
     budget: float | None = None
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """How far running statistics go from the merged model's to the task's.
+
+        Single entries leave the weights so near to the merged model's that they do best with a mixture.
+        """
+        return 1.0 if self.density is None else 0.75
 
     @property
     def entries(self) -> int:
         """How many numbers are kept."""
-        return sum(tensor.entries for tensor in self.tensors.values())
+        kept = sum(tensor.entries for tensor in self.tensors.values())
+        return kept + sum(tensor.numel() for tensor in self.statistics.values())
 
     def dense(self, vectors: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What is added, as dense float32 tensors, for tensors of which anything is kept.
+
+        Running statistics are not added, and so not among them.
 
         ``vectors``: theta_m - theta_0 of each of these tensors, which masks and gains need (ArgumentError without).
         """
@@ -60,7 +74,7 @@ class Expert:
 
         The file appears at once when it is complete. Raises RefusedError if ``path`` exists, unless ``force``.
         """
-        return write_file(path, self.tensors, self.metadata, force=force)
+        return write_file(path, self.tensors, self.statistics, self.metadata, force=force)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -78,7 +92,7 @@ class Expert:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Expert:
         """Read an expert file. Raises CheckpointError naming file and tensor if anything in it is wrong."""
-        tensors, metadata = read_file(path)
+        tensors, statistics, metadata = read_file(path)
         try:
             mu, rescale, values = float(metadata["mu"]), metadata["rescale"], metadata["values"]
             of_entries = metadata["version"] == "1"
@@ -89,7 +103,7 @@ class Expert:
         shares = [share for share in (density, budget) if share is not None]
         if not math.isfinite(mu) or not all(0 < share < 1 for share in shares):
             raise CheckpointError(f"{path}: bad expert metadata: mu={mu}, density={density}, budget={budget}")
-        return Expert(tensors, mu, density, scope, rescale, values, budget)
+        return Expert(tensors, mu, density, scope, rescale, values, budget, statistics)
 
 
 def check_task_name(name: str) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from ..checkpoint import MERGEABLE, TensorSpec, open_inputs
-from ..checkpoint.compare import compare
+from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_inputs
+from ..checkpoint.compare import check_finite, compare
 from ..checkpoint.prefixes import Rename
 from ..errors import ArgumentError
 from ..merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
-from ..merging.statistics_buffers import is_statistic
+from ..merging.statistics_buffers import check_variance, is_of_norm, is_statistic
 from ..methods.rules import Scope
 from ..workers import ALONE, Workers
 from .budget import share_of
@@ -85,7 +87,8 @@ def extract_experts(
             with U diag(s) V^T = theta_m - theta_0, theta_m becomes ``theta_0 + U diag(g) V^T``, g in proportion to the
             diagonal of U^T v_i V and so long that the matrix has the norm of v_i. It takes a ``backbone`` whose
             directions belong to single tasks, as by the method "jsv", not rounded to 16 bits. With a ``budget``,
-            singular vectors of what that leaves are kept as in "svd2". All experts are made in one pass.
+            singular vectors of what that leaves are kept as in "svd2". An expert that would be no nearer to its model
+            than the base is has no gains. All experts are made in one pass.
         trim: the share of largest entries to leave out: the k after the first floor(trim n) of a scope are kept.
         backbone: the merged model theta_m, for the rules that need it, for ``budget`` and ``rank``, masks and gains.
         budget: makes experts of theta_i - theta_m and is the share of the bytes of the model's tensors in float16 that
@@ -100,7 +103,8 @@ def extract_experts(
 
     Returns:
         Experts by task name. They cover every floating tensor that has at least one dimension, except running
-        statistics; scalars, integers and second names of tied tensors have none.
+        statistics; scalars, integers and second names of tied tensors have none. Running means and variances of norms,
+        such as batch norm's, are kept whole, in bfloat16.
 
     Raises:
         ArgumentError: a bad argument; the message names it.
@@ -185,6 +189,7 @@ def iter_experts(
         comparison = compare(inputs.base, inputs.models, merged=lambda name: not left_alone(inputs.names[name], rules))
         made = (name for name in comparison.names if has_expert(inputs.base.specs[name]))
         names = [name for name in made if name not in inputs.base.buffers]
+        statistics = [name for name in comparison.names if _kept_whole(inputs.base.specs[name])]
         merged = None if backbone is None else inputs.models[-1]
         tuned = inputs.models[: len(named)]
         chosen = range(workers.rank, len(named), workers.size)
@@ -194,26 +199,43 @@ def iter_experts(
         else:
             assert merged is not None
             if issubclass(coding, LowRankTensor):
-                extraction = LowRankExtraction(merged, tuned, names, coding, share, rank)
+                extraction = LowRankExtraction(merged, tuned, names, coding, share, rank, statistics)
             elif issubclass(coding, Gains):
-                extraction = GainExtraction(inputs.base, merged, tuned, names, share, chosen)
+                extraction = GainExtraction(inputs.base, merged, tuned, names, share, chosen, statistics)
             else:
                 extraction = MaskExtraction(inputs.base, merged, tuned, names)
         stack = stack.pop_all()
-    return _generate(extraction, list(named), chosen, stack)
+    return _generate(extraction, list(named), chosen, tuned, statistics, stack)
 
 
 def _generate(
-    extraction: _Extraction, names: Sequence[str], chosen: Iterable[int], stack: ExitStack
+    extraction: _Extraction,
+    names: Sequence[str],
+    chosen: Iterable[int],
+    models: Sequence[Checkpoint],
+    statistics: Sequence[str],
+    stack: ExitStack,
 ) -> Iterator[tuple[str, Expert]]:
     with stack:
         for i in chosen:
-            yield names[i], extraction.expert(i)
+            kept = {name: _statistic(models[i], name) for name in statistics}
+            yield names[i], replace(extraction.expert(i), statistics=kept)
 
 
 def has_expert(spec: TensorSpec) -> bool:
     """Whether experts are made of a tensor: a float of one dimension or more that is not a running statistic."""
     return spec.dtype in MERGEABLE and len(spec.shape) > 0 and spec.numel > 0 and not is_statistic(spec.name)
+
+
+def _kept_whole(spec: TensorSpec) -> bool:
+    return spec.dtype in MERGEABLE and len(spec.shape) == 1 and spec.numel > 0 and is_of_norm(spec.name)
+
+
+def _statistic(model: Checkpoint, name: str) -> Tensor:
+    tensor = model.read(name).detach().to("cpu", torch.bfloat16)
+    check_finite(name, tensor, model.label)
+    check_variance(name, tensor, [(model.label, tensor)])
+    return tensor
 
 
 def _argument(models: Mapping[str, Model] | Sequence[Model], name: str) -> str:

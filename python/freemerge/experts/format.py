@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..checkpoint import CheckpointWriter, TensorSpec
+from ..checkpoint.compare import all_finite
 from ..checkpoint.safetensors_file import SafetensorsFile, build_header
 from ..errors import ArgumentError, CheckpointError
 from .payload import Bytes, Reader, numbers_to_bytes
@@ -25,13 +26,18 @@ _MAX_DIMENSIONS = 64
 
 
 def write_file(
-    path: str | os.PathLike[str], tensors: Mapping[str, ExpertTensor], metadata: Mapping[str, str], *, force: bool
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, ExpertTensor],
+    statistics: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    *,
+    force: bool,
 ) -> int:
     """Write an expert file at once and return its size; ``metadata`` has version and coding (``values``)."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ArgumentError(f"path must end in .safetensors, got {path}")
-    payloads = {name: torch.from_numpy(_to_payload(tensors[name])) for name in sorted(tensors)}
+    payloads = {name: torch.from_numpy(_to_payload(tensors[name])) for name in sorted(tensors)} | dict(statistics)
     specs = [TensorSpec(name, tuple(payload.shape), payload.dtype) for name, payload in payloads.items()]
     with CheckpointWriter(path, specs, metadata={"format": FORMAT, **metadata}, force=force) as writer:
         for name, payload in payloads.items():
@@ -39,8 +45,10 @@ def write_file(
     return writer.nbytes
 
 
-def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, ExpertTensor], dict[str, str]]:
-    """The tensors and metadata of an expert file; CheckpointError naming file and tensor if anything is wrong."""
+def read_file(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, ExpertTensor], dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors, statistics and metadata of an expert file; CheckpointError naming file and tensor if it is wrong."""
     file = SafetensorsFile(Path(path))
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an expert file (its metadata does not say format {FORMAT})")
@@ -53,20 +61,30 @@ def read_file(path: str | os.PathLike[str]) -> tuple[dict[str, ExpertTensor], di
         coding = coding_of(file.metadata.get("values"))
     except ArgumentError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    tensors = {}
+    tensors, statistics = {}, {}
     for name, slot in sorted(file.slots.items()):
         try:
-            if slot.spec.dtype != torch.uint8 or len(slot.spec.shape) != 1:
-                raise ValueError("it must be a vector of U8")
-            tensors[name] = _from_payload(coding, Reader(file.read(name).numpy()))
+            if slot.spec.dtype not in (torch.uint8, torch.bfloat16) or len(slot.spec.shape) != 1:
+                raise ValueError("it must be a vector of U8, or of BF16")
+            if slot.spec.dtype == torch.uint8:
+                tensors[name] = _from_payload(coding, Reader(file.read(name).numpy()))
+                continue
+            statistics[name] = file.read(name)
+            if not all_finite(statistics[name]):
+                raise ValueError("a statistic is not finite")
         except ValueError as error:
             raise CheckpointError(f"{path}: tensor {name!r} is corrupted: {error}") from None
-    return tensors, file.metadata
+    return tensors, statistics, file.metadata
 
 
 def empty_file_bytes(metadata: Mapping[str, str]) -> int:
     """At most so many bytes has a file beside its payloads and what :func:`entry_bytes` counts."""
     return len(build_header([], {"format": FORMAT, **metadata})[0]) + 8  # entries may end elsewhere than at a multiple
+
+
+def statistics_bytes(specs: Iterable[TensorSpec], limit: int) -> int:
+    """At most so many bytes take running statistics, in a file of ``limit`` bytes."""
+    return sum(entry_bytes(spec.name, limit) + 2 + 2 * spec.numel for spec in specs)
 
 
 def entry_bytes(name: str, limit: int) -> int:

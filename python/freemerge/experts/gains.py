@@ -7,7 +7,7 @@ for half a byte a direction. What a number for each direction cannot tell may fo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
 from .budget import Offer, allocate, byte_limit
 from .expert import Expert
-from .format import empty_file_bytes, entry_bytes
+from .format import empty_file_bytes, entry_bytes, statistics_bytes
 from .leading import leading_triplets
 from .payload import numbers_to_bytes
 from .select import rows_of
@@ -49,25 +49,41 @@ class _Sketch:
     along: float
     own: Tensor
 
+    def made(self, rank: int) -> tuple[float, float]:
+        """Of gains and the first components together: the inner product with v_i, and the square of the norm."""
+        square = self.square
+        if rank:
+            left, right = (factor.double() for factor in self._first(rank).decoded())
+            square += 2 * float(self.overlaps[:rank].sum()) + float(((left.mT @ left) * (right @ right.mT)).sum())
+        return self.along + float(self.own[:rank].sum()), square
+
+    def _first(self, rank: int) -> Svd2:
+        assert self.components is not None
+        return self.components.first(rank)
+
     def tensor(self, rank: int) -> Gains | None:
         """With the first components, and the norm of the task vector; None if nothing is left."""
-        rest = None
-        if rank:
-            assert self.components is not None
-            rest = self.components.first(rank)
+        rest = self._first(rank) if rank else None
         if not len(self.codes):
             return None if rest is None else Gains(self.shape, self.codes, self.scale, self.merged, rest)
-        square = self.square
-        if rest is not None:
-            left, right = (factor.double() for factor in rest.decoded())
-            square += 2 * float(self.overlaps[:rank].sum()) + float(((left.mT @ left) * (right @ right.mT)).sum())
-        factor, along = 1.0, self.along + float(self.own[:rank].sum())
+        factor, (along, square) = 1.0, self.made(rank)
         if square > 0:
             near = 2 * along > self.norm * math.sqrt(square)  # else at full length it is farther off than nothing
             factor = self.norm / math.sqrt(square) if near else max(0.0, along / square)
         if rest is not None:
             rest = Svd2(rest.shape, rest.left, rest.right, (rest.scales.double() * factor).to(rest.scales.dtype))
         return Gains(self.shape, self.codes, self.scale * factor, self.merged, rest)
+
+
+def _near(sketches: Mapping[str, _Sketch], ranks: Mapping[str, int]) -> bool:
+    """Whether matrices that have gains, at the length of v_i in each, are nearer to v_i than 0 is, all together."""
+    along, own = [], []
+    for name, sketch in sketches.items():
+        if len(sketch.codes):
+            product, square = sketch.made(ranks[name])
+            along.append(product * sketch.norm / math.sqrt(square) if square > 0 else 0.0)
+            own.append(sketch.norm**2)
+    return not own or 2 * math.fsum(along) > math.fsum(own)
 
 
 @dataclass(frozen=True)
@@ -77,7 +93,9 @@ class GainExtraction:
     With U diag(s) V^T = theta_m - theta_0, the gains are the diagonal of U^T v_i V, the nearest in least squares. What
     they and the components make of v_i is shorter than v_i, and is given its norm, if that is nearer to v_i than
     nothing: the directions that are missing are not there to be scaled. Of other tensors, components are of
-    v_i - (theta_m - theta_0). The experts of the ``chosen`` models are made in one pass and held in memory; each matrix
+    v_i - (theta_m - theta_0). So they are of matrices, too, where gains with their components are, at the length of
+    v_i, no nearer to v_i than nothing, over all matrices: then the merged model's directions are not the task's. The
+    experts of the ``chosen`` models are made in one pass and held in memory; each matrix
     offers at most eight components beside four times its even share of the budget.
     """
 
@@ -87,30 +105,43 @@ class GainExtraction:
     names: Sequence[str]
     budget: float | None
     chosen: Sequence[int]
+    statistics: Sequence[str] = ()
 
     def expert(self, i: int) -> Expert:
         """The expert of model i."""
         sketches = self._sketches[i]
-        ranks = dict.fromkeys(sketches, 0)
-        if self.budget is not None:
-            limit = byte_limit(self.budget, map(self._shape, self.names))
-            without = {name: sketch.tensor(0) for name, sketch in sketches.items()}
-            gains = {name: tensor for name, tensor in without.items() if tensor is not None}
-            least = empty_file_bytes(self._expert({}).metadata)
-            least += sum(self._entry_bytes(name, limit) + tensor.to_bytes().size for name, tensor in gains.items())
-            if least > limit:
-                raise ArgumentError(f"budget: {limit} bytes are less than the gains alone take, which is {least}")
-            offers = {
-                name: Offer(
-                    sketch.energies,
-                    Svd2.component_bits(sketch.shape),
-                    8 * (3 if name in gains else self._entry_bytes(name, limit) + 3),
-                )
-                for name, sketch in sketches.items()
-            }
-            ranks = allocate(offers, 8 * (limit - least))
+        ranks = self._ranks(sketches)
+        if not _near(sketches, ranks):
+            sketches = {name: self._without_gains(i, name) for name in self.names}
+            ranks = self._ranks(sketches)
         tensors = {name: sketch.tensor(ranks[name]) for name, sketch in sketches.items()}
         return self._expert({name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+    def _ranks(self, sketches: Mapping[str, _Sketch]) -> dict[str, int]:
+        """How many components of each tensor the budget allows beside the gains."""
+        if self.budget is None:
+            return dict.fromkeys(sketches, 0)
+        limit = byte_limit(self.budget, map(self._shape, self.names))
+        without = {name: sketch.tensor(0) for name, sketch in sketches.items()}
+        gains = {name: tensor for name, tensor in without.items() if tensor is not None}
+        kept = (self.base.specs[name] for name in self.statistics)
+        least = empty_file_bytes(self._expert({}).metadata) + statistics_bytes(kept, limit)
+        least += sum(self._entry_bytes(name, limit) + tensor.to_bytes().size for name, tensor in gains.items())
+        if least > limit:
+            raise ArgumentError(f"budget: {limit} bytes are less than the gains alone take, which is {least}")
+        offers = {
+            name: Offer(
+                sketch.energies,
+                Svd2.component_bits(sketch.shape),
+                8 * (3 if name in gains else self._entry_bytes(name, limit) + 3),
+            )
+            for name, sketch in sketches.items()
+        }
+        return allocate(offers, 8 * (limit - least))
+
+    def _without_gains(self, i: int, name: str) -> _Sketch:
+        merged = task_vector(self.backbone, self.base, name)
+        return self._sketch(task_vector(self.models[i], self.base, name), merged, None)
 
     @cached_property
     def _sketches(self) -> dict[int, dict[str, _Sketch]]:

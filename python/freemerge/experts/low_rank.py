@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
 from .budget import Offer, allocate, byte_limit
 from .expert import Expert
-from .format import empty_file_bytes, entry_bytes
+from .format import empty_file_bytes, entry_bytes, statistics_bytes
 from .leading import EXACT, leading_triplets
 from .payload import numbers_to_bytes
 from .select import rows_of
@@ -25,7 +25,10 @@ from .values.low_rank import LowRankTensor
 
 @dataclass(frozen=True)
 class LowRankExtraction:
-    """Experts of a merged model's own tensors ``names``, within a budget (share of the fp16 bytes) or of one rank."""
+    """Experts of a merged model's own tensors ``names``, within a budget (share of the fp16 bytes) or of one rank.
+
+    A budget has to hold the running ``statistics``, too, which are kept of every model.
+    """
 
     backbone: Checkpoint
     models: Sequence[Checkpoint]
@@ -33,10 +36,11 @@ class LowRankExtraction:
     coding: type[LowRankTensor]
     budget: float | None
     rank: int | None
+    statistics: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.budget is not None and self._room <= 0:
-            raise ArgumentError(f"budget: {self._limit} bytes are less than an expert file without tensors takes")
+            raise ArgumentError(f"budget: {self._limit} bytes are less than an expert file takes without tensors")
 
     def expert(self, i: int) -> Expert:
         """The expert of model i. With a budget, each tensor is read for its spectrum and again for its vectors."""
@@ -96,7 +100,9 @@ class LowRankExtraction:
     @property
     def _room(self) -> int:
         """Bits for the tensors in it."""
-        return 8 * (self._limit - empty_file_bytes(self._expert({}).metadata))
+        specs = (self.backbone.specs[name] for name in self.statistics)
+        least = empty_file_bytes(self._expert({}).metadata) + statistics_bytes(specs, self._limit)
+        return 8 * (self._limit - least)
 
     def _expert(self, tensors: Mapping[str, LowRankTensor]) -> Expert:
         return Expert(tensors, 1.0, None, None, "number", self.coding.coding, self.budget)

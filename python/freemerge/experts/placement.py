@@ -61,7 +61,7 @@ class Placement:
             self._loaded_name = loaded_names(inner_module(self._model)[1])
         return self._names.get(self._loaded_name(unwrapped(entry)))
 
-    def parts(self, entries: Mapping[str, ExpertTensor]) -> dict[str, list[Part]]:
+    def parts(self, entries: Mapping[str, ExpertTensor] | Mapping[str, Tensor]) -> dict[str, list[Part]]:
         """For each tensor of the model that an expert changes, the parts that it is changed by.
 
         Raises KeyError for a name that the model has in no form, ValueError for a shape that is not the layout's.

@@ -15,6 +15,7 @@ _STATISTICS = re.compile(
     r"(^|[._])(running|moving)_\w+$|(^|[._])(num_batches_tracked|cluster_size|embed_avg|amax|min_val|max_val)$"
     r"|\.(var|variance)$"
 )
+_OF_NORMS = re.compile(r"(^|[._])(running|moving)_(mean|var|variance|std)$")
 _MOVING_AVERAGE = re.compile(r"(^|[._])ema([._]|$)")
 _VARIANCE = re.compile(r"(running|moving)_(var|variance|std)$|\.(var|variance)$|(^|[._])amax$")
 
@@ -22,6 +23,11 @@ _VARIANCE = re.compile(r"(running|moving)_(var|variance|std)$|\.(var|variance)$|
 def is_statistic(name: str) -> bool:
     """Whether a tensor is a running statistic or a moving average, by its name."""
     return bool(_STATISTICS.search(name) or ("ema" in name and _MOVING_AVERAGE.search(name)))
+
+
+def is_of_norm(name: str) -> bool:
+    """Whether a tensor is the running mean or variance of a norm, by its name."""
+    return bool(_OF_NORMS.search(name))
 
 
 def convex(weights: Sequence[float], scale: float) -> tuple[list[float], float]:
