@@ -77,14 +77,10 @@ def read_file(
     return tensors, statistics, file.metadata
 
 
-def empty_file_bytes(metadata: Mapping[str, str]) -> int:
-    """At most so many bytes has a file beside its payloads and what :func:`entry_bytes` counts."""
-    return len(build_header([], {"format": FORMAT, **metadata})[0]) + 8  # entries may end elsewhere than at a multiple
-
-
-def statistics_bytes(specs: Iterable[TensorSpec], limit: int) -> int:
-    """At most so many bytes take running statistics, in a file of ``limit`` bytes."""
-    return sum(entry_bytes(spec.name, limit) + 2 + 2 * spec.numel for spec in specs)
+def least_file_bytes(metadata: Mapping[str, str], statistics: Iterable[TensorSpec], limit: int) -> int:
+    """At most so many bytes does a file take that holds running statistics only, within ``limit`` bytes."""
+    empty = len(build_header([], {"format": FORMAT, **metadata})[0]) + 8  # entries may end elsewhere than at a multiple
+    return empty + sum(entry_bytes(spec.name, limit) + 2 + 2 * spec.numel for spec in statistics)
 
 
 def entry_bytes(name: str, limit: int) -> int:

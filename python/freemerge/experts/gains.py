@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
 from .budget import Offer, allocate, byte_limit
 from .expert import Expert
-from .format import empty_file_bytes, entry_bytes, statistics_bytes
+from .format import entry_bytes, least_file_bytes
 from .leading import leading_triplets
 from .payload import numbers_to_bytes
 from .select import rows_of
@@ -95,8 +95,8 @@ class GainExtraction:
     nothing: the directions that are missing are not there to be scaled. Of other tensors, components are of
     v_i - (theta_m - theta_0). So they are of matrices, too, where gains with their components are, at the length of
     v_i, no nearer to v_i than nothing, over all matrices: then the merged model's directions are not the task's. The
-    experts of the ``chosen`` models are made in one pass and held in memory; each matrix
-    offers at most eight components beside four times its even share of the budget.
+    experts of the ``chosen`` models are made in one pass and held in memory; each matrix offers at most eight
+    components beside four times its even share of the budget.
     """
 
     base: Checkpoint
@@ -105,7 +105,7 @@ class GainExtraction:
     names: Sequence[str]
     budget: float | None
     chosen: Sequence[int]
-    statistics: Sequence[str] = ()
+    statistics: Sequence[str]
 
     def expert(self, i: int) -> Expert:
         """The expert of model i."""
@@ -125,7 +125,7 @@ class GainExtraction:
         without = {name: sketch.tensor(0) for name, sketch in sketches.items()}
         gains = {name: tensor for name, tensor in without.items() if tensor is not None}
         kept = (self.base.specs[name] for name in self.statistics)
-        least = empty_file_bytes(self._expert({}).metadata) + statistics_bytes(kept, limit)
+        least = least_file_bytes(self._expert({}).metadata, kept, limit)
         least += sum(self._entry_bytes(name, limit) + tensor.to_bytes().size for name, tensor in gains.items())
         if least > limit:
             raise ArgumentError(f"budget: {limit} bytes are less than the gains alone take, which is {least}")

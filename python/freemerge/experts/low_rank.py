@@ -15,7 +15,7 @@ from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
 from .budget import Offer, allocate, byte_limit
 from .expert import Expert
-from .format import empty_file_bytes, entry_bytes, statistics_bytes
+from .format import entry_bytes, least_file_bytes
 from .leading import EXACT, leading_triplets
 from .payload import numbers_to_bytes
 from .select import rows_of
@@ -36,7 +36,7 @@ class LowRankExtraction:
     coding: type[LowRankTensor]
     budget: float | None
     rank: int | None
-    statistics: Sequence[str] = ()
+    statistics: Sequence[str]
 
     def __post_init__(self) -> None:
         if self.budget is not None and self._room <= 0:
@@ -101,8 +101,7 @@ class LowRankExtraction:
     def _room(self) -> int:
         """Bits for the tensors in it."""
         specs = (self.backbone.specs[name] for name in self.statistics)
-        least = empty_file_bytes(self._expert({}).metadata) + statistics_bytes(specs, self._limit)
-        return 8 * (self._limit - least)
+        return 8 * (self._limit - least_file_bytes(self._expert({}).metadata, specs, self._limit))
 
     def _expert(self, tensors: Mapping[str, LowRankTensor]) -> Expert:
         return Expert(tensors, 1.0, None, None, "number", self.coding.coding, self.budget)
