@@ -149,7 +149,7 @@ def loaded_names(module: nn.Module) -> Callable[[str], str]:
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
 
     def loaded(name: str) -> str:
-        renamed, _ = rename_source_key(name, renamings, [], module.base_model_prefix, held)  # type: ignore[arg-type]
+        renamed, _ = rename_source_key(name, renamings, [], module.base_model_prefix, held)
         return renamed if renamed in held else name
 
     return loaded
