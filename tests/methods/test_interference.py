@@ -115,6 +115,19 @@ def test_some_rows_tell_of_all(tmp_path: Path) -> None:
     assert scale == pytest.approx(formula(base, others, merged), rel=0.03)
 
 
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_of_any_size(size: float, tmp_path: Path) -> None:
+    """Fourth powers of the task vectors would overflow, or vanish."""
+    base, others = models(3)
+    expected = found(base, others, tmp_path / "of-one", method="task_arithmetic")
+
+    def sized(state: State) -> State:
+        return {name: size * (weights.double() - base[name].double()) for name, weights in state.items()}
+
+    scale = found(sized(base), [sized(other) for other in others], tmp_path / "sized", method="task_arithmetic")
+    assert scale == pytest.approx(expected, rel=1e-5)
+
+
 def test_random_drops_do_not_count(tmp_path: Path) -> None:
     base, others = models(3)
     kept, dropped = (found(base, others, tmp_path / name, method=name) for name in ("task_arithmetic", "dare"))

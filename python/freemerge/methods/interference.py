@@ -54,9 +54,11 @@ def _rows(matrix: Tensor) -> tuple[Tensor, int]:
 
 def _terms(merged: tuple[Tensor, int], vector: tuple[Tensor, int]) -> Terms:
     (x, height), (v, _) = merged, vector
-    square = float(v.square().sum()) * height / max(1, x.shape[-2])
-    if square == 0:
+    largest = float(v.abs().max()) if v.numel() else 0.0
+    if largest == 0:
         return 0.0, 0.0, 0.0
+    x, v = x / largest, v / largest  # fourth powers of large entries overflow
+    square = float(v.square().sum()) * height / x.shape[-2]
     crossed, own = x @ v.mT, v @ v.mT
     gain, cost, alone = (_over_pairs(products, height) for products in (crossed * own, crossed.square(), own.square()))
     return gain / square**2, cost / square**2, alone / square**2
