@@ -2,6 +2,7 @@
 // compares the two on every bin. Usable from host and device.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -13,14 +14,15 @@
 
 namespace freemerge {
 
-// The smooth responses of the radius: X(kind, name in Python, gain), where the gain is an expression of the
-// squared radius `r2` and the numbers of the mask `m`, and rises or falls throughout. A line here and a class
-// in python/freemerge/responses/ are all it takes to add one.
-#define FM_SMOOTH_MASKS(X)                                               \
-  X(kButterworth, "butterworth", butterworth_gain(m.edge0, m.order, r2)) \
-  X(kGaussian, "gaussian", -std::expm1(-0.5 * r2 / (m.edge0 * m.edge0)))
+// The smooth responses of the radius: X(kind, name in Python, gain), where the gain is an expression, of type
+// Real, of `s` = (r / D0)^2, in double, and the numbers of the mask `m`, and rises or falls throughout. Real
+// is double on the CPU, float on a GPU. A line here and a class in python/freemerge/responses/ are all it
+// takes to add one.
+#define FM_SMOOTH_MASKS(X)                                     \
+  X(kButterworth, "butterworth", butterworth_gain<Real>(m, s)) \
+  X(kGaussian, "gaussian", -std::expm1(static_cast<Real>(-0.5 * s)))
 
-// The others, which mask_gain() knows.
+// The others, which other_gain() knows.
 #define FM_OTHER_MASKS(X)  \
   X(kSteps, "steps")       \
   X(kOfficial, "official") \
@@ -84,16 +86,6 @@ FM_HOST_DEVICE inline bool is_below(double squared, double edge) {
   return std::sqrt(squared) < edge;
 }
 
-FM_HOST_DEVICE inline double butterworth_gain(double edge, double order, double r2) {
-  if (r2 == 0.0) return 0.0;
-  if (order != std::floor(order) || order > 8.0)
-    return 1.0 / (1.0 + std::pow(edge / std::sqrt(r2), 2.0 * order));
-  const double ratio = edge * edge / r2;
-  double power = ratio;  // the usual orders cost a GPU much less this way
-  for (int i = 1; i < static_cast<int>(order); ++i) power *= ratio;
-  return 1.0 / (1.0 + power);
-}
-
 FM_HOST_DEVICE inline bool is_smooth(MaskKind kind) {
   switch (kind) {
 #define FM_CASE(kind, ...) case MaskKind::kind:
@@ -105,21 +97,61 @@ FM_HOST_DEVICE inline bool is_smooth(MaskKind kind) {
   }
 }
 
-// Gain of a smooth kind at a squared radius.
-FM_HOST_DEVICE inline double smooth_gain(const Mask& m, double r2) {
-  switch (m.kind) {
+// What the gain of a smooth mask is made of. A GPU multiplies doubles much faster than it divides or converts
+// them, so that is done here, once.
+struct SmoothMask {
+  explicit SmoothMask(const Mask& m)
+      : kind(m.kind),
+        inverse_square(1.0 / (m.edge0 * m.edge0)),
+        whole(static_cast<unsigned>(std::min(m.order, 4e9))),
+        rest(m.order - whole) {}
+
+  template <typename Real>
+  FM_HOST_DEVICE Real gain(double r2) const;
+
+  MaskKind kind;
+  double inverse_square;  // of D0
+  unsigned whole;         // part of the order
+  double rest;
+};
+
+// s^order / (1 + s^order). In float alone, the rounding of `s` would count `order` times.
+template <typename Real>
+FM_HOST_DEVICE inline Real butterworth_gain(const SmoothMask& m, double s) {
+  double whole_power = 1.0;
+  double square = s;
+  for (unsigned n = m.whole; n > 0; n /= 2, square *= square) {
+    if (n % 2 == 1) whole_power *= square;
+  }
+  auto power = static_cast<Real>(whole_power);
+  if (m.rest > 0.0) power *= std::pow(static_cast<Real>(s), static_cast<Real>(m.rest));
+  power = std::fmin(power, static_cast<Real>(1e30));  // infinity over infinity would not be 1
+  return power / (1 + power);
+}
+
+template <typename Real>
+FM_HOST_DEVICE inline Real SmoothMask::gain(double r2) const {
+  const SmoothMask& m = *this;
+  const double s = r2 == 0.0 ? 0.0 : r2 * inverse_square;  // infinite where D0 is 0, but for the mean
+  switch (kind) {
 #define FM_CASE(kind, name, gain) \
   case MaskKind::kind:            \
     return gain;
     FM_SMOOTH_MASKS(FM_CASE)
 #undef FM_CASE
     default:
-      return 0.0;
+      return 0;
   }
 }
 
-// Symmetrised gain (M(k, l) + M(-k, -l)) / 2 at stored bin (bin_y, bin_x); 0 <= bin_y < H, 0 <= bin_x <= W/2.
-FM_HOST_DEVICE inline double mask_gain(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
+FM_HOST_DEVICE inline double squared_radius(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
+  const double fy = m.unit_y * signed_frequency(bin_y, m.height);
+  const double fx = m.unit_x * signed_frequency(bin_x, m.width);
+  return fy * fy + fx * fx;
+}
+
+// Gain of the other kinds, as mask_gain() has it.
+FM_HOST_DEVICE inline double other_gain(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
   if (m.kind == MaskKind::kTable) {
     return static_cast<double>(m.table[bin_y * (m.width / 2 + 1) + bin_x]);
   }
@@ -131,12 +163,15 @@ FM_HOST_DEVICE inline double mask_gain(const Mask& m, std::int64_t bin_y, std::i
   if (m.kind == MaskKind::kCenter) {
     return (m.axis == 1 ? bin_x : bin_y) == 0 ? 0.0 : 1.0;
   }
-  const double fy = m.unit_y * signed_frequency(bin_y, m.height);
-  const double fx = m.unit_x * signed_frequency(bin_x, m.width);
-  const double r2 = fy * fy + fx * fx;
-  if (is_smooth(m.kind)) return smooth_gain(m, r2);
+  const double r2 = squared_radius(m, bin_y, bin_x);
   if (is_below(r2, m.edge0)) return m.gain0;
   return is_below(r2, m.edge1) ? m.gain1 : m.gain2;
+}
+
+// Symmetrised gain (M(k, l) + M(-k, -l)) / 2 at stored bin (bin_y, bin_x); 0 <= bin_y < H, 0 <= bin_x <= W/2.
+inline double mask_gain(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
+  return is_smooth(m.kind) ? SmoothMask(m).gain<double>(squared_radius(m, bin_y, bin_x))
+                           : other_gain(m, bin_y, bin_x);
 }
 
 }  // namespace freemerge

@@ -31,13 +31,14 @@ RadialCells RadialTable::cells() const {
 
 bool RadialTable::fit(const Mask& mask, double least, double most) {
   constexpr double kTolerance = 2e-8;
+  const SmoothMask smooth(mask);
   coefficients_.clear();
   first_ = static_cast<std::int32_t>(float_bits(static_cast<float>(least)) >> shift_);
   const auto last = static_cast<std::int32_t>(float_bits(static_cast<float>(most)) >> shift_);
   for (std::int32_t cell = first_; cell <= last; ++cell) {
     const double begin = static_cast<double>(float_from_bits(static_cast<std::uint32_t>(cell) << shift_));
     const double end = static_cast<double>(float_from_bits(static_cast<std::uint32_t>(cell + 1) << shift_));
-    const auto at = [&](double fraction) { return smooth_gain(mask, begin + (end - begin) * fraction); };
+    const auto at = [&](double fraction) { return smooth.gain<double>(begin + (end - begin) * fraction); };
     double difference[kNodes];  // divided differences
     for (int i = 0; i < kNodes; ++i) difference[i] = at(static_cast<double>(node_[i]));
     for (int order = 1; order < kNodes; ++order) {

@@ -2,7 +2,6 @@
 
 #include "cuda/coarse_mask.cuh"
 #include "cuda/kernel.cuh"
-#include "cuda/mask_gain.cuh"
 
 namespace freemerge::cuda {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "common/mask.h"
+#include "cuda/mask_gain.cuh"
 #include "cuda/spread_columns.cuh"
 
 namespace freemerge::cuda {
@@ -12,7 +12,7 @@ struct CoarseMask {
   CoarseGrids grids;  // holding half spectra: rows x (columns / 2 + 1) complex numbers each
   WindowTables rows;
   WindowTables columns;  // or a whole axis, which has no window to undo
-  Mask mask;
+  KernelMask mask;
   double background;
   double scale;
 };

@@ -6,7 +6,6 @@
 #include "cuda/column_filter.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
-#include "cuda/mask_gain.cuh"
 #include "cuda/shared_fft.cuh"
 #include "cuda/spectrum_column.cuh"
 
@@ -61,7 +60,7 @@ __device__ void mask_columns(const Job& job, const InterleavedLines& columns, in
                               : first_frequency(job.passes, b.block) + job.length / radix * b.within;
     const int row = row_frequency(a, frequency);
     const float gain = a.tables.steps ? step_gain(a, load(a.tables.steps + bin), row)
-                                      : static_cast<float>(a.factor * mask_gain(a.mask, row, bin));
+                                      : scaled_gain(a.mask, a.factor, row, bin);
     float2& value = columns.at(b.block * radix + b.within, b.line);
     value = make_float2(value.y * gain, value.x * gain);
   });
@@ -206,7 +205,7 @@ __global__ void __launch_bounds__(kMaskThreads, 2) column_mask_kernel(ColumnFilt
   const std::int64_t bin = static_cast<std::int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x;
   if (bin > a.spectra.width / 2) return;
   for (std::int64_t row = blockIdx.y; row < a.spectra.height; row += gridDim.y) {
-    const auto gain = static_cast<float>(a.factor * mask_gain(a.mask, row, bin));
+    const auto gain = scaled_gain(a.mask, a.factor, row, bin);
     for (int i = 0; i < a.spectra.count; ++i) {
       const SpectrumColumn spectrum(a.spectra, i, bin);
       const float2 old = spectrum.get(row);

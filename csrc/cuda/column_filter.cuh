@@ -6,17 +6,17 @@
 
 #include <cstdint>
 
-#include "common/mask.h"
 #include "common/plan.h"
 #include "cuda/column_tables.h"
 #include "cuda/half_spectra.h"
+#include "cuda/mask_gain.cuh"
 #include "cuda/passes.h"
 
 namespace freemerge::cuda {
 
 struct ColumnFilter {
   HalfSpectra spectra;
-  Mask mask;
+  KernelMask mask;
   double factor;        // of all gains; a transform and its inverse also multiply by the length of a part
   float step_gains[3];  // of a mask of steps, factor included
   ColumnTables tables;

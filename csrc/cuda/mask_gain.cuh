@@ -1,5 +1,5 @@
-// mask_gain() on any bin: csrc/common/mask.h defines it on the stored half of the spectrum, and M(k, l) =
-// M(-k, -l). Compile with -fmad=false: a fused multiply-add would move bins that lie exactly on a cutoff.
+// The gains of csrc/common/mask.h as kernels compute them. Compile with -fmad=false: a fused multiply-add
+// would move bins that lie exactly on a cutoff.
 #pragma once
 
 #include "common/mask.h"
@@ -7,9 +7,31 @@
 
 namespace freemerge::cuda {
 
-__device__ inline double gain_at(const Mask& mask, std::int64_t bin_y, std::int64_t bin_x) {
-  if (bin_x <= mask.width / 2) return mask_gain(mask, bin_y, bin_x);
-  return mask_gain(mask, wrap(-bin_y, mask.height), mask.width - bin_x);
+// A mask as a kernel's argument.
+struct KernelMask : Mask {
+  KernelMask(const Mask& mask) : Mask(mask), smooth(mask) {}
+
+  // In float: doubles would take longer than all else at a bin.
+  FM_HOST_DEVICE float smooth_gain(std::int64_t bin_y, std::int64_t bin_x) const {
+    return smooth.gain<float>(squared_radius(*this, bin_y, bin_x));
+  }
+
+  SmoothMask smooth;
+};
+
+// factor * M at a stored bin.
+FM_HOST_DEVICE inline float scaled_gain(const KernelMask& m, double factor, std::int64_t bin_y,
+                                        std::int64_t bin_x) {
+  return is_smooth(m.kind) ? static_cast<float>(factor) * m.smooth_gain(bin_y, bin_x)
+                           : static_cast<float>(factor * other_gain(m, bin_y, bin_x));
+}
+
+// M at any bin: the stored half of the spectrum has the others, as M(k, l) = M(-k, -l).
+FM_HOST_DEVICE inline double gain_at(const KernelMask& m, std::int64_t bin_y, std::int64_t bin_x) {
+  const bool stored = bin_x <= m.width / 2;
+  const std::int64_t y = stored ? bin_y : wrap(-bin_y, m.height);
+  const std::int64_t x = stored ? bin_x : m.width - bin_x;
+  return is_smooth(m.kind) ? static_cast<double>(m.smooth_gain(y, x)) : other_gain(m, y, x);
 }
 
 }  // namespace freemerge::cuda

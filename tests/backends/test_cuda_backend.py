@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,7 +33,8 @@ from freemerge.experts.select import select_largest
 from freemerge.merging.units import plan_units
 from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Plan
-from freemerge.responses import Response
+from freemerge.responses import MaskParams, Response
+from oracle import oracle_filter
 from reference import reference_filter, reference_merge
 from updates import apply_, expected, mixed_updates, sparse
 
@@ -79,6 +81,42 @@ def relative_error(got: torch.Tensor, want: torch.Tensor, x: torch.Tensor) -> fl
     """Relative to the result, unless that is tiny beside the input."""
     norm = max(float(want.norm()), 0.3 * float(x.double().norm()))
     return float((got.double() - want).norm()) / norm
+
+
+SMOOTH = [
+    *(fm.Butterworth(cutoff, order) for order in (1, 2, 3.5, 8, 20) for cutoff in (0.05, 0.4)),
+    *(fm.Gaussian(cutoff) for cutoff in (0.004, 0.02, 0.3, 3.0, 300.0)),
+]
+
+
+@pytest.mark.parametrize("response", SMOOTH, ids=repr)
+def test_smooth_masks_agree_with_the_oracle(response: Response) -> None:
+    for shape in [(96, 130), (49, 54)]:
+        x = matrix(*shape)
+        want = torch.from_numpy(oracle_filter(x.double().numpy(), response.mask(shape)))
+        loudest = float(response.mask(shape).max())
+        for plan in plans(x, response):
+            y = x.clone()
+            emulated.backend().executable(plan).run([y[None]], 1.0)
+            assert float((y - want).norm()) < 5e-7 * loudest * float(x.double().norm()), f"{plan}"
+
+
+@pytest.mark.parametrize("edge", [0.0, 1e-200, 1e-9, 0.3, 77.0, 1e9, 1e200])
+def test_smooth_gains_in_float_keep_their_relative_accuracy(edge: float) -> None:
+    with np.errstate(all="ignore"):
+        near = (edge * np.geomspace(1e-3, 1e3, 501)) ** 2
+        squares = np.unique(np.concatenate([[0.0, 5e-324, edge * edge], near, np.geomspace(1e-300, 1e300, 601)]))
+        squares = squares[np.isfinite(squares)]
+        s = np.where(squares == 0.0, 0.0, squares / np.longdouble(edge) ** 2)
+        wanted = {MaskParams("gaussian", 8, 8, edge0=edge): -np.expm1(-s / 2)}
+        for order in (0.5, 0.7, 1.0, 2.0, 3.5, 5.9, 8.0, 20.0, 99.9, 1e5):
+            wanted[MaskParams("butterworth", 8, 8, edge0=edge, order=order)] = 1 / (1 + s**-order)
+        allowed = 3e-7 + 3e-8 * np.abs(np.log(s))  # the fraction of an order is rounded, too
+    in_range = (s > 1e-37) & (s < 1e37)  # of float; elsewhere gains are all but 0 or 1
+    for mask, want in wanted.items():
+        wrong = np.abs(np.array(emulated.module().smooth_gains(mask, squares.tolist())) - want)
+        assert wrong[~in_range].max() < 1e-12, f"{mask}"
+        assert (wrong[in_range] <= allowed[in_range] * want[in_range] + 1e-37).all(), f"{mask}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -1,7 +1,11 @@
 // Switches of the emulation that only tests touch; the module is otherwise the real one.
 #include <pybind11/stl.h>
 
+#include <vector>
+
 #include "bindings/cuda_bindings.h"
+#include "bindings/mask.h"
+#include "cuda/mask_gain.cuh"
 #include "emulation/device/runtime.h"
 #include "emulation/device/scheduler.h"
 
@@ -36,6 +40,15 @@ void bind_emulation(py::module_& m) {
   m.def("watched", [] { return each_range(&emulation::Traffic::loaded, &emulation::Traffic::stored); });
   m.def("accesses", [] { return each_range(&emulation::Traffic::loads, &emulation::Traffic::stores); });
   m.def("unwatch_all", &emulation::unwatch_all);
+  m.def(
+      "smooth_gains",
+      [](const py::object& params, std::vector<double> squared_radii) {
+        const KernelMask mask = to_mask(params, nullptr);
+        std::vector<float> gains;
+        for (const double r2 : squared_radii) gains.push_back(mask.smooth.gain<float>(r2));
+        return gains;
+      },
+      py::arg("mask"), py::arg("squared_radii"));
 }
 
 }  // namespace freemerge::cuda
