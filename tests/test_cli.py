@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import freemerge as fm
@@ -485,6 +486,7 @@ def test_init(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"--recipe {file} -o OUT" in text
     assert "# strength of the merged task vector: auto, interference or a finite number\nscale: auto\n" in text
     assert "1 tensors filtered, 0 merged unfiltered, 1 copied" in text
+    assert "\nrename: []\n" in text, "defaults, too"
     assert run("merge", *files, "--recipe", file, "-o", tmp_path / "out", "-q") == 0
     expected = fm.merge(files[0], files[1:], recipe)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(tmp_path / "out").items())
@@ -492,6 +494,9 @@ def test_init(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert file.read_text() == text
     assert run("init", *files, "-o", file, "--force") == 0
     assert Recipe.from_yaml(file) == Recipe()
+    assert run("init", *files, "-o", file, "--force", "--method", "task_arithmetic", "--weights", "1,2") == 0
+    assert {"filter", "layers", "rename"} < set(yaml.safe_load(file.read_text()))
+    assert Recipe.from_yaml(file) == Recipe(method="task_arithmetic", weights=[1.0, 2.0])
     assert run("init", files[0], tmp_path / "nowhere") == 1
 
 
@@ -507,7 +512,12 @@ def test_a_commented_recipe_is_the_recipe(recipe: Recipe, tmp_path: Path) -> Non
     file.write_text(commented_recipe(recipe, ["one", "", "two"]))
     assert Recipe.from_yaml(file) == recipe
     keys = [line.split(":")[0] for line in file.read_text().splitlines() if line[:1].isalpha()]
-    assert keys == ["version", *recipe.to_config()]
+    config = recipe.to_config()
+    assert [key for key in keys if key in config] == [*config]
+    assert set(keys) - set(config) <= {"version", "filter", "layers", "rename"}, (
+        "these are left out where they are empty"
+    )
+    assert {"version", "rename"} < set(keys)
 
 
 def test_the_codings_of_the_command_line_are_those_of_experts() -> None:

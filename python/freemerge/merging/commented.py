@@ -36,7 +36,7 @@ def commented_recipe(recipe: Recipe, head: Sequence[str] = ()) -> str:
         known = {**parameters_of(Filter), **known}
     lines = [f"# {line}".rstrip() for line in head]
     lines += ["", to_yaml({"version": VERSION}).rstrip()]
-    for name, value in recipe.to_config().items():
+    for name, value in _fields(recipe).items():
         if name in known:
             parameter = known[name]
             kinds = [] if parameter.kind is None else [parameter.kind.words]
@@ -46,3 +46,15 @@ def commented_recipe(recipe: Recipe, head: Sequence[str] = ()) -> str:
             meaning = _OTHERS[name]
         lines += ["", *(f"# {line}" for line in wrap(meaning, 100)), to_yaml({name: value}).rstrip()]
     return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _fields(recipe: Recipe) -> dict[str, object]:
+    """:meth:`Recipe.to_config`, and what that leaves out where it is the default."""
+    absent: dict[str, object] = {"rename": []}
+    if recipe.method.response is None:
+        absent["filter"] = None
+    if isinstance(recipe.method.weights, tuple):
+        absent["layers"] = []
+    config = recipe.to_config()
+    last = {name: config.pop(name) for name in ("compute_dtype", "out_dtype")}
+    return {**config, **{name: value for name, value in absent.items() if name not in config}, **last}
