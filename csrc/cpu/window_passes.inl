@@ -139,14 +139,16 @@ FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowVie
   std::int64_t n = sweep.begin;
   const std::int64_t* next = window.first + sweep.cell + 1;
   float* const* rows = sweep.rows;
-  Storage* out = samples.data + n * samples.stride + x;
+  const std::int64_t stride = samples.stride;  // here, or they would be loaded again after every store
+  const float background = samples.background;
+  Storage* out = samples.data + n * stride + x;
   const float* weights = window.weights + n * Taps;
   for (;; ++next) {
     for (const std::int64_t stop = smaller(*next, sweep.end); n < stop; ++n) {
       FloatVec value[Vectors];
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
-        value[i] = lanes.load(out + i * kLanes<float>) * samples.background;
+        value[i] = lanes.load(out + i * kLanes<float>) * background;
         prefetch(reinterpret_cast<const char*>(out + i * kLanes<float>) + kPrefetchBytes);
       }
 #pragma GCC unroll 16
@@ -156,7 +158,7 @@ FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowVie
       }
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) lanes.store(out + i * kLanes<float>, value[i]);
-      out += samples.stride;
+      out += stride;
       weights += Taps;
     }
     if (n == sweep.end) break;
