@@ -147,10 +147,10 @@ class Merger:
     def reads(self, units: Iterable[Unit]) -> tuple[int, int]:
         """Bytes of some units that are read to measure and to merge them."""
         units = list(units)
-        vectors = [unit for unit in units if unit.action != "copy"]
-        measured = self.method.passes * sum(map(self._unit_bytes, vectors))
+        seen = [unit for unit in units if unit.by_method]
+        measured = self.method.passes * sum(map(self._unit_bytes, seen))
         if self.scale is None:
-            measured += sum(map(self._scale_bytes, vectors))
+            measured += sum(map(self._scale_bytes, seen))
         return measured, sum(map(self._merge_bytes, units))
 
     def measure(
@@ -161,9 +161,10 @@ class Merger:
     ) -> Measured:
         """What the method finds out about the whole model, the weights above all, and the scale.
 
+        It sees what it merges alone: running statistics, which may be far apart, do not weigh on weights.
         ``worker``: which one of the workers measures a unit; all of them get the same, which is what one would find.
         """
-        units = [unit for unit in self.steps if unit.action != "copy"]
+        units = [unit for unit in self.steps if unit.by_method]
         own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
 
         def vectors(read_bytes: Callable[[Unit], int], chosen: Sequence[Unit]) -> Iterator[TaskVectors]:
@@ -179,7 +180,7 @@ class Merger:
         if scale is None:
             interference = self.recipe.scale == "interference"
             if interference:  # between matrices, small ones too
-                units = [unit for unit in self.units if unit.action != "copy" and self._has_matrices(unit.names)]
+                units = [unit for unit in self.units if unit.by_method and self._has_matrices(unit.names)]
                 own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
             whole = _Shared(partial(vectors, self._scale_bytes), units, own, workers)
             method = self.method
