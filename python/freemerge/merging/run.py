@@ -159,11 +159,11 @@ def merge_checkpoints(
             missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
         reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
-        ratio = pace(merger.recipe, len(merger.models), backend).ratio if progress and merger.method.passes else 1.0
+        paced = pace(merger.recipe, len(merger.models), backend) if progress and merger.method.passes else None
         log = stack.enter_context(
             Progress(
                 *reads,
-                ratio=ratio,
+                ratio=paced.ratio if paced is not None else 1.0,
                 style="json" if progress == "json" else "bar" if progress else "none",
             )
         )
@@ -210,7 +210,7 @@ def inspect(
     """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
 
     With ``out``, check also that :func:`merge_checkpoints` could write there, raising what that would raise, and say
-    how long it would take, for which a small merge in memory is timed.
+    how long it would take, where a small merge in memory can be timed for it.
     """
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe, backend)
@@ -222,6 +222,8 @@ def inspect(
             return inspection
         merged = inspection.read_bytes - inspection.measured_bytes
         found = pace(merger.recipe, len(merger.models), backend)
+        if found is None:
+            return inspection
         return replace(inspection, seconds=found.seconds(inspection.measured_bytes, merged, inspection.write_bytes))
 
 
