@@ -135,7 +135,8 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
     only_model = {name: model.specs[name] for name in unexpected}
     shown = {name: base.specs[name] for name in missing}
     in_memory = {alias: base.specs[name] for name in missing for alias in base.aliases(name)}
-    changes = [(prefix_change(only_model, names), names) for names in (shown, in_memory)]
+    beside = not expected.isdisjoint(found)
+    changes = [(prefix_change(only_model, names, of_modules=beside), names) for names in (shown, in_memory)]
     ranked = [(explained(change, only_model, names), change) for change, names in changes if change is not None]
     if ranked:
         change = max(ranked)[1]
