@@ -15,8 +15,9 @@ from .publish import MANIFEST
 from .quantised import without_quantisation
 from .reader import Checkpoint
 from .safetensors_file import open_regular
-from .side_files import is_tokenizer_file, part_weights, token_ids
+from .side_files import is_tokenizer_file, part_weights
 from .tied import with_untied_embeddings
+from .vocabulary import token_ids
 
 CONFIG = "config.json"
 _WEIGHT_SUFFIXES = (

@@ -136,7 +136,8 @@ def merge_checkpoints(
         resume: go on after the tensors that a killed run of the same merge finished; without one, begin.
         progress: show a progress bar on standard error, or with "json" a log of one JSON object a line.
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
-            the base's, those of the model with that number, or with "auto" the models', if all have the same.
+            the base's, those of the model with that number (ArgumentError if its vocabulary is another), or with "auto"
+            the models', if all have the same and it fits.
         on_start: called with what is going to happen, before anything is written.
         workers: processes that do it together (:func:`freemerge.workers.joined`), all of which call this function with
             the same arguments on a file system they share. Each writes some of the output's files; the bytes are the
