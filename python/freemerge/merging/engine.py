@@ -28,6 +28,7 @@ from .recipe import Recipe
 from .selection import drops, left_alone, rule_of
 from .stages import Stopwatch
 from .statistics_buffers import check_variance, convex
+from .unchanged import gives_back
 from .units import Unit, plan_units, require_equal, together, without_matrices
 
 PROCESS_BYTES = 160_000_000  # of Python, torch and this package
@@ -115,6 +116,8 @@ class Merger:
         self.scale = recipe.global_scale(len(self.models))
         self.inputs = Inputs(base, self.models, (), ())
         self.notices = mixed_dtype_notices(comparison, base, models)
+        if gives_back(recipe, len(self.models)):
+            self.notices.append("one model: the result is that model")
 
     def _check_layers(self) -> None:
         """Every pattern must match a tensor, and tensors that are merged together have one weight a model."""

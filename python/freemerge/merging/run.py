@@ -42,6 +42,7 @@ from .progress import Progress
 from .recipe import Recipe, checked_recipe, to_yaml
 from .selection import left_alone
 from .stages import Stage, together
+from .unchanged import refuse_unchanged
 from .units import Unit
 
 
@@ -144,13 +145,16 @@ def merge_checkpoints(
             same for any number. What they leave unfinished stays, to be resumed.
 
     Raises:
-        RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
+        RefusedError: ``out`` exists and may not be replaced, or is one of the inputs.
+        ArgumentError: the merged model would be the base: at a scale, weights or a density of 0, at a cutoff beyond the
+            spectrum, or with every tensor copied. Otherwise as :func:`merge`.
     """
     with reusing(), ExitStack() as stack:
         with _without_collecting():
             merger = open_merger(stack, base, models, recipe, backend, memory)
             tokenizer = _side_files(merger, tokenizer_from)
             inspection = merger.inspect()
+        refuse_unchanged(merger.recipe, inspection.decisions)
         on_start(inspection)
         with _without_collecting():
             writer = _writer(
@@ -221,6 +225,7 @@ def inspect(
         inspection = merger.inspect()
         if out is None:
             return inspection
+        refuse_unchanged(merger.recipe, inspection.decisions)
         merged = inspection.read_bytes - inspection.measured_bytes
         found = pace(merger.recipe, len(merger.models), backend)
         if found is None:
