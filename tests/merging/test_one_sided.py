@@ -240,6 +240,22 @@ def test_a_prefix_is_told_where_the_wrapped_model_holds_more() -> None:
     assert same(fm.merge(BASE, [model], EXACT.replace(rename=[("bert.", "")], select=rules)), TUNED)
 
 
+def test_a_rename_of_no_name_is_refused(tmp_path: Path) -> None:
+    head = {f"bert.{name}": tensor for name, tensor in TUNED.items()}
+    for rename in ([("brt.", "")], [("bert.", ""), ("brt.", "x.")]):
+        for run in (
+            lambda rename=rename: fm.merge(BASE, [head], fm.Recipe(rename=rename)),
+            lambda rename=rename: fm.extract_experts(BASE, {"a": head}, rename=rename),
+            lambda rename=rename: fm.extract_lora(BASE, head, tmp_path / "adapter", rank=1, rename=rename),
+        ):
+            with pytest.raises(fm.ArgumentError, match=r"^rename: 'brt\.' \(to '.*'\) begins no name of the models"):
+                run()
+    recipe = EXACT.replace(rename=[("bert.", "")])
+    assert same(fm.merge(BASE, [head, TUNED], recipe.replace(weights=(1.0, 0.0))), TUNED), "one of them is enough"
+    name = "model.norm.weight"
+    assert torch.equal(fm.merge_tensors(BASE[name], [TUNED[name]], recipe=recipe, name=name), TUNED[name])
+
+
 def test_renames_are_written_down(tmp_path: Path) -> None:
     recipe = fm.Recipe(rename=[("a.", ""), {"from": "", "to": "b."}])
     assert recipe.rename == (("a.", ""), ("", "b."))
