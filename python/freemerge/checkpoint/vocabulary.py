@@ -7,7 +7,7 @@ from typing import Any
 
 from .architecture import CONFIG, read_config
 from .reader import Checkpoint
-from .tied import VOCABULARY
+from .tied import VOCABULARY, text_entry
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id")
 
@@ -39,9 +39,7 @@ def misfit(source: Checkpoint, contents: Mapping[str, object], base: Checkpoint)
 
 
 def _said_size(checkpoint: Checkpoint) -> int | None:
-    config = read_config(checkpoint.directory)
-    text = config.get("text_config")
-    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    size = text_entry(read_config(checkpoint.directory), "vocab_size")
     return size if isinstance(size, int) else None
 
 
