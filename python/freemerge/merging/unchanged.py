@@ -22,7 +22,7 @@ def refuse_unchanged(recipe: Recipe, decisions: Sequence[Decision]) -> None:
     if getattr(recipe.method, "density", None) == 0:
         raise ArgumentError("density: at 0 nothing of the task vectors is kept, and the merged model is the base")
     if all(decision.action == "copy" for decision in decisions):
-        raise ArgumentError("select: every tensor is copied, and the merged model is the base")
+        raise ArgumentError("select: every tensor is copied or left out, and the merged model is the base")
     removed = [decision.removed for decision in decisions if decision.removed is not None]
     if removed and min(removed) == 1:
         raise ArgumentError(
