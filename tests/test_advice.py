@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import freemerge as fm
+from freemerge.cli import main
 
 BASE = {"a.weight": torch.arange(64.0).reshape(8, 8), "b.bias": torch.ones(8)}
 TUNED = {name: tensor + 1 for name, tensor in BASE.items()}
@@ -34,6 +36,32 @@ def test_resize_one_vocabulary_to_the_other() -> None:
         fm.merge(base, [model], EXACT)
     base.resize_token_embeddings(43)
     assert same(fm.merge(base, [model], EXACT), dict(model.state_dict()))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_take_the_base_s_vocabulary(tied: bool, tmp_path: Path) -> None:
+    """As docs/faq.md says it, word for word."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    for name, rows in (("base", 40), ("model", 43)):
+        config = transformers.LlamaConfig(**sizes, vocab_size=rows, tie_word_embeddings=tied)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+    inputs = [str(tmp_path / "base"), str(tmp_path / "model")]
+    with pytest.raises(fm.CheckpointError, match=r"or take the base's with select ") as refusal:
+        fm.merge(inputs[0], inputs[1:])
+    page = (Path(__file__).parents[1] / "docs" / "faq.md").read_text()
+    printed = re.search(r"For a Llama they\nare `--select '(.*?)' --select '(.*?)'`, and only the first where", page)
+    assert printed is not None
+    rules = printed.groups()[: 1 if tied else 2]
+    assert set(re.findall(r"'([^']*=copy)'", str(refusal.value))) == set(rules)
+    options = [word for rule in rules for word in ("--select", rule)]
+    assert main(["merge", *inputs, "-o", str(tmp_path / "out"), *options]) == 0
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "base" / "model.safetensors").items():
+        assert torch.equal(merged[name], tensor) == (len(tensor) == 40 or "norm" in name), name
+    if tied:
+        assert main(["merge", *inputs, "-o", str(tmp_path / "no"), *options, "--select", printed[2]]) == 2
 
 
 def test_copy_a_mask() -> None:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -114,18 +115,20 @@ def test_json_output_is_json_alone(files: list[str], tmp_path: Path, capsys: pyt
 def test_a_cutoff_that_removes_nearly_everything_is_told_before_the_merge(
     cutoff: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "out"
-    told: list[bool] = []
-    fm.merge_checkpoints(
-        files[0],
-        files[1:],
-        out,
-        fm.Recipe(cutoff=float(cutoff)),
-        progress=False,
-        on_start=lambda inspection: told.append(bool(inspection.warnings) and not out.exists()),
-    )
-    assert told == [True]
     everything = cutoff != "0.7"
+    recipe = fm.Recipe(cutoff=float(cutoff))
+    told: list[bool] = []
+    with pytest.raises(fm.ArgumentError, match="removes the whole spectrum") if everything else nullcontext():
+        fm.merge_checkpoints(
+            files[0],
+            files[1:],
+            out := tmp_path / "out",
+            recipe,
+            progress=False,
+            on_start=lambda inspection: told.append(bool(inspection.warnings) and not out.exists()),
+        )
+    assert told == [True] * (not everything)
+    assert bool(fm.inspect(files[0], files[1:], recipe).warnings)
     for again in ([], ["--dry-run"]):
         code = run("merge", *files, "-o", tmp_path / "again", "--cutoff", cutoff, *again, "--force")
         assert code == (2 if everything else 0)
@@ -363,7 +366,18 @@ def test_every_example_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
             other.make_context(used, words)
 
 
-@pytest.mark.parametrize("values", [["--scale", "0"], ["--weights", "0,0"], ["--weights", "0,-0.0", "--dry-run"]])
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["--scale", "0"],
+        ["--weights", "0,0"],
+        ["--weights", "0,-0.0", "--dry-run"],
+        ["--method", "ties", "--density", "0"],
+        ["--method", "pcb", "--density", "0", "--dry-run"],
+        ["--select", "*=copy"],
+        ["--select", "*=copy", "--dry-run"],
+    ],
+)
 def test_a_merge_that_changes_nothing_is_refused(
     values: list[str], files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

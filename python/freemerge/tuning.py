@@ -122,7 +122,7 @@ def _parts(merger: Merger) -> dict[str, Tensor]:
     count = len(merger.models)
     parts: dict[str, Tensor] = {}
     for unit in merger.units:
-        if unit.action in ("filter", "merge"):
+        if unit.by_method:
             alone = [Measured(tuple(float(i == j) for j in range(count))) for i in range(count)]
             merged = [merger.method.merge(merger.vectors(unit), own).tensors for own in alone]
             parts |= {name: torch.stack(part) for name, part in zip(unit.names, zip(*merged, strict=True), strict=True)}

@@ -83,6 +83,10 @@ def test_vocabularies() -> None:
     with pytest.raises(CheckpointError, match=r"token embeddings differ: 11 rows in .* 12 in") as caught:
         compared(base, other)
     assert "lm_head.weight, model.embed_tokens.weight" in str(caught.value)
+    assert "take the base's with select 'lm_head.*=copy' 'model.*=copy'" in str(caught.value)
+    biased = [state | {"decoder.bias": torch.zeros(rows)} for state, rows in ((base, 11), (other, 12))]
+    with pytest.raises(CheckpointError, match=r"select 'decoder\.\*=copy' 'lm_head"):
+        compared(*biased)
     hidden = base | {"model.embed_tokens.weight": torch.zeros(11, 8)}
     with pytest.raises(CheckpointError, match="shapes differ"):
         compared(base, hidden)

@@ -276,6 +276,11 @@ class TestManifest:
         with pytest.raises(CheckpointError, match=r"cannot read .*freemerge.json: No such file"):
             verify(tmp_path)
 
+    def test_a_single_file_has_none(self, tmp_path: Path) -> None:
+        (tmp_path / "m.safetensors").touch()
+        with pytest.raises(CheckpointError, match=r"m\.safetensors is a file; a directory that freemerge wrote has"):
+            verify(tmp_path / "m.safetensors")
+
     def test_inputs_in_memory_have_no_files(self) -> None:
         with InputHashes([Checkpoint.open({"a": torch.zeros(1)})]) as hashes:
             assert hashes.records() == [{"name": "in-memory state dict", "files": []}]

@@ -154,6 +154,52 @@ def test_a_choice_that_is_none_is_refused(choice: Any, tmp_path: Path) -> None:
         fm.inspect(base, models, tokenizer_from=0)
 
 
+def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Its embeddings are copied from the base by a rule, so that the models need not fit."""
+    recipe = fm.Recipe(select=[("embed_tokens.*", "copy")])
+
+    def vocabulary(name: str, rows: int, config: dict[str, Any] | None = None, **files: Any) -> Path:
+        path = folder(tmp_path / name, float(rows), {"vocab_size": rows} | (config or {}), **files)
+        save_file(load_file(path / "model.safetensors") | {"embed_tokens.weight": torch.ones(rows, 8)}, path / "m")
+        (path / "m").rename(path / "model.safetensors")
+        return path
+
+    base = vocabulary("base", 10, tokenizer__json={})
+    for name, rows, config, files, reason in [
+        (
+            "larger",
+            12,
+            {},
+            {"tokenizer__json": {"b": 1}},
+            "embed_tokens.weight has 12 rows in .*larger, 10 in the merged",
+        ),
+        ("smaller", 8, {}, {"tokenizer__json": {"b": 1}}, "embed_tokens.weight has 8 rows"),
+        ("ids", 10, {"pad_token_id": 10}, {"vocab__txt": "a"}, "config.json of .*ids has the token 10"),
+        ("ends", 10, {}, {"generation_config__json": {"eos_token_id": [2, 11]}}, "generation_config.json .* token 11"),
+        ("added", 10, {}, {"tokenizer__json": {"added_tokens": [{"id": 9}, {"id": 10}]}}, "tokenizer.json .* token 10"),
+        ("words", 10, {}, {"tokenizer__json": {"model": {"vocab": {"a": 0, "b": 12}}}}, "tokenizer.json .* token 12"),
+        ("pieces", 10, {}, {"tokenizer__json": {"model": {"vocab": [["a", 0.5]] * 12}}}, "tokenizer.json .* token 11"),
+        (
+            "old",
+            10,
+            {},
+            {"added_tokens__json": {"<pad>": 10}, "vocab__json": {"a": 9}},
+            "added_tokens.json .* token 10",
+        ),
+    ]:
+        model = vocabulary(name, rows, config, **files)
+        with pytest.raises(fm.ArgumentError, match=f"^tokenizer_from: {reason}"):
+            fm.inspect(base, [model], recipe, tokenizer_from=0)
+        out = tmp_path / f"out {name}"
+        fm.merge_checkpoints(base, [model], out, recipe, progress=False, tokenizer_from="auto")
+        assert (out / "tokenizer.json").read_text() == "{}", "the base's fits"
+    for path in (base, tmp_path / "larger"):  # embeddings under a name that is not known
+        state = load_file(path / "model.safetensors")
+        save_file({n: t for n, t in state.items() if "embed" not in n}, path / "model.safetensors")
+    with pytest.raises(fm.ArgumentError, match=r"^tokenizer_from: vocab_size is 12 in .*larger, 10 in the merged"):
+        fm.inspect(base, [tmp_path / "larger"], tokenizer_from=0)
+
+
 def test_the_command_line_takes_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = folder(tmp_path / "base", tokenizer__json="0")
     model = folder(tmp_path / "a", 1.0, tokenizer__json="1")

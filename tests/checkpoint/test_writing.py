@@ -236,6 +236,15 @@ def test_impossible_specs_are_refused(tmp_path: Path) -> None:
 
 
 class TestTarget:
+    @pytest.mark.parametrize("name", ["m.bin", "m.pt", "m.pth", "m.ckpt", "m.gguf", "m.onnx", "M.BIN", "m.SafeTensors"])
+    def test_a_directory_does_not_get_the_name_of_a_weight_file(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(ArgumentError, match=f"{name} has .* an output is a directory or a .safetensors file"):
+            write(tmp_path / name, state_of())
+        for file in (name, "m.safetensors"):  # nor do directories of experts and adapters
+            with pytest.raises(ArgumentError, match=r"an output is a directory$"):
+                publish.target(tmp_path / file)
+        assert_only(tmp_path)
+
     def test_existing_output_needs_force(self, tmp_path: Path) -> None:
         write(tmp_path / "out", state_of(1))
         before = contents(tmp_path / "out")

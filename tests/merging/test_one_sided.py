@@ -219,6 +219,43 @@ def test_no_prefix_is_seen_where_shapes_or_most_names_differ() -> None:
     assert "prefix" not in str(refusal.value)
 
 
+def test_a_module_that_is_partly_like_another_is_not_that_module() -> None:
+    base = BASE | {"lm_head.dense.weight": torch.ones(8, 8), "lm_head.norm.weight": torch.ones(8)}
+    classifier = {"classifier.dense.weight": torch.ones(8, 8), "classifier.out.weight": torch.ones(3, 8)}
+    with pytest.raises(fm.CheckpointError) as refusal:
+        fm.merge(base, [TUNED | classifier], EXACT)
+    message = str(refusal.value)
+    assert "rename" not in message
+    assert [*advised(message, "copy"), *advised(message, "drop")] == [("lm_head.*", "copy"), ("classifier.*", "drop")]
+    whole = {name.replace("lm_head.", "head."): tensor + 1 for name, tensor in base.items()}
+    with pytest.raises(fm.CheckpointError, match=r"--rename 'head\.=lm_head\.'"):
+        fm.merge(base, [TUNED | whole], EXACT)
+
+
+def test_a_prefix_is_told_where_the_wrapped_model_holds_more() -> None:
+    model = {f"bert.{name}": tensor for name, tensor in TUNED.items()} | {"bert.pooler.weight": torch.ones(8, 8)}
+    with pytest.raises(fm.CheckpointError, match=r"rename 'bert\.' to ''.* 'bert\.pooler\.\*=drop'") as refusal:
+        fm.merge(BASE, [model], EXACT)
+    rules = [*advised(str(refusal.value), "drop"), *EXACT.select]
+    assert same(fm.merge(BASE, [model], EXACT.replace(rename=[("bert.", "")], select=rules)), TUNED)
+
+
+def test_a_rename_of_no_name_is_refused(tmp_path: Path) -> None:
+    head = {f"bert.{name}": tensor for name, tensor in TUNED.items()}
+    for rename in ([("brt.", "")], [("bert.", ""), ("brt.", "x.")]):
+        for run in (
+            lambda rename=rename: fm.merge(BASE, [head], fm.Recipe(rename=rename)),
+            lambda rename=rename: fm.extract_experts(BASE, {"a": head}, rename=rename),
+            lambda rename=rename: fm.extract_lora(BASE, head, tmp_path / "adapter", rank=1, rename=rename),
+        ):
+            with pytest.raises(fm.ArgumentError, match=r"^rename: 'brt\.' \(to '.*'\) begins no name of the models"):
+                run()
+    recipe = EXACT.replace(rename=[("bert.", "")])
+    assert same(fm.merge(BASE, [head, TUNED], recipe.replace(weights=(1.0, 0.0))), TUNED), "one of them is enough"
+    name = "model.norm.weight"
+    assert torch.equal(fm.merge_tensors(BASE[name], [TUNED[name]], recipe=recipe, name=name), TUNED[name])
+
+
 def test_renames_are_written_down(tmp_path: Path) -> None:
     recipe = fm.Recipe(rename=[("a.", ""), {"from": "", "to": "b."}])
     assert recipe.rename == (("a.", ""), ("", "b."))

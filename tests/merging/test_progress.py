@@ -13,6 +13,7 @@ import freemerge as fm
 from freemerge.cli import main
 from freemerge.merging import progress
 from freemerge.merging.estimate import pace
+from freemerge.merging.mergekit_yaml import Weighted
 from freemerge.merging.progress import Progress
 
 
@@ -105,7 +106,35 @@ def test_memory_counts_the_largest_unit(models: list[str]) -> None:
 @pytest.mark.parametrize("recipe", [fm.Recipe(), fm.Recipe(method="average"), fm.Recipe(method="tsv_m")])
 def test_the_pace_of_a_recipe(recipe: fm.Recipe) -> None:
     found = pace(recipe, 2, "auto")
+    assert found is not None
     assert found.merge > 0
     assert found.hash > 0
     assert (found.measure > 0) == (recipe.method.passes > 0 or recipe.method.default_scale(2) is None)
     assert found.seconds(2000, 1000, 500) > found.seconds(1000, 1000, 500) - 1e-12
+
+
+BY_NAME = ((("attn", 0.5), ("mlp", 0.25)),) * 2
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        fm.Recipe(method="task_arithmetic", weights=(0.5, 0.5), layers=[("*.w", (1.0, 0.0))]),
+        fm.Recipe(method=Weighted(rules=BY_NAME), scale=0.5),
+        fm.Recipe(method=Weighted(rules=BY_NAME), scale="interference", filter="before"),
+        fm.Recipe(method="average", scale=1e6, out_dtype="float16"),
+        fm.Recipe(weights=(1e30, 1e30), scale=1e30),
+        fm.Recipe(rename=[("model.", "")], select=[("*.w", "merge")], views=[{"split": "*.w", "parts": 2}]),
+    ],
+)
+def test_an_estimate_goes_by_no_name_and_overflows_nothing(recipe: fm.Recipe) -> None:
+    found = pace(recipe, 2, "auto")
+    assert found is not None
+    assert found.merge > 0
+
+
+def test_without_an_estimate_a_merge_runs(models: list[str], tmp_path: Path) -> None:
+    recipe = fm.Recipe(fm.Custom(torch.ones(64, 48).numpy()))  # a mask for these matrices alone
+    assert pace(recipe, 2, "auto") is None
+    assert fm.inspect(models[0], models[1:], recipe, out=tmp_path / "out").seconds is None
+    assert fm.merge_checkpoints(models[0], models[1:], tmp_path / "out", recipe).out.is_dir()

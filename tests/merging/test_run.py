@@ -347,9 +347,12 @@ def test_a_head_that_one_file_copies_and_another_leaves_out(action: str, tmp_pat
     embed, tuned = tied_models(tmp_path)
     recipe = fm.Recipe(select=[(EMBED, action)])
     paths = tmp_path / "base.safetensors", [tmp_path / "model.safetensors"]
-    fm.merge_checkpoints(*paths, tmp_path / "out.safetensors", recipe, progress=False)
+    found = [fm.merge(*paths, recipe)]
+    if action != "copy":  # which leaves the base as it is, and is not written
+        fm.merge_checkpoints(*paths, tmp_path / "out.safetensors", recipe, progress=False)
+        found.append(load_file(tmp_path / "out.safetensors"))
     expected = fm.merge({EMBED: embed}, [{EMBED: tuned}], recipe)[EMBED]
-    for merged in (fm.merge(*paths, recipe), load_file(tmp_path / "out.safetensors")):
+    for merged in found:
         assert sorted(merged) == [HEAD, EMBED], "the names that the base's config promises"
         assert torch.equal(merged[EMBED], expected)
         assert torch.equal(merged[HEAD], expected)
@@ -402,7 +405,7 @@ def test_empty_tensors_are_merged_to_empty_ones(tmp_path: Path) -> None:
     ],
 )
 def test_a_result_out_of_range_is_an_error(value: float, recipe: fm.Recipe, message: str, tmp_path: Path) -> None:
-    base, model = {"w": torch.full((4,), value)}, {"w": torch.full((4,), 1.1 * value)}
+    base, model = ({"w": torch.full((4,), f * value), "x": torch.zeros(1)} for f in (1, 1.1))
     with pytest.raises(fm.CheckpointError, match=message):
         fm.merge_checkpoints(base, [model], tmp_path / "out", recipe, progress=False)
     assert not list(tmp_path.iterdir())
@@ -552,3 +555,42 @@ def test_inspection() -> None:
     assert inspection.write_bytes == sum(tensor.nbytes for tensor in base.values())
     (warning,) = fm.inspect(base, models, fm.Recipe(fm.HighPass(2.0))).warnings
     assert "more than 90%" in warning
+
+
+UNCHANGED = {
+    "scale": fm.Recipe(scale=0),
+    "weights": fm.Recipe(method="task_arithmetic", weights=(0, 0), layers=[("*", (0, 0))]),
+    "density": fm.Recipe(method="ties", density=0),
+    "select": fm.Recipe(select=[("*", "copy")]),
+    "cutoff": fm.Recipe(fm.HighPass(0.9)),
+}
+
+
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_the_base_is_not_published_as_a_merge(name: str, tmp_path: Path) -> None:
+    base = {"w": torch.ones(8, 8), "b": torch.ones(8)}
+    models = [{key: tensor + i for key, tensor in base.items()} for i in (1, 2)]
+    for call in (
+        lambda: fm.merge_checkpoints(base, models, tmp_path / "out", UNCHANGED[name], progress=False),
+        lambda: fm.inspect(base, models, UNCHANGED[name], out=tmp_path / "out"),
+    ):
+        with pytest.raises(fm.ArgumentError, match=f"^{name}: "):
+            call()
+    assert not (tmp_path / "out").exists()
+    merged = fm.merge(base, models, UNCHANGED[name])  # one of a series, say, beginning with 0
+    assert torch.equal(merged["w"], base["w"]) or name == "cutoff"
+
+
+def test_a_single_model_that_is_given_back_is_told() -> None:
+    base, model = {"w": torch.zeros(8, 8)}, {"w": torch.randn(8, 8)}
+    for recipe, told in (
+        (fm.Recipe(method="average"), True),
+        (fm.Recipe(method="task_arithmetic", scale=1), True),
+        (fm.Recipe(method="task_arithmetic"), False),  # at 0.4
+        (fm.Recipe(method="average", filter="after"), False),
+        (fm.Recipe(method="average", weights=(0.5,)), False),
+        (fm.Recipe(), False),
+    ):
+        assert ("one model: the result is that model" in fm.inspect(base, [model], recipe).warnings) == told
+        assert torch.equal(fm.merge(base, [model], recipe)["w"], model["w"]) == told
+    assert not fm.inspect(base, [model, {"w": torch.ones(8, 8)}], fm.Recipe(method="average")).warnings

@@ -117,6 +117,25 @@ def test_within_the_inputs_they_merge_as_other_vectors_do() -> None:
         assert torch.equal(merged[f"1.{name}"], others[f"1.{name.replace('running_', 'learned_')}"])
 
 
+@pytest.mark.parametrize("scale", ["auto", "interference"])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_they_decide_nothing_about_weights(method: str, scale: Any) -> None:
+    base = network()
+    models = tuned(base, 3)
+    recipe = fm.Recipe(method=method, scale=scale)
+    merged = fm.merge(base, models, recipe)
+    models[1].state_dict()["1.running_var"].mul_(1e6)
+    shifted = fm.merge(base, models, recipe)
+    changed = [name for name, tensor in merged.items() if not torch.equal(tensor, shifted[name])]
+    assert changed == ["1.running_var"]
+    without = [
+        {name: t for name, t in model.state_dict().items() if "running" not in name} for model in (base, *models)
+    ]
+    assert fm.inspect(base, models, recipe).measured_bytes == fm.inspect(without[0], without[1:], recipe).measured_bytes
+    only = [{name: t for name, t in model.state_dict().items() if "running" in name} for model in (base, *models)]
+    assert torch.equal(fm.merge(only[0], only[1:], recipe)["1.running_var"].isfinite().all(), torch.tensor(True))
+
+
 def test_rules_can_copy_and_drop_them_but_not_extrapolate() -> None:
     base = network()
     models = tuned(base, 4)

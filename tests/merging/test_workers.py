@@ -124,6 +124,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state = {f"l.{i}.{k}": torch.randn(96, 128, generator=generator).bfloat16() for i in range(7) for k in "qkv"}
         state |= {f"l.{i}.norm": torch.randn(130, generator=generator) for i in range(7)}
         state |= {"head": torch.randn(257, 100, generator=generator), "step": torch.tensor(3)}
+        state |= {
+            "bn.running_var": torch.full((40,), 1.0 + index),
+            "l.3.moving_mean": torch.randn(500, generator=generator),
+        }
         save_file(state, folder / f"{index}.safetensors")
     return folder
 

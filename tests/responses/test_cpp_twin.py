@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 
 import cases
-from freemerge import _core
-from freemerge.responses import RESPONSES, MaskParams, Response, has_closed_form, transposed
+from freemerge import _core, filtered
+from freemerge.responses import (
+    RESPONSES,
+    Butterworth,
+    Gaussian,
+    MaskParams,
+    Response,
+    has_closed_form,
+    transposed,
+)
 
 CLOSED_FORMS = [response for response in cases.RESPONSES if has_closed_form(response)]
 SHAPES = sorted({shape[-2:] for shape in cases.SHAPES} | {(12, 30), (64, 64), (1, 40), (40, 1), (96, 24)})
@@ -33,6 +44,21 @@ def test_gains_agree_on_every_bin(response: Response) -> None:
             allowed = 0 if params.kind in COMPARED_BIT_BY_BIT else 1e-14
             gains = described.half_mask(shape)
             np.testing.assert_allclose(_core.mask_gains(params), gains, rtol=0, atol=allowed, err_msg=str(shape))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("options", [{}, {"unit": "bins"}, {"metric": "normalized"}], ids=str)
+@pytest.mark.parametrize("cutoff", [1e-12, 1e-200, 5e-324])
+def test_cutoffs_next_to_zero_remove_the_mean_alone(cutoff: float, options: dict[str, Any]) -> None:
+    for response in (Gaussian(cutoff, **options), Butterworth(cutoff, **options)):
+        for shape in ((6, 8), (7,), (1, 1)):
+            gains = response.half_mask(shape)
+            np.testing.assert_array_equal(_core.mask_gains(response.params(shape)), gains)
+            assert (gains.flat[0], gains.sum()) == (0, gains.size - 1)
+            box = response.box(shape, 1e-8)
+            assert box is not None
+            assert min(box.bands) >= 1, "the mean is in the box"
+        assert float(filtered(torch.ones(64, 48), response).abs().max()) < 1e-6
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -94,9 +94,7 @@ def analyze(
         check_matplotlib()
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe)
-        units = [
-            unit for unit in merger.units if unit.action in ("filter", "merge") and merger.specs[unit.names[0]].numel
-        ]
+        units = [unit for unit in merger.units if unit.by_method and merger.specs[unit.names[0]].numel]
         if not units:
             raise ArgumentError("there is nothing to analyse: all tensors are copied, averaged or empty")
         sources = (merger.base, *merger.models)

@@ -11,18 +11,15 @@ import torch
 
 from ..errors import CheckpointError
 from .locate import entry
-from .publish import MANIFEST
+from .publish import MANIFEST, WEIGHT_SUFFIXES
 from .quantised import without_quantisation
 from .reader import Checkpoint
 from .safetensors_file import open_regular
-from .side_files import is_tokenizer_file, part_weights, token_ids
+from .side_files import is_tokenizer_file, part_weights
 from .tied import with_untied_embeddings
+from .vocabulary import token_ids
 
 CONFIG = "config.json"
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
-    *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
-)
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
 _LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json"})
@@ -96,8 +93,8 @@ def _carried(base: Path, directory: Path) -> list[str]:
 
 
 def _is_weight(path: Path) -> bool:
-    return path.name.endswith(_WEIGHT_SUFFIXES) or path.name.endswith(
-        tuple(f"{suffix}.index.json" for suffix in _WEIGHT_SUFFIXES)
+    return path.name.endswith(WEIGHT_SUFFIXES) or path.name.endswith(
+        tuple(f"{suffix}.index.json" for suffix in WEIGHT_SUFFIXES)
     )
 
 

@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from .patterns import patterns_for
 from .prefixes import explained, prefix_change
 from .reader import Checkpoint
-from .spec import MERGEABLE, TensorSpec
+from .spec import MERGEABLE
 from .tied import VOCABULARY, copied_names, same_values
 
 _LISTED = 10
@@ -135,7 +135,8 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
     only_model = {name: model.specs[name] for name in unexpected}
     shown = {name: base.specs[name] for name in missing}
     in_memory = {alias: base.specs[name] for name in missing for alias in base.aliases(name)}
-    changes = [(prefix_change(only_model, names), names) for names in (shown, in_memory)]
+    beside = not expected.isdisjoint(found)
+    changes = [(prefix_change(only_model, names, of_modules=beside), names) for names in (shown, in_memory)]
     ranked = [(explained(change, only_model, names), change) for change, names in changes if change is not None]
     if ranked:
         change = max(ranked)[1]
@@ -169,19 +170,25 @@ def _check_shapes(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> 
     wrong = [name for name in names if base.specs[name].shape != model.specs[name].shape]
     if not wrong:
         return
-    vocabulary = [name for name in wrong if _is_vocabulary(base.specs[name], model.specs[name])]
+    vocabulary = _vocabulary(base, model, wrong)
     if vocabulary:
         rows, other = base.specs[vocabulary[0]].shape[0], model.specs[vocabulary[0]].shape[0]
+        rules = _rules(vocabulary, base.specs.keys() | model.specs.keys(), "copy")
         raise CheckpointError(
             f"token embeddings differ: {rows} rows in {base.label}, {other} in {model.label} ({_some(vocabulary)}); "
-            "resize one vocabulary to the other before merging"
+            f"resize one vocabulary to the other before merging, or take the base's with {rules}"
         )
     shapes = [f"{name} {base.specs[name].shape} and {model.specs[name].shape}" for name in wrong]
     raise CheckpointError(f"shapes differ between {base.label} and {model.label}: {_some(shapes)}")
 
 
-def _is_vocabulary(ours: TensorSpec, theirs: TensorSpec) -> bool:
-    return bool(VOCABULARY.search(ours.name)) and ours.shape[1:] == theirs.shape[1:] and len(ours.shape) > 0
+def _vocabulary(base: Checkpoint, model: Checkpoint, wrong: Sequence[str]) -> list[str]:
+    """Those of the tensors of other shapes that have a row for each token: embeddings, and what has rows as many."""
+    shapes = {name: (base.specs[name].shape, model.specs[name].shape) for name in wrong}
+    alike = {name: pair for name, pair in shapes.items() if all(pair) and pair[0][1:] == pair[1][1:]}
+    rows = {name: (ours[0], theirs[0]) for name, (ours, theirs) in alike.items()}
+    known = next((rows[name] for name in rows if VOCABULARY.search(name)), None)
+    return [name for name in rows if rows[name] == known]
 
 
 def _check_kinds(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> None:

@@ -115,6 +115,10 @@ def build_manifest(
 def read_manifest(directory: Path) -> dict[str, object]:
     """The manifest of a merged model directory; CheckpointError if there is none or it is not one."""
     path = directory / MANIFEST
+    if os.path.isfile(directory):
+        raise CheckpointError(
+            f"{directory} is a file; a directory that freemerge wrote has a {MANIFEST} to verify, a file has none"
+        )
     with open(open_regular(path), "rb") as stream:
         raw = stream.read()
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from .adapter import AdaptedCheckpoint
 from .alike import alike
 from .conversion import Layout
@@ -61,7 +61,8 @@ def open_inputs(
     """Open a base and models of it, which the caller's ``stack`` closes. ``models`` have the arguments' names as keys.
 
     ``merged(names)`` tells, by all names of a tensor, whether it takes part; ``renames`` change prefixes of the models'
-    names that the base does not have. Raises CheckpointError for what cannot be read.
+    names that the base does not have. Raises CheckpointError for what cannot be read, ArgumentError for a rename of
+    no model's names: a misspelt prefix must not pass.
     """
     opened = dequantised(stack.enter_context(Checkpoint.open(base, argument="base")))
     plain = {
@@ -73,6 +74,7 @@ def open_inputs(
         raise CheckpointError(f"{opened.label} holds no tensor in float32, float64, bfloat16 or float16 to merge")
     read = [opened, *plain.values()]
     notices = [notice for checkpoint in read for notice in checkpoint.set_aside]
+    theirs = {name for model in read[1:] for name in model.specs}
     opened, *others = in_file_layout(read, renames)
     more = any(other.specs.keys() - opened.specs.keys() for other in others)
     # Asked only where it can help: for a directory it may import transformers.
@@ -85,10 +87,18 @@ def open_inputs(
     plain = {argument: renamed(other, naming.of(other.specs)) for argument, other in zip(plain, others, strict=True)}
     for other in plain.values():
         _refuse_unmerged_adapter(other, opened)
+
+    def of_adapters(name: str) -> str:
+        theirs.add(name)
+        return naming(name)
+
     sources = [
-        plain[argument] if argument in plain else stack.enter_context(open_model(model, opened, naming=naming))
+        plain[argument] if argument in plain else stack.enter_context(open_model(model, opened, naming=of_adapters))
         for argument, model in models.items()
     ]
+    for old, new in renames:
+        if not any(name.startswith(old) for name in theirs):
+            raise ArgumentError(f"rename: {old!r} (to {new!r}) begins no name of the models")
     untied = untie(opened, sources, lambda name: merged((name, *opened.aliases(name))))
     named = {"base": opened, **dict(zip(models, sources, strict=True))}
     notices += [*_given_twice({"base": base, **models})] or [*alike(named)]

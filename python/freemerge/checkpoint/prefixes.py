@@ -97,10 +97,14 @@ class Naming:
         return {name: to if taken[to] == 1 and to not in names else name for name, to in new.items()}
 
 
-def prefix_change(found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]) -> Rename | None:
+def prefix_change(
+    found: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec], *, of_modules: bool = False
+) -> Rename | None:
     """The change of prefix that gives most of the names ``found`` the names ``expected``, with the same shapes.
 
-    None unless it explains half of the names on the smaller side.
+    None unless it explains half of the names on the smaller side. ``of_modules``: for names beside others that agree; a
+    prefix is then that of a module, all of whose names have to fit: a classifier is no other name of a head that it is
+    partly like.
     """
     by_ending: dict[tuple[str, ...], list[str]] = {}
     for name in expected:
@@ -118,6 +122,9 @@ def prefix_change(found: Mapping[str, TensorSpec], expected: Mapping[str, Tensor
             if alike:  # the longest common ending
                 break
 
+    if of_modules:
+        begun = {old: sum(name.startswith(old) for name in found) for old, _ in changes if old}
+        changes = {c: None for c in changes if not c[0] or explained(c, found, expected) == begun[c[0]]}
     best = max(changes, key=lambda change: explained(change, found, expected), default=None)
     if best is None or 2 * explained(best, found, expected) < min(len(found), len(expected)):
         return None

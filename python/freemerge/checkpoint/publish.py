@@ -11,23 +11,33 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CheckpointError, RefusedError
+from ..errors import ArgumentError, CheckpointError, RefusedError
 from ..workers import ALONE, Workers
 from .locks import DirectoryLock, FileLock, flush_directory, lock_of, remove_unused_files
 
 MANIFEST = "freemerge.json"
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
+    *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
+)
 _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
-def target(out: str | os.PathLike[str]) -> Path:
-    """The path of an output, links followed; RefusedError for the current directory and what holds it."""
+def target(out: str | os.PathLike[str], *, file: str | None = None) -> Path:
+    """The path of an output, links followed: a directory, or a file if its name ends in ``file``.
+
+    RefusedError for the current directory and what holds it, ArgumentError for the name of a weight file that is none.
+    """
     path, here = Path(out).resolve(), Path.cwd()
     if not os.fspath(out):
         raise RefusedError("the name of the output is empty")
     if path == here or path in here.parents:
         raise RefusedError(f"{out} is {'' if path == here else 'above '}the current directory; name a new one")
+    if path.name.lower().endswith(WEIGHT_SUFFIXES) and path.suffix != file:
+        kinds = "a directory" if file is None else f"a directory or a {file} file"
+        raise ArgumentError(f"out: {out} has the name of a weight file; an output is {kinds}")
     return path
 
 

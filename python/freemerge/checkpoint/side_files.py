@@ -13,6 +13,7 @@ from ..errors import ArgumentError
 from .architecture import CONFIG, read_config
 from .locate import entry
 from .reader import Checkpoint
+from .vocabulary import TOKEN_IDS, misfit
 
 TokenizerFrom = Literal["base", "auto"] | int
 
@@ -22,7 +23,6 @@ _TOKENIZER = (
     *("spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json", "chat_template.*", "generation_config.json"),
     "additional_chat_templates/*",
 )
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id")
 # Entries of a config.json that do not change what the merged model computes or how it is used.
 _INCIDENTAL = frozenset(
     {"_name_or_path", "name_or_path", "transformers_version", "use_cache", "_attn_implementation", "auto_map"}
@@ -60,27 +60,26 @@ def part_weights(directory: Path | None) -> dict[str, Path]:
 def tokenizer_source(base: Checkpoint, models: Sequence[Checkpoint], choice: TokenizerFrom) -> Checkpoint:
     """The input whose tokenizer, chat template and generation settings the merged model gets.
 
-    ``"base"``; the number of a model; or ``"auto"``: the models', if all that have a tokenizer have the same one, else
-    the base's.
+    ``"base"``; the number of a model; or ``"auto"``: the models', if all that have a tokenizer have the same one and it
+    fits the base's embeddings, else the base's. Raises ArgumentError for a number that is none, and for the tokenizer
+    of a model with another vocabulary: tokens without a row of their own would be read, and written, as others.
     """
     if choice == "base":
         return base
     if choice == "auto":
         having = [model for model in models if _files(model)]
         contents = [_contents(model) for model in having]
-        return having[0] if having and all(content == contents[0] for content in contents) else base
+        same = bool(having) and all(content == contents[0] for content in contents)
+        return having[0] if same and misfit(having[0], contents[0], base) is None else base
     if isinstance(choice, bool) or not isinstance(choice, int) or not 0 <= choice < len(models):
         numbers = f"the number of a model from 0 to {len(models) - 1}"
         raise ArgumentError(f"tokenizer_from must be 'base', 'auto' or {numbers}, got {choice!r}")
     if not _files(models[choice]):
         raise ArgumentError(f"tokenizer_from: {models[choice].label} holds no tokenizer files")
+    reason = misfit(models[choice], _contents(models[choice]), base)
+    if reason is not None:
+        raise ArgumentError(f"tokenizer_from: {reason}; the tokenizer of another vocabulary does not fit")
     return models[choice]
-
-
-def token_ids(source: Checkpoint) -> dict[str, Any]:
-    """The special tokens in a config.json."""
-    config = read_config(source.directory)
-    return {name: config[name] for name in TOKEN_IDS if name in config}
 
 
 def differences(base: Checkpoint, models: Sequence[Checkpoint], tokenizer: Checkpoint) -> list[str]:

@@ -103,7 +103,7 @@ def _embeddings_of(name: str, everyone: Sequence[Checkpoint]) -> str | None:
 def _declared(base: Checkpoint) -> dict[str, str]:
     """Pairs of which the base stores both names, although its config ties them."""
     config = read_config(base.directory)
-    rows = _text_entry(config, "vocab_size")
+    rows = text_entry(config, "vocab_size")
     if not config or config.get("tie_word_embeddings") is False or not isinstance(rows, int):
         return {}
     shapes = [spec.shape for spec in base.specs.values() if len(spec.shape) == 2 and spec.shape[0] == rows]
@@ -142,7 +142,8 @@ def with_untied_embeddings(config: dict[str, object]) -> dict[str, object]:
     return {**config, **nested, "tie_word_embeddings": False}
 
 
-def _text_entry(config: dict[str, object], name: str) -> object:
+def text_entry(config: dict[str, object], name: str) -> object:
+    """An entry of a config, or of the part of it that is about text."""
     text = config.get("text_config")
     return config.get(name, text.get(name) if isinstance(text, dict) else None)
 

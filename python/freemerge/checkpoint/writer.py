@@ -26,6 +26,7 @@ from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
 from .shard_file import Background, ShardFile
 from .spec import TensorSpec
 
+_FILE = ".safetensors"  # how the name of a single-file output ends
 DEFAULT_SHARD_BYTES = 5_000_000_000
 DEFAULT_MEMORY = 128_000_000
 
@@ -102,9 +103,9 @@ class CheckpointWriter:
         manifest: becomes ``freemerge.json`` of a model directory, with the hash of every file added under ``files``.
         nbytes: size of the weight files that this worker writes.
 
-    Raises, before anything is written: RefusedError if ``out`` holds something, ArgumentError for impossible specs,
-    CheckpointError if the target cannot be written or the disk has too little room. A disk that fills up later is a
-    CheckpointError too, with the old output untouched.
+    Raises, before anything is written: RefusedError if ``out`` holds something, ArgumentError for impossible specs
+    and for an ``out`` with the name of another kind of weight file, CheckpointError if the target cannot be written or
+    the disk has too little room. A disk that fills up later is a CheckpointError too, with the old output untouched.
     """
 
     def __init__(
@@ -124,8 +125,8 @@ class CheckpointWriter:
         if resume and identity is None:
             raise ArgumentError("resume: only what is made from files can be resumed")
         self.identity, self.resume, self.workers = identity, resume, workers
-        self.out = target(out)
-        self.single_file = self.out.suffix == ".safetensors"
+        self.out = target(out, file=_FILE)
+        self.single_file = self.out.suffix == _FILE
         self.force = force
         specs = list(specs)
         limit = max(1, sum(spec.nbytes for spec in specs)) if self.single_file else max_shard_bytes

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArgumentError
 from ..workers import joined
 from .arguments import PATH, Parsed, size, tokenizer_from
 from .command import Command, Option
@@ -104,13 +103,10 @@ def run(
             "tokenizer_from": tokenizer_from,
         }
         if dry_run:
-            inspection = inspect(origin, tuned, recipe, out=out, **common)
-            refuse_what_changes_nothing(recipe, inspection)
-            tell(output, inspection)
+            tell(output, inspect(origin, tuned, recipe, out=out, **common))
             return DONE
 
         def start(inspection: Inspection) -> None:
-            refuse_what_changes_nothing(recipe, inspection)
             output.detail(text_of(inspection))
             if not log_json:
                 warn(output, inspection)
@@ -132,20 +128,6 @@ def run(
             for stage in report.stages:
                 output.note(f"  {stage}")
         return DONE
-
-
-def refuse_what_changes_nothing(recipe: Recipe, inspection: Inspection) -> None:
-    """ArgumentError for values by which the base, or its matrices, would be written as a merge."""
-    if recipe.scale == 0:
-        raise ArgumentError("scale: at 0 the merged model is the base")
-    weights = recipe.method.weights
-    if isinstance(weights, tuple) and not recipe.layers and not any(weights):
-        raise ArgumentError("weights: with nothing but zeros the merged model is the base")
-    removed = [decision.removed for decision in inspection.decisions if decision.removed is not None]
-    if removed and min(removed) == 1:
-        raise ArgumentError(
-            "cutoff: the filter removes the whole spectrum of every matrix; a square one ends at a radius of 0.71"
-        )
 
 
 def _text_of(report: Report, recipe: Recipe) -> str:

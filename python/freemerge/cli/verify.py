@@ -14,7 +14,7 @@ def command() -> Command:
     """The command."""
     return Command(
         run,
-        [Argument("directory", type=PATH, help="a merged model with its freemerge.json")],
+        [Argument("directory", type=PATH, help="the directory of a merged model, with its freemerge.json")],
         examples="""
             freemerge verify merged
             freemerge verify merged --json

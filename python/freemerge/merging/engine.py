@@ -28,6 +28,7 @@ from .recipe import Recipe
 from .selection import drops, left_alone, rule_of
 from .stages import Stopwatch
 from .statistics_buffers import check_variance, convex
+from .unchanged import gives_back
 from .units import Unit, plan_units, require_equal, together, without_matrices
 
 PROCESS_BYTES = 160_000_000  # of Python, torch and this package
@@ -115,6 +116,8 @@ class Merger:
         self.scale = recipe.global_scale(len(self.models))
         self.inputs = Inputs(base, self.models, (), ())
         self.notices = mixed_dtype_notices(comparison, base, models)
+        if gives_back(recipe, len(self.models)):
+            self.notices.append("one model: the result is that model")
 
     def _check_layers(self) -> None:
         """Every pattern must match a tensor, and tensors that are merged together have one weight a model."""
@@ -147,10 +150,10 @@ class Merger:
     def reads(self, units: Iterable[Unit]) -> tuple[int, int]:
         """Bytes of some units that are read to measure and to merge them."""
         units = list(units)
-        vectors = [unit for unit in units if unit.action != "copy"]
-        measured = self.method.passes * sum(map(self._unit_bytes, vectors))
+        seen = [unit for unit in units if unit.by_method]
+        measured = self.method.passes * sum(map(self._unit_bytes, seen))
         if self.scale is None:
-            measured += sum(map(self._scale_bytes, vectors))
+            measured += sum(map(self._scale_bytes, seen))
         return measured, sum(map(self._merge_bytes, units))
 
     def measure(
@@ -161,9 +164,10 @@ class Merger:
     ) -> Measured:
         """What the method finds out about the whole model, the weights above all, and the scale.
 
+        It sees what it merges alone: running statistics, which may be far apart, do not weigh on weights.
         ``worker``: which one of the workers measures a unit; all of them get the same, which is what one would find.
         """
-        units = [unit for unit in self.steps if unit.action != "copy"]
+        units = [unit for unit in self.steps if unit.by_method]
         own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
 
         def vectors(read_bytes: Callable[[Unit], int], chosen: Sequence[Unit]) -> Iterator[TaskVectors]:
@@ -179,7 +183,7 @@ class Merger:
         if scale is None:
             interference = self.recipe.scale == "interference"
             if interference:  # between matrices, small ones too
-                units = [unit for unit in self.units if unit.action != "copy" and self._has_matrices(unit.names)]
+                units = [unit for unit in self.units if unit.by_method and self._has_matrices(unit.names)]
                 own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
             whole = _Shared(partial(vectors, self._scale_bytes), units, own, workers)
             method = self.method

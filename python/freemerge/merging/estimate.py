@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import Checkpoint
+from ..methods.task_arithmetic import TaskArithmetic
 from .engine import Merger
 from .recipe import Recipe
 
@@ -35,12 +36,30 @@ class Pace:
         return self.measure * measured + self.merge * merged + self.hash * once / (os.cpu_count() or 1)
 
 
-def pace(recipe: Recipe, count: int, backend: str) -> Pace:
-    """The pace of this machine at a recipe with ``count`` models."""
+def pace(recipe: Recipe, count: int, backend: str) -> Pace | None:
+    """The pace of this machine at a recipe with ``count`` models; None where no small merge stands in for it."""
+    try:
+        return _timed(_stand_in(recipe, count), count, backend)
+    except Exception:  # a mask for one shape, say, or a full GPU: an estimate must not end the merge that it is about
+        return None
+
+
+def _stand_in(recipe: Recipe, count: int) -> Recipe:
+    """A recipe of the same work: without what goes by tensors' names, and without numbers that noise may overflow."""
+    method, plain = recipe.method, (1 / count,) * count
+    if isinstance(method, TaskArithmetic):  # weights by names are a class of their own
+        method = TaskArithmetic(plain)
+    elif isinstance(method.weights, tuple):
+        method = method.replace(weights=plain)
+    scale = recipe.scale if recipe.global_scale(count) is None else 1.0
+    return Recipe(method=method, scale=scale, filter=recipe.filter, compute_dtype=recipe.compute_dtype)
+
+
+def _timed(recipe: Recipe, count: int, backend: str) -> Pace:
     generator = torch.Generator().manual_seed(0)
     states = [{"x.weight": torch.randn(_SIDE, _SIDE, generator=generator).bfloat16()} for _ in range(count + 1)]
     base, *models = map(Checkpoint.open, states)
-    merger = Merger(base, models, recipe.replace(select=(), views=()), backend)
+    merger = Merger(base, models, recipe, backend)
     (unit,) = merger.steps
     measuring = merging = float("inf")
     for _ in range(2):  # tables are made in the first

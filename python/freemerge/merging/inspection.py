@@ -44,7 +44,7 @@ class Inspection:
 
     ``measured_bytes``: those of ``read_bytes`` that are read before anything is merged. ``memory_bytes``: what the
     process needs at most, mapped files not counted. ``seconds``: how long it will take, from files that are in memory;
-    None unless it was asked for.
+    None unless it was asked for and can be told.
     """
 
     decisions: tuple[Decision, ...]

@@ -42,6 +42,7 @@ from .progress import Progress
 from .recipe import Recipe, checked_recipe, to_yaml
 from .selection import left_alone
 from .stages import Stage, together
+from .unchanged import refuse_unchanged
 from .units import Unit
 
 
@@ -136,20 +137,24 @@ def merge_checkpoints(
         resume: go on after the tensors that a killed run of the same merge finished; without one, begin.
         progress: show a progress bar on standard error, or with "json" a log of one JSON object a line.
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
-            the base's, those of the model with that number, or with "auto" the models', if all have the same.
+            the base's, those of the model with that number (ArgumentError if its vocabulary is another), or with "auto"
+            the models', if all have the same and it fits.
         on_start: called with what is going to happen, before anything is written.
         workers: processes that do it together (:func:`freemerge.workers.joined`), all of which call this function with
             the same arguments on a file system they share. Each writes some of the output's files; the bytes are the
             same for any number. What they leave unfinished stays, to be resumed.
 
     Raises:
-        RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
+        RefusedError: ``out`` exists and may not be replaced, or is one of the inputs.
+        ArgumentError: the merged model would be the base: at a scale, weights or a density of 0, at a cutoff beyond the
+            spectrum, or with every tensor copied. Otherwise as :func:`merge`.
     """
     with reusing(), ExitStack() as stack:
         with _without_collecting():
             merger = open_merger(stack, base, models, recipe, backend, memory)
             tokenizer = _side_files(merger, tokenizer_from)
             inspection = merger.inspect()
+        refuse_unchanged(merger.recipe, inspection.decisions)
         on_start(inspection)
         with _without_collecting():
             writer = _writer(
@@ -159,11 +164,11 @@ def merge_checkpoints(
             missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
         reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
-        ratio = pace(merger.recipe, len(merger.models), backend).ratio if progress and merger.method.passes else 1.0
+        paced = pace(merger.recipe, len(merger.models), backend) if progress and merger.method.passes else None
         log = stack.enter_context(
             Progress(
                 *reads,
-                ratio=ratio,
+                ratio=paced.ratio if paced is not None else 1.0,
                 style="json" if progress == "json" else "bar" if progress else "none",
             )
         )
@@ -210,7 +215,7 @@ def inspect(
     """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
 
     With ``out``, check also that :func:`merge_checkpoints` could write there, raising what that would raise, and say
-    how long it would take, for which a small merge in memory is timed.
+    how long it would take, where a small merge in memory can be timed for it.
     """
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe, backend)
@@ -220,8 +225,11 @@ def inspect(
         inspection = merger.inspect()
         if out is None:
             return inspection
+        refuse_unchanged(merger.recipe, inspection.decisions)
         merged = inspection.read_bytes - inspection.measured_bytes
         found = pace(merger.recipe, len(merger.models), backend)
+        if found is None:
+            return inspection
         return replace(inspection, seconds=found.seconds(inspection.measured_bytes, merged, inspection.write_bytes))
 
 

@@ -66,7 +66,7 @@ def merge_tensors(
         wanted = recipe.out_dtype if base.dtype in MERGEABLE else None
         _check_out(out, base, base.dtype if wanted is None else getattr(torch, wanted))
     layers = [layer for layer in recipe.layers if name is not None and fnmatchcase(name, layer.pattern)]
-    recipe = recipe.replace(select=select, views=views, layers=layers)
+    recipe = recipe.replace(select=select, views=views, layers=layers, rename=())
     merged = merge({key: base}, [{key: tensor} for tensor in tensors], recipe)[key]
     if out is None:
         return merged

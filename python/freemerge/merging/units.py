@@ -36,6 +36,11 @@ class Unit:
     must_agree: bool = False
     flat: bool = False
 
+    @property
+    def by_method(self) -> bool:
+        """Whether the method merges it, and so measures it; others are averaged or copied whatever the method."""
+        return self.action in ("filter", "merge")
+
 
 def default_action(spec: TensorSpec) -> Action:
     """Matrices (and stacks of matrices, as mixture-of-experts weights) are filtered; other floats are merged.

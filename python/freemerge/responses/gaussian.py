@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,9 +28,11 @@ class Gaussian(Radial):
         return self._params("gaussian", shape, self.cutoff)
 
     def _profile(self, radius: Gains, params: MaskParams) -> Gains:
-        scaled = radius / params.edge0
-        return -np.expm1(-0.5 * (scaled * scaled))
+        with np.errstate(divide="ignore", over="ignore"):  # a cutoff that was rounded to 0 removes the mean alone
+            scaled = np.divide(radius, params.edge0, out=np.zeros_like(radius), where=radius > 0)
+            return -np.expm1(-0.5 * (scaled * scaled))
 
     def box(self, shape: tuple[int, ...], tolerance: float) -> Box:
         params = self.params(shape)
-        return Box(1.0, bands(params, params.edge0 * math.sqrt(-2 * math.log(tolerance))), tail=tolerance)
+        edge = max(params.edge0 * math.sqrt(-2 * math.log(tolerance)), sys.float_info.min)  # the gain at DC is 0
+        return Box(1.0, bands(params, edge), tail=tolerance)
