@@ -108,6 +108,10 @@ class Filtered(Method):
         return self.method.by_entries
 
     @property
+    def by_inputs(self) -> bool:
+        return self.method.by_inputs
+
+    @property
     def linear(self) -> bool:
         return self.filter.when == "before" and self.method.linear
 
@@ -168,8 +172,8 @@ class _FilteredVectors(TaskVectors):
 class _FilteredDeltas(Deltas):
     """Those of one member. Each call reads the whole unit, whose matrices its members may only make up together."""
 
-    filtered: Callable[[], Iterator[list[Tensor]]]
-    member: int
+    filtered: Callable[[], Iterator[list[Tensor]]] = dataclasses.field(kw_only=True)
+    member: int = dataclasses.field(kw_only=True)
 
     def each(self) -> Iterator[Tensor]:
         return (deltas[self.member] for deltas in self.filtered())

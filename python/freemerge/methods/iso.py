@@ -40,7 +40,7 @@ class IsoC(SpectralMethod):
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         total, _ = add_up(vectors.each())
-        return replace_matrices(vectors, total, map(_isotropic, vectors.matrices(total)))
+        return replace_matrices(vectors, total, map(_isotropic, vectors.linear_maps(total)))
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class IsoCTS(SpectralMethod):
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         total, count = add_up(vectors.each())
         exact = total[0].dtype == torch.float64
-        shapes = [matrix.shape for matrix in vectors.matrices(total)]
+        shapes = [matrix.shape for matrix in vectors.linear_maps(total)]
         own = [self._own(min(shape[-2:]), count) for shape in shapes]
         found = [
             [singular_triplets(matrix, min(matrix.shape[-2:]) - count * directions, exact)]
-            for matrix, directions in zip(vectors.matrices(total), own, strict=True)
+            for matrix, directions in zip(vectors.linear_maps(total), own, strict=True)
         ]
         for deltas in vectors.each() if any(own) else ():
-            for matrix, directions, triplets in zip(vectors.matrices(deltas), own, found, strict=True):
+            for matrix, directions, triplets in zip(vectors.linear_maps(deltas), own, found, strict=True):
                 shared = triplets[0][0]
                 rest = matrix.double() - shared @ (shared.mT @ matrix.double())
                 triplets.append(singular_triplets(rest, directions, exact, torch.linalg.matrix_norm(matrix.double())))

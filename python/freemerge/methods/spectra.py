@@ -200,6 +200,10 @@ class SpectralMethod(Method):
     more; name a scale to save that.
     """
 
+    @property
+    def by_inputs(self) -> bool:
+        return True
+
     def default_scale(self, count: int) -> float | None:
         return None
 
@@ -230,14 +234,14 @@ def add_up(each: Iterator[list[Tensor]]) -> tuple[list[Tensor], int]:
 
 
 def stacked_matrices(vectors: TaskVectors) -> tuple[list[Tensor], list[Tensor]]:
-    """The matrices of all models, [K, ..., H, W] for each of a unit, and the task vectors that were read last.
+    """The linear maps of all models, [K, ..., H, W] for each of a unit, and the task vectors that were read last.
 
     The latter are there for :func:`replace_matrices` to overwrite.
     """
     count = len(vectors.tensors[0].models)
     stacks: list[Tensor] = []
     for model, deltas in enumerate(vectors.each()):
-        matrices = vectors.matrices(deltas)
+        matrices = vectors.linear_maps(deltas)
         if not stacks:
             stacks = [matrix.new_empty(count, *matrix.shape) for matrix in matrices]
         for stack, matrix in zip(stacks, matrices, strict=True):
@@ -246,9 +250,9 @@ def stacked_matrices(vectors: TaskVectors) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def replace_matrices(vectors: TaskVectors, deltas: list[Tensor], merged: Iterable[Tensor]) -> list[Tensor]:
-    """``deltas``, with the matrices that they make up overwritten."""
+    """``deltas``, with the linear maps that they make up overwritten."""
     matrices = vectors.matrices(deltas)
-    for matrix, new in zip(matrices, merged, strict=True):
+    for matrix, new in zip(vectors.turned(matrices), merged, strict=True):
         matrix.copy_(new)
     vectors.unstack(matrices, deltas)
     return deltas

@@ -36,7 +36,7 @@ class TSVM(SpectralMethod):
         found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
         for deltas in vectors.each():
             exact = deltas[0].dtype == torch.float64
-            matrices = vectors.matrices(deltas)
+            matrices = vectors.linear_maps(deltas)
             kept = [max(1, min(matrix.shape[-2:]) // count) for matrix in matrices]
             found.append([singular_triplets(matrix, n, exact) for matrix, n in zip(matrices, kept, strict=True)])
         return replace_matrices(vectors, deltas, (_joined(parts, exact) for parts in zip(*found, strict=True)))

@@ -27,6 +27,8 @@ class Deltas:
         base: reads theta_0.
         models: for each model what reads theta_i.
         check: raises CheckpointError if one of the means of |v_i| is not finite.
+        transposed: whether it is the weight of a layer stored as [inputs, outputs], not [outputs, inputs]. Known only
+            for methods that ask for it (:attr:`freemerge.methods.Method.by_inputs`) and models of known architecture.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Deltas:
     base: Callable[[], Tensor]
     models: Sequence[Callable[[], Tensor]]
     check: Callable[[Sequence[float]], None]
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -122,6 +125,17 @@ class TaskVectors:
             return [matrix]
         each = [matrix] if matrix.ndim == 2 else list(matrix)
         return [part for whole in each for part in torch.split(whole, list(self.parts))]
+
+    def linear_maps(self, deltas: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`matrices`, each [..., outputs, inputs], however its layer stores it."""
+        return self.turned(self.matrices(deltas))
+
+    def turned(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """What :meth:`matrices` gave as :meth:`linear_maps` gives it: views, transposed where the layer is stored so.
+
+        The members of a unit are all stored in the same way.
+        """
+        return [matrix.mT if self.tensors[0].transposed else matrix for matrix in matrices]
 
     def unstack(self, matrices: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
         """Copy changed :meth:`matrices` of several stacked members back; nothing to do for one."""
