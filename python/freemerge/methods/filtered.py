@@ -12,7 +12,7 @@ from ..responses import HighPass, Response, from_config
 from .base import Measured, Merged, Method
 from .parameters import NUMBER, parameter
 from .rules import energy_factor
-from .vectors import Deltas, Sides, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors, added
 from .whole import Whole
 
 if TYPE_CHECKING:
@@ -189,9 +189,4 @@ class _FilteredDeltas(Deltas):
 
 def _summed(each: Iterator[list[Tensor]], weights: Sequence[float]) -> list[Tensor]:
     """sum_i weights[i] v_i of each member."""
-    totals: list[Tensor] = []
-    for deltas, weight in zip(each, weights, strict=True):
-        for delta in deltas:
-            delta.mul_(weight)
-        totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
-    return totals
+    return added([delta.mul_(weight) for delta in deltas] for deltas, weight in zip(each, weights, strict=True))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .vectors import Sides, TaskVectors
+from .vectors import Sides, TaskVectors, added
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,8 +210,7 @@ class SpectralMethod(Method):
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         if not self.averages(vectors):
             return Merged(self.combine(vectors))
-        total, count = add_up(vectors.each())
-        return Merged([tensor.div_(count) for tensor in total])
+        return Merged([total.div_(vectors.count) for total in added(vectors.each())])
 
     def averages(self, vectors: TaskVectors) -> bool:
         """Whether the members of a unit are averaged, because they are no matrices to this method."""
@@ -222,28 +221,16 @@ class SpectralMethod(Method):
         """The merged task vector of each member of a unit of matrices."""
 
 
-def add_up(each: Iterator[list[Tensor]]) -> tuple[list[Tensor], int]:
-    """The sum of the task vectors of all models, one tensor a member, and the number of models."""
-    total = next(each)
-    count = 1
-    for deltas in each:
-        count += 1
-        for tensor, delta in zip(total, deltas, strict=True):
-            tensor.add_(delta)
-    return total, count
-
-
 def stacked_matrices(vectors: TaskVectors) -> tuple[list[Tensor], list[Tensor]]:
     """The linear maps of all models, [K, ..., H, W] for each of a unit, and the task vectors that were read last.
 
     The latter are there for :func:`replace_matrices` to overwrite.
     """
-    count = len(vectors.tensors[0].models)
     stacks: list[Tensor] = []
     for model, deltas in enumerate(vectors.each()):
         matrices = vectors.linear_maps(deltas)
         if not stacks:
-            stacks = [matrix.new_empty(count, *matrix.shape) for matrix in matrices]
+            stacks = [matrix.new_empty(vectors.count, *matrix.shape) for matrix in matrices]
         for stack, matrix in zip(stacks, matrices, strict=True):
             stack[model] = matrix
     return stacks, deltas

@@ -32,7 +32,7 @@ class TSVM(SpectralMethod):
         return max(15 + 6 * squareness(matrix), 8 * count / min(matrix) + 3)  # each task keeps at least one direction
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
-        count = len(vectors.tensors[0].models)
+        count = vectors.count
         found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
         for deltas in vectors.each():
             exact = deltas[0].dtype == torch.float64

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -92,6 +92,11 @@ class TaskVectors:
     backend: str = "auto"
     sizes: tuple[int, ...] = ()
 
+    @property
+    def count(self) -> int:
+        """K, the number of models."""
+        return len(self.tensors[0].models)
+
     def means(self) -> list[list[float]]:
         """E(v_i) = mean |v_i| of each member and model, or of each of the small tensors."""
         if not self.sizes:
@@ -142,6 +147,19 @@ class TaskVectors:
         if len(deltas) > 1:
             for delta, rows in zip(deltas, torch.split(matrices[0], [len(delta) for delta in deltas]), strict=True):
                 delta.copy_(rows)
+
+
+def added(each: Iterable[list[Tensor]]) -> list[Tensor]:
+    """The sum of task vectors of several models, one tensor a member, in the memory of the first model's.
+
+    One model is read at a time; weights are for the caller to multiply by.
+    """
+    models = iter(each)
+    totals = next(models)
+    for deltas in models:
+        for total, delta in zip(totals, deltas, strict=True):
+            total.add_(delta)
+    return totals
 
 
 @dataclass(frozen=True)
