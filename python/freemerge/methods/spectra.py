@@ -84,9 +84,9 @@ def subspace(matrix: Tensor, start: Tensor, steps: int) -> Tensor:
     Subspace iteration (arXiv 0909.4061, algorithm 4.4) from the rows ``start`` [n, W]. Thin matrices are held as rows,
     by which products run several times faster.
     """
-    basis = _orthonormal(left_times(start.to(matrix.device), matrix.mT))
+    basis = orthonormal(left_times(start.to(matrix.device), matrix.mT))
     for _ in range(steps):
-        basis = _orthonormal(left_times(_orthonormal(left_times(basis, matrix)), matrix.mT))
+        basis = orthonormal(left_times(orthonormal(left_times(basis, matrix)), matrix.mT))
     return basis
 
 
@@ -149,7 +149,8 @@ def left_times(left: Tensor, matrix: Tensor) -> Tensor:
     return product
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows [..., n, W] that span the given ones, n <= W."""
     basis: Tensor = torch.linalg.qr(rows.mT).Q.mT
     return basis
 

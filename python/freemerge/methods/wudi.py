@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .parameters import number, parameter
-from .spectra import AVERAGE_HOLDS, SpectralMethod, left_times, low_rank, replace_matrices, stacked_matrices
+from .spectra import (
+    AVERAGE_HOLDS,
+    SpectralMethod,
+    left_times,
+    low_rank,
+    orthonormal,
+    replace_matrices,
+    stacked_matrices,
+)
 from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
@@ -96,5 +104,4 @@ def _row_space(tasks: Tensor, shares: Tensor) -> Tensor | None:
         rows = stacked.double()
     else:
         return None
-    basis: Tensor = torch.linalg.qr(rows.mT).Q.mT
-    return basis
+    return orthonormal(rows)
