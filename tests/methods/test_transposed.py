@@ -100,6 +100,15 @@ def test_interference_is_between_inputs(method: str, folder: Path, tmp_path: Pat
     assert scales[0] == pytest.approx(scales[1], rel=1e-5)
 
 
+def test_an_analysis_sees_linear_layers(folder: Path) -> None:
+    base = load_file(folder / "model.safetensors")
+    models = [updated(base, seed) for seed in (1, 2)]
+    methods = ["fr", "wudi", "iso_c"]
+    found = fm.analyze(folder, models, methods=methods)
+    expected = fm.analyze(linear(base), list(map(linear, models)), methods=methods)
+    assert found.scales == pytest.approx(expected.scales, rel=1e-5)
+
+
 def test_it_is_1_where_tasks_share_no_inputs(folder: Path, tmp_path: Path) -> None:
     base = load_file(folder / "model.safetensors")
     models = [{name: tensor.clone() for name, tensor in base.items()} for _ in range(2)]
