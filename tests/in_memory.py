@@ -12,7 +12,7 @@ from freemerge.methods.vectors import Deltas
 State = dict[str, Tensor]
 
 
-def deltas(name: str, base: Tensor, models: Sequence[Tensor], reads: list[str]) -> Deltas:
+def deltas(name: str, base: Tensor, models: Sequence[Tensor], reads: list[str], *, transposed: bool = False) -> Deltas:
     """Task vectors of tensors in memory; ``reads`` lists every look at one of them."""
 
     def read(tensor: Tensor, label: str) -> Tensor:
@@ -29,6 +29,7 @@ def deltas(name: str, base: Tensor, models: Sequence[Tensor], reads: list[str]) 
         lambda: read(base, "base"),
         [lambda model=model, i=i: read(model, str(i)) for i, model in enumerate(models)],
         check,
+        transposed,
     )
 
 

@@ -75,6 +75,21 @@ def test_peft_and_freemerge_read_the_adapter(kind: str, tmp_path: Path, request:
     assert (config["r"], config["task_type"]) == (4, "CAUSAL_LM")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_files_without_the_prefix_of_the_model_are_known(gpt2: Any, tmp_path: Path) -> None:
+    """As GPT-2's own on the Hub: their layers used to be none that the model has."""
+    gpt2.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    made = fm.extract_lora(tmp_path / "base", changed(state, 2), tmp_path / "adapter", rank=2)
+    assert made.layers == 4
+    assert made.left_out == ("wpe.weight", "wte.weight")
+    assert "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight" in load_file(
+        tmp_path / "adapter" / "adapter_model.safetensors"
+    )
+
+
 def test_a_lower_rank_is_the_best_approximation(tmp_path: Path) -> None:
     base = {"a.weight": torch.randn(9, 14), "b.weight": torch.randn(5, 5), "a.bias": torch.zeros(9)}
     tuned = changed(base, 5) | {"a.bias": torch.ones(9)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .accumulate import task_vector_sum
 from .checkpoint import MERGEABLE, Checkpoint, Source, open_inputs
 from .checkpoint.compare import compare
 from .checkpoint.hub_cache import hub_id
@@ -23,6 +21,7 @@ from .checkpoint.prefixes import Rename
 from .checkpoint.publish import Staging, check_target, target
 from .errors import ArgumentError, CheckpointError
 from .experts.leading import leading_triplets
+from .experts.task_vector import task_vector
 from .merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
 from .methods.wudi import EMBEDDINGS
 
@@ -124,11 +123,8 @@ def _changes(base: Checkpoint, model: Checkpoint, rules: Sequence[Rule]) -> Iter
     for name in compare(base, [model], merged=taken).names:
         if base.specs[name].dtype not in MERGEABLE:
             continue
-        stored = base.read(name)
-        change, means = task_vector_sum(stored, [model.read(name).to(stored.device)], [1.0])
-        if not math.isfinite(means[0]):
-            raise CheckpointError(f"{model.label}: {name!r} is not finite, or {base.label} has it not finite")
-        if means[0]:
+        change = task_vector(model, base, name)
+        if change.any():
             yield name, change.cpu()
 
 

@@ -126,6 +126,15 @@ def test_float8_checkpoints_merge_in_float(tmp_path: Path) -> None:
     assert torch.equal(fm.merge(plain, [folders[1]], EXACT)["a.weight"], plain["a.weight"])
 
 
+def test_metadata_is_kept_but_for_that_of_the_quantisation(tmp_path: Path) -> None:
+    stored, scale = quantise(floats(0, 20, 14), (128, 128))
+    tensors = {"a.weight": stored, "a.weight_scale_inv": scale}
+    said = {"format": "pt", "modelspec.title": "Base", "_quantization_metadata": "{}"}
+    save_file(tensors, tmp_path / "base.safetensors", metadata=said)
+    with Checkpoint.open(tmp_path / "base.safetensors") as base:
+        assert dequantised(base).metadata == {"modelspec.title": "Base"}
+
+
 def test_float8_without_scales_is_copied_where_it_is_equal_and_the_advice_works_where_not() -> None:
     base = {"a.weight": floats(0, 8, 8).to(E4M3), "norm": torch.ones(4)}
     tuned = {"a.weight": floats(1, 8, 8).to(E4M3), "norm": torch.ones(4) + 1}

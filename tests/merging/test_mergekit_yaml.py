@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import freemerge as fm
 from freemerge.cli import main
 from freemerge.merging.mergekit_yaml import read_mergekit
+from freemerge.merging.selection import rule_of
 
 CONFIG: dict[str, Any] = {
     "merge_method": "task_arithmetic",
@@ -67,31 +68,71 @@ def test_ties(tmp_path: Path) -> None:
     )
 
 
+def weights_of(recipe: fm.Recipe, name: str) -> tuple[float, ...]:
+    """As the engine finds them, after a round trip through a file."""
+    recipe = fm.Recipe.from_config(yaml.safe_load(recipe.to_yaml()))
+    layer = rule_of([name], recipe.layers)
+    return recipe.weights if layer is None else layer.weights  # type: ignore[no-any-return]
+
+
+def saved(path: Path, names: list[str]) -> str:
+    save_file({name: torch.zeros(2) for name in names}, path)
+    return str(path)
+
+
 def test_weights_by_name(tmp_path: Path) -> None:
     parts = [{"filter": "mlp", "value": 0.5}, {"filter": "*", "value": 0.25}, {"value": 9.0}]
     models = [{"model": "math", "parameters": {"weight": parts}}, {"model": "code"}]
+    mlp, attention, both, norm = (f"layers.0.{part}.weight" for part in ("mlp", "attn", "mlp.attn", "norm[1]"))
     config = CONFIG | {"models": models, "parameters": {"weight": [{"filter": "attn", "value": 2}, {"value": 1}]}}
-    method: Any = read(tmp_path, config)[2].method
-    assert method.weights_of("layers.0.mlp.weight") == (0.5, 1.0)
-    assert method.weights_of("layers.0.attn.weight") == (0.25, 2.0)
-    method = read(tmp_path, config | {"parameters": {"weight": 1.0, "normalize": True}})[2].method
-    assert method.weights_of("layers.0.mlp.weight") == pytest.approx((1 / 3, 2 / 3))
+    config["base_model"] = saved(tmp_path / "base.safetensors", [mlp, attention, both, norm])
+    recipe = read(tmp_path, config)[2]
+    found = {name: weights_of(recipe, name) for name in (mlp, attention, both, norm)}
+    assert found == {mlp: (0.5, 1.0), attention: (0.25, 2.0), both: (0.5, 2.0), norm: (0.25, 1.0)}
+    recipe = read(tmp_path, config | {"parameters": {"weight": 1.0, "normalize": True}})[2]
+    assert weights_of(recipe, mlp) == pytest.approx((1 / 3, 2 / 3))
+    models = [{"model": "math", "parameters": {"weight": {"filter": "mlp", "value": 1.0}}}]
+    with pytest.raises(fm.ArgumentError, match=r"weight: no value is given for layers\.0\.attn\.weight"):
+        read(tmp_path, config | {"models": models, "parameters": {}})
+
+
+def test_a_base_that_weights_by_name_have_nothing_to_go_by(tmp_path: Path) -> None:
+    weight = [{"filter": "mlp", "value": 3.0}, {"value": 0.5}]
+    config = CONFIG | {"models": [{"model": "math", "parameters": {"weight": weight}}]}
+    with pytest.raises(fm.CheckpointError, match="nowhere"):
+        read(tmp_path, config | {"base_model": str(tmp_path / "nowhere")})
+    save_file({"steps": torch.tensor([1])}, tmp_path / "base.safetensors")
+    with pytest.raises(fm.ArgumentError, match=r"base_model: .* holds no tensor to merge"):
+        read(tmp_path, config | {"base_model": str(tmp_path / "base.safetensors")})
+
+
+def test_a_filter_that_fits_no_tensor_is_passed_over(tmp_path: Path) -> None:
+    weight = [{"filter": "lm_head", "value": 3.0}, {"value": 0.5}]
+    base = saved(tmp_path / "base.safetensors", ["mlp.weight"])
+    config = CONFIG | {"base_model": base, "models": [{"model": "math", "parameters": {"weight": weight}}]}
+    recipe = read(tmp_path, config)[2]
+    assert recipe.weights == (0.5,)
+    assert recipe.layers == ()
 
 
 @pytest.mark.parametrize("where", [{"num_hidden_layers": 5}, {"text_config": {"num_hidden_layers": 5}}])
 def test_a_list_of_numbers_is_a_gradient_over_the_layers(where: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(where))
+    mlp = [f"model.layers.{layer}.mlp.weight" for layer in range(5)]
+    attention = [f"model.layers.{layer}.attn.3.weight" for layer in range(5)]  # the second number is not a layer's
+    saved(tmp_path / "base" / "model.safetensors", [*mlp, *attention, "embed.weight"])
     weights: list[Any] = [[0.0, 1.0, 0.0], [{"filter": "mlp", "value": [0.2, 0.6]}, {"value": 0.5}]]
     listed = [{"model": name, "parameters": {"weight": w}} for name, w in zip("ab", weights, strict=True)]
     config = {"merge_method": "task_arithmetic", "base_model": str(tmp_path / "base"), "models": listed}
-    method = read(tmp_path, config)[2].method
+    recipe = read(tmp_path, config)[2]
     for layer, (first, second) in enumerate([(0.0, 0.2), (0.5, 0.3), (1.0, 0.4), (0.5, 0.5), (0.0, 0.6)]):
-        assert method.weights_of(f"model.layers.{layer}.mlp.weight") == pytest.approx((first, second))
-        assert method.weights_of(f"model.layers.{layer}.attn.3.weight") == pytest.approx((first, 0.5))
-    assert method.weights_of("embed.weight") == (0.0, 0.5), "the beginning, for tensors of no layer"
+        assert weights_of(recipe, mlp[layer]) == pytest.approx((first, second))
+        assert weights_of(recipe, attention[layer]) == pytest.approx((first, 0.5))
+    assert weights_of(recipe, "embed.weight") == (0.0, 0.5), "the beginning, for tensors of no layer"
+    saved(tmp_path / "base" / "model.safetensors", ["model.layers.5.mlp.weight"])
     with pytest.raises(fm.ArgumentError, match="lies beyond the 5 layers"):
-        method.weights_of("model.layers.5.mlp.weight")
+        read(tmp_path, config)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +202,19 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     torch.testing.assert_close(merged["head.weight"], tensors["head.weight"] + 0.25 * 3)
     assert main(["inspect", "--mergekit", str(file)]) == 0
     capsys.readouterr()
-    assert main(["init", "--mergekit", str(file)]) == 2
-    assert "cannot be written as a recipe" in capsys.readouterr().err
+    assert main(["init", "--mergekit", str(file), "-o", str(tmp_path / "recipe.yml")]) == 0
+    again = tmp_path / "again.safetensors"
+    assert main(["merge", *paths, "--recipe", str(tmp_path / "recipe.yml"), "-o", str(again)]) == 0
+    assert again.read_bytes() == out.read_bytes()
+    assert main(["merge", "--mergekit", str(file), "-o", str(tmp_path / "folder")]) == 0
+    written = json.loads((tmp_path / "folder" / "freemerge.json").read_text())["recipe"]
+    assert fm.Recipe.from_config({k: v for k, v in written.items() if k != "measured"}) == read_mergekit(file)[2]
+    capsys.readouterr()
+    assert main(["merge", "--mergekit", str(file), "-o", str(again), "--scale", "auto", "--force"]) == 0
+    assert torch.equal(load_file(again)["mlp.weight"], merged["mlp.weight"]), "numbers as weights are taken as they are"
+    capsys.readouterr()
+    assert main(["merge", "--mergekit", str(file), "-o", str(again), "--weights", "5,7", "--force"]) == 2
+    assert "--weights: the configuration has weights by the tensors' names" in capsys.readouterr().err
     assert main(["merge", *paths, "--mergekit", str(file), "-o", str(out)]) == 2
     assert "--mergekit names base and models" in capsys.readouterr().err
     assert main(["merge", "-o", str(out)]) == 2

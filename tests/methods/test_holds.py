@@ -25,6 +25,8 @@ MATRICES: dict[str, tuple[list[tuple[int, ...]], tuple[int, ...]]] = {
     "stack": ([(100, 240), (140, 240)], ()),
     "split": ([(240, 240)], (60, 180)),
     "batch": ([(4, 130, 130)], ()),
+    "wide, as inputs by outputs": ([(500, 96)], ()),
+    "tall, as inputs by outputs": ([(96, 500)], ()),
 }
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
@@ -36,13 +38,20 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def unit(shapes: list[tuple[int, ...]], count: int, dtype: torch.dtype, *, parts: tuple[int, ...] = ()) -> TaskVectors:
+def unit(
+    shapes: list[tuple[int, ...]],
+    count: int,
+    dtype: torch.dtype,
+    *,
+    parts: tuple[int, ...] = (),
+    transposed: bool = False,
+) -> TaskVectors:
     generator = torch.Generator().manual_seed(0)
     tensors = []
     for i, shape in enumerate(shapes):
         base = torch.randn(shape, generator=generator, dtype=dtype)
         models = [base + 0.1 * torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)]
-        tensors.append(deltas(f"t{i}", base, models, []))
+        tensors.append(deltas(f"t{i}", base, models, [], transposed=transposed))
     return TaskVectors(tuple(tensors), len(shapes[0]) > 1, parts)
 
 
@@ -70,11 +79,13 @@ def test_matrices(name: str, options: dict[str, Any], dtype: torch.dtype) -> Non
     method = METHODS[name](**options)
     shares = []
     for count in (1, 5):
-        for shapes, parts in MATRICES.values() if method.sees_matrices else ():
-            vectors = unit(shapes, count, dtype, parts=parts)
+        for kind, (shapes, parts) in MATRICES.items() if method.sees_matrices else ():
+            transposed = kind.endswith("inputs by outputs")
+            vectors = unit(shapes, count, dtype, parts=parts, transposed=transposed)
             size = entries(vectors) * dtype.itemsize
             taken = allocated(method, vectors, count)
-            declared = method.holds(count, (max(parts, default=sum(shape[-2] for shape in shapes)), shapes[0][-1]))
+            sides = (max(parts, default=sum(shape[-2] for shape in shapes)), shapes[0][-1])
+            declared = method.holds(count, sides[::-1] if transposed else sides)
             assert taken <= declared * size + (1 << 14)
             shares.append(taken / (declared * size))
     if shares and dtype == torch.float32:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freemerge.methods.vectors import TaskVectors, watched
+from freemerge.methods.vectors import TaskVectors, added, watched
 from in_memory import deltas
 
 
@@ -37,6 +37,25 @@ def test_each_gives_the_members_of_one_model() -> None:
     tensors = deltas("a", a, [a + 1, a + 2], []), deltas("b", b, [b + 3, b + 4], [])
     first, second = TaskVectors(tensors, False).each()
     assert [float(tensor.mean()) for tensor in (*first, *second)] == [1, 3, 2, 4]
+
+
+def test_a_sum_takes_the_memory_of_the_first_model() -> None:
+    first = [torch.ones(2), torch.ones(3, 2)]
+    total = added(iter([first, [torch.full((2,), 2.0), torch.zeros(3, 2)]]))
+    assert [t.data_ptr() for t in total] == [t.data_ptr() for t in first]
+    assert [float(tensor.mean()) for tensor in total] == [3, 1]
+    with pytest.raises(ValueError, match="zip"):
+        added([first, first[:1]])
+
+
+def test_linear_maps_are_views_of_what_is_stored() -> None:
+    weight = torch.zeros(6, 2)
+    vectors = TaskVectors((deltas("w", weight, [weight, weight], [], transposed=True),), True, (4, 2))
+    assert vectors.count == 2
+    for i, part in enumerate(vectors.linear_maps([weight])):
+        assert part.shape == ((2, 4), (2, 2))[i]
+        part.fill_(i)
+    assert weight[:, 0].tolist() == [0, 0, 0, 0, 1, 1]
 
 
 def test_a_stack_is_one_matrix_and_comes_back() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..responses import Response, matrix_shape, signed_frequencies
+from ..responses.base import column_weights
 from .sums import EDGES, BandSums
 
 _BLOCK_BINS = 1 << 18  # of the spectra, that are in memory as float64
@@ -60,12 +61,8 @@ def _block_sums(
     block: Tensor, rows: slice, shape: tuple[int, ...], tasks: int, responses: Sequence[Response | None]
 ) -> BandSums:
     height, width = matrix_shape(shape)
-    vectors, count, columns, _ = block.shape
-    weights = torch.full((columns,), 2.0, dtype=torch.float64)  # a column stands for its mirror image as well
-    weights[0] = 1.0
-    if width % 2 == 0:
-        weights[-1] = 1.0
-    weights = weights.to(block.device)
+    vectors, count, *_ = block.shape
+    weights = torch.from_numpy(column_weights(width)).to(block.device)
     block = block * weights.sqrt()[:, None]
     energy = block.square().sum(-1)
     variance = energy[:tasks].sqrt().var(0, unbiased=False)

@@ -85,8 +85,10 @@ def analyze(
             matplotlib for ``png``.
         RefusedError: ``out`` or ``png`` exists and may not be replaced.
     """
-    recipe = Recipe(select=select, rename=rename)
     methods = _methods(methods)
+    # Of all methods, the task vectors are those of one that has to know which way layers are stored, if there is one.
+    asking = next((method for method in methods.values() if method.by_inputs), "fr")
+    recipe = Recipe(method=asking, select=select, rename=rename)
     if out is not None:
         _check_out(Path(out), force=force)
     if png is not None:

@@ -20,7 +20,7 @@ from ..planner.costs import Costs, Traits
 from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Entries, Executable
-from .memory import DTYPE_CODES, addresses, matrices, sample
+from .memory import DTYPE_CODES, addresses, matrices, pointer, sample
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
 
 # OpenMP would wait for the threads that a fork leaves behind, in torch's loops as in ours.
@@ -74,12 +74,12 @@ class CpuBackend(Backend):
         out: torch.Tensor | None,
     ) -> list[float]:
         return _core.accumulate(
-            0 if out is None else address(out), *_pointer(base), [address(model) for model in models],
+            0 if out is None else address(out), *pointer(base), [address(model) for model in models],
             [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), base.numel(), torch.get_num_threads(),
         )  # fmt: skip
 
     def part_means(self, base: torch.Tensor, models: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[float]]:
-        first, *others = _pointer(base), *map(_pointer, models)
+        first, *others = pointer(base), *map(pointer, models)
         codes, steps = [code for _, code in others], [model.element_size() for model in models]
         means, at, step_of_base = [], 0, base.element_size()
         for n in sizes:  # on addresses: making a tensor of each part would take longer than the work
@@ -89,24 +89,22 @@ class CpuBackend(Backend):
         return means
 
     def square_sum(self, tensor: torch.Tensor) -> float:
-        return _core.square_sum(*_pointer(tensor), tensor.numel(), torch.get_num_threads())
+        return _core.square_sum(*pointer(tensor), tensor.numel(), torch.get_num_threads())
 
     def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
         _core.add_round(
-            *_pointer(out), *_pointer(base), *_pointer(delta), scale, out.numel(), torch.get_num_threads()
+            *pointer(out), *pointer(base), *pointer(delta), scale, out.numel(), torch.get_num_threads()
         )  # fmt: skip
 
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
-        return _entries(
-            _core.select_largest(*_pointer(model), *_pointer(base), rows, width, k, torch.get_num_threads())
-        )
+        return _entries(_core.select_largest(*pointer(model), *pointer(base), rows, width, k, torch.get_num_threads()))
 
     def count_magnitudes(self, model: torch.Tensor, base: torch.Tensor, bins: torch.Tensor) -> None:
-        _core.count_magnitudes(*_pointer(model), *_pointer(base), model.numel(), address(bins), torch.get_num_threads())
+        _core.count_magnitudes(*pointer(model), *pointer(base), model.numel(), address(bins), torch.get_num_threads())
 
     def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
         return _entries(
-            _core.select_from_bin(*_pointer(model), *_pointer(base), model.numel(), lowest, torch.get_num_threads())
+            _core.select_from_bin(*pointer(model), *pointer(base), model.numel(), lowest, torch.get_num_threads())
         )
 
     def switch(self, updates: Sequence[Update]) -> BackendSwitch:
@@ -175,8 +173,8 @@ class _Filter(Executable):
             self._native.run([address(x)], x.stride()[0] if self._rows > 1 else self._width, scale, threads)
             return
         by_stride: dict[int, list[int]] = {}
-        for pointer, stride in zip(*addresses(batches), strict=True):
-            by_stride.setdefault(stride, []).append(pointer)
+        for first, stride in zip(*addresses(batches), strict=True):
+            by_stride.setdefault(stride, []).append(first)
         for stride, pointers in by_stride.items():
             self._native.run(pointers, stride, scale, threads)
 
@@ -221,10 +219,6 @@ def _dominant_mean(x: torch.Tensor) -> float:
     """The mean of a matrix, by a sample, if it exceeds the sample's deviation, else 0."""
     deviation, mean = map(float, torch.std_mean(sample(x), correction=0))
     return mean if abs(mean) > deviation else 0.0  # where a value is not finite, deviation is NaN
-
-
-def _pointer(tensor: torch.Tensor) -> tuple[int, int]:
-    return address(tensor), DTYPE_CODES[tensor.dtype]
 
 
 def _entries(found: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> Entries:

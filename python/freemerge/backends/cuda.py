@@ -18,7 +18,7 @@ from ..planner.plan import Form, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import BackendInfo, Entries, Executable
 from .cuda_runtime import DTYPES, Runtime, Stream
-from .memory import DTYPE_CODES, addresses
+from .memory import DTYPE_CODES, addresses, pointer
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
 from .torch_vectors import TorchVectors
 
@@ -158,7 +158,7 @@ class CudaBackend(TorchVectors):
         scratch = torch.empty(module.accumulate_scratch(n, len(models)), dtype=torch.float64, device=base.device)
         means = torch.empty(len(models), dtype=torch.float64, device=base.device)
         module.accumulate(
-            0 if out is None else address(out), *_pointer(base), [address(model) for model in models],
+            0 if out is None else address(out), *pointer(base), [address(model) for model in models],
             [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), n, address(means),
             address(scratch), stream.device, stream.handle,
         )  # fmt: skip
@@ -169,7 +169,7 @@ class CudaBackend(TorchVectors):
         if out.numel():
             stream = self._runtime.stream(base.device)
             self._runtime.module.add_round(
-                *_pointer(out), *_pointer(base), *_pointer(delta), scale, out.numel(), stream.device, stream.handle
+                *pointer(out), *pointer(base), *pointer(delta), scale, out.numel(), stream.device, stream.handle
             )
 
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
@@ -182,7 +182,7 @@ class CudaBackend(TorchVectors):
         counts = torch.empty(rows, 1, dtype=torch.int64, device=device)
         scratch = torch.empty(module.select_scratch(rows, width), dtype=torch.uint8, device=device)
         module.select(
-            *_pointer(model), *_pointer(base), rows, width, k, address(indices), address(values),
+            *pointer(model), *pointer(base), rows, width, k, address(indices), address(values),
             address(counts), address(scratch), stream.device, stream.handle,
         )  # fmt: skip
         kept = torch.arange(k, device=device) < counts
@@ -279,7 +279,3 @@ def _own_transforms() -> bool:
     if choice not in ("cufft", "own"):
         raise BackendError(f"{_TRANSFORMS} must be cufft or own, not {choice!r}")
     return choice == "own"
-
-
-def _pointer(tensor: torch.Tensor) -> tuple[int, int]:
-    return address(tensor), DTYPE_CODES[tensor.dtype]

@@ -149,6 +149,11 @@ def sample(x: torch.Tensor) -> torch.Tensor:
     return x[..., ::rows, ::columns]
 
 
+def pointer(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor begins, and the code of its dtype, as the compiled modules take them."""
+    return address(tensor), DTYPE_CODES[tensor.dtype]
+
+
 def addresses(batches: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
     """The address of each matrix of the batches, and its row stride in elements."""
     pointers: list[int] = []

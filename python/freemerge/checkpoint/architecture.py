@@ -23,6 +23,7 @@ from .locate import entry
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 10_000_000
 _COUNTS = ("layer", "block", "depth", "expert")  # config entries that multiply the modules of a model
+_INPUTS_FIRST = ("Conv1D", "Llama4TextExperts")  # classes of layers whose weights are [inputs, outputs]
 
 
 class Architecture:
@@ -47,15 +48,33 @@ class Architecture:
 
     def layer(self, name: str) -> str | None:
         """The class of the layer that holds the tensor ``name``: ``Linear``, ``Conv1D``; None if there is none."""
+        owner = self._owner(name)
+        return None if owner is None else type(owner).__name__
+
+    def transposed(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Whether a file holds the weight ``name`` as [..., inputs, outputs], where ``Linear`` has outputs first.
+
+        ``Conv1D`` does, and so do the stacked experts of some models, which transformers marks, or turns when it loads.
+        """
+        owner = self._owner(name)
+        experts = getattr(owner, "is_transposed", False) is True and not name.endswith("bias")
+        turned = experts or type(owner).__name__ in _INPUTS_FIRST
+        expected = self._shapes.get(name, self._shapes.get(self.loaded_name(name), shape))
         if self.layout is not None and name in self.layout.pieces:
-            name = self.layout.pieces[name][0].module
-        owner = self.module
-        for part in name.split(".")[:-1]:
-            inner = owner._modules.get(part)
-            if inner is None:
-                return None
-            owner = inner
-        return type(owner).__name__
+            expected, piece = self.layout.files[name], self.layout.pieces[name][0]
+            sides = zip(piece.shape, piece.file_strides, piece.strides, strict=True)
+            turned ^= any(size > 1 and in_file == 1 and stride != 1 for size, in_file, stride in sides)
+        return turned ^ (shape != expected and shape == (*expected[:-2], *expected[:-3:-1]))
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.module.state_dict().items()}
+
+    def _owner(self, name: str) -> nn.Module | None:
+        """The layer that holds a tensor of a file."""
+        pieces = self.layout.pieces.get(name) if self.layout is not None else None
+        found = _layer_at(self.module, pieces[0].module if pieces else name)
+        return found or _layer_at(self.module, self.loaded_name(name))  # names without the model's prefix, or older
 
     def ties(self) -> dict[str, str]:
         """Second names of the same parameter, each with the name that comes first."""
@@ -78,6 +97,15 @@ class Architecture:
     def buffers(self) -> set[str]:
         """Names of the tensors that are not parameters."""
         return {self.file_name(name) for name, _ in self.module.named_buffers(remove_duplicate=False)}
+
+
+def _layer_at(module: nn.Module, name: str) -> nn.Module | None:
+    for part in name.split(".")[:-1]:
+        inner = module._modules.get(part)
+        if inner is None:
+            return None
+        module = inner
+    return module
 
 
 def second_names(module: nn.Module) -> set[str]:

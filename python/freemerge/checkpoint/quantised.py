@@ -8,9 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from ..errors import CheckpointError
-from .architecture import Architecture, read_config
+from .architecture import read_config
 from .reader import Checkpoint
 from .spec import TensorSpec
+from .views import Wrapped
 
 FLOAT8 = frozenset(
     getattr(torch, name)
@@ -103,15 +104,14 @@ def _mostly_integers(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
     return largest.dtype_name, largest.name, _ORIGINAL
 
 
-class Dequantised(Checkpoint):
+class Dequantised(Wrapped):
     """Float8 weights times their scales, in float32; the scales, and those of activations, are no tensors any more."""
 
-    dequantised = widened = True
-
     def __init__(self, inner: Checkpoint, scales: Mapping[str, str], block: object) -> None:
-        self.inner, self._scales = inner, scales
-        self.path, self.directory, self.files = inner.path, inner.directory, inner.files
-        self.label, self.name, self.module = inner.label, inner.name, inner.module
+        super().__init__(inner)
+        self.dequantised = self.widened = True
+        self.metadata = {key: said for key, said in inner.metadata.items() if "quant" not in key}  # no longer true
+        self._scales = scales
         gone = set(scales.values()) | {
             name for name in inner.specs if _is_activation_scale(name, scales) or name == "scaled_fp8"
         }
@@ -136,21 +136,6 @@ class Dequantised(Checkpoint):
         for dim, size in self._blocks[name].items():
             scale = scale.repeat_interleave(size, dim).narrow(dim, 0, tensor.shape[dim])
         return tensor.float() * scale
-
-    def device(self, name: str) -> torch.device:
-        return self.inner.device(name)
-
-    def origin(self, name: str) -> str:
-        return self.inner.origin(name)
-
-    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self.inner.restored(tensors)
-
-    def close(self) -> None:
-        self.inner.close()
-
-    def _find_architecture(self) -> Architecture | None:
-        return self.inner.architecture
 
     def _block(self, weight: TensorSpec, scale: TensorSpec, configured: object) -> dict[int, int]:
         """How many rows and columns share each scale, by dimension; empty where the scale broadcasts."""

@@ -12,14 +12,40 @@ from .reader import Checkpoint
 from .spec import TensorSpec
 
 
-class View(Checkpoint):
-    """Another checkpoint, whose ``sources`` say which of its tensors each name shows. It closes with the inner one."""
+class Wrapped(Checkpoint):
+    """Another checkpoint, ``inner``, shown otherwise; it closes with that."""
 
-    def __init__(self, inner: Checkpoint, sources: Mapping[str, str], tied: Mapping[str, str]) -> None:
+    def __init__(self, inner: Checkpoint) -> None:
         self.inner = inner
         self.path, self.directory, self.files, self.metadata = inner.path, inner.directory, inner.files, inner.metadata
         self.label, self.name, self.module = inner.label, inner.name, inner.module
         self.dequantised, self.widened = inner.dequantised, inner.widened
+
+    def device(self, name: str) -> torch.device:
+        return self.inner.device(self._source(name))
+
+    def origin(self, name: str) -> str:
+        return self.inner.origin(self._source(name))
+
+    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.inner.restored(tensors)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def _source(self, name: str) -> str:
+        """The tensor of the inner one that this one is made from, or the first of several."""
+        return name
+
+    def _find_architecture(self) -> Architecture | None:
+        return self.inner.architecture
+
+
+class View(Wrapped):
+    """Another checkpoint, whose ``sources`` say which of its tensors each name shows."""
+
+    def __init__(self, inner: Checkpoint, sources: Mapping[str, str], tied: Mapping[str, str]) -> None:
+        super().__init__(inner)
         self._sources = dict(sorted(sources.items()))
         self.tied = dict(tied)
         self.copies = dict(inner.copies)
@@ -38,23 +64,11 @@ class View(Checkpoint):
     def read_flat(self, names: Sequence[str]) -> torch.Tensor:
         return self.inner.read_flat([self._sources[name] for name in names])
 
-    def device(self, name: str) -> torch.device:
-        return self.inner.device(self._sources[name])
-
-    def origin(self, name: str) -> str:
-        return self.inner.origin(self._sources[name])
-
-    def restored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self.inner.restored(tensors)
-
     def aliases(self, name: str) -> tuple[str, ...]:
         return self.inner.aliases(name)
 
-    def close(self) -> None:
-        self.inner.close()
-
-    def _find_architecture(self) -> Architecture | None:
-        return self.inner.architecture
+    def _source(self, name: str) -> str:
+        return self._sources[name]
 
 
 def with_stand_ins(inner: Checkpoint, stand_ins: Mapping[str, str]) -> Checkpoint:
@@ -97,29 +111,12 @@ class _Without(View):
         return self.inner.restored({**tensors, **kept})
 
 
-class _Relaid(Checkpoint):
+class _Relaid(Wrapped):
     """Another checkpoint in another layout; tensors that the layout does not know are as they are."""
 
     def __init__(self, inner: Checkpoint, layout: Layout) -> None:
-        self.inner, self.layout = inner, layout
-        self.path, self.directory, self.files, self.metadata = inner.path, inner.directory, inner.files, inner.metadata
-        self.label, self.name, self.module = inner.label, inner.name, inner.module
-        self.dequantised, self.widened = inner.dequantised, inner.widened
-
-    def device(self, name: str) -> torch.device:
-        return self.inner.device(self._source(name))
-
-    def origin(self, name: str) -> str:
-        return self.inner.origin(self._source(name))
-
-    def close(self) -> None:
-        self.inner.close()
-
-    def _source(self, name: str) -> str:
-        raise NotImplementedError
-
-    def _find_architecture(self) -> Architecture | None:
-        return self.inner.architecture
+        super().__init__(inner)
+        self.layout = layout
 
 
 class InFileLayout(_Relaid):

@@ -65,6 +65,8 @@ def read(
         if name not in known:
             raise ArgumentError(f"method {method.name} has no option {_flag(name)}")
         changes[name] = value if isinstance(value, bool) else known[name].parse(_flag(name), value)
+    if given["mergekit"] is not None and recipe.layers and "weights" in changes:
+        raise ArgumentError("--weights: the configuration has weights by the tensors' names; change them there")
     if given["select"]:
         changes["select"] = (*given["select"], *recipe.select)
     if given["rename"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from textwrap import wrap
 
-from ..errors import ArgumentError
 from ..methods import METHODS
 from ..methods.filtered import Filter
 from ..methods.parameters import parameters_of
@@ -25,12 +24,8 @@ _OTHERS = {
 def commented_recipe(recipe: Recipe, head: Sequence[str] = ()) -> str:
     """The recipe as :meth:`Recipe.to_yaml` writes it, each field under what it means and what it may be.
 
-    ``head``: lines of a comment at its beginning. ArgumentError for a method that recipes cannot name.
+    ``head``: lines of a comment at its beginning.
     """
-    if type(recipe.method) is not METHODS[recipe.method.name]:
-        raise ArgumentError(
-            "weights that depend on names of tensors, as mergekit has them, cannot be written as a recipe"
-        )
     known = {**parameters_of(type(recipe.method)), **parameters_of(Recipe)}
     if recipe.filter is not None:
         known = {**parameters_of(Filter), **known}

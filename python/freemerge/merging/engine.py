@@ -20,7 +20,7 @@ from ..checkpoint.mapped import fetched
 from ..errors import ArgumentError, CheckpointError
 from ..methods import Measured, Merged
 from ..methods.interference import sampled
-from ..methods.vectors import Deltas, TaskVectors
+from ..methods.vectors import Deltas, Sides, TaskVectors
 from ..methods.whole import Result, Whole
 from ..workers import ALONE, Workers
 from .inspection import Decision, Inspection, decide, matrix_shapes, warnings
@@ -109,6 +109,7 @@ class Merger:
         }
         self._layers = {name: layer for name in self.specs if (layer := rule_of(names(name), recipe.layers))}
         self._check_layers()
+        self._transposed = self._find_transposed()
         self.steps = self._steps()
         self._seconds: dict[str, list[str]] = {}
         for second in set(self.tied) & set(self.written):
@@ -127,6 +128,21 @@ class Merger:
         for unit in self.units if self._layers else ():
             if len({self._layers.get(name) for name in unit.names}) > 1:
                 raise ArgumentError(f"layers: {unit.names[0]} is stacked with tensors that have other weights")
+
+    def _find_transposed(self) -> set[str]:
+        """The weights stored as [inputs, outputs], where the architecture is known and it makes a difference."""
+        by_inputs = self.method.by_inputs or self.recipe.scale == "interference"
+        known = self.base.architecture if by_inputs else None  # may import transformers
+        if known is None:
+            return set()
+        matrices = {name: spec.shape for name, spec in self.specs.items() if len(spec.shape) > 1}
+        found = {name for name, shape in matrices.items() if known.transposed(name, shape)}
+        for unit in self.units:
+            if len({name in found for name in unit.names}) > 1:
+                raise ArgumentError(
+                    f"views: {unit.names[0]} is stacked with weights whose inputs and outputs are stored the other way"
+                )
+        return found
 
     def out_spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""
@@ -311,15 +327,20 @@ class Merger:
         """What the largest unit takes, with its output twice, as the former one may wait to be written."""
         largest = 0.0
         for unit in self.steps:
-            sides = [shape[-2:] for shape in matrix_shapes(unit, self.specs)] if unit.action == "filter" else []
-            matrix = max(((rows, columns) for rows, columns in sides), key=math.prod, default=None)
+            shapes = matrix_shapes(unit, self.specs) if unit.action == "filter" else ()
+            matrix = max((self._sides(unit, shape) for shape in shapes), key=math.prod, default=None)
             held = 1.0 if unit.action == "copy" else self.method.holds(len(self.models), matrix)
             if self.recipe.scale == "interference":
-                rows = [shape[-2] for name in unit.names if len(shape := self.specs[name].shape) > 1]
+                rows = [self._sides(unit, shape)[0] for n in unit.names if len(shape := self.specs[n].shape) > 1]
                 held += sampled(len(self.models), min(rows)) if rows else 0.0
             written = sum(self.out_spec(name).nbytes for name in unit.names)
             largest = max(largest, held * self._worked_bytes(unit) + 2 * written)
         return int(largest) + self.memory + PROCESS_BYTES
+
+    def _sides(self, unit: Unit, shape: Sequence[int]) -> Sides:
+        """Rows and columns of a matrix of a unit, as :meth:`TaskVectors.linear_maps` gives it."""
+        rows, columns = shape[-2:]
+        return (columns, rows) if unit.names[0] in self._transposed else (rows, columns)
 
     def _merge_bytes(self, unit: Unit) -> int:
         """What merging a unit reads."""
@@ -393,6 +414,7 @@ class Merger:
                 partial(self._timed, self._read_base, name),
                 [partial(self._timed, _read, model, name) for model in self.models],
                 partial(self._check, (name,)),
+                transposed=name in self._transposed,
             )
             for name in unit.names
         )

@@ -14,12 +14,17 @@ from typing import Any
 
 import yaml
 
+from ..checkpoint import MERGEABLE, Checkpoint
+from ..checkpoint.architecture import read_config
+from ..checkpoint.hub_cache import local_path
+from ..checkpoint.patterns import patterns_for
+from ..checkpoint.quantised import dequantised
 from ..errors import ArgumentError
-from ..methods.base import Measured, Merged, Method
 from ..methods.task_arithmetic import TaskArithmetic
-from ..methods.vectors import TaskVectors
+from ..methods.ties import TIES
 from ..responses import finite_number
 from .recipe import Recipe, StrictLoader
+from .selection import LayerWeights
 
 Value = float | tuple[float, ...]  # of all layers, or from the first layer to the last
 Rules = tuple[tuple[str, Value], ...]
@@ -35,32 +40,22 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Weighted(TaskArithmetic):
-    """Task arithmetic whose weights depend on the tensor's name.
+class _Weights:
+    """The weights of a tensor's models by its name.
 
     Attributes:
         rules: of each model.
-        normalize: whether weights are divided by their sum, to which ``rest`` is added: the weight of the base.
+        rest: of the base, if it counts as a model.
+        normalize: whether weights are divided by their sum, with that of the base.
         depth: how many layers the model has, for gradients.
     """
 
-    rules: tuple[Rules, ...] = ()
-    rest: Rules = ()
-    normalize: bool = False
-    depth: int = 0
+    rules: tuple[Rules, ...]
+    rest: Rules
+    normalize: bool
+    depth: int
 
-    @property
-    def by_entries(self) -> bool:
-        return False  # an entry alone does not tell its tensor's name
-
-    def measure(self, units: object, count: int) -> Measured:
-        return Measured()
-
-    def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        (tensor,) = vectors.tensors
-        return Merged(vectors.sum(self.weights_of(tensor.name)))
-
-    def weights_of(self, name: str) -> tuple[float, ...]:
+    def of(self, name: str) -> tuple[float, ...]:
         """lambda_i of one tensor."""
         weights = [self._value(rules, name) for rules in self.rules]
         if not self.normalize:
@@ -93,7 +88,8 @@ class Weighted(TaskArithmetic):
 def read_mergekit(path: str | Path) -> tuple[str, list[str], Recipe]:
     """The base, the models and the recipe of a configuration file of mergekit.
 
-    Raises ArgumentError, naming file and field, for what is no such file or cannot be computed here as mergekit does.
+    Raises ArgumentError, naming file and field, for what is no such file or cannot be computed here as mergekit does,
+    CheckpointError for a base that cannot be read: weights by names and gradients are found for its tensors.
     """
     try:
         return _Config(yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)).parts()
@@ -122,7 +118,7 @@ class _Config:
         self._used = {"int8_mask"}  # of memory only
 
     def parts(self) -> tuple[str, list[str], Recipe]:
-        methods: dict[str, Callable[[list[dict[str, Any]], list[dict[str, Any]]], tuple[Method, float]]] = {
+        methods: dict[str, Callable[[list[dict[str, Any]], list[dict[str, Any]]], dict[str, Any]]] = {
             "linear": self._linear,
             "task_arithmetic": self._task_arithmetic,
             "ties": self._ties,
@@ -142,38 +138,36 @@ class _Config:
         others = [entry for entry, name in zip(self._models, names, strict=True) if name != base]
         if not others:
             raise ArgumentError("models: none but the base")
-        method, scale = methods[asked](others, itself)
+        recipe = methods[asked](others, itself)
         for entry in (*self._models, {"parameters": self._shared}):
             for name in _mapping("parameters", entry.get("parameters") or {}):
                 if name not in self._used:
                     raise ArgumentError(f"parameters: {name} is not known for {asked} here")
         dtype = self._fields.get("out_dtype", self._fields.get("dtype"))
-        recipe = Recipe(method=method, scale=scale, out_dtype=dtype)
-        return base, [name for name in names if name != base], recipe
+        return base, [name for name in names if name != base], Recipe(**recipe, out_dtype=dtype)
 
-    def _linear(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> tuple[Method, float]:
+    def _linear(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._flag("normalize", True):
             raise ArgumentError("normalize: linear without it does not keep the base, and is not computed here")
         if len(itself) != 1:
             raise ArgumentError("base_model: linear counts it as a model; list it once, with a weight, or leave it out")
-        return self._weighted(others, self._rules(itself[0], "weight"), normalize=True), 1.0
+        return self._weighted(others, self._rules(itself[0], "weight"), normalize=True, scale=1.0)
 
-    def _task_arithmetic(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> tuple[Method, float]:
-        normalize = self._flag("normalize", False)
-        return self._weighted(others, (), normalize=normalize), self._number("lambda", 1.0)
+    def _task_arithmetic(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._weighted(others, (), normalize=self._flag("normalize", False), scale=self._number("lambda", 1.0))
 
-    def _weighted(self, others: list[dict[str, Any]], rest: Rules, *, normalize: bool) -> Method:
+    def _weighted(self, others: list[dict[str, Any]], rest: Rules, *, normalize: bool, scale: float) -> dict[str, Any]:
         rules = tuple(self._rules(entry, "weight") for entry in others)
         gradients = any(isinstance(value, tuple) for each in (*rules, rest) for _, value in each)
         depth = _depth(self._base) if gradients else 0
-        method = Weighted(rules=rules, rest=rest, normalize=normalize, depth=depth)
-        if not gradients and all(len(each) == 1 and not each[0][0] for each in (*rules, rest or (("", 0.0),))):
-            return TaskArithmetic(weights=method.weights_of(""))  # the same for every tensor
-        return method
+        weights = _Weights(rules, rest, normalize, depth)
+        if not gradients and not any(part for each in (*rules, rest) for part, _ in each):  # the same for every tensor
+            return {"method": TaskArithmetic(weights=weights.of("")), "scale": scale}
+        most, *fewer = _by_weights(self._base, weights.of)
+        layers = [LayerWeights(pattern, own) for own, patterns in fewer for pattern in patterns]
+        return {"method": TaskArithmetic(weights=most[0]), "scale": scale, "layers": layers}
 
-    def _ties(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> tuple[Method, float]:
-        from ..methods.ties import TIES
-
+    def _ties(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._flag("normalize", True):
             raise ArgumentError("normalize: ties without it is not computed here; freemerge mergekit-yaml runs it")
         if self._flag("rescale", False):
@@ -184,7 +178,7 @@ class _Config:
         densities = {self._constant(entry, "density", 1.0) for entry in others}
         if len(densities) > 1:
             raise ArgumentError("density: ties has one density for all models here; mergekit-yaml takes others")
-        return TIES(density=densities.pop(), scope="tensor"), self._number("lambda", 1.0)
+        return {"method": TIES(density=densities.pop(), scope="tensor"), "scale": self._number("lambda", 1.0)}
 
     def _rules(self, entry: Mapping[str, Any], parameter: str, default: float | None = None) -> Rules:
         """The values of a parameter for one model, its own before the shared ones."""
@@ -245,11 +239,24 @@ def _number_or_gradient(value: object) -> Value | None:
     return tuple(numbers) if numbers and len(numbers) == len(value) else None
 
 
+def _by_weights(base: str, weights_of: Callable[[str], tuple[float, ...]]) -> list[tuple[tuple[float, ...], list[str]]]:
+    """The weights that the base's tensors have, those of most tensors first, with patterns of the tensors' names.
+
+    Filters and gradients of several models become patterns of their common tensors, of which none matches another's.
+    """
+    with Checkpoint.open(base, argument="base_model") as opened:
+        names = [name for name, spec in dequantised(opened).specs.items() if spec.dtype in MERGEABLE]
+    if not names:
+        raise ArgumentError(f"base_model: {base} holds no tensor to merge")
+    found: dict[tuple[float, ...], list[str]] = {}
+    for name in names:
+        found.setdefault(weights_of(name), []).append(name)
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+    return [(weights, list(patterns_for(own, names))) for weights, own in ordered]
+
+
 def _depth(base: str) -> int:
     """How many layers the config of a model says it has."""
-    from ..checkpoint.architecture import read_config
-    from ..checkpoint.hub_cache import local_path
-
     config = read_config(local_path(base))
     inner = config.get("text_config")
     for place in (config, inner if isinstance(inner, dict) else {}):

@@ -46,7 +46,8 @@ def merge_tensors(
 
     Returns:
         ``out``, or a new contiguous tensor on the base's device, with its dtype (or the recipe's ``out_dtype``). It is
-        equal, bit for bit, to what :func:`merge` gives for this tensor with these weights. Inputs are not modified.
+        equal, bit for bit, to what :func:`merge` gives for this tensor of a state dict with these weights. Inputs are
+        not modified.
 
     Raises:
         ArgumentError: an argument is invalid, or the recipe stacks this tensor with others.

@@ -107,6 +107,12 @@ class Method(ABC):
         return False
 
     @property
+    def by_inputs(self) -> bool:
+        """Whether the inputs of a linear layer are not the same to it as the outputs, so that it has to know which way
+        a matrix is stored, for which transformers may be asked: it then goes by :meth:`TaskVectors.linear_maps`."""
+        return False
+
+    @property
     def linear(self) -> bool:
         """Whether what is merged is ``sum_i weights[i] X_i`` with ``weights`` as measured, X_i depending on none."""
         return False

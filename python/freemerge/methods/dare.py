@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,7 @@ from .base import Measured, Merged, Method
 from .parameters import WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale
 from .task_arithmetic import TaskArithmetic
-from .vectors import Deltas, Sides, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors, added
 from .whole import Whole
 
 if TYPE_CHECKING:
@@ -55,13 +56,15 @@ class DARE(Method):
         return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        totals: list[Tensor] = []
-        for model, (deltas, weight) in enumerate(zip(vectors.each(), measured.weights, strict=True)):
+        return Merged(added(self._weighted(vectors, measured.weights)))
+
+    def _weighted(self, vectors: TaskVectors, weights: Sequence[float]) -> Iterator[list[Tensor]]:
+        """weights[i] times what is kept of v_i, over 1 - p."""
+        for model, (deltas, weight) in enumerate(zip(vectors.each(), weights, strict=True)):
             for tensor, delta in zip(vectors.tensors, deltas, strict=True):
                 dropped = self._dropped(tensor, model).to(delta.device)
                 delta.mul_(weight / (1.0 - self.drop)).masked_fill_(dropped, 0.0)
-            totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
-        return Merged(totals)
+            yield deltas
 
     def _dropped(self, tensor: Deltas, model: int) -> Tensor:
         """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""

@@ -12,7 +12,7 @@ from ..responses import HighPass, Response, from_config
 from .base import Measured, Merged, Method
 from .parameters import NUMBER, parameter
 from .rules import energy_factor
-from .vectors import Deltas, Sides, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors, added
 from .whole import Whole
 
 if TYPE_CHECKING:
@@ -108,6 +108,10 @@ class Filtered(Method):
         return self.method.by_entries
 
     @property
+    def by_inputs(self) -> bool:
+        return self.method.by_inputs
+
+    @property
     def linear(self) -> bool:
         return self.filter.when == "before" and self.method.linear
 
@@ -168,8 +172,8 @@ class _FilteredVectors(TaskVectors):
 class _FilteredDeltas(Deltas):
     """Those of one member. Each call reads the whole unit, whose matrices its members may only make up together."""
 
-    filtered: Callable[[], Iterator[list[Tensor]]]
-    member: int
+    filtered: Callable[[], Iterator[list[Tensor]]] = dataclasses.field(kw_only=True)
+    member: int = dataclasses.field(kw_only=True)
 
     def each(self) -> Iterator[Tensor]:
         return (deltas[self.member] for deltas in self.filtered())
@@ -185,9 +189,4 @@ class _FilteredDeltas(Deltas):
 
 def _summed(each: Iterator[list[Tensor]], weights: Sequence[float]) -> list[Tensor]:
     """sum_i weights[i] v_i of each member."""
-    totals: list[Tensor] = []
-    for deltas, weight in zip(each, weights, strict=True):
-        for delta in deltas:
-            delta.mul_(weight)
-        totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
-    return totals
+    return added([delta.mul_(weight) for delta in deltas] for deltas, weight in zip(each, weights, strict=True))

@@ -28,8 +28,8 @@ def interference_terms(vectors: TaskVectors, merge: Callable[[], Sequence[Tensor
     """The terms of each matrix and model of a unit; none for vectors. Reads the unit once, and as ``merge`` does."""
     if all(len(tensor.shape) < 2 for tensor in vectors.tensors):
         return []
-    own = [[_rows(matrix) for matrix in vectors.matrices(deltas)] for deltas in vectors.each()]
-    merged = [_rows(matrix) for matrix in vectors.matrices(merge())]
+    own = [[_rows(matrix) for matrix in vectors.linear_maps(deltas)] for deltas in vectors.each()]
+    merged = [_rows(matrix) for matrix in vectors.linear_maps(merge())]
     return [_terms(x, v) for model in own for x, v in zip(merged, model, strict=True)]
 
 

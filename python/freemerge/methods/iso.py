@@ -10,7 +10,6 @@ from .parameters import number, parameter
 from .spectra import (
     AVERAGE_HOLDS,
     SpectralMethod,
-    add_up,
     mean_of_nonzero,
     polar_factor,
     replace_matrices,
@@ -18,7 +17,7 @@ from .spectra import (
     squareness,
     united,
 )
-from .vectors import Sides, TaskVectors
+from .vectors import Sides, TaskVectors, added
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +38,8 @@ class IsoC(SpectralMethod):
         return AVERAGE_HOLDS if matrix is None else 11 + 2 * squareness(matrix)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
-        total, _ = add_up(vectors.each())
-        return replace_matrices(vectors, total, map(_isotropic, vectors.matrices(total)))
+        total = added(vectors.each())
+        return replace_matrices(vectors, total, map(_isotropic, vectors.linear_maps(total)))
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,16 @@ class IsoCTS(SpectralMethod):
         return AVERAGE_HOLDS if matrix is None else 18 + 6 * squareness(matrix)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
-        total, count = add_up(vectors.each())
+        total, count = added(vectors.each()), vectors.count
         exact = total[0].dtype == torch.float64
-        shapes = [matrix.shape for matrix in vectors.matrices(total)]
+        shapes = [matrix.shape for matrix in vectors.linear_maps(total)]
         own = [self._own(min(shape[-2:]), count) for shape in shapes]
         found = [
             [singular_triplets(matrix, min(matrix.shape[-2:]) - count * directions, exact)]
-            for matrix, directions in zip(vectors.matrices(total), own, strict=True)
+            for matrix, directions in zip(vectors.linear_maps(total), own, strict=True)
         ]
         for deltas in vectors.each() if any(own) else ():
-            for matrix, directions, triplets in zip(vectors.matrices(deltas), own, found, strict=True):
+            for matrix, directions, triplets in zip(vectors.linear_maps(deltas), own, found, strict=True):
                 shared = triplets[0][0]
                 rest = matrix.double() - shared @ (shared.mT @ matrix.double())
                 triplets.append(singular_triplets(rest, directions, exact, torch.linalg.matrix_norm(matrix.double())))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .vectors import Sides, TaskVectors
+from .vectors import Sides, TaskVectors, added
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,9 +84,9 @@ def subspace(matrix: Tensor, start: Tensor, steps: int) -> Tensor:
     Subspace iteration (arXiv 0909.4061, algorithm 4.4) from the rows ``start`` [n, W]. Thin matrices are held as rows,
     by which products run several times faster.
     """
-    basis = _orthonormal(left_times(start.to(matrix.device), matrix.mT))
+    basis = orthonormal(left_times(start.to(matrix.device), matrix.mT))
     for _ in range(steps):
-        basis = _orthonormal(left_times(_orthonormal(left_times(basis, matrix)), matrix.mT))
+        basis = orthonormal(left_times(orthonormal(left_times(basis, matrix)), matrix.mT))
     return basis
 
 
@@ -149,7 +149,8 @@ def left_times(left: Tensor, matrix: Tensor) -> Tensor:
     return product
 
 
-def _orthonormal(rows: Tensor) -> Tensor:
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows [..., n, W] that span the given ones, n <= W."""
     basis: Tensor = torch.linalg.qr(rows.mT).Q.mT
     return basis
 
@@ -200,14 +201,17 @@ class SpectralMethod(Method):
     more; name a scale to save that.
     """
 
+    @property
+    def by_inputs(self) -> bool:
+        return True
+
     def default_scale(self, count: int) -> float | None:
         return None
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         if not self.averages(vectors):
             return Merged(self.combine(vectors))
-        total, count = add_up(vectors.each())
-        return Merged([tensor.div_(count) for tensor in total])
+        return Merged([total.div_(vectors.count) for total in added(vectors.each())])
 
     def averages(self, vectors: TaskVectors) -> bool:
         """Whether the members of a unit are averaged, because they are no matrices to this method."""
@@ -218,37 +222,25 @@ class SpectralMethod(Method):
         """The merged task vector of each member of a unit of matrices."""
 
 
-def add_up(each: Iterator[list[Tensor]]) -> tuple[list[Tensor], int]:
-    """The sum of the task vectors of all models, one tensor a member, and the number of models."""
-    total = next(each)
-    count = 1
-    for deltas in each:
-        count += 1
-        for tensor, delta in zip(total, deltas, strict=True):
-            tensor.add_(delta)
-    return total, count
-
-
 def stacked_matrices(vectors: TaskVectors) -> tuple[list[Tensor], list[Tensor]]:
-    """The matrices of all models, [K, ..., H, W] for each of a unit, and the task vectors that were read last.
+    """The linear maps of all models, [K, ..., H, W] for each of a unit, and the task vectors that were read last.
 
     The latter are there for :func:`replace_matrices` to overwrite.
     """
-    count = len(vectors.tensors[0].models)
     stacks: list[Tensor] = []
     for model, deltas in enumerate(vectors.each()):
-        matrices = vectors.matrices(deltas)
+        matrices = vectors.linear_maps(deltas)
         if not stacks:
-            stacks = [matrix.new_empty(count, *matrix.shape) for matrix in matrices]
+            stacks = [matrix.new_empty(vectors.count, *matrix.shape) for matrix in matrices]
         for stack, matrix in zip(stacks, matrices, strict=True):
             stack[model] = matrix
     return stacks, deltas
 
 
 def replace_matrices(vectors: TaskVectors, deltas: list[Tensor], merged: Iterable[Tensor]) -> list[Tensor]:
-    """``deltas``, with the matrices that they make up overwritten."""
+    """``deltas``, with the linear maps that they make up overwritten."""
     matrices = vectors.matrices(deltas)
-    for matrix, new in zip(matrices, merged, strict=True):
+    for matrix, new in zip(vectors.turned(matrices), merged, strict=True):
         matrix.copy_(new)
     vectors.unstack(matrices, deltas)
     return deltas

@@ -32,11 +32,11 @@ class TSVM(SpectralMethod):
         return max(15 + 6 * squareness(matrix), 8 * count / min(matrix) + 3)  # each task keeps at least one direction
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
-        count = len(vectors.tensors[0].models)
+        count = vectors.count
         found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
         for deltas in vectors.each():
             exact = deltas[0].dtype == torch.float64
-            matrices = vectors.matrices(deltas)
+            matrices = vectors.linear_maps(deltas)
             kept = [max(1, min(matrix.shape[-2:]) // count) for matrix in matrices]
             found.append([singular_triplets(matrix, n, exact) for matrix, n in zip(matrices, kept, strict=True)])
         return replace_matrices(vectors, deltas, (_joined(parts, exact) for parts in zip(*found, strict=True)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,8 @@ class Deltas:
         base: reads theta_0.
         models: for each model what reads theta_i.
         check: raises CheckpointError if one of the means of |v_i| is not finite.
+        transposed: whether it is the weight of a layer stored as [inputs, outputs], not [outputs, inputs]. Known only
+            for methods that ask for it (:attr:`freemerge.methods.Method.by_inputs`) and models of known architecture.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Deltas:
     base: Callable[[], Tensor]
     models: Sequence[Callable[[], Tensor]]
     check: Callable[[Sequence[float]], None]
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
@@ -89,6 +92,11 @@ class TaskVectors:
     backend: str = "auto"
     sizes: tuple[int, ...] = ()
 
+    @property
+    def count(self) -> int:
+        """K, the number of models."""
+        return len(self.tensors[0].models)
+
     def means(self) -> list[list[float]]:
         """E(v_i) = mean |v_i| of each member and model, or of each of the small tensors."""
         if not self.sizes:
@@ -123,11 +131,35 @@ class TaskVectors:
         each = [matrix] if matrix.ndim == 2 else list(matrix)
         return [part for whole in each for part in torch.split(whole, list(self.parts))]
 
+    def linear_maps(self, deltas: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`matrices`, each [..., outputs, inputs], however its layer stores it."""
+        return self.turned(self.matrices(deltas))
+
+    def turned(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """What :meth:`matrices` gave as :meth:`linear_maps` gives it: views, transposed where the layer is stored so.
+
+        The members of a unit are all stored in the same way.
+        """
+        return [matrix.mT if self.tensors[0].transposed else matrix for matrix in matrices]
+
     def unstack(self, matrices: Sequence[Tensor], deltas: Sequence[Tensor]) -> None:
         """Copy changed :meth:`matrices` of several stacked members back; nothing to do for one."""
         if len(deltas) > 1:
             for delta, rows in zip(deltas, torch.split(matrices[0], [len(delta) for delta in deltas]), strict=True):
                 delta.copy_(rows)
+
+
+def added(each: Iterable[list[Tensor]]) -> list[Tensor]:
+    """The sum of task vectors of several models, one tensor a member, in the memory of the first model's.
+
+    One model is read at a time; weights are for the caller to multiply by.
+    """
+    models = iter(each)
+    totals = next(models)
+    for deltas in models:
+        for total, delta in zip(totals, deltas, strict=True):
+            total.add_(delta)
+    return totals
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .parameters import number, parameter
-from .spectra import AVERAGE_HOLDS, SpectralMethod, left_times, low_rank, replace_matrices, stacked_matrices
+from .spectra import (
+    AVERAGE_HOLDS,
+    SpectralMethod,
+    left_times,
+    low_rank,
+    orthonormal,
+    replace_matrices,
+    stacked_matrices,
+)
 from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
@@ -20,7 +28,7 @@ EMBEDDINGS = ("embed", "wte", "wpe")  # in the names of tensors whose rows are l
 class WUDI(SpectralMethod):
     """WUDI: the matrix X that minimises ``sum_i ||(X - v_i) v_i^T||^2 / ||v_i||^2``, regularised.
 
-    The rows of v_i stand for the inputs of task i, so the axis of the inputs must be the columns, as in a linear layer.
+    The rows of v_i, [outputs, inputs], stand for the inputs of task i.
     With A = sum_i v_i^T v_i / ||v_i||^2 and B = sum_i v_i v_i^T v_i / ||v_i||^2 the minimum has X A = B. Small
     eigenvalues of A carry noise, so X starts from sum_i v_i and goes only a share 1 - exp(-t lambda) of the way along
     each eigenvector: where gradient descent is after time t. A has trace K, whatever the size of the task vectors.
@@ -96,5 +104,4 @@ def _row_space(tasks: Tensor, shares: Tensor) -> Tensor | None:
         rows = stacked.double()
     else:
         return None
-    basis: Tensor = torch.linalg.qr(rows.mT).Q.mT
-    return basis
+    return orthonormal(rows)
