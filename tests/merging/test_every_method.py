@@ -16,11 +16,13 @@ import freemerge as fm
 from freemerge.checkpoint import Checkpoint
 from freemerge.merging.units import plan_units
 from freemerge.methods import METHODS
+from freemerge.methods.parameters import parameters_of
 from reference import reference_merge
 
 State = dict[str, Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMULAS = [name for name in METHODS if name not in ("fr", "dare")]  # FR has its own file, DARE is random
+THRESHOLDS = ("ties", "pcb", "breadcrumbs")
 
 
 def task_vectors(base: State, models: list[State]) -> dict[str, list[Tensor]]:
@@ -53,6 +55,7 @@ def update(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
 def test_the_formula(
     method: str, shape: tuple[int, ...], kinds: list[str], dtype: torch.dtype, compute: str, seed: int
 ) -> None:
+    kinds = kinds * METHODS[method].fewest if len(kinds) < METHODS[method].fewest else kinds
     if method in ("iso_cts", "tsv_m", "jsv") and len(kinds) > min(shape[-2:]):
         kinds = kinds[: min(shape[-2:])]  # where there are more directions than room, their order decides
     generator = torch.Generator().manual_seed(seed)
@@ -67,14 +70,17 @@ def test_the_formula(
         updates.append(updates[-1] if again else 0.1 * (i + 1) * update(kind, shape, generator))
     base = base.to(dtype)
     models = [(base.double() + change.double()).to(dtype) for change in updates]
-    options: dict[str, Any] = {"density": 0.3} if method in ("ties", "pcb") else {}
+    options: dict[str, Any] = {"density": 0.3} if "density" in parameters_of(METHODS[method]) else {}
     recipe = fm.Recipe(method=method, scale=1.0, compute_dtype=compute, out_dtype="float64", **options)
     result = fm.merge_tensors(base, models, recipe=recipe) - base.double()
     vectors = {"w": [model.double() - base.double() for model in models]}
     expected = formulas.merged(method, vectors, **options)["w"]
     amplified = compute == "float32" and method == "iso_c" and len(shape) > 1
     error = 1e-6 * (condition(vectors["w"]) if amplified else 1.0) * float(expected.abs().max())
-    if method in ("ties", "pcb"):  # an entry at a threshold may fall on either side
+    if method == "model_stock":  # the ratio is a quotient of two small numbers where task vectors cancel
+        mean = formulas.total(vectors["w"]) / len(models)
+        error = 1e-6 * float(mean.abs().max()) * (1 + float((expected / mean).nan_to_num().abs().max())) ** 2
+    if method in THRESHOLDS:  # an entry at a threshold may fall on either side
         assert int(((result - expected).abs() > error).sum()) <= 1
     else:
         torch.testing.assert_close(result, expected, rtol=0, atol=error)
@@ -125,7 +131,7 @@ def assert_rounded(result: State, expected: State, base: State) -> None:
         allowed = torch.finfo(torch.bfloat16).eps / 2 * tensor.abs() + 1e-4 * delta
         assert result[name].dtype == torch.bfloat16
         assert ((result[name].double() - tensor).abs() <= allowed).all(), name
-        assert not torch.equal(result[name], base[name])
+        assert tensor.ndim < 2 or not torch.equal(result[name], base[name])
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -156,7 +162,7 @@ def test_a_sharded_bf16_llama(method: str, tmp_path: Path) -> None:
         scale = METHODS[method].regained * formulas.projection_scale(vectors, unscaled)
         assert report.scale == pytest.approx(scale, rel=1e-5)
     expected = {name: tensor.double() + scale * unscaled[name] for name, tensor in base.items()}
-    if method in ("ties", "pcb"):  # many entries stay what they are
+    if method in THRESHOLDS:  # many entries stay what they are
         for name, tensor in expected.items():
             close = torch.isclose(result[name].double(), tensor, rtol=torch.finfo(torch.bfloat16).eps / 2, atol=1e-6)
             assert int((~close).sum()) <= 2, name  # at a threshold

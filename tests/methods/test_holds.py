@@ -30,6 +30,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
     ("ties", {"scope": "tensor"}),
     ("pcb", {"scope": "tensor"}),
+    ("dare", {"elect": True}),
     ("fr", {"scope": "tensor", "stats": "filtered"}),
     ("fr", {"align": True, "sign_election": True}),
     ("wudi", {"rank": 0.5}),
@@ -69,7 +70,7 @@ def entries(vectors: TaskVectors) -> int:
 def test_matrices(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:
     method = METHODS[name](**options)
     shares = []
-    for count in (1, 5):
+    for count in (method.fewest, 5):
         for shapes, parts in MATRICES.values() if method.sees_matrices else ():
             vectors = unit(shapes, count, dtype, parts=parts)
             size = entries(vectors) * dtype.itemsize
@@ -87,6 +88,8 @@ def test_other_tensors(name: str, options: dict[str, Any], count: int) -> None:
     vectors = unit([(1 << 21,)], count, torch.float32)
     size = 4 * entries(vectors)
     method = METHODS[name](**options)
+    if count < method.fewest:
+        return
     declared = method.holds(count, None)
     taken = allocated(method, vectors, count)
     assert taken <= declared * size + FIXED

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .parameters import WHOLE_NUMBER, number, parameter, weights_parameter
+from .election import Election
+from .parameters import FLAG, WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale
 from .task_arithmetic import TaskArithmetic
 from .vectors import Deltas, Sides, TaskVectors
@@ -29,6 +30,7 @@ class DARE(Method):
         drop: the probability p.
         seed: another one drops other entries.
         weights: lambda_i = 1 at scale 0.4, or given at scale 1.
+        elect: whether TIES-Merging's election of signs follows: of the sum only what has its sign, entry by entry.
     """
 
     name = "dare"
@@ -39,29 +41,39 @@ class DARE(Method):
     drop: float = parameter(0.9, "share of each task vector that is dropped", kind=number(0, 0.9999))
     seed: int = parameter(0, "seed of what is dropped", kind=WHOLE_NUMBER)
     weights: Literal["sum"] | tuple[float, ...] = weights_parameter("sum")
+    elect: bool = parameter(False, "sum up only what has the sign of the sum, as TIES-Merging does", kind=FLAG)
 
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return min(count, 3) + 2  # random numbers and masks beside them
+        return 7 if self.elect else min(count, 3) + 2  # random numbers and masks beside them
 
     @property
     def linear(self) -> bool:
-        return True
+        return not self.elect
 
     def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
-        # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them.
+        # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them,
+        # which is not known where signs are elected.
+        if self.elect:
+            return super().interference_scale(units, measured)
         return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         totals: list[Tensor] = []
+        elections: list[Election] = []
         for model, (deltas, weight) in enumerate(zip(vectors.each(), measured.weights, strict=True)):
             for tensor, delta in zip(vectors.tensors, deltas, strict=True):
                 dropped = self._dropped(tensor, model).to(delta.device)
                 delta.mul_(weight / (1.0 - self.drop)).masked_fill_(dropped, 0.0)
+            if self.elect:
+                elections = elections or [Election(delta) for delta in deltas]
+                for delta, election in zip(deltas, elections, strict=True):
+                    election.add(delta, 1.0)
+                continue
             totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
-        return Merged(totals)
+        return Merged([election.sum() for election in elections] if self.elect else totals)
 
     def _dropped(self, tensor: Deltas, model: int) -> Tensor:
         """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""
