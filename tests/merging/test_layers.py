@@ -27,7 +27,7 @@ METHODS = [
     fm.Recipe(method="average", weights=(0.5, 0.25)),
     fm.Recipe(method="task_arithmetic", weights=(0.5, 0.25), scale=0.8),
     fm.Recipe(method="dare", weights=(0.5, 0.25), drop=0.5),
-    fm.Recipe(method="dare", weights=(0.5, 0.25), drop=0.5, elect=True),
+    fm.Recipe(method="dare", weights=(0.5, 0.25), drop=0.5, sign_election=True),
     fm.Recipe(method="ties", weights=(0.5, 0.25), scope="tensor", density=0.5),
     fm.Recipe(method="breadcrumbs", weights=(0.5, 0.25), beta=0.4, gamma=0.1),
     fm.Recipe(weights=(0.5, 0.25)),

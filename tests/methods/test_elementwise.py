@@ -225,7 +225,7 @@ def test_dare_elects_signs_of_what_it_did_not_drop(weights: Any) -> None:
         fm.merge(base, models, recipe.replace(weights=[w if i == j else 0.0 for j in range(3)]))
         for i, w in enumerate(lambdas)
     ]
-    elected = fm.merge(base, models, recipe.replace(elect=True, weights=weights))
+    elected = fm.merge(base, models, recipe.replace(sign_election=True, weights=weights))
     kept = 0
     for name, tensor in base.items():
         vectors = np.array([(merged[name] - tensor.double()).numpy() for merged in alone])
@@ -238,11 +238,11 @@ def test_dare_elects_signs_of_what_it_did_not_drop(weights: Any) -> None:
 
 def test_dare_without_drops_elects_the_signs_of_the_sum() -> None:
     models = [torch.tensor([4.0, 3.0, -2.0, 1.0]), torch.tensor([-1.0, 5.0, 2.0, -3.0])]
-    recipe = fm.Recipe(method="dare", drop=0, elect=True, scale=1)
+    recipe = fm.Recipe(method="dare", drop=0, sign_election=True, scale=1)
     assert fm.merge_tensors(torch.zeros(4), models, recipe=recipe).tolist() == [4.0, 8.0, 0.0, -3.0]
     assert fm.merge_tensors(torch.zeros(4), models, recipe=recipe, weights=[1, 5]).tolist() == [-5.0, 28.0, 10.0, -15.0]
     assert recipe.method.linear is False
-    assert fm.Recipe(method="dare", elect=True).global_scale(2) == 0.4
+    assert fm.Recipe(method="dare", sign_election=True).global_scale(2) == 0.4
 
 
 @pytest.mark.parametrize("method", ["ties", "pcb", "dare", "breadcrumbs", "model_stock"])
@@ -293,7 +293,7 @@ def test_values_that_are_not_finite_are_found(method: str, bad: float) -> None:
         ({"method": "pcb", "density": -1}, "density must be"),
         ({"method": "ties", "weights": "sum"}, "weights must be 'uniform' or a list of finite numbers"),
         ({"method": "breadcrumbs", "beta": 1.5}, "beta must be a number from 0 to 1"),
-        ({"method": "dare", "elect": 1}, "elect must be true or false"),
+        ({"method": "dare", "sign_election": 1}, "sign_election must be true or false"),
         ({"method": "dare", "drop": 1}, "drop must be a number from 0 to 0.9999"),
         ({"method": "dare", "seed": 1.5}, "seed must be a whole number >= 0, got 1.5"),
         ({"method": "dare", "seed": True}, "seed must be"),

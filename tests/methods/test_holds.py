@@ -30,7 +30,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
     ("ties", {"scope": "tensor"}),
     ("pcb", {"scope": "tensor"}),
-    ("dare", {"elect": True}),
+    ("dare", {"sign_election": True}),
     ("fr", {"scope": "tensor", "stats": "filtered"}),
     ("fr", {"align": True, "sign_election": True}),
     ("wudi", {"rank": 0.5}),

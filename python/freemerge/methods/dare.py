@@ -30,7 +30,7 @@ class DARE(Method):
         drop: the probability p.
         seed: another one drops other entries.
         weights: lambda_i = 1 at scale 0.4, or given at scale 1.
-        elect: whether TIES-Merging's election of signs follows: of the sum only what has its sign, entry by entry.
+        sign_election: add up only the entries that agree with the elected sign, as TIES-Merging elects it.
     """
 
     name = "dare"
@@ -41,22 +41,22 @@ class DARE(Method):
     drop: float = parameter(0.9, "share of each task vector that is dropped", kind=number(0, 0.9999))
     seed: int = parameter(0, "seed of what is dropped", kind=WHOLE_NUMBER)
     weights: Literal["sum"] | tuple[float, ...] = weights_parameter("sum")
-    elect: bool = parameter(False, "sum up only what has the sign of the sum, as TIES-Merging does", kind=FLAG)
+    sign_election: bool = parameter(False, "keep the entries that agree with the sign of the sum", kind=FLAG)
 
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return 7 if self.elect else min(count, 3) + 2  # random numbers and masks beside them
+        return 7 if self.sign_election else min(count, 3) + 2  # random numbers and masks beside them
 
     @property
     def linear(self) -> bool:
-        return not self.elect
+        return not self.sign_election
 
     def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
         # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them,
         # which is not known where signs are elected.
-        if self.elect:
+        if self.sign_election:
             return super().interference_scale(units, measured)
         return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
@@ -67,13 +67,13 @@ class DARE(Method):
             for tensor, delta in zip(vectors.tensors, deltas, strict=True):
                 dropped = self._dropped(tensor, model).to(delta.device)
                 delta.mul_(weight / (1.0 - self.drop)).masked_fill_(dropped, 0.0)
-            if self.elect:
+            if self.sign_election:
                 elections = elections or [Election(delta) for delta in deltas]
                 for delta, election in zip(deltas, elections, strict=True):
                     election.add(delta, 1.0)
                 continue
             totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
-        return Merged([election.sum() for election in elections] if self.elect else totals)
+        return Merged([election.sum() for election in elections] if self.sign_election else totals)
 
     def _dropped(self, tensor: Deltas, model: int) -> Tensor:
         """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""
