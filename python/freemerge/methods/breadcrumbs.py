@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,7 @@ from .base import Measured, Merged, Method
 from .order import kth_of
 from .parameters import number, parameter, weights_parameter
 from .rules import default_scale
+from .spectra import add_up
 from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
@@ -47,11 +49,13 @@ class Breadcrumbs(Method):
         return True
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        totals: list[Tensor] = []
-        for deltas, weight in zip(vectors.each(), measured.weights, strict=True):
+        return Merged(add_up(self._weighted(vectors, measured.weights))[0])
+
+    def _weighted(self, vectors: TaskVectors, weights: Sequence[float]) -> Iterator[list[Tensor]]:
+        """weights[i] times what is kept of v_i."""
+        for deltas, weight in zip(vectors.each(), weights, strict=True):
             for delta in deltas:
                 magnitude = delta.abs().float()
                 least, outlier = kth_of(magnitude, 1.0 - self.beta), kth_of(magnitude, self.gamma)
                 delta.mul_(weight).masked_fill_((magnitude < least).logical_or_(magnitude >= outlier), 0.0)
-            totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
-        return Merged(totals)
+            yield deltas

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .election import Election
+from .election import elected_sum
 from .parameters import FLAG, WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale
+from .spectra import add_up
 from .task_arithmetic import TaskArithmetic
 from .vectors import Deltas, Sides, TaskVectors
 from .whole import Whole
@@ -61,19 +63,16 @@ class DARE(Method):
         return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        totals: list[Tensor] = []
-        elections: list[Election] = []
-        for model, (deltas, weight) in enumerate(zip(vectors.each(), measured.weights, strict=True)):
+        kept = self._weighted(vectors, measured.weights)
+        return Merged(elected_sum(kept) if self.sign_election else add_up(kept)[0])
+
+    def _weighted(self, vectors: TaskVectors, weights: Sequence[float]) -> Iterator[list[Tensor]]:
+        """weights[i] times what is kept of v_i, over 1 - p."""
+        for model, (deltas, weight) in enumerate(zip(vectors.each(), weights, strict=True)):
             for tensor, delta in zip(vectors.tensors, deltas, strict=True):
                 dropped = self._dropped(tensor, model).to(delta.device)
                 delta.mul_(weight / (1.0 - self.drop)).masked_fill_(dropped, 0.0)
-            if self.sign_election:
-                elections = elections or [Election(delta) for delta in deltas]
-                for delta, election in zip(deltas, elections, strict=True):
-                    election.add(delta, 1.0)
-                continue
-            totals = [total.add_(delta) for total, delta in zip(totals, deltas, strict=True)] if totals else deltas
-        return Merged([election.sum() for election in elections] if self.sign_election else totals)
+            yield deltas
 
     def _dropped(self, tensor: Deltas, model: int) -> Tensor:
         """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""

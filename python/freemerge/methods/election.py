@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def elected_sum(each: Iterable[list[Tensor]]) -> list[Tensor]:
+    """Of each tensor the sum of the entries that have its sign, from weighted task vectors, one list a model."""
+    elections: list[Election] = []
+    for deltas in each:
+        elections = elections or [Election(delta) for delta in deltas]
+        for delta, election in zip(deltas, elections, strict=True):
+            election.add(delta, 1.0)
+    return [election.sum() for election in elections]
 
 
 class Election:
