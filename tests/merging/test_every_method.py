@@ -16,12 +16,12 @@ import freemerge as fm
 from freemerge.checkpoint import Checkpoint
 from freemerge.merging.units import plan_units
 from freemerge.methods import METHODS
-from freemerge.methods.parameters import parameters_of
 from reference import reference_merge
 
 State = dict[str, Tensor]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-FORMULAS = [name for name in METHODS if name not in ("fr", "dare")]  # FR has its own file, DARE is random
+BY_TENSOR = ("breadcrumbs", "model_stock")
+FORMULAS = [name for name in METHODS if name not in ("fr", "dare", *BY_TENSOR)]  # FR has its own file, DARE is random
 THRESHOLDS = ("ties", "pcb", "breadcrumbs")
 
 
@@ -55,7 +55,6 @@ def update(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Ten
 def test_the_formula(
     method: str, shape: tuple[int, ...], kinds: list[str], dtype: torch.dtype, compute: str, seed: int
 ) -> None:
-    kinds = kinds * METHODS[method].fewest if len(kinds) < METHODS[method].fewest else kinds
     if method in ("iso_cts", "tsv_m", "jsv") and len(kinds) > min(shape[-2:]):
         kinds = kinds[: min(shape[-2:])]  # where there are more directions than room, their order decides
     generator = torch.Generator().manual_seed(seed)
@@ -70,20 +69,42 @@ def test_the_formula(
         updates.append(updates[-1] if again else 0.1 * (i + 1) * update(kind, shape, generator))
     base = base.to(dtype)
     models = [(base.double() + change.double()).to(dtype) for change in updates]
-    options: dict[str, Any] = {"density": 0.3} if "density" in parameters_of(METHODS[method]) else {}
+    options: dict[str, Any] = {"density": 0.3} if method in ("ties", "pcb") else {}
     recipe = fm.Recipe(method=method, scale=1.0, compute_dtype=compute, out_dtype="float64", **options)
     result = fm.merge_tensors(base, models, recipe=recipe) - base.double()
     vectors = {"w": [model.double() - base.double() for model in models]}
     expected = formulas.merged(method, vectors, **options)["w"]
     amplified = compute == "float32" and method == "iso_c" and len(shape) > 1
     error = 1e-6 * (condition(vectors["w"]) if amplified else 1.0) * float(expected.abs().max())
-    if method == "model_stock":  # the ratio is a quotient of two small numbers where task vectors cancel
-        mean = formulas.total(vectors["w"]) / len(models)
-        error = 1e-6 * float(mean.abs().max()) * (1 + float((expected / mean).nan_to_num().abs().max())) ** 2
-    if method in THRESHOLDS:  # an entry at a threshold may fall on either side
+    if method in ("ties", "pcb"):  # an entry at a threshold may fall on either side
         assert int(((result - expected).abs() > error).sum()) <= 1
     else:
         torch.testing.assert_close(result, expected, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("method", BY_TENSOR)
+@settings(max_examples=60)
+@given(
+    shape=st.sampled_from([(1, 1), (1, 23), (7, 13), (2, 17, 19), (5,), (300,)]),
+    kinds=st.lists(st.sampled_from(["full", "full", "rank one", "zero"]), min_size=2, max_size=5),
+    dtype=st.sampled_from(DTYPES),
+    compute=st.sampled_from(["float64", "float32"]),
+    seed=st.integers(0, 2**31),
+)
+def test_the_formula_of_each_tensor(
+    method: str, shape: tuple[int, ...], kinds: list[str], dtype: torch.dtype, compute: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.zeros(shape, dtype=dtype)
+    models = [(0.1 * (i + 1) * update(kind, shape, generator)).to(dtype) for i, kind in enumerate(kinds)]
+    recipe = fm.Recipe(method=method, scale=1.0, compute_dtype=compute, out_dtype="float64")
+    result = fm.merge_tensors(base, models, recipe=recipe)
+    expected = formulas.merged(method, {"w": models})["w"]
+    error = 1e-6 * float(expected.abs().max())
+    if method == "model_stock":  # the ratio is a quotient of two small numbers where task vectors cancel
+        mean = formulas.total(models) / len(models)
+        error = 1e-6 * float(mean.abs().max()) * (1 + float((expected / mean).nan_to_num().abs().max())) ** 2
+    torch.testing.assert_close(result, expected, rtol=0, atol=error)
 
 
 def condition(vectors: list[Tensor]) -> float:
