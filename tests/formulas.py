@@ -6,6 +6,7 @@ Directions of less than 1e-5 of the largest singular value count as zero, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -140,11 +141,35 @@ def largest(values: Array, density: float) -> npt.NDArray[np.bool_]:
     return values >= np.sort(values)[-k] if k else np.zeros(values.size, bool)
 
 
-def ties(vectors: Sequence[Array], density: float = 0.2) -> Array:
-    trimmed = np.array([np.where(largest(np.abs(v), density), v, 0.0) for v in vectors])
-    sign = np.sign(trimmed.sum(0))
-    agrees = (np.sign(trimmed) == sign) & (trimmed != 0)
-    return (trimmed * agrees).sum(0) / np.maximum(agrees.sum(0), 1)
+def ties(vectors: Sequence[Array], density: float = 0.2, weights: Sequence[float] | None = None) -> Array:
+    shares = np.ones(len(vectors)) if weights is None else np.array(weights)
+    trimmed = np.array(
+        [w * np.where(largest(np.abs(v), density), v, 0.0) for v, w in zip(vectors, shares, strict=True)]
+    )
+    agrees = agreeing(trimmed)
+    divisor = np.abs(shares) @ agrees
+    return np.divide((trimmed * agrees).sum(0), divisor, out=np.zeros_like(divisor), where=divisor > 0)
+
+
+def agreeing(vectors: Array) -> npt.NDArray[np.bool_]:
+    """Which entries have the sign of their sum."""
+    return (np.sign(vectors) == np.sign(vectors.sum(0))) & (vectors != 0)
+
+
+def breadcrumbs(vectors: Sequence[Array], beta: float = 0.85, gamma: float = 0.007) -> Array:
+    """Of one tensor."""
+    sizes = [np.abs(v) for v in vectors]
+    kept = [largest(size, 1.0 - beta) & ~largest(size, gamma) for size in sizes]
+    return (np.array(vectors) * kept).sum(0)
+
+
+def model_stock(vectors: Sequence[Array]) -> Array:
+    """Of one tensor: t = K cos / (1 + (K - 1) cos), 0 where the unit vectors cancel."""
+    count = len(vectors)
+    units = [v / max(float(np.linalg.norm(v)), 1e-300) for v in vectors]
+    cosine = float(np.mean([a @ b for a, b in combinations(units, 2)]))
+    left = 1 + (count - 1) * cosine
+    return (count * cosine / left if left > 1e-6 else 0.0) * np.mean(vectors, 0)
 
 
 def pcb(vectors: Sequence[Array], density: float = 0.1) -> Array:
@@ -193,6 +218,12 @@ def merged(method: str, vectors: Vectors, **options: Any) -> dict[str, Tensor]:
     if method in ("ties", "pcb", "emr"):
         formula = {"ties": ties, "pcb": pcb, "emr": emr}[method]
         return whole(lambda flat: formula(flat, **options), vectors)
+    if method in ("breadcrumbs", "model_stock"):
+        each = {"breadcrumbs": breadcrumbs, "model_stock": model_stock}[method]
+        return {
+            name: torch.from_numpy(each([v.double().numpy().ravel() for v in own], **options)).view(own[0].shape)
+            for name, own in vectors.items()
+        }
     factor = {"average": lambda count: 1 / count, "task_arithmetic": lambda count: 1.0}[method]
     return {name: factor(len(own)) * total(own) for name, own in vectors.items()}
 

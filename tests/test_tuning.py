@@ -99,6 +99,7 @@ def test_one_weight_a_task(base: State, models: list[State]) -> None:
     [
         ARITHMETIC,
         fm.Recipe(method="dare", drop=0.3),
+        fm.Recipe(method="breadcrumbs", beta=0.5, gamma=0.1),
         fm.Recipe(fm.HighPass(0.2), renormalize=None, align=True, weights="uniform", scale=0.9),
         ARITHMETIC.replace(filter="before", cutoff=0.3),
     ],

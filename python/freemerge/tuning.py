@@ -59,8 +59,9 @@ def tune(
 
     Args:
         base, models, backend: as for :func:`freemerge.merge`.
-        recipe: a method whose merge is linear in the weights: "average", "task_arithmetic", "dare", or "fr" with
-            ``renormalize=None`` and without sign election; a filter may come before it. It has no ``layers``.
+        recipe: a method whose merge is linear in the weights: "average", "task_arithmetic", "breadcrumbs", "dare"
+            without sign election, or "fr" with ``renormalize=None`` and without it; a filter may come before it. It
+            has no ``layers``.
         function: called with a state dict as :func:`freemerge.merge` returns it, whose tensors require gradients;
             yields the logits [..., classes] of unlabelled batches, as a rule one of each task, each from a forward pass
             of its own (``torch.func.functional_call``). It is called once an iteration, and should go on with others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ NUMBERS: list[tuple[str, dict[str, Any]]] = [
     ("fr", {"cutoff": 0.1, "scale": 0.7}),
     ("fr", {"cutoff": 0.3, "align": True, "sign_election": True}),
     ("ties", {"density": 0.5, "scale": 1.5}),
-    ("dare", {"drop": 0.5, "seed": 3}),
+    ("dare", {"drop": 0.5, "seed": 3, "sign_election": True}),
+    ("breadcrumbs", {"beta": 0.5, "gamma": 0.1}),
     ("task_arithmetic", {"scale": 0.25}),
 ]
 WORDS: list[tuple[str, dict[str, Any]]] = [
@@ -76,7 +78,7 @@ def test_parameters(method: str, parameters: dict[str, Any], models: list[str], 
     assert_equal_to_the_engine(found, models, fm.Recipe(method=method, **parameters))
 
 
-@pytest.mark.parametrize("method", ["fr", "task_arithmetic", "average", "dare"])
+@pytest.mark.parametrize("method", ["fr", "task_arithmetic", "average", "dare", "ties", "breadcrumbs"])
 def test_weights_of_each_model(method: str, models: list[str], tmp_path: Path) -> None:
     weights = [0.5, -0.25, 1.0]
     found = merged(models, tmp_path / "out", {"merge_method": f"freemerge_{method}"}, weights=weights)
@@ -130,6 +132,12 @@ OWN: list[tuple[str, list[Any], dict[str, Any]]] = [
     ("task_arithmetic", [[0.1, 0.9], [{"filter": "mlp", "value": [0.0, 0.5]}, {"value": 0.1}], 0.2], {}),
     ("ties", [0.5, 0.5, 0.5], {"density": 0.5}),
     ("ties", [1.0, 1.0, 1.0], {"density": 0.25, "lambda": 0.7, "int8_mask": True}),
+    ("ties", [0.5, 0.3, 0.2], {"density": 0.5}),
+    ("ties", [2.0, 0.0, 1.0], {"density": 0.25, "lambda": 0.7}),
+    ("breadcrumbs", [0.5, 0.3, -0.2], {"density": 0.5, "gamma": 0.125}),
+    ("breadcrumbs", [0.5, 0.3, 0.1], {"density": 0.75, "gamma": 0.5, "normalize": True, "lambda": 0.7}),
+    ("model_stock", [], {}),
+    ("model_stock", [], {"filter_wise": False}),
 ]
 
 
@@ -142,8 +150,8 @@ def test_a_configuration_means_the_same_here_and_there(
         "merge_method": method,
         "base_model": models[0],
         "models": [
-            {"model": model, "parameters": {"weight": weight}}
-            for model, weight in zip(models[1:], weights, strict=True)
+            {"model": model, "parameters": {} if weight is None else {"weight": weight}}
+            for model, weight in zip_longest(models[1:], weights)
         ],
         "parameters": parameters,
         "dtype": "float32",

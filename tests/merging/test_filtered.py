@@ -44,7 +44,7 @@ def test_before_is_the_method_on_filtered_models(method: str) -> None:
     merged = fm.merge(base, models, fm.Recipe(RESPONSE, method=method, filter="before", **options))
     expected = fm.merge(base, filtered, fm.Recipe(method=method, **options))
     for name, tensor in expected.items():
-        if method in ("ties", "pcb"):  # an entry at a threshold may fall on either side
+        if method in ("ties", "pcb", "breadcrumbs"):  # an entry at a threshold may fall on either side
             agree = (merged[name] - tensor).abs() < 1e-5
             assert float(agree.double().mean()) > 0.99
         else:
@@ -71,7 +71,7 @@ def test_fr_is_a_weighted_sum_that_is_filtered_after(method: str, weights: str) 
     assert all(torch.equal(tensor, after[name]) for name, tensor in fr.items())
 
 
-@pytest.mark.parametrize("method", OTHERS)
+@pytest.mark.parametrize("method", [name for name in OTHERS if name not in ("breadcrumbs", "model_stock")])  # by tensor
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_views_are_what_is_filtered(method: str, when: Any) -> None:
     base, models = states(SHAPES, 3)

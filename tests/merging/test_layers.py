@@ -27,6 +27,9 @@ METHODS = [
     fm.Recipe(method="average", weights=(0.5, 0.25)),
     fm.Recipe(method="task_arithmetic", weights=(0.5, 0.25), scale=0.8),
     fm.Recipe(method="dare", weights=(0.5, 0.25), drop=0.5),
+    fm.Recipe(method="dare", weights=(0.5, 0.25), drop=0.5, sign_election=True),
+    fm.Recipe(method="ties", weights=(0.5, 0.25), scope="tensor", density=0.5),
+    fm.Recipe(method="breadcrumbs", weights=(0.5, 0.25), beta=0.4, gamma=0.1),
     fm.Recipe(weights=(0.5, 0.25)),
     fm.Recipe(weights=(0.5, 0.25), sign_election=True, align=True, renormalize=None),
 ]
@@ -91,6 +94,6 @@ def test_layers_need_numbers_and_one_weight_for_what_is_stacked(states: list[dic
         with pytest.raises(fm.ArgumentError, match=f"layers: method {recipe.method.name} needs weights as numbers"):
             recipe.replace(layers=LAYERS)
     square = [{name: torch.ones(4, 4) for name in ("q.w", "k.w")} for _ in states]
-    stacked = METHODS[3].replace(views=[{"stack": ["q.*", "k.*"]}], layers=[("q.*", (1, 1))])
+    stacked = METHODS[6].replace(views=[{"stack": ["q.*", "k.*"]}], layers=[("q.*", (1, 1))])
     with pytest.raises(fm.ArgumentError, match="stacked with tensors that have other weights"):
         fm.merge(square[0], square[1:], stacked)

@@ -66,6 +66,35 @@ def test_ties(tmp_path: Path) -> None:
     assert read(tmp_path, config)[2] == fm.Recipe(
         method="ties", density=0.3, scope="tensor", scale=1.0, out_dtype="bfloat16"
     )
+    config["models"] = CONFIG["models"]
+    assert read(tmp_path, config)[2].weights == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("given", "beta", "gamma"),
+    [
+        ({"density": 0.5, "gamma": 0.1}, 0.4, 0.1),
+        ({"density": 0.75, "gamma": 0.5}, 0.0, 0.25),
+        ({"density": 0.5}, 0.49, 0.01),
+        ({}, 0.0, 0.0),
+    ],
+)
+def test_breadcrumbs(given: dict[str, float], beta: float, gamma: float, tmp_path: Path) -> None:
+    recipe = read(tmp_path, CONFIG | {"merge_method": "breadcrumbs", "parameters": given | {"lambda": 0.5}})[2]
+    assert recipe.weights == (0.5, 0.25)
+    assert (recipe.beta, recipe.gamma, recipe.scale) == pytest.approx((beta, gamma, 0.5))
+    normalized = read(tmp_path, CONFIG | {"merge_method": "breadcrumbs", "parameters": given | {"normalize": True}})[2]
+    assert normalized.weights == pytest.approx((2 / 3, 1 / 3))
+
+
+def test_model_stock(tmp_path: Path) -> None:
+    config = {**CONFIG, "merge_method": "model_stock", "models": [{"model": name} for name in ("base", "math", "code")]}
+    config["parameters"] = {"filter_wise": False}
+    assert read(tmp_path, config) == (
+        "base",
+        ["math", "code"],
+        fm.Recipe(method="model_stock", scale=1.0, out_dtype="bfloat16"),
+    )
 
 
 def weights_of(recipe: fm.Recipe, name: str) -> tuple[float, ...]:
@@ -138,8 +167,13 @@ def test_a_list_of_numbers_is_a_gradient_over_the_layers(where: dict[str, Any], 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"merge_method": "dare_ties"}, "merge_method: 'dare_ties' is not computed here as mergekit does"),
-        ({"merge_method": "slerp"}, "freemerge mergekit-yaml runs it in mergekit"),
+        (
+            {"merge_method": "dare_ties"},
+            r"merge_method: 'dare_ties' is not computed here as mergekit does \(what it drops",
+        ),
+        ({"merge_method": "dare_linear"}, "sum of magnitudes of the rest instead of the expected value"),
+        ({"merge_method": "slerp"}, "no sum of task vectors.*freemerge mergekit-yaml runs it in mergekit"),
+        ({"merge_method": ["ties"]}, "merge_method"),
         ({"merge_method": "passthrough"}, "merge_method"),
         ({"slices": []}, "slices: layers cannot"),
         ({"modules": {}}, "modules"),
@@ -156,13 +190,18 @@ def test_a_list_of_numbers_is_a_gradient_over_the_layers(where: dict[str, Any], 
         ({"models": [{"model": "math+lora", "parameters": {"weight": 1}}]}, "names an adapter"),
         ({"models": [{"model": "math", "parameters": {"weight": [0.1, 0.5]}}]}, "the number of layers, for gradients"),
         ({"models": [{"model": "math", "parameters": {"weight": [0.1, {"value": 1}]}}]}, "weight: must be a number, a"),
-        ({"merge_method": "ties", "parameters": {"density": [0.1, 0.5]}}, "weight: ties has one"),
+        ({"merge_method": "ties", "parameters": {"density": [0.1, 0.5]}}, "density: one number"),
         ({"models": [{"model": "math", "parameters": {"weight": "high"}}]}, "weight: must be a number"),
         ({"parameters": {"densty": 1}}, "parameters: densty is not known for task_arithmetic"),
         ({"parameters": {"lambda": "x"}}, "lambda: must be a number"),
         ({"parameters": {"normalize": 1}}, "normalize: must be true or false"),
         ({"merge_method": "linear", "parameters": {"normalize": False}}, "normalize: linear without it"),
-        ({"merge_method": "ties"}, "weight: ties has one positive weight"),
+        ({"merge_method": "ties", "models": [{"model": "m", "parameters": {"weight": 0}}]}, "weight: ties has none"),
+        ({"merge_method": "ties", "models": [{"model": "m", "parameters": {"weight": -1}}]}, "weight: ties has none"),
+        ({"merge_method": "breadcrumbs", "parameters": {"rescale": True}}, "rescale: breadcrumbs"),
+        ({"merge_method": "breadcrumbs", "parameters": {"density": 1.5}}, "density must|gamma must|beta must"),
+        ({"merge_method": "model_stock"}, "parameters: weight is not known for model_stock"),
+        ({"merge_method": "model_stock", "parameters": {"filter_wise": True}}, "filter_wise: a ratio"),
         ({"merge_method": "ties", "parameters": {"rescale": True}}, "rescale"),
         ({"merge_method": "ties", "parameters": {"normalize": False}}, "normalize"),
         ({"dtype": "int8"}, "out_dtype must be"),

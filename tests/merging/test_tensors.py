@@ -252,6 +252,7 @@ def test_task_weights_say_where_there_are_none_or_more_is_needed() -> None:
     base, models = {"w": torch.zeros(4, 4)}, [{"w": torch.ones(4, 4)}, {"w": torch.eye(4)}]
     assert fm.task_weights(base, models, fm.Recipe(scope="tensor")) is None
     assert fm.task_weights(base, models, fm.Recipe(method="average")) == (0.5, 0.5)
-    assert fm.task_weights(base, models, fm.Recipe(method="ties", scope="tensor")) is None
+    assert fm.task_weights(base, models, fm.Recipe(method="ties", scope="tensor")) == (0.5, 0.5)
+    assert fm.task_weights(base, models, fm.Recipe(method="pcb", scope="tensor")) is None
     with pytest.raises(fm.ArgumentError, match="ties needs more of the whole model than weights"):
         fm.task_weights(base, models, fm.Recipe(method="ties"))

@@ -1,7 +1,9 @@
-"""TIES, DARE and PCB against their papers' formulas, written out over all entries of the model in float64."""
+"""TIES, DARE, PCB, Model Breadcrumbs and Model Stock against their papers' formulas, written out in float64."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 import freemerge as fm
-from formulas import pcb, ties
+from formulas import agreeing, breadcrumbs, model_stock, pcb, ties
 
 State = dict[str, Tensor]
 Array = npt.NDArray[np.float64]
@@ -42,7 +44,7 @@ def vectors(base: State, models: list[State], names: list[str]) -> list[Array]:
 def check(recipe: fm.Recipe, base: State, models: list[State], formula: Any) -> None:
     """Compare a merge with a formula of the task vectors of the model, or of each tensor."""
     merged = fm.merge(base, models, recipe.replace(scale=1.0, out_dtype="float32"))
-    groups = [[name] for name in base] if recipe.scope == "tensor" else [list(base)]
+    groups = [list(base)] if getattr(recipe.method, "scope", "tensor") == "model" else [[name] for name in base]
     for names in groups:
         actual = np.concatenate([(merged[n].double() - base[n].double()).numpy().ravel() for n in names])
         np.testing.assert_allclose(actual, formula(vectors(base, models, names)), rtol=1e-5, atol=1e-6)
@@ -67,12 +69,91 @@ def test_ties(count: int, density: float, dtype: torch.dtype | None, scope: str)
     )
 
 
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("weights", [(0.5, 0.3, 0.2), (2.0, 0.0, 1.0), (0.7, -0.4, 0.1), (0.0, 0.0, 0.0)])
+def test_ties_with_weights(weights: tuple[float, ...], scope: str) -> None:
+    recipe = fm.Recipe(method="ties", density=0.6, scope=scope, weights=weights)
+    check(recipe, *states(3), lambda v: ties(v, 0.6, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("weight", [0.1, 1 / 3, 7.0])
+def test_ties_with_equal_weights_is_the_papers_to_the_byte(weight: float, dtype: torch.dtype) -> None:
+    base, models = states(3, dtype)
+    plain = fm.merge(base, models, fm.Recipe(method="ties"))
+    weighted = fm.merge(base, models, fm.Recipe(method="ties", weights=[weight] * 3))
+    assert all(torch.equal(tensor, weighted[name]) for name, tensor in plain.items())
+    turned = fm.merge(base, models, fm.Recipe(method="ties", weights=[-weight] * 3, scale=-1))
+    assert all(torch.equal(tensor, turned[name]) for name, tensor in plain.items())
+
+
 def test_ties_by_hand() -> None:
     base = torch.zeros(5)
     models = [torch.tensor([4.0, 3.0, 0.1, -2.0, 2.0]), torch.tensor([-1.0, 5.0, 0.2, -6.0, -2.0])]
     recipe = fm.Recipe(method="ties", density=0.8, scale=1)
     assert fm.merge_tensors(base, models, recipe=recipe).tolist() == [4.0, 4.0, 0.0, -4.0, 0.0]
     assert fm.merge_tensors(base, models, method="ties").tolist() == [4.0, 0.0, 0.0, -6.0, 0.0]
+    # 3 * 2 outweighs -2, and 4 and 5 count three times as much as the rest
+    weighted = fm.merge_tensors(base, models, recipe=recipe, weights=[3, 1])
+    torch.testing.assert_close(weighted, torch.tensor([4.0, 3.5, 0.0, -3.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("count", "beta", "gamma", "dtype"),
+    [
+        (1, 0.85, 0.007, torch.float32),
+        (3, 0.5, 0.1, torch.float32),
+        (4, 0.3, 0.2, torch.bfloat16),
+        (2, 0.0, 0.0, torch.float64),
+        (2, 0.6, 0.5, torch.float32),
+        (2, 1.0, 0.0, torch.float32),
+    ],
+)
+def test_breadcrumbs(count: int, beta: float, gamma: float, dtype: torch.dtype) -> None:
+    recipe = fm.Recipe(method="breadcrumbs", beta=beta, gamma=gamma)
+    check(recipe, *states(count, dtype), lambda v: breadcrumbs(v, beta, gamma))
+
+
+def test_breadcrumbs_by_hand() -> None:
+    models = [torch.tensor([4.0, -3.0, 0.1, -2.0, 2.0]), torch.tensor([-1.0, 5.0, 0.2, -6.0, -2.0])]
+    recipe = fm.Recipe(method="breadcrumbs", beta=0.4, gamma=0.2, weights=[1, 10])
+    # of the first 4 is an outlier, and 2 is kept twice: both are equal to the smallest that is kept
+    assert fm.merge_tensors(torch.zeros(5), models, recipe=recipe).tolist() == [0.0, 47.0, 0.0, -2.0, -18.0]
+    assert fm.Recipe(method="breadcrumbs").global_scale(3) == 0.4
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("common", [0.0, 1.0])
+def test_model_stock(count: int, common: float) -> None:
+    base, models = states(count, torch.float64)
+    shared, _ = states(0, seed=1)
+    models = [{name: tensor + common * shared[name] for name, tensor in model.items()} for model in models]
+    check(fm.Recipe(method="model_stock", compute_dtype="float64"), base, models, model_stock)
+
+
+def test_model_stock_by_hand() -> None:
+    def merged(*models: list[float]) -> list[float]:
+        tensors = [torch.tensor(model) for model in models]
+        return fm.merge_tensors(torch.ones(2), [1 + tensor for tensor in tensors], method="model_stock").tolist()  # type: ignore[no-any-return]
+
+    assert merged([4.0, 0.0], [2.0, 0.0]) == [4.0, 1.0], "the mean of what is parallel"
+    assert merged([4.0, 0.0], [0.0, 4.0]) == [1.0, 1.0], "the base, where they are orthogonal"
+    assert merged([4.0, 0.0], [-4.0, 0.0]) == [1.0, 1.0], "and where they cancel"
+    assert merged([4.0, 0.0], [0.0, 0.0]) == [1.0, 1.0]
+    assert merged([3.0, 4.0], [4.0, 3.0]) == pytest.approx([1 + 3.5 * 48 / 49] * 2), "cos 24/25, t = 48/49"
+    tiny = merged([3e-5, 4e-5], [4e-5, 3e-5])
+    assert [value - 1 for value in tiny] == pytest.approx([3.5e-5 * 48 / 49] * 2, rel=0.01), "however small"
+
+
+def test_model_stock_says_its_ratios_and_takes_two_models(tmp_path: Path) -> None:
+    base, models = {"w": torch.zeros(2)}, [{"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([4.0, 3.0])}]
+    recipe = fm.Recipe(method="model_stock")
+    fm.merge_checkpoints(base, models, tmp_path / "out", recipe, progress=False)
+    manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())
+    assert manifest["tensors"]["w"]["ratio"] == pytest.approx(48 / 49)
+    for call in (fm.merge, fm.inspect, lambda *inputs: fm.analyze(*inputs[:2], methods=["model_stock"])):
+        with pytest.raises(fm.ArgumentError, match="method model_stock takes at least 2 models"):
+            call(base, models[:1], recipe)
 
 
 @pytest.mark.parametrize("scope", ["model", "tensor"])
@@ -110,7 +191,7 @@ def test_pcb_where_products_overflow(scope: str) -> None:
     assert fm.merge(empty, [empty], fm.Recipe(method="pcb", scope=scope))["none"].shape == (0, 4)
 
 
-@pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
+@pytest.mark.parametrize("method", ["ties", "pcb", "dare", "breadcrumbs", "model_stock"])
 def test_task_vectors_of_zero(method: str) -> None:
     base, (model,) = states(1)
     assert all(torch.equal(t, base[n]) for n, t in fm.merge(base, [base, base], fm.Recipe(method=method)).items())
@@ -134,7 +215,37 @@ def test_dare_keeps_rescaled_entries_and_the_expectation() -> None:
     assert torch.equal(merged(drop=0, weights=[2.0, -1.0]), torch.full((50, 40), -1.0))
 
 
-@pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
+@pytest.mark.parametrize("weights", ["sum", (0.7, -0.3, 0.2)])
+def test_dare_elects_signs_of_what_it_did_not_drop(weights: Any) -> None:
+    """Each alone says what is dropped: the same as without an election."""
+    base, models = states(3)
+    recipe = fm.Recipe(method="dare", drop=0.5, seed=4, scale=1.0, out_dtype="float64")
+    lambdas = (1.0, 1.0, 1.0) if weights == "sum" else weights
+    alone = [
+        fm.merge(base, models, recipe.replace(weights=[w if i == j else 0.0 for j in range(3)]))
+        for i, w in enumerate(lambdas)
+    ]
+    elected = fm.merge(base, models, recipe.replace(sign_election=True, weights=weights))
+    kept = 0
+    for name, tensor in base.items():
+        vectors = np.array([(merged[name] - tensor.double()).numpy() for merged in alone])
+        np.testing.assert_allclose(
+            (elected[name] - tensor.double()).numpy(), (vectors * agreeing(vectors)).sum(0), rtol=1e-5, atol=1e-6
+        )
+        kept += int((vectors != 0).sum())
+    assert kept == pytest.approx(1.5 * sum(tensor.numel() for tensor in base.values()), rel=0.2)
+
+
+def test_dare_without_drops_elects_the_signs_of_the_sum() -> None:
+    models = [torch.tensor([4.0, 3.0, -2.0, 1.0]), torch.tensor([-1.0, 5.0, 2.0, -3.0])]
+    recipe = fm.Recipe(method="dare", drop=0, sign_election=True, scale=1)
+    assert fm.merge_tensors(torch.zeros(4), models, recipe=recipe).tolist() == [4.0, 8.0, 0.0, -3.0]
+    assert fm.merge_tensors(torch.zeros(4), models, recipe=recipe, weights=[1, 5]).tolist() == [-5.0, 28.0, 10.0, -15.0]
+    assert recipe.method.linear is False
+    assert fm.Recipe(method="dare", sign_election=True).global_scale(2) == 0.4
+
+
+@pytest.mark.parametrize("method", ["ties", "pcb", "dare", "breadcrumbs", "model_stock"])
 def test_order_threads_and_layout_do_not_matter(method: str) -> None:
     base, models = states(3)
     base["big"] = torch.zeros(300, 400)
@@ -165,7 +276,7 @@ def test_dare_goes_by_the_tensors_name() -> None:
     assert not torch.equal(merged["a"], merged["b"])
 
 
-@pytest.mark.parametrize("method", ["ties", "pcb", "dare"])
+@pytest.mark.parametrize("method", ["ties", "pcb", "dare", "breadcrumbs", "model_stock"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_found(method: str, bad: float) -> None:
     base, models = states(2)
@@ -180,6 +291,9 @@ def test_values_that_are_not_finite_are_found(method: str, bad: float) -> None:
         ({"method": "ties", "density": 1.5}, "density must be a number from 0 to 1"),
         ({"method": "ties", "scope": "row"}, "scope must be one of"),
         ({"method": "pcb", "density": -1}, "density must be"),
+        ({"method": "ties", "weights": "sum"}, "weights must be 'uniform' or a list of finite numbers"),
+        ({"method": "breadcrumbs", "beta": 1.5}, "beta must be a number from 0 to 1"),
+        ({"method": "dare", "sign_election": 1}, "sign_election must be true or false"),
         ({"method": "dare", "drop": 1}, "drop must be a number from 0 to 0.9999"),
         ({"method": "dare", "seed": 1.5}, "seed must be a whole number >= 0, got 1.5"),
         ({"method": "dare", "seed": True}, "seed must be"),

@@ -32,6 +32,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in METHODS),
     ("ties", {"scope": "tensor"}),
     ("pcb", {"scope": "tensor"}),
+    ("dare", {"sign_election": True}),
     ("fr", {"scope": "tensor", "stats": "filtered"}),
     ("fr", {"align": True, "sign_election": True}),
     ("wudi", {"rank": 0.5}),
@@ -98,6 +99,8 @@ def test_other_tensors(name: str, options: dict[str, Any], count: int) -> None:
     vectors = unit([(1 << 21,)], count, torch.float32)
     size = 4 * entries(vectors)
     method = METHODS[name](**options)
+    if count < method.fewest:
+        return
     declared = method.holds(count, None)
     taken = allocated(method, vectors, count)
     assert taken <= declared * size + FIXED

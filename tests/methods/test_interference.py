@@ -74,6 +74,15 @@ def test_the_formula(method: str, tmp_path: Path) -> None:
     assert all(torch.equal(again[name], at_once[name]) for name in base)
 
 
+@pytest.mark.parametrize("elected", [False, True])
+def test_of_dare_it_is_that_of_the_mean_or_of_the_signs_that_were_elected(elected: bool, tmp_path: Path) -> None:
+    base, others = models(3)
+    options: dict[str, object] = {"method": "dare", "drop": 0.5, "sign_election": elected}
+    seen = options if elected else {"method": "task_arithmetic"}
+    merged = fm.merge(base, others, fm.Recipe(scale=1.0, out_dtype="float64", **seen))  # type: ignore[arg-type]
+    assert found(base, others, tmp_path / "out", **options) == pytest.approx(formula(base, others, merged), rel=2e-5)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_with_a_filter_around_the_method(when: str, tmp_path: Path) -> None:
     base, others = models(3)

@@ -78,6 +78,8 @@ class Merger:
             self._chosen.require()
         self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
         self.method, self.memory = recipe.merging, memory
+        if len(models) < recipe.method.fewest:
+            raise ArgumentError(f"method {recipe.method.name} takes at least {recipe.method.fewest} models")
         self._widest: torch.dtype = getattr(torch, recipe.compute_dtype)
         self.stopwatch = Stopwatch()
 

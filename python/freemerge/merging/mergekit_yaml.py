@@ -7,7 +7,7 @@ Values follow mergekit's rules: a parameter of a model before a shared one, of a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from ..checkpoint.hub_cache import local_path
 from ..checkpoint.patterns import patterns_for
 from ..checkpoint.quantised import dequantised
 from ..errors import ArgumentError
+from ..methods.breadcrumbs import Breadcrumbs
+from ..methods.model_stock import ModelStock
 from ..methods.task_arithmetic import TaskArithmetic
 from ..methods.ties import TIES
 from ..responses import finite_number
@@ -36,6 +38,12 @@ _REFUSED = {
     "modules": "parts of a model cannot have methods of their own here; use mergekit-yaml",
     "tokenizer": "vocabularies are not changed here; use --tokenizer-from, or mergekit-yaml",
     "chat_template": "chat templates are not changed here; use --tokenizer-from, or mergekit-yaml",
+}
+_DROPS = "what it drops is random, and it keeps the sum of magnitudes of the rest instead of the expected value"
+_DIFFERENT = {
+    "dare_linear": _DROPS,
+    "dare_ties": f"{_DROPS}; dare with sign_election is the paper's",
+    "slerp": "it is no sum of task vectors; average with scale t is the straight line",
 }
 
 
@@ -122,11 +130,14 @@ class _Config:
             "linear": self._linear,
             "task_arithmetic": self._task_arithmetic,
             "ties": self._ties,
+            "breadcrumbs": self._breadcrumbs,
+            "model_stock": self._model_stock,
         }
-        asked = self._fields.get("merge_method")
+        asked = str(self._fields.get("merge_method"))
         if asked not in methods:
+            why = f" ({_DIFFERENT[asked]})" if asked in _DIFFERENT else ""
             raise ArgumentError(
-                f"merge_method: {asked!r} is not computed here as mergekit does, only {', '.join(methods)}; "
+                f"merge_method: {asked!r} is not computed here as mergekit does{why}, only {', '.join(methods)}; "
                 "freemerge mergekit-yaml runs it in mergekit"
             )
         names = [_path(entry.get("model")) for entry in self._models]
@@ -170,15 +181,34 @@ class _Config:
     def _ties(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> dict[str, Any]:
         if not self._flag("normalize", True):
             raise ArgumentError("normalize: ties without it is not computed here; freemerge mergekit-yaml runs it")
+        self._refuse_rescale("ties")
+        weights = tuple(self._constant(entry, "weight") for entry in others)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ArgumentError("weight: ties has none below zero here, nor zeros alone; mergekit-yaml takes others")
+        method = TIES(density=self._common(others, "density", 1.0), scope="tensor")
+        equal = len(set(weights)) == 1
+        return {"method": method if equal else method.replace(weights=weights), "scale": self._number("lambda", 1.0)}
+
+    def _breadcrumbs(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> dict[str, Any]:
+        self._refuse_rescale("breadcrumbs")
+        weights = tuple(self._constant(entry, "weight") for entry in others)
+        if self._flag("normalize", False):
+            if sum(weights) == 0:
+                raise ArgumentError("weight: they sum to zero and cannot be normalized")
+            weights = tuple(weight / sum(weights) for weight in weights)
+        density = self._common(others, "density", 1.0)
+        outliers = min(self._common(others, "gamma", 0.01), 1.0 - density)  # in mergekit density goes first
+        method = Breadcrumbs(beta=max(0.0, 1.0 - density - outliers), gamma=outliers, weights=weights)
+        return {"method": method, "scale": self._number("lambda", 1.0)}
+
+    def _model_stock(self, others: list[dict[str, Any]], itself: list[dict[str, Any]]) -> dict[str, Any]:
+        if self._flag("filter_wise", False):
+            raise ArgumentError("filter_wise: a ratio for each row is not computed here; mergekit-yaml runs it")
+        return {"method": ModelStock(), "scale": 1.0}
+
+    def _refuse_rescale(self, method: str) -> None:
         if self._flag("rescale", False):
-            raise ArgumentError("rescale: ties with it is not computed here; freemerge mergekit-yaml runs it")
-        weight = {self._constant(entry, "weight") for entry in others}
-        if len(weight) > 1 or min(weight) <= 0:
-            raise ArgumentError("weight: ties has one positive weight for all models here; mergekit-yaml takes others")
-        densities = {self._constant(entry, "density", 1.0) for entry in others}
-        if len(densities) > 1:
-            raise ArgumentError("density: ties has one density for all models here; mergekit-yaml takes others")
-        return {"method": TIES(density=densities.pop(), scope="tensor"), "scale": self._number("lambda", 1.0)}
+            raise ArgumentError(f"rescale: {method} with it is not computed here; freemerge mergekit-yaml runs it")
 
     def _rules(self, entry: Mapping[str, Any], parameter: str, default: float | None = None) -> Rules:
         """The values of a parameter for one model, its own before the shared ones."""
@@ -200,6 +230,13 @@ class _Config:
         if len(rules) != 1 or rules[0][0] or isinstance(rules[0][1], tuple):
             raise ArgumentError(f"{parameter}: one number for all tensors is possible here; mergekit-yaml takes more")
         return rules[0][1]
+
+    def _common(self, entries: Sequence[Mapping[str, Any]], parameter: str, default: float) -> float:
+        """One number for all tensors and models."""
+        values = {self._constant(entry, parameter, default) for entry in entries}
+        if len(values) > 1:
+            raise ArgumentError(f"{parameter}: one number for all models is possible here; mergekit-yaml takes more")
+        return values.pop()
 
     def _number(self, name: str, default: float) -> float:
         self._used.add(name)

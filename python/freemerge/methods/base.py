@@ -58,6 +58,7 @@ class Method(ABC):
     sees_matrices: ClassVar[bool] = True  #: False: the method is the same for matrices and other tensors
     regained: ClassVar[float] = 1.0  #: how much of the task vectors a scale that is a projection gives back
     strengthened: ClassVar[float] = 1.0  #: by how much more than the scale of least interference helps, as measured
+    fewest: ClassVar[int] = 1  #: models that it takes
 
     def __init_subclass__(cls) -> None:
         if "name" in cls.__dict__ and METHODS.setdefault(cls.name, cls) is not cls:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .parameters import WHOLE_NUMBER, number, parameter, weights_parameter
+from .election import elected_sum
+from .parameters import FLAG, WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale
 from .task_arithmetic import TaskArithmetic
 from .vectors import Deltas, Sides, TaskVectors, added
@@ -30,6 +31,7 @@ class DARE(Method):
         drop: the probability p.
         seed: another one drops other entries.
         weights: lambda_i = 1 at scale 0.4, or given at scale 1.
+        sign_election: add up only the entries that agree with the elected sign, as TIES-Merging elects it.
     """
 
     name = "dare"
@@ -40,23 +42,28 @@ class DARE(Method):
     drop: float = parameter(0.9, "share of each task vector that is dropped", kind=number(0, 0.9999))
     seed: int = parameter(0, "seed of what is dropped", kind=WHOLE_NUMBER)
     weights: Literal["sum"] | tuple[float, ...] = weights_parameter("sum")
+    sign_election: bool = parameter(False, "keep the entries that agree with the sign of the sum", kind=FLAG)
 
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return min(count, 3) + 2  # random numbers and masks beside them
+        return 7 if self.sign_election else min(count, 3) + 2  # random numbers and masks beside them
 
     @property
     def linear(self) -> bool:
-        return True
+        return not self.sign_election
 
     def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
-        # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them.
+        # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them,
+        # which is not known where signs are elected.
+        if self.sign_election:
+            return super().interference_scale(units, measured)
         return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged(added(self._weighted(vectors, measured.weights)))
+        kept = self._weighted(vectors, measured.weights)
+        return Merged(elected_sum(kept) if self.sign_election else added(kept))
 
     def _weighted(self, vectors: TaskVectors, weights: Sequence[float]) -> Iterator[list[Tensor]]:
         """weights[i] times what is kept of v_i, over 1 - p."""

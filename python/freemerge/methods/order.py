@@ -43,6 +43,11 @@ def kth_largest(whole: Whole[Iterable[tuple[int, Tensor]]], count: int, share: f
     ]
 
 
+def kth_of(magnitude: Tensor, share: float) -> float:
+    """The same of one tensor alone."""
+    return kth_largest(Whole(lambda: [[(0, magnitude)]]), 1, share)[0]
+
+
 def _bits(values: Tensor) -> Iterator[Tensor]:
     """The bits of the numbers as float32, in chunks, because a histogram copies its input to int64."""
     for chunk in torch.split(values.flatten(), 1 << 18):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ..lazy import torch
 from .base import Measured, Merged, Method
-from .order import kth_largest
-from .parameters import number, parameter
+from .election import Election
+from .order import kth_largest, kth_of
+from .parameters import number, parameter, weights_parameter
 from .vectors import Sides, TaskVectors
 from .whole import Whole
 
@@ -31,10 +31,15 @@ class TIES(Method):
     Trimming keeps the largest entries of each v_i, and all that are equal to the smallest of them. Where the trimmed
     entries sum to zero, no sign is elected, and the merged entry is zero.
 
+    With ``weights``, which the paper has not, signs are elected by ``sum_i lambda_i v_i``, and the mean is the weighted
+    one: the sum of those lambda_i v_i that agree over that of their ``|lambda_i|``. It is the same for any multiple of
+    the weights, so that equal ones are the paper's; a negative one stands for the opposite task vector.
+
     Attributes:
         density: share of each v_i that is kept.
         scope: whether that share is of the ``"model"``, as in the paper, which takes two passes of its own over all
             weights, or of each ``"tensor"``.
+        weights: lambda_i, equal or given.
     """
 
     name = "ties"
@@ -47,6 +52,7 @@ class TIES(Method):
     scope: Literal["model", "tensor"] = parameter(
         "model", "of what the largest entries are kept", choices=("model", "tensor")
     )
+    weights: Literal["uniform"] | tuple[float, ...] = weights_parameter("uniform")
 
     @property
     def passes(self) -> int:
@@ -60,46 +66,26 @@ class TIES(Method):
         return self.scope == "model"
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
+        alone = super().measure(units, count)
         if self.scope == "tensor":
-            return Measured()
+            return alone
 
         def magnitudes(vectors: TaskVectors) -> Iterator[tuple[int, Tensor]]:
             for model, deltas in enumerate(vectors.each()):
                 yield from ((model, delta.abs_()) for delta in deltas)
 
-        return Thresholds(thresholds=tuple(kth_largest(units.through(magnitudes), count, self.density)))
+        return Thresholds(alone.weights, thresholds=tuple(kth_largest(units.through(magnitudes), count, self.density)))
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        """One look at each model: the sums and counts of both signs are kept until the sign is known."""
+        """One look at each model: what both signs amount to is kept until one is elected."""
         thresholds = measured.thresholds if isinstance(measured, Thresholds) else ()
-        agreements: list[_Agreement] = []
+        largest = max(map(abs, measured.weights)) or 1.0  # over which equal weights are exactly one
+        elections: list[Election] = []
         for model, deltas in enumerate(vectors.each()):
-            agreements = agreements or [_Agreement(delta) for delta in deltas]
-            for delta, agreement in zip(deltas, agreements, strict=True):
+            elections = elections or [Election(delta, shares=True) for delta in deltas]
+            for delta, election in zip(deltas, elections, strict=True):
                 magnitude = delta.abs().float()
-                threshold = thresholds[model] if thresholds else self._threshold(magnitude)
-                agreement.add(delta.masked_fill_(magnitude < threshold, 0.0))
-        return Merged([agreement.mean() for agreement in agreements])
-
-    def _threshold(self, magnitude: Tensor) -> float:
-        return kth_largest(Whole(lambda: [[(0, magnitude)]]), 1, self.density)[0]
-
-
-class _Agreement:
-    """Sums and counts of the positive and of the negative entries of one tensor."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._sums = [torch.zeros_like(like) for _ in range(2)]
-        self._counts = [torch.zeros_like(like, dtype=torch.int32) for _ in range(2)]
-
-    def add(self, delta: Tensor) -> None:
-        for total, count, part in zip(self._sums, self._counts, (delta.clamp(min=0), delta.clamp(max=0)), strict=True):
-            total.add_(part)
-            count.add_(part != 0)
-
-    def mean(self) -> Tensor:
-        """The mean of the entries whose sign is that of their sum; zero where that is zero."""
-        (positive, negative), (positives, negatives) = self._sums, self._counts
-        elected = positive + negative
-        mean = torch.where(elected > 0, positive / positives, negative / negatives)
-        return mean.masked_fill_(elected == 0, 0.0)
+                threshold = thresholds[model] if thresholds else kth_of(magnitude, self.density)
+                delta.masked_fill_(magnitude < threshold, 0.0)
+                election.add(delta, measured.weights[model] / largest)
+        return Merged([election.mean() for election in elections])
