@@ -557,6 +557,7 @@ def test_experts(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     loaded = fm.Expert.load(tmp_path / "experts" / "model-2.safetensors").dense()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected["model-2"].dense().items())
     assert run("experts", *files, "-o", tmp_path / "experts") == 3
+    assert run("experts", *files, "-o", tmp_path / "experts", "--force") == 0
 
 
 def test_experts_of_low_rank(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,3 +118,36 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command, "-o", str(tmp_path / "json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 2
     assert main([*command, "-o", str(tmp_path / "json")]) == 3
+    assert "use --force" in capsys.readouterr().err
+    assert main([*command, "-o", str(tmp_path / "json"), "--force"]) == 0
+
+
+@pytest.mark.parametrize("foreign", ["README.md", "of PEFT", "broken", "base"])
+def test_force_replaces_only_adapters_of_freemerge(foreign: str, tmp_path: Path) -> None:
+    base = {"a.weight": torch.randn(6, 5)}
+    out = tmp_path / "adapter"
+    save_file(changed(base, 1), tmp_path / "tuned.safetensors")
+    fm.extract_lora(base, tmp_path / "tuned.safetensors", out, rank=1)
+    weights = out / "adapter_model.safetensors"
+    if foreign == "README.md":
+        (out / foreign).touch()
+    elif foreign == "of PEFT":
+        save_file(load_file(weights), weights, metadata={"format": "pt"})
+    elif foreign == "broken":
+        weights.write_bytes(b"")
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(fm.RefusedError, match="is an input" if foreign == "base" else "even force"):
+        fm.extract_lora(base, out if foreign == "base" else base, out, rank=1, force=True)
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "tuned.safetensors"]
+
+
+def test_force_replaces_an_adapter_at_once(tmp_path: Path) -> None:
+    base = {"a.weight": torch.randn(6, 5)}
+    out = tmp_path / "adapter"
+    for rank in (1, 2):
+        fm.extract_lora(base, changed(base, 3), out, rank=rank, force=True)
+    assert load_file(out / "adapter_model.safetensors")["base_model.model.a.lora_A.weight"].shape == (2, 5)
+    with pytest.raises(fm.CheckpointError, match="no linear layer"):
+        fm.extract_lora(base, base, out, rank=1, force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]

@@ -19,8 +19,10 @@ from .accumulate import task_vector_sum
 from .checkpoint import MERGEABLE, Checkpoint, Source, open_inputs
 from .checkpoint.compare import compare
 from .checkpoint.hub_cache import hub_id
+from .checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .checkpoint.prefixes import Rename
-from .checkpoint.publish import Staging, check_target, target
+from .checkpoint.publish import Staging, check_target, refuse_inputs, target
+from .checkpoint.safetensors_file import SafetensorsFile
 from .errors import ArgumentError, CheckpointError
 from .experts.leading import leading_triplets
 from .merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
@@ -28,6 +30,7 @@ from .methods.wudi import EMBEDDINGS
 
 _LAYERS = ("Linear", "Conv1D")  # of torch and transformers; the second holds its weight transposed
 _WEIGHT = ".weight"
+_MARK = {"writer": "freemerge"}  # in the metadata of the weights: other adapters may have taken days of training
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def extract_lora(
     out: str | os.PathLike[str],
     *,
     rank: int,
+    force: bool = False,
     select: Sequence[Rule | tuple[str, Action]] = (),
     rename: Sequence[Rename] = (),
 ) -> Lora:
@@ -61,6 +65,7 @@ def extract_lora(
     Args:
         base, model: state dicts, modules or paths, with the same tensors; the model may be merged, or fine-tuned.
         rank: r, of every layer; ``lora_alpha`` is the same, so that nothing is scaled.
+        force: replace an adapter at ``out`` that this function wrote, at once when the new one is complete.
         select: rules as of a recipe: tensors with action "copy" or "drop" are left out.
         rename: changes of prefixes in the model's names, as in a recipe.
 
@@ -68,12 +73,12 @@ def extract_lora(
     embeddings are none. Whatever else differs (embeddings, biases, norms) is left out and named in the result.
 
     Raises ArgumentError for a bad rank, CheckpointError for models that do not match, are not finite or do not differ,
-    RefusedError if ``out`` exists and is not empty.
+    RefusedError if ``out`` exists, is not empty and may not be replaced, or is one of the inputs.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ArgumentError(f"rank must be a whole number of at least 1, got {rank!r}")
     folder = target(out)
-    check_target(folder, single_file=False, force=False)
+    check_target(folder, single_file=False, force=force, foreign=_other_than_ours)
     rules = rules_of(select)
     factors: dict[str, Tensor] = {}
     modules: dict[str, bool] = {}  # whether they hold their weight transposed
@@ -88,6 +93,7 @@ def extract_lora(
         )
         check_rules(rules, inputs.names)
         start, (tuned,) = inputs.base, inputs.models
+        refuse_inputs(folder, (start, tuned))
         for name, change in _changes(start, tuned, rules):
             total += float(change.double().square().sum())
             module = _linear_layer(start, name)
@@ -104,15 +110,27 @@ def extract_lora(
             raise CheckpointError(f"no linear layer of {tuned.label} differs from that of {start.label}")
         staging = Staging(folder)
         try:
-            file = staging.directory / "adapter_model.safetensors"
-            save_file(factors, file, metadata={"format": "pt"})
+            file = staging.directory / ADAPTER_WEIGHTS[0]
+            save_file(factors, file, metadata={"format": "pt", **_MARK})
             config = json.dumps(_config(start, modules, rank), indent=2) + "\n"
-            (staging.directory / "adapter_config.json").write_text(config, encoding="utf-8")
+            (staging.directory / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
             nbytes = file.stat().st_size
-            staging.publish(None, force=False)
+            staging.publish(None, force=force, foreign=_other_than_ours)
         finally:
             staging.discard()
     return Lora(folder, rank, len(modules), kept / total, tuple(left_out), nbytes)
+
+
+def _other_than_ours(folder: Path) -> str | None:
+    """Adapters of freemerge are told by a mark in the header of their weights."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or path.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS[0]):
+            return f"it holds {path.name}"
+    try:
+        metadata = SafetensorsFile(folder / ADAPTER_WEIGHTS[0]).metadata
+    except (CheckpointError, OSError):
+        return f"{ADAPTER_WEIGHTS[0]} cannot be read"
+    return None if metadata.items() >= _MARK.items() else f"{ADAPTER_WEIGHTS[0]} has no mark of it"
 
 
 def _changes(base: Checkpoint, model: Checkpoint, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,7 @@ def command() -> Command:
         [
             *base_and_models(),
             Option("-o", "--out", type=PATH, required=True, help="new directory for the expert files"),
+            Option("--force", is_flag=True, help="replace a directory of expert files"),
             Option("--values", type=Named(get_args(Values)), help="default bf16; svd2 with --budget or --rank"),
             Option(
                 "--backbone",
@@ -62,12 +63,13 @@ def command() -> Command:
     )
 
 
-def run(output: Output, base: Path, models: Sequence[Path], out: Path, **options: Any) -> int:
+def run(output: Output, base: Path, models: Sequence[Path], out: Path, force: bool, **options: Any) -> int:
     """Extract a light expert of each model: its task vector's largest entries, or what a merged model lacks of it."""
     from ..experts import iter_experts, save_experts
 
     with joined() as workers:
-        saved = save_experts(iter_experts(base, models, **options, workers=workers), out, workers=workers)
+        experts = iter_experts(base, models, **options, workers=workers)
+        saved = save_experts(experts, out, force=force, workers=workers)
     if workers.rank:  # the first one talks
         return DONE
     lines = [

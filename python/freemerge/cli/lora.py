@@ -23,6 +23,7 @@ def command() -> Command:
             Argument("model", type=PATH, help="a merged or fine-tuned model of it"),
             Option("--rank", type=int, required=True, metavar="R", help="of every layer"),
             Option("-o", "--out", type=PATH, required=True, help="new directory for the adapter"),
+            Option("--force", is_flag=True, help="replace an adapter that freemerge wrote"),
             *names(),
         ],
         examples="""
@@ -38,6 +39,7 @@ def run(
     model: Path,
     rank: int,
     out: Path,
+    force: bool,
     select: Sequence[Any],
     rename: Sequence[tuple[str, str]],
 ) -> int:
@@ -45,7 +47,7 @@ def run(
     each linear layer."""
     from ..lora import extract_lora
 
-    made = extract_lora(base, model, out, rank=rank, select=select, rename=rename)
+    made = extract_lora(base, model, out, rank=rank, force=force, select=select, rename=rename)
     output.result(made, f"{out}: {made.layers} layers, {made.kept:.2%} of the change, {made.nbytes / 1e6:.3g} MB")
     if made.left_out:
         more = f" and {len(made.left_out) - _LISTED} more" if len(made.left_out) > _LISTED else ""

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from pathlib import Path
 
 from ..checkpoint.publish import Staging, check_target, target
+from ..errors import CheckpointError
 from ..workers import ALONE, Workers
 from .expert import Expert
+from .format import open_file
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,22 @@ class SavedExpert:
 
 
 def save_experts(
-    experts: Iterable[tuple[str, Expert]], out: str | os.PathLike[str], *, workers: Workers = ALONE
+    experts: Iterable[tuple[str, Expert]],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    workers: Workers = ALONE,
 ) -> list[SavedExpert]:
     """Write ``TASK.safetensors`` for each task into the new directory ``out``, which :meth:`ExpertBank.load` reads.
 
     ``experts`` may be a generator (:func:`iter_experts`), so that one expert is in memory at a time. An error leaves no
-    ``out``. Raises RefusedError, before the first expert is made, if ``out`` exists and is not empty.
+    ``out``. Raises RefusedError, before the first expert is made, if ``out`` exists and is not empty; ``force``
+    replaces a folder that holds expert files and nothing else, at once when all are complete.
 
     ``workers``: processes that each write the experts :func:`iter_experts` gives them; all get the whole list.
     """
     folder = target(out)
-    check_target(folder, single_file=False, force=False)
+    check_target(folder, single_file=False, force=force, foreign=_other_than_experts)
     staging = Staging(folder, workers=workers)
     try:
         saved = []
@@ -41,7 +49,19 @@ def save_experts(
             nbytes = expert.save(staging.directory / f"{task}.safetensors")
             saved.append(SavedExpert(task, expert.mu, expert.entries, nbytes))
         written = workers.gather(saved)
-        staging.publish(None, force=False)
+        staging.publish(None, force=force, foreign=_other_than_experts)
     finally:
         staging.discard()
     return [expert for expert in chain.from_iterable(zip_longest(*written)) if expert is not None]
+
+
+def _other_than_experts(folder: Path) -> str | None:
+    """Folders of experts are told by their files, all of which are expert files by their headers."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.is_symlink() or path.suffix != ".safetensors":
+                return f"{path.name} is no expert file"
+            open_file(path)
+        except (CheckpointError, OSError):
+            return f"{path.name} is no expert file"
+    return None

@@ -29,9 +29,10 @@ from ..checkpoint import (
 from ..checkpoint.architecture import require_config
 from ..checkpoint.locate import stem_of
 from ..checkpoint.model_card import model_card
+from ..checkpoint.publish import refuse_inputs
 from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
-from ..errors import ArgumentError, RefusedError
+from ..errors import ArgumentError
 from ..methods import Measured
 from ..workers import ALONE, Workers
 from .engine import Merger, OnRead
@@ -305,14 +306,7 @@ def _writer(
     workers: Workers = ALONE,
 ) -> CheckpointWriter:
     """The writer of the output, which is refused where writing it would replace or delete an input."""
-    target = Path(out).resolve()
-    for source in (merger.base, *merger.models):
-        for path in (source.path, *source.files):
-            if path is not None and target in (path.resolve(), *path.resolve().parents):
-                verb = "is" if target == path.resolve() else "holds"
-                raise RefusedError(f"{out} {verb} an input of this merge ({path}); write somewhere else")
-        if source.directory is not None and source.directory.resolve() in target.parents:
-            raise RefusedError(f"{out} is inside of an input of this merge ({source.directory}); write somewhere else")
+    refuse_inputs(out, (merger.base, *merger.models))
     specs = [merger.out_spec(name) for name in merger.written]
     return CheckpointWriter(
         out,
