@@ -32,7 +32,7 @@ def command() -> Command:
                 metavar="MERGED",
                 help="merged model, for low rank, masks, gains, some --rescale",
             ),
-            Option("--density", section=entries, type=float, metavar="D", help="share of entries kept (default 0.01)"),
+            Option("--density", section=entries, metavar="D", help="share of entries kept: 0.01 (default) or 1%"),
             Option("--scope", section=entries, type=Named(get_args(Scope)), default="tensor", help="where D counts"),
             Option(
                 "--rescale",

@@ -24,6 +24,8 @@ class ExpertTensor(ABC):
     """
 
     coding: ClassVar[str]  #: its name in metadata and arguments
+    takes: ClassVar[tuple[str, ...]] = ()  #: what of :func:`freemerge.extract_experts` is for it
+    of_backbone: ClassVar[str] = ""  #: what it is of a merged model, which has to be given then
     shape: tuple[int, ...]
 
     def __init_subclass__(cls) -> None:
