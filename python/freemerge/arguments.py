@@ -22,8 +22,8 @@ _SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 
 def path_of(name: str, value: object) -> Path:
-    """A path, a string or anything else that the system takes for one, but bytes."""
-    if isinstance(value, bytes) or not isinstance(value, str | os.PathLike):
+    """A path, a string or anything else that the system takes for one, but neither bytes nor nothing."""
+    if value == "" or not isinstance(value, str | os.PathLike):
         raise ArgumentError(f"{name} must be a path, got {value!r}")
     return Path(value)
 
@@ -56,14 +56,22 @@ def byte_size(name: str, value: object) -> int:
     """A number of bytes, or a text such as ``"2GB"``."""
     if not isinstance(value, str):
         return whole_number(name, value, 0)
-    text = value.upper().strip()
-    unit = next((unit for unit in _SIZES if text.endswith(unit)), "")
     try:
-        found = int(float(text.removesuffix(unit)) * _SIZES.get(unit, 1))
+        return size(value)
+    except ValueError as error:
+        raise ArgumentError(f"{name}: {error}") from None
+
+
+def size(text: str) -> int:
+    """Bytes from a text such as ``"2GB"``; ValueError for any other, as parsers of options raise it."""
+    number = text.upper()
+    unit = next((unit for unit in _SIZES if number.endswith(unit)), "")
+    try:
+        found = int(float(number.removesuffix(unit)) * _SIZES.get(unit, 1))
     except (ValueError, OverflowError):
         found = -1
     if found < 0:
-        raise ArgumentError(f"{name} must be a size such as 500MB or 2GB, got {value!r}")
+        raise ValueError(f"expected a size such as 500MB or 2GB, got {text!r}")
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .arguments import function as check_function
 from .checkpoint import Checkpoint, Source
 from .errors import ArgumentError
 from .experts import Expert, ExpertBank
@@ -34,6 +35,7 @@ class Evaluation:
 
     @property
     def mean(self) -> float:
+        """The mean of the scores."""
         return fmean(self.scores.values())
 
 
@@ -55,6 +57,7 @@ def evaluate(model: Source, function: ScoreFunction) -> Evaluation:
 
     Raises ArgumentError if the function returns no finite numbers.
     """
+    check_function("function", function)
     with Checkpoint.open(model, argument="model") as opened:
         weights = {name: opened.read(name) for name in opened.specs}
         return Evaluation(opened.name, _scores(function(weights)))
@@ -75,6 +78,7 @@ def evaluate_experts(
     weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. The errors of a real
     router are not included: measure them with :class:`freemerge.RoutedModel`.
     """
+    check_function("function", function)
     with Checkpoint.open(model, argument="model") as opened:
         # A copy of the module, as only a module knows where experts with the names of its files belong.
         module = None if opened.module is None else copy.deepcopy(opened.module)

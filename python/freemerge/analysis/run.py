@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import path_of
 from ..checkpoint import Source
 from ..errors import ArgumentError, RefusedError
 from ..merging.engine import Merger
@@ -88,9 +89,9 @@ def analyze(
     recipe = Recipe(select=select, rename=rename)
     methods = _methods(methods)
     if out is not None:
-        _check_out(Path(out), force=force)
+        _check_out(path_of("out", out), force=force)
     if png is not None:
-        _check_folder(Path(png), force=force)
+        _check_folder(path_of("png", png), force=force)
         check_matplotlib()
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..arguments import path_of
 from ..errors import CheckpointError, RefusedError
 from ..workers import ALONE, Workers
 from .locks import DirectoryLock, FileLock, flush_directory, lock_of, remove_unused_files
@@ -34,10 +35,11 @@ def no_manifest(directory: Path) -> str | None:
 
 
 def target(out: str | os.PathLike[str]) -> Path:
-    """The path of an output, links followed; RefusedError for the current directory and what holds it."""
-    path, here = Path(out).resolve(), Path.cwd()
-    if not os.fspath(out):
+    """The path of an output, links followed; RefusedError for the current directory and what holds it, ArgumentError
+    for what is no path."""
+    if out == "":
         raise RefusedError("the name of the output is empty")
+    path, here = path_of("out", out).resolve(), Path.cwd()
     if path == here or path in here.parents:
         raise RefusedError(f"{out} is {'' if path == here else 'above '}the current directory; name a new one")
     return path
@@ -66,7 +68,7 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
 
 def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) -> None:
     """RefusedError for an output that would replace or delete an input, or lie inside of one."""
-    resolved = Path(out).resolve()
+    resolved = target(out)
     for source in sources:
         for path in (source.path, *source.files):
             if path is not None and resolved in (path.resolve(), *path.resolve().parents):

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import size
 from ..errors import ArgumentError
 from ..workers import joined
-from .arguments import PATH, Parsed, size, tokenizer_from
+from .arguments import PATH, Parsed, tokenizer_from
 from .command import Command, Option
 from .failures import DONE
 from .inspect import backend, tell, text_of, warn

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
+from ..arguments import path_of
 from ..errors import ArgumentError, did_you_mean
 from ..methods import METHODS, Method
 from ..methods.filtered import WHEN, Filter, Filtered, When, checked_response
@@ -202,8 +203,9 @@ class Recipe:
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises ArgumentError naming the file."""
+        path = path_of("path", path)
         try:
-            return cls.from_config(yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader))
+            return cls.from_config(yaml.load(path.read_text(encoding="utf-8"), StrictLoader))
         except OSError as error:
             raise ArgumentError(f"recipe {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError, ArgumentError) as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..arguments import byte_size, check_models, function
 from ..backends.memory import reusing
 from ..checkpoint import (
     DEFAULT_MEMORY,
@@ -39,7 +40,7 @@ from .engine import Merger, OnRead
 from .estimate import pace
 from .fill import Target
 from .inspection import Decision, Inspection
-from .progress import Progress
+from .progress import Progress, Style
 from .recipe import Recipe, checked_recipe, to_yaml
 from .selection import left_alone
 from .stages import Stage, together
@@ -113,8 +114,8 @@ def merge_checkpoints(
     *,
     backend: str = "auto",
     force: bool = False,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    memory: int = DEFAULT_MEMORY,
+    max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
+    memory: int | str = DEFAULT_MEMORY,
     resume: bool = False,
     progress: bool | Literal["json"] = True,
     tokenizer_from: TokenizerFrom = "base",
@@ -131,9 +132,9 @@ def merge_checkpoints(
     Args:
         base, models, recipe, backend: as for :func:`merge`.
         out: must not exist, unless ``force`` allows to replace an earlier output.
-        max_shard_bytes: size above which the output is sharded.
-        memory: bytes of tensors that may wait to be written, beside those at work (one tensor may always), and as many
-            that are fetched from the disk, into the system's cache, before they are needed.
+        max_shard_bytes: size above which the output is sharded, in bytes or as ``"2GB"``.
+        memory: bytes (or as ``"2GB"``) of tensors that may wait to be written, beside those at work (one tensor may
+            always), and as many that are fetched from the disk, into the system's cache, before they are needed.
         resume: go on after the tensors that a killed run of the same merge finished; without one, begin.
         progress: show a progress bar on standard error, or with "json" a log of one JSON object a line.
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
@@ -146,6 +147,8 @@ def merge_checkpoints(
     Raises:
         RefusedError: ``out`` exists and may not be replaced, or is one of the inputs. Otherwise as :func:`merge`.
     """
+    memory, style = byte_size("memory", memory), _style(progress)
+    function("on_start", on_start)
     with reusing(), ExitStack() as stack:
         with _without_collecting():
             merger = open_merger(stack, base, models, recipe, backend, memory)
@@ -165,7 +168,7 @@ def merge_checkpoints(
             Progress(
                 *reads,
                 ratio=ratio,
-                style="json" if progress == "json" else "bar" if progress else "none",
+                style=style,
             )
         )
         log.event("start", read_bytes=sum(reads), write_bytes=inspection.write_bytes)
@@ -205,7 +208,7 @@ def inspect(
     backend: str = "auto",
     out: str | Path | None = None,
     force: bool = False,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
     tokenizer_from: TokenizerFrom = "base",
 ) -> Inspection:
     """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
@@ -256,8 +259,7 @@ def open_merger(
 ) -> Merger:
     """A merger of these inputs, which ``stack`` closes. Arguments and errors as of :func:`merge_checkpoints`."""
     recipe = checked_recipe(recipe)
-    if isinstance(models, str | Path | Mapping | nn.Module):
-        raise ArgumentError("models must be a list of models, got a single one")
+    check_models(models)
     if not models:
         raise ArgumentError("models must hold at least one fine-tuned model")
     weights = recipe.method.weights
@@ -273,6 +275,15 @@ def open_merger(
     merger = Merger(inputs.base, inputs.models, recipe, backend, memory)
     merger.inputs = inputs
     return merger
+
+
+def _style(progress: object) -> Style:
+    """How progress is shown."""
+    if progress == "json":
+        return "json"
+    if not isinstance(progress, bool):
+        raise ArgumentError(f"progress must be True, False or 'json', got {progress!r}")
+    return "bar" if progress else "none"
 
 
 @contextmanager
@@ -299,7 +310,7 @@ def _writer(
     merger: Merger,
     out: str | Path,
     *,
-    max_shard_bytes: int,
+    max_shard_bytes: int | str,
     force: bool,
     memory: int = DEFAULT_MEMORY,
     resume: bool = False,
@@ -311,7 +322,7 @@ def _writer(
     return CheckpointWriter(
         out,
         specs,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=byte_size("max_shard_bytes", max_shard_bytes),
         memory=memory,
         metadata=merger.base.metadata,
         identity=_identity(merger),

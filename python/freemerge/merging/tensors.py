@@ -56,6 +56,8 @@ def merge_tensors(
         raise ArgumentError("method and recipe exclude each other; name the method in the recipe")
     recipe = Recipe(method=method) if method is not None else checked_recipe(recipe)
     _check_tensors(base, tensors)
+    if name is not None and not isinstance(name, str):
+        raise ArgumentError(f"name must be that of a tensor, got {name!r}")
     if weights is not None:
         scale = recipe.global_scale(len(tensors))
         recipe = recipe.replace(weights=weights, scale=recipe.scale if scale is None else scale)
