@@ -160,7 +160,7 @@ def test_dry_run_and_inspect_write_nothing(
     assert "a.weight" in dry
     assert "40x30" in dry
     assert f"removes {fm.HighPass(0.4).removed_fraction((40, 30)):6.2%}" in dry
-    assert "1 tensors filtered, 1 merged unfiltered, 0 copied" in dry
+    assert "1 tensor filtered, 1 merged unfiltered, 0 copied" in dry
 
 
 def test_inspect_as_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +231,7 @@ def test_misspelt_values(
         (["--out-dtype", "int8"], "--out-dtype must be one of"),
         (["--cutoff", "-1"], "cutoff must be a finite number >= 0"),
         (["--cutoff", "low"], "--cutoff must be a finite number, got 'low'"),
-        (["--method", "average", "--cutoff", "0.1"], "method average has no option --cutoff"),
+        (["--method", "average", "--cutoff", "0.1"], "method average has no option --cutoff; --filter before"),
         (["--method", "task_arithmetic", "--align"], "method task_arithmetic has no option --align"),
         (["--filter", "after"], "filter: method fr filters by itself"),
         (["--method", "iso_c", "--filter", "both"], "--filter must be one of 'none', 'before', 'after', got 'both'"),
@@ -484,7 +484,7 @@ def test_init(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[st
     text = file.read_text()
     assert f"--recipe {file} -o OUT" in text
     assert "# strength of the merged task vector: auto, interference or a finite number\nscale: auto\n" in text
-    assert "1 tensors filtered, 0 merged unfiltered, 1 copied" in text
+    assert "1 tensor filtered, 0 merged unfiltered, 1 copied" in text
     assert run("merge", *files, "--recipe", file, "-o", tmp_path / "out", "-q") == 0
     expected = fm.merge(files[0], files[1:], recipe)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(tmp_path / "out").items())

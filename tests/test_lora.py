@@ -113,7 +113,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["lora", str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors"), "--rank", "2"]
     assert main([*command, "-o", str(tmp_path / "adapter"), "--select", "c.*=copy"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith(f"{tmp_path / 'adapter'}: 1 layers, ")
+    assert captured.out.startswith(f"{tmp_path / 'adapter'}: 1 layer, ")
     assert captured.err == "left out, as no linear layers: embed.weight\n"
     assert main([*command, "-o", str(tmp_path / "json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 2

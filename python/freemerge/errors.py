@@ -52,6 +52,6 @@ def did_you_mean(word: object, known: Iterable[str], *, listed: bool = False) ->
     return "" if listed else f"; known: {', '.join(known)}"
 
 
-def counted(count: int, what: str) -> str:
-    """``1 tensor`` or ``2 tensors``."""
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def counted(count: int, one: str, many: str = "") -> str:
+    """``1 tensor`` or ``2 tensors``; ``many`` where an s is not all."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"

@@ -320,7 +320,7 @@ def test_a_copied_tensor_may_differ_or_be_missing() -> None:
     [
         ([], None, "models must hold at least one"),
         ("model", None, "models must be a list"),
-        (["a", "b"], fm.Recipe(weights=[1.0]), "weights has 1 numbers for 2 models"),
+        (["a", "b"], fm.Recipe(weights=[1.0]), "weights has 1 number for 2 models"),
         (["a"], {"scale": 1}, "recipe must be a Recipe, got dict"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ..errors import counted
 from ..experts.names import Values
 from ..experts.rescale import RULES
 from ..methods.rules import Scope
@@ -73,7 +74,9 @@ def run(output: Output, base: Path, models: Sequence[Path], out: Path, force: bo
     if workers.rank:  # the first one talks
         return DONE
     lines = [
-        f"{expert.task}: {expert.entries} entries, mu {expert.mu:.4g}, {expert.nbytes / 1e6:.3g} MB" for expert in saved
+        f"{expert.task}: {counted(expert.entries, 'entry', 'entries')}, mu {expert.mu:.4g}, "
+        f"{expert.nbytes / 1e6:.3g} MB"
+        for expert in saved
     ]
     output.result(saved, "\n".join(lines))
     return DONE

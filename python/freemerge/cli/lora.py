@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import counted
 from .arguments import PATH, names
 from .command import Argument, Command, Option
 from .failures import DONE
@@ -48,7 +49,9 @@ def run(
     from ..lora import extract_lora
 
     made = extract_lora(base, model, out, rank=rank, force=force, select=select, rename=rename)
-    output.result(made, f"{out}: {made.layers} layers, {made.kept:.2%} of the change, {made.nbytes / 1e6:.3g} MB")
+    output.result(
+        made, f"{out}: {counted(made.layers, 'layer')}, {made.kept:.2%} of the change, {made.nbytes / 1e6:.3g} MB"
+    )
     if made.left_out:
         more = f" and {len(made.left_out) - _LISTED} more" if len(made.left_out) > _LISTED else ""
         output.note(f"left out, as no linear layers: {', '.join(made.left_out[:_LISTED])}{more}")

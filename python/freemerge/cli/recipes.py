@@ -63,7 +63,8 @@ def read(
         if value is None:
             continue
         if name not in known:
-            raise ArgumentError(f"method {method.name} has no option {_flag(name)}")
+            hint = "; --filter before or after filters beside it" if name == "cutoff" else ""
+            raise ArgumentError(f"method {method.name} has no option {_flag(name)}{hint}")
         changes[name] = value if isinstance(value, bool) else known[name].parse(_flag(name), value)
     if given["select"]:
         changes["select"] = (*given["select"], *recipe.select)

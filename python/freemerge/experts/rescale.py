@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from ..arguments import number
-from ..errors import ArgumentError
+from ..errors import ArgumentError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def check_rescale(rescale: str | float, *, backbone: bool) -> None:
     """ArgumentError for what is neither a rule nor a finite number, and for a backbone missing or not needed."""
     known = rescale in RULES if isinstance(rescale, str) else math.isfinite(number(rescale))
     if not known:
-        raise ArgumentError(f"rescale must be one of {', '.join(RULES)} or a finite number, got {rescale!r}")
+        hint = did_you_mean(rescale, RULES, listed=True)
+        raise ArgumentError(f"rescale must be one of {', '.join(RULES)} or a finite number, got {rescale!r}{hint}")
     needing = [name for name, rule in RULES.items() if rule.needs_backbone]
     if backbone != (isinstance(rescale, str) and rescale in needing):
         names = " or ".join(map(repr, needing))

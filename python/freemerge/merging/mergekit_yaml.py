@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, counted
 from ..methods.base import Measured, Merged, Method
 from ..methods.task_arithmetic import TaskArithmetic
 from ..methods.vectors import TaskVectors
@@ -81,7 +81,9 @@ class Weighted(TaskArithmetic):
         found = re.search(r"\.(\d+)\.", name)
         layer = 0 if found is None else int(found[1])
         if layer >= self.depth:
-            raise ArgumentError(f"weight: {name} lies beyond the {self.depth} layers that there is a gradient for")
+            raise ArgumentError(
+                f"weight: {name} lies beyond the {counted(self.depth, 'layer')} that there is a gradient for"
+            )
         last = self.depth - 1
         place = layer / last if last else float(found is not None)  # in mergekit a single layer is the last one
         position = place * (len(gradient) - 1)

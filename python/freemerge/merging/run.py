@@ -33,8 +33,8 @@ from ..checkpoint.model_card import model_card
 from ..checkpoint.publish import refuse_inputs
 from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
-from ..errors import ArgumentError
-from ..methods import Measured
+from ..errors import ArgumentError, counted
+from ..methods import Measured, Method
 from ..workers import ALONE, Workers
 from .engine import Merger, OnRead
 from .estimate import pace
@@ -67,6 +67,7 @@ def merge(
     models: Sequence[Source],
     recipe: Recipe | None = None,
     *,
+    method: str | Method | None = None,
     backend: str = "auto",
     into: nn.Module | None = None,
 ) -> dict[str, Tensor]:
@@ -78,6 +79,7 @@ def merge(
             that PEFT trained on the base. docs/inputs.md lists what else is converted, and what is refused.
         recipe: how to merge; the default is FR-Merging, ``theta_0 + scale * sum_i lambda_i filter(theta_i - theta_0)``,
             with settings that suit most models, see :class:`Recipe`.
+        method: instead of a recipe, a method of :mod:`freemerge.methods`: its name, for its defaults, or the method.
         backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`). With "cuda" each
             tensor is merged on the GPU wherever it is read from; otherwise it is merged where the base holds it.
         into: a module whose parameters and buffers, with the names and shapes of the merged model, receive the result
@@ -94,7 +96,7 @@ def merge(
     """
     target = None if into is None else Target(into)
     with ExitStack() as stack:
-        merger = open_merger(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
         measured = merger.measure()
         merged: dict[str, Tensor] = {}
         for unit in merger.units:
@@ -112,6 +114,7 @@ def merge_checkpoints(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    method: str | Method | None = None,
     backend: str = "auto",
     force: bool = False,
     max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
@@ -130,7 +133,7 @@ def merge_checkpoints(
     are written. The same inputs and recipe give the same bytes, whatever the number of threads.
 
     Args:
-        base, models, recipe, backend: as for :func:`merge`.
+        base, models, recipe, method, backend: as for :func:`merge`.
         out: must not exist, unless ``force`` allows to replace an earlier output.
         max_shard_bytes: size above which the output is sharded, in bytes or as ``"2GB"``.
         memory: bytes (or as ``"2GB"``) of tensors that may wait to be written, beside those at work (one tensor may
@@ -151,7 +154,7 @@ def merge_checkpoints(
     function("on_start", on_start)
     with reusing(), ExitStack() as stack:
         with _without_collecting():
-            merger = open_merger(stack, base, models, recipe, backend, memory)
+            merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, memory)
             tokenizer = _side_files(merger, tokenizer_from)
             inspection = merger.inspect()
         on_start(inspection)
@@ -205,6 +208,7 @@ def inspect(
     models: Sequence[Source],
     recipe: Recipe | None = None,
     *,
+    method: str | Method | None = None,
     backend: str = "auto",
     out: str | Path | None = None,
     force: bool = False,
@@ -217,7 +221,7 @@ def inspect(
     how long it would take, for which a small merge in memory is timed.
     """
     with ExitStack() as stack:
-        merger = open_merger(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
         if out is not None:
             _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
         _side_files(merger, tokenizer_from)
@@ -230,7 +234,12 @@ def inspect(
 
 
 def task_weights(
-    base: Source, models: Sequence[Source], recipe: Recipe | None = None, *, backend: str = "auto"
+    base: Source,
+    models: Sequence[Source],
+    recipe: Recipe | None = None,
+    *,
+    method: str | Method | None = None,
+    backend: str = "auto",
 ) -> tuple[float, ...] | None:
     """The weight lambda_i of each model, as it is found over the whole model; None where a tensor has its own, or none.
 
@@ -239,13 +248,13 @@ def task_weights(
     tensors are read one at a time. ArgumentError, too, if the method needs more of the whole model than weights.
     """
     with ExitStack() as stack:
-        merger = open_merger(stack, base, models, recipe, backend)
-        method = merger.method
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
+        name = merger.method.name
         if merger.scale is None:
-            raise ArgumentError(f"scale: method {method.name} finds it over the whole model; give it as a number")
+            raise ArgumentError(f"scale: method {name} finds it over the whole model; give it as a number")
         measured = merger.measure()
         if type(measured) is not Measured:
-            raise ArgumentError(f"method {method.name} needs more of the whole model than weights; see its scope")
+            raise ArgumentError(f"method {name} needs more of the whole model than weights; see its scope")
         return measured.weights or None
 
 
@@ -264,7 +273,7 @@ def open_merger(
         raise ArgumentError("models must hold at least one fine-tuned model")
     weights = recipe.method.weights
     if isinstance(weights, tuple) and len(weights) != len(models):
-        raise ArgumentError(f"weights has {len(weights)} numbers for {len(models)} models")
+        raise ArgumentError(f"weights has {counted(len(weights), 'number')} for {counted(len(models), 'model')}")
     inputs = open_inputs(
         stack,
         base,

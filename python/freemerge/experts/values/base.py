@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, did_you_mean
 from ..payload import Bytes, Reader
 
 Seen = tuple[torch.Tensor, ...]
@@ -84,5 +84,6 @@ CODINGS: dict[str, type[ExpertTensor]] = {}
 def coding_of(name: object) -> type[ExpertTensor]:
     """The coding called ``name``; ArgumentError if there is none."""
     if not isinstance(name, str) or name not in CODINGS:
-        raise ArgumentError(f"values must be one of {', '.join(CODINGS)}, got {name!r}")
+        hint = did_you_mean(name, CODINGS, listed=True)
+        raise ArgumentError(f"values must be one of {', '.join(CODINGS)}, got {name!r}{hint}")
     return CODINGS[name]
