@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import freemerge as fm
 from freemerge.cli import main
@@ -51,14 +52,17 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [4, 20, 1000])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_peft_and_freemerge_read_the_adapter(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_peft_and_freemerge_read_the_adapter(
+    kind: str, rank: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     peft = pytest.importorskip("peft")
     model = request.getfixturevalue(kind)
     model.save_pretrained(tmp_path / "base")
     tuned = changed(load_file(tmp_path / "base" / "model.safetensors"), 3)
     save_file(tuned, tmp_path / "tuned.safetensors")
-    made = fm.extract_lora(tmp_path / "base", tmp_path / "tuned.safetensors", tmp_path / "adapter", rank=4)
+    made = fm.extract_lora(tmp_path / "base", tmp_path / "tuned.safetensors", tmp_path / "adapter", rank=rank)
     assert all(("embed" in name) or ("wte" in name) or ("wpe" in name) for name in made.left_out)
     assert made.left_out
     assert 0.5 < made.kept < 1
@@ -72,7 +76,44 @@ def test_peft_and_freemerge_read_the_adapter(kind: str, tmp_path: Path, request:
         torch.testing.assert_close(merged[known], tensor, atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(read[name], tensor, atol=2e-6, rtol=1e-5)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["task_type"]) == (4, "CAUSAL_LM")
+    widest = 16
+    assert (config["r"], config["task_type"]) == (min(rank, widest), "CAUSAL_LM")
+    for factor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values():
+        assert min(factor.shape) <= rank
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_different_ranks_are_told_apart_by_name(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a_b, self.ab = nn.Linear(width, width), nn.Linear(2, width)
+            self.a = nn.ModuleDict({"b": nn.Linear(3, width)})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ab = nn.Linear(12, 4)
+            self.inner, self.a_b = Block(8), nn.Linear(12, 12)
+
+    base = Model()
+    tuned = Model()
+    made = fm.extract_lora(base, tuned, tmp_path / "adapter", rank=6)
+    assert (made.rank, made.layers) == (6, 5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert {name: config["rank_pattern"][name] for name in ("ab", "inner.ab", "inner.a.b")} == {
+        "ab": 4, "inner.ab": 2, "inner.a.b": 3,
+    }  # fmt: skip
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    read = fm.merge(base, [tmp_path / "adapter"], method="average")
+    for name in ("ab.weight", "inner.ab.weight", "inner.a.b.weight"):
+        torch.testing.assert_close(merged[name], tuned.state_dict()[name], atol=2e-6, rtol=1e-5)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(read[name], tensor, atol=2e-6, rtol=1e-5)
 
 
 def test_a_lower_rank_is_the_best_approximation(tmp_path: Path) -> None:
