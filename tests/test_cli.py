@@ -432,7 +432,7 @@ def test_verbose_says_where_an_error_was_raised_and_what_happens_to_each_tensor(
     assert "a.weight" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["verify", "backends", "clean", "schema", "experts", "init"])
+@pytest.mark.parametrize("command", ["verify", "backends", "clean", "schema", "experts", "init", "evaluate"])
 def test_json_and_quiet_of_every_command(
     command: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -443,11 +443,12 @@ def test_json_and_quiet_of_every_command(
         "clean": [tmp_path, "--dry-run"],
         "experts": [*files, "-o", tmp_path / "a"],
         "init": files,
+        "evaluate": [files[0], "--function", "builtins:len"],
     }.get(command, [])
     capsys.readouterr()
     assert run(command, *arguments, "--json") == 0
     captured = capsys.readouterr()
-    json.loads(captured.out)
+    assert isinstance(json.loads(captured.out), dict)
     assert captured.err == ""
     if command == "experts":
         arguments[-1] = tmp_path / "b"
@@ -564,7 +565,7 @@ def test_experts_of_low_rank(files: list[str], tmp_path: Path, capsys: pytest.Ca
     size = sum(2 * tensor.numel() for tensor in load_file(files[0]).values() if tensor.is_floating_point())
     budget = ["--backbone", files[1], "--budget", "40%"]
     assert run("experts", *files, "-o", tmp_path / "budget", *budget, "--json") == 0
-    assert json.loads(capsys.readouterr().out)[1]["nbytes"] <= 0.4 * size
+    assert json.loads(capsys.readouterr().out)["experts"][1]["nbytes"] <= 0.4 * size
     assert run("experts", *files, "-o", tmp_path / "rank", "--backbone", files[1], "--rank", 2) == 0
     for folder, options in (("budget", {"budget": 0.4}), ("rank", {"rank": 2})):
         experts = fm.extract_experts(files[0], files[1:], backbone=files[1], **options)  # type: ignore[arg-type]
@@ -587,7 +588,7 @@ def test_failed_experts_leave_nothing(files: list[str], tmp_path: Path) -> None:
 def test_evaluate(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "score.py").write_text("def score(state):\n    return {'bias': float(state['a.bias'].sum())}\n")
     assert run("evaluate", *files, "--function", f"{tmp_path / 'score.py'}:score", "--json") == 0
-    scores = [evaluation["scores"]["bias"] for evaluation in json.loads(capsys.readouterr().out)]
+    scores = [evaluation["scores"]["bias"] for evaluation in json.loads(capsys.readouterr().out)["evaluations"]]
     assert scores == pytest.approx([float(load_file(path)["a.bias"].sum()) for path in files])
     assert run("evaluate", *files, "--function", "score") == 2
 
@@ -607,7 +608,7 @@ def test_evaluate_experts_that_need_the_base(
     assert "base must be given" in capsys.readouterr().err
     options = ["--base", files[0], "--backbone", merged, "--json"]
     assert run(*evaluating, "--experts", tmp_path / "masks", *options) == 0
-    alone, with_experts = json.loads(capsys.readouterr().out)
+    alone, with_experts = json.loads(capsys.readouterr().out)["evaluations"]
     state = load_file(merged / "model.safetensors")
     bank = fm.ExpertBank.load(state, tmp_path / "masks", base=files[0])
     for task in bank:
@@ -638,10 +639,10 @@ def test_evaluate_gains_of_a_rounded_model(
         assert run(*scoring, "--experts", tmp_path / "gains", *arguments) == expected
         return json.loads(capsys.readouterr().out)
 
-    alone, own = (sum(found["scores"].values()) for found in evaluation(0, backbone, "--base", files[0]))
+    alone, own = (sum(found["scores"].values()) for found in evaluation(0, backbone, "--base", files[0])["evaluations"])
     assert own > alone
-    given = evaluation(0, rounded, "--base", files[0], "--backbone", backbone)[1]["scores"]
-    assert sum(given.values()) == pytest.approx(own, rel=0.05)
+    given = evaluation(0, rounded, "--base", files[0], "--backbone", backbone)["evaluations"][1]
+    assert sum(given["scores"].values()) == pytest.approx(own, rel=0.05)
     assert "(--base)" in evaluation(2, backbone)["error"]["message"]
     assert "(--backbone)" in evaluation(2, rounded, "--base", files[0])["error"]["message"]
 

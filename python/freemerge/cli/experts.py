@@ -78,7 +78,7 @@ def run(output: Output, base: Path, models: Sequence[Path], out: Path, force: bo
         f"{expert.nbytes / 1e6:.3g} MB"
         for expert in saved
     ]
-    output.result(saved, "\n".join(lines))
+    output.result({"experts": saved}, "\n".join(lines))
     return DONE
 
 
