@@ -29,7 +29,7 @@ def test_earlier_names_are_still_here(name: str) -> None:
     assert value.__name__.rpartition(".")[2] == name
 
 
-@pytest.mark.parametrize("name", ["Evaluation", "Stage", "Tuned"])
+@pytest.mark.parametrize("name", ["Evaluation", "Stage", "Sweep", "Tuned"])
 def test_what_functions_return_has_a_name(name: str) -> None:
     assert inspect.isclass(getattr(fm, name))
     pages = Path(__file__).parents[1] / "docs" / "api.md"

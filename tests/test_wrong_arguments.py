@@ -51,6 +51,7 @@ CALLS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (fm.merge_deltas, {"deltas": [MODEL["a.weight"]]}),
     (fm.merge_tensors, {"base": BASE["a.weight"], "tensors": [MODEL["a.weight"]]}),
     (fm.save_experts, {"experts": EXPERTS, "out": "experts", "force": True}),
+    (fm.sweep, {"base": BASE, "models": MODELS, "recipe": fm.Recipe(), "scales": [1.0], "function": score}),
     (fm.task_weights, {"base": BASE, "models": MODELS}),
     (fm.tune, {"base": BASE, "models": MODELS, "recipe": fm.Recipe(method="average"), "function": logits,
                "iterations": 1}),

@@ -21,8 +21,10 @@ from .errors import CheckpointError as CheckpointError
 from .errors import FreemergeError as FreemergeError
 from .errors import RefusedError as RefusedError
 from .evaluation import Evaluation as Evaluation
+from .evaluation import Sweep as Sweep
 from .evaluation import evaluate
 from .evaluation import evaluate_experts as evaluate_experts
+from .evaluation import sweep as sweep
 from .experts import Expert as Expert
 from .experts import ExpertBank, RoutedModel, Router, extract_experts
 from .experts import Routed as Routed

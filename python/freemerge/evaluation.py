@@ -19,8 +19,9 @@ from .arguments import function as check_function
 from .checkpoint import Checkpoint, Source
 from .errors import ArgumentError
 from .experts import Expert, ExpertBank
-from .merging.recipe import Recipe
+from .merging.recipe import Recipe, checked_recipe
 from .merging.run import merge
+from .methods.parameters import NUMBERS
 
 Scores = dict[str, float]
 ScoreFunction = Callable[[dict[str, Tensor]], "float | Mapping[str, float]"]
@@ -41,7 +42,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A recipe at several scales. ``best`` is the recipe at the scale with the highest mean, the first of equals."""
+    """A recipe at several scales. ``best`` is the recipe at the scale with the highest mean, the first of equals;
+    ``evaluations`` are in the order of the scales."""
 
     best: Recipe
     evaluations: tuple[Evaluation, ...]
@@ -111,10 +113,12 @@ def sweep(
     """Merge in memory at every scale and score the results, on data that no reported number is measured on.
 
     ``base``, ``models``, ``recipe`` and ``backend`` as for :func:`freemerge.merge`, ``function`` as for
-    :func:`evaluate`. Raises what they raise, and ArgumentError for an empty list of scales.
+    :func:`evaluate`. Raises what they raise, and ArgumentError for scales that are no list of numbers.
     """
-    if not scales:
-        raise ArgumentError("scales must hold at least one number")
+    if NUMBERS.convert(scales) is None:
+        raise ArgumentError(f"scales must be {NUMBERS.words}, got {scales!r}")
+    check_function("function", function)
+    recipe = checked_recipe(recipe)
     recipes = [recipe.replace(scale=scale) for scale in scales]
     evaluations = tuple(
         Evaluation(f"scale {chosen.scale:g}", _scores(function(merge(base, models, chosen, backend=backend))))

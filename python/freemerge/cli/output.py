@@ -24,7 +24,7 @@ class Output:
         return not (self.json or self.quiet)
 
     def result(self, value: object, text: str) -> None:
-        """What was asked for: a value for programs, a text for people. The value is an object, which can get new keys."""
+        """What was asked for: for programs an object, which can get new keys, and a text for people."""
         if self.json:
             told = plain(value)
             assert isinstance(told, dict)
