@@ -23,7 +23,7 @@ _SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 def path_of(name: str, value: object) -> Path:
     """A path, a string or anything else that the system takes for one, but neither bytes nor nothing."""
-    if value == "" or not isinstance(value, str | os.PathLike):
+    if not isinstance(value, str | os.PathLike) or value == "":
         raise ArgumentError(f"{name} must be a path, got {value!r}")
     return Path(value)
 
@@ -48,8 +48,11 @@ def share_of(name: str, value: object) -> float:
 
 
 def number(value: object) -> float:
-    """A real number as a float; NaN for anything else, which no comparison lets pass."""
-    return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    """A real number as a float; NaN for anything else, and for what no float holds: no comparison lets that pass."""
+    try:
+        return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        return math.nan
 
 
 def byte_size(name: str, value: object) -> int:
@@ -64,10 +67,10 @@ def byte_size(name: str, value: object) -> int:
 
 def size(text: str) -> int:
     """Bytes from a text such as ``"2GB"``; ValueError for any other, as parsers of options raise it."""
-    number = text.upper()
-    unit = next((unit for unit in _SIZES if number.endswith(unit)), "")
+    upper = text.upper()
+    unit = next((unit for unit in _SIZES if upper.endswith(unit)), "")
     try:
-        found = int(float(number.removesuffix(unit)) * _SIZES.get(unit, 1))
+        found = int(float(upper.removesuffix(unit)) * _SIZES.get(unit, 1))
     except (ValueError, OverflowError):
         found = -1
     if found < 0:

@@ -26,7 +26,7 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
 Foreign = Callable[[Path], str | None]
-"""Why a directory is not what freemerge writes; None if it is."""
+"""Why a directory is no earlier output of the same kind; None if it is."""
 
 
 def no_manifest(directory: Path) -> str | None:
@@ -37,7 +37,7 @@ def no_manifest(directory: Path) -> str | None:
 def target(out: str | os.PathLike[str]) -> Path:
     """The path of an output, links followed; RefusedError for the current directory and what holds it, ArgumentError
     for what is no path."""
-    if out == "":
+    if isinstance(out, str) and not out:
         raise RefusedError("the name of the output is empty")
     path, here = path_of("out", out).resolve(), Path.cwd()
     if path == here or path in here.parents:
@@ -63,7 +63,7 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
         )
     reason = None if single_file else foreign(out)
     if reason is not None:
-        raise RefusedError(f"{out} was not written by freemerge ({reason}), so even force does not delete it")
+        raise RefusedError(f"{out} holds something else than this writes ({reason}), so even force does not delete it")
 
 
 def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) -> None:
