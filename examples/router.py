@@ -56,7 +56,7 @@ def main() -> dict[str, dict[str, float]]:
     """Train, merge, extract experts, fit a router; the share of right answers, by setting and task."""
     base = train(None, list(TASKS), 60)
     tuned = {task: train(base, [task], 300) for task in TASKS}
-    model = network(fm.merge(base, list(tuned.values()), fm.Recipe(method="iso_c")))
+    model = network(fm.merge(base, list(tuned.values()), method="iso_c"))
     experts = fm.extract_experts(base, tuned, backbone=model, budget="40%")
     bank = fm.ExpertBank(model, experts)
     samples = torch.cat([inputs(task, 50, seed=1000) for task in TASKS])

@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,13 @@ def test_earlier_names_are_still_here(name: str) -> None:
     value = getattr(fm, name)
     assert inspect.isclass(value) or inspect.isfunction(value) or name == "backends"
     assert value.__name__.rpartition(".")[2] == name
+
+
+@pytest.mark.parametrize("name", ["Evaluation", "Stage", "Sweep", "Tuned"])
+def test_what_functions_return_has_a_name(name: str) -> None:
+    assert inspect.isclass(getattr(fm, name))
+    pages = Path(__file__).parents[1] / "docs" / "api.md"
+    assert f".. autoclass:: {name}\n" in pages.read_text(encoding="utf-8")
 
 
 def test_the_front_is_small_and_complete() -> None:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module or folder may import from those on lower levels, and a folder from itself.
 LEVELS = [
     {"errors", "lazy", "signals", "_core", "_cuda"},
-    {"responses", "overlap", "workers"},
+    {"responses", "overlap", "workers", "arguments"},
     {"cache", "dense"},
     {"planner"},
     {"backends"},

@@ -164,7 +164,7 @@ def test_dry_run_and_inspect_write_nothing(
     assert "a.weight" in dry
     assert "40x30" in dry
     assert f"removes {fm.HighPass(0.4).removed_fraction((40, 30)):6.2%}" in dry
-    assert "1 tensors filtered, 1 merged unfiltered, 0 copied" in dry
+    assert "1 tensor filtered, 1 merged unfiltered, 0 copied" in dry
 
 
 def test_inspect_as_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,7 +235,7 @@ def test_misspelt_values(
         (["--out-dtype", "int8"], "--out-dtype must be one of"),
         (["--cutoff", "-1"], "cutoff must be a finite number >= 0"),
         (["--cutoff", "low"], "--cutoff must be a finite number, got 'low'"),
-        (["--method", "average", "--cutoff", "0.1"], "method average has no option --cutoff"),
+        (["--method", "average", "--cutoff", "0.1"], "method average has no option --cutoff; --filter before"),
         (["--method", "task_arithmetic", "--align"], "method task_arithmetic has no option --align"),
         (["--filter", "after"], "filter: method fr filters by itself"),
         (["--method", "iso_c", "--filter", "both"], "--filter must be one of 'none', 'before', 'after', got 'both'"),
@@ -447,7 +447,7 @@ def test_verbose_says_where_an_error_was_raised_and_what_happens_to_each_tensor(
     assert "a.weight" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["verify", "backends", "clean", "schema", "experts", "init"])
+@pytest.mark.parametrize("command", ["verify", "backends", "clean", "schema", "experts", "init", "evaluate"])
 def test_json_and_quiet_of_every_command(
     command: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -458,11 +458,12 @@ def test_json_and_quiet_of_every_command(
         "clean": [tmp_path, "--dry-run"],
         "experts": [*files, "-o", tmp_path / "a"],
         "init": files,
+        "evaluate": [files[0], "--function", "builtins:len"],
     }.get(command, [])
     capsys.readouterr()
     assert run(command, *arguments, "--json") == 0
     captured = capsys.readouterr()
-    json.loads(captured.out)
+    assert isinstance(json.loads(captured.out), dict)
     assert captured.err == ""
     if command == "experts":
         arguments[-1] = tmp_path / "b"
@@ -499,7 +500,7 @@ def test_init(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[st
     text = file.read_text()
     assert f"--recipe {file} -o OUT" in text
     assert "# strength of the merged task vector: auto, interference or a finite number\nscale: auto\n" in text
-    assert "1 tensors filtered, 0 merged unfiltered, 1 copied" in text
+    assert "1 tensor filtered, 0 merged unfiltered, 1 copied" in text
     assert "\nrename: []\n" in text, "defaults, too"
     assert run("merge", *files, "--recipe", file, "-o", tmp_path / "out", "-q") == 0
     expected = fm.merge(files[0], files[1:], recipe)
@@ -581,13 +582,14 @@ def test_experts(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
     loaded = fm.Expert.load(tmp_path / "experts" / "model-2.safetensors").dense()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in expected["model-2"].dense().items())
     assert run("experts", *files, "-o", tmp_path / "experts") == 3
+    assert run("experts", *files, "-o", tmp_path / "experts", "--force") == 0
 
 
 def test_experts_of_low_rank(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = sum(2 * tensor.numel() for tensor in load_file(files[0]).values() if tensor.is_floating_point())
     budget = ["--backbone", files[1], "--budget", "40%"]
     assert run("experts", *files, "-o", tmp_path / "budget", *budget, "--json") == 0
-    assert json.loads(capsys.readouterr().out)[1]["nbytes"] <= 0.4 * size
+    assert json.loads(capsys.readouterr().out)["experts"][1]["nbytes"] <= 0.4 * size
     assert run("experts", *files, "-o", tmp_path / "rank", "--backbone", files[1], "--rank", 2) == 0
     for folder, options in (("budget", {"budget": 0.4}), ("rank", {"rank": 2})):
         experts = fm.extract_experts(files[0], files[1:], backbone=files[1], **options)  # type: ignore[arg-type]
@@ -610,7 +612,7 @@ def test_failed_experts_leave_nothing(files: list[str], tmp_path: Path) -> None:
 def test_evaluate(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "score.py").write_text("def score(state):\n    return {'bias': float(state['a.bias'].sum())}\n")
     assert run("evaluate", *files, "--function", f"{tmp_path / 'score.py'}:score", "--json") == 0
-    scores = [evaluation["scores"]["bias"] for evaluation in json.loads(capsys.readouterr().out)]
+    scores = [evaluation["scores"]["bias"] for evaluation in json.loads(capsys.readouterr().out)["evaluations"]]
     assert scores == pytest.approx([float(load_file(path)["a.bias"].sum()) for path in files])
     assert run("evaluate", *files, "--function", "score") == 2
 
@@ -630,7 +632,7 @@ def test_evaluate_experts_that_need_the_base(
     assert "base must be given" in capsys.readouterr().err
     options = ["--base", files[0], "--backbone", merged, "--json"]
     assert run(*evaluating, "--experts", tmp_path / "masks", *options) == 0
-    alone, with_experts = json.loads(capsys.readouterr().out)
+    alone, with_experts = json.loads(capsys.readouterr().out)["evaluations"]
     state = load_file(merged / "model.safetensors")
     bank = fm.ExpertBank.load(state, tmp_path / "masks", base=files[0])
     for task in bank:
@@ -661,10 +663,10 @@ def test_evaluate_gains_of_a_rounded_model(
         assert run(*scoring, "--experts", tmp_path / "gains", *arguments) == expected
         return json.loads(capsys.readouterr().out)
 
-    alone, own = (sum(found["scores"].values()) for found in evaluation(0, backbone, "--base", files[0]))
+    alone, own = (sum(found["scores"].values()) for found in evaluation(0, backbone, "--base", files[0])["evaluations"])
     assert own > alone
-    given = evaluation(0, rounded, "--base", files[0], "--backbone", backbone)[1]["scores"]
-    assert sum(given.values()) == pytest.approx(own, rel=0.05)
+    given = evaluation(0, rounded, "--base", files[0], "--backbone", backbone)["evaluations"][1]
+    assert sum(given["scores"].values()) == pytest.approx(own, rel=0.05)
     assert "(--base)" in evaluation(2, backbone)["error"]["message"]
     assert "(--backbone)" in evaluation(2, rounded, "--base", files[0])["error"]["message"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import freemerge as fm
 from freemerge.cli import main
@@ -51,14 +52,17 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rank", [4, 20, 1000])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_peft_and_freemerge_read_the_adapter(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_peft_and_freemerge_read_the_adapter(
+    kind: str, rank: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     peft = pytest.importorskip("peft")
     model = request.getfixturevalue(kind)
     model.save_pretrained(tmp_path / "base")
     tuned = changed(load_file(tmp_path / "base" / "model.safetensors"), 3)
     save_file(tuned, tmp_path / "tuned.safetensors")
-    made = fm.extract_lora(tmp_path / "base", tmp_path / "tuned.safetensors", tmp_path / "adapter", rank=4)
+    made = fm.extract_lora(tmp_path / "base", tmp_path / "tuned.safetensors", tmp_path / "adapter", rank=rank)
     assert all(("embed" in name) or ("wte" in name) or ("wpe" in name) for name in made.left_out)
     assert made.left_out
     assert 0.5 < made.kept < 1
@@ -72,7 +76,44 @@ def test_peft_and_freemerge_read_the_adapter(kind: str, tmp_path: Path, request:
         torch.testing.assert_close(merged[known], tensor, atol=2e-6, rtol=1e-5)
         torch.testing.assert_close(read[name], tensor, atol=2e-6, rtol=1e-5)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (config["r"], config["task_type"]) == (4, "CAUSAL_LM")
+    widest = 16
+    assert (config["r"], config["task_type"]) == (min(rank, widest), "CAUSAL_LM")
+    for factor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").values():
+        assert min(factor.shape) <= rank
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_of_different_ranks_are_told_apart_by_name(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.a_b, self.ab = nn.Linear(width, width), nn.Linear(2, width)
+            self.a = nn.ModuleDict({"b": nn.Linear(3, width)})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ab = nn.Linear(12, 4)
+            self.inner, self.a_b = Block(8), nn.Linear(12, 12)
+
+    base = Model()
+    tuned = Model()
+    made = fm.extract_lora(base, tuned, tmp_path / "adapter", rank=6)
+    assert (made.rank, made.layers) == (6, 5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert {name: config["rank_pattern"][name] for name in ("ab", "inner.ab", "inner.a.b")} == {
+        "ab": 4, "inner.ab": 2, "inner.a.b": 3,
+    }  # fmt: skip
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    read = fm.merge(base, [tmp_path / "adapter"], method="average")
+    for name in ("ab.weight", "inner.ab.weight", "inner.a.b.weight"):
+        torch.testing.assert_close(merged[name], tuned.state_dict()[name], atol=2e-6, rtol=1e-5)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(read[name], tensor, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -128,8 +169,41 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["lora", str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors"), "--rank", "2"]
     assert main([*command, "-o", str(tmp_path / "adapter"), "--select", "c.*=copy"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith(f"{tmp_path / 'adapter'}: 1 layers, ")
+    assert captured.out.startswith(f"{tmp_path / 'adapter'}: 1 layer, ")
     assert captured.err == "left out, as no linear layers: embed.weight\n"
     assert main([*command, "-o", str(tmp_path / "json"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"] == 2
     assert main([*command, "-o", str(tmp_path / "json")]) == 3
+    assert "use --force" in capsys.readouterr().err
+    assert main([*command, "-o", str(tmp_path / "json"), "--force"]) == 0
+
+
+@pytest.mark.parametrize("foreign", ["README.md", "of PEFT", "broken", "base"])
+def test_force_replaces_only_adapters_of_freemerge(foreign: str, tmp_path: Path) -> None:
+    base = {"a.weight": torch.randn(6, 5)}
+    out = tmp_path / "adapter"
+    save_file(changed(base, 1), tmp_path / "tuned.safetensors")
+    fm.extract_lora(base, tmp_path / "tuned.safetensors", out, rank=1)
+    weights = out / "adapter_model.safetensors"
+    if foreign == "README.md":
+        (out / foreign).touch()
+    elif foreign == "of PEFT":
+        save_file(load_file(weights), weights, metadata={"format": "pt"})
+    elif foreign == "broken":
+        weights.write_bytes(b"")
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(fm.RefusedError, match="is an input" if foreign == "base" else "even force"):
+        fm.extract_lora(base, out if foreign == "base" else base, out, rank=1, force=True)
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "tuned.safetensors"]
+
+
+def test_force_replaces_an_adapter_at_once(tmp_path: Path) -> None:
+    base = {"a.weight": torch.randn(6, 5)}
+    out = tmp_path / "adapter"
+    for rank in (1, 2):
+        fm.extract_lora(base, changed(base, 3), out, rank=rank, force=True)
+    assert load_file(out / "adapter_model.safetensors")["base_model.model.a.lora_A.weight"].shape == (2, 5)
+    with pytest.raises(fm.CheckpointError, match="no linear layer"):
+        fm.extract_lora(base, base, out, rank=1, force=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]

@@ -20,7 +20,11 @@ from .errors import BackendError as BackendError
 from .errors import CheckpointError as CheckpointError
 from .errors import FreemergeError as FreemergeError
 from .errors import RefusedError as RefusedError
+from .evaluation import Evaluation as Evaluation
+from .evaluation import Sweep as Sweep
 from .evaluation import evaluate
+from .evaluation import evaluate_experts as evaluate_experts
+from .evaluation import sweep as sweep
 from .experts import Expert as Expert
 from .experts import ExpertBank, RoutedModel, Router, extract_experts
 from .experts import Routed as Routed
@@ -38,6 +42,7 @@ from .merging.run import inspect, merge, merge_checkpoints, task_weights
 from .merging.selection import Rule as Rule
 from .merging.selection import Split as Split
 from .merging.selection import Stack as Stack
+from .merging.stages import Stage as Stage
 from .merging.tensors import merge_deltas, merge_tensors
 from .responses import BandGain as BandGain
 from .responses import BandPass as BandPass
@@ -50,6 +55,7 @@ from .responses import HighPass
 from .responses import LowPass as LowPass
 from .responses import Official as Official
 from .responses import Response as Response
+from .tuning import Tuned as Tuned
 from .tuning import tune as tune
 
 __all__ = [

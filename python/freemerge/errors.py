@@ -43,8 +43,15 @@ class CudaError(BackendError):
     line: int = 0
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown word: the closest known one, or all of them."""
+def did_you_mean(word: object, known: Iterable[str], *, listed: bool = False) -> str:
+    """The end of a message about an unknown word: the closest known one, or all of them unless it ``listed`` them."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    close = difflib.get_close_matches(word, known, n=1) if isinstance(word, str) else []
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return "" if listed else f"; known: {', '.join(known)}"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """``1 tensor`` or ``2 tensors``; ``many`` where an s is not all."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"

@@ -15,11 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
+from .arguments import function as check_function
 from .checkpoint import Checkpoint, Source
 from .errors import ArgumentError
 from .experts import Expert, ExpertBank
-from .merging.recipe import Recipe
+from .merging.recipe import Recipe, checked_recipe
 from .merging.run import merge
+from .methods.parameters import NUMBERS
 
 Scores = dict[str, float]
 ScoreFunction = Callable[[dict[str, Tensor]], "float | Mapping[str, float]"]
@@ -34,12 +36,14 @@ class Evaluation:
 
     @property
     def mean(self) -> float:
+        """The mean of the scores."""
         return fmean(self.scores.values())
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A recipe at several scales. ``best`` is the recipe at the scale with the highest mean, the first of equals."""
+    """A recipe at several scales. ``best`` is the recipe at the scale with the highest mean, the first of equals;
+    ``evaluations`` are in the order of the scales."""
 
     best: Recipe
     evaluations: tuple[Evaluation, ...]
@@ -55,6 +59,7 @@ def evaluate(model: Source, function: ScoreFunction) -> Evaluation:
 
     Raises ArgumentError if the function returns no finite numbers.
     """
+    check_function("function", function)
     with Checkpoint.open(model, argument="model") as opened:
         weights = {name: opened.read(name) for name in opened.specs}
         return Evaluation(opened.name, _scores(function(weights)))
@@ -75,6 +80,7 @@ def evaluate_experts(
     weights are copied, and the function sees one expert at a time. Otherwise as :func:`evaluate`. The errors of a real
     router are not included: measure them with :class:`freemerge.RoutedModel`.
     """
+    check_function("function", function)
     with Checkpoint.open(model, argument="model") as opened:
         # A copy of the module, as only a module knows where experts with the names of its files belong.
         module = None if opened.module is None else copy.deepcopy(opened.module)
@@ -107,10 +113,12 @@ def sweep(
     """Merge in memory at every scale and score the results, on data that no reported number is measured on.
 
     ``base``, ``models``, ``recipe`` and ``backend`` as for :func:`freemerge.merge`, ``function`` as for
-    :func:`evaluate`. Raises what they raise, and ArgumentError for an empty list of scales.
+    :func:`evaluate`. Raises what they raise, and ArgumentError for scales that are no list of numbers.
     """
-    if not scales:
-        raise ArgumentError("scales must hold at least one number")
+    if NUMBERS.convert(scales) is None:
+        raise ArgumentError(f"scales must be {NUMBERS.words}, got {scales!r}")
+    check_function("function", function)
+    recipe = checked_recipe(recipe)
     recipes = [recipe.replace(scale=scale) for scale in scales]
     evaluations = tuple(
         Evaluation(f"scale {chosen.scale:g}", _scores(function(merge(base, models, chosen, backend=backend))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .arguments import whole_number
 from .checkpoint import MERGEABLE, Checkpoint, Source, open_inputs
 from .checkpoint.compare import compare
 from .checkpoint.hub_cache import hub_id
+from .checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .checkpoint.prefixes import Rename
-from .checkpoint.publish import Staging, check_target, target
-from .errors import ArgumentError, CheckpointError
+from .checkpoint.publish import Staging, check_target, refuse_inputs, target
+from .checkpoint.safetensors_file import SafetensorsFile
+from .errors import CheckpointError
 from .experts.leading import leading_triplets
 from .experts.task_vector import task_vector
 from .merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
@@ -27,12 +31,13 @@ from .methods.wudi import EMBEDDINGS
 
 _LAYERS = ("Linear", "Conv1D")  # of torch and transformers; the second holds its weight transposed
 _WEIGHT = ".weight"
+_MARK = {"writer": "freemerge"}  # in the metadata of the weights: other adapters may have taken days of training
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter that was written: how many layers it has, the share of ||model - base||² that it holds, over all
-    tensors, and the names of changed tensors that a LoRA of linear layers cannot hold."""
+    """An adapter that was written: its highest rank, how many layers it has, the share of ||model - base||² that it
+    holds, over all tensors, and the names of changed tensors that a LoRA of linear layers cannot hold."""
 
     out: Path
     rank: int
@@ -48,10 +53,11 @@ def extract_lora(
     out: str | os.PathLike[str],
     *,
     rank: int,
+    force: bool = False,
     select: Sequence[Rule | tuple[str, Action]] = (),
     rename: Sequence[Rename] = (),
 ) -> Lora:
-    """Write model - base as a LoRA of one rank into the new directory ``out``, which PEFT and freemerge read.
+    """Write model - base as a LoRA into the new directory ``out``, which PEFT and freemerge read.
 
     Each weight of a linear layer, [outputs, inputs], changes by B A; B [outputs, rank] and A [rank, inputs] are the
     first singular vectors of the change, each times the root of the singular value: the best approximation of that
@@ -59,7 +65,9 @@ def extract_lora(
 
     Args:
         base, model: state dicts, modules or paths, with the same tensors; the model may be merged, or fine-tuned.
-        rank: r, of every layer; ``lora_alpha`` is the same, so that nothing is scaled.
+        rank: r, of every layer, but no more than its shorter side (PEFT's ``rank_pattern``); ``lora_alpha`` is the
+            same, so that nothing is scaled.
+        force: replace an adapter at ``out`` that this function wrote, at once when the new one is complete.
         select: rules as of a recipe: tensors with action "copy" or "drop" are left out.
         rename: changes of prefixes in the model's names, as in a recipe.
 
@@ -67,15 +75,15 @@ def extract_lora(
     embeddings are none. Whatever else differs (embeddings, biases, norms) is left out and named in the result.
 
     Raises ArgumentError for a bad rank, CheckpointError for models that do not match, are not finite or do not differ,
-    RefusedError if ``out`` exists and is not empty.
+    RefusedError if ``out`` exists, is not empty and may not be replaced, or is one of the inputs.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ArgumentError(f"rank must be a whole number of at least 1, got {rank!r}")
+    rank = whole_number("rank", rank, 1)
     folder = target(out)
-    check_target(folder, single_file=False, force=False)
+    check_target(folder, single_file=False, force=force, foreign=_other_than_ours)
     rules = rules_of(select)
     factors: dict[str, Tensor] = {}
-    modules: dict[str, bool] = {}  # whether they hold their weight transposed
+    ranks: dict[str, int] = {}  # of the modules
+    transposed = False
     left_out, kept, total = [], 0.0, 0.0
     with ExitStack() as stack:
         inputs = open_inputs(
@@ -87,31 +95,46 @@ def extract_lora(
         )
         check_rules(rules, inputs.names)
         start, (tuned,) = inputs.base, inputs.models
+        refuse_inputs(folder, (start, tuned))
         for name, change in _changes(start, tuned, rules):
             total += float(change.double().square().sum())
             module = _linear_layer(start, name)
             if module is None:
                 left_out.append(name)
                 continue
-            modules[module] = turned = _layer(start, name) == "Conv1D"
+            turned = _layer(start, name) == "Conv1D"
+            transposed |= turned
+            ranks[module] = min(rank, *change.shape)
             left, values, right = leading_triplets(change.t() if turned else change, rank)
             kept += float(values.square().sum())
             root = values.sqrt()
             for letter, factor in (("A", root[:, None] * right), ("B", left * root)):
-                factors[f"base_model.model.{module}.lora_{letter}{_WEIGHT}"] = _padded(factor, rank, letter)
-        if not modules:
+                factors[f"base_model.model.{module}.lora_{letter}{_WEIGHT}"] = _padded(factor, ranks[module], letter)
+        if not ranks:
             raise CheckpointError(f"no linear layer of {tuned.label} differs from that of {start.label}")
         staging = Staging(folder)
         try:
-            file = staging.directory / "adapter_model.safetensors"
-            save_file(factors, file, metadata={"format": "pt"})
-            config = json.dumps(_config(start, modules, rank), indent=2) + "\n"
-            (staging.directory / "adapter_config.json").write_text(config, encoding="utf-8")
+            file = staging.directory / ADAPTER_WEIGHTS[0]
+            save_file(factors, file, metadata={"format": "pt", **_MARK})
+            config = json.dumps(_config(start, ranks, transposed), indent=2) + "\n"
+            (staging.directory / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
             nbytes = file.stat().st_size
-            staging.publish(None, force=False)
+            staging.publish(None, force=force, foreign=_other_than_ours)
         finally:
             staging.discard()
-    return Lora(folder, rank, len(modules), kept / total, tuple(left_out), nbytes)
+    return Lora(folder, max(ranks.values()), len(ranks), kept / total, tuple(left_out), nbytes)
+
+
+def _other_than_ours(folder: Path) -> str | None:
+    """Adapters of freemerge are told by a mark in the header of their weights."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() or path.name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS[0]):
+            return f"it holds {path.name}"
+    try:
+        metadata = SafetensorsFile(folder / ADAPTER_WEIGHTS[0]).metadata
+    except (CheckpointError, OSError):
+        return f"{ADAPTER_WEIGHTS[0]} cannot be read"
+    return None if metadata.items() >= _MARK.items() else f"{ADAPTER_WEIGHTS[0]} has no mark of it"
 
 
 def _changes(base: Checkpoint, model: Checkpoint, rules: Sequence[Rule]) -> Iterator[tuple[str, Tensor]]:
@@ -149,8 +172,10 @@ def _padded(factor: Tensor, rank: int, letter: str) -> Tensor:
     return torch.nn.functional.pad(factor.float(), sides).contiguous()
 
 
-def _config(base: Checkpoint, modules: Mapping[str, bool], rank: int) -> dict[str, Any]:
+def _config(base: Checkpoint, ranks: Mapping[str, int], transposed: bool) -> dict[str, Any]:
     """The adapter_config.json of PEFT."""
+    rank = max(ranks.values())
+    own = _own_ranks(ranks, rank)
     kind = type(base.architecture.module).__name__ if base.architecture is not None else ""
     return {
         "peft_type": "LORA",
@@ -158,9 +183,23 @@ def _config(base: Checkpoint, modules: Mapping[str, bool], rank: int) -> dict[st
         "base_model_name_or_path": None if base.path is None else hub_id(base.path),
         "r": rank,
         "lora_alpha": rank,
+        "rank_pattern": own,
+        "alpha_pattern": own,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(modules.values()),
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
-        "target_modules": list(modules),
+        "target_modules": list(ranks),
     }
+
+
+def _own_ranks(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
+    """The modules whose ranks have to be told: those of another rank, and whatever their names fit as PEFT reads them.
+
+    To PEFT a name is a pattern for the end of a module's path, and the first that fits counts: longer ones come first,
+    and of those of one length those with fewer dots, which fit any letter.
+    """
+    other = [module for module in ranks if ranks[module] != rank]
+    fits = re.compile(rf"(.*\.)?({'|'.join(other)})")
+    told = [module for module in ranks if other and fits.fullmatch(module)]
+    return {module: ranks[module] for module in sorted(told, key=lambda name: (-len(name), name.count(".")))}

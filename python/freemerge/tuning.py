@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from .accumulate import add_round
+from .arguments import function as check_function
+from .arguments import number, whole_number
 from .checkpoint import Source
 from .errors import ArgumentError
 from .merging.engine import Merger
-from .merging.recipe import Recipe
+from .merging.recipe import Recipe, checked_recipe
 from .merging.run import open_merger
 from .merging.selection import LayerWeights
 from .methods import Measured
@@ -75,8 +78,11 @@ def tune(
     """
     if by not in ("task", "layer"):
         raise ArgumentError(f"by must be 'task' or 'layer', got {by!r}")
-    if iterations < 1 or not rate > 0:
-        raise ArgumentError(f"iterations must be at least 1 and rate above 0, got {iterations} and {rate}")
+    iterations = whole_number("iterations", iterations, 1)
+    if not 0 < number(rate) < math.inf:
+        raise ArgumentError(f"rate must be a finite number above 0, got {rate!r}")
+    check_function("function", function)
+    recipe = checked_recipe(recipe)
     if recipe.layers:
         raise ArgumentError("layers: these weights are what is learnt; start from a recipe without them")
     if not recipe.merging.linear:
@@ -151,7 +157,10 @@ def _descend(merger: Merger, fixed: dict[str, Tensor], merged: dict[str, Tensor]
     state |= {name: state[first] for name, first in merger.tied.items()}
     entropies = []
     with torch.enable_grad():
-        for logits in function(merger.base.restored(state)):
+        batches = function(merger.base.restored(state))
+        if not isinstance(batches, Iterable):
+            raise ArgumentError(f"the function must yield the logits of batches, got {batches!r}")
+        for logits in batches:
             entropy = _entropy(logits)
             entropies.append(float(entropy.detach()))
             entropy.backward()  # type: ignore[no-untyped-call]

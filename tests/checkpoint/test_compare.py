@@ -52,8 +52,8 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         compare(base, [other])
     message = str(caught.value)
-    assert "tuned.safetensors lacks 1 tensors of the base: layers.0.bias" in message
-    assert "has 1 tensors that the base lacks: adapter" in message
+    assert "tuned.safetensors lacks 1 tensor of the base: layers.0.bias" in message
+    assert "has 1 tensor that the base lacks: adapter" in message
     assert "base.safetensors" in message
 
 
@@ -165,7 +165,7 @@ class TestTied:
     @pytest.mark.parametrize("models", [("absent", "untied"), ("untied", "absent")])
     def test_an_absent_head_and_one_of_its_own_do_not_mix(self, models: tuple[str, str]) -> None:
         """They have to be made separate first: freemerge.checkpoint.tied.untie."""
-        with pytest.raises(CheckpointError, match=r"(lacks|has) 1 tensors .*base.*lm_head.weight"):
+        with pytest.raises(CheckpointError, match=r"(lacks|has) 1 tensor .*base.*lm_head.weight"):
             compared(*(getattr(self, kind)() for kind in models))
 
 

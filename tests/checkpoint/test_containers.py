@@ -195,7 +195,7 @@ def test_extra_states_of_modules_are_left_out_and_told(tmp_path: Path) -> None:
     for source in (content, tmp_path / "m.pt"):
         assert same(read(source), tuned())
         warnings = fm.inspect(BASE, [source]).warnings
-        assert any("layer._extra_state is no weight and left out (1 such entries)" in warning for warning in warnings)
+        assert any("layer._extra_state is no weight and left out (1 such entry)" in warning for warning in warnings)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -59,7 +59,7 @@ def test_the_order_of_the_names_in_a_tied_state_dict_does_not_matter(order: bool
 
 def test_a_head_that_only_a_model_lacks_is_not_made_up() -> None:
     """It may be a model without any head, such as a classifier: nothing says that it was tied."""
-    with pytest.raises(fm.CheckpointError, match=r"models\[0\] .*lacks 1 tensors of the base: lm_head\.weight"):
+    with pytest.raises(fm.CheckpointError, match=r"models\[0\] .*lacks 1 tensor of the base: lm_head\.weight"):
         fm.merge(state("own", 0), [state("absent", 1)])
 
 

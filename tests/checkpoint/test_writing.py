@@ -265,7 +265,7 @@ class TestTarget:
     def test_force_does_not_delete_what_freemerge_did_not_write(self, tmp_path: Path) -> None:
         (tmp_path / "home").mkdir()
         (tmp_path / "home" / "thesis.txt").write_text("years of work")
-        with pytest.raises(RefusedError, match="was not written by freemerge"):
+        with pytest.raises(RefusedError, match=r"something else than this writes \(no freemerge\.json\)"):
             CheckpointWriter(tmp_path / "home", specs_of(state_of()), force=True)
         assert_only(tmp_path / "home", "thesis.txt")
 

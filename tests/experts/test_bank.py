@@ -262,7 +262,7 @@ def test_misfits_are_named() -> None:
     model, experts, base = make(Text)
     with pytest.raises(ArgumentError, match="no expert 'poetry'"):
         fx.ExpertBank(model, experts).active("poetry").__enter__()
-    with pytest.raises(ArgumentError, match="weight of 'task0' must be finite"):
+    with pytest.raises(ArgumentError, match="weight of 'task0' must be a finite number"):
         fx.ExpertBank(model, experts).active({"task0": float("nan")}).__enter__()
     with pytest.raises(ArgumentError, match="needs the base"):
         fx.ExpertBank(model, experts).active("task0", combine="replace").__enter__()

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from freemerge.arguments import share_of
 from freemerge.errors import ArgumentError
-from freemerge.experts.budget import Offer, allocate, share_of
+from freemerge.experts.budget import Offer, allocate
 
 OFFERS = st.lists(
     st.builds(
@@ -62,10 +63,10 @@ def test_a_tensor_is_opened_for_as_many_components_as_pay_for_it() -> None:
 
 @pytest.mark.parametrize(("budget", "share"), [("0.3%", 0.003), (" 50 % ", 0.5), (0.003, 0.003), ("0.003", 0.003)])
 def test_budgets_are_shares(budget: float | str, share: float) -> None:
-    assert share_of(budget) == pytest.approx(share)
+    assert share_of("budget", budget) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("budget", ["0", "100%", 1, -0.1, "nan", "much", "", "%", "1%%"])
+@pytest.mark.parametrize("budget", ["0", "100%", 1, -0.1, "nan", "much", "", "%", "1%%", True, [0.1]])
 def test_what_is_no_share_is_refused(budget: float | str) -> None:
     with pytest.raises(ArgumentError, match="budget must be a share"):
-        share_of(budget)
+        share_of("budget", budget)  # type: ignore[arg-type]

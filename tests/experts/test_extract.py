@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 
@@ -141,11 +142,33 @@ def test_how_often_tensors_are_read(scope: Scope, passes: int, rescale: str, mon
     assert reads == dict.fromkeys(base, each + more)
 
 
+def test_a_density_in_percent() -> None:
+    base, models = family()
+    (one, *_), (two, *_) = (fx.extract_experts(base, models, density=d).values() for d in (0.02, "2%"))
+    assert one.density == two.density
+    assert one.entries == two.entries
+
+
+def test_extract_experts_has_the_parameters_of_iter_experts() -> None:
+    extract, iterate = map(inspect.signature, (fx.extract_experts, fx.iter_experts))
+    assert extract.parameters == iterate.parameters
+    assert extract.return_annotation == "dict[str, Expert]"
+
+
+@pytest.mark.parametrize("single", ["math", Path("math"), nn.Linear(2, 2), {"w": torch.zeros(2, 2)}])
+def test_a_single_model_is_no_list(single: object) -> None:
+    with pytest.raises(ArgumentError, match="models must be a list of models, got a single one"):
+        fx.extract_experts({"w": torch.zeros(2, 2)}, single)  # type: ignore[arg-type]
+
+
 def test_bad_arguments_are_named_before_anything_is_read() -> None:
     base, models = family()
     for message, options in [
-        ("density must be between", {"density": 0.0}),
-        ("density must be between", {"density": 1.0}),
+        *(("density must be a share", {"density": density}) for density in (0.0, 1.0, "much", [0.1], True)),
+        ("trim must be", {"trim": "1%"}),
+        ("rescale must be one of", {"rescale": None}),
+        ("rescale must be one of", {"rescale": ["auto"]}),
+        ("scope must be one of", {"scope": ["row"]}),
         ("trim must be", {"trim": -0.1}),
         ("scope must be one of", {"scope": "layer"}),
         ("rescale must be one of", {"rescale": "best"}),

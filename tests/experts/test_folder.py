@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import freemerge.experts as fx
 from freemerge.errors import CheckpointError, RefusedError
@@ -44,3 +45,44 @@ def test_a_folder_in_use_is_refused_before_anything_is_made(tmp_path: Path) -> N
     with pytest.raises(RefusedError):
         fx.save_experts(experts(made), tmp_path)
     assert made == []
+
+
+def test_force_replaces_a_folder_of_experts(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fx.save_experts(experts([]), out)
+    with pytest.raises(RefusedError, match="use --force"):
+        fx.save_experts(experts([]), out)
+    new = {"math": next(expert for _, expert in experts([]))}
+    fx.save_experts(new.items(), out, force=True)
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "math.safetensors"]
+
+
+@pytest.mark.parametrize("foreign", ["notes.txt", "model.safetensors", "folder", "link.safetensors"])
+def test_force_deletes_nothing_else(foreign: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fx.save_experts(experts([]), out)
+    if foreign == "model.safetensors":
+        save_file({"w": torch.ones(2)}, out / foreign)
+    elif foreign == "folder":
+        (out / foreign).mkdir()
+    elif foreign == "link.safetensors":
+        (out / foreign).symlink_to(out / "law.safetensors")
+    else:
+        (out / foreign).write_text("mine")
+    before = sorted(out.iterdir())
+    made: list[str] = []
+    with pytest.raises(RefusedError, match=f"{foreign} is no expert file.*even force"):
+        fx.save_experts(experts(made), out, force=True)
+    assert (made, sorted(out.iterdir())) == ([], before)
+
+
+def test_an_error_leaves_what_force_would_have_replaced(tmp_path: Path) -> None:
+    def failing() -> Iterator[tuple[str, fx.Expert]]:
+        yield from experts([])
+        raise CheckpointError("unreadable")
+
+    fx.save_experts(experts([]), tmp_path / "out")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(CheckpointError, match="unreadable"):
+        fx.save_experts(failing(), tmp_path / "out", force=True)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

@@ -387,11 +387,11 @@ def test_bad_arguments_are_named() -> None:
         fx.ExpertBank(merged, experts)
     with pytest.raises(ArgumentError, match="vectors must be given"):
         experts["t0"].dense()
-    with pytest.raises(ArgumentError, match="backbone must be given for gains"):
+    with pytest.raises(ArgumentError, match="backbone must be given for values gains"):
         fx.extract_experts(base, models, values="gains")
-    with pytest.raises(ArgumentError, match="density, scope, trim and rescale"):
+    with pytest.raises(ArgumentError, match="density is not for values gains"):
         fx.extract_experts(base, models, backbone=merged, values="gains", density=0.1)
-    with pytest.raises(ArgumentError, match="budget or rank must be given"):
+    with pytest.raises(ArgumentError, match="rank is not for values gains"):
         fx.extract_experts(base, models, backbone=merged, values="gains", rank=1)
     with pytest.raises(ArgumentError, match="less than the gains alone take"):
         fx.extract_experts(base, models, backbone=merged, values="gains", budget=0.01)

@@ -348,15 +348,22 @@ def test_bad_arguments_are_named() -> None:
     base, models = family()
     tiny = {"w": torch.zeros(3, 3)}
     for message, options in [
-        ("backbone must be given for budget", {"budget": "1%"}),
+        (
+            "backbone must be given for values svd2, which budget and rank choose: they hold what it lacks",
+            {"budget": "1%"},
+        ),
         ("budget or rank must be given", {"values": "svd2", "backbone": base}),
         ("budget or rank must be given", {"budget": "1%", "rank": 3, "backbone": base}),
-        ("budget or rank must be given", {"budget": "1%", "values": "sign", "backbone": base}),
-        ("are for single entries", {"budget": "1%", "density": 0.01, "backbone": base}),
-        ("are for single entries", {"budget": "1%", "scope": "row", "backbone": base}),
-        ("are for single entries", {"rank": 1, "trim": 0.1, "backbone": base}),
-        ("are for single entries", {"rank": 1, "rescale": "released", "backbone": base}),
-        ("rank must be at least 1", {"rank": 0, "backbone": base}),
+        ("budget is not for values sign", {"budget": "1%", "values": "sign", "backbone": base}),
+        ("rank is not for values sign; for these there are density, scope", {"rank": 3, "values": "sign"}),
+        ("density is not for values svd2, which budget and", {"budget": "1%", "density": 0.01, "backbone": base}),
+        ("scope is not for values svd2", {"budget": "1%", "scope": "row", "backbone": base}),
+        ("trim is not for values svd2", {"rank": 1, "trim": 0.1, "backbone": base}),
+        ("rescale is not for values svd16", {"values": "svd16", "rescale": "released", "rank": 1, "backbone": base}),
+        *(
+            (f"rank must be a whole number of at least 1, got {rank!r}", {"rank": rank, "backbone": base})
+            for rank in (0, 2.5, "2", True)
+        ),
         ("budget must be a share", {"budget": "300%", "backbone": base}),
     ]:
         with pytest.raises(ArgumentError, match=message):

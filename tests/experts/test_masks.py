@@ -156,11 +156,11 @@ def test_bad_arguments_are_named() -> None:
         fx.ExpertBank(merged, experts)
     with pytest.raises(ArgumentError, match="vectors must be given"):
         experts["t0"].dense()
-    with pytest.raises(ArgumentError, match="backbone must be given for masks"):
+    with pytest.raises(ArgumentError, match="backbone must be given for values mask: masks select from it"):
         fx.extract_experts(base, models, values="mask")
-    with pytest.raises(ArgumentError, match="density, scope, trim and rescale"):
+    with pytest.raises(ArgumentError, match="density is not for values mask"):
         fx.extract_experts(base, models, backbone=merged, values="mask", density=0.1)
-    with pytest.raises(ArgumentError, match="budget or rank must be given"):
+    with pytest.raises(ArgumentError, match="rank is not for values mask"):
         fx.extract_experts(base, models, backbone=merged, values="mask", rank=1)
     bank = fx.ExpertBank(merged, experts, base=base)
     with pytest.raises(ArgumentError, match="single entries; 't0'"), bank.active("t0", combine="replace"):

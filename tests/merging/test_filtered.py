@@ -179,7 +179,7 @@ def test_recipes_hold_it() -> None:
         ({"method": "iso_c", "filter": "during"}, "filter must be one of None, 'before', 'after', got 'during'"),
         ({"method": "iso_c", "filter": "after", "response": 3}, "response must be a frequency response"),
         ({"method": "iso_c", "filter": "after", "cutoff": -1}, "cutoff must be"),
-        ({"method": "iso_c", "cutoff": 0.2}, "method iso_c has no field 'cutoff'"),
+        ({"method": "iso_c", "cutoff": 0.2}, "cutoff: method iso_c has no filter of its own; filter='before'"),
     ],
 )
 def test_errors_name_the_field(options: dict[str, Any], message: str) -> None:

@@ -43,6 +43,12 @@ def test_task_arithmetic(tmp_path: Path) -> None:
     assert normalized.weights == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_an_exponent_makes_a_number(tmp_path: Path) -> None:
+    text = yaml.safe_dump(CONFIG).replace("0.25", "25e-2")
+    assert "25e-2" in text
+    assert read(tmp_path, text)[2].weights == (0.5, 0.25)
+
+
 def test_linear_keeps_the_share_of_the_base(tmp_path: Path) -> None:
     config = {
         "merge_method": "linear",

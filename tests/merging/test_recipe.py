@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,10 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
         ({"out_dtype": "int8"}, "out_dtype must be one of"),
         ({"method": "fre"}, "method must be one of average, .*, fr, .*, got 'fre'; did you mean 'fr'"),
         ({"method": None}, "method must be one of"),
-        ({"method": "average", "response": fm.HighPass(0.4)}, "method average has no field 'response'"),
+        (
+            {"method": "average", "response": fm.HighPass(0.4)},
+            "response: method average has no filter of its own; filter='before'",
+        ),
         ({"method": "average", "sclae": 1.0}, "no field 'sclae'; did you mean 'scale'"),
         ({"wieghts": "sum"}, "no field 'wieghts'; did you mean 'weights'"),
     ],
@@ -208,3 +212,31 @@ def test_the_documented_defaults_are_the_defaults() -> None:
     expected = fm.Recipe().to_config()
     assert documented.keys() == {"version", *expected}
     assert fm.Recipe.from_config(documented) == fm.Recipe()
+
+
+def test_an_exponent_makes_a_number_as_in_yaml_1_2(tmp_path: Path) -> None:
+    for text, scale in (("1e-1", 0.1), ("2E0", 2.0), ("+.5e+1", 5.0), ("1.e-2", 0.01), ("0.5", 0.5), ("-3e1", -30.0)):
+        (tmp_path / "recipe.yml").write_text(f"scale: {text}\n")
+        assert fm.Recipe.from_yaml(tmp_path / "recipe.yml").scale == scale
+    (tmp_path / "recipe.yml").write_text("select: [{pattern: 1e5x, action: copy}]\n")
+    assert fm.Recipe.from_yaml(tmp_path / "recipe.yml").select[0].pattern == "1e5x"
+
+
+@pytest.mark.parametrize(
+    ("message", "make"),
+    [
+        ("got 'ties'; give a method as method=$", lambda: fm.Recipe("ties")),
+        ("filter='before' or filter='after'", lambda: fm.Recipe(fm.HighPass(0.2), method="iso_c")),
+        (r"one of average, dare, .*, got 'slerp'$", lambda: fm.Recipe(method="slerp")),
+        (r"got 'nothing alike'$", lambda: fm.Recipe.preset("nothing alike")),
+        ("did you mean 'HighPass'", lambda: fm.Recipe(response={"type": "HighPas"})),
+        ("did you mean 'cutoff'", lambda: fm.Recipe(response={"type": "HighPass", "cutof": 1})),
+        ("got 'unifrm'; did you mean 'uniform'", lambda: fm.Recipe(weights="unifrm")),
+        ("got 'bf17'; did you mean 'bf16'", lambda: fm.extract_experts({}, [{}], values="bf17")),
+        ("weights has 1 number for 2 models", lambda: fm.merge({}, [{}, {}], fm.Recipe(weights=[1.0]))),
+        ("recipe must be a Recipe, got str; give a method as", lambda: fm.merge({}, [{}], "ties")),
+    ],
+)
+def test_errors_say_once_what_may_be_meant(message: str, make: Callable[[], object]) -> None:
+    with pytest.raises(fm.ArgumentError, match=message):
+        make()

@@ -320,7 +320,7 @@ def test_a_copied_tensor_may_differ_or_be_missing() -> None:
     [
         ([], None, "models must hold at least one"),
         ("model", None, "models must be a list"),
-        (["a", "b"], fm.Recipe(weights=[1.0]), "weights has 1 numbers for 2 models"),
+        (["a", "b"], fm.Recipe(weights=[1.0]), "weights has 1 number for 2 models"),
         (["a"], {"scale": 1}, "recipe must be a Recipe, got dict"),
     ],
 )
@@ -372,7 +372,7 @@ def test_an_output_that_holds_an_input_is_refused(tmp_path: Path) -> None:
     fm.merge_checkpoints(base, models, earlier, progress=False)
     save_file(models[0], earlier / "mine.safetensors")
     for source in ("mine.safetensors", "model.safetensors"):
-        with pytest.raises(fm.RefusedError, match="holds an input of this merge"):
+        with pytest.raises(fm.RefusedError, match="holds an input"):
             fm.merge_checkpoints(base, [earlier / source], earlier, force=True, progress=False)
     assert (earlier / "mine.safetensors").exists()
 
@@ -534,7 +534,7 @@ def test_an_input_is_never_replaced(tmp_path: Path) -> None:
     base, models = random_models(1)
     fm.merge_checkpoints(base, models, tmp_path / "earlier", progress=False)
     before = digest(tmp_path / "earlier")
-    with pytest.raises(fm.RefusedError, match="is an input of this merge"):
+    with pytest.raises(fm.RefusedError, match="is an input"):
         fm.merge_checkpoints(base, [tmp_path / "earlier"], tmp_path / "earlier", force=True, progress=False)
     assert digest(tmp_path / "earlier") == before
 

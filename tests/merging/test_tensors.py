@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 import freemerge as fm
@@ -145,7 +147,7 @@ def test_parameters_of_a_module_are_plain_tensors() -> None:
         ({"tensors": []}, "at least one"),
         ({"tensors": [torch.zeros(2, 2), None]}, r"tensors\[1\] must be a tensor"),
         ({"tensors": [torch.zeros(2, 3)]}, r"tensors\[0\] has shape \(2, 3\) but base has \(2, 2\)"),
-        ({"weights": [1.0]}, "weights has 1 numbers for 2"),
+        ({"weights": [1.0]}, "weights has 1 number for 2"),
         ({"weights": ["a", "b"]}, "weights must be"),
         ({"method": "avrage"}, "did you mean 'average'"),
         ({"method": "average", "recipe": fm.Recipe()}, "exclude each other"),
@@ -256,3 +258,20 @@ def test_task_weights_say_where_there_are_none_or_more_is_needed() -> None:
     assert fm.task_weights(base, models, fm.Recipe(method="pcb", scope="tensor")) is None
     with pytest.raises(fm.ArgumentError, match="ties needs more of the whole model than weights"):
         fm.task_weights(base, models, fm.Recipe(method="ties"))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", fm.methods.METHODS["average"]()])
+def test_a_method_is_named_in_one_way_by_all_functions(method: Any, tmp_path: Path) -> None:
+    base = {"w": torch.randn(6, 5)}
+    models = [{"w": base["w"] + torch.randn(6, 5)} for _ in range(2)]
+    recipe = fm.Recipe(method=method)
+    expected = fm.merge(base, models, recipe)["w"]
+    assert torch.equal(fm.merge(base, models, method=method)["w"], expected)
+    assert torch.equal(fm.merge_tensors(base["w"], [m["w"] for m in models], method=method), expected)
+    assert fm.task_weights(base, models, method=method) == fm.task_weights(base, models, recipe)
+    assert fm.inspect(base, models, method=method) == fm.inspect(base, models, recipe)
+    fm.merge_checkpoints(base, models, tmp_path / "m.safetensors", method=method, progress=False)
+    assert torch.equal(load_file(tmp_path / "m.safetensors")["w"], expected)
+    for function in (fm.merge, fm.inspect, fm.task_weights):
+        with pytest.raises(fm.ArgumentError, match="method and recipe exclude each other"):
+            function(base, models, recipe, method=method)

@@ -79,9 +79,9 @@ def test_views_group_and_split() -> None:
         ([Rule("*.bais", "copy")], [], r"select: pattern '\*.bais' matches no tensor"),
         ([Rule("position_ids", "merge")], [], "position_ids has dtype torch.int64"),
         ([], [Split("*.nothing", 2)], "matches no filtered tensor"),
-        ([], [Split("*.qkv.weight", 5)], "24 rows, which do not split into 5"),
+        ([], [Split("*.qkv.weight", 5)], "into 5 equal parts: it has 24 rows"),
         ([], [Split("*.qkv.weight", (8, 8))], "parts .* have 16"),
-        ([], [Split("*.experts.weight", 3)], "16 rows, which do not split into 3"),
+        ([], [Split("*.experts.weight", 3)], "into 3 equal parts: it has 16 rows"),
         (
             [],
             [Stack(("*.experts.weight", "*.w_proj.weight"))],

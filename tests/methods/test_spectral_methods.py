@@ -164,7 +164,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         out = tmp_path / method
         assert main(["merge", *paths, "-o", str(out), "--method", method, *options]) == 0
         scale = json.loads((out / "freemerge.json").read_text())["recipe"]["measured"]["scale"]
-        assert capsys.readouterr().out == f"{out}: scale {scale:g}\n"
+        weights = "weights 0.5000, 0.5000; " if method == "ties" else ""
+        assert capsys.readouterr().out == f"{out}: {weights}scale {scale:g}\n"
         recipe = fm.Recipe(method=method, **({"common": 0.5} if options else {}))
         assert torch.equal(load_file(out / "model.safetensors")["w"], fm.merge_tensors(base, models, recipe=recipe))
     assert (

@@ -183,7 +183,7 @@ def test_configs_of_no_response_are_refused(config: object) -> None:
 
 def test_configs_with_wrong_options_are_refused() -> None:
     with pytest.raises(
-        fm.ArgumentError, match="response HighPass has no option 'order'; it takes cutoff, unit, metric"
+        fm.ArgumentError, match="response HighPass has no option 'order', it takes cutoff, unit, metric"
     ):
         from_config({"type": "HighPass", "cutoff": 0.4, "order": 2})
     with pytest.raises(fm.ArgumentError, match=r"response HighPass: .*cutoff"):

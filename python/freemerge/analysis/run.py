@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arguments import path_of
 from ..checkpoint import Source
 from ..errors import ArgumentError, RefusedError
 from ..merging.engine import Merger
@@ -90,9 +91,9 @@ def analyze(
     asking = next((method for method in methods.values() if method.by_inputs), "fr")
     recipe = Recipe(method=asking, select=select, rename=rename)
     if out is not None:
-        _check_out(Path(out), force=force)
+        _check_out(path_of("out", out), force=force)
     if png is not None:
-        _check_folder(Path(png), force=force)
+        _check_folder(path_of("png", png), force=force)
         check_matplotlib()
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe)

@@ -8,7 +8,7 @@ from itertools import islice
 
 import torch
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, counted
 from .patterns import patterns_for
 from .prefixes import explained, prefix_change
 from .reader import Checkpoint
@@ -71,7 +71,7 @@ def mixed_dtype_notices(comparison: Comparison, base: Checkpoint, models: Sequen
                 key = i, str(dtype).removeprefix("torch."), str(dtypes[0]).removeprefix("torch.")
                 found[key] = found.get(key, 0) + 1
     return [
-        f"models[{i}] ({models[i].name}) stores {count} tensors in {theirs}, the base in {ours}"
+        f"models[{i}] ({models[i].name}) stores {counted(count, 'tensor')} in {theirs}, the base in {ours}"
         for (i, theirs, ours), count in sorted(found.items())
     ]
 
@@ -129,9 +129,9 @@ def _check_names(base: Checkpoint, model: Checkpoint, expected: set[str], found:
         return
     parts, advice = [], []
     if missing:
-        parts.append(f"lacks {len(missing)} tensors of the base: {_some(missing)}")
+        parts.append(f"lacks {counted(len(missing), 'tensor')} of the base: {_some(missing)}")
     if unexpected:
-        parts.append(f"has {len(unexpected)} tensors that the base lacks: {_some(unexpected)}")
+        parts.append(f"has {counted(len(unexpected), 'tensor')} that the base lacks: {_some(unexpected)}")
     only_model = {name: model.specs[name] for name in unexpected}
     shown = {name: base.specs[name] for name in missing}
     in_memory = {alias: base.specs[name] for name in missing for alias in base.aliases(name)}

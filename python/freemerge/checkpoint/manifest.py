@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 
 from .. import __version__
+from ..arguments import path_of
 from ..errors import CheckpointError
 from ..workers import ALONE, Workers
 from .hashing import Hasher
@@ -142,7 +143,7 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
 
     A file that the manifest does not list is a problem too (hidden files excepted): loaders may prefer it.
     """
-    directory = Path(directory)
+    directory = path_of("directory", directory)
     files = read_manifest(directory)["files"]
     assert isinstance(files, dict)  # read_manifest checked it
     problems = []

@@ -6,14 +6,19 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError, RefusedError
 from ..workers import ALONE, Workers
 from .locks import DirectoryLock, FileLock, flush_directory, lock_of, remove_unused_files
+
+if TYPE_CHECKING:
+    from .reader import Checkpoint
 
 MANIFEST = "freemerge.json"
 WEIGHT_SUFFIXES = (
@@ -24,15 +29,24 @@ _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
+Foreign = Callable[[Path], str | None]
+"""Why a directory is no earlier output of the same kind; None if it is."""
+
+
+def no_manifest(directory: Path) -> str | None:
+    """Merged models are told by their manifest."""
+    return None if (directory / MANIFEST).is_file() else f"no {MANIFEST}"
+
 
 def target(out: str | os.PathLike[str], *, file: str | None = None) -> Path:
     """The path of an output, links followed: a directory, or a file if its name ends in ``file``.
 
-    RefusedError for the current directory and what holds it, ArgumentError for the name of a weight file that is none.
+    RefusedError for the current directory and what holds it, ArgumentError for what is no path, or the name of a weight
+    file that is none.
     """
-    path, here = Path(out).resolve(), Path.cwd()
-    if not os.fspath(out):
+    if isinstance(out, str) and not out:
         raise RefusedError("the name of the output is empty")
+    path, here = path_of("out", out).resolve(), Path.cwd()
     if path == here or path in here.parents:
         raise RefusedError(f"{out} is {'' if path == here else 'above '}the current directory; name a new one")
     if path.name.lower().endswith(WEIGHT_SUFFIXES) and path.suffix != file:
@@ -41,10 +55,10 @@ def target(out: str | os.PathLike[str], *, file: str | None = None) -> Path:
     return path
 
 
-def check_target(out: Path, *, single_file: bool, force: bool) -> None:
+def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign = no_manifest) -> None:
     """Refuse an output path that holds something, before any work.
 
-    ``force`` replaces only what was clearly meant: a file by a file, or a directory that has a freemerge manifest by a
+    ``force`` replaces only what was clearly meant: a file by a file, or a directory that is not ``foreign`` by a
     directory. Replacing a directory deletes all of it.
     """
     if not out.exists():
@@ -57,8 +71,21 @@ def check_target(out: Path, *, single_file: bool, force: bool) -> None:
         raise RefusedError(
             f"{out} exists{'' if single_file else ' and is not empty'}; use --force (force=True) to replace it"
         )
-    if not single_file and not (out / MANIFEST).is_file():
-        raise RefusedError(f"{out} was not written by freemerge (no {MANIFEST}), so even force does not delete it")
+    reason = None if single_file else foreign(out)
+    if reason is not None:
+        raise RefusedError(f"{out} holds something else than this writes ({reason}), so even force does not delete it")
+
+
+def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) -> None:
+    """RefusedError for an output that would replace or delete an input, or lie inside of one."""
+    resolved = target(out)
+    for source in sources:
+        for path in (source.path, *source.files):
+            if path is not None and resolved in (path.resolve(), *path.resolve().parents):
+                verb = "is" if resolved == path.resolve() else "holds"
+                raise RefusedError(f"{out} {verb} an input ({path}); write somewhere else")
+        if source.directory is not None and source.directory.resolve() in resolved.parents:
+            raise RefusedError(f"{out} is inside of an input ({source.directory}); write somewhere else")
 
 
 class Staging:
@@ -83,16 +110,17 @@ class Staging:
         if workers.rank:
             self._follow()
 
-    def publish(self, file: str | None, *, force: bool) -> None:
+    def publish(self, file: str | None, *, force: bool, foreign: Foreign = no_manifest) -> None:
         """Put the directory, or the one ``file`` in it, at ``out``: at any instant ``out`` is the old or the new one.
 
-        The file system must already hold every file's data. What was at ``out`` is deleted last.
+        The file system must already hold every file's data. What was at ``out`` is checked again (:func:`check_target`)
+        and deleted last.
         """
-        self._workers.first(lambda: self._publish(file, force=force))
+        self._workers.first(lambda: self._publish(file, force=force, foreign=foreign))
         self.discard()
 
-    def _publish(self, file: str | None, *, force: bool) -> None:
-        check_target(self._out, single_file=file is not None, force=force)
+    def _publish(self, file: str | None, *, force: bool, foreign: Foreign) -> None:
+        check_target(self._out, single_file=file is not None, force=force, foreign=foreign)
         try:
             flush_directory(self.directory)
             if file is not None:

@@ -14,7 +14,7 @@ from typing import Union
 
 import torch
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, counted
 from .architecture import Architecture, built_from_config, read_config, second_names
 from .containers import split_key, state_dict_in
 from .file_format import file_format
@@ -174,7 +174,7 @@ class Checkpoint(ABC):
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self.label}: {len(self.specs)} tensors>"
+        return f"<Checkpoint {self.label}: {counted(len(self.specs), 'tensor')}>"
 
 
 class _InMemory(Checkpoint):

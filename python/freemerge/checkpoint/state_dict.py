@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..dense import address, dense
-from ..errors import CheckpointError
+from ..errors import CheckpointError, counted
 from .prefixes import counters
 from .spec import TensorSpec
 
@@ -31,7 +31,8 @@ def dense_tensors(source: str, state: Mapping[Any, object]) -> dict[str, torch.T
 
 def left_out(source: str, names: Sequence[str]) -> tuple[str, ...]:
     """A sentence about entries that :func:`dense_tensors` left out, if there are any."""
-    return (f"{source}: {names[0]} is no weight and left out ({len(names)} such entries)",) if names else ()
+    count = counted(len(names), "such entry", "such entries")
+    return (f"{source}: {names[0]} is no weight and left out ({count})",) if names else ()
 
 
 def specs_of(state: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:

@@ -14,7 +14,6 @@ from ..merging.selection import Action
 from .command import Argument, Option
 
 PATH = click.Path(path_type=Path)
-_SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
@@ -109,16 +108,3 @@ def renaming(text: str) -> tuple[str, str]:
     if not separator or old == new:
         raise ValueError(f"expected OLD=NEW, two prefixes of which one may be empty, got {text!r}")
     return old, new
-
-
-def size(text: str) -> int:
-    """Bytes."""
-    number = text.upper()
-    unit = next((unit for unit in _SIZES if number.endswith(unit)), "")
-    try:
-        found = int(float(number.removesuffix(unit)) * _SIZES.get(unit, 1))
-    except (ValueError, OverflowError):
-        found = -1
-    if found < 0:
-        raise ValueError(f"expected a size such as 500MB or 2GB, got {text!r}")
-    return found

@@ -27,5 +27,5 @@ def run(output: Output) -> int:
     for backend in found:
         lines.append(f"{backend.name:8} {'available' if backend.available else 'not available: ' + backend.reason}")
         lines += [f"         {key}: {value}" for key, value in backend.details.items()]
-    output.result(found, "\n".join(lines))
+    output.result({"backends": found}, "\n".join(lines))
     return DONE

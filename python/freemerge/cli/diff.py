@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..errors import counted
 from .command import Argument, Command
 from .failures import DONE, FAILED
 from .output import Output
@@ -33,7 +34,7 @@ def run(output: Output, first: str, second: str) -> int:
         found += 1
         output.result(difference, _text_of(difference))
     if output.talks:
-        print(f"{found} tensors differ" if found else "the same")
+        print(counted(found, "tensor differs", "tensors differ") if found else "the same")
     return FAILED if found else DONE
 
 

@@ -58,5 +58,5 @@ def run(
     # Experts come first, as they may be refused, but are shown last.
     last = [] if experts is None else [evaluate_experts(models[0], experts, score, base=base, backbone=backbone)]
     evaluations = [*(evaluate(model, score) for model in models), *last]
-    output.result(evaluations, table(evaluations))
+    output.result({"evaluations": evaluations}, table(evaluations))
     return DONE

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ..errors import counted
 from ..experts.names import Values
 from ..experts.rescale import RULES
 from ..methods.rules import Scope
@@ -24,6 +25,7 @@ def command() -> Command:
         [
             *base_and_models(),
             Option("-o", "--out", type=PATH, required=True, help="new directory for the expert files"),
+            Option("--force", is_flag=True, help="replace a directory of expert files"),
             Option("--values", type=Named(get_args(Values)), help="default bf16; svd2 with --budget or --rank"),
             Option(
                 "--backbone",
@@ -31,7 +33,7 @@ def command() -> Command:
                 metavar="MERGED",
                 help="merged model, for low rank, masks, gains, some --rescale",
             ),
-            Option("--density", section=entries, type=float, metavar="D", help="share of entries kept (default 0.01)"),
+            Option("--density", section=entries, metavar="D", help="share of entries kept: 0.01 (default) or 1%"),
             Option("--scope", section=entries, type=Named(get_args(Scope)), default="tensor", help="where D counts"),
             Option(
                 "--rescale",
@@ -62,18 +64,21 @@ def command() -> Command:
     )
 
 
-def run(output: Output, base: Path, models: Sequence[Path], out: Path, **options: Any) -> int:
+def run(output: Output, base: Path, models: Sequence[Path], out: Path, force: bool, **options: Any) -> int:
     """Extract a light expert of each model: its task vector's largest entries, or what a merged model lacks of it."""
     from ..experts import iter_experts, save_experts
 
     with joined() as workers:
-        saved = save_experts(iter_experts(base, models, **options, workers=workers), out, workers=workers)
+        experts = iter_experts(base, models, **options, workers=workers)
+        saved = save_experts(experts, out, force=force, workers=workers)
     if workers.rank:  # the first one talks
         return DONE
     lines = [
-        f"{expert.task}: {expert.entries} entries, mu {expert.mu:.4g}, {expert.nbytes / 1e6:.3g} MB" for expert in saved
+        f"{expert.task}: {counted(expert.entries, 'entry', 'entries')}, mu {expert.mu:.4g}, "
+        f"{expert.nbytes / 1e6:.3g} MB"
+        for expert in saved
     ]
-    output.result(saved, "\n".join(lines))
+    output.result({"experts": saved}, "\n".join(lines))
     return DONE
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import counted
 from .arguments import tokenizer_from
 from .command import Command, Option
 from .failures import DONE
@@ -98,7 +99,7 @@ def summary(inspection: Inspection) -> str:
     """How many tensors meet which fate."""
     actions = [decision.action for decision in inspection.decisions]
     return (
-        f"{actions.count('filter')} tensors filtered, {actions.count('merge')} merged unfiltered, "
+        f"{counted(actions.count('filter'), 'tensor')} filtered, {actions.count('merge')} merged unfiltered, "
         f"{actions.count('copy')} copied"
     )
 

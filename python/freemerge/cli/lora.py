@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import counted
 from .arguments import PATH, names
 from .command import Argument, Command, Option
 from .failures import DONE
@@ -21,8 +22,9 @@ def command() -> Command:
         [
             Argument("base", type=PATH, help="the checkpoint that the adapter is for"),
             Argument("model", type=PATH, help="a merged or fine-tuned model of it"),
-            Option("--rank", type=int, required=True, metavar="R", help="of every layer"),
+            Option("--rank", type=int, required=True, metavar="R", help="of every layer whose sides are as long"),
             Option("-o", "--out", type=PATH, required=True, help="new directory for the adapter"),
+            Option("--force", is_flag=True, help="replace an adapter that freemerge wrote"),
             *names(),
         ],
         examples="""
@@ -38,6 +40,7 @@ def run(
     model: Path,
     rank: int,
     out: Path,
+    force: bool,
     select: Sequence[Any],
     rename: Sequence[tuple[str, str]],
 ) -> int:
@@ -45,8 +48,10 @@ def run(
     each linear layer."""
     from ..lora import extract_lora
 
-    made = extract_lora(base, model, out, rank=rank, select=select, rename=rename)
-    output.result(made, f"{out}: {made.layers} layers, {made.kept:.2%} of the change, {made.nbytes / 1e6:.3g} MB")
+    made = extract_lora(base, model, out, rank=rank, force=force, select=select, rename=rename)
+    output.result(
+        made, f"{out}: {counted(made.layers, 'layer')}, {made.kept:.2%} of the change, {made.nbytes / 1e6:.3g} MB"
+    )
     if made.left_out:
         more = f" and {len(made.left_out) - _LISTED} more" if len(made.left_out) > _LISTED else ""
         output.note(f"left out, as no linear layers: {', '.join(made.left_out[:_LISTED])}{more}")

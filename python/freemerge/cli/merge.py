@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import size
 from ..workers import joined
-from .arguments import PATH, Parsed, size, tokenizer_from
+from .arguments import PATH, Parsed, tokenizer_from
 from .command import Command, Option
 from .failures import DONE
 from .inspect import backend, tell, text_of, warn

@@ -24,9 +24,11 @@ class Output:
         return not (self.json or self.quiet)
 
     def result(self, value: object, text: str) -> None:
-        """What was asked for: a value for programs, a text for people."""
+        """What was asked for: for programs an object, which can get new keys, and a text for people."""
         if self.json:
-            print(json.dumps(plain(value)))
+            told = plain(value)
+            assert isinstance(told, dict)
+            print(json.dumps(told))
         elif not self.quiet:
             print(printable(text))
 

@@ -63,7 +63,8 @@ def read(
         if value is None:
             continue
         if name not in known:
-            raise ArgumentError(f"method {method.name} has no option {_flag(name)}")
+            hint = "; --filter before or after filters beside it" if name == "cutoff" else ""
+            raise ArgumentError(f"method {method.name} has no option {_flag(name)}{hint}")
         changes[name] = value if isinstance(value, bool) else known[name].parse(_flag(name), value)
     if given["mergekit"] is not None and recipe.layers and "weights" in changes:
         raise ArgumentError("--weights: the configuration has weights by the tensors' names; change them there")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import RefusedError
+from ..errors import RefusedError, counted
 from .arguments import PATH, Named
 from .command import Command, Option
 from .failures import DONE
@@ -78,7 +78,7 @@ def run(
     out.write_text(learnt.recipe.to_yaml(), encoding="utf-8")
     result = {"recipe": learnt.recipe.to_config(), "entropies": learnt.entropies}
     weights = ", ".join(f"{weight:.4f}" for weight in learnt.recipe.weights)
-    layers = f" and of {len(learnt.recipe.layers)} layers" if learnt.recipe.layers else ""
+    layers = f" and of {counted(len(learnt.recipe.layers), 'layer')}" if learnt.recipe.layers else ""
     first, last = learnt.entropies[0], learnt.entropies[-1]
     output.result(result, f"{out}: weights {weights}{layers}; entropy {first:.4f} -> {last:.4f}")
     return DONE

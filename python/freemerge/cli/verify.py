@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..errors import counted
 from .arguments import PATH
 from .command import Argument, Command
 from .failures import DONE, FAILED
@@ -27,6 +28,6 @@ def run(output: Output, directory: Path) -> int:
     from ..checkpoint import verify
 
     problems = verify(directory)
-    told = f"{len(problems)} problems" if problems else "verified"
+    told = counted(len(problems), "problem") if problems else "verified"
     output.result({"problems": problems}, "\n".join([*problems, told]))
     return FAILED if problems else DONE

@@ -7,12 +7,12 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..arguments import number, path_of
 from ..backends.sparse import Scratch, SparseVector, Update
 from ..checkpoint import MERGEABLE, Checkpoint
 from ..checkpoint.prefixes import Naming
@@ -57,8 +57,10 @@ class ExpertBank(Mapping[str, Expert]):
         base: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
         backbone: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module | Mapping):
+            raise ArgumentError(f"model must be a module or a state dict, got {type(model).__name__}")
         self._model = model
-        self._experts = dict(experts)
+        self._experts = _checked(experts)
         self._placement = Placement(model)
         self._parts = {task: self._placed(task, expert) for task, expert in self._experts.items()}
         self._statistics = {task: self._placed_statistics(task, expert) for task, expert in self._experts.items()}
@@ -89,7 +91,7 @@ class ExpertBank(Mapping[str, Expert]):
         backbone: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
     ) -> ExpertBank:
         """Attach every expert file of a folder; the task is the file's name without ``.safetensors``."""
-        files = sorted(Path(folder).glob("*.safetensors"))
+        files = sorted(path_of("folder", folder).glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder} holds no expert files (*.safetensors)")
         return ExpertBank(model, {file.stem: Expert.load(file) for file in files}, base=base, backbone=backbone)
@@ -154,6 +156,8 @@ class ExpertBank(Mapping[str, Expert]):
         ArgumentError for what the modules themselves cannot serve, before anything is computed, and for an input whose
         first dimension is neither ``len(experts)`` nor 1.
         """
+        if isinstance(experts, str | Mapping) or not isinstance(experts, Sequence):
+            raise ArgumentError(f"experts must be a list, what each sample of the batch gets, got {experts!r}")
         samples = [{} if chosen is None else self._weights(chosen) for chosen in experts]
         tasks = [task for task in self._experts if any(task in weights for weights in samples)]
         reason = self.serves_deltas(tasks)
@@ -183,12 +187,16 @@ class ExpertBank(Mapping[str, Expert]):
         return None if reason is None else f"deltas cannot serve {reason}"
 
     def _weights(self, experts: str | Mapping[str, float]) -> dict[str, float]:
-        weights = {experts: 1.0} if isinstance(experts, str) else {task: float(w) for task, w in experts.items()}
-        for task, weight in weights.items():
+        if not isinstance(experts, str | Mapping):
+            raise ArgumentError(f"experts must be the name of one, or map names to weights, got {experts!r}")
+        given: Mapping[str, object] = {experts: 1.0} if isinstance(experts, str) else experts
+        weights = {}
+        for task, weight in given.items():
             if task not in self._experts:
                 raise ArgumentError(f"experts: no expert {task!r}; the bank has {', '.join(map(repr, self._experts))}")
-            if not math.isfinite(weight):
-                raise ArgumentError(f"experts: the weight of {task!r} must be finite, got {weight}")
+            weights[task] = number(weight.item() if isinstance(weight, Tensor) and weight.numel() == 1 else weight)
+            if not math.isfinite(weights[task]):
+                raise ArgumentError(f"experts: the weight of {task!r} must be a finite number, got {weight!r}")
         return {task: weight for task, weight in weights.items() if weight != 0}
 
     def _touched(self, weights: Mapping[str, float]) -> list[str]:
@@ -405,3 +413,10 @@ class ExpertBank(Mapping[str, Expert]):
                 spec = None if other is None else other.specs.get(name)
                 if other is not None and (spec is None or spec.shape != shape):
                     raise CheckpointError(f"{other.label}: tensor {name!r} is missing or has another shape")
+
+
+def _checked(experts: object) -> dict[str, Expert]:
+    if not isinstance(experts, Mapping) or not all(isinstance(expert, Expert) for expert in experts.values()):
+        hint = "; ExpertBank.load reads a folder" if isinstance(experts, str | os.PathLike) else ""
+        raise ArgumentError(f"experts must map tasks to experts, got {type(experts).__name__}{hint}")
+    return dict(experts)

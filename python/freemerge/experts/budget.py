@@ -7,20 +7,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import ArgumentError
-
-
-def share_of(budget: float | str) -> float:
-    """A budget as a share of the model: ``0.003`` or ``"0.3%"``."""
-    text = str(budget).strip()
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 < share < 1:
-        raise ArgumentError(f'budget must be a share of the model such as "0.3%" or 0.003, got {budget!r}')
-    return share
-
 
 def byte_limit(share: float, shapes: Iterable[Sequence[int]]) -> int:
     """The bytes that a budget allows for experts of tensors of these shapes: its share of them in float16."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..accumulate import abs_means, norm, task_vector_sum
+from ..arguments import number
 from ..checkpoint import Checkpoint
 from ..checkpoint.compare import check_finite
 from ..errors import ArgumentError, CheckpointError
@@ -38,11 +39,9 @@ class Criterion:
     trim: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.density < 1:
-            raise ArgumentError(f"density must be between 0 and 1, both excluded, got {self.density!r}")
-        if not 0 <= self.trim < 1:
+        if not 0 <= number(self.trim) < 1:
             raise ArgumentError(f"trim must be at least 0 and less than 1, got {self.trim!r}")
-        if self.scope not in get_args(Scope):
+        if self.scope not in list(get_args(Scope)):
             raise ArgumentError(f"scope must be one of {', '.join(get_args(Scope))}, got {self.scope!r}")
 
     def counts(self, n: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError
 from .format import read_file, write_file
 from .values import ExpertTensor
@@ -74,7 +75,7 @@ class Expert:
 
         The file appears at once when it is complete. Raises RefusedError if ``path`` exists, unless ``force``.
         """
-        return write_file(path, self.tensors, self.statistics, self.metadata, force=force)
+        return write_file(path_of("path", path), self.tensors, self.statistics, self.metadata, force=force)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -92,7 +93,7 @@ class Expert:
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Expert:
         """Read an expert file. Raises CheckpointError naming file and tensor if anything in it is wrong."""
-        tensors, statistics, metadata = read_file(path)
+        tensors, statistics, metadata = read_file(path_of("path", path))
         try:
             mu, rescale, values = float(metadata["mu"]), metadata["rescale"], metadata["values"]
             of_entries = metadata["version"] == "1"

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..arguments import after, check_models, share_of, whole_number
 from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_inputs
 from ..checkpoint.compare import check_finite, compare
 from ..checkpoint.prefixes import Rename
@@ -20,7 +21,6 @@ from ..merging.selection import Action, Rule, check_rules, left_alone, renames_o
 from ..merging.statistics_buffers import check_variance, is_of_norm, is_statistic
 from ..methods.rules import Scope
 from ..workers import ALONE, Workers
-from .budget import share_of
 from .entries import Criterion, EntryExtraction
 from .expert import Expert, check_task_name
 from .gains import GainExtraction
@@ -28,19 +28,18 @@ from .low_rank import LowRankExtraction
 from .masks import MaskExtraction
 from .names import Values
 from .rescale import check_rescale
-from .values import LowRankTensor, SparseTensor, coding_of
+from .values import ExpertTensor, LowRankTensor, SparseTensor, coding_of
 from .values.gains import Gains
-from .values.mask import Mask
 
 _Extraction: TypeAlias = EntryExtraction | LowRankExtraction | MaskExtraction | GainExtraction
 Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 
-def extract_experts(
+def iter_experts(
     base: Model,
     models: Mapping[str, Model] | Sequence[Model],
     *,
-    density: float | None = None,
+    density: float | str | None = None,
     scope: Scope = "tensor",
     rescale: str | float = "auto",
     values: Values | None = None,
@@ -50,7 +49,66 @@ def extract_experts(
     rank: int | None = None,
     select: Sequence[Rule | tuple[str, Action]] = (),
     rename: Sequence[Rename] = (),
-) -> dict[str, Expert]:
+    workers: Workers = ALONE,
+) -> Iterator[tuple[str, Expert]]:
+    """Task names and experts one after the other, holding one expert (with gains: all) and a few tensors at a time.
+
+    As :func:`extract_experts`; all arguments and checkpoints are checked before the first expert is made.
+    """
+    given = {
+        "density": density is not None,
+        "scope": scope != "tensor",
+        "trim": trim != 0,
+        "rescale": rescale != "auto",
+        "budget": budget is not None,
+        "rank": rank is not None,
+        "backbone": backbone is not None,
+    }
+    coding = _coding(values, [name for name, present in given.items() if present])
+    share = None if budget is None else share_of("budget", budget)
+    if rank is not None:
+        rank = whole_number("rank", rank, 1)
+    criterion = Criterion(0.01 if density is None else share_of("density", density), scope, trim)
+    if issubclass(coding, SparseTensor):
+        check_rescale(rescale, backbone=backbone is not None)
+    check_models(models, named=True)
+    rules, renames = rules_of(select), renames_of(rename)
+    stack = ExitStack()
+    with stack:
+        named = _named(models)
+        sources = {_argument(models, name): model for name, model in named.items()}
+        inputs = open_inputs(
+            stack,
+            base,
+            sources if backbone is None else {**sources, "backbone": backbone},
+            merged=lambda names: not left_alone(names, rules),
+            renames=renames,
+        )
+        check_rules(rules, inputs.names)
+        comparison = compare(inputs.base, inputs.models, merged=lambda name: not left_alone(inputs.names[name], rules))
+        made = (name for name in comparison.names if has_expert(inputs.base.specs[name]))
+        names = [name for name in made if name not in inputs.base.buffers]
+        statistics = [name for name in comparison.names if _kept_whole(inputs.base.specs[name])]
+        merged = None if backbone is None else inputs.models[-1]
+        tuned = inputs.models[: len(named)]
+        chosen = range(workers.rank, len(named), workers.size)
+        extraction: _Extraction
+        if issubclass(coding, SparseTensor):
+            extraction = EntryExtraction(inputs.base, tuned, names, merged, criterion, rescale, coding)
+        else:
+            assert merged is not None
+            if issubclass(coding, LowRankTensor):
+                extraction = LowRankExtraction(merged, tuned, names, coding, share, rank, statistics)
+            elif issubclass(coding, Gains):
+                extraction = GainExtraction(inputs.base, merged, tuned, names, share, chosen, statistics)
+            else:
+                extraction = MaskExtraction(inputs.base, merged, tuned, names)
+        stack = stack.pop_all()
+    return _generate(extraction, list(named), chosen, tuned, statistics, stack)
+
+
+@after(iter_experts)
+def extract_experts(experts: Iterator[tuple[str, Expert]]) -> dict[str, Expert]:
     """The light expert of each model: its task vector's largest entries, times a factor mu; or, with a ``budget`` or a
     ``rank``, the strongest singular vectors of what a merged model lacks of it.
 
@@ -61,8 +119,9 @@ def extract_experts(
         models: fine-tuned models of that base with the same tensors, or directories of LoRA or IA3 adapters that PEFT
             trained on it; a mapping names the tasks. In a sequence, models on disk are named after their directory or
             file, others ``task0``, ``task1`` and so on by position.
-        density: d, .01 by default. A scope of n entries keeps its k = max(1, floor(d n)) largest, or all its non-zero
-            ones where they are fewer. Equal magnitudes are taken by tensor name, then by index, lowest first.
+        density: d, a share such as 0.01, the default, or "1%". A scope of n entries keeps its k = max(1, floor(d n))
+            largest, or all its non-zero ones where they are fewer. Equal magnitudes are taken by tensor name, then by
+            index, lowest first.
         scope: count by tensor; by row (one index of a tensor's first dimension; the released code); or over the whole
             model (the paper).
         rescale: the rule for mu, or mu itself. With M the kept entries before rounding, E a mean of magnitudes:
@@ -100,6 +159,7 @@ def extract_experts(
             ``values="svd16"``, what Twin-Merging (arXiv 2406.15479) keeps for each task.
         select: rules as of a recipe: tensors with action "copy" or "drop" have no experts, and models may lack them.
         rename: changes of prefixes in the models' names, as in a recipe.
+        workers: processes that share the models out: number r of n makes the experts of models r, r + n, r + 2 n, ...
 
     Returns:
         Experts by task name. They cover every floating tensor that has at least one dimension, except running
@@ -110,102 +170,21 @@ def extract_experts(
         ArgumentError: a bad argument; the message names it.
         CheckpointError: tensors that do not match or are not finite; the message names model and tensor.
     """
-    return dict(
-        iter_experts(
-            base,
-            models,
-            density=density,
-            scope=scope,
-            rescale=rescale,
-            values=values,
-            trim=trim,
-            backbone=backbone,
-            budget=budget,
-            rank=rank,
-            select=select,
-            rename=rename,
-        )
-    )
+    return dict(experts)
 
 
-def iter_experts(
-    base: Model,
-    models: Mapping[str, Model] | Sequence[Model],
-    *,
-    density: float | None = None,
-    scope: Scope = "tensor",
-    rescale: str | float = "auto",
-    values: Values | None = None,
-    trim: float = 0.0,
-    backbone: Model | None = None,
-    budget: float | str | None = None,
-    rank: int | None = None,
-    select: Sequence[Rule | tuple[str, Action]] = (),
-    rename: Sequence[Rename] = (),
-    workers: Workers = ALONE,
-) -> Iterator[tuple[str, Expert]]:
-    """Task names and experts one after the other, holding one expert (with gains: all) and a few tensors at a time.
-
-    As :func:`extract_experts`; all arguments and checkpoints are checked before the first expert is made. Of several
-    ``workers``, number r of n makes the experts of models r, r + n, r + 2 n, ...
-    """
-    coding = coding_of(values if values is not None else "bf16" if budget is None and rank is None else "svd2")
-    if not issubclass(coding, SparseTensor | LowRankTensor | Mask | Gains):
-        raise ArgumentError(f"values: {values} does not code single entries, which density keeps")
-    if (budget is not None) + (rank is not None) != issubclass(coding, LowRankTensor) and (coding is not Gains or rank):
-        raise ArgumentError(
-            "budget or rank must be given for values svd2 and svd16, one of them; else only a budget, with gains"
-        )
-    criterion = Criterion(0.01 if density is None else density, scope, trim)
-    if not issubclass(coding, SparseTensor):
-        if (density, scope, trim, rescale) != (None, "tensor", 0, "auto"):
-            raise ArgumentError(
-                "density, scope, trim and rescale are for single entries: budget, rank, masks and gains exclude them"
-            )
-        if backbone is None:
-            low_rank = "budget and rank: experts hold what it lacks"
-            what = {Mask: "masks: they select from it", Gains: "gains: they are of its directions"}.get(
-                coding, low_rank
-            )
-            raise ArgumentError(f"backbone must be given for {what}")
-        if rank is not None and rank < 1:
-            raise ArgumentError(f"rank must be at least 1, got {rank}")
-    else:
-        check_rescale(rescale, backbone=backbone is not None)
-    share = None if budget is None else share_of(budget)
-    rules, renames = rules_of(select), renames_of(rename)
-    stack = ExitStack()
-    with stack:
-        named = _named(models)
-        sources = {_argument(models, name): model for name, model in named.items()}
-        inputs = open_inputs(
-            stack,
-            base,
-            sources if backbone is None else {**sources, "backbone": backbone},
-            merged=lambda names: not left_alone(names, rules),
-            renames=renames,
-        )
-        check_rules(rules, inputs.names)
-        comparison = compare(inputs.base, inputs.models, merged=lambda name: not left_alone(inputs.names[name], rules))
-        made = (name for name in comparison.names if has_expert(inputs.base.specs[name]))
-        names = [name for name in made if name not in inputs.base.buffers]
-        statistics = [name for name in comparison.names if _kept_whole(inputs.base.specs[name])]
-        merged = None if backbone is None else inputs.models[-1]
-        tuned = inputs.models[: len(named)]
-        chosen = range(workers.rank, len(named), workers.size)
-        extraction: _Extraction
-        if issubclass(coding, SparseTensor):
-            extraction = EntryExtraction(inputs.base, tuned, names, merged, criterion, rescale, coding)
-        else:
-            assert merged is not None
-            if issubclass(coding, LowRankTensor):
-                extraction = LowRankExtraction(merged, tuned, names, coding, share, rank, statistics)
-            elif issubclass(coding, Gains):
-                extraction = GainExtraction(inputs.base, merged, tuned, names, share, chosen, statistics)
-            else:
-                extraction = MaskExtraction(inputs.base, merged, tuned, names)
-        stack = stack.pop_all()
-    return _generate(extraction, list(named), chosen, tuned, statistics, stack)
+def _coding(values: Values | None, given: Sequence[str]) -> type[ExpertTensor]:
+    """The coding that is asked for, by name or by the options that are ``given``, if they and it go together."""
+    coding = coding_of(values if values is not None else "svd2" if {"budget", "rank"} & {*given} else "bf16")
+    name = f"values {coding.coding}" + (", which budget and rank choose" if values is None else "")
+    for option in given:
+        if option not in coding.takes:
+            raise ArgumentError(f"{option} is not for {name}; for these there are {', '.join(coding.takes)}")
+    if coding.of_backbone and "backbone" not in given:
+        raise ArgumentError(f"backbone must be given for {name}: {coding.of_backbone}")
+    if issubclass(coding, LowRankTensor) and len({"budget", "rank"} & {*given}) != 1:
+        raise ArgumentError(f"budget or rank must be given for {name}, one of the two")
+    return coding
 
 
 def _generate(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, zip_longest
+from pathlib import Path
 
 from ..checkpoint.publish import Staging, check_target, target
+from ..errors import ArgumentError, CheckpointError
 from ..workers import ALONE, Workers
-from .expert import Expert
+from .expert import Expert, check_task_name
+from .format import open_file
 
 
 @dataclass(frozen=True)
@@ -23,25 +26,57 @@ class SavedExpert:
 
 
 def save_experts(
-    experts: Iterable[tuple[str, Expert]], out: str | os.PathLike[str], *, workers: Workers = ALONE
+    experts: Mapping[str, Expert] | Iterable[tuple[str, Expert]],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    workers: Workers = ALONE,
 ) -> list[SavedExpert]:
     """Write ``TASK.safetensors`` for each task into the new directory ``out``, which :meth:`ExpertBank.load` reads.
 
-    ``experts`` may be a generator (:func:`iter_experts`), so that one expert is in memory at a time. An error leaves no
-    ``out``. Raises RefusedError, before the first expert is made, if ``out`` exists and is not empty.
+    ``experts``: as :func:`extract_experts` returns them, or pairs of a task and its expert, which :func:`iter_experts`
+    makes one by one, so that one is in memory at a time. An error leaves no ``out``. Raises RefusedError, before the
+    first expert is made, if ``out`` exists and is not empty; ``force`` replaces a folder that holds expert files and
+    nothing else, at once when all are complete.
 
     ``workers``: processes that each write the experts :func:`iter_experts` gives them; all get the whole list.
     """
-    folder = target(out)
-    check_target(folder, single_file=False, force=False)
+    folder, pairs = target(out), _pairs(experts)
+    check_target(folder, single_file=False, force=force, foreign=_other_than_experts)
     staging = Staging(folder, workers=workers)
     try:
         saved = []
-        for task, expert in experts:
+        for task, expert in pairs:
             nbytes = expert.save(staging.directory / f"{task}.safetensors")
             saved.append(SavedExpert(task, expert.mu, expert.entries, nbytes))
         written = workers.gather(saved)
-        staging.publish(None, force=False)
+        staging.publish(None, force=force, foreign=_other_than_experts)
     finally:
         staging.discard()
     return [expert for expert in chain.from_iterable(zip_longest(*written)) if expert is not None]
+
+
+def _pairs(experts: object) -> Iterator[tuple[str, Expert]]:
+    """Tasks and their experts, each checked when its turn comes."""
+    given = experts.items() if isinstance(experts, Mapping) else experts
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ArgumentError(f"experts must be a mapping of tasks to experts, or pairs of the two, got {experts!r}")
+    return map(_pair, given)
+
+
+def _pair(pair: object) -> tuple[str, Expert]:
+    if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], Expert):
+        raise ArgumentError(f"experts must be pairs of a task and its expert, got {pair!r}")
+    return check_task_name(pair[0]), pair[1]
+
+
+def _other_than_experts(folder: Path) -> str | None:
+    """Folders of experts are told by their files, all of which are expert files by their headers."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.is_symlink() or path.suffix != ".safetensors":
+                return f"{path.name} is no expert file"
+            open_file(path)
+        except (CheckpointError, OSError):
+            return f"{path.name} is no expert file"
+    return None

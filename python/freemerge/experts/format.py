@@ -45,10 +45,8 @@ def write_file(
     return writer.nbytes
 
 
-def read_file(
-    path: str | os.PathLike[str],
-) -> tuple[dict[str, ExpertTensor], dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors, statistics and metadata of an expert file; CheckpointError naming file and tensor if it is wrong."""
+def open_file(path: str | os.PathLike[str]) -> tuple[SafetensorsFile, type[ExpertTensor]]:
+    """An expert file and its coding, by the header alone; CheckpointError naming the file if it is none."""
     file = SafetensorsFile(Path(path))
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an expert file (its metadata does not say format {FORMAT})")
@@ -58,9 +56,16 @@ def read_file(
             f"this freemerge reads {' and '.join(VERSIONS)}"
         )
     try:
-        coding = coding_of(file.metadata.get("values"))
+        return file, coding_of(file.metadata.get("values"))
     except ArgumentError as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_file(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, ExpertTensor], dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors, statistics and metadata of an expert file; CheckpointError naming file and tensor if it is wrong."""
+    file, coding = open_file(path)
     tensors, statistics = {}, {}
     for name, slot in sorted(file.slots.items()):
         try:

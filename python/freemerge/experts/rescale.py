@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..errors import ArgumentError
+from ..arguments import number
+from ..errors import ArgumentError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,12 @@ def least_squares(s: Statistics) -> float:
 
 def check_rescale(rescale: str | float, *, backbone: bool) -> None:
     """ArgumentError for what is neither a rule nor a finite number, and for a backbone missing or not needed."""
-    if rescale not in RULES and (isinstance(rescale, str) or not math.isfinite(rescale)):
-        raise ArgumentError(f"rescale must be one of {', '.join(RULES)} or a finite number, got {rescale!r}")
+    known = rescale in RULES if isinstance(rescale, str) else math.isfinite(number(rescale))
+    if not known:
+        hint = did_you_mean(rescale, RULES, listed=True)
+        raise ArgumentError(f"rescale must be one of {', '.join(RULES)} or a finite number, got {rescale!r}{hint}")
     needing = [name for name, rule in RULES.items() if rule.needs_backbone]
-    if backbone != (rescale in needing):
+    if backbone != (isinstance(rescale, str) and rescale in needing):
         names = " or ".join(map(repr, needing))
         raise ArgumentError(f"backbone must be given for rescale={names}, and for that only")
 

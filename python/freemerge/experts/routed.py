@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import function
 from ..errors import ArgumentError
 from .bank import Combine, ExpertBank
 from .router import PooledState, Router
@@ -71,6 +72,12 @@ class RoutedModel:
         features: str | Callable[..., Tensor],
         combine: Combine = "add",
     ) -> None:
+        if not isinstance(bank, ExpertBank):
+            raise ArgumentError(f"bank must be an ExpertBank, got {type(bank).__name__}")
+        for name, value in (("model", model), ("router", router)):
+            function(name, value)
+        if not isinstance(features, str):
+            function("features", features)
         self.model, self.bank, self.router, self.combine = model, bank, router, combine
         self.features = PooledState(model, features) if isinstance(features, str) else features
         self.tasks: tuple[str, ...] = tuple(getattr(router, "tasks", None) or bank)

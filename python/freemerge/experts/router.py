@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arguments import number, path_of, whole_number
 from ..dense import dense
-from ..errors import ArgumentError, CheckpointError
+from ..errors import ArgumentError, CheckpointError, counted
 
 Mode = Literal["top1", "softmax"]
 Pool = Literal["mean", "first"]
@@ -54,29 +55,28 @@ class Router:
     def fit(
         cls,
         features: Tensor,
-        tasks: Sequence[str] | None = None,
+        tasks: Sequence[str],
         *,
         hidden: int = 128,
         steps: int = 100,
         learning_rate: float = 1e-2,
         weight_decay: float = 1e-2,
         seed: int = 0,
-        task_ids: Sequence[str] | None = None,
     ) -> Router:
         """Train a router on features (N, D) and the task name of each sample; full-batch AdamW on cross-entropy.
 
         About fifty samples a task suffice (section 4.3 of arXiv 2411.16815). Tasks keep the order in which they first
         appear. The result depends on the arguments only: torch's global random state is neither read nor changed.
-        ``task_ids`` is the former name of ``tasks``.
 
         Raises ArgumentError for features that are not a finite (N, D) matrix or do not fit ``tasks``.
         """
         features = _checked(features)
-        names = task_ids if tasks is None else tasks
-        if names is None or len(names) != len(features) or not len(names):
-            raise ArgumentError(f"tasks must name a task for each of {len(features)} samples, got {len(names or [])}")
-        if hidden < 1 or steps < 1:
-            raise ArgumentError(f"hidden and steps must be at least 1, got {hidden} and {steps}")
+        names = _names(tasks, len(features))
+        hidden, steps = whole_number("hidden", hidden, 1), whole_number("steps", steps, 1)
+        seed = whole_number("seed", seed, 0)
+        for name, rate in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            if not 0 <= number(rate) < math.inf:
+                raise ArgumentError(f"{name} must be a finite number of at least 0, got {rate!r}")
         known = tuple(dict.fromkeys(names))
         target = torch.tensor([known.index(name) for name in names])
         features = features.detach().float().cpu()
@@ -123,7 +123,7 @@ class Router:
 
     def save(self, path: str | Path) -> None:
         """Write the router as one safetensors file, its options as JSON in the header; replaces ``path`` at once."""
-        path = Path(path)
+        path = path_of("path", path)
         options = {"tasks": self.tasks, "mode": self.mode, "temperature": self.temperature, "abstain": self.abstain}
         partial = path.with_name(path.name + ".part")
         save_file(
@@ -136,6 +136,7 @@ class Router:
     @classmethod
     def load(cls, path: str | Path) -> Router:
         """Read a router back. Raises CheckpointError, naming the file, if it is not one."""
+        path = path_of("path", path)
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
@@ -162,6 +163,15 @@ class Router:
                 raise ArgumentError(f"{name} must have shape {shape}, got {tuple(self.tensors[name].shape)}")
             if not self.tensors[name].is_floating_point() or not torch.isfinite(self.tensors[name]).all():
                 raise ArgumentError(f"{name} must hold finite floats")
+
+
+def _names(tasks: object, count: int) -> list[str]:
+    """The task of each of ``count`` samples."""
+    if isinstance(tasks, str) or not isinstance(tasks, Collection) or not all(isinstance(name, str) for name in tasks):
+        raise ArgumentError(f"tasks must be a list of names, the task of each sample, got {tasks!r:.100}")
+    if len(tasks) != count or not count:
+        raise ArgumentError(f"tasks must name a task for each of {counted(count, 'sample')}, got {len(tasks)}")
+    return list(tasks)
 
 
 def _checked(features: Tensor) -> Tensor:

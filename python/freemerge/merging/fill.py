@@ -9,16 +9,18 @@ from torch import Tensor, nn
 
 from ..checkpoint.state_dict import tied_names
 from ..dense import dense
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 
 
 class Target:
     """The tensors of a module's state dict, which a merged model with these names and shapes is written into.
 
-    Raises CheckpointError, naming the tensor, if one has no memory of its own.
+    Raises ArgumentError for what is no module, CheckpointError, naming the tensor, if one has no memory of its own.
     """
 
     def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, nn.Module):
+            raise ArgumentError(f"into must be a module, got {type(module).__name__}")
         held = module.state_dict(keep_vars=True)
         self._tensors = {
             name: dense(tensor, f"into: tensor {name!r}", CheckpointError) for name, tensor in held.items()

@@ -19,7 +19,7 @@ from ..checkpoint.architecture import read_config
 from ..checkpoint.hub_cache import local_path
 from ..checkpoint.patterns import patterns_for
 from ..checkpoint.quantised import dequantised
-from ..errors import ArgumentError
+from ..errors import ArgumentError, counted
 from ..methods.breadcrumbs import Breadcrumbs
 from ..methods.model_stock import ModelStock
 from ..methods.task_arithmetic import TaskArithmetic
@@ -84,7 +84,9 @@ class _Weights:
         found = re.search(r"\.(\d+)\.", name)
         layer = 0 if found is None else int(found[1])
         if layer >= self.depth:
-            raise ArgumentError(f"weight: {name} lies beyond the {self.depth} layers that there is a gradient for")
+            raise ArgumentError(
+                f"weight: {name} lies beyond the {counted(self.depth, 'layer')} that there is a gradient for"
+            )
         last = self.depth - 1
         place = layer / last if last else float(found is not None)  # in mergekit a single layer is the last one
         position = place * (len(gradient) - 1)

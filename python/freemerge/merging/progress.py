@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from ..errors import counted
+
 Style = Literal["bar", "json", "none"]
 _EVERY = 1.0  # seconds between lines
 
@@ -72,7 +74,7 @@ class Progress:
         left = self.seconds_left()
         if self._style == "bar":
             self._bar.left = left
-            self._bar.set_postfix_str(f"{self._tensors} tensors" if self._tensors else "measuring", refresh=False)
+            self._bar.set_postfix_str(counted(self._tensors, "tensor") if self._tensors else "measuring", refresh=False)
             self._bar.update(read_bytes)
         elif self._style == "json" and now - self._told >= _EVERY:
             self._told = now

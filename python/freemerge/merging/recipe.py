@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from inspect import signature
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
-from ..errors import ArgumentError, did_you_mean
+from ..arguments import path_of
+from ..errors import ArgumentError, counted, did_you_mean
 from ..methods import METHODS, Method
 from ..methods.filtered import WHEN, Filter, Filtered, When, checked_response
 from ..methods.parameters import NUMBER, parameter, parameters_of
@@ -89,6 +91,8 @@ class Recipe:
         out_dtype: OutDType | torch.dtype | None = None,
         **parameters: Any,
     ) -> None:
+        if isinstance(response, str | Method):
+            raise ArgumentError(f"response must be a frequency response, got {response!r}; give a method as method=")
         if response is not None:
             parameters["response"] = response
         responses = {name: parameters.pop(name) for name in ("response", "cutoff") if filter and name in parameters}
@@ -139,7 +143,7 @@ class Recipe:
         """A published setting by name: one of :data:`PRESETS`, the YAML files in this package's folder ``presets``."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ArgumentError(
-                f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(str(name), PRESETS)}"
+                f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS, listed=True)}"
             )
         return cls.from_yaml(_PRESET_FOLDER / f"{name}.yaml")
 
@@ -202,8 +206,9 @@ class Recipe:
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:
         """Read a recipe file. Raises ArgumentError naming the file."""
+        path = path_of("path", path)
         try:
-            return cls.from_config(yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader))
+            return cls.from_config(yaml.load(path.read_text(encoding="utf-8"), StrictLoader))
         except OSError as error:
             raise ArgumentError(f"recipe {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError, ArgumentError) as error:
@@ -216,11 +221,14 @@ def _method(method: object, parameters: Mapping[str, Any]) -> Method:
     """The method with these parameters; ArgumentError for a name that neither it nor the recipe has."""
     if not isinstance(method, Method):
         if not isinstance(method, str) or method not in METHODS:
-            hint = did_you_mean(str(method), METHODS)
+            hint = did_you_mean(method, METHODS, listed=True)
             raise ArgumentError(f"method must be one of {', '.join(sorted(METHODS))}, got {method!r}{hint}")
         method = METHODS[method]()
     known = [*signature(type(method)).parameters, *(f.name for f in fields(Recipe))]
     for name in parameters:
+        if name in ("response", "cutoff") and name not in known:
+            hint = "filter='before' or filter='after' filters beside it"
+            raise ArgumentError(f"{name}: method {method.name} has no filter of its own; {hint}")
         if name not in known:
             raise ArgumentError(f"a recipe of method {method.name} has no field {name!r}{did_you_mean(name, known)}")
     return method.replace(**parameters) if parameters else method
@@ -231,17 +239,21 @@ def _check_layers(layers: Sequence[LayerWeights], method: Method) -> None:
         raise ArgumentError(f"layers: method {method.name} needs weights as numbers, for all other tensors")
     for layer in layers:
         if len(layer.weights) != len(method.weights):
-            raise ArgumentError(
-                f"layers: {layer.pattern!r} has {len(layer.weights)} weights, the method {len(method.weights)}"
-            )
+            found = counted(len(layer.weights), "weight")
+            raise ArgumentError(f"layers: {layer.pattern!r} has {found}, the method {len(method.weights)}")
 
 
-def checked_recipe(recipe: object) -> Recipe:
-    """A recipe that is one; the default for None."""
+def checked_recipe(recipe: object, method: str | Method | None = None) -> Recipe:
+    """A recipe that is one, or that of a method, of which only one may be given; the default for None."""
+    if method is not None and recipe is not None:
+        raise ArgumentError("method and recipe exclude each other; name the method in the recipe")
+    if method is not None:
+        return Recipe(method=method)
     if recipe is None:
         return Recipe()
     if not isinstance(recipe, Recipe):
-        raise ArgumentError(f"recipe must be a Recipe, got {type(recipe).__name__}")
+        hint = "; give a method as method=" if isinstance(recipe, str | Method) else ""
+        raise ArgumentError(f"recipe must be a Recipe, got {type(recipe).__name__}{hint}")
     return recipe
 
 
@@ -251,7 +263,7 @@ def to_yaml(config: Mapping[str, object]) -> str:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without the silent choice among equal keys."""
+    """YAML without the silent choice among equal keys, and with 1e-1 as a number, as in YAML 1.2."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -259,6 +271,11 @@ class StrictLoader(yaml.SafeLoader):
             if keys.count(key) > 1:
                 raise ArgumentError(f"{key!r} is given twice")
         return super().construct_mapping(node, deep)
+
+
+StrictLoader.add_implicit_resolver(  # PyYAML's own wants a point, and a sign in the exponent
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
 
 
 def _dtype_name(dtype: object) -> object:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
+from ..arguments import byte_size, check_models, function
 from ..backends.memory import reusing
 from ..checkpoint import (
     DEFAULT_MEMORY,
@@ -29,16 +30,17 @@ from ..checkpoint import (
 from ..checkpoint.architecture import require_config
 from ..checkpoint.locate import stem_of
 from ..checkpoint.model_card import model_card
+from ..checkpoint.publish import refuse_inputs
 from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
-from ..errors import ArgumentError, RefusedError
-from ..methods import Measured
+from ..errors import ArgumentError, counted
+from ..methods import Measured, Method
 from ..workers import ALONE, Workers
 from .engine import Merger, OnRead
 from .estimate import pace
 from .fill import Target
 from .inspection import Decision, Inspection
-from .progress import Progress
+from .progress import Progress, Style
 from .recipe import Recipe, checked_recipe, to_yaml
 from .selection import left_alone
 from .stages import Stage, together
@@ -66,6 +68,7 @@ def merge(
     models: Sequence[Source],
     recipe: Recipe | None = None,
     *,
+    method: str | Method | None = None,
     backend: str = "auto",
     into: nn.Module | None = None,
 ) -> dict[str, Tensor]:
@@ -77,6 +80,7 @@ def merge(
             that PEFT trained on the base. docs/inputs.md lists what else is converted, and what is refused.
         recipe: how to merge; the default is FR-Merging, ``theta_0 + scale * sum_i lambda_i filter(theta_i - theta_0)``,
             with settings that suit most models, see :class:`Recipe`.
+        method: instead of a recipe, a method of :mod:`freemerge.methods`: its name, for its defaults, or the method.
         backend: "auto", or the name of the backend that must filter (see :func:`freemerge.backends`). With "cuda" each
             tensor is merged on the GPU wherever it is read from; otherwise it is merged where the base holds it.
         into: a module whose parameters and buffers, with the names and shapes of the merged model, receive the result
@@ -93,7 +97,7 @@ def merge(
     """
     target = None if into is None else Target(into)
     with ExitStack() as stack:
-        merger = open_merger(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
         measured = merger.measure()
         merged: dict[str, Tensor] = {}
         for unit in merger.units:
@@ -111,10 +115,11 @@ def merge_checkpoints(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    method: str | Method | None = None,
     backend: str = "auto",
     force: bool = False,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    memory: int = DEFAULT_MEMORY,
+    max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
+    memory: int | str = DEFAULT_MEMORY,
     resume: bool = False,
     progress: bool | Literal["json"] = True,
     tokenizer_from: TokenizerFrom = "base",
@@ -129,11 +134,11 @@ def merge_checkpoints(
     are written. The same inputs and recipe give the same bytes, whatever the number of threads.
 
     Args:
-        base, models, recipe, backend: as for :func:`merge`.
+        base, models, recipe, method, backend: as for :func:`merge`.
         out: must not exist, unless ``force`` allows to replace an earlier output.
-        max_shard_bytes: size above which the output is sharded.
-        memory: bytes of tensors that may wait to be written, beside those at work (one tensor may always), and as many
-            that are fetched from the disk, into the system's cache, before they are needed.
+        max_shard_bytes: size above which the output is sharded, in bytes or as ``"2GB"``.
+        memory: bytes (or as ``"2GB"``) of tensors that may wait to be written, beside those at work (one tensor may
+            always), and as many that are fetched from the disk, into the system's cache, before they are needed.
         resume: go on after the tensors that a killed run of the same merge finished; without one, begin.
         progress: show a progress bar on standard error, or with "json" a log of one JSON object a line.
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
@@ -149,9 +154,11 @@ def merge_checkpoints(
         ArgumentError: the merged model would be the base: at a scale, weights or a density of 0, at a cutoff beyond the
             spectrum, or with every tensor copied. Otherwise as :func:`merge`.
     """
+    memory, style = byte_size("memory", memory), _style(progress)
+    function("on_start", on_start)
     with reusing(), ExitStack() as stack:
         with _without_collecting():
-            merger = open_merger(stack, base, models, recipe, backend, memory)
+            merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, memory)
             tokenizer = _side_files(merger, tokenizer_from)
             inspection = merger.inspect()
         refuse_unchanged(merger.recipe, inspection.decisions)
@@ -169,7 +176,7 @@ def merge_checkpoints(
             Progress(
                 *reads,
                 ratio=paced.ratio if paced is not None else 1.0,
-                style="json" if progress == "json" else "bar" if progress else "none",
+                style=style,
             )
         )
         log.event("start", read_bytes=sum(reads), write_bytes=inspection.write_bytes)
@@ -206,10 +213,11 @@ def inspect(
     models: Sequence[Source],
     recipe: Recipe | None = None,
     *,
+    method: str | Method | None = None,
     backend: str = "auto",
     out: str | Path | None = None,
     force: bool = False,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
     tokenizer_from: TokenizerFrom = "base",
 ) -> Inspection:
     """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
@@ -218,7 +226,7 @@ def inspect(
     how long it would take, where a small merge in memory can be timed for it.
     """
     with ExitStack() as stack:
-        merger = open_merger(stack, base, models, recipe, backend)
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
         if out is not None:
             _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
         _side_files(merger, tokenizer_from)
@@ -234,7 +242,12 @@ def inspect(
 
 
 def task_weights(
-    base: Source, models: Sequence[Source], recipe: Recipe | None = None, *, backend: str = "auto"
+    base: Source,
+    models: Sequence[Source],
+    recipe: Recipe | None = None,
+    *,
+    method: str | Method | None = None,
+    backend: str = "auto",
 ) -> tuple[float, ...] | None:
     """The weight lambda_i of each model, as it is found over the whole model; None where a tensor has its own, or none.
 
@@ -243,13 +256,13 @@ def task_weights(
     tensors are read one at a time. ArgumentError, too, if the method needs more of the whole model than weights.
     """
     with ExitStack() as stack:
-        merger = open_merger(stack, base, models, recipe, backend)
-        method = merger.method
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
+        name = merger.method.name
         if merger.scale is None:
-            raise ArgumentError(f"scale: method {method.name} finds it over the whole model; give it as a number")
+            raise ArgumentError(f"scale: method {name} finds it over the whole model; give it as a number")
         measured = merger.measure()
         if type(measured) is not Measured:
-            raise ArgumentError(f"method {method.name} needs more of the whole model than weights; see its scope")
+            raise ArgumentError(f"method {name} needs more of the whole model than weights; see its scope")
         return measured.weights or None
 
 
@@ -263,13 +276,12 @@ def open_merger(
 ) -> Merger:
     """A merger of these inputs, which ``stack`` closes. Arguments and errors as of :func:`merge_checkpoints`."""
     recipe = checked_recipe(recipe)
-    if isinstance(models, str | Path | Mapping | nn.Module):
-        raise ArgumentError("models must be a list of models, got a single one")
+    check_models(models)
     if not models:
         raise ArgumentError("models must hold at least one fine-tuned model")
     weights = recipe.method.weights
     if isinstance(weights, tuple) and len(weights) != len(models):
-        raise ArgumentError(f"weights has {len(weights)} numbers for {len(models)} models")
+        raise ArgumentError(f"weights has {counted(len(weights), 'number')} for {counted(len(models), 'model')}")
     inputs = open_inputs(
         stack,
         base,
@@ -280,6 +292,15 @@ def open_merger(
     merger = Merger(inputs.base, inputs.models, recipe, backend, memory)
     merger.inputs = inputs
     return merger
+
+
+def _style(progress: object) -> Style:
+    """How progress is shown."""
+    if progress == "json":
+        return "json"
+    if not isinstance(progress, bool):
+        raise ArgumentError(f"progress must be True, False or 'json', got {progress!r}")
+    return "bar" if progress else "none"
 
 
 @contextmanager
@@ -306,26 +327,19 @@ def _writer(
     merger: Merger,
     out: str | Path,
     *,
-    max_shard_bytes: int,
+    max_shard_bytes: int | str,
     force: bool,
     memory: int = DEFAULT_MEMORY,
     resume: bool = False,
     workers: Workers = ALONE,
 ) -> CheckpointWriter:
     """The writer of the output, which is refused where writing it would replace or delete an input."""
-    target = Path(out).resolve()
-    for source in (merger.base, *merger.models):
-        for path in (source.path, *source.files):
-            if path is not None and target in (path.resolve(), *path.resolve().parents):
-                verb = "is" if target == path.resolve() else "holds"
-                raise RefusedError(f"{out} {verb} an input of this merge ({path}); write somewhere else")
-        if source.directory is not None and source.directory.resolve() in target.parents:
-            raise RefusedError(f"{out} is inside of an input of this merge ({source.directory}); write somewhere else")
+    refuse_inputs(out, (merger.base, *merger.models))
     specs = [merger.out_spec(name) for name in merger.written]
     return CheckpointWriter(
         out,
         specs,
-        max_shard_bytes=max_shard_bytes,
+        max_shard_bytes=byte_size("max_shard_bytes", max_shard_bytes),
         memory=memory,
         metadata=merger.base.metadata,
         identity=_identity(merger),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, counted
 from ..methods.parameters import NUMBERS
 
 if TYPE_CHECKING:
@@ -64,11 +64,12 @@ class Split:
         if isinstance(self.parts, tuple):
             if sum(self.parts) != height:
                 raise ArgumentError(
-                    f"views: {name} has {height} rows, but its parts {self.parts} have {sum(self.parts)}"
+                    f"views: {name} has {counted(height, 'row')}, but its parts {self.parts} have {sum(self.parts)}"
                 )
             return self.parts
         if height % self.parts:
-            raise ArgumentError(f"views: {name} has {height} rows, which do not split into {self.parts} equal parts")
+            rows = counted(height, "row")
+            raise ArgumentError(f"views: {name} does not split into {self.parts} equal parts: it has {rows}")
         return (height // self.parts,) * self.parts
 
 

@@ -53,10 +53,10 @@ def merge_tensors(
         ArgumentError: an argument is invalid, or the recipe stacks this tensor with others.
         CheckpointError: a value is not finite, or tensors that can only be copied differ.
     """
-    if method is not None and recipe is not None:
-        raise ArgumentError("method and recipe exclude each other; name the method in the recipe")
-    recipe = Recipe(method=method) if method is not None else checked_recipe(recipe)
+    recipe = checked_recipe(recipe, method)
     _check_tensors(base, tensors)
+    if name is not None and not isinstance(name, str):
+        raise ArgumentError(f"name must be that of a tensor, got {name!r}")
     if weights is not None:
         scale = recipe.global_scale(len(tensors))
         recipe = recipe.replace(weights=weights, scale=recipe.scale if scale is None else scale)

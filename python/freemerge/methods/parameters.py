@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, did_you_mean
 from ..responses import finite_number
 
 
@@ -89,7 +89,7 @@ class Parameter:
             converted = self.kind.convert(value)
             if converted is not None:
                 return converted
-        raise ArgumentError(f"{name} must be {self._allowed(self.choices)}, got {value!r}")
+        raise ArgumentError(f"{name} must be {self._allowed(self.choices)}, got {value!r}{self._hint(value)}")
 
     def parse(self, name: str, text: str) -> Any:
         """The value that an option's text stands for; "none" is None. ArgumentError as :meth:`check`."""
@@ -101,7 +101,10 @@ class Parameter:
             return self.check(name, value)
         except ArgumentError:
             typed = [choice or "none" for choice in self.choices]
-            raise ArgumentError(f"{name} must be {self._allowed(typed)}, got {text!r}") from None
+            raise ArgumentError(f"{name} must be {self._allowed(typed)}, got {text!r}{self._hint(text)}") from None
+
+    def _hint(self, value: object) -> str:
+        return did_you_mean(value, [choice for choice in self.choices if choice], listed=True)
 
     def _allowed(self, choices: Sequence[str | None]) -> str:
         listed = ", ".join(map(repr, choices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, did_you_mean
 from .base import RESPONSES, Response
 from .custom import Custom
 
@@ -31,15 +31,16 @@ def from_config(config: object) -> Response:
     """The inverse of :func:`to_config`."""
     kind = config.get("type") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(kind, str) or kind not in RESPONSES:
-        raise ArgumentError(
-            f"response must be a mapping with type one of {', '.join(sorted(RESPONSES))}, got {config!r}"
-        )
+        names = sorted(RESPONSES)
+        hint = did_you_mean(kind, names, listed=True)
+        raise ArgumentError(f"response must be a mapping with type one of {', '.join(names)}, got {config!r}{hint}")
     options = {key: value for key, value in config.items() if key != "type"}
     cls = RESPONSES[kind]
     known = [f.name for f in fields(cls)]
     for key in options:
         if key not in known:
-            raise ArgumentError(f"response {kind} has no option {key!r}; it takes {', '.join(known)}")
+            hint = did_you_mean(key, known, listed=True)
+            raise ArgumentError(f"response {kind} has no option {key!r}, it takes {', '.join(known)}{hint}")
     try:
         return cls(**options)
     except TypeError as error:

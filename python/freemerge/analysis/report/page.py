@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ... import __version__
+from ...errors import counted
 from ..advice import LIMITS
 from .figures import merged_figures, side_by_side, task_figures
 from .layers import layer_maps, module_details
@@ -63,7 +64,7 @@ def _tiles(analysis: Analysis) -> str:
     rows = mean(tuple(spectrum.row_means for spectrum in total.spectra))
     rank = mean(tuple(spectrum.effective_rank for spectrum in total.spectra))
     tiles = [
-        (count(total.entries), "parameters", f"in {len(analysis.tensors)} tensors"),
+        (count(total.entries), "parameters", f"in {counted(len(analysis.tensors), 'tensor')}"),
         (percent(mean(total.relative_size)), "change", "norm of a task vector to that of the base"),
         (number(total.mean_cosine), "cosine", "between task vectors; 0 for unrelated ones"),
         (percent(total.mean_sign_agreement), "same sign", "of two task vectors' entries; 50 % by chance"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from textwrap import fill
 from typing import TYPE_CHECKING
 
+from ...errors import counted
 from .text import mean, number, percent
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def summary(analysis: Analysis) -> str:
         rows.append((label, number(analysis.scales[label]), number(mean(m.cosine)), number(m.norm), kept, rank))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     opening = (
-        f"{len(analysis.tasks)} task vectors of {total.entries} entries in {len(analysis.tensors)} tensors: norm "
+        f"{counted(len(analysis.tasks), 'task vector')} of {counted(total.entries, 'entry', 'entries')} in "
+        f"{counted(len(analysis.tensors), 'tensor')}: norm "
         f"{percent(mean(total.relative_size))} of the base's, cosine {number(total.mean_cosine)} and same sign "
         f"{percent(total.mean_sign_agreement)} between tasks, effective rank "
         f"{percent(mean(tuple(s.effective_rank for s in spectra)))}, energy of the lowest frequencies "

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from ...errors import ArgumentError
+from ...errors import ArgumentError, did_you_mean
 from ..payload import Bytes, Reader
 
 Seen = tuple[torch.Tensor, ...]
@@ -24,6 +24,8 @@ class ExpertTensor(ABC):
     """
 
     coding: ClassVar[str]  #: its name in metadata and arguments
+    takes: ClassVar[tuple[str, ...]] = ()  #: what of :func:`freemerge.extract_experts` is for it
+    of_backbone: ClassVar[str] = ""  #: what it is of a merged model, which has to be given then
     shape: tuple[int, ...]
 
     def __init_subclass__(cls) -> None:
@@ -82,5 +84,6 @@ CODINGS: dict[str, type[ExpertTensor]] = {}
 def coding_of(name: object) -> type[ExpertTensor]:
     """The coding called ``name``; ArgumentError if there is none."""
     if not isinstance(name, str) or name not in CODINGS:
-        raise ArgumentError(f"values must be one of {', '.join(CODINGS)}, got {name!r}")
+        hint = did_you_mean(name, CODINGS, listed=True)
+        raise ArgumentError(f"values must be one of {', '.join(CODINGS)}, got {name!r}{hint}")
     return CODINGS[name]

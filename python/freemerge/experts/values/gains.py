@@ -34,6 +34,8 @@ class Gains(ExpertTensor):
     """
 
     coding = "gains"
+    takes = ("budget", "backbone")
+    of_backbone = "gains are of its directions"
     codes: torch.Tensor
     scale: torch.Tensor
     norm: torch.Tensor

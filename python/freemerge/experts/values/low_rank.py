@@ -23,6 +23,8 @@ class LowRankTensor(ExpertTensor):
     A tensor of another number of dimensions is the matrix of its rows (:func:`freemerge.experts.select.rows_of`).
     """
 
+    takes = ("budget", "rank", "backbone")
+    of_backbone = "they hold what it lacks"
     overhead: ClassVar[int]  #: bits of a component beside those of its H + W entries
     bits: ClassVar[int]  #: bits of an entry
 

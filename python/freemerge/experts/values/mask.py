@@ -20,6 +20,8 @@ class Mask(ExpertTensor):
     """
 
     coding = "mask"
+    takes = ("backbone",)
+    of_backbone = "masks select from it"
     kept: torch.Tensor
     scale: torch.Tensor
 

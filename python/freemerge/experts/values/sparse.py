@@ -20,6 +20,7 @@ from .base import ExpertTensor, Seen
 class SparseTensor(ExpertTensor):
     """M(v_i, d) of one tensor: the flat positions of the kept entries, ascending, and their values."""
 
+    takes = ("density", "scope", "trim", "rescale", "backbone")
     indices: torch.Tensor
 
     @classmethod

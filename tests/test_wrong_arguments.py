@@ -1,0 +1,154 @@
+"""Whatever a public function is given by mistake, it names the argument in an error of freemerge."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import freemerge as fm
+
+BASE = {"a.weight": torch.randn(6, 5), "b.bias": torch.zeros(6)}
+MODEL = {name: tensor + 0.1 for name, tensor in BASE.items()}
+MODELS = [MODEL, MODEL]
+EXPERTS = fm.extract_experts(BASE, {"t": MODEL})
+BANK = fm.ExpertBank(dict(BASE), EXPERTS, base=BASE)
+FEATURES = torch.randn(4, 3)
+ROUTER = fm.Router.fit(FEATURES, ["a", "b", "a", "t"], hidden=2, steps=1)
+HIGH = fm.HighPass(0.4)
+
+WRONG = [None, 3, 2.5, "zz", "", [], ["x"], object(), {"q": 1}, b"x", float("nan"), True]
+
+
+def logits(state: dict[str, Tensor]) -> Iterator[Tensor]:
+    yield state["a.weight"]
+
+
+def score(state: dict[str, Tensor]) -> float:
+    return 1.0
+
+
+# Every function, with arguments that it takes as they are, but for paths.
+CALLS: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (fm.analyze, {"base": BASE, "models": MODELS}),
+    (fm.diff, {"first": BASE, "second": MODEL}),
+    (fm.evaluate, {"model": BASE, "function": score}),
+    (fm.evaluate_experts, {"model": BASE, "experts": EXPERTS, "function": score}),
+    (fm.explain, {"x": torch.randn(4, 4), "response": HIGH}),
+    (fm.extract_experts, {"base": BASE, "models": {"t": MODEL}}),
+    (fm.extract_lora, {"base": BASE, "model": MODEL, "out": "lora", "rank": 2, "force": True}),
+    (fm.filter_, {"x": torch.randn(4, 4), "response": HIGH}),
+    (fm.filtered, {"x": torch.randn(4, 4), "response": HIGH}),
+    (fm.inspect, {"base": BASE, "models": MODELS}),
+    (fm.iter_experts, {"base": BASE, "models": {"t": MODEL}}),
+    (fm.merge, {"base": BASE, "models": MODELS}),
+    (fm.merge_checkpoints, {"base": BASE, "models": MODELS, "out": "merged", "force": True, "progress": False}),
+    (fm.merge_deltas, {"deltas": [MODEL["a.weight"]]}),
+    (fm.merge_tensors, {"base": BASE["a.weight"], "tensors": [MODEL["a.weight"]]}),
+    (fm.save_experts, {"experts": EXPERTS, "out": "experts", "force": True}),
+    (fm.sweep, {"base": BASE, "models": MODELS, "recipe": fm.Recipe(), "scales": [1.0], "function": score}),
+    (fm.task_weights, {"base": BASE, "models": MODELS}),
+    (fm.tune, {"base": BASE, "models": MODELS, "recipe": fm.Recipe(method="average"), "function": logits,
+               "iterations": 1}),
+    (fm.verify, {"directory": "merged"}),
+    (fm.ExpertBank, {"model": BASE, "experts": EXPERTS}),
+    (fm.ExpertBank.load, {"model": BASE, "folder": "experts"}),
+    (BANK.active, {"experts": "t"}),
+    (BANK.deltas, {"experts": ["t"]}),
+    (fm.Expert.load, {"path": "t.safetensors"}),
+    (EXPERTS["t"].save, {"path": "t.safetensors", "force": True}),
+    (fm.Recipe, {}),
+    (fm.Recipe.from_config, {"config": {}}),
+    (fm.Recipe.from_yaml, {"path": "recipe.yml"}),
+    (fm.Recipe.preset, {"name": "fr"}),
+    (fm.Router.fit, {"features": FEATURES, "tasks": ["a", "b", "a", "t"], "hidden": 2, "steps": 1}),
+    (fm.Router.load, {"path": "router.safetensors"}),
+    (ROUTER.save, {"path": "router.safetensors"}),
+    (fm.RoutedModel, {"model": nn.Linear(3, 2), "bank": BANK, "router": lambda x: x, "features": lambda x: x}),
+    (fm.Rule, {"pattern": "a", "action": "copy"}),
+    (fm.Split, {"pattern": "a", "parts": 2}),
+    (fm.Stack, {"patterns": ("a*", "b*")}),
+    *((fm.responses.RESPONSES[name], options) for name, options in {
+        "BandGain": {"cutoff": 0.2, "low": 1.0, "high": 2.0}, "BandPass": {"low": 0.1, "high": 0.3},
+        "BandStop": {"low": 0.1, "high": 0.3}, "Butterworth": {"cutoff": 0.2}, "Gaussian": {"cutoff": 0.2},
+        "HighPass": {"cutoff": 0.2}, "LowPass": {"cutoff": 0.2}, "Official": {"ratio": 0.2},
+    }.items()),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("function", "given"), CALLS, ids=[getattr(call[0], "__qualname__", "") for call in CALLS])
+def test_errors_are_freemerge_s(
+    function: Callable[..., Any], given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD or name == "workers":
+            continue
+        for value in WRONG:
+            try:
+                result = function(**{**given, name: value})
+                if hasattr(result, "__exit__") and not isinstance(result, Tensor):
+                    with result:
+                        pass
+                if inspect.isgenerator(result):
+                    list(result)
+            except fm.FreemergeError:
+                continue
+            except Exception as error:
+                raise AssertionError(f"{name}={value!r}") from error
+
+
+SINGLE = ["math", Path("math"), MODEL, nn.Linear(2, 2)]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [fm.analyze, fm.inspect, fm.iter_experts, fm.merge, fm.task_weights,
+     lambda base, models: fm.tune(base, models, fm.Recipe(method="average"), logits)],
+)  # fmt: skip
+@pytest.mark.parametrize("single", SINGLE, ids=["name", "path", "state", "module"])
+def test_a_single_model_is_no_list(call: Callable[..., Any], single: object) -> None:
+    with pytest.raises(fm.ArgumentError, match="models must be a list of models, got a single one"):
+        call(BASE, single)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    [
+        ("function must be a function, got 'score.py:score'", lambda: fm.evaluate(BASE, "score.py:score")),
+        ("function must be a function", lambda: fm.tune(BASE, MODELS, fm.Recipe(method="average"), None)),
+        ("the function must yield the logits of batches, got None",
+         lambda: fm.tune(BASE, MODELS, fm.Recipe(method="average"), lambda state: None)),
+        ("progress must be True, False or 'json'", lambda: fm.merge_checkpoints(BASE, MODELS, "x", progress="jsn")),
+        ("max_shard_bytes: expected a size such as 500MB",
+         lambda: fm.merge_checkpoints(BASE, MODELS, "x", max_shard_bytes="2XB")),
+        ("out must be a path, got None", lambda: fm.merge_checkpoints(BASE, MODELS, None)),
+        ("into must be a module", lambda: fm.merge(BASE, MODELS, into="x")),
+        ("ExpertBank.load reads a folder", lambda: fm.ExpertBank(BASE, "experts")),
+        ("experts must be the name of one, or map names to weights", lambda: BANK.active(["t"]).__enter__()),
+        ("the weight of 't' must be a finite number, got 'x'", lambda: BANK.active({"t": "x"}).__enter__()),
+        ("pairs of a task and its expert", lambda: fm.save_experts([EXPERTS["t"]], "x")),
+    ],
+)  # fmt: skip
+def test_messages_say_what_is_wanted(message: str, call: Callable[[], object]) -> None:
+    with pytest.raises(fm.ArgumentError, match=message):
+        call()
+
+
+def test_a_size_in_words_is_one_in_bytes(tmp_path: Path) -> None:
+    for out, size in (("bytes", 1000), ("words", "1KB")):
+        fm.merge_checkpoints(BASE, MODELS, tmp_path / out, max_shard_bytes=size, memory=size, progress=False)
+    names = [sorted(path.name for path in (tmp_path / out).iterdir()) for out in ("bytes", "words")]
+    assert names[0] == names[1]
+
+
+def test_extracted_experts_are_saved_as_they_are(tmp_path: Path) -> None:
+    (saved,) = fm.save_experts(EXPERTS, tmp_path / "experts")
+    assert saved.task == "t"
+    assert fm.ExpertBank.load(BASE, tmp_path / "experts")["t"].entries == EXPERTS["t"].entries
