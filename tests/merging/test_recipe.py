@@ -210,7 +210,7 @@ def test_the_documented_defaults_are_the_defaults() -> None:
     text = (Path(__file__).parents[2] / "docs" / "presets.md").read_text(encoding="utf-8")
     documented = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     expected = fm.Recipe().to_config()
-    assert documented.keys() == {"version", *expected}
+    assert documented.keys() == {"version", "rename", *expected}
     assert fm.Recipe.from_config(documented) == fm.Recipe()
 
 
@@ -227,7 +227,7 @@ def test_an_exponent_makes_a_number_as_in_yaml_1_2(tmp_path: Path) -> None:
     [
         ("got 'ties'; give a method as method=$", lambda: fm.Recipe("ties")),
         ("filter='before' or filter='after'", lambda: fm.Recipe(fm.HighPass(0.2), method="iso_c")),
-        (r"one of average, dare, .*, got 'slerp'$", lambda: fm.Recipe(method="slerp")),
+        (r"one of average, breadcrumbs, dare, .*, got 'slerp'$", lambda: fm.Recipe(method="slerp")),
         (r"got 'nothing alike'$", lambda: fm.Recipe.preset("nothing alike")),
         ("did you mean 'HighPass'", lambda: fm.Recipe(response={"type": "HighPas"})),
         ("did you mean 'cutoff'", lambda: fm.Recipe(response={"type": "HighPass", "cutof": 1})),

@@ -78,7 +78,7 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
 
 def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) -> None:
     """RefusedError for an output that would replace or delete an input, or lie inside of one."""
-    resolved = target(out)
+    resolved = path_of("out", out).resolve()
     for source in sources:
         for path in (source.path, *source.files):
             if path is not None and resolved in (path.resolve(), *path.resolve().parents):

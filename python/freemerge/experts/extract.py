@@ -176,6 +176,8 @@ def extract_experts(experts: Iterator[tuple[str, Expert]]) -> dict[str, Expert]:
 def _coding(values: Values | None, given: Sequence[str]) -> type[ExpertTensor]:
     """The coding that is asked for, by name or by the options that are ``given``, if they and it go together."""
     coding = coding_of(values if values is not None else "svd2" if {"budget", "rank"} & {*given} else "bf16")
+    if not coding.takes:
+        raise ArgumentError(f"values: {coding.coding} does not code single entries, nor what a merged model lacks")
     name = f"values {coding.coding}" + (", which budget and rank choose" if values is None else "")
     for option in given:
         if option not in coding.takes:
