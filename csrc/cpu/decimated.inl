@@ -128,12 +128,11 @@ FM_INLINE MatrixPasses matrix_passes(const DecimatedJob& job) {
   return matrix_passes_by_taps<float>(job.columns.taps, kTapIndices);
 }
 
-// The samples of cells [first, last), a few rows of V at a time: enough to spread the cost of loading the
-// accumulators, few enough for their cache lines to stay in L1 until they are used. Negative cells are those
-// before the end of the matrix.
+// The samples of cells [first, last), a few rows of V at a time. Negative cells are those before the end of
+// the matrix.
 inline void sweep_cells(const DecimatedJob& job, Ring ring, std::int64_t first, std::int64_t last,
                         void (*pass)(const DecimatedJob&, Sweep), std::int64_t storage_bytes) {
-  const std::int64_t most = job.stride * storage_bytes % 4096 == 0 ? 10 : 16;
+  const std::int64_t most = job.stride * storage_bytes % 4096 == 0 ? 10 : kSweepRows;
   float* rows[kGroup + 2 * kMaxTaps];
   for (std::int64_t i = 0; i < last - first + job.rows.taps; ++i) rows[i] = ring.row(first + i);
   const std::int64_t wrap = first < 0 ? job.rows.cells : 0;

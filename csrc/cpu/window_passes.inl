@@ -12,6 +12,10 @@
 
 namespace freemerge::FREEMERGE_ISA {
 
+// Rows in a sweep: enough to spread the cost of loading the accumulators, few enough for their cache lines to
+// stay in L1 until they are used.
+inline constexpr std::int64_t kSweepRows = 16;
+
 // Consecutive rows of the matrix. The first lies in `cell`, whose first coarse row is rows[0].
 struct Sweep {
   std::int64_t begin, end;
@@ -130,6 +134,11 @@ FM_INLINE void spread_rows_panel(const Samples<Storage>& samples, WindowView win
   sums.store(rows, x);
 }
 
+// Whether results are rounded after a whole sweep: roundings that wait for their sums would keep the
+// processor from beginning the next ones.
+template <typename Storage>
+inline constexpr bool kRoundLater = sizeof(Storage) == 2 && FREEMERGE_VECTOR_BYTES == 32;
+
 // And interpolate: y[n] = background * x[n] + sum_j weight[n][j] * coarse[cell + j].
 template <int Taps, int Vectors, typename Storage, typename Lanes>
 FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowView window, Sweep sweep,
@@ -143,6 +152,8 @@ FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowVie
   const float background = samples.background;
   Storage* out = samples.data + n * stride + x;
   const float* weights = window.weights + n * Taps;
+  float sums[kRoundLater<Storage> ? kSweepRows * Vectors * kLanes<float> : 1];
+  float* sum = sums;
   for (;; ++next) {
     for (const std::int64_t stop = smaller(*next, sweep.end); n < stop; ++n) {
       FloatVec value[Vectors];
@@ -157,7 +168,14 @@ FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowVie
         for (int i = 0; i < Vectors; ++i) value[i] += coarse.v[j][i] * weights[j];
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < Vectors; ++i) lanes.store(out + i * kLanes<float>, value[i]);
+      for (int i = 0; i < Vectors; ++i) {
+        if constexpr (kRoundLater<Storage>) {
+          store(sum, value[i]);
+          sum += kLanes<float>;
+        } else {
+          lanes.store(out + i * kLanes<float>, value[i]);
+        }
+      }
       out += stride;
       weights += Taps;
     }
@@ -165,6 +183,14 @@ FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowVie
     ++rows;
     coarse.shift();
     coarse.load_row(Taps - 1, rows[Taps - 1] + x);
+  }
+  if constexpr (kRoundLater<Storage>) {
+    out = samples.data + sweep.begin * stride + x;
+    for (const float* from = sums; from < sum; out += stride) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Vectors; ++i, from += kLanes<float>)
+        lanes.store(out + i * kLanes<float>, load(from));
+    }
   }
 }
 
