@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import Checkpoint
-from ..methods.task_arithmetic import TaskArithmetic
 from .engine import Merger
 from .recipe import Recipe
 
@@ -46,11 +45,9 @@ def pace(recipe: Recipe, count: int, backend: str) -> Pace | None:
 
 def _stand_in(recipe: Recipe, count: int) -> Recipe:
     """A recipe of the same work: without what goes by tensors' names, and without numbers that noise may overflow."""
-    method, plain = recipe.method, (1 / count,) * count
-    if isinstance(method, TaskArithmetic):  # weights by names are a class of their own
-        method = TaskArithmetic(plain)
-    elif isinstance(method.weights, tuple):
-        method = method.replace(weights=plain)
+    method = recipe.method
+    if isinstance(method.weights, tuple):
+        method = method.replace(weights=(1 / count,) * count)
     scale = recipe.scale if recipe.global_scale(count) is None else 1.0
     return Recipe(method=method, scale=scale, filter=recipe.filter, compute_dtype=recipe.compute_dtype)
 
