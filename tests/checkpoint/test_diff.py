@@ -74,7 +74,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["diff", first, first]) == 0
     assert capsys.readouterr().out == "the same\n"
     assert main(["diff", first, second]) == 1
-    assert capsys.readouterr().out == "a  values, at most 0.5, mean 0.5\n1 tensors differ\n"
+    assert capsys.readouterr().out == "a  values, at most 0.5, mean 0.5\n1 tensor differs\n"
     assert main(["diff", first, second, "--json"]) == 1
     assert json.loads(capsys.readouterr().out) == {
         "name": "a", "kind": "values", "first": "float32 2x2", "second": "float32 2x2", "largest": 0.5, "mean": 0.5,

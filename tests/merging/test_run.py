@@ -525,7 +525,7 @@ def test_an_existing_output_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out" / "precious").touch()
     with pytest.raises(fm.RefusedError, match="out"):
         fm.merge_checkpoints(base, models, tmp_path / "out", progress=False)
-    with pytest.raises(fm.RefusedError, match="not written by freemerge"):
+    with pytest.raises(fm.RefusedError, match=r"no freemerge\.json"):
         fm.merge_checkpoints(base, models, tmp_path / "out", force=True, progress=False)
     assert (tmp_path / "out" / "precious").exists()
 
