@@ -103,9 +103,8 @@ def check(method: str, count: int, kind: str) -> None:
     else:
         expected = formulas.merged(method, {"w": vectors})["w"]
     wrong = (merged - expected).abs() > 1e-4 * expected.abs().max() + 1e-7 * base.abs().max()
-    assert int(wrong.sum()) <= 2 * (method in ("ties", "pcb", "breadcrumbs")), (
-        f"{method}: not the formula"
-    )  # at a threshold
+    at_thresholds = 2 * (method in ("ties", "pcb", "breadcrumbs"))
+    assert int(wrong.sum()) <= at_thresholds, f"{method}: not the formula"
 
 
 if __name__ == "__main__":

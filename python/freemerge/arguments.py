@@ -89,11 +89,10 @@ def check_models(models: object, *, named: bool = False) -> None:
     """Several models, not a single one, whose letters or tensors would be taken for models; ``named``: or a mapping."""
     from torch import Tensor, nn
 
-    mapping = isinstance(models, Mapping)
     tensors = isinstance(models, Mapping) and any(isinstance(value, Tensor) for value in models.values())
     if tensors or isinstance(models, str | bytes | os.PathLike | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")
-    if (mapping and not named) or not isinstance(models, Collection):
+    if not isinstance(models, Collection) or (isinstance(models, Mapping) and not named):
         raise ArgumentError(f"models must be a list of models, got {type(models).__name__}")
 
 

@@ -172,13 +172,7 @@ def merge_checkpoints(
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
         reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
         paced = pace(merger.recipe, len(merger.models), backend) if progress and merger.method.passes else None
-        log = stack.enter_context(
-            Progress(
-                *reads,
-                ratio=paced.ratio if paced is not None else 1.0,
-                style=style,
-            )
-        )
+        log = stack.enter_context(Progress(*reads, ratio=paced.ratio if paced is not None else 1.0, style=style))
         log.event("start", read_bytes=sum(reads), write_bytes=inspection.write_bytes)
         for warning in inspection.warnings:
             log.event("warning", text=warning)
@@ -270,12 +264,11 @@ def open_merger(
     stack: ExitStack,
     base: Source,
     models: Sequence[Source],
-    recipe: Recipe | None = None,
+    recipe: Recipe,
     backend: str = "auto",
     memory: int = DEFAULT_MEMORY,
 ) -> Merger:
     """A merger of these inputs, which ``stack`` closes. Arguments and errors as of :func:`merge_checkpoints`."""
-    recipe = checked_recipe(recipe)
     check_models(models)
     if not models:
         raise ArgumentError("models must hold at least one fine-tuned model")

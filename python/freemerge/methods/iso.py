@@ -62,6 +62,10 @@ class IsoCTS(SpectralMethod):
     def reads(self, as_matrices: bool) -> int:
         return 2 if as_matrices else 1
 
+    @property
+    def by_inputs(self) -> bool:
+        return True
+
     def holds(self, count: int, matrix: Sides | None) -> float:
         return AVERAGE_HOLDS if matrix is None else 18 + 6 * squareness(matrix)
 

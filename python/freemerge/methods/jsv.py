@@ -48,6 +48,10 @@ class JSV(SpectralMethod):
     title = "Joint singular vectors"
     regained = 0.9  # measured, see docs/methods.md
 
+    @property
+    def by_inputs(self) -> bool:
+        return True
+
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:
             return AVERAGE_HOLDS

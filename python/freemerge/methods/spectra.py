@@ -201,10 +201,6 @@ class SpectralMethod(Method):
     more; name a scale to save that.
     """
 
-    @property
-    def by_inputs(self) -> bool:
-        return True
-
     def default_scale(self, count: int) -> float | None:
         return None
 
