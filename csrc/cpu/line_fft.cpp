@@ -12,6 +12,8 @@ namespace {
 constexpr std::int64_t kMostBytes = 96
                                     << 10;  // of a line and its bins; beyond, a batch in two levels is faster
 
+constexpr int kFewest = 9;  // vectors that are worth the overhead of a line
+
 constexpr double kPi = 3.14159265358979323846264338327950288;
 
 template <typename T>
@@ -29,7 +31,8 @@ T sine(std::int64_t numerator, std::int64_t denominator) {
 
 template <typename T>
 std::shared_ptr<const LineFft<T>> LineFft<T>::make(std::int64_t n, int lanes) {
-  if (n % lanes != 0 || n < lanes * lanes || 4 * n * static_cast<std::int64_t>(sizeof(T)) > kMostBytes)
+  if (n % lanes != 0 || n < lanes * std::max(lanes, kFewest) ||
+      4 * n * static_cast<std::int64_t>(sizeof(T)) > kMostBytes)
     return nullptr;
   Fft<T> columns = Fft<T>::in_order(n / lanes);
   if (columns.method != Fft<T>::Method::kDirect) return nullptr;

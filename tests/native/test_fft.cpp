@@ -89,6 +89,7 @@ void test_lines() {
   const auto made = [](std::int64_t n, int lanes) { return LineFft<float>::make(n, lanes) != nullptr; };
   check(made(768, 16) && made(768, 8) && made(256, 16) && made(4096, 16), "lines");
   check(!made(240, 16), "lines are the square of the lanes long, or longer");
+  check(made(72, 8) && !made(64, 8) && made(36, 4) && !made(32, 4), "lines have nine vectors at least");
   check(!made(770, 16), "lines are whole vectors");
   check(!made(16 * 67, 16), "lines have no large prime factor");
   check(!made(8192, 16), "lines are short enough for the caches");
