@@ -167,6 +167,19 @@ def test_dry_run_and_inspect_write_nothing(
     assert "1 tensor filtered, 1 merged unfiltered, 0 copied" in dry
 
 
+def test_a_method_without_a_filter_is_not_said_to_filter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for path in paths:
+        save_file({"a.weight": torch.randn(8, 8), "a.bias": torch.randn(8), "b.running_mean": torch.randn(4)}, path)
+    for method, told in (
+        ("fr", "1 tensor filtered, 1 merged unfiltered, 0 copied, 1 averaged"),
+        ("iso_c", "1 tensor merged as matrices, 1 entry by entry, 0 copied, 1 averaged"),
+        ("average", "0 tensors merged as matrices, 2 entry by entry, 0 copied, 1 averaged"),
+    ):
+        assert run("inspect", *paths, "--method", method) == 0
+        assert told in capsys.readouterr().out
+
+
 def test_inspect_as_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", *files, "--json") == 0
     decisions = json.loads(capsys.readouterr().out)["decisions"]

@@ -98,10 +98,13 @@ def text_of(inspection: Inspection) -> str:
 def summary(inspection: Inspection) -> str:
     """How many tensors meet which fate."""
     actions = [decision.action for decision in inspection.decisions]
-    return (
-        f"{counted(actions.count('filter'), 'tensor')} filtered, {actions.count('merge')} merged unfiltered, "
-        f"{actions.count('copy')} copied"
-    )
+    matrices, others = counted(actions.count("filter"), "tensor"), actions.count("merge")
+    if any(decision.removed is not None for decision in inspection.decisions):
+        merged = f"{matrices} filtered, {others} merged unfiltered"
+    else:  # the method has no filter
+        merged = f"{matrices} merged as matrices, {others} entry by entry"
+    averaged = f", {actions.count('average')} averaged" if "average" in actions else ""
+    return f"{merged}, {actions.count('copy')} copied{averaged}"
 
 
 def _duration(seconds: float) -> str:
