@@ -697,6 +697,20 @@ def test_the_demo_keeps_out_of_a_directory_in_use(files: list[str], tmp_path: Pa
     assert run("demo", "--seed", -1) == 2
 
 
+def test_the_demo_says_no_more_than_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_demo(**_: object) -> dict[str, dict[str, float]]:
+        print("a table")
+        print("training", file=sys.stderr)
+        return {}
+
+    monkeypatch.setattr("freemerge.demo.run_demo", run_demo)
+    for options, expected in (([], ("a table\n", "training\n")), (["--json"], ("{}\n", "")), (["-q"], ("", ""))):
+        assert run("demo", *options) == 0
+        assert capsys.readouterr() == expected
+
+
 def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     from freemerge.demo import TASKS, run_demo

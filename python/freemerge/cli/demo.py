@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stdout
+import sys
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def run(output: Output, seed: int, keep: Path | None) -> int:
     """Train, merge and compare six small models on scikit-learn's digits, in about a minute and without a download."""
     from ..demo import run_demo
 
-    with redirect_stdout(StringIO()) as told:
+    with redirect_stdout(StringIO()) as told, redirect_stderr(sys.stderr if output.talks else StringIO()):
         table = run_demo(seed=seed, keep=keep)
     output.result(table, told.getvalue().rstrip("\n"))
     return DONE
