@@ -560,6 +560,10 @@ def test_help_lists_every_method_and_parameter(capsys: pytest.CaptureFixture[str
     assert all(
         f"--{name.replace('_', '-')} " in told for cls in fm.methods.METHODS.values() for name in parameters_of(cls)
     )
+    told = " ".join(told.split())
+    assert "(default auto)" in told
+    assert "[ties: 0.2]" in told
+    assert "[average: uniform, breadcrumbs: sum," in told
 
 
 def test_a_reader_that_stops_early_is_no_error_message(files: list[str]) -> None:

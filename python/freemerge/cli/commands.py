@@ -44,8 +44,8 @@ SECTIONS = {
 NAMES = [name for section in SECTIONS.values() for name in section]
 
 _EPILOG = """\
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused because something would be lost, 130 interrupted,
-143 terminated. diff and verify: 1 if they find something.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused because something would be lost, 129, 130 and 143
+ended by SIGHUP, Ctrl-C and SIGTERM. diff and verify: 1 if they find something.
 
 Each command has a help of its own with examples: freemerge merge --help"""
 

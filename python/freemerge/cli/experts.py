@@ -34,7 +34,13 @@ def command() -> Command:
                 help="merged model, for low rank, masks, gains, some --rescale",
             ),
             Option("--density", section=entries, metavar="D", help="share of entries kept: 0.01 (default) or 1%"),
-            Option("--scope", section=entries, type=Named(get_args(Scope)), default="tensor", help="where D counts"),
+            Option(
+                "--scope",
+                section=entries,
+                type=Named(get_args(Scope)),
+                default="tensor",
+                help="of what D is a share (default tensor)",
+            ),
             Option(
                 "--rescale",
                 section=entries,

@@ -22,7 +22,13 @@ def command() -> Command:
         [
             Argument("base", type=PATH, help="the checkpoint that the adapter is for"),
             Argument("model", type=PATH, help="a merged or fine-tuned model of it"),
-            Option("--rank", type=int, required=True, metavar="R", help="of every layer whose sides are as long"),
+            Option(
+                "--rank",
+                type=int,
+                required=True,
+                metavar="R",
+                help="rank of the adapter; of a layer, no more than its shorter side",
+            ),
             Option("-o", "--out", type=PATH, required=True, help="new directory for the adapter"),
             Option("--force", is_flag=True, help="replace an adapter that freemerge wrote"),
             *names(),

@@ -16,6 +16,8 @@ from ..methods.parameters import FLAG, Parameter, parameters_of
 from .arguments import PATH, Named, Parsed, names
 from .command import Argument, Option
 
+PARAMETERS = "Parameters of the methods, with their defaults"
+
 
 def inputs() -> list[click.Parameter]:
     """Base, models, and every option of a recipe. :func:`read` takes their values."""
@@ -39,7 +41,7 @@ def inputs() -> list[click.Parameter]:
             help="base, models and method as a configuration of mergekit has them",
         ),
         *(_option(name, {"": common}, section) for name, common in parameters_of(Recipe).items()),
-        *(_option(name, users, "Parameters of the methods") for name, users in _parameters().items()),
+        *(_option(name, users, PARAMETERS) for name, users in _parameters().items()),
         *names(),
     ]
 
@@ -109,8 +111,11 @@ def _option(name: str, users: Mapping[str, Parameter], section: str) -> Option:
     """The option of a parameter, with what it means for each user. Its text is read when the method is known."""
     meanings: dict[str, list[str]] = {parameter.help: [] for parameter in users.values()}
     for user, parameter in users.items():
-        meanings[parameter.help].append(user)
-    help = "; ".join(f"{meaning} [{', '.join(who)}]" if any(who) else meaning for meaning, who in meanings.items())
+        meanings[parameter.help].append(": ".join(filter(None, (user, _default(parameter)))))
+    begin, end = "[]" if any(users) else ("(default ", ")")
+    help = "; ".join(
+        f"{meaning} {begin}{', '.join(who)}{end}" if any(who) else meaning for meaning, who in meanings.items()
+    )
     if all(use.kind is FLAG for use in users.values()):
         return Option(f"{_flag(name)}/--no-{_flag(name)[2:]}", section=section, default=None, help=help)
     choices = dict.fromkeys(choice or "none" for use in users.values() for choice in use.choices)
@@ -118,6 +123,12 @@ def _option(name: str, users: Mapping[str, Parameter], section: str) -> Option:
     return Option(
         _flag(name), section=section, type=Parsed(str, *choices), metavar="|".join([*choices, *kinds]), help=help
     )
+
+
+def _default(parameter: Parameter) -> str:
+    """The default as an option has it; nothing where there is none, or a flag that is off."""
+    value = parameter.default
+    return "" if value is None or isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _flag(name: str) -> str:

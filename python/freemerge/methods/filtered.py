@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 When = Literal["before", "after"]
 WHEN: tuple[When, ...] = get_args(When)
-CUTOFF_HELP = "cutoff of the response; of a high-pass, as a fraction of the shorter side, if the response has none"
+CUTOFF_HELP = (
+    "cutoff of the response, by default HighPass(0.4), as a fraction of the shorter side; a response without one "
+    "becomes a high-pass"
+)
 
 
 def checked_response(response: object, cutoff: float | None) -> Response:

@@ -78,6 +78,7 @@ class Parameter:
     choices: tuple[str | None, ...] = ()
     kind: Kind | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    default: object = None
 
     def check(self, name: str, value: object) -> Any:
         """The value in its canonical form; ArgumentError naming the parameter if it is not allowed."""
@@ -122,7 +123,7 @@ def parameter(
     aliases: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field that holds a :class:`Parameter`."""
-    return field(default=default, metadata={"parameter": Parameter(help, choices, kind, aliases or {})})
+    return field(default=default, metadata={"parameter": Parameter(help, choices, kind, aliases or {}, default)})
 
 
 def weights_parameter(*rules: str, aliases: Mapping[str, str] | None = None) -> Any:
