@@ -29,11 +29,20 @@ def test_earlier_names_are_still_here(name: str) -> None:
     assert value.__name__.rpartition(".")[2] == name
 
 
-@pytest.mark.parametrize("name", ["Evaluation", "Stage", "Sweep", "Tuned"])
+REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name", ["Difference", "Evaluation", "Lora", "Report", "Routed", "SavedExpert", "Stage", "Sweep", "Tuned"]
+)
 def test_what_functions_return_has_a_name(name: str) -> None:
     assert inspect.isclass(getattr(fm, name))
-    pages = Path(__file__).parents[1] / "docs" / "api.md"
-    assert f".. autoclass:: {name}\n" in pages.read_text(encoding="utf-8")
+    assert f".. autoclass:: {name}\n" in REFERENCE
+
+
+def test_the_reference_promises_nothing_but_errors_of_their_module() -> None:
+    helpers = [name for name, value in vars(fm.errors).items() if inspect.isfunction(value)]
+    assert f":exclude-members: {', '.join(sorted(helpers))}\n" in REFERENCE
 
 
 def test_the_front_is_small_and_complete() -> None:

@@ -21,7 +21,7 @@ class Difference:
         name: of the tensor.
         kind: "only in first", "only in second", "shape", "dtype" (with equal values), or "values".
         first, second: shape and dtype in each, as ``bfloat16 4x4``; empty where there is none.
-        largest, mean: of |first - second| over all entries, in float64; None where shapes differ or one is missing.
+        largest, mean: of ``|first - second|`` over all entries, in float64; None where shapes differ or one is missing.
             Equal entries, NaN and infinity among them, differ by 0; other NaN and infinity make both not finite.
     """
 
