@@ -131,7 +131,8 @@ def merge_checkpoints(
     Names, shapes and dtypes are checked before anything is written, and ``out`` appears all at once when it is
     complete: an error (a non-finite value, a full disk) or an interruption leaves what was there before. Config,
     tokenizer and code files of the base directory are carried over; a model card and a manifest (``freemerge.json``)
-    are written. The same inputs and recipe give the same bytes, whatever the number of threads.
+    are written. The same inputs and recipe give the same bytes, whatever the number of threads; only the last bits of
+    methods by singular vectors may depend on it.
 
     Args:
         base, models, recipe, method, backend: as for :func:`merge`.
