@@ -44,7 +44,7 @@ class Recipe:
         method: a method's name (see :data:`freemerge.methods.METHODS`), or the method itself. The result is
             ``theta_0 + scale * merged``, with the task vector that the method merges.
         scale: a number; ``"auto"`` for the default of the method; or ``"interference"`` for the one at which what is
-            merged interferes least with the tasks, which the weights tell (docs/methods.md; they are read once more).
+            merged interferes least with the tasks, which the weights tell (docs/methods.md; they are read twice more).
         filter: a frequency filter of matrices ``"before"`` the method, of every task vector, or ``"after"`` it, of the
             merged one, with ``response`` or ``cutoff`` (the default is ``HighPass(0.4)``). It is kept as a
             :class:`freemerge.methods.filtered.Filter`. FR-Merging has a response of its own instead.
