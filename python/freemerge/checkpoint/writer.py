@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -285,6 +286,16 @@ class CheckpointWriter:
     def seconds(self) -> dict[str, float]:
         """How long the stages in the background have worked, and how long they were waited for."""
         return {**self._background.seconds, "wait": self._background.waited}
+
+    def scratch(self, nbytes: int) -> BinaryIO | None:
+        """A file without a name, on the disk of the output, for ``nbytes``; None where that has no room for both."""
+        wanted = nbytes + sum(shard.nbytes for shard in self.shards)
+        try:
+            if shutil.disk_usage(self._staging.directory).free < wanted:
+                return None
+            return tempfile.TemporaryFile(dir=self._staging.directory, buffering=0)
+        except OSError:
+            return None
 
     def finish(self) -> None:
         """Wait until everything is written, hashed and on the disk, by all workers."""

@@ -24,6 +24,7 @@ from ..methods.vectors import Deltas, Sides, TaskVectors
 from ..methods.whole import Result, Whole
 from ..workers import ALONE, Workers
 from .inspection import Decision, Inspection, decide, matrix_shapes, warnings
+from .kept import Kept
 from .recipe import Recipe
 from .selection import drops, left_alone, rule_of
 from .stages import Stopwatch
@@ -62,6 +63,7 @@ class Merger:
         inputs: how base and models were opened.
         scale: the global scale; None if :meth:`measure` has to find it.
         stopwatch: where the time went.
+        kept: if given, holds what :meth:`measure` merges to find the scale, for :meth:`merged`.
         memory: bytes that are fetched from the disk before they are needed.
     """
 
@@ -82,6 +84,7 @@ class Merger:
             raise ArgumentError(f"method {recipe.method.name} takes at least {recipe.method.fewest} models")
         self._widest: torch.dtype = getattr(torch, recipe.compute_dtype)
         self.stopwatch = Stopwatch()
+        self.kept: Kept | None = None
 
         def names(name: str) -> tuple[str, ...]:
             first = base.tied.get(name, name)
@@ -205,8 +208,22 @@ class Merger:
                 own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
             whole = _Shared(partial(vectors, self._scale_bytes), units, own, workers)
             method = self.method
-            scale = method.interference_scale(whole, measured) if interference else method.measure_scale(whole)
+            scale = (
+                method.interference_scale(whole, measured) if interference else method.measure_scale(whole, self._keep)
+            )
         return dataclasses.replace(measured, scale=scale)
+
+    def _keep(self, vectors: TaskVectors, merged: Merged) -> None:
+        """Keep matrices, which take time to merge, for :meth:`merged`."""
+        if self.kept is not None and vectors.as_matrices:
+            self.kept.put([tensor.name for tensor in vectors.tensors], merged)
+
+    @property
+    def keepable_bytes(self) -> int:
+        """What :attr:`kept` takes at most; 0 if :meth:`measure` merges nothing."""
+        if self.recipe.scale == "interference" or self.scale is not None:
+            return 0
+        return sum(self._worked_bytes(unit) for unit in self.steps if unit.action == "filter")
 
     def outputs(self, unit: Unit) -> list[str]:
         """The names under which :meth:`merged` gives the tensors of a unit."""
@@ -236,7 +253,8 @@ class Merger:
             tensors = self._parts(unit, flat) if self._seconds.keys() & set(unit.names) else {}
         else:
             with self.stopwatch.stage("merge", self._worked_bytes(unit)):
-                merged = self.method.merge(self.vectors(unit), measured)
+                kept = self.kept.take(unit.names) if self.kept is not None else None
+                merged = kept or self.method.merge(self.vectors(unit), measured)
             settle()
             with self.stopwatch.stage("round", self._worked_bytes(unit)):
                 tensors = dict(self._added(unit, merged, measured.scale))
@@ -369,7 +387,8 @@ class Merger:
     def _sources(self, unit: Unit) -> tuple[Checkpoint, ...]:
         """The checkpoints from which a unit is read."""
         alone = unit.action == "copy" and not unit.must_agree
-        return (self.base,) if alone else (self.base, *self.models)
+        known = self.kept is not None and unit.names in self.kept
+        return (self.base,) if alone or known else (self.base, *self.models)
 
     # Reading
 

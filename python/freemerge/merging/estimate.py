@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 
 import torch
 
 from ..checkpoint import Checkpoint
 from .engine import Merger
+from .kept import Kept
 from .recipe import Recipe
 
 _SIDE = 512
@@ -59,12 +62,15 @@ def _timed(recipe: Recipe, count: int, backend: str) -> Pace:
     merger = Merger(base, models, recipe, backend)
     (unit,) = merger.steps
     measuring = merging = float("inf")
-    for _ in range(2):  # tables are made in the first
-        begin = time.perf_counter()
-        measured = merger.measure()
-        middle = time.perf_counter()
-        merger.merged(unit, measured)
-        measuring, merging = min(measuring, middle - begin), min(merging, time.perf_counter() - middle)
+    with ExitStack() as stack:
+        if merger.keepable_bytes:
+            merger.kept = Kept(stack.enter_context(TemporaryFile(buffering=0)))
+        for _ in range(2):  # tables are made in the first
+            begin = time.perf_counter()
+            measured = merger.measure()
+            middle = time.perf_counter()
+            merger.merged(unit, measured)
+            measuring, merging = min(measuring, middle - begin), min(merging, time.perf_counter() - middle)
     inspection = merger.inspect()
     block = bytes(1 << 22)
     begin = time.perf_counter()

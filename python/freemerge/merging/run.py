@@ -40,6 +40,7 @@ from .engine import Merger, OnRead
 from .estimate import pace
 from .fill import Target
 from .inspection import Decision, Inspection
+from .kept import Kept
 from .progress import Progress, Style
 from .recipe import Recipe, checked_recipe, to_yaml
 from .selection import left_alone
@@ -181,6 +182,8 @@ def merge_checkpoints(
         def advance(stage: str, unit: Unit, read_bytes: int) -> None:
             log.advance(stage, read_bytes, len(unit.names))
 
+        if writer.measured is None and (room := merger.keepable_bytes) and (file := writer.scratch(room)) is not None:
+            merger.kept = Kept(stack.enter_context(file))
         measured = _measured(merger, writer, partial(advance, "measure"))
         workers.first(lambda: _carry_over(merger, writer, tokenizer))
         for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,6 +39,9 @@ class Merged:
 
     tensors: list[Tensor]
     notes: list[dict[str, object]] = dataclasses.field(default_factory=list)
+
+
+Keep = Callable[[TaskVectors, Merged], None]  # told what a unit was merged to
 
 
 @dataclass(frozen=True)
@@ -122,18 +126,20 @@ class Method(ABC):
         """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0
 
-    def measure_scale(self, units: Whole[TaskVectors]) -> float:
+    def measure_scale(self, units: Whole[TaskVectors], keep: Keep = lambda vectors, merged: None) -> float:
         """The scale where :meth:`default_scale` is None, from one look at ``units`` with the reads of a merge.
 
         It is asked for only if the recipe's scale is "auto". The merged task vector then projects on the sum of the
         task vectors as they do themselves (:func:`freemerge.methods.rules.projection_scale`), times :attr:`regained`.
+        ``keep`` gets what :meth:`merge` will make of each unit, which must not depend on what is measured.
         """
 
         def measured(vectors: TaskVectors) -> tuple[list[float], list[float]]:
             seen = watched(vectors)
-            merged = self.merge(seen, Measured()).tensors
+            merged = self.merge(seen, Measured())
             seen.read()
-            return seen.squares, list(map(inner_product, seen.sums, merged))
+            keep(vectors, merged)
+            return seen.squares, list(map(inner_product, seen.sums, merged.tensors))
 
         found = units.map(measured)
         squares = [square for unit, _ in found for square in unit]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ..errors import ArgumentError
 from ..responses import HighPass, Response, from_config
-from .base import Measured, Merged, Method
+from .base import Keep, Measured, Merged, Method
 from .parameters import NUMBER, parameter
 from .rules import energy_factor
 from .vectors import Deltas, Sides, TaskVectors, added
@@ -121,10 +121,10 @@ class Filtered(Method):
     def default_scale(self, count: int) -> float | None:
         return self.method.default_scale(count)
 
-    def measure_scale(self, units: Whole[TaskVectors]) -> float:
+    def measure_scale(self, units: Whole[TaskVectors], keep: Keep = lambda vectors, merged: None) -> float:
         if self.filter.when == "before":
-            return self.method.measure_scale(units.through(self._seen))
-        return self.method.regained * super().measure_scale(units)
+            return self.method.measure_scale(units.through(self._seen), keep)
+        return self.method.regained * super().measure_scale(units, keep)
 
     def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
         if self.filter.when == "before":

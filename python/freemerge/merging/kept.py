@@ -1,0 +1,75 @@
+"""What was merged when the scale was looked for, kept in a file until it is merged at that scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ..methods import Merged
+
+
+@dataclass(frozen=True)
+class _Place:
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Kept:
+    """Merged task vectors by the names of their tensors, bit for bit, in ``file``.
+
+    A disk that fills up is no error: the file is closed, which frees its room, and everything is merged again.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._end = 0
+        self._merged: dict[tuple[str, ...], tuple[list[_Place], list[dict[str, object]]]] = {}
+
+    def __contains__(self, names: Sequence[str]) -> bool:
+        return tuple(names) in self._merged
+
+    def put(self, names: Sequence[str], merged: Merged) -> None:
+        """Keep what the tensors of a unit were merged to."""
+        if self._file.closed:
+            return
+        places = []
+        try:
+            for tensor in merged.tensors:
+                places.append(_Place(self._end, tensor.shape, tensor.dtype, tensor.device))
+                raw = _bytes_of(tensor.cpu().contiguous())
+                while len(raw):
+                    raw = raw[self._file.write(raw) :]
+                self._end += tensor.numel() * tensor.itemsize
+        except OSError:
+            self._merged.clear()
+            self._file.close()
+            return
+        self._merged[tuple(names)] = places, merged.notes
+
+    def take(self, names: Sequence[str]) -> Merged | None:
+        """New tensors with what was kept of a unit; None if nothing was."""
+        if tuple(names) not in self._merged:
+            return None
+        places, notes = self._merged[tuple(names)]
+        return Merged(list(map(self._read, places)), notes)
+
+    def _read(self, place: _Place) -> Tensor:
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        self._file.seek(place.offset)
+        raw = _bytes_of(tensor)
+        while len(raw):
+            count = self._file.readinto(raw)  # type: ignore[attr-defined]
+            if not count:
+                raise OSError("what was kept of a merge is gone")
+            raw = raw[count:]
+        return tensor.to(place.device)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
