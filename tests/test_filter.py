@@ -285,6 +285,7 @@ def test_larger_shapes_against_float64(backend: str) -> None:
         ((1009, 1013), fm.HighPass(0.05)),
         ((1009, 1013), fm.HighPass(0.4)),
         ((2304, 768), fm.Official(0.7)),
+        ((2305, 768), fm.Official(0.7)),
         ((5000, 96), fm.HighPass(0.02)),
     ):
         x, plan = noise(*shape), fm.explain(shape, response, backend=backend)

@@ -28,11 +28,18 @@ inline constexpr FormName kFormNames[] = {
 struct Decimation {
   std::int64_t cells = 0;
   int taps = 0;
-  std::int64_t band = 0;  // offsets |k| < band from the centre are kept
-  bool nyquist = false;   // the band is centred at Nyquist instead of DC (only when n is even)
+  std::int64_t band = 0;  // frequencies less than this many bins from the centre are kept
+  bool nyquist = false;   // the band is centred at Nyquist instead of DC
 };
 
 inline bool is_whole(const Decimation& axis) { return axis.taps == 0; }
+
+// How many half bins the first frequency at or above the centre of a band lies above it: 1 around Nyquist of
+// an odd number of samples, which is between two bins, else 0. Bins are counted from that one, and those of
+// |k + half_bin / 2| < band are kept.
+inline int half_bin(const Decimation& axis, std::int64_t samples) {
+  return axis.nyquist && samples % 2 != 0 ? 1 : 0;
+}
 
 // kFull on a GPU, or the coarse grids of kDecimated, in three kernels: rows to spectra, columns, spectra to
 // rows. Sizes are those of the matrix, or of the grid.

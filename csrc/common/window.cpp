@@ -70,13 +70,19 @@ Window build_window(std::int64_t samples, const Decimation& d) {
     }
   }
   if (d.nyquist) {
-    for (std::int64_t n = 1; n < samples; n += 2) {
-      for (int j = 0; j < d.taps; ++j) window.weights[static_cast<std::size_t>(n * d.taps + j)] *= -1.0f;
+    for (std::int64_t n = 0; n < samples; ++n) {
+      const std::int64_t cell = leftmost(n, samples, d) - origin;
+      for (int j = 0; j < d.taps; ++j) {
+        // Past the last cell comes the first one again, which the sample reaches from a period earlier.
+        const std::int64_t from = cell + j < d.cells ? n : n - samples;
+        if (from % 2 != 0) window.weights[static_cast<std::size_t>(n * d.taps + j)] *= -1.0f;
+      }
     }
   }
   window.transform.resize(static_cast<std::size_t>(d.band));
   for (std::int64_t k = 0; k < d.band; ++k) {
-    const double x = kPi * d.taps * static_cast<double>(k) / static_cast<double>(d.cells);
+    const double frequency = static_cast<double>(k) + 0.5 * half_bin(d, samples);
+    const double x = kPi * d.taps * frequency / static_cast<double>(d.cells);
     const double squared = beta * beta - x * x;
     const double root = std::sqrt(std::abs(squared));
     const double shape = root == 0.0 ? 1.0 : (squared > 0.0 ? std::sinh(root) : std::sin(root)) / root;
@@ -99,10 +105,10 @@ Window make_window(std::int64_t samples, const Decimation& d) {
     return {{}, {}, std::vector<double>(static_cast<std::size_t>(d.band), 1.0)};
   }
   require(d.taps >= 2 && d.taps <= 16, "decimation: taps must be between 2 and 16");
-  require(d.cells > 2 * (d.band - 1), "decimation: cells must exceed twice the highest frequency kept");
+  require(d.cells > 2 * (d.band - 1 + half_bin(d, samples)),
+          "decimation: cells must exceed twice the highest frequency kept");
   require(d.cells <= samples, "decimation: cells must not exceed the samples");
   require(d.cells >= 2 * d.taps, "decimation: cells must be at least twice the taps");
-  require(!d.nyquist || samples % 2 == 0, "decimation: a band around Nyquist needs an even length");
   return build_window(samples, d);
 }
 

@@ -25,8 +25,11 @@ struct Window {
   // Samples first[c] .. first[c + 1] - 1, at least one, touch the coarse points c .. c + taps - 1 (modulo
   // cells).
   std::vector<std::int64_t> first;  // cells + 1 entries
-  std::vector<float> weights;       // samples x taps; negated at odd samples when centred at Nyquist
-  std::vector<double> transform;    // phi's transform at frequency k, 0 <= k < band
+  // Samples x taps. Around Nyquist those of odd samples are negated, and what an odd number of samples
+  // spreads past the last cell once more: such a grid changes sign from period to period, and its
+  // frequencies are k + 1/2.
+  std::vector<float> weights;
+  std::vector<double> transform;  // phi's transform at frequency k + half_bin / 2, 0 <= k < band
 
   WindowView view() const { return {first.data(), weights.data()}; }
   std::int64_t nbytes() const { return vector_bytes(first, weights, transform); }
@@ -35,9 +38,9 @@ struct Window {
 // The first coarse point that sample n touches; it grows by at most one from a sample to the next.
 std::int64_t first_cell(std::int64_t n, std::int64_t samples, const Decimation& decimation);
 
-// Requires 2 * (band - 1) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; or a whole axis, whose
-// window has no weights and a transform of 1. The coarse origin is arbitrary, which a shift-invariant filter
-// does not see.
+// Requires 2 * (band - 1 + half_bin) < cells <= samples, 2 <= taps <= 16, 2 * taps <= cells; or a whole axis,
+// whose window has no weights and a transform of 1. The coarse origin is arbitrary, which a shift-invariant
+// filter does not see.
 Window make_window(std::int64_t samples, const Decimation& decimation);
 
 }  // namespace freemerge

@@ -5,9 +5,9 @@
 namespace freemerge {
 namespace {
 
-// Stored bin of offset `offset` from the centre of a box along an axis of `n` bins.
+// Stored bin `offset` bins from the first at or above the centre of a box along an axis of `n` bins.
 std::int64_t stored_bin(std::int64_t offset, std::int64_t n, bool nyquist) {
-  return ((nyquist ? n / 2 : 0) + offset + n) % n;
+  return ((nyquist ? (n + 1) / 2 : 0) + offset + n) % n;
 }
 
 // The mask less the background. It is symmetric under (ky, kx) -> (-ky, -kx), and mask_gain wants 0 <= bin_x
@@ -23,14 +23,14 @@ double correction_gain(const Plan& plan, std::int64_t a, std::int64_t k) {
   return mask_gain(plan.mask, bin_y, bin_x) - plan.background;
 }
 
-// Column k as at most three steps in |a|, or false.
-bool add_steps(const std::vector<float>& column, std::int64_t band, std::size_t k, BoxGain& gain) {
-  const auto at = [&](std::int64_t a) { return column[static_cast<std::size_t>(a + band - 1)]; };
+// Column k, rows gain.least() .. gain.band - 1 of it, as at most three steps in |a|, or false.
+bool add_steps(const std::vector<float>& column, std::size_t k, BoxGain& gain) {
+  const auto at = [&](std::int64_t a) { return column[static_cast<std::size_t>(a - gain.least())]; };
   int step = 0;
   for (auto& value : gain.value) value[k] = at(0);
-  for (auto& bound : gain.bound) bound[k] = static_cast<std::int32_t>(band);
-  for (std::int64_t a = 0; a < band; ++a) {
-    if (at(a) != at(-a)) return false;
+  for (auto& bound : gain.bound) bound[k] = static_cast<std::int32_t>(gain.band);
+  for (std::int64_t a = 0; a < gain.band; ++a) {
+    if (at(a) != at(-a - gain.half_bin)) return false;
     if (at(a) == gain.value[step][k]) continue;
     if (step == 2) return false;
     gain.bound[step][k] = static_cast<std::int32_t>(a);
@@ -42,9 +42,10 @@ bool add_steps(const std::vector<float>& column, std::int64_t band, std::size_t 
 }  // namespace
 
 BoxGain make_box_gain(const Plan& plan, const Window& rows, const Window& columns) {
-  const std::int64_t row_band = plan.rows.band, column_band = plan.columns.band;
+  const std::int64_t column_band = plan.columns.band;
   BoxGain gain;
-  gain.band = row_band;
+  gain.band = plan.rows.band;
+  gain.half_bin = half_bin(plan.rows, plan.mask.height);
   gain.pitch = (column_band + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
   const auto pitch = static_cast<std::size_t>(gain.pitch);
   for (const double transform : rows.transform) {
@@ -59,15 +60,15 @@ BoxGain make_box_gain(const Plan& plan, const Window& rows, const Window& column
   for (auto& value : gain.value) value.resize(pitch);
   for (auto& bound : gain.bound) bound.resize(pitch);
 
-  const auto height = static_cast<std::size_t>(2 * row_band - 1);
+  const auto height = static_cast<std::size_t>(gain.band - gain.least());
   std::vector<float> column(height);
   bool steps = true;
   for (std::int64_t k = 0; k < column_band; ++k) {
-    for (std::int64_t a = 1 - row_band; a < row_band; ++a) {
-      column[static_cast<std::size_t>(a + row_band - 1)] = static_cast<float>(correction_gain(plan, a, k));
+    for (std::int64_t a = gain.least(); a < gain.band; ++a) {
+      column[static_cast<std::size_t>(a - gain.least())] = static_cast<float>(correction_gain(plan, a, k));
     }
     const auto index = static_cast<std::size_t>(k);
-    if (steps && add_steps(column, row_band, index, gain)) continue;
+    if (steps && add_steps(column, index, gain)) continue;
     if (steps) {  // start over, as a table
       steps = false;
       gain.table.resize(height * pitch);

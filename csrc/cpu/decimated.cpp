@@ -1,6 +1,8 @@
 #include "cpu/decimated.h"
 
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "common/error.h"
 #include "cpu/buffer.h"
@@ -8,6 +10,18 @@
 
 namespace freemerge {
 namespace {
+
+// exp(-pi i c / cells) of every coarse row c, or nothing where whole bins are kept.
+std::vector<float> make_turns(const Plan& plan) {
+  std::vector<float> turns;
+  if (half_bin(plan.rows, plan.mask.height) == 0) return turns;
+  for (std::int64_t row = 0; row < plan.rows.cells; ++row) {
+    const double angle = -std::acos(-1.0) * static_cast<double>(row) / static_cast<double>(plan.rows.cells);
+    turns.push_back(static_cast<float>(std::cos(angle)));
+    turns.push_back(static_cast<float>(std::sin(angle)));
+  }
+  return turns;
+}
 
 class DecimatedFilter : public Filter {
  public:
@@ -17,6 +31,7 @@ class DecimatedFilter : public Filter {
         background_(plan.background),
         rows_(make_window(plan.mask.height, plan.rows)),
         columns_(make_window(plan.mask.width, plan.columns)),
+        turns_(make_turns(plan)),
         gain_(make_box_gain(plan, rows_, columns_)),
         row_fft_(std::make_shared<const Fft<float>>(plan.columns.cells)),
         column_fft_(plan.rows.cells == plan.columns.cells
@@ -31,13 +46,14 @@ class DecimatedFilter : public Filter {
     job_.columns = plan.columns;
     job_.row_fft = row_fft_.get();
     job_.column_fft = column_fft_.get();
+    job_.turns = turns_.empty() ? nullptr : turns_.data();
     job_.gain = gain_.view();
   }
 
   std::int64_t nbytes() const override {
     const std::int64_t transforms =
         row_fft_->nbytes() + (column_fft_ == row_fft_ ? 0 : column_fft_->nbytes());
-    return rows_.nbytes() + columns_.nbytes() + gain_.nbytes() + transforms;
+    return rows_.nbytes() + columns_.nbytes() + vector_bytes(turns_) + gain_.nbytes() + transforms;
   }
 
  private:
@@ -78,6 +94,7 @@ class DecimatedFilter : public Filter {
   const DecimatedKernels& kernels_;
   const double background_;
   const Window rows_, columns_;
+  const std::vector<float> turns_;
   const BoxGain gain_;
   const std::shared_ptr<const Fft<float>> row_fft_, column_fft_;
   DecimatedJob job_;  // of any matrix: what a call gives is left out
@@ -94,6 +111,8 @@ std::unique_ptr<Filter> make_decimated_filter(const Plan& plan, DType dtype,
           "decimation: taps must be between 6 and 9, or 0 along one axis");
   require(!rows || plan.rows.cells % kRowCellsMultiple == 0,
           "decimation: cells along the height must be a multiple of 32");
+  require(half_bin(plan.columns, plan.mask.width) == 0,
+          "decimation: real transforms along an odd width have no frequencies around Nyquist");
   return std::make_unique<DecimatedFilter>(plan, dtype, kernels);
 }
 

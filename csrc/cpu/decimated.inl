@@ -341,18 +341,23 @@ struct BlockGain {
   FloatVec value[3];
   WordVec bound[2];
   const float* row_factor;
-  const float* table;  // of row offset 0
-  std::int64_t pitch;
+  const float* table;  // of row a = 0
+  std::int64_t band, half_bin, pitch;
 
   FM_INLINE BlockGain(const BoxGainView& gain, std::int64_t column, float scale)
-      : factor(load(gain.column_factor + column) * scale), row_factor(gain.row_factor), pitch(gain.pitch) {
+      : factor(load(gain.column_factor + column) * scale),
+        row_factor(gain.row_factor),
+        table(gain.table == nullptr ? nullptr : gain.table + column),
+        band(gain.band),
+        half_bin(gain.half_bin),
+        pitch(gain.pitch) {
     for (int i = 0; i < 3; ++i) value[i] = load(gain.value[i] + column);
     for (int i = 0; i < 2; ++i) bound[i] = load_raw<WordVec>(gain.bound[i] + column);
-    table = gain.table == nullptr ? nullptr : gain.table + (gain.band - 1) * gain.pitch + column;
   }
 
   FM_INLINE FloatVec at(std::int64_t a) const {
-    const std::int64_t magnitude = a < 0 ? -a : a;
+    const std::int64_t magnitude = a < 0 ? -a - half_bin : a;
+    if (magnitude >= band) return FloatVec{};
     return difference(a, static_cast<std::uint32_t>(magnitude)) * (factor * row_factor[magnitude]);
   }
 
@@ -365,6 +370,15 @@ struct BlockGain {
   }
 };
 
+// Around Nyquist of an odd height the coarse columns' frequencies lie half a bin above those of their
+// transform: row c is turned by -pi c / cells before it, and back after its inverse.
+FM_INLINE void turn_rows(const DecimatedJob& job, float* column, Halves<float> halves) {
+  if (job.turns == nullptr) return;
+  for (std::int64_t row = 0; row < job.rows.cells; ++row, column += kElement<float>) {
+    halves.store(column, times(halves.load(column), job.turns + 2 * row));
+  }
+}
+
 inline void coarse_mask_blocks(const DecimatedJob& job, std::int64_t first_block, std::int64_t last_block,
                                float* work) {
   const Fft<float>& plan = *job.column_fft;
@@ -374,10 +388,8 @@ inline void coarse_mask_blocks(const DecimatedJob& job, std::int64_t first_block
   for (std::int64_t block = first_block; block < last_block; ++block) {
     float* const column = spectrum_at(job, block, 0);
     const BlockGain block_gain(job.gain, block * kGroup, job.scale);
-    const auto gain = [&](std::int64_t bin) {
-      const std::int64_t a = 2 * bin <= plan.n ? bin : bin - plan.n;
-      return a < job.gain.band && -a < job.gain.band ? block_gain.at(a) : FloatVec{};
-    };
+    const auto gain = [&](std::int64_t bin) { return block_gain.at(2 * bin <= plan.n ? bin : bin - plan.n); };
+    turn_rows(job, column, kForward<float>);
     if (plan.method == Fft<float>::Method::kSplit) {
       float* const rest = work + padded_size(plan) * kElement<float>;
       const Strided<float> columns{column, plan.rows->n * kElement<float>};
@@ -386,13 +398,14 @@ inline void coarse_mask_blocks(const DecimatedJob& job, std::int64_t first_block
       forward_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest, kForward<float>);
       filter_split_rows(plan, work, rest, gain, next);
       inverse_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest, kInverse<float>);
-      continue;
+    } else {
+      forward(plan, column, work);
+      for (std::int64_t bin = 0; bin < plan.n; ++bin) {
+        multiply(column + kElement<float> * slot_of(plan, bin), gain(bin));
+      }
+      inverse(plan, column, work);
     }
-    forward(plan, column, work);
-    for (std::int64_t bin = 0; bin < plan.n; ++bin) {
-      multiply(column + kElement<float> * slot_of(plan, bin), gain(bin));
-    }
-    inverse(plan, column, work);
+    turn_rows(job, column, kInverse<float>);
   }
 }
 

@@ -28,6 +28,7 @@ struct DecimatedJob {
   Decimation rows, columns;      // along the height, along the width
   const Fft<float>* row_fft;     // along coarse rows: columns.cells points
   const Fft<float>* column_fft;  // down coarse columns: rows.cells points
+  const float* turns;  // of coarse rows, around Nyquist of an odd height: pairs (cos, sin); else null
   BoxGainView gain;
   float scale;  // of the gains; the background has it already
 

@@ -1,14 +1,20 @@
-"""Every instruction set gives the same bytes; each is forced in a process of its own."""
+"""Every instruction set gives the same bytes, each forced in a process of its own, and filters as accurately."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+import torch
 
+import freemerge as fm
 from freemerge import _core
+from freemerge.backends.cpu import CpuBackend
+from freemerge.planner.forms import candidates
+from oracle import oracle_filter
 
 ALL = ["baseline", "avx2", "avx512"]
 AVAILABLE = ALL[: ALL.index(_core.detected_isa()) + 1]
@@ -60,3 +66,21 @@ def test_a_forced_instruction_set_must_exist(isa: str) -> None:
     result = run(isa)
     assert result.returncode != 0
     assert "FREEMERGE_ISA: " in result.stderr
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("shape", [(101, 64), (333, 48), (1009, 47)], ids=str)
+def test_every_instruction_set_filters_around_nyquist_of_an_odd_height(
+    isa: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_core, "Filter", partial(_core.Filter, isa=isa))
+    backend, response = CpuBackend(), fm.Official(0.1)
+    traits = backend.traits(torch.device("cpu"))
+    assert traits is not None
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = torch.from_numpy(oracle_filter(x.double().numpy(), response.mask(shape)))
+    plans = candidates(response, shape, x.dtype, "cpu", "cpu", traits)
+    (plan,) = (plan for plan in plans if plan.rows is not None and plan.rows.nyquist)
+    y = x.clone()
+    backend.prepare(plan).run([y[None]], 1.0)
+    assert float((y - expected).norm()) <= min(plan.error_bound, 5e-7) * float(x.double().norm())

@@ -18,6 +18,7 @@ from freemerge.backends.base import Backend
 from freemerge.backends.registry import BACKENDS
 from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Plan
+from freemerge.responses import transposed
 from oracle import oracle_filter
 from reference import reference_filter
 
@@ -146,3 +147,37 @@ def test_lengths_with_large_prime_factors(name: str, shape: tuple[int, int]) -> 
         y = x.clone().to(plan.device)
         backend_by_name(name).executable(plan).run([y[None]], 1.0)
         assert float((y.cpu() - want).norm()) <= 1e-6 * float(x.norm()), f"{plan}"
+
+
+@pytest.mark.parametrize("name", BACKEND_NAMES)
+@pytest.mark.parametrize(
+    ("shape", "response"),
+    [
+        ((101, 64), fm.Official(0.1)),
+        ((333, 48), fm.Official(0.7)),
+        ((333, 48), transposed(fm.Official(0.2))),
+        ((3, 501, 40), fm.Official(0.4)),  # a batch
+        ((403, 47), fm.Official(0.5)),  # an odd width, which stays whole
+        ((402, 47), fm.Official(0.5)),
+    ],
+    ids=str,
+)
+def test_discs_around_nyquist(name: str, shape: tuple[int, ...], response: fm.Response) -> None:
+    """Where the height is odd, they are centred between two of its bins."""
+    backend = backend_by_name(name)
+    traits = backend.traits(DEVICES.get(name, torch.device("cpu")))
+    assert traits is not None
+    for dtype in traits.dtypes:
+        found = [plan for plan in plans(name, response, shape, dtype) if plan.rows is not None and plan.rows.nyquist]
+        windows = "decimated" in traits.forms and (traits.half_bins or shape[-2] % 2 == 0)
+        assert bool(found) == (windows and (name, dtype) != ("cpu", torch.float64))
+        for plan in found:
+            storage = torch.zeros(*shape[:-1], shape[-1] + 5, dtype=dtype, device=plan.device)
+            x = storage[..., 2:-3].copy_(sample(shape, dtype))
+            backend.executable(plan).run([x.view(-1, *plan.matrix)], 1.0)
+            assert_filtered(x.cpu(), plan, shape)
+            if dtype == torch.float32:
+                error = (x.cpu().double() - expected(response, shape, dtype)).norm()
+                assert float(error) <= 5e-7 * float(sample(shape, dtype).double().norm()), f"{plan}"
+            assert not storage[..., :2].any()
+            assert not storage[..., -3:].any()

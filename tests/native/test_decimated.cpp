@@ -14,18 +14,20 @@ using namespace test;
 
 // A window for `samples` samples whose cells exceed the band's width 1.6 times at least, and the error it
 // leaves.
-Decimation random_decimation(Random& random, std::int64_t samples, std::int64_t cells, double& error) {
+Decimation random_decimation(Random& random, std::int64_t samples, std::int64_t cells, bool half_bins,
+                             double& error) {
   Decimation d;
   d.cells = cells;
   d.taps = static_cast<int>(random.integer(kMinTaps, kMaxTaps));
   d.band = random.integer(1, (cells * 5 / 8 + 1) / 2);
-  d.nyquist = samples % 2 == 0 && random.integer(0, 2) == 0;
-  const double filled = static_cast<double>(2 * d.band - 1) / static_cast<double>(cells);
+  d.nyquist = (samples % 2 == 0 || half_bins) && random.integer(0, 2) == 0;
+  const double filled =
+      static_cast<double>(2 * d.band - 1 + half_bin(d, samples)) / static_cast<double>(cells);
   error = 6 * std::exp(-std::acos(-1.0) * d.taps * std::sqrt(1 - filled));
   return d;
 }
 
-// A high-pass disc inside the box, or any symmetric gains in the box.
+// A high-pass disc inside the box, or any symmetric gains in the box, or one step of them down the rows.
 Mask random_mask(Random& random, std::int64_t height, std::int64_t width, const Plan& plan,
                  std::vector<float>& table) {
   Mask mask;
@@ -46,12 +48,16 @@ Mask random_mask(Random& random, std::int64_t height, std::int64_t width, const 
     x = (x + 2 * width) % width;
     if (x < columns) table[static_cast<std::size_t>(y * columns + x)] = gain;
   };
-  const std::int64_t centre_y = plan.rows.nyquist ? height / 2 : 0;
+  const int half = half_bin(plan.rows, height);
+  const std::int64_t centre_y = plan.rows.nyquist ? (height + half) / 2 : 0;
   const std::int64_t centre_x = plan.columns.nyquist ? width / 2 : 0;
-  for (std::int64_t a = 1 - plan.rows.band; a < plan.rows.band; ++a) {
+  const bool steps = random.integer(0, 1) == 0;
+  const std::int64_t bound = random.integer(0, plan.rows.band);
+  for (std::int64_t a = 1 - plan.rows.band - half; a < plan.rows.band; ++a) {
     for (std::int64_t k = 0; k < plan.columns.band; ++k) {
       if ((k == 0 || 2 * k == width) && a < 0) continue;
-      const auto gain = static_cast<float>(random.real(-1, 2));
+      const bool inner = (a < 0 ? -a - half : a) < bound;
+      const auto gain = static_cast<float>(steps ? (inner ? 1.5 : -0.5) : random.real(-1, 2));
       set(centre_y + a, centre_x + k, gain);
       set(-centre_y - a, -centre_x - k, gain);
     }
@@ -68,8 +74,8 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   double row_error = 0, column_error = 0;
   Plan plan;
   plan.form = Form::kDecimated;
-  plan.rows = random_decimation(random, height, 32 * random.integer(1, height / 32), row_error);
-  plan.columns = random_decimation(random, width, random.integer(2 * kMaxTaps, width), column_error);
+  plan.rows = random_decimation(random, height, 32 * random.integer(1, height / 32), true, row_error);
+  plan.columns = random_decimation(random, width, random.integer(2 * kMaxTaps, width), false, column_error);
   switch (random.integer(0, 3)) {
     case 0:
       plan.columns = {width, 0, width / 2 + 1, false};
@@ -159,7 +165,8 @@ void test_determinism(const Kernels& kernels) {
   plan.columns = {80, 7, 20, false};
   std::vector<float> input(401 * 203);
   for (float& x : input) x = static_cast<float>(random.normal());
-  for (const Decimation& rows : {Decimation{96, 8, 20, false}, Decimation{401, 0, 201, false}}) {
+  for (const Decimation& rows :
+       {Decimation{96, 8, 20, false}, Decimation{96, 8, 20, true}, Decimation{401, 0, 201, false}}) {
     plan.rows = rows;
     std::vector<float> first;
     const auto filter = make_filter(plan, DType::kFloat32, {}, kernels);
@@ -198,6 +205,9 @@ void test_refusals(const Kernels& kernels) {
   refuses([](Plan& p) { p.columns.cells = 65; }, DType::kFloat32, 64, "samples");
   refuses([](Plan& p) { p.columns.band = 17; }, DType::kFloat32, 64, "highest frequency");
   refuses([](Plan& p) { p.columns.taps = 0; }, DType::kFloat32, 64, "whole");
+  refuses([](Plan& p) { p.mask.height = 63, p.rows = {32, 7, 16, true}; }, DType::kFloat32, 64,
+          "highest frequency");
+  refuses([](Plan& p) { p.mask.width = 63, p.columns.nyquist = true; }, DType::kFloat32, 64, "odd width");
   refuses([](Plan& p) { p.rows = p.columns = {64, 0, 33, false}; }, DType::kFloat32, 64, "taps");
 }
 

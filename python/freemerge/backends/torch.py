@@ -69,6 +69,7 @@ def _traits(*, products: bool, library: str = "") -> Traits:
         taps=tuple(range(6, 21)),
         oversamplings=(2.0, 2.5, 3.0, 4.0),
         whole_columns=products,
+        half_bins=products,
         longest_sum=128,
         chirp_stages=5.0,  # measured with MKL
         centers=dict.fromkeys(("decimated", "full"), _CENTERED),

@@ -11,7 +11,7 @@ import torch
 from ..cache import table_bytes
 from ..planner.forms import compute_dtype
 from ..planner.plan import Decimation, Plan
-from ..planner.windows import Window, window_transform
+from ..planner.windows import Window, half_bin, window_transform
 from .base import Executable
 from .memory import matrices, sample
 
@@ -28,9 +28,10 @@ class Decimated(Executable):
         self._rows = _Axis(height, rows, self._dtype, plan.device)
         self._columns = _Axis(width, columns, self._dtype, plan.device)
         self._gain = _coarse_gain(plan)
+        self._turns = _turns(plan)
         zero = np.zeros((1, 1))
         self._centers, self._at_zero = plan.centers, float(plan.response.gain(zero, zero, plan.shape)[0, 0])
-        self.nbytes = self._rows.nbytes + self._columns.nbytes + self._gain.nbytes
+        self.nbytes = self._rows.nbytes + self._columns.nbytes + table_bytes([self._gain, self._turns])
 
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         # Products are computed in their own dtype, whatever autocast says.
@@ -49,7 +50,11 @@ class Decimated(Executable):
         self._rows.spread_rows(x, lines)
         grid = self._columns.spread_columns(lines)
         spectrum = torch.fft.rfft(grid)[:, : self._gain.shape[1]]
+        if self._turns is not None:
+            spectrum = spectrum * self._turns
         spectrum = torch.fft.ifft(torch.fft.fft(spectrum, dim=0).mul_(self._gain), dim=0)
+        if self._turns is not None:
+            spectrum *= self._turns.conj()
         self._columns.interpolate_columns(torch.fft.irfft(spectrum, n=self._columns.cells), lines)
         self._rows.interpolate_rows(lines, x, self._background * scale, scale)
 
@@ -119,11 +124,21 @@ def _axes(plan: Plan) -> tuple[Decimation, Decimation]:
 
 
 def _frequencies(n: int, d: Decimation, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets of the first ``count`` coarse bins from the centre of the band, and the signed bins they stand for."""
+    """Of the first ``count`` coarse bins, the distances from the centre of the band, and the signed bins they are."""
     offsets = np.arange(count, dtype=np.float64)
     offsets = np.where(offsets <= d.cells // 2, offsets, offsets - d.cells)
-    bins = offsets + (n // 2 if d.nyquist else 0)
-    return offsets, np.where(bins > n // 2, bins - n, bins)
+    bins = offsets + ((n + 1) // 2 if d.nyquist else 0)
+    return offsets + half_bin(n, d), np.where(bins > n // 2, bins - n, bins)
+
+
+def _turns(plan: Plan) -> torch.Tensor | None:
+    """(cells, 1): what turns coarse rows so that transforms down them are at half bins; None where bins are whole."""
+    (height, _), (rows, _) = plan.matrix, _axes(plan)
+    shift = half_bin(height, rows)
+    if not shift:
+        return None
+    turns = np.exp(-2j * np.pi * shift * np.arange(rows.cells) / rows.cells)[:, None]
+    return torch.tensor(turns, dtype=compute_dtype(plan.dtype).to_complex(), device=plan.device)
 
 
 def _coarse_gain(plan: Plan) -> torch.Tensor:

@@ -165,8 +165,11 @@ class _Request:
         costs, dtype = self.traits.costs, compute_dtype(self.dtype)
         best: tuple[float, Plan] | None = None
         traits = self.traits
-        for rows, row_error in self._axis(height, band_y, nyquist_y, whole=traits.whole_rows):
-            for columns, column_error in self._axis(width, band_x, nyquist_x, whole=traits.whole_columns):
+        row_windows = self._axis(height, band_y, nyquist_y, whole=traits.whole_rows, half_bins=traits.half_bins)
+        # The transforms along the width are real, and have no half bins.
+        column_windows = list(self._axis(width, band_x, nyquist_x, whole=traits.whole_columns, half_bins=False))
+        for rows, row_error in row_windows:
+            for columns, column_error in column_windows:
                 if not rows.taps and not columns.taps:
                     continue
                 # Aliases into the band on the way down and out of it on the way up are orthogonal.
@@ -211,11 +214,13 @@ class _Request:
         )
         return 3 * self.traits.costs.move * width, plan
 
-    def _axis(self, n: int, band: int, nyquist: bool, *, whole: bool) -> Iterator[tuple[Decimation, WindowError]]:
+    def _axis(
+        self, n: int, band: int, nyquist: bool, *, whole: bool, half_bins: bool
+    ) -> Iterator[tuple[Decimation, WindowError]]:
         """Windows that reduce one axis, for each oversampling the two narrowest that are accurate enough; or none."""
         if whole:
             yield Decimation(n, 0, n // 2 + 1), WindowError(0.0, 1.0)
-        if 2 * band - 1 >= n:
+        if 2 * band - 1 >= n or (nyquist and n % 2 and not half_bins):
             return
         traits = self.traits
         limit = _ALIAS_LIMIT[compute_dtype(self.dtype)]
@@ -225,7 +230,7 @@ class _Request:
             accurate = 0
             for taps in traits.taps:
                 d = Decimation(cells, taps, band, nyquist)
-                if 2 * taps <= cells < n and (error := window_error(d)).alias < limit and accurate < 2:
+                if 2 * taps <= cells < n and (error := window_error(n, d)).alias < limit and accurate < 2:
                     accurate += 1
                     yield d, error
 

@@ -23,7 +23,7 @@ class Decimation:
     """Reduction of one axis of n samples to ``cells`` coarse cells, which carry the offsets ``|k| < band``.
 
     ``taps`` is the width of the Kaiser-Bessel window in cells; ``taps == 0`` leaves an axis of n = ``cells`` samples
-    whole. ``nyquist`` centres the band on Nyquist instead of DC (n and cells are even then).
+    whole. ``nyquist`` centres the band on Nyquist instead of DC: between two bins where n is odd.
     """
 
     cells: int

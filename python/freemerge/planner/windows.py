@@ -23,6 +23,11 @@ Array = npt.NDArray[np.float64]
 _MAX_WRAPS = 8  # aliases beyond this many periods add less than 10 % to the error
 
 
+def half_bin(n: int, d: Decimation) -> float:
+    """How far the first bin at or above the centre of the band is above it: around Nyquist of an odd n, half a bin."""
+    return 0.5 if d.nyquist and n % 2 else 0.0
+
+
 def kaiser_beta(d: Decimation) -> float:
     """Shape parameter of the window for its oversampling cells / (2 band - 1)."""
     sigma = d.cells / (2 * d.band - 1)
@@ -48,11 +53,11 @@ class WindowError:
     amplification: float  #: phihat at the centre of the band over phihat at its edge: rounding grows with it
 
 
-def window_error(d: Decimation) -> WindowError:
-    """Bounds for an axis of any length; cheap, for the planner compares many."""
+def window_error(n: int, d: Decimation) -> WindowError:
+    """Bounds for an axis of n samples, of which only the parity counts; cheap, for the planner compares many."""
     if not d.taps:
         return WindowError(0.0, 1.0)
-    edge = d.band - 1
+    edge = d.band - 1 + half_bin(n, d)
     centre = _profile(d, edge)
     squares = 0.0
     for wrap in range(1, _MAX_WRAPS + 1):
@@ -61,7 +66,7 @@ def window_error(d: Decimation) -> WindowError:
     return WindowError(math.sqrt(squares) / abs(centre), _profile(d, 0) / abs(centre))
 
 
-def _profile(d: Decimation, offset: int) -> float:
+def _profile(d: Decimation, offset: float) -> float:
     """phihat up to a constant factor."""
     squared = kaiser_beta(d) ** 2 - (math.pi * d.taps * offset / d.cells) ** 2
     root = math.sqrt(max(abs(squared), 1e-12))
@@ -130,25 +135,33 @@ class Window:
         return pieces
 
     def _weights(self, cell0: int, cell1: int, sample0: int, sample1: int, *, spreads: bool) -> torch.Tensor:
-        """phi between the cells and samples; spreading takes the shorter way around the axis."""
+        """phi between the cells and samples; spreading takes the shorter way around the axis.
+
+        Around Nyquist, odd samples are negated, counted on over the ends of the axis: where n is odd, the grid changes
+        its sign from a period to the next, and has frequencies half-way between bins.
+        """
         n, d = self._n, self._d
         period = n * d.cells
         offset = sample0 * d.cells - cell0 * n
         key = (
-            offset % period if spreads else offset,
+            offset,
             cell1 - cell0,
             sample1 - sample0,
             sample0 % 2 * d.nyquist,
+            max(0, -cell0) * d.nyquist,  # cells beyond the ends
+            max(0, cell1 - d.cells) * d.nyquist,
             spreads,
         )
         if key not in self._shared:
             samples = np.arange(sample0, sample1, dtype=np.int64)
-            distance = samples[None, :] * d.cells - np.arange(cell0, cell1, dtype=np.int64)[:, None] * n
+            cells = np.arange(cell0, cell1, dtype=np.int64)[:, None]
+            distance = samples * d.cells - cells * n
+            turns = (distance + period // 2) // period if spreads else cells // d.cells
             if spreads:
-                distance = (distance + period // 2) % period - period // 2
+                distance -= turns * period
             weights = _kernel(d, distance / n)  # of integers up to here: no rounding, however long the axis
             if d.nyquist:
-                weights *= 1.0 - 2.0 * (samples % 2)
+                weights *= 1.0 - 2.0 * ((samples - turns * n) % 2)
             weights = np.ascontiguousarray(weights if spreads else weights.T)
             self._shared[key] = torch.tensor(weights, dtype=self._dtype, device=self._device)
         return self._shared[key]

@@ -38,8 +38,8 @@ class MaskParams:
 
 @dataclass(frozen=True)
 class Box:
-    """Where a mask differs from ``background`` by more than ``tail``: offsets ``|k| < band`` from DC, or from Nyquist,
-    along each axis."""
+    """Where a mask differs from ``background`` by more than ``tail``: offsets ``|k| < band`` from DC, or from Nyquist
+    (n / 2, also where that is between two bins), along each axis."""
 
     background: float
     bands: tuple[int, int]

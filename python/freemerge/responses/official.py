@@ -64,8 +64,6 @@ class Official(ClosedForm):
 
     def box(self, shape: tuple[int, ...], tolerance: float) -> Box | None:
         params = self.params(shape)
-        if params.height % 2 or params.width % 2:  # no bin at Nyquist to centre a box on
-            return None
         band = math.floor(max(params.edge0, params.edge1)) + 2  # float32 may round a distance down onto the edge
         bands = tuple(band if 2 * band - 1 < n else n for n in (params.height, params.width))
         return Box(0.0, (bands[0], bands[1]), (bands[0] == band, bands[1] == band))
