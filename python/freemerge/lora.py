@@ -27,7 +27,7 @@ from .errors import CheckpointError
 from .experts.leading import leading_triplets
 from .experts.task_vector import task_vector
 from .merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
-from .methods.wudi import EMBEDDINGS
+from .methods.layers import is_embedding
 
 _LAYERS = ("Linear", "Conv1D")  # of torch and transformers; the second holds its weight transposed
 _WEIGHT = ".weight"
@@ -160,8 +160,7 @@ def _linear_layer(base: Checkpoint, name: str) -> str | None:
     if len(base.specs[name].shape) != 2 or not name.endswith(_WEIGHT) or name in base.tied.values():
         return None
     if base.architecture is None:
-        linear = not any(part in name.lower() for part in EMBEDDINGS)
-        return name.removesuffix(_WEIGHT) if linear else None
+        return None if is_embedding(name) else name.removesuffix(_WEIGHT)
     return base.architecture.loaded_name(name).removesuffix(_WEIGHT) if _layer(base, name) in _LAYERS else None
 
 

@@ -18,7 +18,9 @@ State = dict[str, Tensor]
 SHAPES = {
     "a.weight": (12, 20),
     "b.weight": (9, 7),
-    "stack": (3, 8, 11),
+    "stack": (3, 16, 18),
+    "conv.kernel": (6, 4, 3, 3),
+    "conv.line": (5, 20, 17),
     "row": (1, 30),
     "a.bias": (12,),
     "b.bias": (9,),
@@ -38,6 +40,11 @@ def models(count: int, shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int = 
     ]
 
 
+def maps(name: str, tensor: Tensor) -> list[Tensor]:
+    """A matrix, those of a stack, or what a convolution multiplies patches with."""
+    return [tensor.flatten(1)] if tensor.ndim == 2 or "conv" in name else list(tensor)
+
+
 def formula(base: State, others: list[State], merged: State) -> float:
     """The scale of least interference, of merged at scale 1."""
     gain = cost = 0.0
@@ -47,7 +54,7 @@ def formula(base: State, others: list[State], merged: State) -> float:
         x = merged[name].double() - weights.double()
         for other in others:
             v = other[name].double() - weights.double()
-            for x_own, v_own in zip(x.reshape(-1, *x.shape[-2:]), v.reshape(-1, *v.shape[-2:]), strict=True):
+            for x_own, v_own in zip(maps(name, x), maps(name, v), strict=True):
                 whole = float(v.square().sum()) ** 2  # a stack counts once
                 gain += float(((x_own @ v_own.T) * (v_own @ v_own.T)).sum()) / whole
                 cost += float((x_own @ v_own.T).square().sum()) / whole
@@ -106,6 +113,11 @@ def test_where_it_is_known(tmp_path: Path) -> None:
     left, right = torch.randn(6, 8), torch.randn(6, 8)
     left[:, 4:], right[:, :4] = 0, 0  # tasks whose inputs have nothing in common do not interfere
     assert found(apart, [{"w": left}, {"w": right}], tmp_path / "apart", method="task_arithmetic") == pytest.approx(1)
+    patches = {"conv": torch.zeros(6, 4, 3, 3)}
+    above, below = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    above[:, :, 1:], below[:, :, :1] = 0, 0  # nor do those of a convolution that look at other pixels of a patch
+    scale = found(patches, [{"conv": above}, {"conv": below}], tmp_path / "patches", method="task_arithmetic")
+    assert scale == pytest.approx(1)
 
 
 def test_where_the_weights_say_nothing(tmp_path: Path) -> None:

@@ -140,16 +140,20 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_embeddings_and_what_is_no_matrix_are_averaged() -> None:
-    shapes = {
+    averaged = {
         "model.embed_tokens.weight": (10, 4),
         "wte.weight": (6, 4),
+        "shared.weight": (9, 4),
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (8, 4),
         "norm.weight": (5,),
         "conv.weight": (4, 3, 3, 3),
     }
+    shapes = {**averaged, "up.weight": (6, 4), "mlp.shared_expert.down_proj.weight": (4, 6)}
     base = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    models = [{name: torch.full_like(tensor, value) for name, tensor in base.items()} for value in (1.0, 2.0, 6.0)]
-    for tensor in fm.merge(base, models, fm.Recipe(method="wudi", scale=1.0)).values():
-        assert torch.equal(tensor, torch.full_like(tensor, 3.0))
+    vectors = {name: updates(shape, 3) for name, shape in shapes.items()}
+    models = [{name: each[i] for name, each in vectors.items()} for i in range(3)]
+    for name, found in fm.merge(base, models, fm.Recipe(method="wudi", scale=1.0)).items():
+        assert torch.allclose(found, sum(vectors[name]) / 3, atol=1e-6) == (name in averaged)
     up = fm.merge(
         {"up": torch.zeros(4, 4)}, [{"up": torch.eye(4)}, {"up": 3 * torch.eye(4)}], fm.Recipe(method="wudi", scale=1.0)
     )

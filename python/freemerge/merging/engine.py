@@ -20,6 +20,7 @@ from ..checkpoint.mapped import fetched
 from ..errors import ArgumentError, CheckpointError
 from ..methods import Measured, Merged
 from ..methods.interference import sampled
+from ..methods.layers import is_convolution
 from ..methods.vectors import Deltas, Sides, TaskVectors
 from ..methods.whole import Result, Whole
 from ..workers import ALONE, Workers
@@ -351,7 +352,11 @@ class Merger:
             matrix = max((self._sides(unit, shape) for shape in shapes), key=math.prod, default=None)
             held = 1.0 if unit.action == "copy" else self.method.holds(len(self.models), matrix)
             if self.recipe.scale == "interference":
-                rows = [self._sides(unit, shape)[0] for n in unit.names if len(shape := self.specs[n].shape) > 1]
+                rows = [
+                    shape[0] if unit.action == "merge" and is_convolution(name, shape) else self._sides(unit, shape)[0]
+                    for name in unit.names
+                    if len(shape := self.specs[name].shape) > 1
+                ]
                 held += sampled(len(self.models), min(rows)) if rows else 0.0
             written = sum(self.out_spec(name).nbytes for name in unit.names)
             largest = max(largest, held * self._worked_bytes(unit) + 2 * written)

@@ -12,13 +12,13 @@ from torch import Tensor
 from ..checkpoint import MERGEABLE, TensorSpec
 from ..checkpoint.quantised import FLOAT8, FLOAT8_ADVICE
 from ..errors import ArgumentError, CheckpointError
+from ..methods.layers import is_convolution
 from .selection import Action, Rule, Split, Stack, View, check_rules, left_alone, rule_of
 from .statistics_buffers import is_statistic
 
 SMALL_ENTRIES = 1 << 16  # a tensor of at most so many is merged together with others, of
 FLAT_ENTRIES = 1 << 20  # at most so many entries together, and
 FLAT_NAMES = 1 << 11  # so many tensors
-SMALLEST_STACKED_SIDE = 16  # a 3-D weight with a shorter side is a convolution kernel, not a stack of matrices
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,8 @@ def default_action(spec: TensorSpec) -> Action:
     """
     if spec.dtype not in MERGEABLE:
         return "copy"
-    if not spec.numel:
-        return "merge"
-    if len(spec.shape) == 2:
-        return "filter"
-    stacked = len(spec.shape) == 3 and min(spec.shape[1:]) >= SMALLEST_STACKED_SIDE
-    if stacked and "conv" not in spec.name.lower():
-        return "filter"
-    return "merge"
+    matrices = spec.ndim > 1 and spec.numel > 0 and not is_convolution(spec.name, spec.shape)
+    return "filter" if matrices else "merge"
 
 
 def plan_units(

@@ -1,9 +1,10 @@
 """The scale at which what was merged interferes least with the tasks, from the weights alone.
 
 A linear layer's task vector v_i [out, in] works on inputs that lie, as far as the weights can tell, in its own row
-space. What a merged X does to them instead of v_i is (c X - v_i) v_i^T, the interference of WUDI-Merging (arXiv
-2503.08099). The c that minimises the sum of ||(c X - v_i) v_i^T||^2 / ||v_i||^4 over tensors and tasks is a quotient of
-two sums. Each is over pairs of rows, and estimated from some of the rows.
+space; a convolution's, [out, in * kernel], on patches. What a merged X does to them instead of v_i is
+(c X - v_i) v_i^T, the interference of WUDI-Merging (arXiv 2503.08099). The c that minimises the sum of
+||(c X - v_i) v_i^T||^2 / ||v_i||^4 over tensors and tasks is a quotient of two sums. Each is over pairs of rows, and
+estimated from some of the rows.
 """
 
 from __future__ import annotations

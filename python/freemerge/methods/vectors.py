@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
+from .layers import is_convolution
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,10 +122,15 @@ class TaskVectors:
         """The matrices [H, W], or batches [..., H, W] of them, that task vectors of the members make up.
 
         They share memory with the task vectors, unless several are stacked: :meth:`unstack` copies their rows back.
-        Of a unit that is merged entry by entry, they are the members that have rows.
+        Of a unit that is merged entry by entry, they are the members that have rows; of a convolution kernel,
+        [outputs, all else].
         """
         if not self.as_matrices:
-            return [delta for delta in deltas if delta.ndim > 1]
+            return [
+                delta.flatten(1) if is_convolution(tensor.name, tensor.shape) else delta
+                for tensor, delta in zip(self.tensors, deltas, strict=True)
+                if delta.ndim > 1
+            ]
         matrix = deltas[0] if len(deltas) == 1 else torch.cat(list(deltas))
         if not self.parts:
             return [matrix]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
+from .layers import is_embedding
 from .parameters import number, parameter
 from .spectra import (
     AVERAGE_HOLDS,
@@ -20,8 +21,6 @@ from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-EMBEDDINGS = ("embed", "wte", "wpe")  # in the names of tensors whose rows are looked up and not multiplied
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class WUDI(SpectralMethod):
         return replace_matrices(vectors, deltas, map(self._least_interference, stacks))
 
     def averages(self, vectors: TaskVectors) -> bool:
-        embeds = any(part in tensor.name.lower() for tensor in vectors.tensors for part in EMBEDDINGS)
-        return embeds or super().averages(vectors)
+        return any(is_embedding(tensor.name) for tensor in vectors.tensors) or super().averages(vectors)
 
     def _least_interference(self, tasks: Tensor) -> Tensor:
         """X [..., H, W] of the task vectors [K, ..., H, W], in float64."""
