@@ -15,6 +15,16 @@
 namespace freemerge::cuda {
 
 struct ColumnFilter {
+  ColumnFilter(const HalfSpectra& spectra, const Mask& mask, double factor, const ColumnTables& tables,
+               int parts)
+      : spectra(spectra),
+        mask(mask),
+        factor(factor),
+        step_gains{static_cast<float>(factor * mask.gain0), static_cast<float>(factor * mask.gain1),
+                   static_cast<float>(factor * mask.gain2)},
+        tables(tables),
+        parts(parts) {}
+
   HalfSpectra spectra;
   KernelMask mask;
   double factor;        // of all gains; a transform and its inverse also multiply by the length of a part

@@ -107,14 +107,12 @@ class Decimated : public Executor {
     transform(cufft::kC2R);
   }
 
-  float* grid(int i) const { return grids_.data + i * grids_.rows * pitch_; }
-
   Matrices grids() const {
     Matrices matrices{};
     matrices.count = grids_.count;
     matrices.dtype = DType::kFloat32;
     for (int i = 0; i < grids_.count; ++i) {
-      matrices.data[i] = grid(i);
+      matrices.data[i] = grids_.data + i * grids_.rows * pitch_;
       matrices.row_stride[i] = pitch_;
     }
     return matrices;
@@ -122,17 +120,8 @@ class Decimated : public Executor {
 
   // In the grids' own memory, whose rows have room for the last bin.
   HalfSpectra grid_spectra() const {
-    HalfSpectra spectra{};
-    spectra.height = grids_.rows;
-    spectra.width = grids_.columns;
-    spectra.count = grids_.count;
-    spectra.last_pitch = pitch_ / 2;
-    for (int i = 0; i < grids_.count; ++i) {
-      spectra.data[i] = grid(i);
-      spectra.pitch[i] = pitch_;
-      spectra.last[i] = reinterpret_cast<float2*>(grid(i)) + grids_.columns / 2;
-    }
-    return spectra;
+    return half_spectra(
+        {reinterpret_cast<float2*>(grids_.data), grids_.rows, grids_.columns, pitch_ / 2, grids_.count});
   }
 
   // Chunks [begin, end) of the rows, onto the coarse rows that they touch.

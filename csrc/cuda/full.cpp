@@ -136,32 +136,10 @@ class Full : public Executor {
   void columns() {
     const Mask& mask = call_.filter.plan.mask;
     const double size = static_cast<double>(mask.height) * static_cast<double>(mask.width);
-    const double factor = call_.scale / size;
-    const ColumnFilter filter{
-        half_spectra(),
-        mask,
-        factor,
-        {static_cast<float>(factor * mask.gain0), static_cast<float>(factor * mask.gain1),
-         static_cast<float>(factor * mask.gain2)},
-        call_.filter.column_tables,
-        1};
+    const ColumnFilter filter(half_spectra(spectra_), mask, call_.scale / size, call_.filter.column_tables,
+                              1);
     if (!fused_) return column_mask(filter, call_.stream);
     column_filter(filter, whole_columns(spectra_.height, spectra_.width / 2 + 1), call_.stream);
-  }
-
-  HalfSpectra half_spectra() const {
-    HalfSpectra spectra{};
-    spectra.height = spectra_.height;
-    spectra.width = spectra_.width;
-    spectra.count = spectra_.count;
-    spectra.last_pitch = spectra_.pitch;
-    for (int i = 0; i < spectra_.count; ++i) {
-      float2* first = spectra_.data + i * spectra_.height * spectra_.pitch;
-      spectra.data[i] = reinterpret_cast<float*>(first);
-      spectra.pitch[i] = 2 * spectra_.pitch;
-      spectra.last[i] = first + spectra_.width / 2;
-    }
-    return spectra;
   }
 
   bool fused_;

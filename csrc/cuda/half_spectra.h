@@ -21,4 +21,29 @@ struct HalfSpectra {
   int count;
 };
 
+// The same of the rows of all matrices in one piece of memory, or these rows themselves:
+// data[matrix][row][bin], `pitch` complex numbers or 2 * `pitch` floats from row to row.
+struct Spectra {
+  float2* data;
+  std::int64_t height;
+  std::int64_t width;
+  std::int64_t pitch;  // at least width / 2 + 1
+  int count;
+};
+
+inline HalfSpectra half_spectra(const Spectra& spectra) {
+  HalfSpectra half{};
+  half.height = spectra.height;
+  half.width = spectra.width;
+  half.count = spectra.count;
+  half.last_pitch = spectra.pitch;
+  for (int i = 0; i < spectra.count; ++i) {
+    float2* first = spectra.data + i * spectra.height * spectra.pitch;
+    half.data[i] = reinterpret_cast<float*>(first);
+    half.pitch[i] = 2 * spectra.pitch;
+    half.last[i] = first + spectra.width / 2;
+  }
+  return half;
+}
+
 }  // namespace freemerge::cuda

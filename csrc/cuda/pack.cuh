@@ -6,19 +6,10 @@
 
 #include <cstdint>
 
+#include "cuda/half_spectra.h"
 #include "cuda/matrices.h"
 
 namespace freemerge::cuda {
-
-// Half spectra of the rows of all matrices, or the rows themselves: data[matrix][row][bin], `pitch` complex
-// numbers or 2 * `pitch` floats from row to row.
-struct Spectra {
-  float2* data;
-  std::int64_t height;
-  std::int64_t width;
-  std::int64_t pitch;  // at least width / 2 + 1
-  int count;
-};
 
 // Some rows of these matrices, counted over all of them: matrix * height + row.
 struct RowCopy {

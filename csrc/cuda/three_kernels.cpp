@@ -38,22 +38,13 @@ class ThreeKernels : public Executor {
   }
 
   void run_group(const Matrices& matrices) {
-    filter_spectra(call_.filter.spectra, matrices, spectra_of(matrices), call_.scale, call_.stream);
-  }
-
-  HalfSpectra spectra_of(const Matrices& matrices) const {
-    HalfSpectra spectra{};
-    spectra.height = height_;
-    spectra.width = width_;
-    spectra.count = matrices.count;
-    spectra.last_pitch = pitch_;
-    for (int i = 0; i < matrices.count; ++i) {
-      float2* memory = memory_ + i * height_ * pitch_;
-      spectra.data[i] = in_place_ ? static_cast<float*>(matrices.data[i]) : reinterpret_cast<float*>(memory);
-      spectra.pitch[i] = in_place_ ? matrices.row_stride[i] : 2 * pitch_;
-      spectra.last[i] = in_place_ ? memory : memory + width_ / 2;
+    HalfSpectra spectra = half_spectra({memory_, height_, width_, pitch_, matrices.count});
+    for (int i = 0; in_place_ && i < matrices.count; ++i) {
+      spectra.data[i] = static_cast<float*>(matrices.data[i]);
+      spectra.pitch[i] = matrices.row_stride[i];
+      spectra.last[i] = memory_ + i * height_;
     }
-    return spectra;
+    filter_spectra(call_.filter.spectra, matrices, spectra, call_.scale, call_.stream);
   }
 
   bool in_place_;
@@ -83,15 +74,7 @@ void filter_spectra(const SpectrumFilter& filter, const Matrices& matrices, cons
   const RowPass rows{matrices,    spectra,           filter.rows,
                      tiles.parts, tiles.row_threads, static_cast<float>(row_factor)};
   rows_to_spectra(rows, stream);
-  column_filter(
-      {spectra,
-       mask,
-       column_factor,
-       {static_cast<float>(column_factor * mask.gain0), static_cast<float>(column_factor * mask.gain1),
-        static_cast<float>(column_factor * mask.gain2)},
-       filter.columns,
-       tiles.parts},
-      blocks, stream);
+  column_filter({spectra, mask, column_factor, filter.columns, tiles.parts}, blocks, stream);
   spectra_to_rows(rows, stream);
 }
 
