@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 
 #include "common/error.h"
 
@@ -35,6 +36,15 @@ pybind11::dict codes(const Named (&list)[n], Code Named::* code) {
   pybind11::dict result;
   for (const Named& entry : list) result[entry.name] = static_cast<int>(entry.*code);
   return result;
+}
+
+// The entry of such a list that has this name.
+template <typename Named, std::size_t n>
+const Named& named(const Named (&list)[n], const std::string& name, const char* what) {
+  for (const Named& entry : list) {
+    if (name == entry.name) return entry;
+  }
+  throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
 }
 
 template <typename Work>

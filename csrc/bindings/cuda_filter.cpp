@@ -61,7 +61,7 @@ void bind_filter(py::module_& m) {
                        double background, const py::object& rows, const py::object& columns, bool fused,
                        const py::object& tiles, const Floats& column_gains, const py::function& upload) {
              Plan plan;
-             plan.form = to_form(form);
+             plan.form = named(kFormNames, form, "form").form;
              plan.mask = to_mask(mask, pointer<const float>(table));
              plan.background = background;
              plan.rows = to_decimation(rows);

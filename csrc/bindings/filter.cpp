@@ -34,7 +34,7 @@ std::unique_ptr<Filter> to_filter(const std::string& form, const py::object& mas
                                   const std::optional<Gains>& column_gains,
                                   const std::optional<std::string>& isa) {
   Plan plan;
-  plan.form = to_form(form);
+  plan.form = named(kFormNames, form, "form").form;
   plan.mask = to_mask(mask, pointer<const float>(table));
   plan.transposed = transposed;
   plan.packed = packed;

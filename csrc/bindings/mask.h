@@ -6,24 +6,17 @@
 #include <cstdint>
 #include <string>
 
-#include "common/error.h"
+#include "bindings/bindings.h"
 #include "common/mask.h"
 
 namespace freemerge {
-
-inline MaskKind to_mask_kind(const std::string& name) {
-  for (const MaskName& known : kMaskNames) {
-    if (name == known.name) return known.kind;
-  }
-  throw std::invalid_argument("unknown mask kind '" + name + "'");
-}
 
 // `params` is a freemerge.responses.MaskParams. `table` is for masks of kind "table" only: their gains, in
 // the memory of the device that filters.
 inline Mask to_mask(const pybind11::handle& params, const float* table) {
   const auto number = [&](const char* name) { return params.attr(name).cast<double>(); };
   Mask mask;
-  mask.kind = to_mask_kind(params.attr("kind").cast<std::string>());
+  mask.kind = named(kMaskNames, params.attr("kind").cast<std::string>(), "mask kind").kind;
   mask.height = params.attr("height").cast<std::int64_t>();
   mask.width = params.attr("width").cast<std::int64_t>();
   mask.unit_y = number("unit_y");

@@ -4,19 +4,10 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <string>
 
-#include "common/error.h"
 #include "common/plan.h"
 
 namespace freemerge {
-
-inline Form to_form(const std::string& name) {
-  for (const FormName& known : kFormNames) {
-    if (name == known.name) return known.form;
-  }
-  throw std::invalid_argument("unknown form '" + name + "'");
-}
 
 // `axis` is a freemerge.planner.plan.Decimation, or None.
 inline Decimation to_decimation(const pybind11::handle& axis) {

@@ -15,10 +15,6 @@ namespace py = pybind11;
 
 namespace {
 
-Indices indices_of(std::uintptr_t data, bool wide, std::int64_t count) {
-  return {memory<const void>(data, count), wide, count};
-}
-
 using Term = std::tuple<std::uintptr_t, bool, std::int64_t, std::uintptr_t, double>;
 
 }  // namespace
