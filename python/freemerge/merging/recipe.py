@@ -17,7 +17,7 @@ from ..methods import METHODS, Method
 from ..methods.filtered import WHEN, Filter, Filtered, When, checked_response
 from ..methods.parameters import NUMBER, parameter, parameters_of
 from ..responses import Response, to_config, to_record
-from .selection import LayerWeights, Rule, Split, Stack, View, layers_of, renames_of, rules_of
+from .selection import LayerWeights, Rule, Split, Stack, View, layers_of, listed, renames_of, rules_of
 
 if TYPE_CHECKING:
     import torch
@@ -101,7 +101,7 @@ class Recipe:
             "scale": scale,
             "filter": filter.when if isinstance(filter, Filter) else filter,
             "select": rules_of(select),
-            "views": tuple(_view(view) for view in _sequence("views", views)),
+            "views": tuple(map(_view, listed("views", views))),
             "layers": layers_of(layers),
             "rename": renames_of(rename),
             "compute_dtype": _dtype_name(compute_dtype),
@@ -282,12 +282,6 @@ def _dtype_name(dtype: object) -> object:
     """A torch dtype by its name; anything else as it is."""
     name = str(dtype)
     return name.removeprefix("torch.") if name.startswith("torch.") and not isinstance(dtype, str) else dtype
-
-
-def _sequence(name: str, value: object) -> Sequence[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ArgumentError(f"{name} must be a list, got {value!r}")
-    return value
 
 
 def _view(view: object) -> View:

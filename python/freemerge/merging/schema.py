@@ -8,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..methods import METHODS, Method
 from ..methods.fr import FR
-from ..methods.parameters import Parameter, parameters_of
+from ..methods.parameters import NUMBERS, Parameter, parameters_of
 from ..responses.base import RESPONSES, Response
 from .recipe import PRESETS, VERSION, Recipe
 from .selection import Action
@@ -24,9 +24,9 @@ def recipe_schema() -> Schema:
         "version": {"const": VERSION, "description": "of this format"},
         "preset": {"enum": list(PRESETS), "description": "the recipe that supplies the defaults"},
         "method": {"enum": sorted(METHODS), "description": "merging method (default fr, or the preset's)"},
-        "select": {"type": "array", "items": _rule()},
+        "select": {"type": "array", "items": _named("action", {"enum": list(get_args(Action))})},
         "views": {"type": "array", "items": _view()},
-        "layers": {"type": "array", "items": _layer()},
+        "layers": {"type": "array", "items": _named("weights", dict(NUMBERS.schema))},
         "rename": {"type": "array", "items": {"anyOf": [_object({"from": _PLAIN[str], "to": _PLAIN[str]}), _pair()]}},
         **{name: _parameter(parameter) for name, parameter in parameters_of(Recipe).items()},
     }
@@ -88,22 +88,16 @@ def _response(name: str) -> Schema:
     return _object(properties, required)
 
 
-def _rule() -> Schema:
-    action = {"enum": list(get_args(Action))}
-    pair = {"type": "array", "prefixItems": [_PLAIN[str], action], "minItems": 2, "maxItems": 2}
-    return {"anyOf": [_object({"pattern": _PLAIN[str], "action": action}), pair]}
+def _named(field: str, schema: Schema) -> Schema:
+    """A pattern of names and what is said of them, as a mapping or a pair."""
+    pair = {"type": "array", "prefixItems": [_PLAIN[str], schema], "minItems": 2, "maxItems": 2}
+    return {"anyOf": [_object({"pattern": _PLAIN[str], field: schema}), pair]}
 
 
 def _view() -> Schema:
     rows = {"type": "integer", "minimum": 1}
     parts = {"anyOf": [rows, {"type": "array", "items": rows, "minItems": 1}]}
     return {"anyOf": [_object({"stack": {**_NAMES, "minItems": 2}}), _object({"split": _PLAIN[str], "parts": parts})]}
-
-
-def _layer() -> Schema:
-    weights = {"type": "array", "items": _PLAIN[float], "minItems": 1}
-    pair = {"type": "array", "prefixItems": [_PLAIN[str], weights], "minItems": 2, "maxItems": 2}
-    return {"anyOf": [_object({"pattern": _PLAIN[str], "weights": weights}), pair]}
 
 
 def _pair() -> Schema:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from ..errors import ArgumentError, counted
 from ..methods.parameters import NUMBERS
@@ -109,41 +109,35 @@ class LayerWeights:
         object.__setattr__(self, "weights", numbers)
 
 
-def layers_of(layers: object) -> tuple[LayerWeights, ...]:
-    """Weights of layers: as they are, pairs of a pattern and weights, or mappings of the two."""
-    if isinstance(layers, str) or not isinstance(layers, Sequence):
-        raise ArgumentError(f"layers must be a list, got {layers!r}")
-    return tuple(map(_layer, layers))
-
-
-def _layer(layer: object) -> LayerWeights:
-    if isinstance(layer, LayerWeights):
-        return layer
-    if isinstance(layer, Mapping) and set(layer) == {"pattern", "weights"}:
-        return LayerWeights(layer["pattern"], layer["weights"])
-    if isinstance(layer, Sequence) and not isinstance(layer, str) and len(layer) == 2:
-        return LayerWeights(*layer)
-    raise ArgumentError(f"layers: expected a pattern and weights, got {layer!r}")
+Named = TypeVar("Named", Rule, LayerWeights)
 
 
 def rules_of(select: object) -> tuple[Rule, ...]:
     """Rules, pairs of a pattern and an action, or mappings of the two, as they are written in recipes."""
-    if isinstance(select, str) or not isinstance(select, Sequence):
-        raise ArgumentError(f"select must be a list, got {select!r}")
-    return tuple(map(_rule, select))
+    return tuple(_named(Rule, rule, "select: a rule is a pattern and an action") for rule in listed("select", select))
 
 
-def _rule(rule: object) -> Rule:
-    if isinstance(rule, Rule):
-        return rule
-    if isinstance(rule, Mapping) and set(rule) == {"pattern", "action"}:
-        return Rule(rule["pattern"], rule["action"])
-    if isinstance(rule, Sequence) and not isinstance(rule, str) and len(rule) == 2:
-        return Rule(*rule)
-    raise ArgumentError(f"select: a rule is a pattern and an action, got {rule!r}")
+def layers_of(layers: object) -> tuple[LayerWeights, ...]:
+    """The same for the weights of layers."""
+    expected = "layers: expected a pattern and weights"
+    return tuple(_named(LayerWeights, layer, expected) for layer in listed("layers", layers))
 
 
-Named = TypeVar("Named", Rule, LayerWeights)
+def _named(kind: type[Named], given: object, expected: str) -> Named:
+    if isinstance(given, kind):
+        return given
+    if isinstance(given, Mapping) and set(given) == {field.name for field in fields(kind)}:
+        return kind(**given)
+    if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2:
+        return kind(*given)
+    raise ArgumentError(f"{expected}, got {given!r}")
+
+
+def listed(field: str, value: object) -> Sequence[Any]:
+    """The list that a field of a recipe is; ArgumentError for anything else."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ArgumentError(f"{field} must be a list, got {value!r}")
+    return value
 
 
 def rule_of(names: Sequence[str], rules: Sequence[Named]) -> Named | None:
@@ -175,10 +169,8 @@ def check_rules(select: Sequence[Rule], names: Mapping[str, Sequence[str]]) -> N
 
 def renames_of(renames: object) -> tuple[Rename, ...]:
     """Pairs of prefixes, or mappings of ``from`` and ``to``, as they are written in recipes."""
-    if isinstance(renames, str) or not isinstance(renames, Sequence):
-        raise ArgumentError(f"rename must be a list, got {renames!r}")
     pairs = []
-    for given in renames:
+    for given in listed("rename", renames):
         pair = (given["from"], given["to"]) if isinstance(given, Mapping) and set(given) == {"from", "to"} else given
         if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise ArgumentError(f"rename: expected two prefixes, from and to, got {given!r}")

@@ -91,15 +91,15 @@ def merge_deltas(
     of it, whatever theta_0 is.
     """
     _check_sequence("deltas", deltas)
-    first = _checked(deltas[0], "deltas[0]")
+    first = dense(deltas[0], "deltas[0]")
     origin = torch.zeros((), dtype=first.dtype, device=first.device).expand(first.shape)
     return merge_tensors(origin, deltas, method=method, recipe=recipe, weights=weights, name=name, out=out)
 
 
-def _check_tensors(base: object, tensors: object) -> None:
-    shape = _checked(base, "base").shape
+def _check_tensors(base: Tensor, tensors: object) -> None:
+    shape = dense(base, "base").shape
     for i, tensor in enumerate(_check_sequence("tensors", tensors)):
-        if _checked(tensor, f"tensors[{i}]").shape != shape:
+        if dense(tensor, f"tensors[{i}]").shape != shape:
             raise ArgumentError(f"tensors[{i}] has shape {tuple(tensor.shape)} but base has {tuple(shape)}")
 
 
@@ -109,14 +109,8 @@ def _check_sequence(name: str, tensors: object) -> Sequence[Tensor]:
     return tensors
 
 
-def _checked(tensor: object, name: str) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise ArgumentError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    return dense(tensor, name)
-
-
-def _check_out(out: object, base: Tensor, dtype: torch.dtype) -> None:
-    tensor = _checked(out, "out")
+def _check_out(out: Tensor, base: Tensor, dtype: torch.dtype) -> None:
+    tensor = dense(out, "out")
     if tensor.shape != base.shape or tensor.dtype != dtype or tensor.device != base.device:
         raise ArgumentError(f"out must be a {dtype} tensor of shape {tuple(base.shape)} on {base.device}")
     if internal_overlap(tensor.shape, tensor.stride()):
