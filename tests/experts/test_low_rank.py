@@ -33,6 +33,7 @@ from freemerge.experts.payload import Reader, numbers_to_bytes
 from freemerge.experts.placement import Part, gathered_dense
 from freemerge.experts.values import CODINGS, LowRankTensor
 from freemerge.experts.values.low_rank import product
+from in_memory import noise
 
 LOW_RANK = [coding for coding in CODINGS.values() if issubclass(coding, LowRankTensor)]
 LEVELS = np.array([-1.5104176, -0.45278, 0.45278, 1.5104176])
@@ -41,10 +42,6 @@ SHAPES = st.one_of(
     st.tuples(st.integers(1, 20), st.integers(1, 40)),
     st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3)),
 )
-
-
-def gaussian(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def as_matrix(x: np.ndarray) -> np.ndarray:
@@ -64,7 +61,7 @@ def component_of_svd2(u: np.ndarray, s: float, w: np.ndarray) -> np.ndarray:
 
 @given(shape=SHAPES, rank=st.integers(1, 6), seed=st.integers(0, 99))
 def test_codings_follow_their_formula_in_float64(shape: tuple[int, ...], rank: int, seed: int) -> None:
-    tensor = gaussian(shape, seed)
+    tensor = noise(*shape, seed=seed)
     u, s, w = np.linalg.svd(as_matrix(tensor.double().numpy()), full_matrices=False)
     rank = min(rank, len(s))
     exact = (u[:, :rank] * s[:rank] @ w[:rank]).reshape(shape)
@@ -75,7 +72,7 @@ def test_codings_follow_their_formula_in_float64(shape: tuple[int, ...], rank: i
 
 
 def test_two_bits_keep_the_energy_that_four_levels_of_a_gaussian_do() -> None:
-    tensor = gaussian((300, 400))
+    tensor = noise(300, 400)
     u, s, w = leading_triplets(tensor, 10)
     left = float((coded(CODINGS["svd2"], tensor, 10).dense() - (u * s) @ w).square().sum() / s.square().sum())
     assert left == pytest.approx(1 - 0.8825**2, abs=0.02)
@@ -86,7 +83,7 @@ def test_two_bits_keep_the_energy_that_four_levels_of_a_gaussian_do() -> None:
 def test_they_come_back_from_their_bytes(
     coding: type[LowRankTensor], shape: tuple[int, ...], rank: int, seed: int
 ) -> None:
-    tensor = coded(coding, gaussian(shape, seed), rank)
+    tensor = coded(coding, noise(*shape, seed=seed), rank)
     raw = tensor.to_bytes()
     header = numbers_to_bytes(tensor.rank)
     assert raw.size <= header.size + (tensor.rank * coding.component_bits(shape)) // 8 + 2
@@ -104,7 +101,7 @@ def test_they_come_back_from_their_bytes(
 
 
 def test_what_they_do_not_write_or_cannot_hold_is_refused() -> None:
-    raw = coded(CODINGS["svd2"], gaussian((3, 3)), 1).to_bytes()
+    raw = coded(CODINGS["svd2"], noise(3, 3), 1).to_bytes()
     raw[-1] |= 0x80
     with pytest.raises(ValueError, match="stray bits"):
         CODINGS["svd2"].from_bytes((3, 3), Reader(raw))
@@ -119,7 +116,7 @@ def test_what_they_do_not_write_or_cannot_hold_is_refused() -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 3, 1000), (999, 5, 301), (2, 1, 1 << 19)])
 def test_products_are_summed_in_order_whatever_the_threads_and_the_precision(shape: tuple[int, int, int]) -> None:
     height, rank, width = shape
-    left, right = gaussian((height, rank)), gaussian((rank, width), 1)
+    left, right = noise(height, rank), noise(rank, width, seed=1)
     expected = torch.zeros(height, width)
     for k in range(rank):
         expected = expected + left[:, k, None] * right[k]
@@ -144,11 +141,9 @@ NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_
 def test_a_file_is_never_larger_than_its_budget(
     shapes: dict[str, tuple[int, ...]], more: float, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    base = {name: gaussian(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())}
-    model = {
-        name: tensor + gaussian(tuple(tensor.shape), seed + 50 + i) for i, (name, tensor) in enumerate(base.items())
-    }
-    base["large"], model["large"] = torch.zeros(60, 70), gaussian((60, 70), seed)
+    base = {name: noise(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
+    model = {name: tensor + noise(*tensor.shape, seed=seed + 50 + i) for i, (name, tensor) in enumerate(base.items())}
+    base["large"], model["large"] = torch.zeros(60, 70), noise(60, 70, seed=seed)
     dense = sum(2 * tensor.numel() for tensor in base.values())
     budget = (300 + more * (dense - 301)) / dense
     expert = fx.extract_experts(base, {"t": model}, backbone=base, budget=budget)["t"]
@@ -191,7 +186,7 @@ def test_one_changed_tensor_gets_all_that_it_can_use(tmp_path: Path, monkeypatch
     monkeypatch.setattr(leading, "EXACT", 0)
     monkeypatch.setattr("freemerge.experts.low_rank.EXACT", 0)
     base = {f"layer.{i}": torch.zeros(120, 100) for i in range(9)}
-    model = {**base, "layer.4": gaussian((120, 100))}
+    model = {**base, "layer.4": noise(120, 100)}
     expert = fx.extract_experts(base, {"t": model}, backbone=base, budget="2%")["t"]
     (tensor,) = expert.tensors.values()
     assert tensor.entries / 220 > 60  # ten times what its own share of the budget would give
@@ -335,11 +330,11 @@ def test_the_forward_pass_adds_what_active_does(kind: Callable[[], nn.Module]) -
 
 def test_pieces_of_a_fused_tensor_get_their_parts() -> None:
     like = torch.zeros(2, 6, 4)
-    entries = {name: coded(CODINGS["svd16"], gaussian((3, 4), i), 2) for i, name in enumerate("abcd")}
+    entries = {name: coded(CODINGS["svd16"], noise(3, 4, seed=i), 2) for i, name in enumerate("abcd")}
     parts = [
         Part(n, Piece((3, 4), n, 0, (4, 1), "w", 24 * (i // 2) + 12 * (i % 2), (4, 1))) for i, n in enumerate("abcd")
     ]
-    gathered = gathered_dense(parts, entries, like)
+    gathered = gathered_dense(parts, entries, like, {})
     dense = [entry.dense() for entry in entries.values()]
     assert torch.equal(gathered, torch.stack([torch.cat(dense[:2]), torch.cat(dense[2:])]))
 

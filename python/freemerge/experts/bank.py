@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..arguments import number, path_of
 from ..backends.sparse import Scratch, SparseVector, Update
-from ..checkpoint import MERGEABLE, Checkpoint
+from ..checkpoint import MERGEABLE, Checkpoint, Source
 from ..checkpoint.prefixes import Naming
 from ..checkpoint.quantised import dequantised
 from ..checkpoint.views import InModuleLayout, renamed
@@ -54,8 +54,8 @@ class ExpertBank(Mapping[str, Expert]):
         model: nn.Module | Mapping[str, Tensor],
         experts: Mapping[str, Expert],
         *,
-        base: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
-        backbone: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
+        base: Source | None = None,
+        backbone: Source | None = None,
     ) -> None:
         if not isinstance(model, nn.Module | Mapping):
             raise ArgumentError(f"model must be a module or a state dict, got {type(model).__name__}")
@@ -87,8 +87,8 @@ class ExpertBank(Mapping[str, Expert]):
         model: nn.Module | Mapping[str, Tensor],
         folder: str | os.PathLike[str],
         *,
-        base: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
-        backbone: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module | None = None,
+        base: Source | None = None,
+        backbone: Source | None = None,
     ) -> ExpertBank:
         """Attach every expert file of a folder; the task is the file's name without ``.safetensors``."""
         files = sorted(path_of("folder", folder).glob("*.safetensors"))
@@ -362,7 +362,7 @@ class ExpertBank(Mapping[str, Expert]):
             raise KeyError(name)
         return dense(held, f"model: {name!r}")
 
-    def _opened(self, source: str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module, argument: str) -> Checkpoint:
+    def _opened(self, source: Source, argument: str) -> Checkpoint:
         """Another checkpoint of the model, under its names and in its layout."""
         base = dequantised(Checkpoint.open(source, argument=argument))
         layout = self._placement.layout if base.specs.keys() - self._placement.names else None

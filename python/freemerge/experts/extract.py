@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..arguments import after, check_models, share_of, whole_number
-from ..checkpoint import MERGEABLE, Checkpoint, TensorSpec, open_inputs
+from ..checkpoint import MERGEABLE, Checkpoint, Source, TensorSpec, open_inputs
 from ..checkpoint.compare import check_finite, compare
 from ..checkpoint.prefixes import Rename
 from ..errors import ArgumentError
@@ -32,19 +32,18 @@ from .values import ExpertTensor, LowRankTensor, SparseTensor, coding_of
 from .values.gains import Gains
 
 _Extraction: TypeAlias = EntryExtraction | LowRankExtraction | MaskExtraction | GainExtraction
-Model = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 
 def iter_experts(
-    base: Model,
-    models: Mapping[str, Model] | Sequence[Model],
+    base: Source,
+    models: Mapping[str, Source] | Sequence[Source],
     *,
     density: float | str | None = None,
     scope: Scope = "tensor",
     rescale: str | float = "auto",
     values: Values | None = None,
     trim: float = 0.0,
-    backbone: Model | None = None,
+    backbone: Source | None = None,
     budget: float | str | None = None,
     rank: int | None = None,
     select: Sequence[Rule | tuple[str, Action]] = (),
@@ -219,19 +218,19 @@ def _statistic(model: Checkpoint, name: str) -> Tensor:
     return tensor
 
 
-def _argument(models: Mapping[str, Model] | Sequence[Model], name: str) -> str:
+def _argument(models: Mapping[str, Source] | Sequence[Source], name: str) -> str:
     """What a message calls a model in memory."""
     if isinstance(models, Mapping):
         return f"models[{name!r}]"
     return f"models[{list(_named(models)).index(name)}]"
 
 
-def _named(models: Mapping[str, Model] | Sequence[Model]) -> dict[str, Model]:
+def _named(models: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
     if not models:
         raise ArgumentError("models must hold at least one model")
     if isinstance(models, Mapping):
         return {check_task_name(name): model for name, model in models.items()}
-    named: dict[str, Model] = {}
+    named: dict[str, Source] = {}
     for i, model in enumerate(models):
         on_disk = isinstance(model, (str, os.PathLike))
         name = check_task_name(Path(str(model)).resolve().name.removesuffix(".safetensors") if on_disk else f"task{i}")

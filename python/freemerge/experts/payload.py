@@ -27,6 +27,19 @@ def tensors_to_bytes(*tensors: torch.Tensor) -> Bytes:
     return np.concatenate([tensor.view(torch.uint8).numpy() for tensor in tensors])
 
 
+def packed_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Eight bits a byte, the first in the lowest, padded with zeros."""
+    return torch.from_numpy(np.packbits(bits.numpy(), bitorder="little"))
+
+
+def unpacked_bits(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """The inverse of :func:`packed_bits`; ValueError for bytes that it does not make."""
+    bits = np.unpackbits(packed.numpy(), bitorder="little")
+    if bits[count:].any():
+        raise ValueError(f"stray bits after the first {count}")
+    return torch.from_numpy(bits[:count].view(np.bool_))
+
+
 class Reader:
     """Reads a payload from its start. Whatever is wrong with the bytes is a ValueError."""
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..backends.sparse import SparseVector
 from ..checkpoint.conversion import Layout, Piece, layout_of, loaded_names
 from ..checkpoint.prefixes import inner_module, unwrapped
-from ..errors import ArgumentError
 from .values import ExpertTensor, SparseTensor
 from .values.base import Seen
 
@@ -32,8 +31,6 @@ class Placement:
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
-        if not isinstance(model, (nn.Module, Mapping)):
-            raise ArgumentError(f"model must be a module or a state dict, got {type(model).__name__}")
         self._model = model
         if isinstance(model, nn.Module):
             held = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -100,7 +97,7 @@ def gathered(parts: list[Part], entries: Mapping[str, SparseTensor]) -> SparseVe
 
 
 def gathered_dense(
-    parts: list[Part], entries: Mapping[str, ExpertTensor], like: Tensor, seen: Mapping[str, Seen] | None = None
+    parts: list[Part], entries: Mapping[str, ExpertTensor], like: Tensor, seen: Mapping[str, Seen]
 ) -> Tensor:
     """What is added to one tensor of a model, float32 on its device, from the parts of an expert's tensors.
 
@@ -109,7 +106,7 @@ def gathered_dense(
 
     def dense_of(entry: str) -> Tensor:
         tensor = entries[entry]
-        return tensor.dense(like.device, seen[entry]) if tensor.relative and seen else tensor.dense(like.device)
+        return tensor.dense(like.device, seen[entry]) if tensor.relative else tensor.dense(like.device)
 
     dense = {part.entry: dense_of(part.entry) for part in parts}
     if len(parts) == 1 and parts[0].piece is None:

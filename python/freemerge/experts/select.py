@@ -7,6 +7,7 @@ A selection holds flat indices (ascending, int64) and the values of v there (flo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,11 +36,8 @@ class Selection:
 
 def rows_of(shape: Sequence[int]) -> tuple[int, int]:
     """(number of rows, entries per row): a row is everything under one index of the first axis; a vector is one row."""
-    size = 1
-    for n in shape:
-        size *= n
     rows = shape[0] if len(shape) > 1 else 1
-    return rows, size // max(1, rows)
+    return rows, math.prod(shape) // max(1, rows)
 
 
 def select_largest(

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from ..payload import Bytes, Reader
+from ..payload import Reader
 from ..select import rows_of
 from .base import ExpertTensor, Seen
 
@@ -46,13 +46,6 @@ class LowRankTensor(ExpertTensor):
     @abstractmethod
     def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
         """:attr:`factors`, computed anew."""
-
-    @abstractmethod
-    def to_bytes(self) -> Bytes: ...
-
-    @classmethod
-    @abstractmethod
-    def from_bytes(cls, shape: tuple[int, ...], reader: Reader) -> LowRankTensor: ...
 
     @cached_property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from ...errors import ArgumentError
-from ..payload import Bytes, Reader, tensors_to_bytes
+from ..payload import Bytes, Reader, packed_bits, tensors_to_bytes, unpacked_bits
 from .base import ExpertTensor, Seen
 
 
@@ -41,14 +41,10 @@ class Mask(ExpertTensor):
         return factors.view(self.shape) * vector
 
     def to_bytes(self) -> Bytes:
-        bits = np.packbits(self.kept.numpy(), bitorder="little")
-        return tensors_to_bytes(self.scale, torch.from_numpy(bits))
+        return tensors_to_bytes(self.scale, packed_bits(self.kept))
 
     @classmethod
     def from_bytes(cls, shape: tuple[int, ...], reader: Reader) -> Mask:
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
         scale, packed = reader.tensors((torch.float32, 1), (torch.uint8, (count + 7) // 8))
-        bits = np.unpackbits(packed.numpy(), bitorder="little")
-        if bits[count:].any():
-            raise ValueError("stray bits after the mask")
-        return cls(shape, torch.from_numpy(bits[:count].view(np.bool_)), scale)
+        return cls(shape, unpacked_bits(packed, count), scale)

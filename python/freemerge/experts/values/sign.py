@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from ..payload import Bytes, Reader, tensors_to_bytes
+from ..payload import Bytes, Reader, packed_bits, tensors_to_bytes, unpacked_bits
 from .sparse import SparseTensor
 
 
@@ -28,14 +27,10 @@ class Sign(SparseTensor):
         return torch.where(self.negative, -self.scale, self.scale)
 
     def values_to_bytes(self) -> Bytes:
-        bits = np.packbits(self.negative.numpy(), bitorder="little")
-        return tensors_to_bytes(self.scale, torch.from_numpy(bits))
+        return tensors_to_bytes(self.scale, packed_bits(self.negative))
 
     @classmethod
     def values_from_bytes(cls, shape: tuple[int, ...], indices: torch.Tensor, reader: Reader) -> Sign:
         count = indices.numel()
         scale, packed = reader.tensors((torch.float32, min(1, count)), (torch.uint8, (count + 7) // 8))
-        bits = np.unpackbits(packed.numpy(), bitorder="little")
-        if bits[count:].any():
-            raise ValueError("stray bits after the signs")
-        return cls(shape, indices, torch.from_numpy(bits[:count].view(np.bool_)), scale)
+        return cls(shape, indices, unpacked_bits(packed, count), scale)
