@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 
 from ..dense import address
+from ..overlap import extent
 from .memory import dtype_code
 
 NativeUpdate = tuple[int, int, int, int, bool, int, int, float, int]  # of csrc/bindings/sparse_updates.h
@@ -98,14 +99,14 @@ def native_updates(updates: Sequence[Update]) -> tuple[list[NativeUpdate], list[
     for update in updates:
         memory, indices = flat_memory(update.weights), update.entries.places(update.weights)
         jobs.append((
-            address(memory), dtype_code(memory, "weights"), memory.numel(), *pointer(indices),
+            address(memory), dtype_code(memory, "weights"), memory.numel(), *index_pointer(indices),
             address(update.entries.values), update.scale, 0 if update.origin is None else address(update.origin),
         ))  # fmt: skip
         kept += [indices, update.entries.values] + ([] if update.origin is None else [update.origin])
     return jobs, kept
 
 
-def pointer(indices: torch.Tensor) -> tuple[int, bool, int]:
+def index_pointer(indices: torch.Tensor) -> tuple[int, bool, int]:
     """Indices as the compiled modules take them: address, whether they are int64, and their number."""
     return address(indices), indices.dtype == torch.int64, indices.numel()
 
@@ -113,7 +114,9 @@ def pointer(indices: torch.Tensor) -> tuple[int, bool, int]:
 def flat_memory(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor's memory as a vector, whatever its strides; shares memory with it."""
     tensor = tensor.detach()
-    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((_extent(tensor),), (1,))
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.as_strided((extent(tensor.shape, tensor.stride()),), (1,))
 
 
 def memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -125,11 +128,7 @@ def memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     for n, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         memory += rest % n * stride
         rest = torch.div(rest, n, rounding_mode="floor")
-    return memory.to(torch.int32) if _extent(tensor) <= 1 << 31 else memory
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    return 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return memory.to(torch.int32) if extent(tensor.shape, tensor.stride()) <= 1 << 31 else memory
 
 
 def storages(weights: Sequence[torch.Tensor]) -> list[torch.UntypedStorage]:

@@ -121,8 +121,7 @@ class _Switch(BackendSwitch):
             for tensor, (where, values, scale, origin) in zip(weights, self._updates, strict=True):
                 memory = flat_memory(tensor)
                 saved = memory[where]
-                compute = torch.float64 if memory.dtype == torch.float64 else torch.float32
-                start = saved if origin is None else origin
+                start, compute = saved if origin is None else origin, compute_dtype([memory])
                 changed = (start.to(compute) + values.to(compute) * scale).to(memory.dtype)
                 undo.callback(memory.__setitem__, where, saved)
                 memory[where] = changed

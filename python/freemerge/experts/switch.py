@@ -10,7 +10,7 @@ import torch
 from .. import _core
 from ..backends.base import Backend
 from ..backends.registry import pick
-from ..backends.sparse import Scratch, SparseVector, Update, pointer
+from ..backends.sparse import Scratch, SparseVector, Update, index_pointer
 from ..dense import address
 from ..errors import ArgumentError
 
@@ -102,6 +102,6 @@ def weighted_sum(terms: Sequence[tuple[SparseVector, float]]) -> SparseVector:
     device = terms[0][0].indices.device
     on_cpu = [(term.to(torch.device("cpu")), weight) for term, weight in terms]
     indices, values = _core.sparse_sum(
-        [(*pointer(term.indices), address(term.values), weight) for term, weight in on_cpu]
+        [(*index_pointer(term.indices), address(term.values), weight) for term, weight in on_cpu]
     )
     return SparseVector(torch.from_numpy(indices), torch.from_numpy(values)).to(device)
