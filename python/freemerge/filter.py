@@ -206,7 +206,7 @@ def _checked_scale(scale: object, tensors: Sequence[torch.Tensor]) -> float:
 
 def _tensor(item: Any, name: str) -> torch.Tensor:
     """The memory of one input as a tensor that may be written."""
-    x = dense(item if isinstance(item, torch.Tensor) else _as_tensor(item, name), name)
+    x = dense(_as_tensor(item, name), name)
     if x.requires_grad:
         if not x.is_leaf:
             raise ArgumentError(

@@ -31,17 +31,18 @@ class Patterns:
 
     def fits(self, pattern: str, name: str) -> bool:
         """Whether a pattern matches all of a name, or its end after a dot."""
-        self._left -= self._steps(pattern, len(name))
-        if self._left < 0:
-            raise ValueError("its patterns take too long to match")
+        self._spend(pattern, name)
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
     def fits_all(self, pattern: str, name: str) -> bool:
         """Whether a pattern matches all of a name."""
+        self._spend(pattern, name)
+        return re.fullmatch(pattern, name) is not None
+
+    def _spend(self, pattern: str, name: str) -> None:
         self._left -= self._steps(pattern, len(name))
         if self._left < 0:
             raise ValueError("its patterns take too long to match")
-        return re.fullmatch(pattern, name) is not None
 
     def _steps(self, pattern: str, length: int) -> int:
         plain = re.sub(r"\[\^?\]?[^\]]*\]|\\.", "x", pattern) if len(pattern) <= _LONGEST else "(*)*"

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from .architecture import CONFIG
 from .locate import entry
 from .publish import MANIFEST, WEIGHT_SUFFIXES
 from .quantised import without_quantisation
@@ -19,7 +20,6 @@ from .side_files import is_tokenizer_file, part_weights
 from .tied import with_untied_embeddings
 from .vocabulary import token_ids
 
-CONFIG = "config.json"
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
 _LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json"})

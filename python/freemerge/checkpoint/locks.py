@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
@@ -39,9 +39,12 @@ class DirectoryLock:
         except FileNotFoundError:
             return False
 
-    def covering(self, old: Path) -> AbstractContextManager[None]:
+    @contextmanager
+    def covering(self, old: Path) -> Iterator[None]:
         """Keep others from an old output, which will lie where they look for a directory that nobody uses."""
-        return _taken(old)
+        with closing(DirectoryLock(old)) as lock:
+            lock.take()
+            yield
 
     def close(self) -> None:
         """Let go of it."""
@@ -138,13 +141,3 @@ def flush_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-@contextmanager
-def _taken(directory: Path) -> Iterator[None]:
-    lock = DirectoryLock(directory)
-    try:
-        lock.take()
-        yield
-    finally:
-        lock.close()

@@ -16,7 +16,7 @@ import torch
 from ..responses import Box, Response, matrix_shape
 from .costs import Traits
 from .lengths import largest_prime
-from .plan import Decimation, Plan, column_gains
+from .plan import Decimation, Form, Plan, column_gains
 from .tiles import tiles
 from .windows import WindowError, window_error
 
@@ -55,12 +55,12 @@ def candidates(
     request = _Request(response, shape, dtype, device, backend, traits, count)
     constant = request.constant_gain()
     if constant is not None:
-        form: tuple[str, ...] = ("identity", "scale") if constant == 1.0 else ("scale",)
         why = f"the gain is {constant:g} at every frequency"
+        moved: dict[Form, int] = {"identity": 0, "scale": 2} if constant == 1.0 else {"scale": 2}
         return [
-            replace(request.plan, form=f, background=constant, reason=why, bytes_moved=moves * request.nbytes)
-            for f, moves in (("identity", 0), ("scale", 2))
-            if f in form and f in traits.forms
+            replace(request.plan, form=form, background=constant, reason=why, bytes_moved=moves * request.nbytes)
+            for form, moves in moved.items()
+            if form in traits.forms
         ]
     costed = sorted(request.forms(), key=lambda pair: pair[0])
     if not costed:

@@ -93,11 +93,11 @@ def tiles(height: int, width: int, block_bytes: int) -> Tiles | None:
     Two blocks of the column kernel share a multiprocessor at least, three if that can be had, and rows of 64 bytes are
     better than those of 32: the order of an estimate, which no GPU has confirmed yet.
     """
-    found = {_preference(height, width, parts, columns, block_bytes): (parts, columns)
-             for parts, columns in _candidates(height, width, block_bytes)}  # fmt: skip
-    if not found:
+    found = _candidates(height, width, block_bytes)
+    best = min(found, key=lambda tile: _preference(height, width, block_bytes, *tile), default=None)
+    if best is None:
         return None
-    parts, columns = found[min(found)]
+    parts, columns = best
     alone = blocks(row_bytes(_points(width), parts), block_bytes) < 2
     most = _UNCOMMON_THREADS if is_uncommon(width) else _ALONE if alone else _ROW_THREADS
     return Tiles(
@@ -118,7 +118,7 @@ def _candidates(height: int, width: int, block_bytes: int) -> Iterator[tuple[int
                     yield parts, columns
 
 
-def _preference(height: int, width: int, parts: int, columns: int, block_bytes: int) -> tuple[object, ...]:
+def _preference(height: int, width: int, block_bytes: int, parts: int, columns: int) -> tuple[int, ...]:
     row_blocks = blocks(row_bytes(_points(width), parts), block_bytes)
     column_blocks = blocks(column_bytes(_points(height // parts), columns), block_bytes)
     return row_blocks < 2, columns < _COLUMNS[0], column_blocks < 3, parts, columns
