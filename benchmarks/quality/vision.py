@@ -142,10 +142,7 @@ def build(cache: Path, names: Sequence[str], seed: int, steps: int, test: int) -
         base,
         models,
         list(names),
-        [
-            Examples(task.validation.images, task.validation.labels, head)
-            for task, head in zip(tasks, heads, strict=True)
-        ],
-        [Examples(task.test.images, task.test.labels, head) for task, head in zip(tasks, heads, strict=True)],
+        [Examples.of(task.validation, head) for task, head in zip(tasks, heads, strict=True)],
+        [Examples.of(task.test, head) for task, head in zip(tasks, heads, strict=True)],
         routes(samples, [task.test.images.flatten(1) for task in tasks], names, seed),
     )
