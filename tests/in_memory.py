@@ -42,3 +42,13 @@ def states(shapes: Mapping[str, tuple[int, ...]], count: int) -> tuple[State, li
         for i in range(count)
     ]
     return base, models
+
+
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether two state dicts have the same names with the same values."""
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normally distributed entries, the same on every run."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

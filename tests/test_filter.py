@@ -12,13 +12,10 @@ from hypothesis import strategies as st
 
 import freemerge as fm
 from freemerge.planner.forms import ERROR_LIMIT
+from in_memory import noise
 
 BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
 AVAILABLE = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-6) -> bool:

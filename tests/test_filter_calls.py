@@ -21,13 +21,10 @@ from freemerge.backends.torch import TorchBackend
 from freemerge.cache import Cache, forget_all, table_bytes
 from freemerge.planner.costs import Traits
 from freemerge.planner.forms import candidates
+from in_memory import noise
 
 BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
 AVAILABLE = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def exact(x: torch.Tensor, response: fm.Response) -> torch.Tensor:

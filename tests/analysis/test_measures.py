@@ -18,13 +18,10 @@ from freemerge.analysis.bands import band_of, band_sums
 from freemerge.analysis.singular import singular_sums
 from freemerge.analysis.sums import BANDS, EDGES, RANKS
 from freemerge.methods import FR, IsoC, TaskArithmetic
+from in_memory import noise
 
 SHAPES = [(13, 7), (1, 17), (17, 1), (1, 1), (2, 3), (31, 37), (24, 24), (64, 9)]
 METHODS = {"sum": TaskArithmetic(), "filter": FR(cutoff=0.3), "iso": IsoC()}
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def measured(vectors: list[Tensor]) -> Measures:

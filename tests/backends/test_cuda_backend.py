@@ -34,6 +34,7 @@ from freemerge.merging.units import plan_units
 from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Plan
 from freemerge.responses import MaskParams, Response
+from in_memory import noise
 from oracle import oracle_filter
 from reference import reference_filter, reference_merge
 from updates import apply_, expected, mixed_updates, sparse
@@ -58,10 +59,6 @@ def promised(plan: Plan) -> int:
     assert traits is not None
     assert traits.workspace is not None
     return traits.workspace(plan)
-
-
-def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def plans(x: torch.Tensor, response: Response) -> list[Plan]:
@@ -92,7 +89,7 @@ SMOOTH = [
 @pytest.mark.parametrize("response", SMOOTH, ids=repr)
 def test_smooth_masks_agree_with_the_oracle(response: Response) -> None:
     for shape in [(96, 130), (49, 54)]:
-        x = matrix(*shape)
+        x = noise(*shape)
         want = torch.from_numpy(oracle_filter(x.double().numpy(), response.mask(shape)))
         loudest = float(response.mask(shape).max())
         for plan in plans(x, response):
@@ -121,7 +118,7 @@ def test_smooth_gains_in_float_keep_their_relative_accuracy(edge: float) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_the_rounded_float32_result(dtype: torch.dtype) -> None:
-    x = matrix(128, 200, dtype=dtype)
+    x = noise(128, 200, dtype=dtype)
     for form in FORMS:
         got, wide = x.clone(), x.float()
         emulated.backend().executable(plan_of_form(x, HIGH_PASS, form)).run([got[None]], 1.0)
@@ -131,7 +128,7 @@ def test_half_precision_is_the_rounded_float32_result(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_order_of_threads_and_repetition_change_no_bit(form: str) -> None:
-    x, module = matrix(96, 130), emulated.module()
+    x, module = noise(96, 130), emulated.module()
     results = []
     for order in ("forward", "reverse", "random", "random"):
         module.set_order(getattr(module.Order, order))
@@ -143,7 +140,7 @@ def test_the_order_of_threads_and_repetition_change_no_bit(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_batch_is_its_matrices_one_by_one(form: str) -> None:
-    batch = matrix(70, 24, 40)  # more than one launch takes
+    batch = noise(70, 24, 40)  # more than one launch takes
     plan = plan_of_form(batch, fm.HighPass(0.1), form)
     together, alone = batch.clone(), batch.clone()
     emulated.backend().executable(plan).run([together], 1.0)
@@ -161,7 +158,7 @@ def test_rows_more_than_two_to_the_31_entries_apart(form: str) -> None:
     except RuntimeError as error:
         pytest.skip(f"cannot reserve {2 * rows * stride / 2**30:.0f} GiB of address space: {error}")
     x = storage.as_strided((rows, width), (stride, 1))
-    dense = matrix(rows, width, dtype=torch.bfloat16)
+    dense = noise(rows, width, dtype=torch.bfloat16)
     x.copy_(dense)
     response = fm.HighPass(0.1)
     plan = plan_of_form(dense, response, form)
@@ -171,7 +168,7 @@ def test_rows_more_than_two_to_the_31_entries_apart(form: str) -> None:
 
 
 def test_a_dominant_mean_keeps_its_accuracy() -> None:
-    x = matrix(128, 200) + 1000.0
+    x = noise(128, 200) + 1000.0
     want = reference_filter(x, HIGH_PASS)
     y = x.clone()
     emulated.backend().executable(plan_of_form(x, HIGH_PASS, "decimated")).run([y[None]], 1.0)
@@ -188,7 +185,7 @@ def test_memory_stays_within_what_explain_promised(form: str, monkeypatch: pytes
         return empty(*size, **options)  # type: ignore[call-overload, no-any-return]
 
     for shape, count in itertools.product([(96, 130), (300, 90)], [1, 3, 70]):
-        batch = matrix(count, *shape)
+        batch = noise(count, *shape)
         plan = plan_of_form(batch, HIGH_PASS, form)
         announced = promised(plan)
         emulated.backend().executable(plan).run([batch], 1.0)  # makes the tables
@@ -231,14 +228,14 @@ def test_the_plan_cache_is_bounded() -> None:
     module = emulated.module()
     module.clear_fft_cache()
     for height in range(20, 60):
-        fm.filter_(matrix(height, 30), fm.Butterworth(0.3), backend="cuda")
+        fm.filter_(noise(height, 30), fm.Butterworth(0.3), backend="cuda")
     assert 0 < module.fft_cache_size() <= 64
     module.clear_fft_cache()
     assert module.fft_cache_size() == 0
 
 
 def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
-    module, x = emulated.module(), matrix(50, 34)
+    module, x = emulated.module(), noise(50, 34)
     plan = plan_of_form(x, fm.Butterworth(0.3), "full")
     module.clear_fft_cache()
     promised(plan)  # tables are there, cuFFT's plans too
@@ -255,8 +252,8 @@ def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
         module.set_capturing(False)
     kept = module.fft_cache_size()
     for height in range(60, 160):
-        other = plan_of_form(matrix(height, 30), fm.Butterworth(0.3), "full")
-        emulated.backend().executable(other).run([matrix(height, 30)[None]], 1.0)
+        other = plan_of_form(noise(height, 30), fm.Butterworth(0.3), "full")
+        emulated.backend().executable(other).run([noise(height, 30)[None]], 1.0)
     assert module.fft_cache_size() == 64
     module.set_capturing(True)
     try:
@@ -267,7 +264,7 @@ def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
 
 
 def test_what_a_graph_refers_to_stays_and_nothing_is_uploaded_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = matrix(50, 34)
+    x = noise(50, 34)
     for capturing in (False, True):
         executable = weakref.ref(emulated.backend().executable(plan_of_form(x, HIGH_PASS, "full")))
         with monkeypatch.context() as patch:
@@ -298,11 +295,11 @@ def test_errors_carry_operation_and_place() -> None:
     assert caught.value.line > 0
     assert without_driver.info().reason.startswith("no usable GPU or driver")
     with pytest.raises(BackendError, match="no usable GPU or driver"):
-        without_driver.prepare(plan_of_form(matrix(9, 9), HIGH_PASS, "full"))
+        without_driver.prepare(plan_of_form(noise(9, 9), HIGH_PASS, "full"))
 
 
 def test_what_it_cannot_do_it_refuses() -> None:
-    x = matrix(64, 64)
+    x = noise(64, 64)
     plan = plan_of_form(x, HIGH_PASS, "full")
     assert emulated.backend().supports(replace(plan, form="thin")) is not None
     assert emulated.backend().supports(replace(plan, dtype=torch.float64)) is not None
@@ -322,14 +319,14 @@ def test_a_band_between_two_bins_is_refused() -> None:
 
 
 def test_many_tensors_share_a_launch_but_not_with_others_of_their_memory() -> None:
-    module, weights = emulated.module(), matrix(90, 80)
+    module, weights = emulated.module(), noise(90, 80)
     jobs, _ = native_updates([update for update in mixed_updates([*TOLERANCE], 130) if update.entries.indices.numel()])
     assert 60 < len(jobs) <= 120
     assert module.SparseSwitch(jobs).launches == 2
     assert module.SparseSwitch(jobs[:60]).launches == 1
     overlapping = [
         Update(weights, sparse(7200, 5000, 5), 0.5),
-        Update(matrix(50), sparse(50, 20, 7), 1.0),
+        Update(noise(50), sparse(50, 20, 7), 1.0),
         Update(weights[1:], sparse(7120, 5000, 6, torch.int64), -2.0),
     ]
     assert module.SparseSwitch(native_updates(overlapping)[0]).launches == 2
@@ -348,7 +345,7 @@ def test_a_bank_switches_on_the_device_and_leaves_every_weight_bit_identical() -
     model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 8).bfloat16())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tasks = {
-        f"task{i}": {name: value + matrix(*value.shape, dtype=value.dtype, seed=i) for name, value in before.items()}
+        f"task{i}": {name: value + noise(*value.shape, dtype=value.dtype, seed=i) for name, value in before.items()}
         for i in range(8)
     }
     experts = fx.extract_experts(before, tasks, density=0.1)
@@ -364,9 +361,9 @@ def test_a_bank_switches_on_the_device_and_leaves_every_weight_bit_identical() -
 
 def models_of(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
     shapes = {"a.weight": (48, 64), "b.weight": (70, 30), "norm.weight": (24,)}
-    base = {name: matrix(*shape, dtype=dtype) for name, shape in shapes.items()}
+    base = {name: noise(*shape, dtype=dtype) for name, shape in shapes.items()}
     models = [
-        {name: (x.double() + 0.1 * matrix(*x.shape, seed=seed)).to(dtype) for name, x in base.items()}
+        {name: (x.double() + 0.1 * noise(*x.shape, seed=seed)).to(dtype) for name, x in base.items()}
         for seed in (1, 2, 3)
     ]
     return base, models
@@ -429,18 +426,18 @@ def test_a_cpu_tensor_starts_no_driver() -> None:
 
     with registry.using(CudaBackend(Runtime(Untouchable("_cuda"), "cuda")), TorchBackend()):
         assert "backend cuda does not run on device cpu" in fm.explain((64, 48), HIGH_PASS).reason
-        assert abs_means(matrix(4), [matrix(4)]) == [0.0]
+        assert abs_means(noise(4), [noise(4)]) == [0.0]
 
 
 def test_forcing_the_backend_on_what_it_does_not_take() -> None:
     with pytest.raises(ArgumentError, match="float32, bfloat16 or float16"):
-        task_vector_sum(matrix(4).double(), [matrix(4)], [1.0], backend="cuda")
+        task_vector_sum(noise(4).double(), [noise(4)], [1.0], backend="cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_sum_reads_every_model_once_and_writes_once(dtype: torch.dtype) -> None:
     n, module = 5001, emulated.module()
-    base, models, out = matrix(n, dtype=dtype), [matrix(n, dtype=dtype, seed=i) for i in (1, 2, 3)], torch.empty(n)
+    base, models, out = noise(n, dtype=dtype), [noise(n, dtype=dtype, seed=i) for i in (1, 2, 3)], torch.empty(n)
     for tensor in (base, *models, out):
         module.watch(tensor.data_ptr(), tensor.numel() * tensor.element_size())
     task_vector_sum(base, models, [0.2, 0.3, 0.5], out=out, backend="cuda")
@@ -466,7 +463,7 @@ def accesses_of(n: int, dtype: torch.dtype) -> int:
 def test_sums_and_additions_at_any_alignment(dtype: torch.dtype) -> None:
     """Bit for bit those of torch at every address; the means do not depend on it either."""
     n, models = 2100, 18  # more than one block, and more models than one launch takes
-    values = [matrix(n, dtype=dtype, seed=seed) for seed in range(models + 1)]
+    values = [noise(n, dtype=dtype, seed=seed) for seed in range(models + 1)]
     weights = [0.1 * i for i in range(models)]
     want, want_means = task_vector_sum(values[0], values[1:], weights, backend="torch")
     aligned_means: list[float] = []
@@ -491,7 +488,7 @@ def test_sums_and_additions_at_any_alignment(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", ["decimated", "full"])
 def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: str, dtype: torch.dtype) -> None:
-    module, x = emulated.module(), matrix(256, 320, dtype=dtype)
+    module, x = emulated.module(), noise(256, 320, dtype=dtype)
     plan = plan_of_form(x, HIGH_PASS, form)
     model = traffic(plan)
     emulated.backend().executable(plan).run([x[None]], 1.0)
@@ -510,7 +507,7 @@ def test_the_traffic_model_counts_what_the_kernels_load_and_store(form: str, dty
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("height", [96, 97])  # columns of the fused kernel, and of cuFFT
 def test_the_traffic_model_counts_panels_and_spectra_exactly(height: int, dtype: torch.dtype) -> None:
-    module, x = emulated.module(), matrix(height, 130, dtype=dtype)
+    module, x = emulated.module(), noise(height, 130, dtype=dtype)
     plan = plan_of_form(x, HIGH_PASS, "full")
     emulated.backend().executable(plan).run([x[None]], 1.0)
     emulated.standin_traffic()

@@ -29,6 +29,7 @@ from freemerge.planner.lengths import largest_prime, prime_factors
 from freemerge.planner.plan import Plan
 from freemerge.planner.tiles import Tiles, column_bytes, convolution, row_bytes, tiles
 from freemerge.responses import Response
+from in_memory import noise
 from reference import reference_filter
 
 BLOCK_BYTES = 227 << 10  # of an H100, and of the emulation
@@ -61,10 +62,6 @@ LENGTHS = (
 RESPONSES = (fm.HighPass(0.4), fm.LowPass(0.3), fm.Butterworth(0.2), fm.Official(0.7), fm.BandGain(0.1, 0.5, 1.5),
              fm.Center(-1))  # fmt: skip
 ERROR = 5e-7
-
-
-def matrix(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def plans_for(x: torch.Tensor, response: Response) -> list[Plan]:
@@ -113,7 +110,7 @@ def test_any_shape_stride_and_tiles_agree_with_float64(
 ) -> None:  # fmt: skip
     height = parts * length
     stride = width + gap
-    storage = matrix(shift + count * height * stride, dtype=dtype)
+    storage = noise(shift + count * height * stride, dtype=dtype)
     x = storage.as_strided((count, height, width), (height * stride, stride, 1), shift)
     if plans_for(x, response)[0].form in ("identity", "scale"):  # the gain is one constant on this shape
         return
@@ -136,7 +133,7 @@ def test_any_shape_stride_and_tiles_agree_with_float64(
 def test_primes_are_as_accurate_as_other_lengths(
     shape: tuple[int, ...], response: Response, dtype: torch.dtype
 ) -> None:
-    x = matrix(*shape, dtype=dtype)
+    x = noise(*shape, dtype=dtype)
     plan = plan_for(x, response)
     assert plan.tiles is not None
     assert plan.tiles.row_chirp or plan.tiles.column_chirp
@@ -165,7 +162,7 @@ def test_angles_of_a_chirp_are_exact_before_they_are_rounded(prime: int) -> None
     ids=["passes", "convolutions"],
 )
 def test_threads_in_any_order_and_repetition_change_no_bit(shape: tuple[int, ...], chosen: Tiles) -> None:
-    x, module, results = matrix(*shape), emulated.module(), []
+    x, module, results = noise(*shape), emulated.module(), []
     plan = plan_for(x, fm.HighPass(0.3), chosen)
     try:
         for order in ("forward", "reverse", "random", "random"):
@@ -183,7 +180,7 @@ def test_threads_in_any_order_and_repetition_change_no_bit(shape: tuple[int, ...
 def test_the_traffic_model_counts_every_load_and_store(
     height: int, width: int, response: Response, dtype: torch.dtype
 ) -> None:
-    module, x = emulated.module(), matrix(height, width, dtype=dtype)
+    module, x = emulated.module(), noise(height, width, dtype=dtype)
     plan = plan_for(x, response, Tiles(2, 4, 64, 64, convolution(width), convolution(height // 2)))
     executable = emulated.backend().executable(plan)
     executable.run([x.clone()[None]], 1.0)  # makes the tables
@@ -256,7 +253,7 @@ def coarse_plan(backend: CudaBackend, x: torch.Tensor, response: Response) -> Pl
     ids=str,
 )
 def test_coarse_grids_need_no_cufft(own: CudaBackend, shape: tuple[int, ...], response: Response) -> None:
-    x = matrix(*shape)
+    x = noise(*shape)
     plan = coarse_plan(own, x, response)
     assert plan.tiles is not None
     ours, theirs, again = x.clone(), x.clone(), x.clone()
@@ -278,7 +275,7 @@ def test_coarse_grids_need_no_cufft(own: CudaBackend, shape: tuple[int, ...], re
 
 
 def test_a_batch_of_coarse_grids_is_one_by_one_and_takes_no_work_area(own: CudaBackend) -> None:
-    x, response = matrix(70, 24, 40, dtype=torch.bfloat16), fm.HighPass(0.1)  # more than one launch takes
+    x, response = noise(70, 24, 40, dtype=torch.bfloat16), fm.HighPass(0.1)  # more than one launch takes
     plan = coarse_plan(own, x, response)
     together, alone = x.clone(), x.clone()
     run(plan, together, own)
@@ -292,7 +289,7 @@ def test_a_batch_of_coarse_grids_is_one_by_one_and_takes_no_work_area(own: CudaB
 
 
 def test_the_traffic_model_counts_every_store_of_coarse_grids(own: CudaBackend) -> None:
-    module, x = emulated.module(), matrix(256, 160)
+    module, x = emulated.module(), noise(256, 160)
     plan = coarse_plan(own, x, fm.HighPass(0.05))
     stores = []
     for chosen in (plan, replace(plan, tiles=None)):
@@ -340,7 +337,7 @@ def test_auto_keeps_to_cufft_until_it_is_told_otherwise(monkeypatch: pytest.Monk
         primes = fm.explain((1009, 1013), response)
         assert "1 row (128 threads, by a convolution of 2048 points), 4 columns" in str(primes)
         assert "full in three kernels 1.0, full 1." in primes.reason  # cuFFT convolves through memory
-        for x in (matrix(96, 80), matrix(89, 80)):
+        for x in (noise(96, 80), noise(89, 80)):
             assert error(fm.filtered(x, response), x, response) < ERROR
     monkeypatch.setenv("FREEMERGE_CUDA_TRANSFORMS", "fftw")
     with pytest.raises(BackendError, match="FREEMERGE_CUDA_TRANSFORMS must be cufft or own, not 'fftw'"):
@@ -373,7 +370,7 @@ def test_tiles_state_the_shared_memory_that_kernels_take() -> None:
     ],
 )
 def test_tiles_without_kernels_are_refused(chosen: Tiles, why: str) -> None:
-    x = matrix(12, 40)
+    x = noise(12, 40)
     with pytest.raises(ValueError, match=why):
         run(plan_for(x, fm.HighPass(0.4), chosen), x.clone())
 
@@ -486,7 +483,7 @@ def _load(file: Path) -> CudaBackend:
 def test_a_bug_in_the_row_kernels_is_caught(name: str, buggy: dict[str, CudaBackend]) -> None:
     response, height, width = fm.HighPass(0.4), BUGS[name].height, BUGS[name].width
     chosen = Tiles(1 if height % 2 else 4, 8, 64, 64, convolution(width), 0)
-    storage = matrix(height + 2, width)  # room for what a bug writes beyond the end
+    storage = noise(height + 2, width)  # room for what a bug writes beyond the end
     x = storage[:height]
     plan = plan_for(x, response, chosen)
 

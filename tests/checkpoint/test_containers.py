@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint
 from freemerge.errors import CheckpointError
+from in_memory import same
 
 BASE = {"layer.weight": torch.arange(32.0).reshape(4, 8), "layer.bias": torch.ones(4)}
 
@@ -27,10 +28,6 @@ def tuned(change: float = 1.0) -> dict[str, Tensor]:
 def read(source: Any) -> dict[str, Tensor]:
     opened = Checkpoint.open(source)
     return {name: opened.read(name) for name in opened.specs}
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def optimizer_state() -> dict[str, Any]:

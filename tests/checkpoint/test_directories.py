@@ -17,14 +17,11 @@ from torch import Tensor
 
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint
+from in_memory import same
 
 BASE = {"a.weight": torch.arange(32.0).reshape(4, 8), "b.weight": torch.arange(8.0), "c.weight": torch.eye(3)}
 TUNED = {name: tensor + 1 for name, tensor in BASE.items()}
 EXACT = fm.Recipe(weights=(1.0,), scale=1.0, select=[fm.Rule("*", "merge")])
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:

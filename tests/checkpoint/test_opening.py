@@ -13,6 +13,7 @@ from torch import Tensor
 
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint, open_model
+from in_memory import same
 
 BASE = {"layer.weight": torch.arange(32.0).reshape(4, 8), "norm.weight": torch.ones(8)}
 FULL = {name: tensor + 1 for name, tensor in BASE.items()}
@@ -41,10 +42,6 @@ def directory(folder: Path, *, full: str = "", adapter: str = "", config: bool =
 def read(source: object) -> dict[str, Tensor]:
     opened = open_model(source, Checkpoint.open(BASE))  # type: ignore[arg-type]
     return {name: opened.read(name) for name in opened.specs}
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 FULL_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"]

@@ -32,13 +32,10 @@ from freemerge.experts.payload import Reader
 from freemerge.experts.placement import Part, gathered_dense, seen_by
 from freemerge.experts.values.gains import Gains, coded, directions
 from freemerge.experts.values.svd2 import Svd2
+from in_memory import noise
 
 State = dict[str, Tensor]
 NORM = torch.tensor([3.0])
-
-
-def gaussian(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def merged_of(base: State, models: dict[str, State], scale: float = 1.0) -> State:
@@ -51,8 +48,8 @@ def as_matrix(x: np.ndarray) -> np.ndarray:
 
 def apart(count: int = 3) -> tuple[State, dict[str, State]]:
     """Models whose task vectors have no singular directions in common."""
-    left, right = (torch.linalg.qr(gaussian((24, 24), seed).double()).Q for seed in (1, 2))
-    base = {"w": gaussian((24, 24)), "b": gaussian((24,), 5)}
+    left, right = (torch.linalg.qr(noise(24, 24, seed=seed).double()).Q for seed in (1, 2))
+    base = {"w": noise(24, 24), "b": noise(24, seed=5)}
     models = {}
     for i in range(count):
         own = slice(8 * i, 8 * i + 8)
@@ -143,10 +140,10 @@ def coded_gains(gains: np.ndarray) -> np.ndarray:
     share=st.floats(0, 1), rank=st.integers(0, 3), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_they_come_back_from_their_bytes(shape: tuple[int, ...], share: float, rank: int, seed: int) -> None:
-    codes, scale = coded(gaussian((round(share * min(shape)) if len(shape) == 2 else 0,), seed).double())
+    codes, scale = coded(noise(round(share * min(shape)) if len(shape) == 2 else 0, seed=seed).double())
     rest = None
     if rank or not len(codes):
-        rest = Svd2.encode(shape, *directions(gaussian(shape, seed).view(-1, shape[-1])))
+        rest = Svd2.encode(shape, *directions(noise(*shape, seed=seed).view(-1, shape[-1])))
     tensor = Gains(shape, codes, scale, NORM, rest)
     raw = tensor.to_bytes()
     again = Gains.from_bytes(shape, Reader(raw))
@@ -154,7 +151,7 @@ def test_they_come_back_from_their_bytes(shape: tuple[int, ...], share: float, r
     assert torch.equal(again.scale, scale)
     assert (again.rest is None) == (rest is None)
     assert again.entries == tensor.entries
-    vector = gaussian(shape, seed + 1)
+    vector = noise(*shape, seed=seed + 1)
     seen = Gains.seen(vector * (float(NORM) / vector.norm())) if len(codes) else ()
     assert torch.equal(again.dense(None, seen), tensor.dense(None, seen))
     assert np.array_equal(again.to_bytes(), raw)
@@ -211,10 +208,8 @@ def test_a_budget_brings_them_nearer_and_is_kept_to(tmp_path: Path) -> None:
 def test_a_file_is_never_larger_than_its_budget(
     more: float, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    base = {"a": gaussian((30, 20), seed), "bias": gaussian((50,), seed), "b": gaussian((3, 2, 4), seed)}
-    models = {
-        t: {n: x + gaussian(tuple(x.shape), seed + i) for n, x in base.items()} for i, t in ((50, "s"), (60, "t"))
-    }
+    base = {"a": noise(30, 20, seed=seed), "bias": noise(50, seed=seed), "b": noise(3, 2, 4, seed=seed)}
+    models = {t: {n: x + noise(*x.shape, seed=seed + i) for n, x in base.items()} for i, t in ((50, "s"), (60, "t"))}
     dense = sum(2 * tensor.numel() for tensor in base.values())
     budget = (700 + more * (dense - 701)) / dense
     expert = fx.extract_experts(base, models, backbone=merged_of(base, models), values="gains", budget=budget)["t"]
@@ -282,12 +277,12 @@ def test_the_forward_pass_adds_what_active_does() -> None:
 
 
 def test_pieces_of_a_fused_tensor_have_their_own_directions() -> None:
-    vector = gaussian((2, 6, 4), 1)
+    vector = noise(2, 6, 4, seed=1)
     pieces = {n: Piece((3, 4), n, 0, (4, 1), "w", 24 * (i // 2) + 12 * (i % 2), (4, 1)) for i, n in enumerate("abcd")}
     entries = {}
     for i, name in enumerate(pieces):
         norm = vector[i // 2, 3 * (i % 2) : 3 * (i % 2) + 3].norm().view(1)
-        entries[name] = Gains((3, 4), *coded(gaussian((3,), i).double()), norm, None)
+        entries[name] = Gains((3, 4), *coded(noise(3, seed=i).double()), norm, None)
     parts = [Part(n, piece) for n, piece in pieces.items()]
     seen = {part.entry: seen_by(part, entries[part.entry], vector) for part in parts}
     gathered = gathered_dense(parts, entries, torch.zeros(2, 6, 4), seen) + vector

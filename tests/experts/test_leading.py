@@ -10,26 +10,23 @@ from hypothesis import strategies as st
 
 from freemerge.experts import leading
 from freemerge.experts.leading import leading_triplets, spectral_norm
+from in_memory import noise
 
 SHAPES = [(1, 1), (1, 13), (13, 1), (7, 5), (40, 37), (211, 300), (600, 64)]
-
-
-def gaussian(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_spectral_norm_is_found_from_below(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    matrix = gaussian(shape).to(dtype)
+    matrix = noise(*shape).to(dtype)
     true = np.linalg.norm(matrix.double().numpy(), 2)
     assert 0.97 * true <= spectral_norm(matrix) <= true * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_dominant_direction_is_found_to_rounding(shape: tuple[int, int]) -> None:
-    matrix = 0.01 * gaussian(shape)
-    matrix += 10 * torch.outer(gaussian((shape[0], 1))[:, 0], gaussian((shape[1], 1), 1)[:, 0])
+    matrix = 0.01 * noise(*shape)
+    matrix += 10 * torch.outer(noise(shape[0], 1)[:, 0], noise(shape[1], 1, seed=1)[:, 0])
     assert spectral_norm(matrix) == pytest.approx(np.linalg.norm(matrix.double().numpy(), 2), rel=1e-6)
 
 
@@ -44,8 +41,8 @@ def test_nothing_has_no_direction() -> None:
 )  # fmt: skip
 def test_triplets_are_those_of_numpy(height: int, width: int, count: int, seed: int, exact: bool) -> None:
     # Singular values that halve, so that iteration must find what the decomposition does.
-    left, _ = np.linalg.qr(gaussian((height, min(height, width)), seed).double().numpy())
-    right, _ = np.linalg.qr(gaussian((width, min(height, width)), seed + 1).double().numpy())
+    left, _ = np.linalg.qr(noise(height, min(height, width), seed=seed).double().numpy())
+    right, _ = np.linalg.qr(noise(width, min(height, width), seed=seed + 1).double().numpy())
     values = 0.5 ** np.arange(min(height, width))
     matrix = torch.from_numpy(left * values @ right.T)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,8 +57,8 @@ def test_triplets_are_those_of_numpy(height: int, width: int, count: int, seed: 
 
 
 def test_iteration_keeps_most_of_the_energy_of_a_slowly_falling_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
-    left, _ = torch.linalg.qr(gaussian((500, 400)).double())
-    right, _ = torch.linalg.qr(gaussian((400, 400), 1).double())
+    left, _ = torch.linalg.qr(noise(500, 400).double())
+    right, _ = torch.linalg.qr(noise(400, 400, seed=1).double())
     values = torch.arange(1, 401).double() ** -0.5
     monkeypatch.setattr(leading, "EXACT", 0)
     matrix = (left * values) @ right.t()

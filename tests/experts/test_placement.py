@@ -19,34 +19,13 @@ from freemerge.checkpoint.views import InModuleLayout
 from freemerge.experts.placement import Part, gathered
 from freemerge.experts.select import Selection
 from freemerge.experts.values import coding_of
+from in_memory import same
+from stacked_models import build
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
-EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-MODELS = {
-    "Qwen3Moe": SMALL | HEADS | EXPERTS | {"head_dim": 16},
-    "Mixtral": SMALL | HEADS | {"num_local_experts": 3},
-    "Olmoe": SMALL | HEADS | {"num_experts": 3},
-    "Phimoe": SMALL | HEADS | {"num_local_experts": 3},
-    "GPTNeoX": SMALL | {"num_attention_heads": 2},
-    "GptOss": SMALL | HEADS | {"num_local_experts": 3, "head_dim": 16},
-}
-
-
-def build(name: str, seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**MODELS[name])
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    return model
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+MODELS = ["Qwen3Moe", "Mixtral", "Olmoe", "Phimoe", "GPTNeoX", "GptOss"]
 
 
 @pytest.mark.parametrize("name", MODELS)

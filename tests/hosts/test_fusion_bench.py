@@ -12,7 +12,7 @@ import pytest
 import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool, LazyStateDict, instantiate
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaForCausalLM
 
 import freemerge as fm
@@ -20,6 +20,7 @@ from freemerge import integrations
 from freemerge.integrations.fusion_bench import FREEMerging, Merging
 from freemerge.methods import METHODS
 from hosts.checkpoints import tensors_of, write_models
+from in_memory import same
 
 CONF = Path(integrations.__path__[0]) / "conf"
 NAMES = ["math", "code", "law"]
@@ -37,10 +38,6 @@ def network(seed: int) -> nn.Module:
 
 def pool() -> dict[str, nn.Module]:
     return {"_pretrained_": network(0)} | {name: network(i) for i, name in enumerate(NAMES, 1)}
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

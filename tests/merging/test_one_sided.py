@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import freemerge as fm
 from freemerge.checkpoint.patterns import patterns_for
 from freemerge.cli import main
+from in_memory import same
 
 BASE = {
     "model.embed_tokens.weight": torch.arange(80.0).reshape(10, 8),
@@ -45,10 +46,6 @@ ONE_SIDED: dict[str, dict[str, Tensor]] = {
 def advised(message: str, action: str) -> list[tuple[str, str]]:
     """The rules that a message names, as a user would copy them."""
     return [(pattern, action) for pattern in re.findall(rf"'([^']+)={action}'", message)]
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("kind", ONE_SIDED)

@@ -7,23 +7,20 @@ import torch
 from torch import Tensor
 
 from freemerge.methods.spectra import RANK_TOLERANCE, low_rank, mean_of_nonzero, polar_factor, singular_triplets
+from in_memory import noise
 
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 9), (9, 1), (3, 20, 17), (2, 2, 5, 6)]
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def with_spectrum(height: int, width: int, values: Tensor) -> Tensor:
-    left, _ = torch.linalg.qr(normal(height, len(values)).double())
-    right, _ = torch.linalg.qr(normal(width, len(values), seed=1).double())
+    left, _ = torch.linalg.qr(noise(height, len(values)).double())
+    right, _ = torch.linalg.qr(noise(width, len(values), seed=1).double())
     return left * values @ right.mT
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_decomposition(shape: tuple[int, ...]) -> None:
-    matrix = normal(*shape)
+    matrix = noise(*shape)
     left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     n = max(1, min(shape[-2:]) // 2)
     own_left, own, own_right = singular_triplets(matrix, n, exact=False)
@@ -67,17 +64,17 @@ def test_what_is_below_the_tolerance_is_left_out(rank: int) -> None:
 # The range finder
 
 
-def low_rank_update(shape: tuple[int, ...], rank: int, noise: float = 0.0) -> Tensor:
-    """As a LoRA adapter makes it; ``noise``: of full rank, relative to its entries."""
-    update = normal(*shape[:-1], rank) @ normal(*shape[:-2], rank, shape[-1], seed=1)
-    return update + noise * float(update.std()) * normal(*shape, seed=2)
+def low_rank_update(shape: tuple[int, ...], rank: int, full: float = 0.0) -> Tensor:
+    """As a LoRA adapter makes it; ``full``: what is of full rank, relative to its entries."""
+    update = noise(*shape[:-1], rank) @ noise(*shape[:-2], rank, shape[-1], seed=1)
+    return update + full * float(update.std()) * noise(*shape, seed=2)
 
 
 @pytest.mark.parametrize("shape", [(256, 300), (300, 256), (260, 2100), (2, 256, 270)])
 @pytest.mark.parametrize("rank", [0, 1, 5, 16])
-@pytest.mark.parametrize("noise", [0.0, 1e-7])
-def test_low_rank_is_found_and_proved(shape: tuple[int, ...], rank: int, noise: float) -> None:
-    matrix = low_rank_update(shape, rank, noise)
+@pytest.mark.parametrize("full", [0.0, 1e-7])
+def test_low_rank_is_found_and_proved(shape: tuple[int, ...], rank: int, full: float) -> None:
+    matrix = low_rank_update(shape, rank, full)
     tall = shape[-2] > shape[-1]
     wide = matrix.mT if tall else matrix
     found = low_rank(wide)
@@ -100,9 +97,9 @@ def test_low_rank_is_found_and_proved(shape: tuple[int, ...], rank: int, noise: 
     ("matrix", "why"),
     [
         (low_rank_update((256, 300), 17), "its rank is larger than the sketch"),
-        (normal(256, 300), "its rank is full"),
-        (low_rank_update((256, 300), 3, noise=1e-3), "what is left out is not zero"),
-        (torch.stack([low_rank_update((256, 300), 3), normal(256, 300)]), "one of a batch is not"),
+        (noise(256, 300), "its rank is full"),
+        (low_rank_update((256, 300), 3, full=1e-3), "what is left out is not zero"),
+        (torch.stack([low_rank_update((256, 300), 3), noise(256, 300)]), "one of a batch is not"),
         (low_rank_update((255, 300), 3), "it is small"),
     ],
 )
