@@ -4,8 +4,9 @@
 
 Task vectors are of full rank, then of rank 16 as LoRA adapters have; each answer is checked against the paper's formula
 in float64 (tests/formulas.py) on a smaller matrix first. One merge each at scale 1; where "auto" finds the scale from
-the weights, ``fm.merge`` takes twice that. Printed are wall and CPU seconds, and how far the resident set grew over the inputs.
-With --filter, every method has a high-pass filter before or after it; the formulas know none, so nothing is checked.
+the weights, ``fm.merge`` takes twice that. Printed are wall and CPU seconds, and how far the resident set grew over the
+inputs. With --filter, every method has a high-pass filter before or after it; the formulas know none, so nothing is
+checked.
 """
 
 from __future__ import annotations
