@@ -34,9 +34,18 @@ class Target:
             if held is None or held.shape != tensor.shape:
                 has = "lacks it" if held is None else f"has shape {tuple(held.shape)}"
                 raise CheckpointError(f"into: the merged model has {name!r} {tuple(tensor.shape)}, the module {has}")
+        for name, tensor in merged.items():
+            dtype = self._tensors[name].dtype
+            if dtype != tensor.dtype and int(tensor.to(dtype).isinf().sum()) != int(tensor.isinf().sum()):
+                raise CheckpointError(f"into: the merged {name!r} does not fit into {dtype} of the module")
         for name in self._tensors:
             if name not in merged and self._tied.get(name) not in merged:
                 raise CheckpointError(f"into: the module has {name!r}, which the merged model lacks")
+        for name, first in self._tied.items():
+            if name in merged and first in merged:
+                one, other = (merged[n].to(self._tensors[first].dtype) for n in (name, first))
+                if not torch.equal(one, other):  # as where a model has a head of its own
+                    raise CheckpointError(f"into: the module ties {name!r} to {first!r}, the merged model does not")
         with torch.no_grad():
             for name, tensor in merged.items():
                 self._tensors[name].copy_(tensor)
