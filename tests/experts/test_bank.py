@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -202,6 +202,29 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    assert_same(model, before)
+
+
+def test_blocks_that_are_left_in_another_order_lose_nothing() -> None:
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+
+    def stream(task: str) -> Iterator[None]:
+        with bank.active(task):
+            yield
+
+    first, second = stream("task0"), stream("task1")  # such as two answers that are generated in turns
+    next(first)
+    next(second)
+    with pytest.raises(ArgumentError, match="left before one inside of it"):
+        next(first)
+    assert_same(model, before)
+    with pytest.raises(ArgumentError, match="left before one inside of it"):
+        next(second)
+    assert_same(model, before)
+    with bank.active("task0"), bank.active("task1"):
+        pass
     assert_same(model, before)
 
 
