@@ -174,6 +174,13 @@ def test_a_parameter_that_no_longer_fits_is_refused() -> None:
     assert_same(model, before)
 
 
+def test_weights_that_overlap_themselves_are_refused() -> None:
+    """Their entries change more than once, and what is put back is not what was there."""
+    experts = fx.extract_experts({"w": torch.zeros(2, 3)}, {"t": {"w": torch.ones(2, 3)}})
+    with pytest.raises(ArgumentError, match="'w' of the model may overlap itself"):
+        fx.ExpertBank({"w": torch.zeros(4).as_strided((2, 3), (1, 1))}, experts)
+
+
 def test_threads_take_turns() -> None:
     model, experts, _ = make(Text)
     bank = fx.ExpertBank(model, experts)

@@ -99,3 +99,15 @@ def test_what_a_module_cannot_hold_is_not_written() -> None:
     with pytest.raises(fm.CheckpointError, match=r"'weight' does not fit into torch\.float16"):
         fm.merge({"weight": torch.full((2, 2), 1e5)}, [{"weight": torch.full((2, 2), 2e5)}], into=target)
     assert torch.equal(target.weight, before)
+
+
+def test_tensors_of_inference_mode_are_written_and_those_that_overlap_are_not() -> None:
+    base, models = {"weight": torch.zeros(2, 2)}, [{"weight": torch.ones(2, 2)}]
+    with torch.inference_mode():
+        target = nn.Linear(2, 2, bias=False)
+    expected = fm.merge(base, models, into=target)
+    assert torch.equal(target.weight, expected["weight"])
+    target = nn.Linear(2, 2, bias=False)
+    target.weight = nn.Parameter(torch.zeros(1).expand(2, 2))
+    with pytest.raises(fm.CheckpointError, match="into: tensor 'weight' may overlap itself"):
+        fm.merge(base, models, into=target)

@@ -222,6 +222,9 @@ def test_out_is_not_written_after_an_error_and_must_fit() -> None:
             fm.merge_tensors(base, [base], out=wrong)
     with pytest.raises(fm.ArgumentError, match="out may overlap itself"):
         fm.merge_tensors(base, [base], out=torch.zeros(1).expand(2, 3))
+    with torch.inference_mode():
+        inferred = torch.zeros(2, 3)
+    assert torch.equal(fm.merge_tensors(base, [base + 1], out=inferred), fm.merge_tensors(base, [base + 1]))
     half = torch.zeros(2, 3, dtype=torch.bfloat16)
     recipe = fm.Recipe(out_dtype=torch.bfloat16)
     assert fm.merge_tensors(base, [base + 1], recipe=recipe, out=half) is half

@@ -21,6 +21,7 @@ from ..checkpoint.views import InModuleLayout, renamed
 from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
 from ..merging.statistics_buffers import convex
+from ..overlap import internal_overlap
 from .deltas import Change, Product, forward_deltas, unserved
 from .expert import Expert
 from .placement import Part, Placement, gathered, gathered_dense, seen_by
@@ -442,6 +443,8 @@ class ExpertBank(Mapping[str, Expert]):
                 raise ArgumentError(f"experts: {name!r} of {task!r} has shape {kept}, the model's has {shape}")
             if tensor.dtype not in MERGEABLE or tensor.layout != torch.strided:
                 raise ArgumentError(f"experts: {name!r} of the model must be a dense float tensor, not {tensor.dtype}")
+            if internal_overlap(shape, tensor.stride()):
+                raise ArgumentError(f"experts: {name!r} of the model may overlap itself in memory {tensor.stride()}")
             first = memory.setdefault(tensor.data_ptr(), name)
             if first != name or (len(parts) > 1 and parts[0].piece is None):
                 names = [part.entry for part in (*self._parts[task][first], *parts)]

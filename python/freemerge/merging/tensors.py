@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import MERGEABLE, TensorSpec
-from ..dense import dense
+from ..dense import dense, overwrite
 from ..errors import ArgumentError
 from ..methods import Method
 from ..overlap import internal_overlap
@@ -74,8 +74,7 @@ def merge_tensors(
         merged = _copied(spec, base, tensors, select)
     if out is None:
         return merged
-    with torch.no_grad():
-        return out.copy_(merged)
+    return overwrite(out, merged)
 
 
 def merge_deltas(
