@@ -133,3 +133,24 @@ def test_native_siblings_do_not_include_each_other() -> None:
         for other in {"common", "cpu", "cuda", "bindings"} - {room, "common"}:
             assert room == "bindings" or f'#include "{other}/' not in text, f"{path} includes {other}/"
         assert room == "bindings" or "pybind11" not in text, f"{path} knows Python"
+
+
+# Functions of torch that make tensors where the caller's default device is, of the caller's default dtype.
+FACTORIES = {"arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm"}
+FACTORIES |= {"sparse_coo_tensor", "tensor", "zeros"}
+OF_INTEGERS = {"arange", "randint", "randperm", "tensor", "as_tensor", "full", "sparse_coo_tensor"}
+
+
+def test_tensors_are_made_on_a_device_and_of_a_dtype_that_are_named() -> None:
+    """A script's torch.set_default_device("cuda") must not reach native code for the CPU, nor its dtype a result."""
+    for path in sources():
+        if room_of(path) == "demo":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if node.func.attr in FACTORIES and isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
+                named = {keyword.arg for keyword in node.keywords}
+                assert "device" in named, f"{path}:{node.lineno} makes a tensor on the default device"
+                kind = "dtype" in named or node.func.attr in OF_INTEGERS
+                assert kind, f"{path}:{node.lineno} makes a tensor of the default dtype"

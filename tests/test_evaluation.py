@@ -56,6 +56,23 @@ def test_experts_are_scored_on_their_own_tasks(tmp_path: Path) -> None:
         evaluate_experts(merged, experts, lambda weights: {"other": 1.0})
 
 
+def test_tied_tensors_stay_tied_while_experts_are_on() -> None:
+    """As in what fm.merge returns: a model that loads both names gets the second of them."""
+    base = {"embed.weight": torch.zeros(4, 4)}
+    experts = extract_experts(base, {"near": {"embed.weight": torch.ones(4, 4)}}, density=0.99, values="fp32")
+    merged = torch.zeros(4, 4)
+    seen: list[dict[str, Tensor]] = []
+
+    def score(weights: dict[str, Tensor]) -> dict[str, float]:
+        seen.append({name: tensor.clone() for name, tensor in weights.items()})
+        return {"near": 1.0}
+
+    evaluate_experts({"embed.weight": merged, "head.weight": merged}, experts, score)
+    assert seen[0]["embed.weight"].any()
+    assert torch.equal(seen[0]["head.weight"], seen[0]["embed.weight"])
+    assert not merged.any()
+
+
 def test_a_sweep_finds_the_scale() -> None:
     base = {"w": torch.zeros(8, 8)}
     models = [{"w": torch.full((8, 8), 1.0)}, {"w": torch.full((8, 8), 3.0)}]

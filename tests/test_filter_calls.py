@@ -127,6 +127,18 @@ def test_a_custom_mask_never_goes_stale(backend: str) -> None:
         assert torch.equal(kept, keep * x)
 
 
+def test_a_method_of_an_object_that_has_changed_is_another_mask() -> None:
+    class Schedule:
+        keep = 1.0
+
+        def gains(self, ky: np.ndarray, kx: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+            return self.keep + 0 * (ky + kx)
+
+    schedule, x = Schedule(), noise(20, 30)
+    for schedule.keep in (1.0, 0.0, 2.0):
+        torch.testing.assert_close(fm.filtered(x, fm.Custom(schedule.gains)), schedule.keep * x)
+
+
 def test_a_refusal_is_told_each_time_and_by_name() -> None:
     for name, x in (("x", torch.zeros(3, 1).expand(3, 4)), (r"x\[1\]", [noise(3, 4), torch.zeros(3, 1).expand(3, 4)])):
         for _ in range(2):

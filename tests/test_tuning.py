@@ -209,3 +209,19 @@ def test_the_command_writes_a_recipe_that_merges(
     assert main(command) == 3  # the file exists
     assert main([*command[:-1], "ties", "--out", str(tmp_path / "other.yaml")]) == 2
     assert not (tmp_path / "other.yaml").exists()
+
+
+def test_modes_of_the_caller_are_the_functions_alone(base: State, models: list[State]) -> None:
+    base, *models = [
+        {name: t.float() if t.is_floating_point() else t for name, t in s.items()} for s in (base, *models)
+    ]
+
+    def exact(state: State) -> Iterator[Tensor]:
+        with torch.autocast("cpu", enabled=False):
+            yield from predict(state)
+
+    expected = tune(base, models, ARITHMETIC, exact, iterations=3)
+    with torch.inference_mode():
+        assert tune(base, models, ARITHMETIC, exact, iterations=3) == expected
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tune(base, models, ARITHMETIC, exact, iterations=3) == expected

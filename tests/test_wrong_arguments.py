@@ -129,6 +129,7 @@ def test_a_single_model_is_no_list(call: Callable[..., Any], single: object) -> 
         ("max_shard_bytes: expected a size such as 500MB",
          lambda: fm.merge_checkpoints(BASE, MODELS, "x", max_shard_bytes="2XB")),
         ("out must be a path, got None", lambda: fm.merge_checkpoints(BASE, MODELS, None)),
+        ("models must be a list of models, got set", lambda: fm.merge(BASE, {"math", "code"})),
         ("into must be a module", lambda: fm.merge(BASE, MODELS, into="x")),
         ("ExpertBank.load reads a folder", lambda: fm.ExpertBank(BASE, "experts")),
         ("experts must be the name of one, or map names to weights", lambda: BANK.active(["t"]).__enter__()),

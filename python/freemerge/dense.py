@@ -44,6 +44,12 @@ def address(x: Tensor) -> int:
     return found
 
 
+def overwrite(x: Tensor, values: Tensor) -> Tensor:
+    """Copy values into a tensor, outside of autograd; into one of inference mode, too."""
+    with torch.inference_mode() if x.is_inference() else torch.no_grad():  # only there may such a tensor be written
+        return x.copy_(values)
+
+
 def _wraps(x: Tensor) -> bool:
     """Whether the entries of a subclass lie in other tensors, or nowhere; those of nn.Parameter lie in its own."""
     return type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__

@@ -84,7 +84,7 @@ def evaluate_experts(
     with Checkpoint.open(model, argument="model") as opened:
         # A copy of the module, as only a module knows where experts with the names of its files belong.
         module = None if opened.module is None else copy.deepcopy(opened.module)
-        stored = module.state_dict() if module is not None else {n: opened.read(n).clone() for n in opened.specs}
+        stored = module.state_dict() if module is not None else _copied(opened)
         weights = {name: tensor.detach() for name, tensor in stored.items()}
         attached = module if module is not None else weights
         if isinstance(experts, Mapping):
@@ -159,6 +159,12 @@ def table(evaluations: Sequence[Evaluation]) -> str:
         "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in aligned).rstrip()
         for aligned in (list(enumerate(zip(row, widths, strict=True))) for row in rows)
     )
+
+
+def _copied(opened: Checkpoint) -> dict[str, Tensor]:
+    """Copies of all tensors, tied as they are."""
+    copies = {name: opened.read(name).clone() for name in opened.specs if name not in opened.tied}
+    return copies | {name: copies[first] for name, first in opened.tied.items()}
 
 
 def _scores(returned: float | Mapping[str, float]) -> Scores:

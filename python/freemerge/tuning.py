@@ -17,6 +17,7 @@ from torch import Tensor
 from .accumulate import add_round
 from .arguments import function as check_function
 from .arguments import number, whole_number
+from .backends.memory import without_autocast
 from .checkpoint import Source
 from .errors import ArgumentError
 from .merging.engine import Merger
@@ -43,6 +44,7 @@ class Tuned:
     entropies: tuple[float, ...]
 
 
+@torch.inference_mode(False)  # weights that are learnt have gradients
 def tune(
     base: Source,
     models: Sequence[Source],
@@ -95,13 +97,13 @@ def tune(
         parts = _parts(merger)
         patterns = list(dict.fromkeys(_pattern(name) for name in parts)) if by == "layer" else []
         group = {name: patterns.index(_pattern(name)) if patterns else 0 for name in parts}
-        weights = torch.tensor([start] * max(1, len(patterns)), dtype=torch.float64)
+        weights = torch.tensor([start] * max(1, len(patterns)), dtype=torch.float64, device="cpu")
         fixed = _fixed(merger, measured, parts)
         optimizer = torch.optim.Adam([weights], lr=rate)
         entropies = []
         for _ in range(iterations):
             merged = {
-                name: _merged(merger, name, torch.tensordot(weights[group[name]].to(part.dtype), part, 1))
+                name: _merged(merger, name, _product(weights[group[name]].to(part.dtype), part))
                 for name, part in parts.items()
             }
             entropies.append(_descend(merger, fixed, merged, function))
@@ -110,7 +112,7 @@ def tune(
                 gradient = merged[name].grad
                 if gradient is not None:
                     flat = gradient.to(part.device, part.dtype).flatten()
-                    weights.grad[group[name]] += (part.flatten(1) @ flat).double().cpu()
+                    weights.grad[group[name]] += _product(part.flatten(1), flat).double().cpu()
             optimizer.step()
     learnt = dict(zip(patterns or [""], map(tuple, weights.tolist()), strict=True))
     others = learnt.pop("", tuple(start))
@@ -143,6 +145,13 @@ def _fixed(merger: Merger, measured: Measured, parts: dict[str, Tensor]) -> dict
         if unit.names[0] not in parts:
             fixed |= merger.merged(unit, measured).tensors
     return fixed
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """Over the last axis of the first and the first of the second, in their dtype: autocast is for the function."""
+    with without_autocast(second.device):
+        product: Tensor = torch.tensordot(first, second, 1)
+        return product
 
 
 def _merged(merger: Merger, name: str, delta: Tensor) -> Tensor:

@@ -225,3 +225,14 @@ def test_energy_is_conserved(height: int, width: int, batch: int) -> None:
     assert sums.bins.sum() == batch * height * width
     alone = [band_sums([v[i].clone() for v in vectors], 2, [None]) for i in range(batch)]
     np.testing.assert_allclose(sums.variance, sum(one.variance for one in alone), rtol=1e-5, atol=1e-6)
+
+
+def test_autocast_changes_no_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(singular, "EXACT_SIDE", 100)
+    generator = torch.Generator().manual_seed(4)
+    vectors = [torch.randn(150, 180, generator=generator) for _ in range(2)]
+    expected = singular.singular_sums(vectors, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = singular.singular_sums(vectors, 2)
+    for name, sums in vars(expected).items():
+        assert np.array_equal(getattr(found, name), sums), name

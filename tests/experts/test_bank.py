@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -174,6 +174,13 @@ def test_a_parameter_that_no_longer_fits_is_refused() -> None:
     assert_same(model, before)
 
 
+def test_weights_that_overlap_themselves_are_refused() -> None:
+    """Their entries change more than once, and what is put back is not what was there."""
+    experts = fx.extract_experts({"w": torch.zeros(2, 3)}, {"t": {"w": torch.ones(2, 3)}})
+    with pytest.raises(ArgumentError, match="'w' of the model may overlap itself"):
+        fx.ExpertBank({"w": torch.zeros(4).as_strided((2, 3), (1, 1))}, experts)
+
+
 def test_threads_take_turns() -> None:
     model, experts, _ = make(Text)
     bank = fx.ExpertBank(model, experts)
@@ -202,6 +209,29 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+    assert_same(model, before)
+
+
+def test_blocks_that_are_left_in_another_order_lose_nothing() -> None:
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+
+    def stream(task: str) -> Iterator[None]:
+        with bank.active(task):
+            yield
+
+    first, second = stream("task0"), stream("task1")  # such as two answers that are generated in turns
+    next(first)
+    next(second)
+    with pytest.raises(ArgumentError, match="left before one inside of it"):
+        next(first)
+    assert_same(model, before)
+    with pytest.raises(ArgumentError, match="left before one inside of it"):
+        next(second)
+    assert_same(model, before)
+    with bank.active("task0"), bank.active("task1"):
+        pass
     assert_same(model, before)
 
 

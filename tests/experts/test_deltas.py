@@ -213,3 +213,48 @@ def test_a_transformers_text_classifier() -> None:
             mixed = model(ids).logits
     torch.testing.assert_close(mixed, torch.cat(expected), rtol=1e-4, atol=1e-5)
     assert_same(model, before)
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_in_part(model: nn.Module) -> nn.Module:
+    model.register_module("up", compiled(model.get_submodule("up")))
+    return model
+
+
+@pytest.mark.parametrize("how", [compiled, compiled_in_place, compiled_in_part])
+def test_compiled_modules_are_not_served(how: Callable[[nn.Module], nn.Module]) -> None:
+    """Graphs that were made before do not see hooks: the experts would be left out without a word."""
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(how(model), experts)
+    with pytest.raises(ArgumentError, match="its module is compiled"):
+        bank.deltas(["task0"]).__enter__()
+
+
+def test_what_inference_mode_has_decoded_takes_gradients_later() -> None:
+    model, _, base = make(Text)
+    base = {name: tensor for name, tensor in base.items() if name != "head.weight"}
+    tasks = {"t": {name: tensor + torch.randn(tensor.shape) for name, tensor in base.items()}}
+    bank = fx.ExpertBank(model, fx.extract_experts(base, tasks, values="svd16", rank=2, backbone=base))
+    ids = torch.arange(12).view(2, 6)
+    with torch.inference_mode(), bank.deltas(["t", None]):
+        expected = model(ids)
+    with bank.deltas(["t", None]):
+        out = model(ids)
+        out.sum().backward()
+    torch.testing.assert_close(out.detach(), expected)
+
+
+def test_embeddings_that_change_when_they_are_used_are_not_served() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0))
+    base = {"0.weight": torch.ones(5, 4)}
+    bank = fx.ExpertBank(model, fx.extract_experts(base, {"t": {"0.weight": torch.randn(5, 4)}}))
+    with pytest.raises(ArgumentError, match="max_norm"):
+        bank.deltas(["t"]).__enter__()

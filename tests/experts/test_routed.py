@@ -1,5 +1,6 @@
 """Routed models: every sample as under its own experts, and how many passes that takes."""
 
+import copy
 from collections import namedtuple
 from dataclasses import replace
 
@@ -191,6 +192,14 @@ def test_misfits_are_named(router: Router, sequences: Sequences) -> None:
     wide = RoutedModel(sequences, bank, lambda features: torch.ones(len(features), 3), features=by_first_token)
     with pytest.raises(ArgumentError, match=r"expected weights \(2, 2\), got \(2, 3\)"):
         wide(torch.zeros(2, 3, dtype=torch.long))
+    other = copy.deepcopy(sequences)
+    with pytest.raises(ArgumentError, match="model must be the one that the bank is attached to"):
+        RoutedModel(other, bank, lambda f: f, features=by_first_token)
+    assert RoutedModel(nn.DataParallel(sequences), bank, lambda f: f, features=by_first_token)
+    with pytest.raises(ArgumentError, match="router must return a tensor, got list"):
+        RoutedModel(sequences, bank, lambda f: [1.0, 0.0], features=by_first_token)(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ArgumentError, match="features must return a tensor, got NoneType"):
+        RoutedModel(sequences, bank, lambda f: f, features=lambda x: None)(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ArgumentError, match="empty"):
         RoutedModel(sequences, bank, lambda f: torch.ones(len(f), 2), features=by_first_token)(
             torch.zeros(0, 3, dtype=torch.long)

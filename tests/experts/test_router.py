@@ -71,6 +71,30 @@ def test_fitting_works_without_gradients_around_it() -> None:
         assert not Router.fit(*blobs(30, seed=5), hidden=4, steps=5).tensors["output.bias"].requires_grad
 
 
+def test_fitting_works_in_inference_mode() -> None:
+    features, ids = blobs(30, seed=5)
+    expected = Router.fit(features, ids, hidden=4, steps=5)
+    with torch.inference_mode():
+        fitted = Router.fit(features.clone(), ids, hidden=4, steps=5)
+    assert all(torch.equal(fitted.tensors[name], tensor) for name, tensor in expected.tensors.items())
+    assert not any(tensor.is_inference() for tensor in fitted.tensors.values())
+
+
+def test_autocast_changes_nothing() -> None:
+    features, ids = blobs(30, seed=5)
+    router = Router.fit(features, ids, hidden=4, steps=5)
+    expected = router.logits(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router.logits(features), expected)
+        fitted = Router.fit(features, ids, hidden=4, steps=5)
+    assert all(torch.equal(fitted.tensors[name], tensor) for name, tensor in router.tensors.items())
+
+
+def test_a_large_seed_is_a_seed() -> None:
+    features, ids = blobs(30, seed=5)
+    assert Router.fit(features, ids, hidden=4, steps=2, seed=1 << 70).tasks
+
+
 def test_a_constant_feature_is_harmless() -> None:
     features, ids = blobs(60, seed=6)
     features[:, 3] = 7.0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from freemerge.backends import cpu, cuda
 from freemerge.backends.sparse import SparseVector, Update
 from freemerge.errors import ArgumentError
 from freemerge.experts.switch import Switch, weighted_sum
@@ -47,6 +50,28 @@ def test_many_tensors_change_at_once(backend: str) -> None:
     before, after = [update.weights.clone() for update in updates], [expected(update) for update in updates]
     with apply_(updates, backend=backend):
         assert all(torch.equal(update.weights, want) for update, want in zip(updates, after, strict=True))
+    assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda-emulated"], indirect=True)
+def test_an_interruption_that_python_tells_of_after_the_switch_is_undone(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while native code runs is raised when that is through, and the weights have changed."""
+    updates = mixed_updates(DTYPES[:3], 130)
+    before = [update.weights.clone() for update in updates]
+    told: list[object] = []
+
+    def interrupted(weights: Sequence[torch.Tensor]) -> None:
+        told.append(weights)
+        if len(told) == 1:
+            raise KeyboardInterrupt
+
+    for module in (cpu, cuda):
+        monkeypatch.setattr(module, "mark_changed", interrupted)
+    with pytest.raises(KeyboardInterrupt), apply_(updates, backend=backend):
+        pass
+    assert len(told) == 2
     assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
 
 

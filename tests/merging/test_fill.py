@@ -81,3 +81,33 @@ def test_what_does_not_fit_changes_nothing() -> None:
     assert torch.equal(target.weight, before)
     with pytest.raises(fm.CheckpointError, match="into: tensor 'weight' must be a dense tensor"):
         fm.merge(base, [model], into=nn.Linear(4, 3, device="meta"))
+
+
+def test_a_head_of_its_own_does_not_replace_the_embeddings_of_a_module_that_ties_them() -> None:
+    base, target = Tied(), Tied()
+    model = {name: tensor.clone() for name, tensor in tuned(base, 1).state_dict().items()}
+    model["head.weight"] += 1
+    before = target.embed.weight.detach().clone()
+    with pytest.raises(fm.CheckpointError, match=r"the module ties 'head\.weight' to 'embed\.weight'"):
+        fm.merge(base, [model], into=target)
+    assert torch.equal(target.embed.weight, before)
+
+
+def test_what_a_module_cannot_hold_is_not_written() -> None:
+    target = nn.Linear(2, 2, bias=False, dtype=torch.float16)
+    before = target.weight.detach().clone()
+    with pytest.raises(fm.CheckpointError, match=r"'weight' does not fit into torch\.float16"):
+        fm.merge({"weight": torch.full((2, 2), 1e5)}, [{"weight": torch.full((2, 2), 2e5)}], into=target)
+    assert torch.equal(target.weight, before)
+
+
+def test_tensors_of_inference_mode_are_written_and_those_that_overlap_are_not() -> None:
+    base, models = {"weight": torch.zeros(2, 2)}, [{"weight": torch.ones(2, 2)}]
+    with torch.inference_mode():
+        target = nn.Linear(2, 2, bias=False)
+    expected = fm.merge(base, models, into=target)
+    assert torch.equal(target.weight, expected["weight"])
+    target = nn.Linear(2, 2, bias=False)
+    target.weight = nn.Parameter(torch.zeros(1).expand(2, 2))
+    with pytest.raises(fm.CheckpointError, match="into: tensor 'weight' may overlap itself"):
+        fm.merge(base, models, into=target)

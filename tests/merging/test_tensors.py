@@ -133,6 +133,35 @@ def test_without_a_name_no_rule_applies() -> None:
     assert not torch.equal(fm.merge_tensors(base, [model], recipe=recipe), base)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 2)])
+def test_what_can_only_be_copied_is_copied(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As a host that goes through all tensors of a model meets it."""
+    base = torch.ones(shape).to(dtype)
+    out = torch.zeros(shape).to(dtype)
+    merged = fm.merge_tensors(base, [base.clone()] * 2, name="ids", out=out)
+    assert merged is out
+    assert torch.equal(bits(merged), bits(base))
+    assert bits(fm.merge({"w": torch.ones(2), "ids": base}, [{"w": torch.ones(2), "ids": base}])["ids"]).equal(
+        bits(base)
+    )
+    if base.numel():
+        others = [base, torch.zeros(shape).to(dtype)]
+        with pytest.raises(fm.CheckpointError, match=r"tensors\[1\]: tensor ids .*differs from the base"):
+            fm.merge_tensors(base, others, name="ids")
+        copied = fm.merge_tensors(base, others, name="ids", recipe=fm.Recipe(select=[("ids", "copy")]))
+        assert torch.equal(bits(copied), bits(base))
+        assert copied.data_ptr() != base.data_ptr()
+        with pytest.raises(fm.ArgumentError, match=r"deltas\[0\] must be float32"):
+            fm.merge_deltas([base])
+
+
+def test_what_a_recipe_drops_is_not_merged() -> None:
+    recipe = fm.Recipe(select=[("w", "drop")])
+    with pytest.raises(fm.ArgumentError, match="select: w is left out of the merged model"):
+        fm.merge_tensors(torch.zeros(2), [torch.ones(2)], recipe=recipe, name="w")
+
+
 def test_parameters_of_a_module_are_plain_tensors() -> None:
     layer = torch.nn.Linear(6, 4)
     merged = fm.merge_tensors(layer.weight, [layer.weight + 1])
@@ -193,6 +222,9 @@ def test_out_is_not_written_after_an_error_and_must_fit() -> None:
             fm.merge_tensors(base, [base], out=wrong)
     with pytest.raises(fm.ArgumentError, match="out may overlap itself"):
         fm.merge_tensors(base, [base], out=torch.zeros(1).expand(2, 3))
+    with torch.inference_mode():
+        inferred = torch.zeros(2, 3)
+    assert torch.equal(fm.merge_tensors(base, [base + 1], out=inferred), fm.merge_tensors(base, [base + 1]))
     half = torch.zeros(2, 3, dtype=torch.bfloat16)
     recipe = fm.Recipe(out_dtype=torch.bfloat16)
     assert fm.merge_tensors(base, [base + 1], recipe=recipe, out=half) is half

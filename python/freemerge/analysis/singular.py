@@ -8,6 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from ..backends.memory import without_autocast
 from ..methods.spectra import RANK_TOLERANCE, singular_triplets
 from .sums import RANKS, SingularSums
 
@@ -36,7 +37,8 @@ def singular_sums(vectors: Sequence[Tensor], tasks: int) -> SingularSums:
             norm = float(torch.linalg.vector_norm(matrix.double()))
             if norm == 0:
                 continue
-            (left, values, right), fourth, complete = _decomposed(matrix / norm)
+            with without_autocast(matrix.device):
+                (left, values, right), fourth, complete = _decomposed(matrix / norm)
             energy = values.square()
             sums.matrices[v] += 1
             sums.stable[v] += 1 / float(energy[0]) / side
@@ -67,7 +69,9 @@ def _decomposed(matrix: Tensor) -> tuple[Triplets, float, bool]:
     tall = matrix.shape[0] > side
     wide = matrix.mT if tall else matrix
     gram = wide @ wide.mT
-    start = torch.randn(side, LEADING + _SPARE, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    start = torch.randn(
+        side, LEADING + _SPARE, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    )
     basis = start.to(gram)
     for _ in range(_ITERATIONS):
         basis = torch.linalg.qr(gram @ basis).Q

@@ -204,15 +204,20 @@ class _Switch(BackendSwitch):
 
     def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
         saved = scratch.take(self._switch.saved_bytes)
-        memory = storages(weights)
-        self._switch.apply(address(saved), torch.get_num_threads())
-        mark_changed(weights)
+        memory, place = storages(weights), address(saved)
 
         def restore(_: object = memory) -> None:
-            self._switch.restore(address(saved), torch.get_num_threads())
+            self._switch.restore(place, torch.get_num_threads())
             mark_changed(weights)
             scratch.give(saved)
 
+        threads = torch.get_num_threads()
+        try:
+            self._switch.apply(place, threads)
+            mark_changed(weights)
+        except BaseException:  # of Ctrl-C, Python tells when the native code is through
+            restore()
+            raise
         return restore
 
 

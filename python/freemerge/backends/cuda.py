@@ -175,7 +175,7 @@ class CudaBackend(TorchVectors):
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
         k = min(k, width)
         if not (rows and k):
-            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+            return torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.float32, device="cpu")
         module, device, stream = self._runtime.module, model.device, self._runtime.stream(model.device)
         indices = torch.empty(rows, k, dtype=torch.int64, device=device)
         values = torch.empty(rows, k, dtype=torch.float32, device=device)
@@ -249,8 +249,6 @@ class _Switch(BackendSwitch):
         saved = torch.empty(self._switch.saved_bytes, dtype=torch.uint8, device=self._device)  # the allocator's scratch
         memory = storages(weights)
         self._keep_for(place)
-        self._switch.apply(address(saved), *place)
-        mark_changed(weights)
 
         def restore(_: object = memory) -> None:
             now = self._runtime.place(self._device)
@@ -260,6 +258,13 @@ class _Switch(BackendSwitch):
             self._switch.restore(address(saved), *now)
             mark_changed(weights)
 
+        former = address(saved)
+        try:
+            self._switch.apply(former, *place)
+            mark_changed(weights)
+        except KeyboardInterrupt:  # Python tells of it when the native code is through
+            restore()
+            raise
         return restore
 
     def wait(self) -> None:

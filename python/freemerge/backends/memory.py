@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from threading import RLock
 from typing import NamedTuple
 
@@ -99,7 +99,7 @@ class _Pieces:
                 self._free = [piece for piece in self._free if piece is not found]
             else:
                 self._make_room(size)
-                found = _Piece(torch.empty(size, dtype=torch.uint8), 0, size)
+                found = _Piece(torch.empty(size, dtype=torch.uint8, device="cpu"), 0, size)
                 _core.prefer_huge_pages(address(found.block), size)
                 self._held += size
             piece, rest = found._replace(end=found.begin + size), found._replace(begin=found.begin + size)
@@ -132,6 +132,12 @@ class _Pieces:
 
 
 _pieces = _Pieces()
+
+
+def without_autocast(device: torch.device | str) -> AbstractContextManager[object]:
+    """In the block products are computed in the dtype of their factors, whatever autocast says."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def matrices(batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

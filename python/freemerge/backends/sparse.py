@@ -75,7 +75,11 @@ class Scratch:
     def take(self, nbytes: int) -> torch.Tensor:
         """At least so many bytes, until they are given back."""
         kept = self._free.pop() if self._free else None
-        return kept if kept is not None and kept.numel() >= nbytes else torch.empty(nbytes, dtype=torch.uint8)
+        return (
+            kept
+            if kept is not None and kept.numel() >= nbytes
+            else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        )
 
     def give(self, memory: torch.Tensor) -> None:
         """Return memory that :meth:`take` handed out."""

@@ -94,7 +94,7 @@ class _Full(Executable):
         self._shape, self._dtype = plan.matrix, compute_dtype(plan.dtype)
         gains = plan.response.half_mask(plan.shape)
         # Complex, as a product of complex tensors is faster.
-        self._gains = torch.tensor(gains, dtype=self._dtype.to_complex()).to(plan.device)
+        self._gains = torch.tensor(gains, dtype=self._dtype.to_complex(), device=plan.device)
         self._centers, self._at_zero = plan.centers, float(gains[0, 0])
         self.nbytes = self._gains.nbytes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from ..planner.forms import compute_dtype
 from ..planner.plan import Decimation, Plan
 from ..planner.windows import Window, half_bin, window_transform
 from .base import Executable
-from .memory import matrices, sample
+from .memory import matrices, sample, without_autocast
 
 _CELLS = 64  # of one product, so that a launch costs less than its work
 _GAIN_ROWS = 64  # of the coarse gain that are computed at a time, in float64
@@ -34,9 +33,7 @@ class Decimated(Executable):
         self.nbytes = self._rows.nbytes + self._columns.nbytes + table_bytes([self._gain, self._turns])
 
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
-        # Products are computed in their own dtype, whatever autocast says.
-        kind = self._device.partition(":")[0]
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        with without_autocast(self._device):
             for x in matrices(batches):
                 if not self._centers:
                     self._filter(x, scale)
@@ -149,7 +146,7 @@ def _coarse_gain(plan: Plan) -> torch.Tensor:
     weight_y = rows.cells / (height * window_transform(rows, offset_y) ** 2)
     weight_x = columns.cells / (width * window_transform(columns, offset_x) ** 2)
     weight_y[np.abs(offset_y) >= rows.band] = 0.0
-    result = torch.empty(rows.cells, weight_x.size, dtype=compute_dtype(plan.dtype))
+    result = torch.empty(rows.cells, weight_x.size, dtype=compute_dtype(plan.dtype), device="cpu")
     for start in range(0, rows.cells, _GAIN_ROWS):
         block = slice(start, start + _GAIN_ROWS)
         gain = plan.response.gain(bin_y[block, None], bin_x[None, :], plan.shape) - plan.background

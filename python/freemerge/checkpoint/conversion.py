@@ -160,7 +160,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+    return torch.empty(shape, dtype=torch.float32, device="meta").stride()
 
 
 def _conversions(module: nn.Module, *, legacy: bool = False) -> list[Any]:

@@ -101,7 +101,7 @@ class SafetensorsFile:
     def _read(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         fd = open_regular(self.path)
         try:
             if _identity(fd) != self._identity:
@@ -156,7 +156,7 @@ def _map(fd: int, offset: int, nbytes: int) -> torch.Tensor:
 
 
 def _copy(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
-    raw = torch.empty(nbytes, dtype=torch.uint8)
+    raw = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     view = raw.numpy().data
     position = 0
     while position < nbytes:  # one call reads 2 GiB at most

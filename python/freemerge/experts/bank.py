@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from ..checkpoint.views import InModuleLayout, renamed
 from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
 from ..merging.statistics_buffers import convex
+from ..overlap import internal_overlap
 from .deltas import Change, Product, forward_deltas, unserved
 from .expert import Expert
 from .placement import Part, Placement, gathered, gathered_dense, seen_by
@@ -46,7 +47,8 @@ class ExpertBank(Mapping[str, Expert]):
 
     Raises ArgumentError or CheckpointError, naming the tensor, if an expert does not fit the model or the base. It is
     safe to use one bank from several threads: a thread that switches waits until no other has an expert on, as the
-    weights are shared. Do not run the model outside of :meth:`active` while another thread is inside.
+    weights are shared. Do not run the model outside of :meth:`active` while another thread is inside,
+    nor move or convert it inside: the copy would keep the expert.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ExpertBank(Mapping[str, Expert]):
         self._origins: dict[tuple[str, str], Tensor] = {}
         self._switches: dict[tuple[str, Combine], tuple[float, Switch]] = {}
         self._scratch = Scratch()
+        self._blocks: list[ExitStack] = []  # what undoes the blocks that are open, the innermost last
         for task, expert in self._experts.items():
             self._check(task, expert)
         self._seen: dict[str, Seen] = {}
@@ -111,7 +114,8 @@ class ExpertBank(Mapping[str, Expert]):
 
         ``"add"``: theta_m + sum_i w_i e_i (the paper). ``"replace"``: where an expert has an entry,
         theta_0 + sum_i w_i e_i instead (the released code); for experts of single entries only. Blocks may be nested in
-        one thread; inner ones act on what outer ones left. Weights are restored even after an exception.
+        one thread, the inner ones left first (ArgumentError otherwise, as with coroutines that take turns); they act on
+        what outer ones left. Weights are restored even after an exception.
 
         The cost of single entries is that of the entries touched, not of the model. Low-rank experts touch every entry:
         their products are added tensor by tensor, and the former weights kept as copies. In a mixture of both kinds,
@@ -142,7 +146,30 @@ class ExpertBank(Mapping[str, Expert]):
                 undo.enter_context(add_dense(self._tensor(name), self._moves(name, terms)))
             if weights or dense:
                 torch.clear_autocast_cache()
+            with self._innermost(undo):
+                yield
+
+    @contextmanager
+    def _innermost(self, undo: ExitStack) -> Iterator[None]:
+        """A block inside of those that are open; ArgumentError where one is left before another inside of it.
+
+        Coroutines and generators that take turns in one thread do so. Former weights only come back in order, so the
+        inner block has ended, too.
+        """
+        self._blocks.append(undo)
+        try:
             yield
+        finally:
+            open_here = undo in self._blocks
+            inside = [] if not open_here else self._blocks[self._blocks.index(undo) + 1 :]
+            self._blocks = [block for block in self._blocks if block is not undo and block not in inside]
+            for block in reversed(inside):
+                block.close()
+            if inside or not open_here:
+                raise ArgumentError(
+                    "experts: a block was left before one inside of it; both have ended, and the weights are as they "
+                    "were before: use a bank in one coroutine or generator at a time"
+                )
 
     @contextmanager
     def deltas(self, experts: Sequence[str | Mapping[str, float] | None]) -> Iterator[None]:
@@ -152,9 +179,10 @@ class ExpertBank(Mapping[str, Expert]):
         concerned, so one forward pass serves a batch of mixed experts; results agree with :meth:`active` to rounding.
         The model must be a module, and the batch the first dimension of what every such module gets. Linear, Embedding,
         convolutions, LayerNorm, GroupNorm and batch norms in eval mode can do it. A model that passes a parameter to a
-        function, instead of calling the module that holds it, gets wrong results; :meth:`serves_deltas` tells. Raises
-        ArgumentError for what the modules themselves cannot serve, before anything is computed, and for an input whose
-        first dimension is neither ``len(experts)`` nor 1.
+        function, instead of calling the module that holds it, gets wrong results; :meth:`serves_deltas` tells. A graph
+        that torch.compile has made around the model leaves the products out. Raises ArgumentError for what the modules
+        themselves cannot serve, compiled ones among them, before anything is computed, and for an input whose first
+        dimension is neither ``len(experts)`` nor 1.
         """
         if isinstance(experts, str | Mapping) or not isinstance(experts, Sequence):
             raise ArgumentError(f"experts must be a list, what each sample of the batch gets, got {experts!r}")
@@ -164,11 +192,13 @@ class ExpertBank(Mapping[str, Expert]):
         if reason is not None:
             raise ArgumentError(reason)
         assert isinstance(self._model, nn.Module)
-        weights = torch.tensor([[chosen.get(task, 0.0) for task in tasks] for chosen in samples], dtype=torch.float64)
-        with self._lock:
+        shares = [[chosen.get(task, 0.0) for task in tasks] for chosen in samples]
+        weights = torch.tensor(shares, dtype=torch.float64, device="cpu").view(len(samples), len(tasks))
+        with self._lock, ExitStack() as undo:
             updates = [{name: self._change(task, name) for name in self._names[task]} for task in tasks]
             statistics = self._of_samples(samples)
-            with forward_deltas(self._model, weights.view(len(samples), len(tasks)), updates, statistics):
+            undo.enter_context(forward_deltas(self._model, weights, updates, statistics))
+            with self._innermost(undo):
                 yield
 
     def serves_deltas(self, tasks: Iterable[str] | None = None, run: Callable[[], object] | None = None) -> str | None:
@@ -185,6 +215,14 @@ class ExpertBank(Mapping[str, Expert]):
         with self._lock:
             reason = unserved(self._model, names, run)
         return None if reason is None else f"deltas cannot serve {reason}"
+
+    def _belongs_to(self, model: nn.Module) -> bool:
+        """Whether the tensors that experts change are those of ``model``: that of the bank, or one that shares them."""
+        held = set()
+        for tensor in (*model.parameters(), *model.buffers()):
+            with suppress(ArgumentError):  # what has no memory of its own is none of them
+                held.add(dense(tensor, "model").data_ptr())
+        return all(self._tensor(name).data_ptr() in held for names in self._names.values() for name in names)
 
     def _weights(self, experts: str | Mapping[str, float]) -> dict[str, float]:
         if not isinstance(experts, str | Mapping):
@@ -405,6 +443,8 @@ class ExpertBank(Mapping[str, Expert]):
                 raise ArgumentError(f"experts: {name!r} of {task!r} has shape {kept}, the model's has {shape}")
             if tensor.dtype not in MERGEABLE or tensor.layout != torch.strided:
                 raise ArgumentError(f"experts: {name!r} of the model must be a dense float tensor, not {tensor.dtype}")
+            if internal_overlap(shape, tensor.stride()):
+                raise ArgumentError(f"experts: {name!r} of the model may overlap itself in memory {tensor.stride()}")
             first = memory.setdefault(tensor.data_ptr(), name)
             if first != name or (len(parts) > 1 and parts[0].piece is None):
                 names = [part.entry for part in (*self._parts[task][first], *parts)]

@@ -44,13 +44,17 @@ def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] |
     Modules alone do not tell whether a model calls them with the batch in front, and whether something else uses their
     parameters. ``run``, a forward pass of one sample, shows it.
     """
-    owners, names = _owners(model), list(names)
+    owners, names, compiled = _owners(model), list(names), _compiled(model)
     for name in names:
         if name not in owners:
             return f"{name!r}: it is not a parameter, nor a batch norm's"
         for module, _ in owners[name]:
+            if module in compiled:
+                return f"{name!r}: its module is compiled, which leaves out what is hooked to it later"
             if _contribution(module) is None:
                 return f"{name!r}: it belongs to a {type(module).__name__}"
+            if getattr(module, "max_norm", None) is not None:
+                return f"{name!r}: its embedding changes the weights that are looked up (max_norm)"
             if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
                 return f"{name!r}: its batch norm mixes the samples of a batch; use model.eval()"
     return None if run is None else _observed(model, {name: owners[name] for name in names}, run)
@@ -88,6 +92,12 @@ def forward_deltas(
         for module, own in terms.items():
             hooks.callback(module.register_forward_hook(_hook(names[module], batch, own)).remove)
         yield
+
+
+def _compiled(model: nn.Module) -> set[nn.Module]:
+    """The modules inside of those that torch.compile has made, or has been told to make, a graph of."""
+    graphs = [m for m in model.modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None]
+    return {inner for graph in graphs for inner in graph.modules()}
 
 
 def _owners(model: nn.Module) -> _Owners:
@@ -216,7 +226,7 @@ def _delta(weights: Tensor, update: Change, scale: float) -> Tensor | Product:
     """An update as a tensor, sparse if it is entries of a matrix; float32, or float64 for float64 weights."""
     dtype = torch.promote_types(weights.dtype, torch.float32)
     if isinstance(update, Product):
-        return Product(update.left.to(dtype) * scale, update.right.to(dtype))
+        return Product(update.left.to(dtype) * scale, update.right.to(dtype, copy=True))  # not of inference mode
     if isinstance(update, Tensor):
         return update.to(dtype) * scale
     values = update.values.to(dtype) * scale
@@ -228,7 +238,12 @@ def _delta(weights: Tensor, update: Change, scale: float) -> Tensor | Product:
     width = weights.shape[1]
     row = torch.div(indices, width, rounding_mode="floor")
     return torch.sparse_coo_tensor(
-        torch.stack([row, indices - row * width]), values, weights.shape, is_coalesced=True, check_invariants=False
+        torch.stack([row, indices - row * width]),
+        values,
+        weights.shape,
+        device=values.device,
+        is_coalesced=True,
+        check_invariants=False,
     )
 
 

@@ -158,7 +158,7 @@ class EntryExtraction:
             product, square = float((stored * v).sum()), float((stored * stored).sum())
             found = dataclasses.replace(found, kept_product=product, kept_square=square)
         if self.rescale in RULES and RULES[self.rescale].needs_norms:
-            dense = torch.zeros(tensor.numel)
+            dense = torch.zeros(tensor.numel, dtype=torch.float32, device="cpu")
             dense[selection.indices] = selection.values
             found = dataclasses.replace(
                 found,

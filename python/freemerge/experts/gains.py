@@ -23,7 +23,7 @@ from .leading import leading_triplets
 from .payload import numbers_to_bytes
 from .select import rows_of
 from .task_vector import task_vector
-from .values.gains import Gains, coded, directions
+from .values.gains import NO_CODES, NO_SCALE, Gains, coded, directions
 from .values.svd2 import Svd2
 
 _FIRST = 8  # components that every matrix offers, beside four times its even share of a budget
@@ -156,8 +156,8 @@ class GainExtraction:
 
     def _sketch(self, own: Tensor, merged: Tensor, basis: tuple[Tensor, Tensor, Tensor] | None) -> _Sketch:
         matrix = own.view(rows_of(own.shape))
-        codes, scale = torch.empty(0, dtype=torch.int8), torch.zeros(1)
-        made, rest = torch.zeros((), dtype=torch.float64), own - merged
+        codes, scale = NO_CODES, NO_SCALE
+        made, rest = own.new_zeros((), dtype=torch.float64), own - merged
         if basis is not None:
             left, _, right = basis
             codes, scale = coded(((left.mT @ matrix.double()) * right).sum(1))
@@ -165,7 +165,7 @@ class GainExtraction:
             rest = (matrix - made).to(own.dtype)
         count = self._offered(own.shape)
         components, energies = None, []
-        overlaps = owned = torch.zeros(0, dtype=torch.float64)
+        overlaps = owned = torch.zeros(0, dtype=torch.float64, device="cpu")
         if count:
             first, values, last = (part.cpu() for part in leading_triplets(rest.view(matrix.shape), count))
             energies = values.square().tolist()

@@ -43,5 +43,7 @@ def spectral_norm(matrix: Tensor) -> float:
 
 def _leading_rows(matrix: Tensor, width: int) -> Tensor:
     """Orthonormal rows [width, H] that span about where the matrix is largest, from a start that is always the same."""
-    start = torch.randn(width, matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(
+        width, matrix.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu"
+    )
     return subspace(matrix, start, _ITERATIONS)

@@ -37,6 +37,6 @@ class MaskExtraction:
             if vector.any():  # else there is nothing to select, nor to take away
                 kept[name] = tuple(own.shape), agrees.flatten().cpu()
         total = math.fsum(selected)
-        scale = torch.tensor([math.fsum(magnitudes) / total if total else 0.0], dtype=torch.float32)
+        scale = torch.tensor([math.fsum(magnitudes) / total if total else 0.0], dtype=torch.float32, device="cpu")
         tensors = {name: Mask(shape, bits, scale) for name, (shape, bits) in kept.items()}
         return Expert(tensors, 1.0, None, None, "number", Mask.coding)

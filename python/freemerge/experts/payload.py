@@ -79,7 +79,7 @@ class Reader:
     def tensor(self, dtype: torch.dtype, count: int) -> torch.Tensor:
         """The next bytes, as a finite vector."""
         data = self.take(dtype.itemsize * count)
-        tensor = torch.from_numpy(data).view(dtype) if count else torch.empty(0, dtype=dtype)
+        tensor = torch.from_numpy(data).view(dtype) if count else torch.empty(0, dtype=dtype, device="cpu")
         if dtype.is_floating_point and not all_finite(tensor):
             raise ValueError("non-finite values")
         return tensor

@@ -111,7 +111,7 @@ def gathered_dense(
     dense = {part.entry: dense_of(part.entry) for part in parts}
     if len(parts) == 1 and parts[0].piece is None:
         return dense[parts[0].entry]
-    total = torch.zeros(like.shape, device=like.device)
+    total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     for part in parts:
         if part.piece is None:
             total += dense[part.entry]
@@ -125,7 +125,7 @@ def seen_by(part: Part, entry: ExpertTensor, vector: Tensor) -> Seen:
     if part.piece is None:
         return entry.seen(vector)
     # As the file has it; where a tensor of the file is in several of the model, the rest of it is not looked at.
-    whole = torch.zeros(entry.shape, device=vector.device)
+    whole = torch.zeros(entry.shape, dtype=torch.float32, device=vector.device)
     part.piece.of_file(whole).copy_(part.piece.of_module(vector))
     return entry.seen(whole)
 
@@ -133,7 +133,7 @@ def seen_by(part: Part, entry: ExpertTensor, vector: Tensor) -> Seen:
 def _in_module(indices: Tensor, piece: Piece | None) -> tuple[Tensor, Tensor]:
     """Flat positions in the module's tensor, and which of the entries they are of."""
     if piece is None:
-        return indices, torch.ones(len(indices), dtype=torch.bool)
+        return indices, torch.ones(len(indices), dtype=torch.bool, device=indices.device)
     place, rest = torch.full_like(indices, piece.offset), indices - piece.file_offset
     inside = rest >= 0
     dims = zip(piece.file_strides, piece.shape, piece.strides, strict=True)

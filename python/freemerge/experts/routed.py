@@ -78,6 +78,8 @@ class RoutedModel:
             function(name, value)
         if not isinstance(features, str):
             function("features", features)
+        if isinstance(model, nn.Module) and not bank._belongs_to(model):
+            raise ArgumentError("model must be the one that the bank is attached to, or wrap it")
         self.model, self.bank, self.router, self.combine = model, bank, router, combine
         self.features = PooledState(model, features) if isinstance(features, str) else features
         self.tasks: tuple[str, ...] = tuple(getattr(router, "tasks", None) or bank)
@@ -89,7 +91,7 @@ class RoutedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Routed:
         """Run a batch; gradients are recorded or not as the caller's context says, except for the routing."""
         with self.bank.active({}):  # the features are the backbone's, whatever other threads switch on
-            features = self.features(*args, **kwargs)
+            features = _tensor("features", self.features(*args, **kwargs))
         weights = self._weights(features)
         batch = len(weights)
         if not batch:
@@ -99,7 +101,7 @@ class RoutedModel:
         if mixtures > len(self.tasks) and self._serves_deltas(args, kwargs, batch):
             with self.bank.deltas([self._experts(row) for row in weights]):
                 output = self.model(*args, **kwargs)
-            return Routed(_join([output], [batch], torch.arange(batch)), weights, self.tasks)
+            return Routed(_join([output], [batch], torch.arange(batch, device="cpu")), weights, self.tasks)
         rows = [torch.nonzero(group_of == group).flatten() for group in range(len(distinct))]
         outputs = []
         for group, members in zip(distinct, rows, strict=True):
@@ -113,12 +115,12 @@ class RoutedModel:
         if self.combine != "add" or self.bank.serves_deltas(self.tasks) is not None:
             return False
         if self._one_pass is None:
-            one_args, one_kwargs = _take((args, kwargs), torch.tensor([0]), batch)
+            one_args, one_kwargs = _take((args, kwargs), torch.tensor([0], device="cpu"), batch)
             self._one_pass = self.bank.serves_deltas(self.tasks, lambda: self.model(*one_args, **one_kwargs)) is None
         return self._one_pass
 
     def _weights(self, features: Tensor) -> Tensor:
-        weights = self.router(features)
+        weights = _tensor("router", self.router(features))
         if weights.shape != (len(features), len(self.tasks)):
             raise ArgumentError(
                 f"router: expected weights {(len(features), len(self.tasks))}, got {tuple(weights.shape)}"
@@ -129,6 +131,13 @@ class RoutedModel:
         """A name for a single expert at full strength, else every expert's weight."""
         chosen = {task: weight for task, weight in zip(self.tasks, weights.tolist(), strict=True) if weight != 0}
         return next(iter(chosen)) if list(chosen.values()) == [1.0] else chosen
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    """What a function of the user has returned."""
+    if not isinstance(value, Tensor):
+        raise ArgumentError(f"{name} must return a tensor, got {type(value).__name__}")
+    return value
 
 
 def _take(value: Any, rows: Tensor, batch: int) -> Any:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import number, path_of, whole_number
+from ..backends.memory import without_autocast
 from ..dense import dense
 from ..errors import ArgumentError, CheckpointError, counted
 
@@ -78,23 +80,24 @@ class Router:
             if not 0 <= number(rate) < math.inf:
                 raise ArgumentError(f"{name} must be a finite number of at least 0, got {rate!r}")
         known = tuple(dict.fromkeys(names))
-        target = torch.tensor([known.index(name) for name in names])
-        features = features.detach().float().cpu()
-        width = features.shape[1]
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {
-            "center": features.mean(0),
-            "spread": features.std(0, correction=0).clamp(min=1e-6),
-            "hidden.weight": torch.randn(hidden, width, generator=generator) * math.sqrt(2 / width),
-            "hidden.bias": torch.zeros(hidden),
-            "output.weight": torch.randn(len(known), hidden, generator=generator) / math.sqrt(hidden),
-            "output.bias": torch.zeros(len(known)),
-        }
-        trained = [tensors[name].requires_grad_() for name in TENSORS[2:]]
-        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        router = cls(known, tensors)
-        with torch.enable_grad():
+        # Whatever the caller's modes are; the optimizer makes tensors, too.
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast("cpu"), torch.device("cpu"):
+            features = features.detach().float().cpu()
+            target = torch.tensor([known.index(name) for name in names], device="cpu")
+            width = features.shape[1]
+            noise = partial(torch.randn, generator=torch.Generator().manual_seed(seed % (1 << 63)), dtype=torch.float32)
+            tensors = {
+                "center": features.mean(0),
+                "spread": features.std(0, correction=0).clamp(min=1e-6),
+                "hidden.weight": noise(hidden, width) * math.sqrt(2 / width),
+                "hidden.bias": torch.zeros(hidden, dtype=torch.float32, device="cpu"),
+                "output.weight": noise(len(known), hidden) / math.sqrt(hidden),
+                "output.bias": torch.zeros(len(known), dtype=torch.float32, device="cpu"),
+            }
+            trained = [tensors[name].requires_grad_() for name in TENSORS[2:]]
+            optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            router = cls(known, tensors)
             for _ in range(steps):
                 optimizer.zero_grad()
                 F.cross_entropy(router.logits(features), target).backward()  # type: ignore[no-untyped-call]
@@ -107,9 +110,10 @@ class Router:
         weights = {name: tensor.to(features.device) for name, tensor in self.tensors.items()}
         if features.ndim != 2 or features.shape[1] != len(weights["center"]):
             raise ArgumentError(f"features must be (N, {len(weights['center'])}), got {tuple(features.shape)}")
-        standard = (features.float() - weights["center"]) / weights["spread"]
-        activations = F.relu(F.linear(standard, weights["hidden.weight"], weights["hidden.bias"]))
-        return F.linear(activations, weights["output.weight"], weights["output.bias"])
+        with without_autocast(features.device):
+            standard = (features.float() - weights["center"]) / weights["spread"]
+            activations = F.relu(F.linear(standard, weights["hidden.weight"], weights["hidden.bias"]))
+            return F.linear(activations, weights["output.weight"], weights["output.bias"])
 
     @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:

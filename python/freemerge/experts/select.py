@@ -59,7 +59,7 @@ class ModelSelector:
     """
 
     def __init__(self) -> None:
-        self._bins = torch.zeros(_core.MAGNITUDE_BINS, dtype=torch.int64)
+        self._bins = torch.zeros(_core.MAGNITUDE_BINS, dtype=torch.int64, device="cpu")
         self._candidates: list[Selection] = []
 
     def count(self, model: torch.Tensor, base: torch.Tensor) -> None:

@@ -57,7 +57,11 @@ def _stand_in(recipe: Recipe, count: int) -> Recipe:
 
 def _timed(recipe: Recipe, count: int, backend: str) -> Pace:
     generator = torch.Generator().manual_seed(0)
-    states = [{"x.weight": torch.randn(_SIDE, _SIDE, generator=generator).bfloat16()} for _ in range(count + 1)]
+    noise = [
+        torch.randn(_SIDE, _SIDE, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
+        for _ in range(count + 1)
+    ]
+    states = [{"x.weight": tensor} for tensor in noise]
     base, *models = map(Checkpoint.open, states)
     merger = Merger(base, models, recipe, backend)
     (unit,) = merger.steps

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.state_dict import tied_names
-from ..dense import dense
+from ..dense import dense, overwrite
 from ..errors import ArgumentError, CheckpointError
+from ..overlap import internal_overlap
 
 
 class Target:
     """The tensors of a module's state dict, which a merged model with these names and shapes is written into.
 
-    Raises ArgumentError for what is no module, CheckpointError, naming the tensor, if one has no memory of its own.
+    Raises ArgumentError for what is no module, CheckpointError, naming the tensor, if one has no memory of its own, or
+    none for each of its entries.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -25,6 +27,9 @@ class Target:
         self._tensors = {
             name: dense(tensor, f"into: tensor {name!r}", CheckpointError) for name, tensor in held.items()
         }
+        for name, tensor in self._tensors.items():
+            if internal_overlap(tensor.shape, tensor.stride()):
+                raise CheckpointError(f"into: tensor {name!r} may overlap itself in memory (strides {tensor.stride()})")
         self._tied = tied_names(self._tensors)
 
     def fill(self, merged: Mapping[str, Tensor]) -> None:
@@ -34,9 +39,17 @@ class Target:
             if held is None or held.shape != tensor.shape:
                 has = "lacks it" if held is None else f"has shape {tuple(held.shape)}"
                 raise CheckpointError(f"into: the merged model has {name!r} {tuple(tensor.shape)}, the module {has}")
+        for name, tensor in merged.items():
+            dtype = self._tensors[name].dtype
+            if dtype != tensor.dtype and int(tensor.to(dtype).isinf().sum()) != int(tensor.isinf().sum()):
+                raise CheckpointError(f"into: the merged {name!r} does not fit into {dtype} of the module")
         for name in self._tensors:
             if name not in merged and self._tied.get(name) not in merged:
                 raise CheckpointError(f"into: the module has {name!r}, which the merged model lacks")
-        with torch.no_grad():
-            for name, tensor in merged.items():
-                self._tensors[name].copy_(tensor)
+        for name, first in self._tied.items():
+            if name in merged and first in merged:
+                one, other = (merged[n].to(self._tensors[first].dtype) for n in (name, first))
+                if not torch.equal(one, other):  # as where a model has a head of its own
+                    raise CheckpointError(f"into: the module ties {name!r} to {first!r}, the merged model does not")
+        for name, tensor in merged.items():
+            overwrite(self._tensors[name], tensor)

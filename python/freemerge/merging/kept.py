@@ -60,7 +60,7 @@ class Kept:
         return Merged(list(map(self._read, places)), notes)
 
     def _read(self, place: _Place) -> Tensor:
-        tensor = torch.empty(place.shape, dtype=place.dtype)
+        tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
         self._file.seek(place.offset)
         raw = _bytes_of(tensor)
         while len(raw):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import MERGEABLE, TensorSpec
-from ..dense import dense
+from ..dense import dense, overwrite
 from ..errors import ArgumentError
 from ..methods import Method
 from ..overlap import internal_overlap
 from .recipe import Recipe, checked_recipe
 from .run import merge
 from .selection import Rule, Split, Stack, View
-from .units import plan_units
+from .units import plan_units, require_equal
 
 
 def merge_tensors(
@@ -50,7 +50,7 @@ def merge_tensors(
         not modified.
 
     Raises:
-        ArgumentError: an argument is invalid, or the recipe stacks this tensor with others.
+        ArgumentError: an argument is invalid, or the recipe stacks this tensor with others, or drops it.
         CheckpointError: a value is not finite, or tensors that can only be copied differ.
     """
     recipe = checked_recipe(recipe, method)
@@ -68,11 +68,13 @@ def merge_tensors(
         _check_out(out, base, base.dtype if wanted is None else getattr(torch, wanted))
     layers = [layer for layer in recipe.layers if name is not None and fnmatchcase(name, layer.pattern)]
     recipe = recipe.replace(select=select, views=views, layers=layers, rename=())
-    merged = merge({key: base}, [{key: tensor} for tensor in tensors], recipe)[key]
+    if base.dtype in MERGEABLE:
+        merged = merge({key: base}, [{key: tensor} for tensor in tensors], recipe)[key]
+    else:  # of which no model consists
+        merged = _copied(spec, base, tensors, select)
     if out is None:
         return merged
-    with torch.no_grad():
-        return out.copy_(merged)
+    return overwrite(out, merged)
 
 
 def merge_deltas(
@@ -92,6 +94,8 @@ def merge_deltas(
     """
     _check_sequence("deltas", deltas)
     first = dense(deltas[0], "deltas[0]")
+    if first.dtype not in MERGEABLE:
+        raise ArgumentError(f"deltas[0] must be float32, float64, bfloat16 or float16, got {first.dtype}")
     origin = torch.zeros((), dtype=first.dtype, device=first.device).expand(first.shape)
     return merge_tensors(origin, deltas, method=method, recipe=recipe, weights=weights, name=name, out=out)
 
@@ -117,10 +121,22 @@ def _check_out(out: Tensor, base: Tensor, dtype: torch.dtype) -> None:
         raise ArgumentError(f"out may overlap itself in memory (strides {tensor.stride()})")
 
 
+def _copied(spec: TensorSpec, base: Tensor, tensors: Sequence[Tensor], select: Sequence[Rule]) -> Tensor:
+    """What is made within a model of a tensor that can only be copied, such as integers."""
+    (unit,) = plan_units({spec.name: spec}, select)
+    whole = dense(base, "base").detach()
+    for i, tensor in enumerate(tensors if unit.must_agree else ()):
+        require_equal(spec.name, whole, dense(tensor, f"tensors[{i}]").to(whole.device), f"tensors[{i}]")
+    return whole.clone(memory_format=torch.contiguous_format)
+
+
 def _rules_for(spec: TensorSpec, recipe: Recipe) -> tuple[tuple[Rule, ...], tuple[View, ...]]:
     """The rules and views of a recipe that are about one tensor."""
     select = tuple(rule for rule in recipe.select if fnmatchcase(spec.name, rule.pattern))
-    if plan_units({spec.name: spec}, select)[0].action != "filter":
+    units = plan_units({spec.name: spec}, select)
+    if not units:
+        raise ArgumentError(f"select: {spec.name} is left out of the merged model, so there is nothing to return")
+    if units[0].action != "filter":
         return select, ()
     for view in recipe.views:
         if isinstance(view, Stack) and any(fnmatchcase(spec.name, pattern) for pattern in view.patterns):

@@ -77,4 +77,4 @@ class DARE(Method):
         """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""
         key = hashlib.sha256(f"{self.seed} {model} {tensor.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-        return torch.rand(tensor.shape, generator=generator) < self.drop
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") < self.drop

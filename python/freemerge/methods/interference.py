@@ -49,7 +49,8 @@ def sampled(count: int, rows: int) -> float:
 def _rows(matrix: Tensor) -> tuple[Tensor, int]:
     """Some rows [..., n, W] in float64, always the same of all matrices of a height, and that height."""
     height = matrix.shape[-2]
-    chosen = torch.randperm(height, generator=torch.Generator().manual_seed(height))[:ROWS].sort().values
+    generator = torch.Generator().manual_seed(height)
+    chosen = torch.randperm(height, generator=generator, device="cpu")[:ROWS].sort().values
     return matrix.index_select(-2, chosen.to(matrix.device)).double(), height
 
 

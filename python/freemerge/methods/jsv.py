@@ -75,7 +75,7 @@ def _joined(tasks: Tensor) -> Tensor:
 
 def _spaced(lengths: Tensor) -> Tensor:
     """Singular values in the order of the lengths, evenly spaced, with the mean of those that are not zero."""
-    places = lengths.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    places = lengths.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).float()
     last = ((lengths > 0).sum(-1, keepdim=True) - 1).clamp(min=1)
     values = 1 + SPREAD - 2 * SPREAD * places / last
     return values * mean_of_nonzero(lengths)[..., None] * (lengths > 0)

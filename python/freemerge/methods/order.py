@@ -33,10 +33,10 @@ def kth_largest(whole: Whole[Iterable[tuple[int, Tensor]]], count: int, share: f
                 inside = bits[bits >> LOW_BITS == found[model][0]] & ((1 << LOW_BITS) - 1)
                 counts[model] += torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
 
-    upper = whole.total(add_upper, torch.zeros(count, 1 << 16, dtype=torch.int64))
+    upper = whole.total(add_upper, torch.zeros(count, 1 << 16, dtype=torch.int64, device="cpu"))
     ranks = [round(share * int(counts.sum())) for counts in upper]
     found = [_rank_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
-    lower = whole.total(add_lower, torch.zeros(count, 1 << LOW_BITS, dtype=torch.int64))
+    lower = whole.total(add_lower, torch.zeros(count, 1 << LOW_BITS, dtype=torch.int64, device="cpu"))
     return [
         _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else float("inf")
         for (high, rank), counts, k in zip(found, lower, ranks, strict=True)
@@ -55,7 +55,7 @@ def _bits(values: Tensor) -> Iterator[Tensor]:
 
 
 def _float(bits: int) -> float:
-    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+    return float(torch.tensor(bits, dtype=torch.int32, device="cpu").view(torch.float32))
 
 
 def _rank_from_top(counts: Tensor, rank: int) -> tuple[int, int]:

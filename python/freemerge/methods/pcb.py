@@ -32,8 +32,8 @@ class Competition(Measured):
 
     least: Tensor
     span: Tensor
-    inter: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
-    intra: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0))
+    inter: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
+    intra: Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
     thresholds: tuple[float, ...] = ()
 
     def normal(self, deltas: Sequence[Tensor], i: int, j: int) -> Tensor:
@@ -122,7 +122,7 @@ class PCB(Method):
                 found.append((deltas[0].numel(), [(float(low), float(high)) for low, high in extremes]))
             return found
 
-        least = torch.full((count, count), float("inf"), dtype=torch.float64)
+        least = torch.full((count, count), float("inf"), dtype=torch.float64, device="cpu")
         most = -least
         entries = 0
         for numel, extremes in chain.from_iterable(units.map(products)):
@@ -147,7 +147,7 @@ class PCB(Method):
                 found.append(sums)
             return found
 
-        inter, intra = torch.zeros_like(least), torch.zeros(count, dtype=torch.float64)
+        inter, intra = torch.zeros_like(least), torch.zeros(count, dtype=torch.float64, device="cpu")
         for sums in chain.from_iterable(units.map(exponentials)):
             for (i, j), (between, within) in zip(pairs, sums, strict=True):
                 inter[i, j] += between

@@ -64,7 +64,7 @@ def low_rank(wide: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor] 
     if columns < SMALLEST_SKETCH:
         return None
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(wide.shape[-1], columns, generator=generator, dtype=torch.float64).mT
+    start = torch.randn(wide.shape[-1], columns, generator=generator, dtype=torch.float64, device="cpu").mT
     basis = subspace(wide, start, POWER_STEPS)
     inner, values, right = torch.linalg.svd(left_times(basis, wide), full_matrices=False)
     left, values = _nonzero(basis.mT @ inner, values, size)

@@ -18,14 +18,15 @@ class Custom(Response):
     """A user's own mask: an H x W array in stored order, or a callable ``mask(ky, kx, (H, W)) -> gains``.
 
     A callable gets signed frequencies in bins as broadcastable float64 arrays of shapes (h, 1) and (1, w). Arrays are
-    copied, must be real and finite, and fit one shape only. Either is symmetrised. Callables compare by identity.
+    copied, must be real and finite, and fit one shape only. Either is symmetrised. Callables compare by identity,
+    and are asked once for a shape: one that is to give other gains later has to be another one.
     """
 
     def __init__(self, mask: npt.ArrayLike | MaskFunction) -> None:
         if callable(mask):
             object.__setattr__(self, "_function", mask)
             object.__setattr__(self, "_array", None)
-            object.__setattr__(self, "_key", (mask,))
+            object.__setattr__(self, "_key", ())
             return
         try:
             array = np.array(mask)
@@ -44,10 +45,11 @@ class Custom(Response):
     _key: tuple[object, ...]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Custom) and self._key == other._key
+        # A bound method equals one that was made before, although its object may have changed.
+        return isinstance(other, Custom) and self._function is other._function and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash((id(self._function), self._key))
 
     @property
     def identity(self) -> str:

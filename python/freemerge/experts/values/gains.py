@@ -16,7 +16,8 @@ from .svd2 import Svd2
 
 TOLERANCE = 3e-6  # of the norm: above what arithmetic changes, below what rounding to 16 bits does
 LARGEST = 7  # codes are -7 to 7, written as 0 to 14 in four bits
-_CLIPPINGS = torch.linspace(1.0, 0.3, 15, dtype=torch.float64)
+NO_CODES, NO_SCALE = torch.empty(0, dtype=torch.int8, device="cpu"), torch.zeros(1, dtype=torch.float32, device="cpu")
+_CLIPPINGS = torch.linspace(1.0, 0.3, 15, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class Gains(ExpertTensor):
 
     def dense(self, device: torch.device | None = None, seen: Seen = ()) -> torch.Tensor:
         self.check(seen)
-        added = torch.zeros(rows_of(self.shape), device=device)
+        added = torch.zeros(rows_of(self.shape), dtype=torch.float32, device=device or "cpu")
         if len(self.codes):
             left, values, right = (part.to(device) for part in seen)
             changes = -values.double()
@@ -99,7 +100,7 @@ class Gains(ExpertTensor):
         count, more = reader.number(), reader.number()
         if count > (min(shape) if len(shape) == 2 else 0) or more > 1 or not (count or more):
             raise ValueError(f"{count} gains and {more} remainders of shape {shape}")
-        codes, scale, norm = torch.empty(0, dtype=torch.int8), torch.zeros(1), torch.zeros(1)
+        codes, scale, norm = NO_CODES, NO_SCALE, NO_SCALE
         if count:
             scale, norm = reader.tensor(torch.float32, 1), reader.tensor(torch.float32, 1)
             if float(norm) <= 0 or not 0 <= float(scale) * LARGEST <= torch.finfo(torch.float32).max:
@@ -124,9 +125,9 @@ def directions(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 def coded(gains: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scale for float64 gains: of some scales, the one with the least squared error."""
-    largest = gains.abs().max() if len(gains) else torch.zeros((), dtype=torch.float64)
+    largest = gains.abs().max() if len(gains) else gains.new_zeros(())
     if not largest:
-        return torch.zeros(len(gains), dtype=torch.int8), torch.zeros(1)
+        return torch.zeros(len(gains), dtype=torch.int8, device="cpu"), NO_SCALE
     scales = _CLIPPINGS.to(gains.device) * largest / LARGEST
     codes = (gains / scales[:, None]).round().clamp(-LARGEST, LARGEST)
     best = int((codes * scales[:, None] - gains).square().sum(1).argmin())

@@ -25,7 +25,7 @@ class Int8(SparseTensor):
     def rounded(cls, shape: tuple[int, ...], indices: torch.Tensor, values: torch.Tensor) -> Int8:
         row = _filled_row(shape, indices)
         rows = int(row[-1]) + 1 if row.numel() else 0
-        largest = torch.zeros(rows).scatter_reduce_(0, row, values.abs(), "amax")
+        largest = torch.zeros(rows, dtype=torch.float32, device="cpu").scatter_reduce_(0, row, values.abs(), "amax")
         scales = _round_up_to_bfloat16(largest / 127)
         divisors = torch.where(scales > 0, scales, 1).float()  # of subnormal values the scale may be zero
         data = (values / divisors[row]).round().clamp(-127, 127).to(torch.int8)

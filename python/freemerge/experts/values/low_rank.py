@@ -80,7 +80,7 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Every product and sum is rounded once, so the bytes are the same on every device and for any number of threads,
     and whatever precision torch allows its matrix products.
     """
-    out = torch.zeros(len(left), right.shape[1], device=left.device)
+    out = torch.zeros(len(left), right.shape[1], dtype=torch.float32, device=left.device)
     block = max(1, _BLOCK // max(1, right.shape[1]))
     for start in range(0, len(left), block):
         rows = out[start : start + block]

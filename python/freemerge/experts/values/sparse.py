@@ -55,7 +55,7 @@ class SparseTensor(ExpertTensor):
         return SparseVector(self.indices, self.values())
 
     def dense(self, device: torch.device | None = None, seen: Seen = ()) -> torch.Tensor:
-        flat = torch.zeros(self.numel, device=device)
+        flat = torch.zeros(self.numel, dtype=torch.float32, device=device or "cpu")
         flat[self.indices.long().to(flat.device)] = self.values().to(flat.device)
         return flat.view(self.shape)
 

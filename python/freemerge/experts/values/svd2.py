@@ -16,8 +16,9 @@ from .low_rank import LowRankTensor, rank_of
 
 # The best four levels for a Gaussian of variance 1, and where they meet (Lloyd-Max): the entries of a singular vector
 # of length n are about Gaussian with variance 1 / n.
-LEVELS = torch.tensor([-1.5104176, -0.4527800, 0.4527800, 1.5104176], dtype=torch.float64)
-_BORDERS = torch.tensor([-0.9815988, 0.0, 0.9815988], dtype=torch.float64)
+LEVELS = torch.tensor([-1.5104176, -0.4527800, 0.4527800, 1.5104176], dtype=torch.float64, device="cpu")
+_BORDERS = torch.tensor([-0.9815988, 0.0, 0.9815988], dtype=torch.float64, device="cpu")
+_SHIFTS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +81,11 @@ def _packed(codes: torch.Tensor) -> Bytes:
     """Four codes a byte, the first in the lowest bits, padded with zeros."""
     flat = codes.flatten()
     quads = torch.nn.functional.pad(flat, (0, -len(flat) % 4)).view(-1, 4)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    return tensors_to_bytes((quads << shifts).sum(1, dtype=torch.uint8))
+    return tensors_to_bytes((quads << _SHIFTS).sum(1, dtype=torch.uint8))
 
 
 def _unpacked(packed: torch.Tensor, count: int) -> torch.Tensor:
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    codes = ((packed[:, None] >> shifts) & 3).flatten()
+    codes = ((packed[:, None] >> _SHIFTS) & 3).flatten()
     if codes[count:].any():
         raise ValueError("stray bits after the codes")
     return codes[:count].clone()
