@@ -23,8 +23,10 @@ def test_a_wrong_answer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["--shape", "64", "96", "--models", "2", "--filter", "before", "--report", str(tmp_path / "r.json")]
-    monkeypatch.setattr("sys.argv", ["methods", *arguments])
+    monkeypatch.setattr("sys.argv", ["methods", *arguments, "--method", "ties", "iso_c"])
     methods.main()
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert {row["method"] for row in rows} == set(METHODS)
+    assert [(row["method"], row["task_vectors"]) for row in rows] == [
+        (method, kind) for kind in ("full", "rank 16") for method in ("ties", "iso_c")
+    ]
     assert all(row["wall_s"] > 0 and row["declared_gb"] > 0 for row in rows)
