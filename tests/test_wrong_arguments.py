@@ -142,6 +142,14 @@ def test_messages_say_what_is_wanted(message: str, call: Callable[[], object]) -
         call()
 
 
+def test_the_keys_of_a_mapping_are_no_set(tmp_path: Path) -> None:
+    paths = {tmp_path / f"{i}.safetensors": model for i, model in enumerate(MODELS)}
+    for path, model in paths.items():
+        fm.merge_checkpoints(BASE, [model], path, fm.Recipe(method="average"), progress=False)
+    found, expected = fm.merge(BASE, paths.keys()), fm.merge(BASE, list(paths))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_size_in_words_is_one_in_bytes(tmp_path: Path) -> None:
     for out, size in (("bytes", 1000), ("words", "1KB")):
         fm.merge_checkpoints(BASE, MODELS, tmp_path / out, max_shard_bytes=size, memory=size, progress=False)

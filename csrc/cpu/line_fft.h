@@ -19,8 +19,8 @@ namespace freemerge {
 template <typename T>
 class LineFft {
  public:
-  // Null where lines of n are not made for it: n is no multiple of `lanes`, less than its square or short,
-  // has a large prime factor, or is so long that a line leaves the second-level cache.
+  // Null where lines of n are not made for it: n is no multiple of `lanes`, less than its square or than nine
+  // vectors, has a large prime factor, or is so long that a line leaves the second-level cache.
   static std::shared_ptr<const LineFft> make(std::int64_t n, int lanes);
 
   std::int64_t n;

@@ -27,7 +27,7 @@ struct Spectra {
   float2* data;
   std::int64_t height;
   std::int64_t width;
-  std::int64_t pitch;  // at least width / 2 + 1
+  std::int64_t pitch;  // at least width / 2 + 1, where the rows are here
   int count;
 };
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping
 from functools import update_wrapper
 from inspect import signature
 from numbers import Integral, Real
@@ -92,7 +92,7 @@ def check_models(models: object, *, named: bool = False) -> None:
     tensors = isinstance(models, Mapping) and any(isinstance(value, Tensor) for value in models.values())
     if tensors or isinstance(models, str | bytes | os.PathLike | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")
-    unordered = isinstance(models, Set) or (isinstance(models, Mapping) and not named)
+    unordered = isinstance(models, set | frozenset) or (isinstance(models, Mapping) and not named)
     if not isinstance(models, Collection) or unordered:
         raise ArgumentError(f"models must be a list of models, got {type(models).__name__}")
 

@@ -93,12 +93,15 @@ def test_a_head_of_its_own_does_not_replace_the_embeddings_of_a_module_that_ties
     assert torch.equal(target.embed.weight, before)
 
 
-def test_what_a_module_cannot_hold_is_not_written() -> None:
-    target = nn.Linear(2, 2, bias=False, dtype=torch.float16)
-    before = target.weight.detach().clone()
-    with pytest.raises(fm.CheckpointError, match=r"'weight' does not fit into torch\.float16"):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e5m2])
+def test_what_a_module_cannot_hold_is_not_written(dtype: torch.dtype) -> None:
+    target = nn.Linear(2, 2, bias=False).to(dtype)
+    before = target.weight.detach().clone().float()
+    with pytest.raises(fm.CheckpointError, match=f"'weight' does not fit into {dtype}"):
         fm.merge({"weight": torch.full((2, 2), 1e5)}, [{"weight": torch.full((2, 2), 2e5)}], into=target)
-    assert torch.equal(target.weight, before)
+    assert torch.equal(target.weight.float(), before)
+    merged = fm.merge({"weight": torch.ones(2, 2)}, [{"weight": torch.full((2, 2), 2.0)}], into=target)
+    assert torch.equal(target.weight.float(), merged["weight"].to(dtype).float())
 
 
 def test_tensors_of_inference_mode_are_written_and_those_that_overlap_are_not() -> None:

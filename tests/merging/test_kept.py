@@ -15,7 +15,9 @@ from torch import Tensor
 
 import freemerge as fm
 from freemerge.checkpoint import CheckpointWriter
+from freemerge.merging.estimate import Pace
 from freemerge.merging.kept import Kept
+from freemerge.merging.progress import Progress, Style
 from freemerge.methods import Merged
 from freemerge.methods.iso import IsoC
 from freemerge.methods.vectors import TaskVectors
@@ -27,7 +29,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "filtered before": {"filter": "before"},
     "filtered after": {"filter": "after"},
     "stacked": {"views": [{"stack": ("*.q.weight", "*.k.weight")}]},
-    "layers": {"method": "tsv_m"},
+    "tsv_m": {"method": "tsv_m"},
+    "wudi": {"method": "wudi"},
     "float64": {"compute_dtype": "float64"},
 }
 
@@ -99,6 +102,9 @@ class _Full:
             raise OSError(28, "No space left on device")
         return self._file.write(raw[: 4 * 24 * 40 - self._file.tell()])
 
+    def seek(self, offset: int) -> int:
+        return self._file.seek(offset)
+
     def close(self) -> None:
         self.closed = True
         self._file.close()
@@ -128,7 +134,7 @@ def test_the_output_comes_first_where_the_disk_has_no_room_for_both(
     models: list[Path], merges: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    output = 6000  # with its header
+    output = 6000  # bytes that it takes, header and all, and a few more
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=output))
     merged(models, tmp_path / "out", fm.Recipe(method="iso_c"))
     assert {merges[name] for name in MATRICES} == {2}
@@ -152,4 +158,54 @@ def test_what_is_taken_is_what_was_put(dtype: torch.dtype) -> None:
         assert taken is not None
         assert taken.notes[0] == {"energy_factor": 2.0}
         assert all(torch.equal(was, now) for was, now in zip(tensors, taken.tensors, strict=True))
-        assert kept.take(["d"]) is not None
+        kept.put(["e"], Merged(tensors[1:2]))
+        for names, tensor in ((["d"], tensors[0]), (["e"], tensors[1])):
+            again = kept.take(names)
+            assert again is not None
+            assert torch.equal(again.tensors[0], tensor), "put after another was taken"
+        file.truncate(0)
+        assert kept.take(["d"]) is None, "a file that has failed is no error"
+
+
+def test_a_single_file(models: list[Path], merges: Counter[str], tmp_path: Path) -> None:
+    recipe = fm.Recipe(method="iso_c")
+    fm.merge_checkpoints(models[0], models[1:], tmp_path / "out.safetensors", recipe, progress=False)
+    assert {merges[name] for name in MATRICES} == {1}
+    found, expected = load_file(tmp_path / "out.safetensors"), fm.merge(models[0], models[1:], recipe)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_is_resumed_merges_again(
+    models: list[Path], merges: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = fm.Recipe(method="iso_c")
+    expected = merged(models, tmp_path / "expected", recipe)
+    with monkeypatch.context() as patch:  # a process that is killed when the scale is known
+        patch.setattr(CheckpointWriter, "write", lambda *_: (_ for _ in ()).throw(SystemExit(1)))
+        patch.setattr(CheckpointWriter, "__exit__", lambda self, *_: self._journal.close() or self._staging.leave())
+        with pytest.raises(SystemExit):
+            merged(models, tmp_path / "out", recipe)
+    merges.clear()
+    found = merged(models, tmp_path / "out", recipe, resume=True)
+    assert {merges[name] for name in MATRICES} == {1}, "the scale is in the journal"
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_stages_and_the_time_left_know_of_it(
+    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios: list[float] = []
+    made = Progress.__init__
+
+    def watching(self: Progress, *sizes: int, ratio: float, style: Style) -> None:
+        ratios.append(ratio)
+        made(self, *sizes, ratio=ratio, style=style)
+
+    monkeypatch.setattr(Progress, "__init__", watching)
+    monkeypatch.setattr("freemerge.merging.run.pace", lambda *_: Pace(measure=4.0, merge=1.0, hash=0.0))
+    report = fm.merge_checkpoints(models[0], models[1:], tmp_path / "out", fm.Recipe(method="iso_c"))
+    assert ratios == [0.25]
+    stages = {stage.name: stage for stage in report.stages}
+    numel = sum(torch.Size(shape).numel() for shape in SHAPES.values())
+    assert stages["merge"].nbytes == 4 * (numel + 24), "matrices once, the vector for the scale and for the merge"
+    assert stages["merge"].seconds > stages["round"].seconds

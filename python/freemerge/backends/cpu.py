@@ -215,7 +215,7 @@ class _Switch(BackendSwitch):
         try:
             self._switch.apply(place, threads)
             mark_changed(weights)
-        except BaseException:  # of Ctrl-C, Python tells when the native code is through
+        except KeyboardInterrupt:  # Python tells of it when the native code is through
             restore()
             raise
         return restore

@@ -11,9 +11,10 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import torch
 
@@ -287,13 +288,13 @@ class CheckpointWriter:
         """How long the stages in the background have worked, and how long they were waited for."""
         return {**self._background.seconds, "wait": self._background.waited}
 
-    def scratch(self, nbytes: int) -> BinaryIO | None:
+    def scratch(self, nbytes: int) -> RawIOBase | None:
         """A file without a name, on the disk of the output, for ``nbytes``; None where that has no room for both."""
         wanted = nbytes + sum(shard.nbytes for shard in self.shards)
         try:
             if shutil.disk_usage(self._staging.directory).free < wanted:
                 return None
-            return tempfile.TemporaryFile(dir=self._staging.directory, buffering=0)
+            return cast(RawIOBase, tempfile.TemporaryFile(dir=self._staging.directory, buffering=0))
         except OSError:
             return None
 

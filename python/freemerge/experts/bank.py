@@ -159,17 +159,26 @@ class ExpertBank(Mapping[str, Expert]):
         self._blocks.append(undo)
         try:
             yield
-        finally:
-            open_here = undo in self._blocks
-            inside = [] if not open_here else self._blocks[self._blocks.index(undo) + 1 :]
-            self._blocks = [block for block in self._blocks if block is not undo and block not in inside]
-            for block in reversed(inside):
-                block.close()
-            if inside or not open_here:
-                raise ArgumentError(
-                    "experts: a block was left before one inside of it; both have ended, and the weights are as they "
-                    "were before: use a bank in one coroutine or generator at a time"
-                )
+        except BaseException:
+            self._leave(undo)
+            raise
+        if not self._leave(undo):
+            raise ArgumentError(
+                "experts: a block was left before one inside of it; all of these have ended, and the weights are as "
+                "they were before: use a bank in one coroutine or generator at a time"
+            )
+
+    def _leave(self, undo: ExitStack) -> bool:
+        """End the blocks inside of one that is left; whether there was none, and it was open itself."""
+        if undo not in self._blocks:
+            return False
+        outside = self._blocks.index(undo)
+        inside = self._blocks[outside + 1 :]
+        del self._blocks[outside:]
+        with ExitStack() as closing:  # from the innermost outwards
+            for block in inside:
+                closing.callback(block.close)
+        return not inside
 
     @contextmanager
     def deltas(self, experts: Sequence[str | Mapping[str, float] | None]) -> Iterator[None]:
@@ -222,7 +231,8 @@ class ExpertBank(Mapping[str, Expert]):
         for tensor in (*model.parameters(), *model.buffers()):
             with suppress(ArgumentError):  # what has no memory of its own is none of them
                 held.add(dense(tensor, "model").data_ptr())
-        return all(self._tensor(name).data_ptr() in held for names in self._names.values() for name in names)
+        changed = (name for names in (*self._names.values(), *self._statistics.values()) for name in names)
+        return all(self._tensor(name).data_ptr() in held for name in changed)
 
     def _weights(self, experts: str | Mapping[str, float]) -> dict[str, float]:
         if not isinstance(experts, str | Mapping):

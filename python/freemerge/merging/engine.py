@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -192,9 +193,12 @@ class Merger:
         units = [unit for unit in self.steps if unit.by_method]
         own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
 
-        def vectors(read_bytes: Callable[[Unit], int], chosen: Sequence[Unit]) -> Iterator[TaskVectors]:
+        def vectors(
+            read_bytes: Callable[[Unit], int], chosen: Sequence[Unit], *, merges: bool = False
+        ) -> Iterator[TaskVectors]:
             for unit in self.ahead(chosen):
-                yield self.vectors(unit)
+                with self.stopwatch.stage("merge", self._worked_bytes(unit)) if merges else nullcontext():
+                    yield self.vectors(unit)
                 if on_read is not None:
                     on_read(unit, read_bytes(unit))
 
@@ -207,7 +211,7 @@ class Merger:
             if interference:  # between matrices, small ones too
                 units = [unit for unit in self.units if unit.by_method and self._has_matrices(unit.names)]
                 own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
-            whole = _Shared(partial(vectors, self._scale_bytes), units, own, workers)
+            whole = _Shared(partial(vectors, self._scale_bytes, merges=True), units, own, workers)
             method = self.method
             scale = (
                 method.interference_scale(whole, measured) if interference else method.measure_scale(whole, self._keep)
@@ -253,9 +257,10 @@ class Merger:
             flat, notes = self._merged_flat(unit, measured), {}
             tensors = self._parts(unit, flat) if self._seconds.keys() & set(unit.names) else {}
         else:
-            with self.stopwatch.stage("merge", self._worked_bytes(unit)):
-                kept = self.kept.take(unit.names) if self.kept is not None else None
-                merged = kept or self.method.merge(self.vectors(unit), measured)
+            merged = self.kept.take(unit.names) if self.kept is not None else None
+            if merged is None:
+                with self.stopwatch.stage("merge", self._worked_bytes(unit)):
+                    merged = self.method.merge(self.vectors(unit), measured)
             settle()
             with self.stopwatch.stage("round", self._worked_bytes(unit)):
                 tensors = dict(self._added(unit, merged, measured.scale))

@@ -41,15 +41,24 @@ class Target:
                 raise CheckpointError(f"into: the merged model has {name!r} {tuple(tensor.shape)}, the module {has}")
         for name, tensor in merged.items():
             dtype = self._tensors[name].dtype
-            if dtype != tensor.dtype and int(tensor.to(dtype).isinf().sum()) != int(tensor.isinf().sum()):
+            if dtype != tensor.dtype and dtype.is_floating_point and not _fits(tensor, dtype):
                 raise CheckpointError(f"into: the merged {name!r} does not fit into {dtype} of the module")
         for name in self._tensors:
             if name not in merged and self._tied.get(name) not in merged:
                 raise CheckpointError(f"into: the module has {name!r}, which the merged model lacks")
         for name, first in self._tied.items():
             if name in merged and first in merged:
-                one, other = (merged[n].to(self._tensors[first].dtype) for n in (name, first))
+                one, other = (merged[n].to(self._tensors[first]) for n in (name, first))
                 if not torch.equal(one, other):  # as where a model has a head of its own
                     raise CheckpointError(f"into: the module ties {name!r} to {first!r}, the merged model does not")
         for name, tensor in merged.items():
             overwrite(self._tensors[name], tensor)
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether what is finite stays so."""
+    return torch.equal(_finite(tensor.to(dtype)), _finite(tensor))
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()  # 8-bit floats have no isfinite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import RawIOBase
 
 import torch
 from torch import Tensor
@@ -23,13 +23,18 @@ class _Place:
 class Kept:
     """Merged task vectors by the names of their tensors, bit for bit, in ``file``.
 
-    A disk that fills up is no error: the file is closed, which frees its room, and everything is merged again.
+    A disk that is full by then is no error, nor is one that fails: what is not kept is merged again.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: RawIOBase) -> None:
         self._file = file
         self._end = 0
         self._merged: dict[tuple[str, ...], tuple[list[_Place], list[dict[str, object]]]] = {}
+
+    def close(self) -> None:
+        """Free the room."""
+        self._merged.clear()
+        self._file.close()
 
     def __contains__(self, names: Sequence[str]) -> bool:
         return tuple(names) in self._merged
@@ -40,6 +45,7 @@ class Kept:
             return
         places = []
         try:
+            self._file.seek(self._end)
             for tensor in merged.tensors:
                 places.append(_Place(self._end, tensor.shape, tensor.dtype, tensor.device))
                 raw = _bytes_of(tensor.cpu().contiguous())
@@ -47,8 +53,7 @@ class Kept:
                     raw = raw[self._file.write(raw) :]
                 self._end += tensor.numel() * tensor.itemsize
         except OSError:
-            self._merged.clear()
-            self._file.close()
+            self.close()
             return
         self._merged[tuple(names)] = places, merged.notes
 
@@ -57,16 +62,19 @@ class Kept:
         if tuple(names) not in self._merged:
             return None
         places, notes = self._merged[tuple(names)]
-        return Merged(list(map(self._read, places)), notes)
+        try:
+            return Merged(list(map(self._read, places)), notes)
+        except OSError:
+            return None
 
     def _read(self, place: _Place) -> Tensor:
         tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
         self._file.seek(place.offset)
         raw = _bytes_of(tensor)
         while len(raw):
-            count = self._file.readinto(raw)  # type: ignore[attr-defined]
+            count = self._file.readinto(raw)
             if not count:
-                raise OSError("what was kept of a merge is gone")
+                raise OSError("the file has lost its end")
             raw = raw[count:]
         return tensor.to(place.device)
 

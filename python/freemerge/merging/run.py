@@ -173,7 +173,10 @@ def merge_checkpoints(
             missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
         reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
-        paced = pace(merger.recipe, len(merger.models), backend) if progress and merger.method.passes else None
+        if writer.measured is None and (room := merger.keepable_bytes) and (file := writer.scratch(room)) is not None:
+            merger.kept = Kept(stack.enter_context(file))
+        two_phases = merger.method.passes or merger.kept is not None
+        paced = pace(merger.recipe, len(merger.models), backend) if progress and two_phases else None
         log = stack.enter_context(Progress(*reads, ratio=paced.ratio if paced is not None else 1.0, style=style))
         log.event("start", read_bytes=sum(reads), write_bytes=inspection.write_bytes)
         for warning in inspection.warnings:
@@ -182,8 +185,6 @@ def merge_checkpoints(
         def advance(stage: str, unit: Unit, read_bytes: int) -> None:
             log.advance(stage, read_bytes, len(unit.names))
 
-        if writer.measured is None and (room := merger.keepable_bytes) and (file := writer.scratch(room)) is not None:
-            merger.kept = Kept(stack.enter_context(file))
         measured = _measured(merger, writer, partial(advance, "measure"))
         workers.first(lambda: _carry_over(merger, writer, tokenizer))
         for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
@@ -194,6 +195,8 @@ def merge_checkpoints(
                 if name in missing[unit]:
                     writer.write(name, merged.tensors[name], merged.notes.get(name))
             del merged  # its memory is used again when it is written
+        if merger.kept is not None:
+            merger.kept.close()  # before the first worker looks at what is in the directory
         writer.finish()
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
         with _without_collecting():
