@@ -72,7 +72,8 @@ class Plan:
     transforms a column of the spectrum, masks it and transforms it back in one kernel; with ``tiles`` kernels of the
     backend transform rows too, three in all, or filter the coarse grid (decimated); ``library`` (full) makes the
     transforms, if not the backend itself; ``centers`` takes the mean of x out where it is dominant, and adds M(0, 0)
-    times it to y. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``;
+    times it to y. ``error_bound`` bounds ||y - exact|| / (max|M| ||x||) before y is rounded to ``dtype``, for an x
+    whose energy is not all in a few frequencies: those that alias most into a decimated band have a few times the mean.
     ``bytes_moved`` counts the reads and writes of x itself.
     """
 
