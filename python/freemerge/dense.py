@@ -44,6 +44,11 @@ def address(x: Tensor) -> int:
     return found
 
 
+def bytes_of(x: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order: its own memory if it is contiguous and on the CPU, else a copy."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def overwrite(x: Tensor, values: Tensor) -> Tensor:
     """Copy values into a tensor, outside of autograd; into one of inference mode, too."""
     with torch.inference_mode() if x.is_inference() else torch.no_grad():  # only there may such a tensor be written

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryFile
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from torch import Tensor
 
 import freemerge as fm
 from freemerge.checkpoint import CheckpointWriter
-from freemerge.merging.estimate import Pace
 from freemerge.merging.kept import Kept
 from freemerge.merging.progress import Progress, Style
 from freemerge.methods import Merged
@@ -202,10 +202,18 @@ def test_the_stages_and_the_time_left_know_of_it(
         made(self, *sizes, ratio=ratio, style=style)
 
     monkeypatch.setattr(Progress, "__init__", watching)
-    monkeypatch.setattr("freemerge.merging.run.pace", lambda *_: Pace(measure=4.0, merge=1.0, hash=0.0))
+    clock, combine = SimpleNamespace(now=0.0), IsoC.combine
+
+    def in_a_second(self: IsoC, vectors: TaskVectors) -> list[Tensor]:
+        clock.now += 1
+        return combine(self, vectors)
+
+    monkeypatch.setattr(IsoC, "combine", in_a_second)
+    monkeypatch.setattr("freemerge.merging.stages.time", SimpleNamespace(perf_counter=lambda: clock.now))
     report = fm.merge_checkpoints(models[0], models[1:], tmp_path / "out", fm.Recipe(method="iso_c"))
-    assert ratios == [0.25]
+    assert ratios == [0.0], "nothing is left to be merged, and no small merge is timed to tell"
+    assert clock.now == 4, "so many matrices"
     stages = {stage.name: stage for stage in report.stages}
     numel = sum(torch.Size(shape).numel() for shape in SHAPES.values())
     assert stages["merge"].nbytes == 4 * (numel + 24), "matrices once, the vector for the scale and for the merge"
-    assert stages["merge"].seconds > stages["round"].seconds
+    assert (stages["merge"].seconds, stages["read"].seconds, stages["round"].seconds) == (4.0, 0.0, 0.0)

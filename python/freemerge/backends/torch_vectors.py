@@ -72,10 +72,8 @@ class TorchVectors(Backend):
             bins += torch.bincount(magnitudes[magnitudes != 0] >> _BIN_SHIFT, minlength=bins.numel()).cpu()
 
     def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
-        indices, values = (
-            [torch.empty(0, dtype=torch.int64, device="cpu")],
-            [torch.empty(0, dtype=torch.float32, device="cpu")],
-        )
+        indices = [torch.empty(0, dtype=torch.int64, device="cpu")]
+        values = [torch.empty(0, dtype=torch.float32, device="cpu")]
         for begin, v in self._differences(model, base):
             found = _entries(v, _bits(v) >= max(1, lowest << _BIN_SHIFT))
             indices.append(found[0] + begin)

@@ -89,6 +89,12 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return True
 
 
+def stays_finite(tensor: torch.Tensor, converted: torch.Tensor) -> bool:
+    """Whether no entry of a tensor overflows in the dtype that it was converted to."""
+    before, after = (t.isfinite() if t.itemsize > 1 else t.float().isfinite() for t in (tensor, converted))
+    return torch.equal(before, after)
+
+
 def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
     """Raise CheckpointError, naming source and tensor, if a float tensor holds a NaN or an infinity."""
     if tensor.is_floating_point() and not all_finite(tensor):

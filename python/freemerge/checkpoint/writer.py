@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 
+from ..dense import bytes_of
 from ..errors import ArgumentError, CheckpointError, RefusedError
 from ..workers import ALONE, Workers
 from .hashing import Hasher
@@ -238,7 +239,7 @@ class CheckpointWriter:
             raise ArgumentError(
                 f"{name} must be {slot.spec.dtype} {slot.spec.shape}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
-        raw = _bytes_of(tensor)
+        raw = bytes_of(tensor)
         with self._lock:
             self._write(name, slot, raw, note)
 
@@ -250,7 +251,7 @@ class CheckpointWriter:
         slots = [self._slot(name) for name in names]
         if flat.dim() != 1 or any(slot.spec.dtype != flat.dtype for slot in slots):
             raise ArgumentError(f"{names[0]} to {names[-1]} must be a vector of their dtype, got {flat.dtype}")
-        raw, end = _bytes_of(flat), 0
+        raw, end = bytes_of(flat), 0
         if len(raw) != sum(slot.end - slot.offset for slot in slots):
             raise ArgumentError(f"{names[0]} to {names[-1]} do not have {flat.numel()} entries together")
         with self._lock:
@@ -376,10 +377,6 @@ class CheckpointWriter:
             self.workers.kept = self._staging.directory
             self._staging.leave()
         self._staging.discard()
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_json(path: Path, content: object) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..accumulate import abs_means, add_round
 from ..backends.registry import named
 from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
-from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices
+from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices, stays_finite
 from ..checkpoint.mapped import fetched
 from ..errors import ArgumentError, CheckpointError
 from ..methods import Measured, Merged
@@ -320,7 +320,7 @@ class Merger:
                 require_equal(name, base, model.read(name).to(base.device), model.label)
         spec = self.out_spec(name)
         copied = base.to(spec.dtype, copy=True, memory_format=torch.contiguous_format)
-        if copied.dtype != base.dtype and int(copied.isinf().sum()) != int(base.isinf().sum()):
+        if copied.dtype != base.dtype and not stays_finite(base, copied):
             raise CheckpointError(f"{self.base.origin(name)}: tensor {name!r} does not fit into {spec.dtype_name}")
         return copied
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.compare import stays_finite
 from ..checkpoint.state_dict import tied_names
 from ..dense import dense, overwrite
 from ..errors import ArgumentError, CheckpointError
@@ -41,7 +42,7 @@ class Target:
                 raise CheckpointError(f"into: the merged model has {name!r} {tuple(tensor.shape)}, the module {has}")
         for name, tensor in merged.items():
             dtype = self._tensors[name].dtype
-            if dtype != tensor.dtype and dtype.is_floating_point and not _fits(tensor, dtype):
+            if dtype != tensor.dtype and dtype.is_floating_point and not stays_finite(tensor, tensor.to(dtype)):
                 raise CheckpointError(f"into: the merged {name!r} does not fit into {dtype} of the module")
         for name in self._tensors:
             if name not in merged and self._tied.get(name) not in merged:
@@ -53,12 +54,3 @@ class Target:
                     raise CheckpointError(f"into: the module ties {name!r} to {first!r}, the merged model does not")
         for name, tensor in merged.items():
             overwrite(self._tensors[name], tensor)
-
-
-def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether what is finite stays so."""
-    return torch.equal(_finite(tensor.to(dtype)), _finite(tensor))
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()  # 8-bit floats have no isfinite

@@ -9,6 +9,7 @@ from io import RawIOBase
 import torch
 from torch import Tensor
 
+from ..dense import bytes_of
 from ..methods import Merged
 
 
@@ -48,7 +49,7 @@ class Kept:
             self._file.seek(self._end)
             for tensor in merged.tensors:
                 places.append(_Place(self._end, tensor.shape, tensor.dtype, tensor.device))
-                raw = _bytes_of(tensor.cpu().contiguous())
+                raw = bytes_of(tensor)
                 while len(raw):
                     raw = raw[self._file.write(raw) :]
                 self._end += tensor.numel() * tensor.itemsize
@@ -70,14 +71,10 @@ class Kept:
     def _read(self, place: _Place) -> Tensor:
         tensor = torch.empty(place.shape, dtype=place.dtype, device="cpu")
         self._file.seek(place.offset)
-        raw = _bytes_of(tensor)
+        raw = bytes_of(tensor)
         while len(raw):
             count = self._file.readinto(raw)
             if not count:
                 raise OSError("the file has lost its end")
             raw = raw[count:]
         return tensor.to(place.device)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -175,9 +175,9 @@ def merge_checkpoints(
         reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
         if writer.measured is None and (room := merger.keepable_bytes) and (file := writer.scratch(room)) is not None:
             merger.kept = Kept(stack.enter_context(file))
-        two_phases = merger.method.passes or merger.kept is not None
-        paced = pace(merger.recipe, len(merger.models), backend) if progress and two_phases else None
-        log = stack.enter_context(Progress(*reads, ratio=paced.ratio if paced is not None else 1.0, style=style))
+        paced = pace(merger.recipe, len(merger.models), backend) if progress and merger.method.passes else None
+        ratio = paced.ratio if paced is not None else 1.0 if merger.kept is None else 0.0  # what is kept takes no time
+        log = stack.enter_context(Progress(*reads, ratio=ratio, style=style))
         log.event("start", read_bytes=sum(reads), write_bytes=inspection.write_bytes)
         for warning in inspection.warnings:
             log.event("warning", text=warning)

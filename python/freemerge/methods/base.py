@@ -44,6 +44,10 @@ class Merged:
 Keep = Callable[[TaskVectors, Merged], None]  # told what a unit was merged to
 
 
+def keep_nothing(vectors: TaskVectors, merged: Merged) -> None:
+    """The :data:`Keep` of those who merge once."""
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """Base class of merging methods: frozen dataclasses whose fields are their parameters.
@@ -126,7 +130,7 @@ class Method(ABC):
         """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0
 
-    def measure_scale(self, units: Whole[TaskVectors], keep: Keep = lambda vectors, merged: None) -> float:
+    def measure_scale(self, units: Whole[TaskVectors], keep: Keep = keep_nothing) -> float:
         """The scale where :meth:`default_scale` is None, from one look at ``units`` with the reads of a merge.
 
         It is asked for only if the recipe's scale is "auto". The merged task vector then projects on the sum of the

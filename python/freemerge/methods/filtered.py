@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from ..errors import ArgumentError
 from ..responses import HighPass, Response, from_config
-from .base import Keep, Measured, Merged, Method
+from .base import Keep, Measured, Merged, Method, keep_nothing
 from .parameters import NUMBER, parameter
 from .rules import energy_factor
 from .vectors import Deltas, Sides, TaskVectors, added
@@ -121,7 +121,7 @@ class Filtered(Method):
     def default_scale(self, count: int) -> float | None:
         return self.method.default_scale(count)
 
-    def measure_scale(self, units: Whole[TaskVectors], keep: Keep = lambda vectors, merged: None) -> float:
+    def measure_scale(self, units: Whole[TaskVectors], keep: Keep = keep_nothing) -> float:
         if self.filter.when == "before":
             return self.method.measure_scale(units.through(self._seen), keep)
         return self.method.regained * super().measure_scale(units, keep)
