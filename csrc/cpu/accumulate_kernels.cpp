@@ -1,72 +1,181 @@
-// The compiler vectorises each loop for the instruction set that FREEMERGE_ISA names. Every loop does the
-// same roundings in the same order on each of them.
+// Compiled once for every instruction set. Each of them does the same roundings in the same order.
 #include "cpu/accumulate_kernels.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/loops.h"
+#include "cpu/simd.h"
 
 namespace freemerge {
 namespace FREEMERGE_ISA {
 namespace {
 
-constexpr int kLanes = 16;  // partial sums, so that a sum vectorises without reordering
+constexpr int kGroup = 16;  // entries: each is added to a partial sum of its own, whatever the vectors are
+constexpr int kGroups = FREEMERGE_VECTOR_BYTES >= 32 ? 4 : 2;  // at a time, in registers as far as they go
+constexpr std::int64_t kStep = kGroups * kGroup;
+constexpr int kModels = 16;  // whose partial sums are kept
 
+// A group in the type of the arithmetic.
 template <typename Compute>
-void add_magnitudes(const Compute* v, std::int64_t count, double* lanes) {
-  double sums[kLanes];
-  for (int l = 0; l < kLanes; ++l) sums[l] = lanes[l];
-  std::int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    for (int l = 0; l < kLanes; ++l) sums[l] += static_cast<double>(std::fabs(v[j + l]));
+struct Group {
+  static constexpr int kParts = kGroup / kLanes<Compute>;
+  Vec<Compute> part[kParts];
+};
+
+FM_INLINE Group<double> to_double(const Group<float>& group) {
+  Group<double> wide;
+#pragma GCC unroll 8
+  for (int i = 0; i < Group<float>::kParts; ++i) widen(group.part[i], wide.part[2 * i], wide.part[2 * i + 1]);
+  return wide;
+}
+FM_INLINE Group<double> to_double(const Group<double>& group) { return group; }
+
+// Vectors of a step's entries, the first of which is `at`: all of them, or `count` and zeros behind these.
+struct AllEntries {
+  template <typename T>
+  FM_INLINE auto load(const T* in, std::int64_t) const {
+    return FREEMERGE_ISA::load(in);
   }
-  for (int l = 0; j + l < count; ++l) sums[l] += static_cast<double>(std::fabs(v[j + l]));
-  for (int l = 0; l < kLanes; ++l) lanes[l] = sums[l];
+  template <typename T>
+  FM_INLINE void store(T* out, std::int64_t, Vec<T> v) const {
+    FREEMERGE_ISA::store(out, v);
+  }
+};
+struct FirstEntries {
+  std::int64_t count;
+
+  FM_INLINE std::int64_t of(std::int64_t at, std::int64_t lanes) const {
+    return std::clamp<std::int64_t>(count - at, 0, lanes);
+  }
+  template <typename T>
+  FM_INLINE auto load(const T* in, std::int64_t at) const {
+    return load_partial(in, of(at, kLanes<Arithmetic<T>>));
+  }
+  template <typename T>
+  FM_INLINE void store(T* out, std::int64_t at, Vec<T> v) const {
+    store_partial(out, v, of(at, kLanes<T>));
+  }
+};
+
+// Entries [at, at + kStep) of an array.
+template <typename T, typename Compute, typename Entries>
+FM_INLINE void load_groups_of(const void* data, std::int64_t at, Entries entries,
+                              Group<Compute> (&out)[kGroups]) {
+  using Own = Arithmetic<T>;
+  const T* const in = static_cast<const T*>(data) + at;
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Group<Own>::kParts; ++i) {
+      const std::int64_t offset = g * kGroup + i * kLanes<Own>;
+      const Vec<Own> v = entries.load(in + offset, offset);
+      if constexpr (std::is_same_v<Compute, Own>) {
+        out[g].part[i] = v;
+      } else {
+        widen(v, out[g].part[2 * i], out[g].part[2 * i + 1]);
+      }
+    }
+  }
 }
 
-template <typename Compute>
-void add_squares(const Compute* x, std::int64_t count, double* lanes) {
-  std::int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) {
-    for (int l = 0; l < kLanes; ++l)
-      lanes[l] += static_cast<double>(x[j + l]) * static_cast<double>(x[j + l]);
+template <typename Compute, typename Entries>
+FM_INLINE void load_groups(Storage source, std::int64_t at, Entries entries, Group<Compute> (&out)[kGroups]) {
+  if constexpr (std::is_same_v<Compute, double>) {
+    if (source.dtype == DType::kFloat64) return load_groups_of<double>(source.data, at, entries, out);
   }
-  for (int l = 0; j + l < count; ++l)
-    lanes[l] += static_cast<double>(x[j + l]) * static_cast<double>(x[j + l]);
+  if (source.dtype == DType::kBFloat16) return load_groups_of<bfloat16>(source.data, at, entries, out);
+  if (source.dtype == DType::kFloat16) return load_groups_of<float16>(source.data, at, entries, out);
+  load_groups_of<float>(source.data, at, entries, out);
 }
 
-double total(const double* lanes) {
-  double sum = 0.0;
-  for (int l = 0; l < kLanes; ++l) sum += lanes[l];
-  return sum;
+struct PartialSums {
+  Group<double> sums;
+
+  FM_INLINE void add(const Group<double>& terms) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Group<double>::kParts; ++i) sums.part[i] += terms.part[i];
+  }
+  double total() const {
+    double lanes[kGroup];
+    __builtin_memcpy(lanes, &sums, sizeof lanes);
+    for (int half = kGroup / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    }
+    return lanes[0];
+  }
+};
+
+template <typename Compute>
+FM_INLINE Group<Compute> magnitudes(const Group<Compute>& group) {
+  using Word = std::conditional_t<sizeof(Compute) == 8, std::uint64_t, std::uint32_t>;
+  Group<Compute> result;
+#pragma GCC unroll 8
+  for (int i = 0; i < Group<Compute>::kParts; ++i)
+    result.part[i] = bit_cast<Vec<Compute>>(bit_cast<Vec<Word>>(group.part[i]) & (~Word{0} >> 1));
+  return result;
+}
+
+// What a first term is added to without a change: 0 + -0 is 0.
+template <typename Compute>
+FM_INLINE Group<Compute> negative_zeros() {
+  Group<Compute> zeros;
+#pragma GCC unroll 8
+  for (Vec<Compute>& part : zeros.part) part = -Vec<Compute>{};
+  return zeros;
+}
+
+// Models [first, first + models): partial[m] += |v|, and out += weight * v if there is an `out`.
+template <typename Compute, typename Entries>
+FM_INLINE void accumulate_step(const AccumulateJob& job, std::int64_t at, Entries entries, int first,
+                               int models, PartialSums* partial) {
+  Compute* const out = job.out == nullptr ? nullptr : static_cast<Compute*>(job.out) + at;
+  Group<Compute> base[kGroups], sum[kGroups];
+  prefetch(job.base, at, kStep);
+  load_groups(job.base, at, entries, base);
+  if (out != nullptr && first > 0) {
+    load_groups(Storage{out, job.compute}, 0, entries, sum);
+  } else {
+    for (Group<Compute>& group : sum) group = negative_zeros<Compute>();
+  }
+  for (int m = 0; m < models; ++m) {
+    const Storage model = job.models[first + m];
+    prefetch(model, at, kStep);
+    Group<Compute> v[kGroups];
+    load_groups(model, at, entries, v);
+    const Compute weight = out == nullptr ? Compute{0} : static_cast<Compute>(job.weights[first + m]);
+    PartialSums own = partial[m];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Group<Compute>::kParts; ++i) v[g].part[i] -= base[g].part[i];
+      own.add(to_double(magnitudes(v[g])));
+#pragma GCC unroll 8
+      for (int i = 0; i < Group<Compute>::kParts; ++i) sum[g].part[i] += v[g].part[i] * weight;
+    }
+    partial[m] = own;
+  }
+  if (out == nullptr) return;
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Group<Compute>::kParts; ++i) {
+      const std::int64_t offset = g * kGroup + i * kLanes<Compute>;
+      entries.store(out + offset, offset, sum[g].part[i]);
+    }
+  }
 }
 
 template <typename Compute>
 void accumulate_range_as(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums) {
-  Compute base[kChunk];
-  Compute v[kChunk];
-  for (int i = 0; i < job.model_count; ++i) sums[i] = 0.0;
-  for (std::int64_t offset = 0; offset < count; offset += kChunk) {
-    const std::int64_t at = begin + offset;
-    const std::int64_t m = std::min(kChunk, count - offset);
-    prefetch(job.base, at, m);
-    load(job.base, at, m, base);
-    for (int i = 0; i < job.model_count; ++i) {
-      prefetch(job.models[i], at, m);
-      load_difference(job.models[i], base, at, m, v);
-      double lanes[kLanes] = {};
-      add_magnitudes(v, m, lanes);
-      sums[i] += total(lanes);
-      if (job.out == nullptr) continue;
-      Compute* out = static_cast<Compute*>(job.out) + at;
-      const Compute weight = static_cast<Compute>(job.weights[i]);
-      if (i == 0) {
-        for (std::int64_t j = 0; j < m; ++j) out[j] = weight * v[j];
-      } else {
-        for (std::int64_t j = 0; j < m; ++j) out[j] += weight * v[j];
-      }
-    }
+  for (int first = 0; first < job.model_count; first += kModels) {
+    const int models = std::min(kModels, job.model_count - first);
+    PartialSums partial[kModels] = {};
+    std::int64_t at = begin;
+    for (; at + kStep <= begin + count; at += kStep)
+      accumulate_step<Compute>(job, at, AllEntries{}, first, models, partial);
+    if (at < begin + count)
+      accumulate_step<Compute>(job, at, FirstEntries{begin + count - at}, first, models, partial);
+    for (int m = 0; m < models; ++m) sums[first + m] = partial[m].total();
   }
 }
 
@@ -95,17 +204,27 @@ void add_round_range_as(const AddRoundJob& job, std::int64_t begin, std::int64_t
   }
 }
 
+template <typename Compute, typename Entries>
+FM_INLINE void add_squares(Storage x, std::int64_t at, Entries entries, PartialSums& sums) {
+  prefetch(x, at, kStep);
+  Group<Compute> groups[kGroups];
+  load_groups(x, at, entries, groups);
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    Group<double> wide = to_double(groups[g]);
+#pragma GCC unroll 8
+    for (int i = 0; i < Group<double>::kParts; ++i) wide.part[i] *= wide.part[i];
+    sums.add(wide);
+  }
+}
+
 template <typename Compute>
 double square_sum_range_as(Storage x, std::int64_t begin, std::int64_t count) {
-  Compute chunk[kChunk];
-  double lanes[kLanes] = {};
-  for (std::int64_t offset = 0; offset < count; offset += kChunk) {
-    const std::int64_t m = std::min(kChunk, count - offset);
-    prefetch(x, begin + offset, m);
-    load(x, begin + offset, m, chunk);
-    add_squares(chunk, m, lanes);
-  }
-  return total(lanes);
+  PartialSums sums{};
+  std::int64_t at = begin;
+  for (; at + kStep <= begin + count; at += kStep) add_squares<Compute>(x, at, AllEntries{}, sums);
+  if (at < begin + count) add_squares<Compute>(x, at, FirstEntries{begin + count - at}, sums);
+  return sums.total();
 }
 
 }  // namespace

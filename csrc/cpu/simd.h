@@ -173,6 +173,28 @@ FM_INLINE HalfVec narrow_float16(FloatVec x) {
 }
 #endif
 
+// The low and the high lanes. GCC 12 takes conversions of the compiler's own vectors apart.
+typedef float HalfOfFloats __attribute__((vector_size(FREEMERGE_VECTOR_BYTES / 2)));
+FM_INLINE Vec<double> widen(HalfOfFloats half) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtps_pd(0xff, half);
+#elif defined(__AVX2__)
+  return _mm256_cvtps_pd(half);
+#elif defined(__SSE2__)
+  return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&half))));
+#else
+  return __builtin_convertvector(half, Vec<double>);
+#endif
+}
+FM_INLINE void widen(FloatVec v, Vec<double>& low, Vec<double>& high) {
+  struct Halves {
+    HalfOfFloats low, high;
+  };
+  const Halves halves = bit_cast<Halves>(v);
+  low = widen(halves.low);
+  high = widen(halves.high);
+}
+
 // Loads and stores: storage type in memory, arithmetic type in the register, no alignment asked for
 // -----------
 

@@ -78,6 +78,7 @@ def test_native_and_torch_write_the_same_bytes(
     assume_taken(backend, base, *models, torch.empty(0, dtype=out_dtype))
     native, torch_ = (accumulate.task_vector_sum(base, models, weights, backend=name) for name in (backend, "torch"))
     assert torch.equal(native[0], torch_[0])
+    assert torch.equal(native[0].signbit(), torch_[0].signbit())  # of zeros, too
     assert native[1] == pytest.approx(torch_[1], rel=1e-12)
     for delta in (native[0], models[0]):
         merged = [accumulate.add_round(base, delta, scale, out_dtype, backend=name) for name in (backend, "torch")]
