@@ -12,7 +12,7 @@ import freemerge as fm
 from benchmarks import harness
 from benchmarks.harness import Row
 from freemerge import _core
-from freemerge.accumulate import abs_means, add_round, task_vector_sum
+from freemerge.accumulate import abs_means, add_round, filtered_sum, task_vector_sum
 from freemerge.backends.memory import dtype_code
 from freemerge.experts.payload import Reader
 from freemerge.experts.select import select_largest
@@ -122,8 +122,8 @@ def one_tensor(
     weights, scale = [1 / len(models)] * len(models), 0.4 * len(models)
 
     def ours() -> torch.Tensor:
-        delta, _ = task_vector_sum(base, models, weights)
-        return add_round(base, fm.filter_(delta, response), scale, torch.bfloat16)
+        delta, *_ = filtered_sum(base, models, weights, response, norms=False)
+        return add_round(base, delta, scale, torch.bfloat16)
 
     def summed(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         wide, delta = base.to(dtype), torch.zeros(shape, dtype=dtype, device=device)

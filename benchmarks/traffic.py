@@ -6,15 +6,18 @@ rows, coarse rows) are written by one kernel and read by the next while they are
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from freemerge.planner.plan import Plan
 
 Where = Literal["matrix", "spectrum", "panel"]
 _FLOAT, _COMPLEX = 4, 8
+MODELS_IN_ONE_PASS = 16
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,21 @@ def traffic(plan: Plan) -> Traffic:
         return Traffic(plan, tuple(_full(plan)))
     moved = 0 if plan.form == "identity" else _matrix_bytes(plan)
     return Traffic(plan, (Step("scale", "matrix", moved, moved),))
+
+
+def merge_traffic(plan: Plan, models: int, stored: torch.dtype) -> Traffic:
+    """The traffic of FR-Merging one matrix that lies on the device, with its energy: base, models and what they are
+    merged to are of dtype ``stored``; ``plan`` filters the float32 sum."""
+    entries = math.prod(plan.matrix)
+    matrix, read = _matrix_bytes(plan), entries * stored.itemsize
+    steps = list(traffic(plan).steps)
+    if plan.form == "decimated" and models <= MODELS_IN_ONE_PASS:  # the filter's first pass forms the sum
+        steps[0] = Step("spread_sum", "matrix", (models + 1) * read, matrix)
+    else:
+        norm = Step("norm", "matrix", matrix, 0)
+        steps = [Step("sum", "matrix", (models + 1) * read, matrix), norm, *steps, norm]
+    energy = Step("energy factor", "matrix", matrix, matrix)
+    return Traffic(plan, (*steps, energy, Step("add_round", "matrix", matrix + read, read)))
 
 
 def _matrix_bytes(plan: Plan) -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 import freemerge as fm
-from benchmarks.traffic import Traffic, traffic
+from benchmarks.traffic import Traffic, merge_traffic, traffic
 from freemerge.backends.cuda import CudaBackend
 from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Plan
@@ -59,5 +59,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def merge_table() -> str:
+    """Markdown: bytes per entry of FR-Merging bf16 models of one matrix, which are on the device."""
+    lines = ["| shape | response | form | 2 models: memory | 8 models: memory | L2 |", "|---|---|---|---:|---:|---:|"]
+    for shape in SHAPES[2:]:
+        for response in (fm.HighPass(0.05), fm.HighPass(0.4)):
+            plan = best(shape, response, torch.float32).plan
+            two, eight = (merge_traffic(plan, count, torch.bfloat16) for count in (2, 8))
+            numbers = [t.per_element("matrix", "spectrum") for t in (two, eight)] + [eight.per_element("panel")]
+            cells = [f"{shape[0]} x {shape[1]}", f"HighPass({response.cutoff})", plan.form]
+            lines.append(f"| {' | '.join([*cells, *(f'{number:.1f}' for number in numbers)])} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), merge_table(), sep="\n\n")

@@ -10,7 +10,8 @@ set(FREEMERGE_CUDA_KERNELS
   cuda/select.cu
   cuda/sparse.cu
   cuda/spread_columns.cu
-  cuda/spread_rows.cu)
+  cuda/spread_rows.cu
+  cuda/spread_sum.cu)
 set(FREEMERGE_CUDA_HOST
   common/window.cpp
   cuda/chirp.cpp

@@ -9,7 +9,9 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +22,7 @@ from freemerge.backends.cuda_runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "tests" / "emulation"
+_numbers = count()
 
 
 @cache
@@ -51,18 +54,16 @@ def build(sanitize: bool = False) -> Path:
 def module() -> ModuleType:
     """The CUDA module's twin on the CPU."""
     (file,) = build().glob("_cuda_emulated*.so")
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", file)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return _load("_cuda_emulated", file)
 
 
 @cache
 def runtime() -> Runtime:
     """The emulated module as the package's CUDA runtime, for CPU tensors."""
-    loaded = module()
+    return _runtime(module())
+
+
+def _runtime(loaded: ModuleType) -> Runtime:
     outer = os.environ.get("FREEMERGE_CUFFT")
     os.environ["FREEMERGE_CUFFT"] = str(build() / "libcufft.so.12")
     try:
@@ -82,6 +83,52 @@ def backend() -> CudaBackend:
     return CudaBackend(runtime())
 
 
+@dataclass(frozen=True)
+class Bug:
+    """A change of a file of csrc/cuda, as the kernels of one are compiled with it."""
+
+    file: str
+    right: str
+    wrong: str
+    kernels: str
+
+
+def backend_with(bug: Bug, folder: Path) -> CudaBackend:
+    """The emulated backend with a bug, compiled without optimisation."""
+    name = f"bug{next(_numbers)}._cuda_emulated"  # pybind11 keeps one module of each name
+    return CudaBackend(_runtime(_load(name, _build_with(bug, folder))))
+
+
+def _build_with(bug: Bug, folder: Path) -> Path:
+    source, changed = ROOT / "csrc", folder / "cuda"
+    changed.mkdir(parents=True)
+    text = (source / "cuda" / bug.file).read_text(encoding="utf-8")
+    assert bug.right in text
+    (changed / bug.file).write_text(text.replace(bug.right, bug.wrong), encoding="utf-8")
+    kernels, made, linked = changed / bug.kernels, folder / "kernels.o", folder / "_cuda_emulated.so"
+    if not kernels.exists():
+        shutil.copy(source / "cuda" / bug.kernels, kernels)
+    headers = next(root / "include" for root in _toolkits() if (root / "include" / "cuda_fp16.h").exists())
+    compiler = os.environ.get("CXX", "c++")
+    flags = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFREEMERGE_EMULATION"]
+    folders = [f"-I{folder}", f"-I{source}", f"-I{ROOT / 'tests'}", f"-isystem{headers}"]
+    _run([compiler, *flags, *folders, "-xc++", "-c", str(kernels), "-o", str(made)])
+    objects = [path for path in build().rglob("*.o") if "_cuda_emulated.dir" in str(path)]
+    correct = [path for path in objects if path.name != f"{bug.kernels}.o"]
+    assert len(correct) == len(objects) - 1
+    _run([compiler, "-shared", "-o", str(linked), *map(str, correct), str(made), "-ldl"])
+    return linked
+
+
+def _load(name: str, file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 def standin_traffic() -> tuple[int, int]:
     """Bytes that the stand-in for cuFFT has read and written since the last call."""
     library = ctypes.CDLL(str(build() / "libcufft.so.12"))
@@ -94,9 +141,13 @@ def _tools() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def _cuda_headers() -> bool:
+def _toolkits() -> list[Path]:
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    return any(root and (Path(root) / "include" / "cuda_fp16.h").exists() for root in roots)
+    return [Path(root) for root in roots if root]
+
+
+def _cuda_headers() -> bool:
+    return any((root / "include" / "cuda_fp16.h").exists() for root in _toolkits())
 
 
 def _run(command: list[str]) -> None:

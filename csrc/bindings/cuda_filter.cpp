@@ -28,6 +28,23 @@ MatrixList to_matrices(const std::vector<Address>& pointers, const std::vector<s
   return matrices;
 }
 
+SumFirst to_sum(Address base, int base_dtype, const std::vector<Address>& models,
+                const std::vector<int>& model_dtypes, const std::vector<double>& weights, std::int64_t n,
+                Address results) {
+  require(models.size() <= kModelsPerLaunch, "models must be as many as one launch takes");
+  require(models.size() == model_dtypes.size() && models.size() == weights.size(),
+          "model_dtypes and weights must hold one value per model");
+  SumFirst sum{{array(base, base_dtype, n), {}, {}, static_cast<int>(models.size())},
+               pointer<double>(results)};
+  require_storage(sum.vectors.base);
+  for (std::size_t i = 0; i < models.size(); ++i) {
+    sum.vectors.models[i] = array(models[i], model_dtypes[i], n);
+    require_storage(sum.vectors.models[i]);
+    sum.vectors.weights[i] = static_cast<float>(weights[i]);
+  }
+  return sum;
+}
+
 }  // namespace
 
 void bind_filter(py::module_& m) {
@@ -55,6 +72,11 @@ void bind_filter(py::module_& m) {
       },
       py::arg("device"), py::arg("stream"));
 
+  m.attr("MODELS_PER_LAUNCH") = kModelsPerLaunch;
+  py::class_<SumFirst>(m, "SumFirst", py::module_local())
+      .def(py::init(&to_sum), py::arg("base"), py::arg("base_dtype"), py::arg("models"),
+           py::arg("model_dtypes"), py::arg("weights"), py::arg("n"), py::arg("results"));
+
   // Local to the module: its emulated twin registers the same type.
   py::class_<Filter>(m, "Filter", py::module_local())
       .def(py::init([](const std::string& form, const py::object& mask, Address table, int dtype,
@@ -78,24 +100,25 @@ void bind_filter(py::module_& m) {
       .def(
           "workspace_bytes",
           [](const Filter& self, const std::vector<Address>& pointers,
-             const std::vector<std::int64_t>& row_strides, int device, Address stream) {
+             const std::vector<std::int64_t>& row_strides, int device, Address stream, const SumFirst* sum) {
             const MatrixList matrices = to_matrices(pointers, row_strides);
             return on_stream(device, stream,
-                             [&](cudaStream_t s) { return self.workspace_bytes(matrices, s); });
+                             [&](cudaStream_t s) { return self.workspace_bytes(matrices, s, sum); });
           },
-          py::arg("pointers"), py::arg("row_strides"), py::arg("device"), py::arg("stream"))
+          py::arg("pointers"), py::arg("row_strides"), py::arg("device"), py::arg("stream"),
+          py::arg("sum") = py::none())
       .def(
           "run",
           [](const Filter& self, const std::vector<Address>& pointers,
              const std::vector<std::int64_t>& row_strides, double scale, Address workspace,
-             std::size_t workspace_bytes, int device, Address stream) {
+             std::size_t workspace_bytes, int device, Address stream, const SumFirst* sum) {
             const MatrixList matrices = to_matrices(pointers, row_strides);
             on_stream(device, stream, [&](cudaStream_t s) {
-              self.run(matrices, scale, pointer<void>(workspace), workspace_bytes, s);
+              self.run(matrices, scale, pointer<void>(workspace), workspace_bytes, s, sum);
             });
           },
           py::arg("pointers"), py::arg("row_strides"), py::arg("scale"), py::arg("workspace"),
-          py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"));
+          py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"), py::arg("sum") = py::none());
 }
 
 }  // namespace freemerge::cuda

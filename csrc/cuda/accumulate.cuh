@@ -20,6 +20,10 @@ void accumulate(float* out, const Array& base, const std::vector<Array>& models,
                 const std::vector<double>& weights, std::int64_t n, double* means, double* scratch,
                 cudaStream_t stream);
 
+// averages[i] = (partial[i][0] + ... + partial[i][blocks - 1]) / n for 0 <= i < rows, in a fixed order.
+void average(const double* partial, int rows, std::int64_t blocks, std::int64_t n, double* averages,
+             cudaStream_t stream);
+
 // out[j] = base[j] + scale * delta[j], product and sum rounded to float, then to out's dtype. `out` may be
 // `base` or `delta` itself.
 void add_round(const Array& out, const Array& base, const Array& delta, double scale, std::int64_t n,

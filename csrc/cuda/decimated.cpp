@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "common/window.h"
+#include "cuda/accumulate.cuh"
 #include "cuda/coarse_mask.cuh"
 #include "cuda/error.h"
 #include "cuda/executor.h"
@@ -10,6 +11,7 @@
 #include "cuda/sample_mean.cuh"
 #include "cuda/spread_columns.cuh"
 #include "cuda/spread_rows.cuh"
+#include "cuda/spread_sum.cuh"
 
 namespace freemerge::cuda {
 namespace {
@@ -46,6 +48,10 @@ class Decimated : public Executor {
     grids_ = {arena.take<float>(group_ * rows_.cells * pitch_), rows_.cells, columns_.cells, pitch_, 0};
     partials_ = arena.take<float>(group_ * panel_chunks_ * chunks_.reach * chunks_.pitch);
     centers_ = arena.take<float>(group_);
+    if (call_.sum) {
+      samples_ = arena.take<float>(sample_rows(rows_.samples) * sample_columns(columns_.samples));
+      sums_ = arena.take<double>((call_.sum->vectors.count + 2) * blocks());
+    }
     work_ = arena.rest();
   }
 
@@ -87,15 +93,29 @@ class Decimated : public Executor {
     grids_.count = matrices.count;
     const auto grid_bytes = static_cast<std::size_t>(4 * matrices.count * grids_.rows * pitch_);
     check(cudaMemsetAsync(grids_.data, 0, grid_bytes, stream), "cudaMemsetAsync");
-    sample_mean({matrices, rows_.samples, columns_.samples, centers_}, stream);
+    find_centers(matrices);
     for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
       spread(matrices, begin, std::min(begin + panel_chunks_, chunk_count_));
     filter_grids();
     const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
-    interpolate(
-        {matrices, rows_, columns_, grids_, chunks_.rows, centers_,
-         static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero)},
-        stream);
+    interpolate({matrices, rows_, columns_, grids_, chunks_.rows, centers_,
+                 static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero),
+                 call_.sum ? sums_ + (call_.sum->vectors.count + 1) * blocks() : nullptr},
+                stream);
+    if (call_.sum) {
+      const int models = call_.sum->vectors.count;
+      average(sums_, models, blocks(), rows_.samples * columns_.samples, call_.sum->results, stream);
+      average(sums_ + models * blocks(), 2, blocks(), 1, call_.sum->results + models, stream);
+    }
+  }
+
+  void find_centers(const Matrices& matrices) {
+    const std::int64_t height = rows_.samples;
+    const std::int64_t width = columns_.samples;
+    if (!call_.sum) return sample_mean({matrices, height, width, centers_}, call_.stream);
+    sample_sum(call_.sum->vectors, height, width, samples_, call_.stream);
+    Matrices samples{{samples_}, {sample_columns(width)}, 1, DType::kFloat32};
+    sample_mean({samples, sample_rows(height), sample_columns(width), centers_}, call_.stream);
   }
 
   void filter_grids() {
@@ -124,13 +144,22 @@ class Decimated : public Executor {
         {reinterpret_cast<float2*>(grids_.data), grids_.rows, grids_.columns, pitch_ / 2, grids_.count});
   }
 
+  // Of a pass over a matrix.
+  std::int64_t blocks() const { return ceil_div(columns_.samples, kColumnsPerBlock) * chunk_count_; }
+
   // Chunks [begin, end) of the rows, onto the coarse rows that they touch.
   void spread(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
     const Decimation& window = call_.filter.plan.rows;
     const std::int64_t height = rows_.samples;
     chunks_.begin = begin;
     chunks_.end = end;
-    spread_rows({matrices, rows_, chunks_, columns_.samples, centers_, partials_}, call_.stream);
+    if (call_.sum) {
+      spread_sum({call_.sum->vectors, static_cast<float*>(matrices.data[0]), rows_, chunks_, columns_.samples,
+                  centers_, partials_, sums_, blocks()},
+                 call_.stream);
+    } else {
+      spread_rows({matrices, rows_, chunks_, columns_.samples, centers_, partials_}, call_.stream);
+    }
     const std::int64_t first = first_cell(begin * chunks_.rows, height, window);
     const std::int64_t last = first_cell(std::min(end * chunks_.rows, height) - 1, height, window);
     const std::int64_t touched = std::min(last - first + rows_.taps, rows_.cells);
@@ -148,6 +177,8 @@ class Decimated : public Executor {
   CoarseGrids grids_{};
   float* partials_ = nullptr;
   float* centers_ = nullptr;
+  float* samples_ = nullptr;  // of a sum
+  double* sums_ = nullptr;    // of |v_i|, and of squares before and after, by block
   void* work_ = nullptr;
 };
 

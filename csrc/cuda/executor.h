@@ -20,6 +20,7 @@ struct Call {
   cudaStream_t stream;
   int device;
   bool capturing;
+  const SumFirst* sum;  // or null
 };
 
 // Made for one call by decimated(), full() or three_kernels().

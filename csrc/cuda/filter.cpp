@@ -12,12 +12,21 @@
 namespace freemerge::cuda {
 namespace {
 
-Call call_of(const Filter& filter, const MatrixList& matrices, double scale, cudaStream_t stream) {
+Call call_of(const Filter& filter, const MatrixList& matrices, double scale, cudaStream_t stream,
+             const SumFirst* sum) {
   require(matrices.data.size() == matrices.row_strides.size(), "row_strides must hold one number per matrix");
+  if (sum) {
+    require(filter.plan.form == Form::kDecimated && filter.dtype == DType::kFloat32,
+            "only a decimated filter of float32 forms its matrix in the first pass");
+    require(matrices.data.size() == 1 && matrices.row_strides[0] == filter.plan.mask.width,
+            "a sum is one matrix, whose rows lie end to end");
+    require(sum->vectors.count > 0 && sum->vectors.count <= kModelsPerLaunch,
+            "1 to 16 models fit one launch");
+  }
   int device = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
   const auto count = static_cast<std::int64_t>(matrices.data.size());
-  return {filter, matrices, count, scale, stream, device, is_capturing(stream)};
+  return {filter, matrices, count, scale, stream, device, is_capturing(stream), sum};
 }
 
 std::unique_ptr<Executor> executor(const Call& call) {
@@ -47,8 +56,9 @@ Filter::Filter(const Plan& plan_, DType dtype_, const std::vector<float>& column
   if (plan.fused) column_tables = cuda::column_tables(mask, column_gains, 1, 0, upload);
 }
 
-std::size_t Filter::workspace_bytes(const MatrixList& matrices, cudaStream_t stream) const {
-  Call call = call_of(*this, matrices, 1.0, stream);
+std::size_t Filter::workspace_bytes(const MatrixList& matrices, cudaStream_t stream,
+                                    const SumFirst* sum) const {
+  Call call = call_of(*this, matrices, 1.0, stream, sum);
   if (call.count > 0) return executor(call)->bytes();
   // Fewer matrices may need more: panels fill their budget differently.
   std::size_t most = 0;
@@ -58,8 +68,8 @@ std::size_t Filter::workspace_bytes(const MatrixList& matrices, cudaStream_t str
 }
 
 void Filter::run(const MatrixList& matrices, double scale, void* workspace, std::size_t bytes,
-                 cudaStream_t stream) const {
-  const Call call = call_of(*this, matrices, scale, stream);
+                 cudaStream_t stream, const SumFirst* sum) const {
+  const Call call = call_of(*this, matrices, scale, stream, sum);
   const auto runner = executor(call);
   require(runner->bytes() <= bytes, "the workspace is too small");
   runner->run(workspace);

@@ -11,6 +11,7 @@
 #include "common/dtype.h"
 #include "common/plan.h"
 #include "cuda/column_tables.h"
+#include "cuda/task_vectors.h"
 #include "cuda/three_kernels.h"
 #include "cuda/window_tables.h"
 
@@ -22,18 +23,27 @@ struct MatrixList {
   std::vector<std::int64_t> row_strides;  // in entries
 };
 
+// What one float matrix, whose rows lie end to end, is to be first: the weighted sum of task vectors.
+struct SumFirst {
+  TaskVectors vectors;
+  // On the device: mean |v_i| of each model, then the squares of the sum, added up, and of what is left.
+  double* results;
+};
+
 struct Filter {
   // `column_gains`, for fused columns and three kernels: see ColumnTables.
   Filter(const Plan& plan, DType dtype, const std::vector<float>& column_gains, const Upload& upload);
 
   // Bytes of workspace for these matrices, or for any number of them if there are none. Makes the cuFFT plans
   // of the call for the current device.
-  std::size_t workspace_bytes(const MatrixList& matrices, cudaStream_t stream) const;
+  std::size_t workspace_bytes(const MatrixList& matrices, cudaStream_t stream,
+                              const SumFirst* sum = nullptr) const;
 
   // Filters each matrix in place on `stream` of the current device: y = scale * Re(ifft2(M * fft2(x))).
-  // Returns as soon as everything is queued. `workspace` is device memory, aligned to 256 bytes.
-  void run(const MatrixList& matrices, double scale, void* workspace, std::size_t bytes,
-           cudaStream_t stream) const;
+  // Returns as soon as everything is queued. `workspace` is device memory, aligned to 256 bytes. With `sum`
+  // (kDecimated), the first pass makes the matrix.
+  void run(const MatrixList& matrices, double scale, void* workspace, std::size_t bytes, cudaStream_t stream,
+           const SumFirst* sum = nullptr) const;
 
   Plan plan;  // decimated or full
   DType dtype;

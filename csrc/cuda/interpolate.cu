@@ -1,4 +1,5 @@
 #include "cuda/interpolate.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/storage.cuh"
 #include "cuda/window_pass.cuh"
 
@@ -8,6 +9,10 @@ namespace {
 using heuristics::kAhead;
 using heuristics::kRowPassBlocks;
 using heuristics::kRowPassThreads;
+
+// With sums of squares: float pairs have the bytes of twice as many 16-bit ones, and five blocks would spill.
+constexpr int kSquaredAhead = kAhead / 2;
+constexpr int kSquaredBlocks = 4;
 
 // Two neighbouring columns of the matrix on the coarse columns: they touch kTaps + 1 of them at most.
 template <int kTaps>
@@ -53,13 +58,25 @@ struct WholePair {
   }
 };
 
-template <typename T, int kTaps, typename Columns>
-__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_kernel(Interpolate a) {
+// The sum of squares of what a thread writes, or nothing.
+template <bool kWanted>
+struct Squares {
+  double sum = 0.0;
+
+  __device__ void add(float2 value, bool second) {
+    if constexpr (kWanted) {
+      const auto x = static_cast<double>(value.x);
+      const auto y = second ? static_cast<double>(value.y) : 0.0;
+      sum += x * x + y * y;
+    }
+  }
+};
+
+// A thread's two columns of a chunk of rows, of which kRows are on their way from memory at a time.
+template <typename T, int kTaps, typename Columns, int kRows, bool kSquares>
+__device__ void interpolate_columns(const Interpolate& a, std::int64_t column, Squares<kSquares>& squares) {
   const WindowTables& window = a.rows;
   const std::int64_t width = a.columns.samples;
-  const std::int64_t column =
-      static_cast<std::int64_t>(blockIdx.x) * kColumnsPerBlock + 2 * static_cast<int>(threadIdx.x);
-  if (column >= width) return;
   const std::int64_t row_stride = a.matrices.row_stride[blockIdx.z];
   T* matrix = static_cast<T*>(a.matrices.data[blockIdx.z]);
   const PairAccess access = pair_access(matrix, row_stride, column, width);
@@ -87,12 +104,12 @@ __global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_k
   for (std::int64_t row = begin; row < end;) {
     const std::int64_t next_cell = load(window.first + cell + 1);
     const std::int64_t cell_end = next_cell < end ? next_cell : end;
-    Pair<T> pairs[kAhead] = {};
+    Pair<T> pairs[kRows] = {};
     // A gain of zero must not turn an infinity that is about to be overwritten into NaN.
     if (a.gain != 0.0f) load_rows(matrix, row_stride, row, cell_end, access, pairs);
     if (fresh) move_to(cell + kTaps - 1);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       if (row + i >= cell_end) break;
       float weights[kTaps];
       load_weights(window, row + i, weights);
@@ -107,8 +124,9 @@ __global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_k
       const float2 value =
           make_float2((a.gain * old.x + constant) + sum.x, (a.gain * old.y + constant) + sum.y);
       store_pair(matrix + (row + i) * row_stride, access, value);
+      squares.add(value, access.second);
     }
-    row += kAhead;
+    row += kRows;
     fresh = row >= cell_end;
     if (fresh) {
       row = cell_end;
@@ -117,24 +135,45 @@ __global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_k
   }
 }
 
+template <typename T, int kTaps, typename Columns>
+__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_kernel(Interpolate a) {
+  const std::int64_t column = first_column();
+  Squares<false> nothing;
+  if (column < a.columns.samples) interpolate_columns<T, kTaps, Columns, kAhead>(a, column, nothing);
+}
+
+template <int kTaps, typename Columns>
+__global__ void __launch_bounds__(kRowPassThreads, kSquaredBlocks) interpolate_squares_kernel(Interpolate a) {
+  const std::int64_t column = first_column();
+  Squares<true> squares;
+  if (column < a.columns.samples)
+    interpolate_columns<float, kTaps, Columns, kSquaredAhead>(a, column, squares);
+  const double total = block_sum(squares.sum, shared_memory<double>());
+  if (threadIdx.x == 0) store(a.squares + blockIdx.y * gridDim.x + blockIdx.x, total);
+}
+
+template <int kTaps, typename Columns>
+void launch_kernel(const Interpolate& arguments, const Launch& how) {
+  if (arguments.squares) return launch(interpolate_squares_kernel<kTaps, Columns>, how, arguments);
+  visit_storage(arguments.matrices.dtype, [&](auto tag) {
+    launch(interpolate_kernel<typename decltype(tag)::type, kTaps, Columns>, how, arguments);
+  });
+}
+
 }  // namespace
 
 void interpolate(const Interpolate& arguments, cudaStream_t stream) {
   const std::int64_t chunks = ceil_div(arguments.rows.samples, arguments.chunk_rows);
+  const std::size_t scratch = arguments.squares ? kRowPassThreads / kWarpSize * sizeof(double) : 0;
   const Launch how("interpolate", row_pass_grid(arguments.columns.samples, chunks, arguments.matrices.count),
-                   dim3(kRowPassThreads), 0, stream);
-  const bool narrow_windows = arguments.rows.padded == 8;
-  visit_storage(arguments.matrices.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    if (arguments.columns.whole()) {
-      launch(narrow_windows ? interpolate_kernel<T, 8, WholePair> : interpolate_kernel<T, 12, WholePair>, how,
-             arguments);
-    } else {
-      launch(narrow_windows ? interpolate_kernel<T, 8, ColumnPair<8>>
-                            : interpolate_kernel<T, 12, ColumnPair<12>>,
-             how, arguments);
-    }
-  });
+                   dim3(kRowPassThreads), scratch, stream);
+  if (arguments.rows.padded == 8) {
+    arguments.columns.whole() ? launch_kernel<8, WholePair>(arguments, how)
+                              : launch_kernel<8, ColumnPair<8>>(arguments, how);
+  } else {
+    arguments.columns.whole() ? launch_kernel<12, WholePair>(arguments, how)
+                              : launch_kernel<12, ColumnPair<12>>(arguments, how);
+  }
 }
 
 }  // namespace freemerge::cuda

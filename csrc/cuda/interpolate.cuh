@@ -18,6 +18,9 @@ struct Interpolate {
   const float* centers;
   float gain;
   float center_gain;
+  // Of one float matrix: squares[block], the sum of the squares that a block writes, blocks being those of
+  // row_pass_grid(); or null.
+  double* squares;
 };
 
 // matrices = gain * matrices + center_gain * centers + rows * grids * columns^T, rounded to the storage dtype

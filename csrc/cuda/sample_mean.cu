@@ -7,15 +7,13 @@ namespace freemerge::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSampleRows = 16;
-constexpr int kSampleColumns = 64;
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) sample_mean_kernel(SampleMean a) {
   double* scratch = shared_memory<double>();
   const T* matrix = static_cast<const T*>(a.matrices.data[blockIdx.x]);
-  const int rows = a.height < kSampleRows ? static_cast<int>(a.height) : kSampleRows;
-  const int columns = a.width < kSampleColumns ? static_cast<int>(a.width) : kSampleColumns;
+  const int rows = sample_rows(a.height);
+  const int columns = sample_columns(a.width);
   const std::int64_t row_step = a.height / rows * a.matrices.row_stride[blockIdx.x];
   const std::int64_t column_step = a.width / columns;
   double sum = 0.0;

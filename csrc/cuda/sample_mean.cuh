@@ -6,9 +6,18 @@
 
 #include <cstdint>
 
+#include "common/mask.h"
 #include "cuda/matrices.h"
 
 namespace freemerge::cuda {
+
+// Of the sample of a matrix.
+FM_HOST_DEVICE inline int sample_rows(std::int64_t height) {
+  return height < 16 ? static_cast<int>(height) : 16;
+}
+FM_HOST_DEVICE inline int sample_columns(std::int64_t width) {
+  return width < 64 ? static_cast<int>(width) : 64;
+}
 
 struct SampleMean {
   Matrices matrices;

@@ -65,21 +65,26 @@ __device__ Pair<T> load_pair(const T* address, PairAccess access) {
   return {load(address), access.second ? load(address + 1) : T{}};
 }
 
-// The pairs of kRows rows from `row` on, the last one again where they end before. Nothing waits for a load
-// until all are on their way.
+// The pairs of rows `row` to end - 1, of kRows at most; what isn't there is left as it was. Nothing waits for
+// a load until all are on their way.
 template <typename T, int kRows>
 __device__ void load_rows(const T* matrix, std::int64_t row_stride, std::int64_t row, std::int64_t end,
                           PairAccess access, Pair<T> (&pairs)[kRows]) {
-  const auto address = [&](int i) { return matrix + (row + i < end ? row + i : end - 1) * row_stride; };
+  const auto address = [&](int i) { return matrix + (row + i) * row_stride; };
   if (access.together) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) pairs[i] = load(reinterpret_cast<const Pair<T>*>(address(i)));
+    for (int i = 0; i < kRows; ++i) {
+      if (row + i >= end) break;
+      pairs[i] = load(reinterpret_cast<const Pair<T>*>(address(i)));
+    }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) pairs[i].first = load(address(i));
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) pairs[i].second = access.second ? load(address(i) + 1) : T{};
+  for (int i = 0; i < kRows; ++i) {
+    if (row + i >= end) break;
+    pairs[i].first = load(address(i));
+    if (access.second) pairs[i].second = load(address(i) + 1);
+  }
 }
 
 template <typename T>

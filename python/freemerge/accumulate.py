@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from .backends.memory import compute_dtype, dtype_code, empty
-from .backends.registry import pick
+from .backends.registry import choose, pick
 from .errors import ArgumentError
+from .responses import Response
 
 
 def task_vector_sum(
@@ -29,9 +30,7 @@ def task_vector_sum(
     float32, or float64 if any input is; it is written to ``out`` if given, which must have that dtype and shape and not
     overlap an input. A mean that is not finite says that this task vector holds a NaN or an infinity.
     """
-    if len(weights) != len(models):
-        raise ArgumentError(f"weights must hold one number per model, got {len(weights)} for {len(models)}")
-    _check_task_vectors(base, models)
+    _check_task_vectors(base, models, weights)
     compute = compute_dtype([base, *models])
     if out is None:
         out = empty(base.shape, compute, base.device)
@@ -39,6 +38,34 @@ def task_vector_sum(
         _check_out(out, base, compute)
     base, models = base.contiguous(), [model.contiguous() for model in models]
     return out, pick(backend, (base, *models)).weighted_sum(base, models, [float(weight) for weight in weights], out)
+
+
+def filtered_sum(
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    response: Response,
+    *,
+    norms: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, list[float], float, float]:
+    """The sum and the means of :func:`task_vector_sum`; the sum is filtered as :func:`freemerge.filter_` does it.
+
+    The last two numbers are the Frobenius norms of the sum before and after the filter, or 0 unless ``norms`` are
+    wanted. The sum is the same bytes as by one function after the other, in fewer passes where a backend has a kernel.
+    ``backend`` is that of the filter.
+    """
+    _check_task_vectors(base, models, weights)
+    if not base.ndim or not base.numel():
+        raise ArgumentError(f"base must have at least one axis and one entry, got shape {tuple(base.shape)}")
+    out = empty(base.shape, compute_dtype([base, *models]), base.device)
+    base, models = base.contiguous(), [model.contiguous() for model in models]
+    filtering, plan = choose(response, tuple(out.shape), out.dtype, out.device, backend)
+    batch = out[None] if out.ndim == 1 else out.flatten(0, -3) if out.ndim > 3 else out
+    means, before, after = pick("auto", (base, *models)).filtered_sum(
+        filtering.executable(plan), base, models, [float(weight) for weight in weights], batch, norms=norms
+    )
+    return out, means, math.sqrt(before), math.sqrt(after)
 
 
 def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: str = "auto") -> list[float]:
@@ -90,7 +117,11 @@ def norm(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> float:
     return math.sqrt(math.fsum(pick(backend, (x,)).square_sum(x.contiguous()) for x in tensors))
 
 
-def _check_task_vectors(base: torch.Tensor, models: Sequence[torch.Tensor]) -> None:
+def _check_task_vectors(
+    base: torch.Tensor, models: Sequence[torch.Tensor], weights: Sequence[float] | None = None
+) -> None:
+    if weights is not None and len(weights) != len(models):
+        raise ArgumentError(f"weights must hold one number per model, got {len(weights)} for {len(models)}")
     if not models:
         raise ArgumentError("models must hold at least one tensor")
     named = [(f"models[{i}]", model) for i, model in enumerate(models)]

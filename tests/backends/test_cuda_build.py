@@ -28,6 +28,7 @@ LARGE = {
     ("column_filter_kernel", UNCOMMON): 200,
     ("rows_kernel", UNCOMMON): 200,
     ("spectra_kernel", UNCOMMON): 200,
+    ("interpolate_squares_kernel", "ColumnPair"): 128,  # four of 128
 }
 BLOCK_BYTES, MULTIPROCESSORS = 227 << 10, 132  # of an H100
 MAX_WHEEL_BYTES = 5_000_000

@@ -10,7 +10,7 @@ import torch
 import freemerge as fm
 import freemerge.experts as fx
 from cases import RESPONSES
-from freemerge.accumulate import add_round, task_vector_sum
+from freemerge.accumulate import add_round, filtered_sum, norm, task_vector_sum
 from freemerge.backends.registry import named
 from freemerge.backends.sparse import SparseVector, Update
 from freemerge.experts.select import select_largest
@@ -161,6 +161,22 @@ def test_sums_selection_and_sparse_updates_are_those_of_torch() -> None:
     with apply_([Update(weights, entries, 0.7)], backend="cuda"):
         assert not torch.equal(weights, base)
     assert torch.equal(weights, base)
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (50257, 768)], ids=str)
+def test_sum_and_filter_at_once_are_both_one_after_the_other(shape: tuple[int, int]) -> None:
+    response, weights = fm.HighPass(0.05), [0.2, -0.1, 0.5, 0.4]
+    assert fm.explain(shape, response, device="cuda", backend="cuda").form == "decimated"
+    base, *models = (matrix(*shape, dtype=torch.bfloat16, seed=seed) for seed in range(5))
+    want, want_means = task_vector_sum(base, models, weights)
+    want_before = norm([want])
+    fm.filter_(want, response)
+    got, means, before, after = filtered_sum(base, models, weights, response)
+    assert float((got - want).norm() / want.norm()) < 1e-6
+    assert means == pytest.approx(want_means, rel=1e-12)
+    assert (before, after) == pytest.approx((want_before, norm([got])), rel=1e-12)
+    again, *_ = filtered_sum(base, models, weights, response)
+    assert torch.equal(again, got)
 
 
 def test_an_expert_of_many_tensors_switches_across_streams_and_in_a_graph() -> None:

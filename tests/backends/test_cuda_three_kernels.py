@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +16,6 @@ import freemerge as fm
 from benchmarks.traffic import traffic
 from freemerge.backends import registry
 from freemerge.backends.cuda import CudaBackend
-from freemerge.backends.cuda_runtime import Runtime
 from freemerge.backends.torch import TorchBackend
 from freemerge.errors import BackendError
 from freemerge.planner.forms import candidates
@@ -396,10 +390,8 @@ def test_a_convolution_has_room_for_the_chirp_and_kernels_for_its_factors() -> N
 
 
 @dataclass(frozen=True)
-class Bug:
-    file: str
-    right: str
-    wrong: str
+class Bug(emulated.Bug):
+    kernels: str = "row_spectra.cu"
     height: int = 64
     width: int = 86
 
@@ -432,55 +424,8 @@ BUGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def buggy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CudaBackend]:
-    """The emulated backend with the row kernels of each bug, compiled without optimisation."""
-    folder = tmp_path_factory.mktemp("bugs")
-    with ThreadPoolExecutor(2) as pool:
-        files = pool.map(lambda pair: _build(*pair, folder), enumerate(BUGS.values()))
-        return dict(zip(BUGS, map(_load, files), strict=True))
-
-
-def _build(number: int, bug: Bug, folder: Path) -> Path:
-    """The emulated module, linked with the row kernels as the bug makes them."""
-    source, changed = emulated.ROOT / "csrc", folder / str(number) / "cuda"
-    changed.mkdir(parents=True)
-    text = (source / "cuda" / bug.file).read_text(encoding="utf-8")
-    assert bug.right in text
-    (changed / bug.file).write_text(text.replace(bug.right, bug.wrong), encoding="utf-8")
-    kernels = changed / "row_spectra.cu"
-    if not kernels.exists():
-        shutil.copy(source / "cuda" / "row_spectra.cu", kernels)
-    made = changed.parent / "row_spectra.o"
-    headers = next(
-        Path(root) / "include"
-        for root in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-        if root and (Path(root) / "include" / "cuda_fp16.h").exists()
-    )
-    compiler = os.environ.get("CXX", "c++")
-    flags = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFREEMERGE_EMULATION"]
-    folders = [f"-I{changed.parent}", f"-I{source}", f"-I{emulated.ROOT / 'tests'}", f"-isystem{headers}"]
-    subprocess.run([compiler, *flags, *folders, "-xc++", "-c", str(kernels), "-o", str(made)], check=True)
-    objects = [path for path in emulated.build().rglob("*.o") if "_cuda_emulated.dir" in str(path)]
-    correct = [path for path in objects if path.name != "row_spectra.cu.o"]
-    assert len(correct) == len(objects) - 1
-    module = changed.parent / "_cuda_emulated.so"
-    subprocess.run([compiler, "-shared", "-o", str(module), *map(str, correct), str(made), "-ldl"], check=True)
-    return module
-
-
-def _load(file: Path) -> CudaBackend:
-    name = f"bug{file.parent.name}._cuda_emulated"  # pybind11 keeps one module of each name
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return CudaBackend(Runtime(module, "cpu"))
-
-
 @pytest.mark.parametrize("name", BUGS)
-def test_a_bug_in_the_row_kernels_is_caught(name: str, buggy: dict[str, CudaBackend]) -> None:
+def test_a_bug_in_the_row_kernels_is_caught(name: str, tmp_path: Path) -> None:
     response, height, width = fm.HighPass(0.4), BUGS[name].height, BUGS[name].width
     chosen = Tiles(1 if height % 2 else 4, 8, 64, 64, convolution(width), 0)
     storage = noise(height + 2, width)  # room for what a bug writes beyond the end
@@ -494,4 +439,4 @@ def test_a_bug_in_the_row_kernels_is_caught(name: str, buggy: dict[str, CudaBack
         return untouched and error(memory[:height], x, response) < ERROR
 
     assert is_right(emulated.backend())
-    assert not is_right(buggy[name])
+    assert not is_right(emulated.backend_with(BUGS[name], tmp_path))

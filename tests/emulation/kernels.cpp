@@ -310,6 +310,59 @@ void check_sums() {
   }
 }
 
+// Sum and filter at once, against one after the other.
+void check_filtered_sums() {
+  const Shape s{75, 265, 265};  // several chunks and blocks, an odd width
+  const auto n = std::size_t(s.height * s.width);
+  Plan plan;
+  plan.form = Form::kDecimated;
+  plan.mask = high_pass(s, 4.5);
+  plan.background = 1.0;
+  plan.rows = {24, 7, 5, false};
+  plan.columns = {30, 10, 5, false};
+  const PreparedFilter prepared(plan, DType::kFloat32, {});
+  Buffer<bfloat16> base(random_array<bfloat16>(n, 1));
+  Buffer<bfloat16> first(random_array<bfloat16>(n, 2));
+  Buffer<float> second(random_array<float>(n, 3));
+  Buffer<float16> third(random_array<float16>(n, 4));
+  const std::vector<Array> models = {
+      {first.get(), DType::kBFloat16}, {second.get(), DType::kFloat32}, {third.get(), DType::kFloat16}};
+  const std::vector<double> weights = {0.2, -0.5, 0.8};
+
+  const auto run = [&](Buffer<float>& out, const SumFirst* sum) {
+    const MatrixList list{{out.get()}, {s.width}};
+    const std::size_t bytes = prepared.filter.workspace_bytes(list, nullptr, sum);
+    void* workspace = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    prepared.filter.run(list, 1.0, workspace, bytes, nullptr, sum);
+    std::free(workspace);
+  };
+  Buffer<float> want(n);
+  Buffer<double> means(models.size());
+  Buffer<double> scratch(std::size_t(accumulate_scratch(std::int64_t(n), std::int64_t(models.size()))));
+  accumulate(want.get(), {base.get(), DType::kBFloat16}, models, weights, std::int64_t(n), means.get(),
+             scratch.get(), nullptr);
+  const auto squares = [&](Buffer<float>& x) {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < n; ++i) sum += wide(x[i]) * wide(x[i]);
+    return sum;
+  };
+  std::vector<double> expected = {means[0], means[1], means[2], squares(want)};
+  run(want, nullptr);
+  expected.push_back(squares(want));
+
+  Buffer<float> got(n);
+  Buffer<double> results(expected.size());
+  SumFirst sum{{{base.get(), DType::kBFloat16}, {}, {}, int(models.size())}, results.get()};
+  for (std::size_t m = 0; m < models.size(); ++m) {
+    sum.vectors.models[m] = models[m];
+    sum.vectors.weights[m] = static_cast<float>(weights[m]);
+  }
+  run(got, &sum);
+  expect(std::memcmp(got.get(), want.get(), n * sizeof(float)) == 0, "filtered sum, bit for bit");
+  for (std::size_t i = 0; i < expected.size(); ++i)
+    expect(std::fabs(results[i] - expected[i]) <= 1e-12 * expected[i], "means and squares", results[i]);
+}
+
 void check_selection() {
   const std::size_t rows = 3;
   for (const std::size_t columns : {1u, 255u, 40000u}) {
@@ -412,6 +465,7 @@ int main(int argc, char** argv) {
     emulation::set_order(order);
     check_filters();
     check_sums();
+    check_filtered_sums();
     check_selection();
     check_sparse();
   }

@@ -140,6 +140,26 @@ class Backend(ABC):
     def square_sum(self, tensor: torch.Tensor) -> float:
         """The sum of squares of a contiguous tensor, in float64; the same for any number of threads."""
 
+    def filtered_sum(
+        self,
+        filtering: Executable,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        out: torch.Tensor,
+        *,
+        norms: bool,
+    ) -> tuple[list[float], float, float]:
+        """:meth:`weighted_sum` into ``out``, [H, W] or [B, H, W], which is then filtered by ``filtering``.
+
+        Returns the means, and if ``norms`` are wanted the sums of squares of ``out`` before and after the filter.
+        ``out`` is to be the same bytes as by one operation after the other; a backend may need fewer passes.
+        """
+        means = self.weighted_sum(base, models, weights, out)
+        before = self.square_sum(out) if norms else 0.0
+        filtering.run([out], 1.0)
+        return means, before, self.square_sum(out) if norms else 0.0
+
     @abstractmethod
     def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
         """``out = round(base + scale * delta)``; float64 arithmetic if base or delta is float64, else float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -126,7 +127,7 @@ class CudaBackend(TorchVectors):
             column_gains=plan.column_gains if plan.form == "full" and (plan.fused or plan.tiles) else (),
             upload=upload,
         )  # fmt: skip
-        return _Filter(self._runtime, native, tables, self._recorded)
+        return _Filter(self._runtime, native, tables, self._recorded, sums_first=plan.form == "decimated")
 
     def _fused_columns(self, device: torch.device) -> tuple[int, int]:
         """The longest column that the fused kernel takes, and its largest prime factor; 0 where nothing can run."""
@@ -165,6 +166,21 @@ class CudaBackend(TorchVectors):
         result: list[float] = means.tolist()
         return result
 
+    def filtered_sum(
+        self,
+        filtering: Executable,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        out: torch.Tensor,
+        *,
+        norms: bool,
+    ) -> tuple[list[float], float, float]:
+        alone = math.prod(out.shape[:-2]) == 1 and len(models) <= self._runtime.module.MODELS_PER_LAUNCH
+        if alone and isinstance(filtering, _Filter) and filtering.sums_first:
+            return filtering.run_sum(base, models, weights, out)
+        return super().filtered_sum(filtering, base, models, weights, out, norms=norms)
+
     def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
         if out.numel():
             stream = self._runtime.stream(base.device)
@@ -193,9 +209,21 @@ class CudaBackend(TorchVectors):
 
 
 class _Filter(Executable):
-    """A native filter and the device memory it points into."""
+    """A native filter and the device memory it points into.
 
-    def __init__(self, runtime: Runtime, native: Any, tables: list[torch.Tensor], recorded: set[Executable]) -> None:
+    ``sums_first``: whether its first pass can form the weighted sum that it filters (:meth:`run_sum`).
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        native: Any,
+        tables: list[torch.Tensor],
+        recorded: set[Executable],
+        *,
+        sums_first: bool,
+    ) -> None:
+        self.sums_first = sums_first
         self._runtime, self.native, self._tables, self._recorded = runtime, native, tables, recorded
         self._sizes: Cache[tuple[int, ...], int] = Cache(_CACHED_SIZES)
         self._streams: set[int] = set()  # those whose work the tables' memory waits for when it is freed
@@ -220,14 +248,35 @@ class _Filter(Executable):
             return
         device = batches[0].device
         stream = self._runtime.stream(device)
-        if stream.capturing:
-            self._recorded.add(self)  # the graph keeps addresses of its tables
         pointers, strides = addresses(batches)
         needed = self.workspace(batches, pointers, strides, stream)
-        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-        self.native.run(
-            pointers, strides, scale, address(workspace), needed, stream.device, stream.handle,
+        self._run(pointers, strides, scale, needed, device, stream)
+
+    def run_sum(
+        self, base: torch.Tensor, models: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
+    ) -> tuple[list[float], float, float]:
+        """:meth:`Backend.filtered_sum` of one matrix: two passes over it in all."""
+        device = out.device
+        stream = self._runtime.stream(device)
+        results = torch.empty(len(models) + 2, dtype=torch.float64, device=device)
+        job = self._runtime.module.SumFirst(
+            *pointer(base), [address(model) for model in models], [DTYPE_CODES[model.dtype] for model in models],
+            list(weights), base.numel(), address(results),
         )  # fmt: skip
+        pointers, strides = addresses([out.view(out.shape[-2:])])
+        needed = int(self.native.workspace_bytes(pointers, strides, stream.device, stream.handle, job))
+        self._run(pointers, strides, 1.0, needed, device, stream, job)
+        *means, before, after = results.tolist()
+        return means, before, after
+
+    def _run(
+        self, pointers: list[int], strides: list[int], scale: float, needed: int, device: torch.device, stream: Stream,
+        job: Any = None,
+    ) -> None:  # fmt: skip
+        if stream.capturing:
+            self._recorded.add(self)  # the graph keeps addresses of its tables
+        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        self.native.run(pointers, strides, scale, address(workspace), needed, stream.device, stream.handle, job)
         if stream.handle not in self._streams and self._runtime.device_type == "cuda":
             # A table dropped from the cache must not be reused before this stream is done with it.
             current = torch.cuda.current_stream(device)

@@ -80,6 +80,23 @@ def filter_keeping_norm(vectors: TaskVectors, deltas: Sequence[Tensor], response
     return factor
 
 
+def filtered_sums(
+    vectors: TaskVectors, weights: Sequence[Sequence[float]], response: Response, *, norms: bool
+) -> tuple[list[Tensor], float, float]:
+    """sum_i weights[i] v_i of each member, filtered, and the Frobenius norm of all of them before and after the filter,
+    or 0 unless ``norms`` are wanted."""
+    from ..accumulate import norm
+
+    tensors = vectors.tensors
+    if len(tensors) == 1 and not vectors.parts and not isinstance(tensors[0], _FilteredDeltas):
+        total, before, after = tensors[0].filtered_sum(weights[0], response, vectors.backend, norms=norms)
+        return [total], before, after
+    sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
+    before = norm(sums) if norms else 0.0
+    filter_members(vectors, sums, response)
+    return sums, before, norm(sums) if norms else 0.0
+
+
 @dataclass(frozen=True)
 class Filtered(Method):
     """A method with a filter around it: it sees filtered task vectors, or what it merges is filtered."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ..responses import HighPass, Response
 from .base import Measured, Merged, Method
-from .filtered import CUTOFF_HELP, checked_response, filter_members
+from .filtered import CUTOFF_HELP, checked_response, filter_members, filtered_sums
 from .parameters import FLAG, NUMBER, parameter, weights_parameter
 from .rules import (
     Scope,
@@ -121,13 +121,14 @@ class FR(Method):
         from ..accumulate import norm
 
         tensors, filters = vectors.tensors, vectors.as_matrices
-        norm_before = 0.0
+        norms = filters and self.renormalize is not None
+        before = after = 0.0
         if self._sums_first(filters):
             weights = self._weights(vectors, measured)
-            sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
             if filters:
-                norm_before = norm(sums) if self.renormalize is not None else 0.0
-                filter_members(vectors, sums, self.response)
+                sums, before, after = filtered_sums(vectors, weights, self.response, norms=norms)
+            else:
+                sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
         else:
             filtered = self._filtered(vectors)
             means = _means(filtered)
@@ -138,11 +139,12 @@ class FR(Method):
                 combine(deltas, [factor * weight for factor, weight in zip(factors, own, strict=True)])
                 for deltas, own in zip(zip(*filtered, strict=True), weights, strict=True)
             ]
-            if filters and self.renormalize is not None:
-                norm_before = norm([tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)])
+            if norms:
+                before = norm([tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)])
+                after = norm(sums)
         notes: list[dict[str, object]] = [{"weights": list(own)} if self._own_weights else {} for own in weights]
-        if filters and self.renormalize is not None:
-            factor = energy_factor(norm_before, norm(sums))
+        if norms:
+            factor = energy_factor(before, after)
             for total, note in zip(sums, notes, strict=True):
                 total.mul_(factor)
                 note["energy_factor"] = factor

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
+from ..responses import Response
 from .layers import is_convolution
 
 if TYPE_CHECKING:
@@ -61,6 +62,18 @@ class Deltas:
         total, means = task_vector_sum(base, [read().to(base.device) for read in self.models], weights)
         self.check(means)
         return total
+
+    def filtered_sum(
+        self, weights: Sequence[float], response: Response, backend: str, *, norms: bool
+    ) -> tuple[Tensor, float, float]:
+        """The same, filtered, and its Frobenius norms before and after the filter, or 0 unless ``norms`` are wanted."""
+        from ..accumulate import filtered_sum
+
+        base = self.base()
+        models = [read().to(base.device) for read in self.models]
+        total, means, before, after = filtered_sum(base, models, weights, response, norms=norms, backend=backend)
+        self.check(means)
+        return total, before, after
 
     def each(self) -> Iterator[Tensor]:
         """v_1, v_2, ..., v_K, one at a time."""

@@ -1,0 +1,334 @@
+"""Sum and filter of the CUDA backend in one go, run by the emulation: results, traffic, and bugs put into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import emulated
+import freemerge as fm
+from benchmarks.traffic import MODELS_IN_ONE_PASS, merge_traffic, traffic
+from freemerge.accumulate import add_round, filtered_sum, norm, task_vector_sum
+from freemerge.backends import registry
+from freemerge.backends.base import Backend, Executable
+from freemerge.backends.cuda import CudaBackend
+from freemerge.backends.torch import TorchBackend
+from freemerge.checkpoint import TensorSpec
+from freemerge.errors import ArgumentError, CheckpointError
+from freemerge.merging.units import plan_units
+from freemerge.planner.costs import Traits
+from freemerge.planner.forms import candidates
+from freemerge.planner.plan import Plan
+from freemerge.responses import Response
+from in_memory import noise
+from reference import reference_filter, reference_merge
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+ORDERS = ("forward", "reverse", "random")
+
+
+class Decimating(CudaBackend):
+    """Prefers the decimated form wherever there is one, as for large matrices; counts the sums that it filters."""
+
+    def __init__(self) -> None:
+        super().__init__(emulated.runtime())
+        self.at_once: list[bool] = []
+
+    def _traits_of(self, device: torch.device) -> Traits:
+        traits = super()._traits_of(device)
+        return replace(traits, costs=replace(traits.costs, row_fft=1.0))
+
+    def filtered_sum(
+        self,
+        filtering: Executable,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        out: torch.Tensor,
+        *,
+        norms: bool,
+    ) -> tuple[list[float], float, float]:
+        kernel, called = self._runtime.module.SumFirst, []
+        self._runtime.module.SumFirst = lambda *values: called.append(True) or kernel(*values)
+        try:
+            return super().filtered_sum(filtering, base, models, weights, out, norms=norms)
+        finally:
+            self._runtime.module.SumFirst = kernel
+            self.at_once.append(bool(called))
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[Decimating]:
+    decimating = Decimating()
+    with registry.using(decimating, TorchBackend()):
+        yield decimating
+    emulated.module().set_order(emulated.module().Order.forward)
+
+
+def inputs(shape: tuple[int, ...], count: int, *, mean: float = 0.0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A base and models of mixed dtypes."""
+    base = noise(*shape, dtype=DTYPES[count % 3])
+    models = [(mean + noise(*shape, seed=i + 1)).to(DTYPES[i % 3]) for i in range(count)]
+    return base, models
+
+
+def weights_of(count: int) -> list[float]:
+    return [0.3 * (-1) ** i + 0.1 * i for i in range(count)]
+
+
+def decimated_plan(shape: tuple[int, int], response: Response) -> Plan:
+    traits = emulated.backend().traits(torch.device("cpu"))
+    assert traits is not None
+    found = candidates(response, shape, torch.float32, "cpu", "cuda", traits)
+    return next(plan for plan in found if plan.form == "decimated")
+
+
+SHAPES = {
+    "wide": ((48, 700), fm.HighPass(0.1)),
+    "tall": ((700, 48), fm.HighPass(0.1)),
+    "odd width": ((130, 97), fm.HighPass(0.1)),
+    "odd width beyond a block": ((96, 513), fm.LowPass(0.1)),
+    "primes": ((257, 131), fm.HighPass(0.05)),
+    "few rows": ((20, 331), fm.HighPass(0.2)),
+    "chunks": ((1030, 264), fm.HighPass(0.05)),
+    "around Nyquist": ((300, 90), fm.Official(0.05)),
+    "whole columns": ((512, 31), fm.Butterworth(0.02)),
+    "a batch of one": ((1, 96, 130), fm.HighPass(0.05)),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 16])
+@pytest.mark.parametrize("case", SHAPES)
+def test_sum_and_filter_at_once_are_both_one_after_the_other(case: str, count: int, device: Decimating) -> None:
+    shape, response = SHAPES[case]
+    (base, models), weights = inputs(shape, count), weights_of(count)
+    want, want_means = task_vector_sum(base, models, weights)
+    exact = sum(
+        ((model.double() - base.double()) * weight for model, weight in zip(models, weights, strict=True)),
+        start=torch.zeros(shape, dtype=torch.float64),
+    )
+    want_before = norm([want])
+    fm.filter_(want, response)
+    oracle = reference_filter(exact.reshape(shape[-2:]), response).reshape(shape)
+    for order in ORDERS:
+        emulated.module().set_order(getattr(emulated.module().Order, order))
+        got, means, before, after = filtered_sum(base, models, weights, response)
+        assert device.at_once[-1]
+        assert torch.equal(got, want)
+        assert means == pytest.approx(want_means, rel=1e-12)
+        assert before == pytest.approx(want_before, rel=1e-12)
+        assert after == pytest.approx(norm([want]), rel=1e-12)
+    loudest = float(response.mask(shape[-2:]).max())
+    assert float((got - oracle).norm()) < 1e-6 * max(float(oracle.norm()), loudest * float(exact.norm()))
+
+
+def test_a_dominant_mean_is_that_of_the_sum() -> None:
+    base, models = inputs((128, 200), 3, mean=500.0)
+    weights = [0.2, 0.3, 0.5]
+    want, _ = task_vector_sum(base, models, weights)
+    fm.filter_(want, fm.HighPass(0.05))
+    got, *_ = filtered_sum(base, models, weights, fm.HighPass(0.05))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_means_tell_which_model_is_not_finite(value: float) -> None:
+    base, models = inputs((96, 130), 3)
+    models[1][95, 129] = value
+    _, means, before, after = filtered_sum(base, models, [0.2, 0.3, 0.5], fm.HighPass(0.05))
+    assert [math.isfinite(mean) for mean in means] == [True, False, True]
+    assert not math.isfinite(before)
+    assert not math.isfinite(after)
+    states = [{"a.weight": model.float()} for model in models]
+    with pytest.raises(CheckpointError, match=r"a\.weight"):
+        fm.merge({"a.weight": base.float()}, states, fm.Recipe(response=fm.HighPass(0.05), weights="uniform"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "count", "response"),
+    [
+        ((96, 130), 17, fm.HighPass(0.05)),  # more models than one launch takes
+        ((2, 96, 130), 2, fm.HighPass(0.05)),  # a batch
+        ((2, 1, 96, 130), 2, fm.HighPass(0.05)),
+        ((96, 130), 2, fm.Butterworth(0.4)),  # the full form
+        ((96, 130), 2, fm.HighPass(0.0)),  # nothing to filter
+        ((500,), 2, fm.HighPass(0.1)),  # a row
+    ],
+    ids=str,
+)
+def test_what_the_kernel_does_not_take_goes_one_after_the_other(
+    shape: tuple[int, ...], count: int, response: Response, device: Decimating
+) -> None:
+    (base, models), weights = inputs(shape, count), weights_of(count)
+    want, want_means = task_vector_sum(base, models, weights)
+    want_before = norm([want])
+    fm.filter_(want, response)
+    got, means, before, after = filtered_sum(base, models, weights, response)
+    assert device.at_once == [False]
+    assert torch.equal(got, want)
+    assert (means, before, after) == (want_means, want_before, norm([want]))
+    _, _, before, after = filtered_sum(base, models, weights, response, norms=False)
+    assert (before, after) == (0.0, 0.0)
+
+
+def test_strided_and_shifted_inputs_are_taken(device: Decimating) -> None:
+    base, models = inputs((96, 130), 3)
+    want, *_ = filtered_sum(base, models, [0.2, 0.3, 0.5], fm.HighPass(0.05))
+    storage = [torch.cat([x.flatten()[:3], x.flatten()])[3:].view(96, 130) for x in (base, models[0])]
+    turned = [model.mT.contiguous().mT for model in models[1:]]
+    got, *_ = filtered_sum(storage[0], [storage[1], *turned], [0.2, 0.3, 0.5], fm.HighPass(0.05))
+    assert device.at_once == [True, True]
+    assert torch.equal(got, want)
+
+
+def test_wrong_arguments_are_named() -> None:
+    x = noise(8, 8)
+    with pytest.raises(ArgumentError, match="weights must hold one number per model, got 2 for 1"):
+        filtered_sum(x, [x], [1.0, 2.0], fm.HighPass(0.1))
+    with pytest.raises(ArgumentError, match="base must have at least one axis and one entry"):
+        filtered_sum(x[:0], [x[:0]], [1.0], fm.HighPass(0.1))
+    plan = decimated_plan((96, 130), fm.HighPass(0.05))
+    native, module = emulated.backend().executable(plan).native, emulated.module()  # type: ignore[attr-defined]
+    y = noise(96, 130)
+    for count, strides, why in ((0, [130], "models"), (1, [131], "rows lie end to end")):
+        job = module.SumFirst(y.data_ptr(), 0, [y.data_ptr()] * count, [0] * count, [1.0] * count, y.numel(), 0)
+        with pytest.raises(ValueError, match=why):
+            native.workspace_bytes([y.data_ptr()], strides, 0, 0, job)
+    full = replace(plan, form="full", rows=None, columns=None)
+    job = module.SumFirst(y.data_ptr(), 0, [y.data_ptr()], [0], [1.0], y.numel(), 0)
+    with pytest.raises(ValueError, match="only a decimated filter"):
+        emulated.backend().executable(full).native.workspace_bytes(  # type: ignore[attr-defined]
+            [y.data_ptr()], [130], 0, 0, job
+        )
+    with pytest.raises(ValueError, match="as many as one launch takes"):
+        module.SumFirst(y.data_ptr(), 0, [y.data_ptr()] * 17, [0] * 17, [1.0] * 17, y.numel(), 0)
+
+
+@pytest.mark.parametrize("renormalize", ["energy", None])
+def test_a_merge_sums_and_filters_at_once(renormalize: str | None, device: Decimating) -> None:
+    shapes = {"a.weight": (96, 130), "b.weight": (130, 70), "norm.weight": (24,)}
+    base = {name: noise(*shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    models = [
+        {name: (x.double() + 0.1 * noise(*x.shape, seed=seed)).to(x.dtype) for name, x in base.items()}
+        for seed in (1, 2, 3)
+    ]
+    recipe = fm.Recipe(response=fm.HighPass(0.1), renormalize=renormalize)
+    merged = fm.merge(base, models, recipe, backend="cuda")
+    specs = {name: TensorSpec(name, tuple(x.shape), x.dtype) for name, x in base.items()}
+    want = reference_merge(base, models, recipe, plan_units(specs, recipe.select, recipe.views))
+    assert device.at_once == [True, True]
+    for name, x in merged.items():
+        assert float((x.double() - want[name]).norm()) < 4e-3 * float(want[name].norm())
+
+
+# --- traffic ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_of_eight_models_moves_what_the_table_says() -> None:
+    """Base and models once, the sum twice each way, and what rounding takes: 2 (K + 1) + 12 bytes, and 8."""
+    module, shape, count = emulated.module(), (1024, 512), 8
+    backend, plan = emulated.backend(), decimated_plan(shape, fm.HighPass(0.05))
+    base, *models = (noise(*shape, dtype=torch.bfloat16, seed=i) for i in range(count + 1))
+    out, merged = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
+    filtering = backend.executable(plan)
+    backend.filtered_sum(filtering, base, models, weights_of(count), out, norms=True)  # makes the tables
+    for tensor in (base, *models, out, merged):
+        module.watch(tensor.data_ptr(), tensor.nbytes)
+    backend.filtered_sum(filtering, base, models, weights_of(count), out, norms=True)
+    add_round(base, out, 0.7, torch.bfloat16, out=merged, backend="cuda")
+    counted = module.watched()
+    module.unwatch_all()
+    n, sample = base.numel(), 2 * 16 * 64  # of each tensor, for the dominant mean
+    assert counted[0] == (2 * n + sample + 2 * n, 0)
+    assert counted[1:-2] == [(2 * n + sample, 0)] * count
+    assert counted[-2:] == [(8 * n, 8 * n), (0, 2 * n)]
+    moved = sum(map(sum, counted)) - (count + 1) * sample
+    assert moved == n * (2 * (count + 1) + 12 + 8)
+    assert moved == merge_traffic(plan, count, torch.bfloat16).bytes("matrix") - 8 * n  # the energy factor is torch's
+
+
+def test_panels_are_those_of_the_filter_alone() -> None:
+    """What the first pass writes for the second is no more than without the sum, beside a number for each block."""
+    module, shape, count = emulated.module(), (512, 512), 3
+    backend, plan = emulated.backend(), decimated_plan(shape, fm.HighPass(0.05))
+    base, *models = (noise(*shape, seed=i) for i in range(count + 1))
+    out, stored = torch.empty(shape), []
+    filtering = backend.executable(plan)
+    for run in (
+        lambda: filtering.run([out], 1.0),
+        lambda: backend.filtered_sum(filtering, base, models, weights_of(count), out, norms=True),
+    ):
+        run()
+        module.watch(0, (1 << 63) - 1)
+        run()
+        stored.append(module.watched()[0][1])
+        module.unwatch_all()
+    blocks = 2 * 16  # of 256 columns, in chunks of 32 rows
+    sums = 8 * (count + 2) * (blocks + 1)
+    assert stored[1] - stored[0] == out.nbytes + 4 * 16 * 64 + sums
+
+
+def test_more_models_take_the_separate_passes() -> None:
+    plan = decimated_plan((1024, 512), fm.HighPass(0.05))
+    assert emulated.module().MODELS_PER_LAUNCH == MODELS_IN_ONE_PASS
+    one, two = (merge_traffic(plan, count, torch.bfloat16) for count in (16, 17))
+    assert two.bytes() - one.bytes() == 1024 * 512 * (2 + 4 + 2 * 4)  # a model, the filter's read, two norms
+    assert traffic(plan).bytes("panel") == one.bytes("panel") == two.bytes("panel")
+
+
+# --- bugs put into the kernels ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bug(emulated.Bug):
+    kernels: str = "spread_sum.cu"
+
+
+BUGS = {
+    "base of the first row": Bug(
+        "weighted_sum.cuh", "widen(fetch(vectors.base, first, end)", "widen(fetch(vectors.base, first % 97, end)"
+    ),
+    "weight of the neighbour": Bug("weighted_sum.cuh", "vectors.weights[m]", "vectors.weights[m ? m - 1 : 1]"),
+    "the first model twice": Bug("weighted_sum.cuh", "fetch(vectors.models[m + 1]", "fetch(vectors.models[m]"),
+    "squares of another chunk": Bug("spread_sum.cu", "chunk * gridDim.x", "(chunk ? chunk - 1 : 0) * gridDim.x"),
+    "sums of another block": Bug("spread_sum.cu", "chunk * gridDim.x + blockIdx.x", "chunk * gridDim.x"),
+    "the row of another warp": Bug("spread_sum.cu", "tile + i * kColumnsPerBlock + kEntries", "tile + kEntries"),
+    "no barrier after the sum": Bug("spread_sum.cu", "__syncthreads();\n    if (has_columns)", "if (has_columns)"),
+    "no barrier before the next sum": Bug("spread_sum.cu", "__syncthreads();\n  }\n  if (has", "}\n  if (has"),
+    "the mean left in": Bug("spread_sum.cu", "value.x - center", "value.x"),
+    "a sample beside its place": Bug("spread_sum.cu", "i % a.columns * a.column_step", "i % a.columns"),
+    "squares of a column that is not there": Bug("interpolate.cu", "second ? static_cast", "true ? static_cast",
+                                                 "interpolate.cu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_bug_in_sum_and_filter_is_caught(name: str, tmp_path: Path) -> None:
+    shape, response, count = (97, 301), fm.HighPass(0.1), 3
+    (base, models), weights = inputs(shape, count, mean=2.0), weights_of(count)
+    plan = decimated_plan(shape, response)
+
+    def run(backend: CudaBackend, at_once: bool) -> tuple[torch.Tensor, list[float]]:
+        out = torch.empty(shape)
+        filtered = backend.filtered_sum if at_once else Backend.filtered_sum.__get__(backend)
+        means, before, after = filtered(backend.executable(plan), base, models, weights, out, norms=True)
+        return out, [*means, before, after]
+
+    want, numbers = run(emulated.backend(), at_once=False)
+
+    def is_right(backend: CudaBackend) -> bool:
+        module, right = backend._runtime.module, True
+        for order in ORDERS:
+            module.set_order(getattr(module.Order, order))
+            got, others = run(backend, at_once=True)
+            right = right and torch.equal(got, want) and others == pytest.approx(numbers, rel=1e-12)
+        module.set_order(module.Order.forward)
+        return right
+
+    assert is_right(emulated.backend())
+    assert not is_right(emulated.backend_with(BUGS[name], tmp_path))
