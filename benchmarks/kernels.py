@@ -122,7 +122,9 @@ def one_tensor(
     weights, scale = [1 / len(models)] * len(models), 0.4 * len(models)
 
     def ours() -> torch.Tensor:
-        delta, *_ = filtered_sum(base, models, weights, response, norms=False)
+        delta, _, norms = filtered_sum(base, models, weights, response)
+        if norms is None:
+            fm.filter_(delta, response)
         return add_round(base, delta, scale, torch.bfloat16)
 
     def summed(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,8 +68,7 @@ def merge_traffic(plan: Plan, models: int, stored: torch.dtype) -> Traffic:
     else:
         norm = Step("norm", "matrix", matrix, 0)
         steps = [Step("sum", "matrix", (models + 1) * read, matrix), norm, *steps, norm]
-    energy = Step("energy factor", "matrix", matrix, matrix)
-    return Traffic(plan, (*steps, energy, Step("add_round", "matrix", matrix + read, read)))
+    return Traffic(plan, (*steps, Step("add_round", "matrix", matrix + read, read)))
 
 
 def _matrix_bytes(plan: Plan) -> int:

@@ -40,10 +40,10 @@ std::vector<double> accumulate(void* out, Storage base, const std::vector<Storag
 }
 
 void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, std::int64_t n,
-               int threads) {
+               int threads, double factor) {
   require(n >= 0, "n must not be negative");
   const bool wide = base.dtype == DType::kFloat64 || delta.dtype == DType::kFloat64;
-  const AddRoundJob job{out, out_dtype, wide ? DType::kFloat64 : DType::kFloat32, base, delta, scale};
+  const AddRoundJob job{out, out_dtype, wide ? DType::kFloat64 : DType::kFloat32, base, delta, scale, factor};
   const Kernels& k = active_kernels();
   parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;

@@ -25,10 +25,10 @@ struct Storage {
 std::vector<double> accumulate(void* out, Storage base, const std::vector<Storage>& models,
                                const std::vector<double>& weights, std::int64_t n, int threads);
 
-// out[j] = round(base[j] + scale * delta[j]) to out_dtype, product and sum rounded to double when base or
-// delta is double, else to float. `out` may be `base` or `delta` itself if the dtypes are the same.
+// out[j] = round(base[j] + scale * (factor * delta[j])) to out_dtype, products and sum rounded to double when
+// base or delta is double, else to float. `out` may be `base` or `delta` itself if the dtypes are the same.
 void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, std::int64_t n,
-               int threads);
+               int threads, double factor = 1.0);
 
 // sum_j x[j]^2 in double, over fixed blocks in a fixed order: the same for any thread count.
 double square_sum(Storage x, std::int64_t n, int threads);

@@ -184,12 +184,13 @@ void add_round_range_as(const AddRoundJob& job, std::int64_t begin, std::int64_t
   Compute base[kChunk];
   Compute sum[kChunk];
   const Compute scale = static_cast<Compute>(job.scale);
+  const Compute factor = static_cast<Compute>(job.factor);
   for (std::int64_t offset = 0; offset < count; offset += kChunk) {
     const std::int64_t at = begin + offset;
     const std::int64_t m = std::min(kChunk, count - offset);
     load(job.base, at, m, base);
     load(job.delta, at, m, sum);
-    for (std::int64_t j = 0; j < m; ++j) sum[j] = base[j] + scale * sum[j];
+    for (std::int64_t j = 0; j < m; ++j) sum[j] = base[j] + scale * (factor * sum[j]);
     visit_dtype(job.out_dtype, [&](auto tag) {
       using T = typename decltype(tag)::type;
       T* out = static_cast<T*>(job.out) + at;

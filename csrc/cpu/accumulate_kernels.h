@@ -23,6 +23,7 @@ struct AddRoundJob {
   Storage base;
   Storage delta;
   double scale;
+  double factor;
 };
 
 // Entries [begin, begin + count). sums[i] = sum over them of |v_i|.

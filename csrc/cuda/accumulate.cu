@@ -67,6 +67,7 @@ struct AddJob {
   Array base;
   Array delta;
   float scale;
+  float factor;
   std::int64_t n;
 };
 
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(kSumThreads) add_kernel(AddJob job) {
   widen(stored_base, job.base.dtype, base);
   widen(stored_delta, job.delta.dtype, delta);
 #pragma unroll
-  for (int e = 0; e < kEntries; ++e) base[e] = __fadd_rn(base[e], __fmul_rn(job.scale, delta[e]));
+  for (int e = 0; e < kEntries; ++e)
+    base[e] = __fadd_rn(base[e], __fmul_rn(job.scale, __fmul_rn(job.factor, delta[e])));
   store_entries(job.out, first, job.n, base);
 }
 
@@ -133,12 +135,12 @@ void average(const double* partial, int rows, std::int64_t blocks, std::int64_t 
 }
 
 void add_round(const Array& out, const Array& base, const Array& delta, double scale, std::int64_t n,
-               cudaStream_t stream) {
+               cudaStream_t stream, double factor) {
   require(n > 0, "n must be positive");
   require_storage(out);
   require_storage(base);
   require_storage(delta);
-  const AddJob job{out, base, delta, static_cast<float>(scale), n};
+  const AddJob job{out, base, delta, static_cast<float>(scale), static_cast<float>(factor), n};
   launch(add_kernel, Launch("add_round", dim3(blocks(n)), dim3(kSumThreads), 0, stream), job);
 }
 

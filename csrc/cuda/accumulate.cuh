@@ -24,9 +24,9 @@ void accumulate(float* out, const Array& base, const std::vector<Array>& models,
 void average(const double* partial, int rows, std::int64_t blocks, std::int64_t n, double* averages,
              cudaStream_t stream);
 
-// out[j] = base[j] + scale * delta[j], product and sum rounded to float, then to out's dtype. `out` may be
-// `base` or `delta` itself.
+// out[j] = base[j] + scale * (factor * delta[j]), products and sum rounded to float, then to out's dtype.
+// `out` may be `base` or `delta` itself.
 void add_round(const Array& out, const Array& base, const Array& delta, double scale, std::int64_t n,
-               cudaStream_t stream);
+               cudaStream_t stream, double factor = 1.0);
 
 }  // namespace freemerge::cuda

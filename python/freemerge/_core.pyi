@@ -35,6 +35,7 @@ def add_round(
     scale: float,
     n: int,
     threads: int,
+    factor: float = 1.0,
 ) -> None: ...
 def square_sum(data: int, dtype: int, n: int, threads: int) -> float: ...
 

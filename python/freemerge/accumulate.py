@@ -46,26 +46,24 @@ def filtered_sum(
     weights: Sequence[float],
     response: Response,
     *,
-    norms: bool = True,
     backend: str = "auto",
-) -> tuple[torch.Tensor, list[float], float, float]:
-    """The sum and the means of :func:`task_vector_sum`; the sum is filtered as :func:`freemerge.filter_` does it.
+) -> tuple[torch.Tensor, list[float], tuple[float, float] | None]:
+    """The sum and the means of :func:`task_vector_sum`, and the sum is filtered if that takes fewer passes at once.
 
-    The last two numbers are the Frobenius norms of the sum before and after the filter, or 0 unless ``norms`` are
-    wanted. The sum is the same bytes as by one function after the other, in fewer passes where a backend has a kernel.
-    ``backend`` is that of the filter.
+    The last is then the Frobenius norm of the sum before and after the filter; it is None if the sum is yet to be
+    filtered. Both ways :func:`freemerge.filter_` with this ``response`` and ``backend`` makes the same bytes of it.
     """
     _check_task_vectors(base, models, weights)
-    if not base.ndim or not base.numel():
-        raise ArgumentError(f"base must have at least one axis and one entry, got shape {tuple(base.shape)}")
     out = empty(base.shape, compute_dtype([base, *models]), base.device)
     base, models = base.contiguous(), [model.contiguous() for model in models]
-    filtering, plan = choose(response, tuple(out.shape), out.dtype, out.device, backend)
-    batch = out[None] if out.ndim == 1 else out.flatten(0, -3) if out.ndim > 3 else out
-    means, before, after = pick("auto", (base, *models)).filtered_sum(
-        filtering.executable(plan), base, models, [float(weight) for weight in weights], batch, norms=norms
-    )
-    return out, means, math.sqrt(before), math.sqrt(after)
+    numbers, summing = [float(weight) for weight in weights], pick("auto", (base, *models))
+    if out.ndim > 1 and out.numel():
+        filtering, plan = choose(response, tuple(out.shape), out.dtype, out.device, backend)
+        at_once = filtering.filtered_sum(plan, base, models, numbers, out) if filtering is summing else None
+        if at_once is not None:
+            means, before, after = at_once
+            return out, means, (math.sqrt(before), math.sqrt(after))
+    return out, summing.weighted_sum(base, models, numbers, out), None
 
 
 def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: str = "auto") -> list[float]:
@@ -91,10 +89,12 @@ def add_round(
     scale: float,
     dtype: torch.dtype,
     *,
+    factor: float = 1.0,
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """``round(base + scale * delta)`` to ``dtype`` in one pass; float64 arithmetic if base or delta is float64.
+    """``round(base + scale * (factor * delta))`` to ``dtype`` in one pass; float64 arithmetic if base or delta is
+    float64, else float32, in which the products are rounded one after the other.
 
     ``out``, if given, receives the result: a contiguous tensor of that dtype and shape, which may be ``base`` or
     ``delta`` itself but must not overlap them otherwise.
@@ -106,7 +106,7 @@ def add_round(
         _check_out(out, base, dtype)
     for tensor, name in ((out, "dtype"), (base, "base"), (delta, "delta")):
         dtype_code(tensor, name)
-    pick(backend, (base, delta, out)).add_round(out, base.contiguous(), delta.contiguous(), scale)
+    pick(backend, (base, delta, out)).add_round(out, base.contiguous(), delta.contiguous(), scale, factor)
     return out
 
 

@@ -133,7 +133,7 @@ def _parts(merger: Merger) -> dict[str, Tensor]:
     for unit in merger.units:
         if unit.by_method:
             alone = [Measured(tuple(float(i == j) for j in range(count))) for i in range(count)]
-            merged = [merger.method.merge(merger.vectors(unit), own).tensors for own in alone]
+            merged = [merger.method.merge(merger.vectors(unit), own).complete().tensors for own in alone]
             parts |= {name: torch.stack(part) for name, part in zip(unit.names, zip(*merged, strict=True), strict=True)}
     return parts
 

@@ -104,6 +104,19 @@ def test_many_blocks_do_not_depend_on_the_thread_count(base_dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_factor_is_multiplied_before_the_scale(backend: str, dtype: torch.dtype) -> None:
+    base = normal((40003,), 1, dtype)
+    delta = normal((40003,), 2, memory.compute_dtype([base]))
+    kind = registry.named(backend)
+    assert kind is not None
+    if (refusal := kind.takes([base])) is not None:
+        pytest.skip(f"backend {backend} {refusal}")
+    want = accumulate.add_round(base, delta.clone().mul_(1 / 3), 0.7, dtype, backend=backend)
+    assert torch.equal(accumulate.add_round(base, delta, 0.7, dtype, factor=1 / 3, backend=backend), want)
+    assert not torch.equal(accumulate.add_round(base, delta, 0.7, dtype, backend=backend), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_add_round_rounds_the_float32_sum_to_nearest_even(dtype: torch.dtype) -> None:
     base, delta = normal((40000,), 1, torch.bfloat16), normal((40000,), 2)
     expected = (base.float() + torch.tensor(0.7) * delta).to(dtype)

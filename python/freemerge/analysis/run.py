@@ -192,7 +192,9 @@ def _merged(
         method.merge(
             dataclasses.replace(vectors, tensors=(held,), as_matrices=vectors.as_matrices and method.sees_matrices),
             measured[label],
-        ).tensors[0]
+        )
+        .complete()
+        .tensors[0]
         for label, method in methods.items()
     ]
 

@@ -142,27 +142,27 @@ class Backend(ABC):
 
     def filtered_sum(
         self,
-        filtering: Executable,
+        plan: Plan,
         base: torch.Tensor,
         models: Sequence[torch.Tensor],
         weights: Sequence[float],
         out: torch.Tensor,
-        *,
-        norms: bool,
-    ) -> tuple[list[float], float, float]:
-        """:meth:`weighted_sum` into ``out``, [H, W] or [B, H, W], which is then filtered by ``filtering``.
+    ) -> tuple[list[float], float, float] | None:
+        """:meth:`weighted_sum` filtered by ``plan``, the same bytes as by one after the other, in fewer passes.
 
-        Returns the means, and if ``norms`` are wanted the sums of squares of ``out`` before and after the filter.
-        ``out`` is to be the same bytes as by one operation after the other; a backend may need fewer passes.
+        Returns the means, and the sums of squares before and after the filter; or None, and nothing is written, if one
+        after the other is the best it can do. ``out`` is float32 or float64, as :meth:`weighted_sum` says.
         """
-        means = self.weighted_sum(base, models, weights, out)
-        before = self.square_sum(out) if norms else 0.0
-        filtering.run([out], 1.0)
-        return means, before, self.square_sum(out) if norms else 0.0
+        return None
 
     @abstractmethod
-    def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
-        """``out = round(base + scale * delta)``; float64 arithmetic if base or delta is float64, else float32."""
+    def add_round(
+        self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
+    ) -> None:
+        """``out = round(base + scale * (factor * delta))``, products and sum rounded one after the other.
+
+        Arithmetic is float64 if base or delta is float64, else float32.
+        """
 
     # Select: entries of v = model - base, in float32; both are contiguous, of one shape, and on one device.
 

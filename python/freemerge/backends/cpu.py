@@ -91,10 +91,12 @@ class CpuBackend(Backend):
     def square_sum(self, tensor: torch.Tensor) -> float:
         return _core.square_sum(*pointer(tensor), tensor.numel(), torch.get_num_threads())
 
-    def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+    def add_round(
+        self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
+    ) -> None:
         _core.add_round(
-            *pointer(out), *pointer(base), *pointer(delta), scale, out.numel(), torch.get_num_threads()
-        )  # fmt: skip
+            *pointer(out), *pointer(base), *pointer(delta), scale, out.numel(), torch.get_num_threads(), factor
+        )
 
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
         return _entries(_core.select_largest(*pointer(model), *pointer(base), rows, width, k, torch.get_num_threads()))

@@ -127,7 +127,7 @@ class CudaBackend(TorchVectors):
             column_gains=plan.column_gains if plan.form == "full" and (plan.fused or plan.tiles) else (),
             upload=upload,
         )  # fmt: skip
-        return _Filter(self._runtime, native, tables, self._recorded, sums_first=plan.form == "decimated")
+        return _Filter(self._runtime, native, tables, self._recorded)
 
     def _fused_columns(self, device: torch.device) -> tuple[int, int]:
         """The longest column that the fused kernel takes, and its largest prime factor; 0 where nothing can run."""
@@ -168,24 +168,26 @@ class CudaBackend(TorchVectors):
 
     def filtered_sum(
         self,
-        filtering: Executable,
+        plan: Plan,
         base: torch.Tensor,
         models: Sequence[torch.Tensor],
         weights: Sequence[float],
         out: torch.Tensor,
-        *,
-        norms: bool,
-    ) -> tuple[list[float], float, float]:
+    ) -> tuple[list[float], float, float] | None:
         alone = math.prod(out.shape[:-2]) == 1 and len(models) <= self._runtime.module.MODELS_PER_LAUNCH
-        if alone and isinstance(filtering, _Filter) and filtering.sums_first:
-            return filtering.run_sum(base, models, weights, out)
-        return super().filtered_sum(filtering, base, models, weights, out, norms=norms)
+        if plan.form != "decimated" or not alone:
+            return None
+        executable = self.executable(plan)
+        assert isinstance(executable, _Filter)
+        return executable.run_sum(base, models, weights, out)
 
-    def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+    def add_round(
+        self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
+    ) -> None:
         if out.numel():
             stream = self._runtime.stream(base.device)
             self._runtime.module.add_round(
-                *pointer(out), *pointer(base), *pointer(delta), scale, out.numel(), stream.device, stream.handle
+                *pointer(out), *pointer(base), *pointer(delta), scale, out.numel(), stream.device, stream.handle, factor
             )
 
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
@@ -209,21 +211,9 @@ class CudaBackend(TorchVectors):
 
 
 class _Filter(Executable):
-    """A native filter and the device memory it points into.
+    """A native filter and the device memory it points into."""
 
-    ``sums_first``: whether its first pass can form the weighted sum that it filters (:meth:`run_sum`).
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        native: Any,
-        tables: list[torch.Tensor],
-        recorded: set[Executable],
-        *,
-        sums_first: bool,
-    ) -> None:
-        self.sums_first = sums_first
+    def __init__(self, runtime: Runtime, native: Any, tables: list[torch.Tensor], recorded: set[Executable]) -> None:
         self._runtime, self.native, self._tables, self._recorded = runtime, native, tables, recorded
         self._sizes: Cache[tuple[int, ...], int] = Cache(_CACHED_SIZES)
         self._streams: set[int] = set()  # those whose work the tables' memory waits for when it is freed
@@ -255,7 +245,7 @@ class _Filter(Executable):
     def run_sum(
         self, base: torch.Tensor, models: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
     ) -> tuple[list[float], float, float]:
-        """:meth:`Backend.filtered_sum` of one matrix: two passes over it in all."""
+        """:meth:`Backend.filtered_sum` of one matrix by a decimated filter: two passes over it in all."""
         device = out.device
         stream = self._runtime.stream(device)
         results = torch.empty(len(models) + 2, dtype=torch.float64, device=device)

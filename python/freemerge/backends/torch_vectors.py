@@ -48,10 +48,12 @@ class TorchVectors(Backend):
         norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for _, part in _chunks(tensor)]
         return math.fsum(torch.stack(norms).square().tolist()) if norms else 0.0  # waits for a device once
 
-    def add_round(self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float) -> None:
+    def add_round(
+        self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
+    ) -> None:
         compute = compute_dtype([base, delta])
         for chunk, target in _chunks(out):
-            scaled = delta.view(-1)[chunk].to(compute) * scale
+            scaled = (delta.view(-1)[chunk].to(compute) * factor).mul_(scale)
             target.copy_(scaled.add_(base.view(-1)[chunk].to(compute)))
 
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:

@@ -277,7 +277,8 @@ class Merger:
         """``theta_0 + scale * merged`` of each member, rounded to its output dtype."""
         for name, delta in zip(unit.names, merged.tensors, strict=True):
             spec = self.out_spec(name)
-            tensor = add_round(_read(self.base, name).to(delta.device), delta, scale, spec.dtype)
+            base = _read(self.base, name).to(delta.device)
+            tensor = add_round(base, delta, scale, spec.dtype, factor=merged.factor)
             # Finite inputs can still leave the range of float16, or of anything at a large scale.
             check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
             yield name, tensor.to(self.base.device(name))
@@ -285,7 +286,7 @@ class Merger:
     def _merged_flat(self, unit: Unit, measured: Measured) -> Tensor:
         """Small tensors merged as one vector."""
         with self.stopwatch.stage("merge", self._worked_bytes(unit)):
-            (delta,) = self.method.merge(self.vectors(unit), measured).tensors
+            (delta,) = self.method.merge(self.vectors(unit), measured).complete().tensors
         spec = self.out_spec(unit.names[0])
         merged = add_round(self.base.read_flat(unit.names), delta, measured.scale, spec.dtype)
         if not all_finite(merged):

@@ -35,10 +35,21 @@ class Measured:
 
 @dataclass(frozen=True)
 class Merged:
-    """The merged task vector of each member of a unit, and for each what the manifest should say about it."""
+    """The merged task vector of each member of a unit, and for each what the manifest should say about it.
+
+    The task vectors are ``factor`` times ``tensors``, in float32 or float64: who adds them to a base multiplies on the
+    way, others ask for :meth:`complete`.
+    """
 
     tensors: list[Tensor]
     notes: list[dict[str, object]] = dataclasses.field(default_factory=list)
+    factor: float = 1.0
+
+    def complete(self) -> Merged:
+        """The same with a factor of 1: ``tensors`` are multiplied in place."""
+        if self.factor == 1.0:
+            return self
+        return dataclasses.replace(self, tensors=[tensor.mul_(self.factor) for tensor in self.tensors], factor=1.0)
 
 
 Keep = Callable[[TaskVectors, Merged], None]  # told what a unit was merged to
@@ -140,7 +151,7 @@ class Method(ABC):
 
         def measured(vectors: TaskVectors) -> tuple[list[float], list[float]]:
             seen = watched(vectors)
-            merged = self.merge(seen, Measured())
+            merged = self.merge(seen, Measured()).complete()
             seen.read()
             keep(vectors, merged)
             return seen.squares, list(map(inner_product, seen.sums, merged.tensors))
@@ -155,7 +166,7 @@ class Method(ABC):
         At it, what is merged interferes least with the tasks (:mod:`freemerge.methods.interference`); times
         :attr:`strengthened`. 1 where there is no matrix, or what is merged has nothing in common with the task vectors.
         """
-        found = units.map(lambda unit: interference_terms(unit, lambda: self.merge(unit, measured).tensors))
+        found = units.map(lambda unit: interference_terms(unit, lambda: self.merge(unit, measured).complete().tensors))
         scale = least_interference(terms for unit in found for terms in unit)
         return 1.0 if scale is None else self.strengthened * scale
 

@@ -89,9 +89,12 @@ def filtered_sums(
 
     tensors = vectors.tensors
     if len(tensors) == 1 and not vectors.parts and not isinstance(tensors[0], _FilteredDeltas):
-        total, before, after = tensors[0].filtered_sum(weights[0], response, vectors.backend, norms=norms)
-        return [total], before, after
-    sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
+        total, filtered = tensors[0].filtered_sum(weights[0], response, vectors.backend)
+        if filtered is not None:
+            return [total], *filtered
+        sums = [total]
+    else:
+        sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
     before = norm(sums) if norms else 0.0
     filter_members(vectors, sums, response)
     return sums, before, norm(sums) if norms else 0.0
@@ -155,6 +158,7 @@ class Filtered(Method):
         merged = self.method.merge(self._seen(vectors), measured)
         if self.filter.when == "before" or not vectors.as_matrices:
             return merged
+        merged = merged.complete()
         factor = filter_keeping_norm(vectors, merged.tensors, self.response)
         notes = merged.notes or [{} for _ in merged.tensors]
         return Merged(merged.tensors, [{**note, "energy_factor": factor} for note in notes])

@@ -143,12 +143,10 @@ class FR(Method):
                 before = norm([tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)])
                 after = norm(sums)
         notes: list[dict[str, object]] = [{"weights": list(own)} if self._own_weights else {} for own in weights]
-        if norms:
-            factor = energy_factor(before, after)
-            for total, note in zip(sums, notes, strict=True):
-                total.mul_(factor)
-                note["energy_factor"] = factor
-        return Merged(sums, notes)
+        if not norms:
+            return Merged(sums, notes)
+        factor = energy_factor(before, after)
+        return Merged(sums, [{**note, "energy_factor": factor} for note in notes], factor)
 
     @property
     def _own_weights(self) -> bool:

@@ -64,16 +64,17 @@ class Deltas:
         return total
 
     def filtered_sum(
-        self, weights: Sequence[float], response: Response, backend: str, *, norms: bool
-    ) -> tuple[Tensor, float, float]:
-        """The same, filtered, and its Frobenius norms before and after the filter, or 0 unless ``norms`` are wanted."""
+        self, weights: Sequence[float], response: Response, backend: str
+    ) -> tuple[Tensor, tuple[float, float] | None]:
+        """The same, and its Frobenius norms before and after the filter; None if it is yet to be filtered, see
+        :func:`freemerge.accumulate.filtered_sum`."""
         from ..accumulate import filtered_sum
 
         base = self.base()
         models = [read().to(base.device) for read in self.models]
-        total, means, before, after = filtered_sum(base, models, weights, response, norms=norms, backend=backend)
+        total, means, norms = filtered_sum(base, models, weights, response, backend=backend)
         self.check(means)
-        return total, before, after
+        return total, norms
 
     def each(self) -> Iterator[Tensor]:
         """v_1, v_2, ..., v_K, one at a time."""
