@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import freemerge as fm
+from freemerge.accumulate import add_round, norm, task_vector_sum
 from freemerge.cli import main
 from freemerge.methods import METHODS, Measured, Merged, Method
 from freemerge.methods.parameters import number, parameter
+from freemerge.methods.rules import energy_factor
 from freemerge.methods.vectors import Sides, TaskVectors
 from in_memory import State, states
 
@@ -47,6 +49,18 @@ def test_weighted_sums(recipe: fm.Recipe, coefficients: list[float]) -> None:
     inspection = fm.inspect(base, models, recipe)
     assert {decision.action for decision in inspection.decisions} == {"merge"}, "they treat matrices as anything else"
     assert inspection.passes == 1
+
+
+def test_the_energy_factor_is_multiplied_where_the_base_is_added() -> None:
+    base, models = states(SHAPES, 3)
+    recipe, name = fm.Recipe(weights="uniform"), "up.weight"
+    total, _ = task_vector_sum(base[name], [model[name] for model in models], [1 / 3] * 3)
+    before = norm([total])
+    fm.filter_(total, recipe.response)
+    merged = Merged([total], factor=energy_factor(before, norm([total])))
+    step_by_step = add_round(base[name], merged.complete().tensors[0], 1.2, base[name].dtype)
+    assert norm([total]) == pytest.approx(before)
+    assert torch.equal(fm.merge(base, models, recipe)[name], step_by_step)
 
 
 def test_views_mean_nothing_to_a_method_without_matrices() -> None:
