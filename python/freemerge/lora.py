@@ -23,6 +23,7 @@ from .checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .checkpoint.prefixes import Rename
 from .checkpoint.publish import Staging, check_target, refuse_inputs, target
 from .checkpoint.safetensors_file import SafetensorsFile
+from .checkpoint.tied import second_everywhere
 from .errors import CheckpointError
 from .experts.leading import leading_triplets
 from .experts.task_vector import task_vector
@@ -93,7 +94,7 @@ def extract_lora(
             merged=lambda names: not left_alone(names, rules),
             renames=renames_of(rename),
         )
-        check_rules(rules, inputs.names)
+        check_rules(rules, inputs.names, second_everywhere((inputs.base, *inputs.models)))
         start, (tuned,) = inputs.base, inputs.models
         refuse_inputs(folder, (start, tuned))
         for name, change in _changes(start, tuned, rules):

@@ -98,6 +98,23 @@ def test_a_rule_that_matches_no_input_is_refused() -> None:
             run()
 
 
+def test_a_rule_that_matches_second_names_of_tied_tensors_alone_is_refused() -> None:
+    def tied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state | {"lm_head.weight": state["model.embed_tokens.weight"]}
+
+    base, tuned = tied(BASE), tied(TUNED)
+    own = TUNED | {"lm_head.weight": TUNED["model.embed_tokens.weight"] + 1}
+    select = [("lm_head.*", "copy")]
+    for run in (
+        lambda: fm.merge(base, [tuned], fm.Recipe(select=select)),
+        lambda: fm.extract_experts(base, {"a": tuned}, select=select),
+    ):
+        with pytest.raises(fm.ArgumentError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight, whose name"):
+            run()
+    merged = fm.merge(base, [own], fm.Recipe(select=select))  # but the head of a model may be left out
+    assert merged["lm_head.weight"] is merged["model.embed_tokens.weight"]
+
+
 def test_experts_take_rules_and_renames(tmp_path: Path) -> None:
     head = {"classifier.weight": torch.ones(2, 8)}
     prefixed = {f"roberta.{name}": tensor for name, tensor in TUNED.items()}

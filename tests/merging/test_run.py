@@ -557,6 +557,15 @@ def test_inspection() -> None:
     assert "more than 90%" in warning
 
 
+@pytest.mark.parametrize("method", ["fr", "tsv_m"])
+def test_a_vector_that_a_rule_filters_is_a_row(method: str, tmp_path: Path) -> None:
+    base, models = random_models(2)
+    recipe = fm.Recipe(method=method, scale=1.0, select=[("norm.weight", "filter")])
+    merged = fm.merge(base, models, recipe)
+    fm.merge_checkpoints(base, models, tmp_path / "out", recipe, progress=False)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["norm.weight"], merged["norm.weight"])
+
+
 UNCHANGED = {
     "scale": fm.Recipe(scale=0),
     "weights": fm.Recipe(method="task_arithmetic", weights=(0, 0), layers=[("*", (0, 0))]),

@@ -292,6 +292,17 @@ def test_task_weights_say_where_there_are_none_or_more_is_needed() -> None:
         fm.task_weights(base, models, fm.Recipe(method="ties"))
 
 
+def test_task_weights_of_a_method_with_a_filter_around_it() -> None:
+    base, models = {"w": torch.zeros(4, 4)}, [{"w": torch.ones(4, 4)}, {"w": torch.eye(4)}]
+    assert fm.task_weights(base, models, fm.Recipe(method="average", filter="after")) == (0.5, 0.5)
+    for recipe, message in (
+        (fm.Recipe(method="ties", filter="before"), "ties needs more of the whole model than weights"),
+        (fm.Recipe(method="iso_c", filter="after"), "scale: method iso_c finds it over the whole model"),
+    ):
+        with pytest.raises(fm.ArgumentError, match=message):
+            fm.task_weights(base, models, recipe)
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", fm.methods.METHODS["average"]()])
 def test_a_method_is_named_in_one_way_by_all_functions(method: Any, tmp_path: Path) -> None:
     base = {"w": torch.randn(6, 5)}

@@ -36,15 +36,20 @@ class Comparison:
 
 
 def compare(
-    base: Checkpoint, models: Sequence[Checkpoint], *, merged: Callable[[str], bool] = lambda name: True
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    *,
+    merged: Callable[[str], bool] = lambda name: True,
+    heeded: Callable[[str], bool] = lambda name: True,
 ) -> Comparison:
     """Check that every model has the base's tensors, and no others, in the same shapes.
 
     ``merged(name)`` tells which tensors take part; the rest come from the base alone, so models may differ in them.
+    ``heeded(name)``: whether what lies under a second name has to be the tensor that it is tied to.
     Raises CheckpointError that names tensors and models. Reads no tensor, except to explain a tied head.
     """
     everyone = (base, *models)
-    tied = _tied_names(everyone, merged)
+    tied = _tied_names(everyone, merged, heeded)
     chosen = {name for name in set().union(*(one.specs for one in everyone)) if merged(name)} - tied.keys()
     expected = chosen & base.specs.keys()
     for model in models:
@@ -105,7 +110,9 @@ def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
         raise CheckpointError(f"{source}: tensor {name!r} holds NaN or infinity{advice}")
 
 
-def _tied_names(everyone: Sequence[Checkpoint], merged: Callable[[str], bool]) -> dict[str, str]:
+def _tied_names(
+    everyone: Sequence[Checkpoint], merged: Callable[[str], bool], heeded: Callable[[str], bool]
+) -> dict[str, str]:
     """Second name -> first name of every tensor that one of the checkpoints ties.
 
     A file leaves second names out, a state dict lists them, and some exporters write a copy under each name. All three
@@ -122,7 +129,7 @@ def _tied_names(everyone: Sequence[Checkpoint], merged: Callable[[str], bool]) -
                 tied.setdefault(name, root)
     for name, first in tied.items():
         for checkpoint in everyone:
-            if name in checkpoint.specs and not same_values(checkpoint, name, first):
+            if name in checkpoint.specs and heeded(name) and not same_values(checkpoint, name, first):
                 raise CheckpointError(
                     f"{checkpoint.label}: {name} is not the same as {first}, but another of the models ties the two"
                 )

@@ -58,6 +58,16 @@ def untie(base: Checkpoint, models: Sequence[Checkpoint], merged: Callable[[str]
     return Untied(opened[0], tuple(opened[1:]), tuple(sorted(stand_ins)))
 
 
+def second_everywhere(everyone: Sequence[Checkpoint]) -> dict[str, str]:
+    """Second name -> first name of what no checkpoint has as a tensor of its own."""
+    return {
+        name: first
+        for checkpoint in everyone
+        for name, first in checkpoint.tied.items()
+        if all(name in other.tied for other in everyone if name in other.specs)
+    }
+
+
 def _pairs(everyone: Sequence[Checkpoint], merged: Callable[[str], bool]) -> dict[str, str]:
     """Second name -> first name of what one checkpoint ties and another might store on its own."""
     pairs: dict[str, str] = {}

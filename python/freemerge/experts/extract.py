@@ -16,6 +16,7 @@ from ..arguments import after, check_models, share_of, whole_number
 from ..checkpoint import MERGEABLE, Checkpoint, Source, TensorSpec, open_inputs
 from ..checkpoint.compare import check_finite, compare
 from ..checkpoint.prefixes import Rename
+from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError
 from ..merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
 from ..merging.statistics_buffers import check_variance, is_of_norm, is_statistic
@@ -83,7 +84,7 @@ def iter_experts(
             merged=lambda names: not left_alone(names, rules),
             renames=renames,
         )
-        check_rules(rules, inputs.names)
+        check_rules(rules, inputs.names, second_everywhere((inputs.base, *inputs.models)))
         comparison = compare(inputs.base, inputs.models, merged=lambda name: not left_alone(inputs.names[name], rules))
         made = (name for name in comparison.names if has_expert(inputs.base.specs[name]))
         names = [name for name in made if name not in inputs.base.buffers]

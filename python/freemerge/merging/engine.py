@@ -18,6 +18,7 @@ from ..backends.registry import named
 from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
 from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices, stays_finite
 from ..checkpoint.mapped import fetched
+from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError, CheckpointError
 from ..methods import Measured, Merged
 from ..methods.interference import sampled
@@ -92,7 +93,12 @@ class Merger:
             first = base.tied.get(name, name)
             return (first, *base.aliases(first))
 
-        comparison = compare(base, models, merged=lambda name: not left_alone(names(name), recipe.select))
+        comparison = compare(
+            base,
+            models,
+            merged=lambda name: not left_alone(names(name), recipe.select),
+            heeded=lambda name: not left_alone((name, *base.aliases(name)), recipe.select),
+        )
         dropped = {name for name in base.specs if drops(names(name), recipe.select)}
         ties = {name: first for name, first in (base.tied | comparison.tied).items() if name in base.specs}
         self.tied = {name: first for name, first in ties.items() if name not in dropped}
@@ -103,6 +109,7 @@ class Merger:
             recipe.select,
             recipe.views,
             others=dict.fromkeys(name for model in models for name in model.specs if name not in self.specs),
+            second=second_everywhere((base, *models)),
             aliases=base.aliases,
             buffers=base.buffers,
         )
@@ -370,7 +377,7 @@ class Merger:
 
     def _sides(self, unit: Unit, shape: Sequence[int]) -> Sides:
         """Rows and columns of a matrix of a unit, as :meth:`TaskVectors.linear_maps` gives it."""
-        rows, columns = shape[-2:]
+        rows, columns = (1, *shape)[-2:]  # a vector that a rule filters is one row
         return (columns, rows) if unit.names[0] in self._transposed else (rows, columns)
 
     def _merge_bytes(self, unit: Unit) -> int:

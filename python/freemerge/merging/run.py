@@ -258,7 +258,7 @@ def task_weights(
     """
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
-        name = merger.method.name
+        name = merger.recipe.method.name
         if merger.scale is None:
             raise ArgumentError(f"scale: method {name} finds it over the whole model; give it as a number")
         measured = merger.measure()

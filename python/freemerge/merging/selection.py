@@ -160,11 +160,21 @@ def drops(names: Sequence[str], select: Sequence[Rule]) -> bool:
     return rule is not None and rule.action == "drop"
 
 
-def check_rules(select: Sequence[Rule], names: Mapping[str, Sequence[str]]) -> None:
-    """Raise ArgumentError for a rule that matches no tensor of any input: a misspelt pattern must not pass."""
+def check_rules(
+    select: Sequence[Rule], names: Mapping[str, Sequence[str]], second: Mapping[str, str] | None = None
+) -> None:
+    """Raise ArgumentError for a rule that matches no tensor of any input: a misspelt pattern must not pass.
+
+    ``second``: second name -> first name of tied tensors. They go by the first one, so a rule of no other is as
+    misspelt.
+    """
+    second = second or {}
+    own = [all_names for name, all_names in names.items() if name not in second]
     for rule in select:
-        if not any(rule_of(all_names, [rule]) for all_names in names.values()):
-            raise ArgumentError(f"select: pattern {rule.pattern!r} matches no tensor of the base or the models")
+        if not any(rule_of(all_names, [rule]) for all_names in own):
+            tied = next((name for name in second if rule_of([name], [rule])), None)
+            hint = "" if tied is None else f"; {tied} is tied to {second[tied]}, whose name a rule has to match"
+            raise ArgumentError(f"select: pattern {rule.pattern!r} matches no tensor of the base or the models{hint}")
 
 
 def renames_of(renames: object) -> tuple[Rename, ...]:

@@ -60,6 +60,7 @@ def plan_units(
     views: Sequence[View] = (),
     *,
     others: Iterable[str] = (),
+    second: Mapping[str, str] | None = None,
     aliases: Callable[[str], Sequence[str]] = lambda name: (),
     buffers: Collection[str] = (),
 ) -> list[Unit]:
@@ -68,13 +69,14 @@ def plan_units(
     Args:
         specs: the base's tensors; those that a rule drops get no unit.
         others: names that only other inputs have, which rules may match, too.
+        second: second names of tied tensors, with the first ones, which rules have to match.
         aliases: further names of a tensor, which rules may use.
         buffers: names of tensors that are not parameters: they are averaged as running statistics are.
 
     Raises ArgumentError for a rule or view that matches nothing or cannot apply: a misspelt pattern must not pass.
     """
     known = {name: (name, *aliases(name)) for name in (*specs, *others)}
-    check_rules(select, known)
+    check_rules(select, known, second)
     rules = {name: rule_of(known[name], select) for name in specs}
     actions = {
         name: _action(spec, rules[name], statistic=name in buffers or is_statistic(name))
