@@ -236,6 +236,17 @@ def test_dare_elects_signs_of_what_it_did_not_drop(weights: Any) -> None:
     assert kept == pytest.approx(1.5 * sum(tensor.numel() for tensor in base.values()), rel=0.2)
 
 
+@pytest.mark.parametrize("weight", [1 / 3, 0.1, 0.7])
+def test_dare_elects_no_sign_where_equally_weighted_entries_cancel(weight: float) -> None:
+    ones = torch.arange(1.0, 100.0)
+    base, models = {"w": torch.zeros(99)}, [{"w": ones}, {"w": 4 * ones}, {"w": -5 * ones}]
+    recipe = fm.Recipe(method="dare", drop=0.3, scale=1.0, weights=[weight] * 3)
+    alone = [fm.merge(base, models, recipe.replace(weights=[float(i == j) for j in range(3)]))["w"] for i in range(3)]
+    all_kept = torch.stack(alone).all(0)
+    assert 0 < int(all_kept.sum()) < 99
+    assert not fm.merge(base, models, recipe.replace(sign_election=True))["w"][all_kept].any()
+
+
 def test_dare_without_drops_elects_the_signs_of_the_sum() -> None:
     models = [torch.tensor([4.0, 3.0, -2.0, 1.0]), torch.tensor([-1.0, 5.0, 2.0, -3.0])]
     recipe = fm.Recipe(method="dare", drop=0, sign_election=True, scale=1)

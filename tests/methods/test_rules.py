@@ -64,6 +64,11 @@ def test_election_keeps_what_agrees_with_the_sign_of_the_sum() -> None:
     assert elect_and_sum(deltas, [1.0, 1.0]).tolist() == [3.0, -3.0, 0.0, 5.0, -4.0]
 
 
+@pytest.mark.parametrize("weight", [1 / 3, 0.1, 0.7])
+def test_what_cancels_with_equal_weights_elects_no_sign(weight: float) -> None:
+    ones = torch.arange(1.0, 100.0)
+    deltas = [ones, 4 * ones, -5 * ones]
+    assert not elect_and_sum(deltas, [weight] * 3).any()
 @given(st.integers(1, 6), st.integers(0, 2**31))
 def test_election_against_a_loop(count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

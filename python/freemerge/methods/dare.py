@@ -11,7 +11,7 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .election import elected_sum
 from .parameters import FLAG, WHOLE_NUMBER, number, parameter, weights_parameter
-from .rules import default_scale
+from .rules import default_scale, relative
 from .task_arithmetic import TaskArithmetic
 from .vectors import Deltas, Sides, TaskVectors, added
 from .whole import Whole
@@ -62,15 +62,18 @@ class DARE(Method):
         return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        kept = self._weighted(vectors, measured.weights)
-        return Merged(elected_sum(kept) if self.sign_election else added(kept))
+        left = 1.0 - self.drop
+        if not self.sign_election:
+            return Merged(added(self._kept(vectors, [weight / left for weight in measured.weights])))
+        elected = elected_sum(self._kept(vectors, relative(measured.weights)))
+        return Merged([total.mul_(max(map(abs, measured.weights)) / left) for total in elected])
 
-    def _weighted(self, vectors: TaskVectors, weights: Sequence[float]) -> Iterator[list[Tensor]]:
-        """weights[i] times what is kept of v_i, over 1 - p."""
+    def _kept(self, vectors: TaskVectors, weights: Sequence[float]) -> Iterator[list[Tensor]]:
+        """weights[i] times what is kept of v_i."""
         for model, (deltas, weight) in enumerate(zip(vectors.each(), weights, strict=True)):
             for tensor, delta in zip(vectors.tensors, deltas, strict=True):
                 dropped = self._dropped(tensor, model).to(delta.device)
-                delta.mul_(weight / (1.0 - self.drop)).masked_fill_(dropped, 0.0)
+                delta.mul_(weight).masked_fill_(dropped, 0.0)
             yield deltas
 
     def _dropped(self, tensor: Deltas, model: int) -> Tensor:

@@ -72,13 +72,19 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
+def relative(weights: Sequence[float]) -> list[float]:
+    """The weights over the largest, so that equal ones are exactly one and what cancels in theory does so in rounding."""
+    largest = max(map(abs, weights)) or 1.0
+    return [weight / largest for weight in weights]
+
+
 def elect_and_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Sum of the weighted deltas that agree with the elected sign, elementwise (TIES-Merging, election by sum).
 
     Where the weighted sum is exactly zero no sign is elected, and the result is zero.
     ``deltas``: K tensors of one shape and dtype, float32 or float64; they are not modified. Returns a new tensor.
     """
-    total = weighted_sum(deltas, weights)
+    total = weighted_sum(deltas, relative(weights))
     elected = torch.sign(total)
     total.zero_()
     for delta, weight in zip(deltas, weights, strict=True):

@@ -10,6 +10,7 @@ from .base import Measured, Merged, Method
 from .election import Election
 from .order import kth_largest, kth_of
 from .parameters import number, parameter, weights_parameter
+from .rules import relative
 from .vectors import Sides, TaskVectors
 from .whole import Whole
 
@@ -79,7 +80,7 @@ class TIES(Method):
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         """One look at each model: what both signs amount to is kept until one is elected."""
         thresholds = measured.thresholds if isinstance(measured, Thresholds) else ()
-        largest = max(map(abs, measured.weights)) or 1.0  # over which equal weights are exactly one
+        weights = relative(measured.weights)
         elections: list[Election] = []
         for model, deltas in enumerate(vectors.each()):
             elections = elections or [Election(delta, shares=True) for delta in deltas]
@@ -87,5 +88,5 @@ class TIES(Method):
                 magnitude = delta.abs().float()
                 threshold = thresholds[model] if thresholds else kth_of(magnitude, self.density)
                 delta.masked_fill_(magnitude < threshold, 0.0)
-                election.add(delta, measured.weights[model] / largest)
+                election.add(delta, weights[model])
         return Merged([election.mean() for election in elections])
