@@ -104,7 +104,7 @@ def test_errors_are_freemerge_s(
                 raise AssertionError(f"{name}={value!r}") from error
 
 
-SINGLE = ["math", Path("math"), MODEL, nn.Linear(2, 2)]
+SINGLE = ["math", Path("math"), MODEL, nn.Linear(2, 2), torch.tensor(1.0)]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ SINGLE = ["math", Path("math"), MODEL, nn.Linear(2, 2)]
     [fm.analyze, fm.inspect, fm.iter_experts, fm.merge, fm.task_weights,
      lambda base, models: fm.tune(base, models, fm.Recipe(method="average"), logits)],
 )  # fmt: skip
-@pytest.mark.parametrize("single", SINGLE, ids=["name", "path", "state", "module"])
+@pytest.mark.parametrize("single", SINGLE, ids=["name", "path", "state", "module", "tensor"])
 def test_a_single_model_is_no_list(call: Callable[..., Any], single: object) -> None:
     with pytest.raises(fm.ArgumentError, match="models must be a list of models, got a single one"):
         call(BASE, single)

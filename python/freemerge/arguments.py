@@ -90,7 +90,7 @@ def check_models(models: object, *, named: bool = False) -> None:
     from torch import Tensor, nn
 
     tensors = isinstance(models, Mapping) and any(isinstance(value, Tensor) for value in models.values())
-    if tensors or isinstance(models, str | bytes | os.PathLike | nn.Module):
+    if tensors or isinstance(models, str | bytes | os.PathLike | Tensor | nn.Module):
         raise ArgumentError("models must be a list of models, got a single one")
     unordered = isinstance(models, set | frozenset) or (isinstance(models, Mapping) and not named)
     if not isinstance(models, Collection) or unordered:

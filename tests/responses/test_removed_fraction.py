@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,3 +130,13 @@ def test_a_mask_without_smoothness_is_summed_bin_by_bin() -> None:
 
     k, l = (np.minimum(np.arange(n), n - np.arange(n)).astype(float) for n in shape)  # noqa: E741
     assert mean_over_bins(rough, *shape) == pytest.approx(rough(k[:, None], l[None, :]).mean(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "response", [fm.HighPass(0.3), fm.Gaussian(0.3, metric="normalized"), fm.Center(), fm.Official(0.7)]
+)
+@pytest.mark.parametrize("shape", [(), (0, 3), (-1, 2), (1.5, 2), None, "wide"])
+def test_what_is_no_shape_is_refused(response: Response, shape: Any) -> None:
+    for ask in (response.removed_fraction, response.mask):
+        with pytest.raises(fm.ArgumentError, match="shape must be one or more whole numbers from 1 on"):
+            ask(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Real
@@ -54,10 +55,15 @@ def signed_frequencies(n: int) -> Gains:
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(H, W) of a filtered shape; a vector of n entries is the 1 x n matrix."""
-    if len(shape) == 1:
-        return 1, shape[0]
-    return shape[-2], shape[-1]
+    """(H, W) of a filtered shape; a vector of n entries is the 1 x n matrix. ArgumentError for what is no shape."""
+    try:
+        sides = [operator.index(side) for side in shape]
+    except TypeError:
+        sides = []
+    if not sides or min(sides) < 1:
+        raise ArgumentError(f"shape must be one or more whole numbers from 1 on, got {shape!r}")
+    height, width = (1, *sides)[-2:]
+    return height, width
 
 
 def column_weights(width: int) -> Gains:

@@ -22,9 +22,10 @@ class Center(ClosedForm):
             raise ArgumentError(f"axis must be -1 (row means) or -2 (column means), got {self.axis!r}")
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
+        height, width = matrix_shape(shape)
         if len(shape) == 1 and self.axis == -2:
             raise ArgumentError("axis=-2 needs a matrix, got a vector")
-        return MaskParams("center", *matrix_shape(shape), axis=1 if self.axis == -1 else 0)
+        return MaskParams("center", height, width, axis=1 if self.axis == -1 else 0)
 
     def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
         removed = (kx if self.params(shape).axis == 1 else ky) == 0.0

@@ -31,9 +31,10 @@ class Official(ClosedForm):
             raise ArgumentError(f"relative_to must be 'min' or 'max', got {self.relative_to!r}")
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
+        height, width = matrix_shape(shape)
         sides = shape[-2:]
         reference = min(sides) if self.relative_to == "min" else max(sides)
-        return MaskParams("official", *matrix_shape(shape), edge0=self.ratio * reference, edge1=float(min(sides) // 10))
+        return MaskParams("official", height, width, edge0=self.ratio * reference, edge1=float(min(sides) // 10))
 
     def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
         params = self.params(shape)
