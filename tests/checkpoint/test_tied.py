@@ -57,6 +57,23 @@ def test_the_order_of_the_names_in_a_tied_state_dict_does_not_matter(order: bool
         torch.testing.assert_close(tensor, tied[name])
 
 
+@pytest.mark.parametrize("stored", [("lm_head", "lm_head"), ("lm_head", "embed"), ("encoder", "lm_head"), ("encoder",)])
+def test_a_file_may_store_a_tied_tensor_under_any_of_its_names(stored: tuple[str, ...], tmp_path: Path) -> None:
+    """safetensors' save_model keeps the name that is first by alphabet, transformers the first in the module."""
+    tensor = torch.randn(9, 4)
+    base = dict.fromkeys(("embed", "encoder", "lm_head"), tensor)
+    for i, name in enumerate(stored):
+        save_file({name: tensor + i + 1}, tmp_path / f"{i}.safetensors")
+    models = [tmp_path / f"{i}.safetensors" for i in range(len(stored))]
+    merged = fm.merge(base, models, method="average")
+    assert merged.keys() == base.keys()
+    assert all(value is merged["embed"] for value in merged.values())
+    torch.testing.assert_close(merged["embed"], tensor + (len(stored) + 1) / 2)
+    save_file({"lm_head": tensor}, tmp_path / "base.safetensors")
+    merged = fm.merge(tmp_path / "base.safetensors", [*models, base], method="average")  # where a model tells the names
+    assert merged.keys() == {"lm_head"}
+
+
 def test_a_head_that_only_a_model_lacks_is_not_made_up() -> None:
     """It may be a model without any head, such as a classifier: nothing says that it was tied."""
     with pytest.raises(fm.CheckpointError, match=r"models\[0\] .*lacks 1 tensor of the base: lm_head\.weight"):

@@ -109,7 +109,7 @@ def test_a_rule_that_matches_second_names_of_tied_tensors_alone_is_refused() -> 
         lambda: fm.merge(base, [tuned], fm.Recipe(select=select)),
         lambda: fm.extract_experts(base, {"a": tuned}, select=select),
     ):
-        with pytest.raises(fm.ArgumentError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight, whose name"):
+        with pytest.raises(fm.ArgumentError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight, "):
             run()
     merged = fm.merge(base, [own], fm.Recipe(select=select))  # but the head of a model may be left out
     assert merged["lm_head.weight"] is merged["model.embed_tokens.weight"]

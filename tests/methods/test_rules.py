@@ -69,6 +69,8 @@ def test_what_cancels_with_equal_weights_elects_no_sign(weight: float) -> None:
     ones = torch.arange(1.0, 100.0)
     deltas = [ones, 4 * ones, -5 * ones]
     assert not elect_and_sum(deltas, [weight] * 3).any()
+
+
 @given(st.integers(1, 6), st.integers(0, 2**31))
 def test_election_against_a_loop(count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -81,10 +81,12 @@ def open_inputs(
     known = opened.architecture if more or opened.module is not None else None
     if known is not None:
         opened, *others = (without(checkpoint, known.unsaved) for checkpoint in (opened, *others))
-    for checkpoint in (opened, *others):
-        checkpoint.tied = _with_common_roots(checkpoint.tied, [opened, *others])
     naming = Naming(opened.specs, renames, known.loaded_name if known is not None else None)
     plain = {argument: renamed(other, naming.of(other.specs)) for argument, other in zip(plain, others, strict=True)}
+    groups = _tied_groups([opened, *plain.values()])
+    plain = {argument: renamed(other, _as_the_base_stores(other, opened, groups)) for argument, other in plain.items()}
+    for checkpoint in (opened, *plain.values()):
+        checkpoint.tied = _with_common_roots(checkpoint.tied, [opened, *plain.values()])
     for other in plain.values():
         _refuse_unmerged_adapter(other, opened)
 
@@ -126,13 +128,40 @@ def _refuse_unmerged_adapter(model: Checkpoint, base: Checkpoint) -> None:
 
 
 def _with_common_roots(tied: Mapping[str, str], everyone: Sequence[Checkpoint]) -> dict[str, str]:
-    """Second names with first ones that every checkpoint has, where there are such: files store either."""
-    roots: dict[str, str] = {}
+    """Second names with first ones that every checkpoint has, where there are such: files store any one of them."""
+    groups: dict[str, list[str]] = {}
     for second, first in tied.items():
-        everywhere = {name: all(name in checkpoint.specs for checkpoint in everyone) for name in (first, second)}
-        roots.setdefault(first, first if everywhere[first] or not everywhere[second] else second)
-    changed = {name: roots[first] for name, first in tied.items()} | roots
-    return {name: root for name, root in changed.items() if name != root}
+        groups.setdefault(first, [first]).append(second)
+    changed: dict[str, str] = {}
+    for names in groups.values():
+        everywhere = (name for name in names if all(name in checkpoint.specs for checkpoint in everyone))
+        root = next(everywhere, names[0])
+        changed |= {name: root for name in names if name != root}
+    return changed
+
+
+def _as_the_base_stores(model: Checkpoint, base: Checkpoint, groups: Iterable[Sequence[str]]) -> dict[str, str]:
+    """New names, those of the base, of tied tensors that a file stores under another of their names alone."""
+    new = {}
+    for names in groups:
+        theirs, ours = (
+            next((name for name in names if name in checkpoint.specs and name not in checkpoint.tied), None)
+            for checkpoint in (model, base)
+        )
+        alone = ours not in model.specs and (theirs not in base.specs or theirs in base.tied)
+        if theirs is not None and ours is not None and alone:
+            new[theirs] = ours
+    return new
+
+
+def _tied_groups(everyone: Iterable[Checkpoint]) -> Iterable[Sequence[str]]:
+    """The names of each tensor that one of the checkpoints ties."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for checkpoint in everyone:
+        for second, first in checkpoint.tied.items():
+            together = (*groups.get(first, (first,)), *groups.get(second, (second,)))
+            groups |= dict.fromkeys(together, tuple(dict.fromkeys(together)))
+    return set(groups.values())
 
 
 def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:

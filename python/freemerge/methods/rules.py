@@ -73,7 +73,7 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def relative(weights: Sequence[float]) -> list[float]:
-    """The weights over the largest, so that equal ones are exactly one and what cancels in theory does so in rounding."""
+    """The weights over the largest, so that equal ones are exactly one, and what cancels leaves no rounding noise."""
     largest = max(map(abs, weights)) or 1.0
     return [weight / largest for weight in weights]
 
