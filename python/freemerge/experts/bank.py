@@ -113,9 +113,9 @@ class ExpertBank(Mapping[str, Expert]):
         """Within the ``with`` block, the model has these experts on: one by name, or several by weight.
 
         ``"add"``: theta_m + sum_i w_i e_i (the paper). ``"replace"``: where an expert has an entry,
-        theta_0 + sum_i w_i e_i instead (the released code); for experts of single entries only. Blocks may be nested in
-        one thread, the inner ones left first (ArgumentError otherwise, as with coroutines that take turns); they act on
-        what outer ones left. Weights are restored even after an exception.
+        theta_0 + sum_i w_i e_i instead (the released code); for experts of single entries only. A weight of 0 is
+        off. Blocks may be nested in one thread, the inner ones left first (ArgumentError otherwise, as with coroutines
+        that take turns); they act on what outer ones left. Weights are restored even after an exception.
 
         The cost of single entries is that of the entries touched, not of the model. Low-rank experts touch every entry:
         their products are added tensor by tensor, and the former weights kept as copies. In a mixture of both kinds,
