@@ -196,7 +196,7 @@ _STATIC = (
     Static("DARE, p = .9", least(method="dare"), SUM_SCALES),
     Static("DARE with elected signs", least(method="dare", sign_election=True), UNIT_SCALES),
     Static("Breadcrumbs", least(method="breadcrumbs"), SUM_SCALES),
-    Static("Model Stock", fm.Recipe(method="model_stock"), MEAN_SCALES),
+    Static("Model Stock", least(method="model_stock"), MEAN_SCALES),
     Static("PCB, top 10 %", least(method="pcb"), UNIT_SCALES),
     Static("FR-Merging", least(), MEAN_SCALES),
     Static("Iso-C", fm.Recipe(method="iso_c"), EQUAL_SCALES),
