@@ -43,10 +43,10 @@ class Vision(nn.Module):
         return F.normalize(self.merged(batch.flatten(1)), dim=-1)
 
 
-def pretrained(cache: Path) -> Vision:
+def pretrained(cache: Path, seed: int) -> Vision:
     """The model that has learnt to tell symbols apart, however turned or inverted; kept in the cache."""
-    path = cache / "weights" / f"images-{PRETRAINING_STEPS}.safetensors"
-    torch.manual_seed(0)
+    path = cache / "weights" / f"vision-seed{seed}-pretrained{PRETRAINING_STEPS}.safetensors"
+    torch.manual_seed(seed)
     model = Vision()
     if not path.exists():
         _pretrain(model, *images.symbols())
@@ -127,11 +127,11 @@ def train(model: Vision, task: Task, head: Tensor, seed: int, steps: int) -> Non
 
 def build(cache: Path, names: Sequence[str], seed: int, steps: int, test: int) -> Suite:
     """Pretrain and fine-tune what the cache lacks, then load everything of one seed; at most ``test`` test images."""
-    model = pretrained(cache)
+    model = pretrained(cache, seed)
     base: TaskVector = {name: tensor.clone() for name, tensor in weights(model).items()}
     tasks = [images.load(name, cache, seed, test) for name in names]
     heads = [class_head(model, task) for task in tasks]
-    folder = cache / "weights" / f"images-seed{seed}-steps{steps}-test{test}"
+    folder = cache / "weights" / f"vision-seed{seed}-steps{steps}-test{test}"
     models = []
     for task, head in zip(tasks, heads, strict=True):
         path = folder / f"{task.name}.safetensors"
