@@ -128,8 +128,8 @@ def extract_experts(experts: Iterator[tuple[str, Expert]]) -> dict[str, Expert]:
 
             * ``"released"``: ``-mean|M| over kept entries * log10(d) / E(v_i)``
             * ``"paper"``: ``-E(M) over all entries * ln(d) / (lambda_i E(v_i))``, lambda_i = E(v_i) / sum_j E(v_j)
-            * ``"auto"``: the released mu, except where it would add more to a tensor than a quarter of what the tensor
-              is: ``min(released, max(1, ||theta_0|| / (4 ||M||)))``, with spectral norms, for each matrix; all vectors
+            * ``"auto"``: the released mu, except where it would add more to a tensor than 15 % of what the tensor
+              is: ``min(released, max(1, .15 ||theta_0|| / ||M||))``, with spectral norms, for each matrix; all vectors
               share one mu, by their Frobenius norms together. On the large networks that were looked at it is the
               released mu; on small ones, where that does harm, it is lower
             * ``"projection"``: the mu for which ``<theta_hat - theta_0, v_i> = ||v_i||^2``, where theta_hat is

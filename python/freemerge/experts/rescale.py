@@ -85,7 +85,7 @@ def rule(*, needs_backbone: bool = False, needs_norms: bool = False) -> Callable
     return add
 
 
-TRUST = 0.25  #: how much an expert may add to a tensor without further reason, relative to the pretrained weights
+TRUST = 0.15  #: how much an expert may add to a tensor without further reason, relative to the pretrained weights
 
 
 @rule(needs_norms=True)
