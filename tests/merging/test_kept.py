@@ -150,13 +150,14 @@ def test_what_is_taken_is_what_was_put(dtype: torch.dtype) -> None:
     tensors = [torch.randn(3, 5).to(dtype), torch.randn(7, 2).to(dtype).mT, torch.randn(0, 4).to(dtype)]
     with TemporaryFile(buffering=0) as file:
         kept = Kept(file)
-        kept.put(["a", "b", "c"], Merged(tensors, [{"energy_factor": 2.0}, {}, {}]))
+        kept.put(["a", "b", "c"], Merged(tensors, [{"energy_factor": 2.0}, {}, {}], 2.0))
         kept.put(["d"], Merged(tensors[:1]))
         assert ("a", "b", "c") in kept
         assert kept.take(("a",)) is None
         taken = kept.take(("a", "b", "c"))
         assert taken is not None
         assert taken.notes[0] == {"energy_factor": 2.0}
+        assert taken.factor == 2.0
         assert all(torch.equal(was, now) for was, now in zip(tensors, taken.tensors, strict=True))
         kept.put(["e"], Merged(tensors[1:2]))
         for names, tensor in ((["d"], tensors[0]), (["e"], tensors[1])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import RawIOBase
@@ -30,7 +31,7 @@ class Kept:
     def __init__(self, file: RawIOBase) -> None:
         self._file = file
         self._end = 0
-        self._merged: dict[tuple[str, ...], tuple[list[_Place], list[dict[str, object]]]] = {}
+        self._merged: dict[tuple[str, ...], tuple[list[_Place], Merged]] = {}
 
     def close(self) -> None:
         """Free the room."""
@@ -56,15 +57,15 @@ class Kept:
         except OSError:
             self.close()
             return
-        self._merged[tuple(names)] = places, merged.notes
+        self._merged[tuple(names)] = places, dataclasses.replace(merged, tensors=[])
 
     def take(self, names: Sequence[str]) -> Merged | None:
         """New tensors with what was kept of a unit; None if nothing was."""
         if tuple(names) not in self._merged:
             return None
-        places, notes = self._merged[tuple(names)]
+        places, merged = self._merged[tuple(names)]
         try:
-            return Merged(list(map(self._read, places)), notes)
+            return dataclasses.replace(merged, tensors=list(map(self._read, places)))
         except OSError:
             return None
 
