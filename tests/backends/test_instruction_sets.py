@@ -35,7 +35,7 @@ for base_dtype, model_dtype in itertools.product(dtypes, dtypes):
     base = torch.randn(150, 1001, generator=generator).to(base_dtype)
     model = torch.randn(150, 1001, generator=generator).to(model_dtype)
     total, means = accumulate.task_vector_sum(base, [model, base, model], [0.3, 1.0, -0.7])
-    add(total, torch.tensor(means, dtype=torch.float64))
+    add(total, torch.tensor([*means, accumulate.norm([model])], dtype=torch.float64))
     add(*[accumulate.add_round(base, total, 0.37, dtype) for dtype in dtypes])
     selector = ModelSelector()
     selector.count(model, base)
