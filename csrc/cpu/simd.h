@@ -1,11 +1,11 @@
 // One vector abstraction for every instruction set. It is compiled once per instruction set, in a namespace
-// of its own, by the kernels_*.cpp files, which define
+// of its own, for which CMakeLists.txt defines
 //   FREEMERGE_ISA           the namespace (avx512, avx2, baseline)
 //   FREEMERGE_VECTOR_BYTES  the register width
 // Vectors are the compiler's own (GCC and Clang), so + - * / work on them and mix with scalars, and the same
-// source serves NEON. Those files are compiled with -ffp-contract=fast: a * b + c is one fused multiply-add
-// where the processor has it. Nothing here may call an inline function of another header: the linker would be
-// free to keep the AVX-512 copy for everybody.
+// source serves NEON. kernels_isa.cpp is compiled with -ffp-contract=fast: a * b + c is one fused
+// multiply-add where the processor has it; accumulate_kernels.cpp with -ffp-contract=off. Nothing here may
+// call an inline function of another header: the linker would be free to keep the AVX-512 copy for everybody.
 #pragma once
 
 #include <cstdint>
