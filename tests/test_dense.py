@@ -90,7 +90,7 @@ def test_an_address_is_that_of_the_first_entry() -> None:
     [
         lambda: _core.accumulate(0, 0, 0, [8], [0], [1.0], 4, 1),
         lambda: _core.accumulate(0, 8, 0, [0], [0], [1.0], 4, 1),
-        lambda: _core.add_round(0, 0, 8, 0, 8, 0, 1.0, 4, 1),
+        lambda: _core.add_round(0, 0, 8, 0, 8, 0, 1.0, 1.0, 4, 1),
         lambda: _core.square_sum(0, 0, 4, 1),
         lambda: _core.select_largest(0, 0, 8, 0, 1, 4, 1, 1),
         lambda: _core.count_magnitudes(8, 0, 8, 0, 4, 0, 1),

@@ -32,14 +32,14 @@ void bind_accumulate(pybind11::module_& m) {
   m.def(
       "add_round",
       [](std::uintptr_t out, int out_dtype, std::uintptr_t base, int base_dtype, std::uintptr_t delta,
-         int delta_dtype, double scale, std::int64_t n, int threads, double factor) {
+         int delta_dtype, double scale, double factor, std::int64_t n, int threads) {
         const pybind11::gil_scoped_release release;
         add_round(memory<void>(out, n), to_dtype(out_dtype), storage(base, base_dtype, n),
-                  storage(delta, delta_dtype, n), scale, n, threads, factor);
+                  storage(delta, delta_dtype, n), scale, factor, n, threads);
       },
       pybind11::arg("out"), pybind11::arg("out_dtype"), pybind11::arg("base"), pybind11::arg("base_dtype"),
-      pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("n"),
-      pybind11::arg("threads"), pybind11::arg("factor") = 1.0);
+      pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("factor"),
+      pybind11::arg("n"), pybind11::arg("threads"));
   m.def(
       "square_sum",
       [](std::uintptr_t data, int dtype, std::int64_t n, int threads) {

@@ -29,15 +29,15 @@ void bind_vectors(py::module_& m) {
   m.def(
       "add_round",
       [](Address out, int out_dtype, Address base, int base_dtype, Address delta, int delta_dtype,
-         double scale, std::int64_t n, int device, Address stream, double factor) {
+         double scale, double factor, std::int64_t n, int device, Address stream) {
         on_stream(device, stream, [&](cudaStream_t s) {
           add_round(array(out, out_dtype, n), array(base, base_dtype, n), array(delta, delta_dtype, n), scale,
-                    n, s, factor);
+                    factor, n, s);
         });
       },
       py::arg("out"), py::arg("out_dtype"), py::arg("base"), py::arg("base_dtype"), py::arg("delta"),
-      py::arg("delta_dtype"), py::arg("scale"), py::arg("n"), py::arg("device"), py::arg("stream"),
-      py::arg("factor") = 1.0);
+      py::arg("delta_dtype"), py::arg("scale"), py::arg("factor"), py::arg("n"), py::arg("device"),
+      py::arg("stream"));
 }
 
 }  // namespace freemerge::cuda

@@ -39,8 +39,8 @@ std::vector<double> accumulate(void* out, Storage base, const std::vector<Storag
   return means;
 }
 
-void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, std::int64_t n,
-               int threads, double factor) {
+void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, double factor,
+               std::int64_t n, int threads) {
   require(n >= 0, "n must not be negative");
   const bool wide = base.dtype == DType::kFloat64 || delta.dtype == DType::kFloat64;
   const AddRoundJob job{out, out_dtype, wide ? DType::kFloat64 : DType::kFloat32, base, delta, scale, factor};

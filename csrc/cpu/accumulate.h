@@ -27,8 +27,8 @@ std::vector<double> accumulate(void* out, Storage base, const std::vector<Storag
 
 // out[j] = round(base[j] + scale * (factor * delta[j])) to out_dtype, products and sum rounded to double when
 // base or delta is double, else to float. `out` may be `base` or `delta` itself if the dtypes are the same.
-void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, std::int64_t n,
-               int threads, double factor = 1.0);
+void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, double factor,
+               std::int64_t n, int threads);
 
 // sum_j x[j]^2 in double, over fixed blocks in a fixed order: the same for any thread count.
 double square_sum(Storage x, std::int64_t n, int threads);

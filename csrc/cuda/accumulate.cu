@@ -134,8 +134,8 @@ void average(const double* partial, int rows, std::int64_t blocks, std::int64_t 
          Launch("average", dim3(static_cast<unsigned>(rows)), dim3(kSumThreads), kScratchBytes, stream), job);
 }
 
-void add_round(const Array& out, const Array& base, const Array& delta, double scale, std::int64_t n,
-               cudaStream_t stream, double factor) {
+void add_round(const Array& out, const Array& base, const Array& delta, double scale, double factor,
+               std::int64_t n, cudaStream_t stream) {
   require(n > 0, "n must be positive");
   require_storage(out);
   require_storage(base);

@@ -26,7 +26,7 @@ void average(const double* partial, int rows, std::int64_t blocks, std::int64_t 
 
 // out[j] = base[j] + scale * (factor * delta[j]), products and sum rounded to float, then to out's dtype.
 // `out` may be `base` or `delta` itself.
-void add_round(const Array& out, const Array& base, const Array& delta, double scale, std::int64_t n,
-               cudaStream_t stream, double factor = 1.0);
+void add_round(const Array& out, const Array& base, const Array& delta, double scale, double factor,
+               std::int64_t n, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -33,9 +33,9 @@ def add_round(
     delta: int,
     delta_dtype: int,
     scale: float,
+    factor: float,
     n: int,
     threads: int,
-    factor: float = 1.0,
 ) -> None: ...
 def square_sum(data: int, dtype: int, n: int, threads: int) -> float: ...
 

@@ -300,10 +300,10 @@ void check_sums() {
     Buffer<float> delta(random_array<float>(n, 99));
     Buffer<float16> rounded(n);
     add_round({rounded.get(), DType::kFloat16}, {base.get(), DType::kBFloat16},
-              {delta.get(), DType::kFloat32}, 0.3, static_cast<std::int64_t>(n), nullptr);
+              {delta.get(), DType::kFloat32}, 0.3, 1.7, static_cast<std::int64_t>(n), nullptr);
     bool exact = true;
     for (std::size_t i = 0; i < n; ++i) {
-      const float want = to_float(base[i]) + 0.3f * delta[i];
+      const float want = to_float(base[i]) + 0.3f * (1.7f * delta[i]);
       exact = exact && round_to<float16>(want).bits == rounded[i].bits;
     }
     expect(exact, "add and round, bit for bit");

@@ -95,7 +95,7 @@ class CpuBackend(Backend):
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
     ) -> None:
         _core.add_round(
-            *pointer(out), *pointer(base), *pointer(delta), scale, out.numel(), torch.get_num_threads(), factor
+            *pointer(out), *pointer(base), *pointer(delta), scale, factor, out.numel(), torch.get_num_threads()
         )
 
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:

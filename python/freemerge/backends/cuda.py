@@ -187,7 +187,7 @@ class CudaBackend(TorchVectors):
         if out.numel():
             stream = self._runtime.stream(base.device)
             self._runtime.module.add_round(
-                *pointer(out), *pointer(base), *pointer(delta), scale, out.numel(), stream.device, stream.handle, factor
+                *pointer(out), *pointer(base), *pointer(delta), scale, factor, out.numel(), stream.device, stream.handle
             )
 
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
