@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,44 @@ def test_the_energy_factor_is_multiplied_where_the_base_is_added() -> None:
     step_by_step = add_round(base[name], merged.complete().tensors[0], 1.2, base[name].dtype)
     assert norm([total]) == pytest.approx(before)
     assert torch.equal(fm.merge(base, models, recipe)[name], step_by_step)
+
+
+@pytest.mark.parametrize("options", [{}, {"filter": "after"}, {"scale": "interference"}, {"scale": 0.7}], ids=str)
+def test_whoever_reads_what_a_method_merged_heeds_its_factor(options: dict[str, Any], tmp_path: Path) -> None:
+    """Powers of two, which round nothing."""
+
+    @dataclass(frozen=True)
+    class Halved(Method):
+        """The mean, or half of it, of which the double is meant."""
+
+        name = "halved"
+        title = "halved"
+        factor: float = parameter(1.0, "what is divided by", kind=number(1, 2))
+
+        @property
+        def by_entries(self) -> bool:
+            return True
+
+        def default_scale(self, count: int) -> float | None:
+            return None
+
+        def holds(self, count: int, matrix: Sides | None) -> float:
+            return 3
+
+        def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+            return Merged(vectors.sum([1 / self.factor / vectors.count] * vectors.count), factor=self.factor)
+
+    try:
+        base, models = states({**SHAPES, "up.bias_too": (16,)}, 4)  # vectors that follow each other are one
+        for factor in (1.0, 2.0):
+            recipe, out = fm.Recipe(method=Halved(factor), **options), tmp_path / str(factor)
+            fm.merge_checkpoints(base, models, out, recipe, progress=False)
+        whole, halved = (load_file(tmp_path / name / "model.safetensors") for name in ("1.0", "2.0"))
+        first, second = (fm.analyze(base, models, methods={"mean": Halved(factor)}).total for factor in (1.0, 2.0))
+    finally:
+        del METHODS["halved"]
+    assert all(torch.equal(whole[name], halved[name]) for name in base)
+    assert first == second
 
 
 def test_views_mean_nothing_to_a_method_without_matrices() -> None:
