@@ -82,7 +82,8 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, S
   const PairAccess access = pair_access(matrix, row_stride, column, width);
   matrix += column;
   const float* grid = a.grids.data + static_cast<std::int64_t>(blockIdx.z) * a.grids.rows * a.grids.pitch;
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.y) * a.chunk_rows;
+  // The last chunk first: what `spread_rows` read last is still in L2.
+  const std::int64_t begin = static_cast<std::int64_t>(gridDim.y - 1 - blockIdx.y) * a.chunk_rows;
   const std::int64_t end = begin + a.chunk_rows < window.samples ? begin + a.chunk_rows : window.samples;
   const float constant = a.center_gain * load(a.centers + blockIdx.z);
 
