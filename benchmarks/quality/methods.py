@@ -18,6 +18,7 @@ from freemerge.tuning import By, LogitFunction
 from .suite import TaskVector
 
 SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for every method
+STOCK_SCALES = (1.0, 3.0, 8.0, 20.0, 45.0, 100.0)  # of Model Stock, which shrinks the sum of models that differ
 SPARSE_SCALES = (0.3, 0.5, 0.8, 1.2, 1.6, 2.0)  # of those that sum what is left of them
 UNIT_SCALES = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5)  # of methods whose papers merge at scale 1
 EQUAL_SCALES = (1.0, 1.5, 2.0, 2.5, 4.0, 6.0)  # of those that make singular values nearly equal
@@ -197,7 +198,7 @@ _STATIC = (
     Static("DARE, p = .9", least(method="dare"), SUM_SCALES),
     Static("DARE with elected signs", least(method="dare", sign_election=True), SUM_SCALES),
     Static("Breadcrumbs", least(method="breadcrumbs"), SPARSE_SCALES),
-    Static("Model Stock", least(method="model_stock"), MEAN_SCALES),
+    Static("Model Stock", least(method="model_stock"), STOCK_SCALES),
     Static("PCB, top 10 %", least(method="pcb"), UNIT_SCALES),
     Static("FR-Merging", least(), MEAN_SCALES),
     Static("Iso-C", fm.Recipe(method="iso_c"), EQUAL_SCALES),

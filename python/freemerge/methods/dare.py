@@ -55,10 +55,8 @@ class DARE(Method):
         return not self.sign_election
 
     def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
-        # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them,
-        # which is not known where signs are elected.
-        if self.sign_election:
-            return super().interference_scale(units, measured)
+        # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them.
+        # Where signs are elected it is nearly that, too, as few entries meet.
         return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
