@@ -36,11 +36,15 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, list[torch.Tensor], list[float
     return tensors[0], tensors[1:], weights
 
 
-def assume_taken(backend: str, *tensors: torch.Tensor) -> None:
-    """The CUDA backend has no float64."""
+def refusal(backend: str, *tensors: torch.Tensor) -> str | None:
+    """Why a backend does not take them: the CUDA backend has no float64."""
     kind = registry.named(backend)
     assert kind is not None
-    assume(kind.takes(tensors) is None)
+    return kind.takes(tensors)
+
+
+def assume_taken(backend: str, *tensors: torch.Tensor) -> None:
+    assume(refusal(backend, *tensors) is None)
 
 
 @settings(deadline=None, max_examples=40)
@@ -107,10 +111,8 @@ def test_many_blocks_do_not_depend_on_the_thread_count(base_dtype: torch.dtype, 
 def test_a_factor_is_multiplied_before_the_scale(backend: str, dtype: torch.dtype) -> None:
     base = normal((40003,), 1, dtype)
     delta = normal((40003,), 2, memory.compute_dtype([base]))
-    kind = registry.named(backend)
-    assert kind is not None
-    if (refusal := kind.takes([base])) is not None:
-        pytest.skip(f"backend {backend} {refusal}")
+    if (why := refusal(backend, base)) is not None:
+        pytest.skip(f"backend {backend} {why}")
     want = accumulate.add_round(base, delta.clone().mul_(1 / 3), 0.7, dtype, backend=backend)
     assert torch.equal(accumulate.add_round(base, delta, 0.7, dtype, factor=1 / 3, backend=backend), want)
     assert not torch.equal(accumulate.add_round(base, delta, 0.7, dtype, backend=backend), want)

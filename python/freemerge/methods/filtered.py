@@ -88,7 +88,7 @@ def filtered_sums(
     from ..accumulate import norm
 
     tensors = vectors.tensors
-    if len(tensors) == 1 and not vectors.parts and not isinstance(tensors[0], _FilteredDeltas):
+    if len(tensors) == 1 and not vectors.parts:
         total, filtered = tensors[0].filtered_sum(weights[0], response, vectors.backend)
         if filtered is not None:
             return [total], *filtered
@@ -204,6 +204,9 @@ class _FilteredDeltas(Deltas):
 
     def sum(self, weights: Sequence[float]) -> Tensor:
         return _summed(self.filtered(), weights)[self.member]
+
+    def filtered_sum(self, weights: Sequence[float], response: Response, backend: str) -> tuple[Tensor, None]:
+        return self.sum(weights), None
 
     def means(self) -> list[float]:
         from ..accumulate import abs_means
