@@ -12,9 +12,10 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-_CALL_BYTES = 16 << 20  # of one system call or one update of a hash, between which an abort is noticed
+from .disk import WRITE, Disk
+
+_CALL_BYTES = 16 << 20  # of one update of a hash, between which an abort is noticed
 _RUN_BYTES = 4 << 20  # small tensors that lie end to end are written together, up to this many bytes
-_WRITE = os.O_WRONLY | getattr(os, "O_BINARY", 0)  # for flushing, too: Windows flushes no file that is only read
 _FLUSH_BYTES = 256 << 20  # written bytes that are sent to the disk while the next ones are computed
 
 
@@ -32,6 +33,7 @@ class Background:
         self._limit, self._waiting = limit, 0
         self._changed = threading.Condition()
         self._error: BaseException | None = None
+        self.disk = Disk(self.check)  #: for the thread that writes
         self.seconds = dict.fromkeys(("write", "hash", "flush"), 0.0)  #: that each stage has worked
         self.waited = 0.0  #: seconds that the caller has waited for them
         self._threads = {
@@ -167,19 +169,11 @@ class ShardFile:
         self._run = []
         if run:
             self._background.take(nbytes)
-            self._background.run("write", lambda: self._write(start, run, nbytes))
+            self._background.run("write", lambda: self._write(start, run))
 
-    def _write(self, start: int, run: Sequence[memoryview], nbytes: int) -> None:
+    def _write(self, start: int, run: Sequence[memoryview]) -> None:
         data = run[0] if len(run) == 1 else memoryview(b"".join(run))
-        fd = os.open(self.path, _WRITE)
-        try:
-            os.lseek(fd, start, os.SEEK_SET)
-            position = 0
-            while position < nbytes:
-                self._background.check()
-                position += os.write(fd, data[position : position + _CALL_BYTES])
-        finally:
-            os.close(fd)
+        self._background.disk.write(self.path, start, data)
         self._background.run("hash", lambda: self._hash(start, data))
 
     def _hash(self, start: int, data: memoryview) -> None:
@@ -228,7 +222,7 @@ class ShardFile:
                 self._hashed += len(data)
 
     def _flush(self) -> None:
-        fd = os.open(self.path, _WRITE)
+        fd = os.open(self.path, WRITE)
         try:
             os.fsync(fd)
         finally:
