@@ -29,6 +29,23 @@ FM_INLINE Group<double> to_double(const Group<float>& group) {
   return wide;
 }
 FM_INLINE Group<double> to_double(const Group<double>& group) { return group; }
+FM_INLINE Group<float> to_float(const Group<double>& group) {
+  Group<float> narrow;
+#pragma GCC unroll 8
+  for (int i = 0; i < Group<float>::kParts; ++i)
+    narrow.part[i] = FREEMERGE_ISA::narrow(group.part[2 * i], group.part[2 * i + 1]);
+  return narrow;
+}
+FM_INLINE Group<float> to_float(const Group<float>& group) { return group; }
+
+template <typename Own, typename Compute>
+FM_INLINE Group<Own> converted(const Group<Compute>& group) {
+  if constexpr (std::is_same_v<Own, double>) {
+    return to_double(group);
+  } else {
+    return to_float(group);
+  }
+}
 
 // Vectors of a step's entries, the first of which is `at`: all of them, or `count` and zeros behind these.
 struct AllEntries {
@@ -37,7 +54,7 @@ struct AllEntries {
     return FREEMERGE_ISA::load(in);
   }
   template <typename T>
-  FM_INLINE void store(T* out, std::int64_t, Vec<T> v) const {
+  FM_INLINE void store(T* out, std::int64_t, Vec<Arithmetic<T>> v) const {
     FREEMERGE_ISA::store(out, v);
   }
 };
@@ -52,8 +69,8 @@ struct FirstEntries {
     return load_partial(in, of(at, kLanes<Arithmetic<T>>));
   }
   template <typename T>
-  FM_INLINE void store(T* out, std::int64_t at, Vec<T> v) const {
-    store_partial(out, v, of(at, kLanes<T>));
+  FM_INLINE void store(T* out, std::int64_t at, Vec<Arithmetic<T>> v) const {
+    store_partial(out, v, of(at, kLanes<Arithmetic<T>>));
   }
 };
 
@@ -86,6 +103,42 @@ FM_INLINE void load_groups(Storage source, std::int64_t at, Entries entries, Gro
   if (source.dtype == DType::kBFloat16) return load_groups_of<bfloat16>(source.data, at, entries, out);
   if (source.dtype == DType::kFloat16) return load_groups_of<float16>(source.data, at, entries, out);
   load_groups_of<float>(source.data, at, entries, out);
+}
+
+// One NaN for all: the rounding to 16 bits is for those whose low bits are zero.
+template <typename T, typename V>
+FM_INLINE V with_one_nan(V v) {
+  if constexpr (sizeof(T) == 2) {
+    const WordVec nan = WordVec{} + 0x7fc00000u;
+    return bit_cast<V>(select(bit_cast<WordVec>(v != v), nan, bit_cast<WordVec>(v)));
+  } else {
+    return v;
+  }
+}
+
+template <typename T, typename Compute, typename Entries>
+FM_INLINE void store_groups_of(void* data, std::int64_t at, Entries entries,
+                               const Group<Compute> (&groups)[kGroups]) {
+  using Own = Arithmetic<T>;
+  T* const out = static_cast<T*>(data) + at;
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    const Group<Own> own = converted<Own>(groups[g]);
+#pragma GCC unroll 8
+    for (int i = 0; i < Group<Own>::kParts; ++i) {
+      const std::int64_t offset = g * kGroup + i * kLanes<Own>;
+      entries.store(out + offset, offset, with_one_nan<T>(own.part[i]));
+    }
+  }
+}
+
+template <typename Compute, typename Entries>
+FM_INLINE void store_groups(void* data, DType dtype, std::int64_t at, Entries entries,
+                            const Group<Compute> (&groups)[kGroups]) {
+  if (dtype == DType::kBFloat16) return store_groups_of<bfloat16>(data, at, entries, groups);
+  if (dtype == DType::kFloat16) return store_groups_of<float16>(data, at, entries, groups);
+  if (dtype == DType::kFloat64) return store_groups_of<double>(data, at, entries, groups);
+  store_groups_of<float>(data, at, entries, groups);
 }
 
 struct PartialSums {
@@ -128,12 +181,11 @@ FM_INLINE Group<Compute> negative_zeros() {
 template <typename Compute, typename Entries>
 FM_INLINE void accumulate_step(const AccumulateJob& job, std::int64_t at, Entries entries, int first,
                                int models, PartialSums* partial) {
-  Compute* const out = job.out == nullptr ? nullptr : static_cast<Compute*>(job.out) + at;
   Group<Compute> base[kGroups], sum[kGroups];
   prefetch(job.base, at, kStep);
   load_groups(job.base, at, entries, base);
-  if (out != nullptr && first > 0) {
-    load_groups(Storage{out, job.compute}, 0, entries, sum);
+  if (job.out != nullptr && first > 0) {
+    load_groups(Storage{job.out, job.compute}, at, entries, sum);
   } else {
     for (Group<Compute>& group : sum) group = negative_zeros<Compute>();
   }
@@ -142,7 +194,7 @@ FM_INLINE void accumulate_step(const AccumulateJob& job, std::int64_t at, Entrie
     prefetch(model, at, kStep);
     Group<Compute> v[kGroups];
     load_groups(model, at, entries, v);
-    const Compute weight = out == nullptr ? Compute{0} : static_cast<Compute>(job.weights[first + m]);
+    const Compute weight = job.out == nullptr ? Compute{0} : static_cast<Compute>(job.weights[first + m]);
     PartialSums own = partial[m];
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) {
@@ -154,15 +206,7 @@ FM_INLINE void accumulate_step(const AccumulateJob& job, std::int64_t at, Entrie
     }
     partial[m] = own;
   }
-  if (out == nullptr) return;
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) {
-#pragma GCC unroll 8
-    for (int i = 0; i < Group<Compute>::kParts; ++i) {
-      const std::int64_t offset = g * kGroup + i * kLanes<Compute>;
-      entries.store(out + offset, offset, sum[g].part[i]);
-    }
-  }
+  if (job.out != nullptr) store_groups_of<Compute>(job.out, at, entries, sum);
 }
 
 template <typename Compute>
@@ -179,30 +223,29 @@ void accumulate_range_as(const AccumulateJob& job, std::int64_t begin, std::int6
   }
 }
 
-template <typename Compute>
-void add_round_range_as(const AddRoundJob& job, std::int64_t begin, std::int64_t count) {
-  Compute base[kChunk];
-  Compute sum[kChunk];
+template <typename Compute, typename Entries>
+FM_INLINE void add_round_step(const AddRoundJob& job, std::int64_t at, Entries entries) {
   const Compute scale = static_cast<Compute>(job.scale);
   const Compute factor = static_cast<Compute>(job.factor);
-  for (std::int64_t offset = 0; offset < count; offset += kChunk) {
-    const std::int64_t at = begin + offset;
-    const std::int64_t m = std::min(kChunk, count - offset);
-    load(job.base, at, m, base);
-    load(job.delta, at, m, sum);
-    for (std::int64_t j = 0; j < m; ++j) sum[j] = base[j] + scale * (factor * sum[j]);
-    visit_dtype(job.out_dtype, [&](auto tag) {
-      using T = typename decltype(tag)::type;
-      T* out = static_cast<T*>(job.out) + at;
-      for (std::int64_t j = 0; j < m; ++j) {
-        if constexpr (std::is_same_v<T, double>) {
-          out[j] = static_cast<double>(sum[j]);
-        } else {
-          out[j] = round_to<T>(static_cast<float>(sum[j]));
-        }
-      }
-    });
+  Group<Compute> base[kGroups], sum[kGroups];
+  prefetch(job.base, at, kStep);
+  prefetch(job.delta, at, kStep);
+  load_groups(job.base, at, entries, base);
+  load_groups(job.delta, at, entries, sum);
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Group<Compute>::kParts; ++i)
+      sum[g].part[i] = base[g].part[i] + scale * (factor * sum[g].part[i]);
   }
+  store_groups(job.out, job.out_dtype, at, entries, sum);
+}
+
+template <typename Compute>
+void add_round_range_as(const AddRoundJob& job, std::int64_t begin, std::int64_t count) {
+  std::int64_t at = begin;
+  for (; at + kStep <= begin + count; at += kStep) add_round_step<Compute>(job, at, AllEntries{});
+  if (at < begin + count) add_round_step<Compute>(job, at, FirstEntries{begin + count - at});
 }
 
 template <typename Compute, typename Entries>

@@ -194,6 +194,21 @@ FM_INLINE void widen(FloatVec v, Vec<double>& low, Vec<double>& high) {
   low = widen(halves.low);
   high = widen(halves.high);
 }
+FM_INLINE HalfOfFloats narrow(Vec<double> v) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtpd_ps(0xff, v);
+#elif defined(__AVX2__)
+  return _mm256_cvtpd_ps(v);
+#else
+  return __builtin_convertvector(v, HalfOfFloats);
+#endif
+}
+FM_INLINE FloatVec narrow(Vec<double> low, Vec<double> high) {
+  struct Halves {
+    HalfOfFloats low, high;
+  };
+  return bit_cast<FloatVec>(Halves{narrow(low), narrow(high)});
+}
 
 // Loads and stores: storage type in memory, arithmetic type in the register, no alignment asked for
 // -----------

@@ -138,6 +138,26 @@ def test_every_16_bit_pattern_converts_and_rounds_as_torch_does() -> None:
             torch.testing.assert_close(rounded, scaled.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("n", [1, 15, 63, 64, 65, 1000])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_round_from_any_arithmetic_to_any_dtype(n: int, wide: torch.dtype, dtype: torch.dtype) -> None:
+    base, delta = normal((n,), 1, wide), normal((n,), 2, wide) * 1e3
+    delta[::7] *= 1e-30  # denormal in 16 bits, and in float32 where it comes from float64
+    expected = (base + torch.tensor(0.7, dtype=wide) * delta).float() if dtype.itemsize < 4 else base + 0.7 * delta
+    padded = torch.full((n + 64,), 5.0, dtype=dtype)
+    accumulate.add_round(base, delta, 0.7, dtype, out=padded[:n], backend="cpu")
+    assert torch.equal(padded[:n], expected.to(dtype))
+    assert padded[n:].eq(5).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_stays_nan_whatever_its_bits(dtype: torch.dtype) -> None:
+    bits = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7FC00000, -1, -0x7FFFFF, 0x7F80FFFF], dtype=torch.int32)
+    delta = bits.view(torch.float32).repeat(20)
+    assert accumulate.add_round(torch.zeros(120), delta, 1.0, dtype, backend="cpu").isnan().all()
+
+
 def test_add_round_in_place_on_base_and_on_delta() -> None:
     base, delta = normal((3000,), 1), normal((3000,), 2)
     expected = accumulate.add_round(base, delta, 0.5, torch.float32)
