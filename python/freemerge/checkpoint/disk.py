@@ -37,7 +37,7 @@ class Disk:
     def write(self, path: Path, start: int, data: memoryview) -> None:
         """Write ``data`` [bytes] at ``start`` of a file that has its size already."""
         begin, end = 0, 0  # of what is written directly
-        if self._direct and len(data) >= _LEAST_PIECE and path.stat().st_size >= _LEAST_FILE:
+        if self._direct and len(data) >= _LEAST_PIECE and _is_for_disk(path):
             begin = -start % _BLOCK
             end = begin + self._write_blocks(path, start + begin, data[begin:])
         fd = os.open(path, WRITE)
@@ -80,3 +80,9 @@ class Disk:
         copy = np.frombuffer(self._buffer, dtype=np.uint8, count=len(data))
         np.copyto(copy, np.frombuffer(data, dtype=np.uint8))
         return copy.data
+
+
+def _is_for_disk(path: Path) -> bool:
+    """Whether a file is large, and on a block device: those of networks are faster where the system gathers writes."""
+    about = path.stat()
+    return about.st_size >= _LEAST_FILE and os.major(about.st_dev) > 0
