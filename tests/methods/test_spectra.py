@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from freemerge.methods.spectra import RANK_TOLERANCE, low_rank, mean_of_nonzero, polar_factor, singular_triplets
+from freemerge.methods.spectra import (
+    RANK_TOLERANCE,
+    add_lower_gram_,
+    low_rank,
+    mean_of_nonzero,
+    polar_factor,
+    singular_triplets,
+)
 from in_memory import noise
 
 SHAPES = [(12, 30), (30, 12), (16, 16), (1, 9), (9, 1), (3, 20, 17), (2, 2, 5, 6)]
@@ -128,3 +135,13 @@ def test_float64_is_decomposed_as_it_is() -> None:
     torch.testing.assert_close(own, values, rtol=1e-10, atol=0)
     rounded = singular_triplets(with_spectrum(40, 25, values), 25, exact=False)[1]
     assert float((rounded / values - 1).abs().max()) > 1e-10
+
+
+@pytest.mark.parametrize("height", [1, 127, 128, 129, 300, 1025])
+def test_a_gram_matrix_is_whole_on_and_below_the_diagonal(height: int) -> None:
+    for rows in (noise(2, height, 40).double(), noise(2, 40, height, seed=1).double().mT):
+        gram = torch.ones(2, height, height, dtype=torch.float64)
+        add_lower_gram_(gram, rows)
+        torch.testing.assert_close(gram.tril(), (1 + rows @ rows.mT).tril(), rtol=1e-13, atol=1e-12)
+        values = torch.linalg.eigvalsh(gram)
+        torch.testing.assert_close(values, torch.linalg.eigvalsh(1 + rows @ rows.mT), rtol=1e-12, atol=1e-9)

@@ -30,6 +30,8 @@ SMALLEST_SKETCH = 16  # smaller matrices are decomposed in no time
 POWER_STEPS = 2
 BACKWARD_ERROR = 1e-7  # of the smallest singular value, half the rounding of float32
 BLOCK = 1024  # columns in float64 at a time
+STRIPES = 8  # of a Gram matrix, each of which is formed up to the diagonal
+SMALLEST_STRIPE = 128
 AVERAGE_HOLDS = 4  # what averaging allocates, and finding the scale (:meth:`Method.holds`)
 
 
@@ -48,7 +50,7 @@ def left_vectors(wide: Tensor, count: int, exact: bool, size: Tensor | None = No
     elif exact:
         left, values, _ = torch.linalg.svd(wide.double(), full_matrices=False)
     else:
-        squares, left = torch.linalg.eigh(_gram(wide))
+        squares, left = torch.linalg.eigh(_lower_gram(wide))
         values, left = squares.flip(-1).clamp(min=0).sqrt(), left[..., -count:].flip(-1)
     return _nonzero(left[..., :count].contiguous(), values[..., :count], size)
 
@@ -163,10 +165,24 @@ def _times(matrix: Tensor, right: Tensor) -> Tensor:
     return _added(products)
 
 
-def _gram(wide: Tensor) -> Tensor:
-    """A A^T in float64, likewise."""
-    blocks = (block.double() for block in torch.split(wide, BLOCK, -1))
-    return _added(block @ block.mT for block in blocks)
+def _lower_gram(wide: Tensor) -> Tensor:
+    """A A^T on and below the diagonal in float64, likewise."""
+    height = wide.shape[-2]
+    gram = wide.new_zeros(*wide.shape[:-2], height, height, dtype=torch.float64)
+    for block in torch.split(wide, BLOCK, -1):
+        add_lower_gram_(gram, block.double())
+    return gram
+
+
+def add_lower_gram_(gram: Tensor, rows: Tensor) -> None:
+    """Add A A^T of some rows [..., n, W] to ``gram`` [..., n, n] on and below the diagonal, and somewhat above it.
+
+    An eigendecomposition looks at no more, and it is little more than half of the products.
+    """
+    height = rows.shape[-2]
+    for begin in range(0, height, step := max(SMALLEST_STRIPE, -(-height // STRIPES))):
+        end = min(begin + step, height)
+        gram[..., begin:end, :end] += rows[..., begin:end, :] @ rows[..., :end, :].mT
 
 
 def squared_norm(wide: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from .parameters import number, parameter
 from .spectra import (
     AVERAGE_HOLDS,
     SpectralMethod,
+    add_lower_gram_,
     left_times,
     low_rank,
     orthonormal,
@@ -79,7 +80,7 @@ class WUDI(SpectralMethod):
         downhill = torch.zeros_like(total)
         for task, share in zip(tasks, shares, strict=True):
             inputs = task.double() * share
-            gram += inputs.mT @ inputs
+            add_lower_gram_(gram, inputs.mT)
             downhill += (task - total) @ inputs.mT @ inputs
         values, directions = torch.linalg.eigh(gram)
         way = self._way(values, round(self.rank * width))
