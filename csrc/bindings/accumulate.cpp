@@ -2,6 +2,8 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "bindings/bindings.h"
 
 namespace freemerge {
@@ -9,6 +11,12 @@ namespace {
 
 Storage storage(std::uintptr_t data, int dtype, std::int64_t n) {
   return {memory<const void>(data, n), to_dtype(dtype)};
+}
+
+Election to_election(const std::array<std::uintptr_t, 2>& sums, const std::array<std::uintptr_t, 2>& shares,
+                     std::int64_t n) {
+  return {{memory<void>(sums[0], n), memory<void>(sums[1], n)},
+          {pointer<void>(shares[0]), pointer<void>(shares[1])}};
 }
 
 }  // namespace
@@ -40,6 +48,28 @@ void bind_accumulate(pybind11::module_& m) {
       pybind11::arg("out"), pybind11::arg("out_dtype"), pybind11::arg("base"), pybind11::arg("base_dtype"),
       pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("factor"),
       pybind11::arg("n"), pybind11::arg("threads"));
+  m.def(
+      "elect",
+      [](const std::array<std::uintptr_t, 2>& sums, const std::array<std::uintptr_t, 2>& shares,
+         std::uintptr_t delta, int dtype, double weight, float least, float outlier, std::int64_t n,
+         int threads) {
+        const Election election = to_election(sums, shares, n);
+        const pybind11::gil_scoped_release release;
+        elect(election, storage(delta, dtype, n), weight, {least, outlier}, n, threads);
+      },
+      pybind11::arg("sums"), pybind11::arg("shares"), pybind11::arg("delta"), pybind11::arg("dtype"),
+      pybind11::arg("weight"), pybind11::arg("least"), pybind11::arg("outlier"), pybind11::arg("n"),
+      pybind11::arg("threads"));
+  m.def(
+      "decide",
+      [](const std::array<std::uintptr_t, 2>& sums, const std::array<std::uintptr_t, 2>& shares, int dtype,
+         std::int64_t n, int threads) {
+        const Election election = to_election(sums, shares, n);
+        const pybind11::gil_scoped_release release;
+        decide(election, to_dtype(dtype), n, threads);
+      },
+      pybind11::arg("sums"), pybind11::arg("shares"), pybind11::arg("dtype"), pybind11::arg("n"),
+      pybind11::arg("threads"));
   m.def(
       "square_sum",
       [](std::uintptr_t data, int dtype, std::int64_t n, int threads) {

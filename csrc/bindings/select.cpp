@@ -31,13 +31,16 @@ void bind_select(pybind11::module_& m) {
   m.def(
       "count_magnitudes",
       [](std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype, std::int64_t n,
-         std::uintptr_t bins, int threads) {
-        const TaskVector v = task_vector(model, model_dtype, base, base_dtype, n);
+         int shift, int bits, std::uint32_t above, std::uintptr_t counts, int threads) {
+        // Without a base the entries of `model` themselves count.
+        const TaskVector v{{memory<const void>(model, n), to_dtype(model_dtype)},
+                           {pointer<const void>(base), to_dtype(base_dtype)}};
         const pybind11::gil_scoped_release release;
-        count_magnitudes(v, n, memory<std::int64_t>(bins, kMagnitudeBins), threads);
+        count_magnitudes(v, n, {shift, bits, above}, memory<std::int64_t>(counts, 1), threads);
       },
       pybind11::arg("model"), pybind11::arg("model_dtype"), pybind11::arg("base"),
-      pybind11::arg("base_dtype"), pybind11::arg("n"), pybind11::arg("bins"), pybind11::arg("threads"));
+      pybind11::arg("base_dtype"), pybind11::arg("n"), pybind11::arg("shift"), pybind11::arg("bits"),
+      pybind11::arg("above"), pybind11::arg("counts"), pybind11::arg("threads"));
   m.def(
       "select_from_bin",
       [](std::uintptr_t model, int model_dtype, std::uintptr_t base, int base_dtype, std::int64_t n,
@@ -47,7 +50,7 @@ void bind_select(pybind11::module_& m) {
       },
       pybind11::arg("model"), pybind11::arg("model_dtype"), pybind11::arg("base"),
       pybind11::arg("base_dtype"), pybind11::arg("n"), pybind11::arg("lowest"), pybind11::arg("threads"));
-  m.attr("MAGNITUDE_BINS") = kMagnitudeBins;
+  m.attr("LEADING_BITS") = kLeadingBits.bits;
 }
 
 }  // namespace freemerge

@@ -51,6 +51,28 @@ void add_round(void* out, DType out_dtype, Storage base, Storage delta, double s
   });
 }
 
+void elect(const Election& election, Storage delta, double weight, Magnitudes range, std::int64_t n,
+           int threads) {
+  require(n >= 0, "n must not be negative");
+  require(delta.dtype == DType::kFloat32 || delta.dtype == DType::kFloat64, "delta must be float or double");
+  const ElectJob job{election, delta, weight, range};
+  const Kernels& k = active_kernels();
+  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
+    const std::int64_t begin = block * kBlock;
+    k.elect_range(job, begin, std::min(kBlock, n - begin));
+  });
+}
+
+void decide(const Election& election, DType dtype, std::int64_t n, int threads) {
+  require(n >= 0, "n must not be negative");
+  require(dtype == DType::kFloat32 || dtype == DType::kFloat64, "sums must be float or double");
+  const Kernels& k = active_kernels();
+  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
+    const std::int64_t begin = block * kBlock;
+    k.decide_range(election, dtype, begin, std::min(kBlock, n - begin));
+  });
+}
+
 double square_sum(Storage x, std::int64_t n, int threads) {
   require(n >= 0, "n must not be negative");
   std::vector<double> sums(static_cast<std::size_t>(block_count(n)));

@@ -30,6 +30,29 @@ std::vector<double> accumulate(void* out, Storage base, const std::vector<Storag
 void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, double factor,
                std::int64_t n, int threads);
 
+// What the weighted entries of either sign add up to, and what their |weights| do, or null. All of n entries
+// in the type of the arithmetic.
+struct Election {
+  void* sums[2];  // of positive and of negative entries
+  void* shares[2];
+};
+
+// Magnitudes in float that count: from `least` on, and below `outlier` unless that is infinite.
+struct Magnitudes {
+  float least;
+  float outlier;
+};
+
+// Adds weight * delta[j], where |delta[j]| is in `range`, to the sum of its sign, and |weight| to the share;
+// all in the dtype of delta, float or double. Products are rounded before they are added. Both sums may be
+// one.
+void elect(const Election& election, Storage delta, double weight, Magnitudes range, std::int64_t n,
+           int threads);
+
+// Ends an election: sums[0] becomes the sum whose sign the sum of both has, over its share if there are any,
+// and 0 where that is 0. In `dtype`, float or double.
+void decide(const Election& election, DType dtype, std::int64_t n, int threads);
+
 // sum_j x[j]^2 in double, over fixed blocks in a fixed order: the same for any thread count.
 double square_sum(Storage x, std::int64_t n, int threads);
 

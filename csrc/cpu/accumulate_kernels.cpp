@@ -2,6 +2,8 @@
 #include "cpu/accumulate_kernels.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "cpu/loops.h"
 #include "cpu/simd.h"
@@ -248,6 +250,54 @@ void add_round_range_as(const AddRoundJob& job, std::int64_t begin, std::int64_t
   if (at < begin + count) add_round_step<Compute>(job, at, FirstEntries{begin + count - at});
 }
 
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+template <typename T>
+void elect_range_as(const ElectJob& job, std::int64_t begin, std::int64_t count) {
+  const T* const delta = static_cast<const T*>(job.delta.data) + begin;
+  const T weight = static_cast<T>(job.weight);
+  const T share = weight < 0 ? -weight : weight;
+  const float least = job.range.least;
+  const float outlier = job.range.outlier <= kLargest ? job.range.outlier : std::nanf("");
+  for (int side = 0; side < 2; ++side) {
+    T* const sum = static_cast<T*>(job.election.sums[side]) + begin;
+    const T sign = side == 0 ? T{1} : T{-1};
+    const auto elected = [&](std::int64_t j) {
+      const auto magnitude = static_cast<float>(delta[j] < 0 ? -delta[j] : delta[j]);
+      const T v = weight * delta[j];
+      return magnitude >= least && !(magnitude >= outlier) && sign * v > 0 ? v : T{0};
+    };
+    if (job.election.shares[side] == nullptr) {
+      for (std::int64_t j = 0; j < count; ++j) sum[j] += elected(j);
+      continue;
+    }
+    T* const shares = static_cast<T*>(job.election.shares[side]) + begin;
+    for (std::int64_t j = 0; j < count; ++j) {
+      const T v = elected(j);
+      sum[j] += v;
+      shares[j] += v != 0 ? share : T{0};
+    }
+  }
+}
+
+template <typename T>
+void decide_range_as(const Election& election, std::int64_t begin, std::int64_t count) {
+  T* const positive = static_cast<T*>(election.sums[0]) + begin;
+  const T* const negative = static_cast<const T*>(election.sums[1]) + begin;
+  const auto decided = [&](std::int64_t j, T of_positive, T of_negative) {
+    const T total = positive[j] + negative[j];
+    const T elected = total > 0 ? positive[j] / of_positive : negative[j] / of_negative;
+    return total == 0 ? T{0} : elected;
+  };
+  if (election.shares[0] == nullptr) {
+    for (std::int64_t j = 0; j < count; ++j) positive[j] = decided(j, T{1}, T{1});
+    return;
+  }
+  const T* const of_positive = static_cast<const T*>(election.shares[0]) + begin;
+  const T* const of_negative = static_cast<const T*>(election.shares[1]) + begin;
+  for (std::int64_t j = 0; j < count; ++j) positive[j] = decided(j, of_positive[j], of_negative[j]);
+}
+
 template <typename Compute, typename Entries>
 FM_INLINE void add_squares(Storage x, std::int64_t at, Entries entries, PartialSums& sums) {
   prefetch(x, at, kStep);
@@ -286,6 +336,22 @@ void add_round_range(const AddRoundJob& job, std::int64_t begin, std::int64_t co
     add_round_range_as<double>(job, begin, count);
   } else {
     add_round_range_as<float>(job, begin, count);
+  }
+}
+
+void elect_range(const ElectJob& job, std::int64_t begin, std::int64_t count) {
+  if (job.delta.dtype == DType::kFloat64) {
+    elect_range_as<double>(job, begin, count);
+  } else {
+    elect_range_as<float>(job, begin, count);
+  }
+}
+
+void decide_range(const Election& election, DType dtype, std::int64_t begin, std::int64_t count) {
+  if (dtype == DType::kFloat64) {
+    decide_range_as<double>(election, begin, count);
+  } else {
+    decide_range_as<float>(election, begin, count);
   }
 }
 

@@ -29,6 +29,15 @@ struct AddRoundJob {
 // Entries [begin, begin + count). sums[i] = sum over them of |v_i|.
 using AccumulateRange = void(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums);
 using AddRoundRange = void(const AddRoundJob& job, std::int64_t begin, std::int64_t count);
+struct ElectJob {
+  Election election;
+  Storage delta;
+  double weight;
+  Magnitudes range;
+};
+
+using ElectRange = void(const ElectJob& job, std::int64_t begin, std::int64_t count);
+using DecideRange = void(const Election& election, DType dtype, std::int64_t begin, std::int64_t count);
 // Sum of squares of entries [begin, begin + count).
 using SquareSumRange = double(Storage x, std::int64_t begin, std::int64_t count);
 

@@ -77,6 +77,8 @@ struct Kernels {
   SignalKernels<freemerge::float16, float> float16;
   AccumulateRange* accumulate_range;
   AddRoundRange* add_round_range;
+  ElectRange* elect_range;
+  DecideRange* decide_range;
   SquareSumRange* square_sum_range;
   CollectRange* collect_range;
   CountRange* count_range;

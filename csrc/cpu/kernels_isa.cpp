@@ -10,6 +10,8 @@ namespace freemerge::FREEMERGE_ISA {
 // In accumulate_kernels.cpp and select_kernels.cpp.
 AccumulateRange accumulate_range;
 AddRoundRange add_round_range;
+ElectRange elect_range;
+DecideRange decide_range;
 SquareSumRange square_sum_range;
 CollectRange collect_range;
 CountRange count_range;
@@ -47,6 +49,8 @@ const Kernels kKernels = {radial_gains,
                           signal_table<float16>(),
                           accumulate_range,
                           add_round_range,
+                          elect_range,
+                          decide_range,
                           square_sum_range,
                           collect_range,
                           count_range};

@@ -12,7 +12,8 @@
 namespace freemerge {
 namespace {
 
-constexpr std::int64_t kBlock = 1 << 14;     // entries per task
+constexpr std::int64_t kBlock = 1 << 14;  // entries per task
+constexpr std::int64_t kCountBlock = 1 << 18;
 constexpr std::int64_t kRowBlock = 1 << 20;  // the same by rows, whose first has no predecessor to learn from
 constexpr std::int64_t kSample = 1 << 15;    // entries looked at to guess a threshold
 constexpr std::int64_t kGuessFrom = 4 * kSample;
@@ -132,12 +133,12 @@ std::uint32_t guess_threshold(const TaskVector& v, std::int64_t n, std::int64_t 
 
 // The lower edge of the bin that holds the k-th largest entry, or 1 where fewer than k are not zero.
 std::uint32_t exact_bin_edge(TaskVector v, std::int64_t n, std::int64_t k, int threads) {
-  std::vector<std::int64_t> bins(kMagnitudeBins);
-  count_magnitudes(v, n, bins.data(), threads);
+  std::vector<std::int64_t> counts(std::size_t{1} << kLeadingBits.bits);
+  count_magnitudes(v, n, kLeadingBits, counts.data(), threads);
   std::int64_t seen = 0;
-  for (int bin = kMagnitudeBins - 1; bin > 0; --bin) {
-    seen += bins[static_cast<std::size_t>(bin)];
-    if (seen >= k) return static_cast<std::uint32_t>(bin) << kMagnitudeShift;
+  for (std::size_t bin = counts.size() - 1; bin > 0; --bin) {
+    seen += counts[bin];
+    if (seen >= k) return static_cast<std::uint32_t>(bin) << kLeadingBits.shift;
   }
   return 1;
 }
@@ -197,30 +198,33 @@ Selection select_largest_per_row(TaskVector v, std::int64_t rows, std::int64_t w
   return concatenate(parts);
 }
 
-void count_magnitudes(TaskVector v, std::int64_t n, std::int64_t* bins, int threads) {
+void count_magnitudes(TaskVector v, std::int64_t n, MagnitudeBins bins, std::int64_t* counts, int threads) {
   require(n >= 0, "n must not be negative");
+  require(bins.shift >= 0 && bins.bits >= 0 && bins.shift + bins.bits <= 31, "a magnitude has 31 bits");
   const auto kernel = active_kernels().count_range;
-  const std::int64_t tasks = std::max(1, threads);
+  const std::size_t size = std::size_t{1} << bins.bits;
   // 32-bit counters stay in cache; a stretch of 2^31 entries cannot overflow one.
   constexpr std::int64_t kStretch = std::int64_t{1} << 31;
-  std::vector<std::vector<std::int64_t>> counts(static_cast<std::size_t>(tasks));
-  parallel_for(tasks, threads, [&](std::int64_t task, int) {
-    std::vector<std::int64_t>& total = counts[static_cast<std::size_t>(task)];
-    total.assign(kMagnitudeBins, 0);
-    const std::int64_t end = n / tasks * (task + 1) + (task + 1 == tasks ? n % tasks : 0);
-    for (std::int64_t begin = n / tasks * task; begin < end; begin += kStretch) {
-      std::vector<std::uint32_t> part(kMagnitudeBins);
-      kernel(v, begin, std::min(kStretch, end - begin), part.data());
-      std::transform(part.begin(), part.end(), total.begin(), total.begin(), std::plus<>());
+  for (std::int64_t first = 0; first < n; first += kStretch) {
+    const std::int64_t end = std::min(n, first + kStretch);
+    const std::int64_t blocks = (end - first + kCountBlock - 1) / kCountBlock;
+    std::vector<std::vector<std::uint32_t>> parts(static_cast<std::size_t>(workers_for(blocks, threads)));
+    parallel_for(blocks, threads, [&](std::int64_t block, int worker) {
+      std::vector<std::uint32_t>& part = parts[static_cast<std::size_t>(worker)];
+      part.resize(size);
+      const std::int64_t begin = first + block * kCountBlock;
+      kernel(v, begin, std::min(kCountBlock, end - begin), bins, part.data());
+    });
+    for (const auto& part : parts) {
+      for (std::size_t bin = 0; bin < part.size(); ++bin) counts[bin] += part[bin];
     }
-  });
-  for (const auto& total : counts) std::transform(total.begin(), total.end(), bins, bins, std::plus<>());
+  }
 }
 
 Selection select_from_bin(TaskVector v, std::int64_t n, int lowest, int threads) {
   require(n >= 0, "n must not be negative");
-  require(lowest >= 0 && lowest < kMagnitudeBins, "lowest must be a bin");
-  return collect(v, n, std::max(1u, static_cast<std::uint32_t>(lowest) << kMagnitudeShift), threads);
+  require(lowest >= 0 && lowest < 1 << kLeadingBits.bits, "lowest must be a bin");
+  return collect(v, n, std::max(1u, static_cast<std::uint32_t>(lowest) << kLeadingBits.shift), threads);
 }
 
 }  // namespace freemerge

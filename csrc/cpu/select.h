@@ -22,9 +22,16 @@ struct Selection {
   std::vector<float> values;          // v at those indices
 };
 
+// Of the 31 bits of |v| in float32 the last `shift` do not count, the next `bits` are the bin, and the others
+// must be `above`.
+struct MagnitudeBins {
+  int shift;
+  int bits;
+  std::uint32_t above;
+};
+
 // Magnitudes that share the leading 15 bits of |v| share a bin.
-inline constexpr int kMagnitudeBins = 1 << 15;
-inline constexpr int kMagnitudeShift = 16;
+inline constexpr MagnitudeBins kLeadingBits{16, 15, 0};
 
 // The min(k, number of non-zeros) largest of n entries.
 Selection select_largest(TaskVector v, std::int64_t n, std::int64_t k, int threads);
@@ -33,10 +40,10 @@ Selection select_largest(TaskVector v, std::int64_t n, std::int64_t k, int threa
 Selection select_largest_per_row(TaskVector v, std::int64_t rows, std::int64_t width, std::int64_t k,
                                  int threads);
 
-// Adds the number of entries in each bin of magnitude to bins[kMagnitudeBins]; zeros are not counted.
-void count_magnitudes(TaskVector v, std::int64_t n, std::int64_t* bins, int threads);
+// Adds the number of entries in each bin to counts[1 << bins.bits].
+void count_magnitudes(TaskVector v, std::int64_t n, MagnitudeBins bins, std::int64_t* counts, int threads);
 
-// All entries whose magnitude lies in bin `lowest` or above it, zeros excepted.
+// All entries whose magnitude lies in bin `lowest` of kLeadingBits or above it, zeros excepted.
 Selection select_from_bin(TaskVector v, std::int64_t n, int lowest, int threads);
 
 }  // namespace freemerge

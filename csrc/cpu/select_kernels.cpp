@@ -96,11 +96,32 @@ std::int64_t collect_range(const TaskVector& source, std::int64_t begin, std::in
   return found;
 }
 
-void count_range(const TaskVector& source, std::int64_t begin, std::int64_t count, std::uint32_t* bins) {
+void count_range(const TaskVector& source, std::int64_t begin, std::int64_t count, MagnitudeBins bins,
+                 std::uint32_t* counts) {
+  const std::uint32_t bin_mask = (1u << bins.bits) - 1u;
+  const int low_bits = bins.shift + bins.bits;
+  const auto magnitude = [](float v) { return float_bits(v) & kMagnitude; };
+  if (low_bits == 31) {  // all count
+    for_each_chunk(source, begin, count, [&](std::int64_t, std::int64_t m, const float* v) {
+      for (std::int64_t j = 0; j < m; ++j) ++counts[magnitude(v[j]) >> bins.shift];
+    });
+    return;
+  }
+  if (bins.above == 0) {
+    for_each_chunk(source, begin, count, [&](std::int64_t, std::int64_t m, const float* v) {
+      for (std::int64_t j = 0; j < m; ++j) {
+        if (magnitude(v[j]) >> low_bits == 0) ++counts[magnitude(v[j]) >> bins.shift & bin_mask];
+      }
+    });
+    return;
+  }
+  const std::uint32_t least = bins.above << low_bits, beyond = least + (1u << low_bits);
   for_each_chunk(source, begin, count, [&](std::int64_t, std::int64_t m, const float* v) {
-    for (std::int64_t j = 0; j < m; ++j) {
-      const std::uint32_t magnitude = float_bits(v[j]) & kMagnitude;
-      bins[magnitude >> kMagnitudeShift] += magnitude != 0;
+    for (std::int64_t j = 0; j < m; j += kLanes) {
+      unsigned mask = hits(v + j, least);
+      if (mask != 0 && beyond <= kMagnitude) mask &= ~hits(v + j, beyond);
+      for (; mask != 0; mask &= mask - 1)
+        ++counts[magnitude(v[j + __builtin_ctz(mask)]) >> bins.shift & bin_mask];
     }
   });
 }

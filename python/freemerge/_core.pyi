@@ -37,15 +37,36 @@ def add_round(
     n: int,
     threads: int,
 ) -> None: ...
+def elect(
+    sums: tuple[int, int],
+    shares: tuple[int, int],
+    delta: int,
+    dtype: int,
+    weight: float,
+    least: float,
+    outlier: float,
+    n: int,
+    threads: int,
+) -> None: ...
+def decide(sums: tuple[int, int], shares: tuple[int, int], dtype: int, n: int, threads: int) -> None: ...
 def square_sum(data: int, dtype: int, n: int, threads: int) -> float: ...
 
-MAGNITUDE_BINS: int
+LEADING_BITS: int
 
 def select_largest(
     model: int, model_dtype: int, base: int, base_dtype: int, rows: int, width: int, k: int, threads: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...
 def count_magnitudes(
-    model: int, model_dtype: int, base: int, base_dtype: int, n: int, bins: int, threads: int
+    model: int,
+    model_dtype: int,
+    base: int,
+    base_dtype: int,
+    n: int,
+    shift: int,
+    bits: int,
+    above: int,
+    counts: int,
+    threads: int,
 ) -> None: ...
 def select_from_bin(
     model: int, model_dtype: int, base: int, base_dtype: int, n: int, lowest: int, threads: int

@@ -110,6 +110,52 @@ def add_round(
     return out
 
 
+def elect(
+    delta: torch.Tensor,
+    weight: float,
+    sums: Sequence[torch.Tensor],
+    shares: Sequence[torch.Tensor] = (),
+    *,
+    least: float = 0.0,
+    outlier: float = math.inf,
+) -> None:
+    """Add ``weight * delta``, where |delta| in float32 is at least ``least`` and below ``outlier``, to the first of two
+    ``sums`` where it is positive and to the second where it is negative, and |weight| to that of ``shares``, if any.
+
+    All are contiguous float32 or float64 tensors of one dtype and shape; both sums may be one.
+    """
+    for tensor in (*sums, *shares):
+        _check_out(tensor, delta, compute_dtype([delta]))
+    pick("auto", (delta,)).elect(delta.contiguous(), weight, least, outlier, sums, shares)
+
+
+def decide(sums: Sequence[torch.Tensor], shares: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    """End the election that :func:`elect` held: of each entry the sum whose sign the sum of both has, over its share if
+    there are any; 0 where the sum of both is 0. Returns the first of ``sums``, which holds it; all may be overwritten.
+    """
+    pick("auto", sums).decide(sums, shares)
+    return sums[0]
+
+
+def room(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor of the dtype and on the device of another, in memory that a merge uses again."""
+    return empty(shape, like.dtype, like.device)
+
+
+def count_magnitudes(
+    model: torch.Tensor, base: torch.Tensor | None, counts: torch.Tensor, shift: int, above: int
+) -> None:
+    """Add to ``counts`` [2 ** bits], int64 on the CPU, how many entries of v = model - base, or of the model itself,
+    have each value of some ``bits`` of |v|: of its 31 bits in float32, which order as it does, those before the last
+    ``shift``, where all before them are ``above``.
+    """
+    tensors = (model,) if base is None else (model, base)
+    for tensor in tensors:
+        dtype_code(tensor, "model")
+    model, base = model.contiguous(), None if base is None else base.contiguous()
+    pick("auto", tensors).count_magnitudes(model, base, counts, shift, above)
+
+
 def norm(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> float:
     """The Frobenius norm of several tensors together, summed in float64; the same for any number of threads."""
     for tensor in tensors:

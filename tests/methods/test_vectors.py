@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freemerge.methods.vectors import TaskVectors, added, watched
+from freemerge.methods import vectors
+from freemerge.methods.vectors import Deltas, TaskVectors, added, watched
 from in_memory import deltas
 
 
@@ -30,6 +31,27 @@ def test_values_that_are_not_finite_are_found() -> None:
     for read in (tensor.means, lambda: tensor.sum([1.0, 1.0]), lambda: list(tensor.each())):
         with pytest.raises(ValueError, match="w"):
             read()
+
+
+def test_pieces_make_up_the_tensor_and_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vectors, "PIECE", 10)
+    base, models = torch.arange(42.0).view(7, 6).T, [torch.full((6, 7), value).bfloat16() for value in (2.0, -3.0)]
+    reads: list[str] = []
+    tensor, seen = deltas("w", base, models, reads), list[int]()
+
+    def difference(piece: Deltas) -> torch.Tensor:
+        first, second = piece.each()
+        seen.append(first.numel())
+        return first - 2 * second
+
+    assert torch.equal(tensor.by_pieces(difference), 8.0 + base)
+    assert seen == [10, 10, 10, 10, 2]
+    assert reads == ["base", "0", "1"]
+    models[1][5, 6] = float("inf")
+    with pytest.raises(ValueError, match="w"):
+        tensor.by_pieces(difference)
+    empty = deltas("e", torch.zeros(0, 3), [torch.zeros(0, 3)] * 2, [])
+    assert empty.by_pieces(difference).shape == (0, 3)
 
 
 def test_each_gives_the_members_of_one_model() -> None:

@@ -164,6 +164,29 @@ class Backend(ABC):
         Arithmetic is float64 if base or delta is float64, else float32.
         """
 
+    @abstractmethod
+    def elect(
+        self,
+        delta: torch.Tensor,
+        weight: float,
+        least: float,
+        outlier: float,
+        sums: Sequence[torch.Tensor],
+        shares: Sequence[torch.Tensor],
+    ) -> None:
+        """Add ``weight * delta``, where |delta| in float32 is at least ``least`` and, unless that is infinite, less
+        than ``outlier``, to the first of two ``sums`` where it is positive, to the second where it is negative, and
+        |weight| to that of ``shares``, which may be empty.
+
+        All are contiguous, of one shape and float32 or float64; both sums may be one. The product is rounded before it
+        is added.
+        """
+
+    @abstractmethod
+    def decide(self, sums: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> None:
+        """End an election: overwrite the first of ``sums`` with the one whose sign the sum of both has, over its share
+        if there are any, and with 0 where that is 0. The other tensors may be overwritten, too."""
+
     # Select: entries of v = model - base, in float32; both are contiguous, of one shape, and on one device.
 
     @abstractmethod
@@ -171,12 +194,16 @@ class Backend(ABC):
         """The k entries of largest |v| of each row; equal ones by index, lowest first; zeros never, NaN before all."""
 
     @abstractmethod
-    def count_magnitudes(self, model: torch.Tensor, base: torch.Tensor, bins: torch.Tensor) -> None:
-        """Add the number of entries, zeros excepted, that share the leading bits of |v| to ``bins``, on the CPU."""
+    def count_magnitudes(
+        self, model: torch.Tensor, base: torch.Tensor | None, counts: torch.Tensor, shift: int, above: int
+    ) -> None:
+        """Add to ``counts`` [2 ** bits], int64 on the CPU, how many entries have each value of ``bits`` of the 31 bits
+        of |v|: those before the last ``shift``. All bits before them must be ``above``. Without a base v is ``model``.
+        """
 
     @abstractmethod
     def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
-        """All entries of the bin ``lowest`` and above, zeros excepted."""
+        """All entries of the bin ``lowest`` of :data:`_core.LEADING_BITS` bits and above, zeros excepted."""
 
     # Switch
 

@@ -98,11 +98,37 @@ class CpuBackend(Backend):
             *pointer(out), *pointer(base), *pointer(delta), scale, factor, out.numel(), torch.get_num_threads()
         )
 
+    def elect(
+        self,
+        delta: torch.Tensor,
+        weight: float,
+        least: float,
+        outlier: float,
+        sums: Sequence[torch.Tensor],
+        shares: Sequence[torch.Tensor],
+    ) -> None:
+        _core.elect(
+            _addresses(sums), _addresses(shares), *pointer(delta), weight, least, outlier, delta.numel(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+
+    def decide(self, sums: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> None:
+        first = sums[0]
+        _core.decide(
+            _addresses(sums), _addresses(shares), DTYPE_CODES[first.dtype], first.numel(), torch.get_num_threads()
+        )
+
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
         return _entries(_core.select_largest(*pointer(model), *pointer(base), rows, width, k, torch.get_num_threads()))
 
-    def count_magnitudes(self, model: torch.Tensor, base: torch.Tensor, bins: torch.Tensor) -> None:
-        _core.count_magnitudes(*pointer(model), *pointer(base), model.numel(), address(bins), torch.get_num_threads())
+    def count_magnitudes(
+        self, model: torch.Tensor, base: torch.Tensor | None, counts: torch.Tensor, shift: int, above: int
+    ) -> None:
+        bits = counts.numel().bit_length() - 1
+        _core.count_magnitudes(
+            *pointer(model), *(pointer(base) if base is not None else (0, 0)), model.numel(), shift, bits, above,
+            address(counts), torch.get_num_threads(),
+        )  # fmt: skip
 
     def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
         return _entries(
@@ -227,6 +253,11 @@ def _dominant_mean(x: torch.Tensor) -> float:
     """The mean of a matrix, by a sample, if it exceeds the sample's deviation, else 0."""
     deviation, mean = map(float, torch.std_mean(sample(x), correction=0))
     return mean if abs(mean) > deviation else 0.0  # where a value is not finite, deviation is NaN
+
+
+def _addresses(both: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Of two tensors, or of none."""
+    return (address(both[0]), address(both[1])) if both else (0, 0)
 
 
 def _entries(found: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]) -> Entries:

@@ -18,7 +18,7 @@ from .memory import compute_dtype
 from .sparse import BackendSwitch, Scratch, Update, flat_memory
 
 _CHUNK = 1 << 22  # entries taken at a time, which bounds the extra memory
-_BIN_SHIFT = 32 - _core.MAGNITUDE_BINS.bit_length()  # from the bits of |v| to its bin
+_LEADING_SHIFT = 31 - _core.LEADING_BITS
 
 
 class TorchVectors(Backend):
@@ -56,6 +56,35 @@ class TorchVectors(Backend):
             scaled = (delta.view(-1)[chunk].to(compute) * factor).mul_(scale)
             target.copy_(scaled.add_(base.view(-1)[chunk].to(compute)))
 
+    def elect(
+        self,
+        delta: torch.Tensor,
+        weight: float,
+        least: float,
+        outlier: float,
+        sums: Sequence[torch.Tensor],
+        shares: Sequence[torch.Tensor],
+    ) -> None:
+        for chunk, part in _chunks(delta):
+            magnitude = part.abs().float()
+            left_out = magnitude < least
+            if math.isfinite(outlier):
+                left_out |= magnitude >= outlier
+            v = (part * weight).masked_fill_(left_out, 0.0)
+            for side, elected in enumerate((v.clamp(min=0), v.clamp(max=0))):
+                sums[side].view(-1)[chunk].add_(elected)
+                if shares:
+                    shares[side].view(-1)[chunk].add_(elected != 0, alpha=abs(weight))
+
+    def decide(self, sums: Sequence[torch.Tensor], shares: Sequence[torch.Tensor]) -> None:
+        for chunk, positive in _chunks(sums[0]):
+            negative = sums[1].view(-1)[chunk]
+            total = positive + negative
+            if shares:
+                positive.div_(shares[0].view(-1)[chunk])
+                negative = negative / shares[1].view(-1)[chunk]
+            positive.copy_(torch.where(total > 0, positive, negative)).masked_fill_(total == 0, 0.0)
+
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
         v = self._difference(model, base).view(rows, width)
         magnitudes = _bits(v)
@@ -68,16 +97,19 @@ class TorchVectors(Backend):
         room = kept - above.sum(dim=1, keepdim=True)
         return _entries(v, above | (ties & (ties.cumsum(dim=1) <= room)))
 
-    def count_magnitudes(self, model: torch.Tensor, base: torch.Tensor, bins: torch.Tensor) -> None:
+    def count_magnitudes(
+        self, model: torch.Tensor, base: torch.Tensor | None, counts: torch.Tensor, shift: int, above: int
+    ) -> None:
+        size = counts.numel()
         for _, v in self._differences(model, base):
-            magnitudes = _bits(v)
-            bins += torch.bincount(magnitudes[magnitudes != 0] >> _BIN_SHIFT, minlength=bins.numel()).cpu()
+            leading = _bits(v) >> shift
+            counts += torch.bincount(leading[leading // size == above] % size, minlength=size).cpu()
 
     def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
         indices = [torch.empty(0, dtype=torch.int64, device="cpu")]
         values = [torch.empty(0, dtype=torch.float32, device="cpu")]
         for begin, v in self._differences(model, base):
-            found = _entries(v, _bits(v) >= max(1, lowest << _BIN_SHIFT))
+            found = _entries(v, _bits(v) >= max(1, lowest << _LEADING_SHIFT))
             indices.append(found[0] + begin)
             values.append(found[1])
         return torch.cat(indices), torch.cat(values)
@@ -85,10 +117,10 @@ class TorchVectors(Backend):
     def switch(self, updates: Sequence[Update]) -> BackendSwitch:
         return _Switch(updates)
 
-    def _differences(self, model: torch.Tensor, base: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """model - base in float32, chunk by chunk, with the first index of each."""
-        for chunk, part in _chunks(base):
-            yield chunk.start, self._difference(model.view(-1)[chunk], part)
+    def _differences(self, model: torch.Tensor, base: torch.Tensor | None) -> Iterator[tuple[int, torch.Tensor]]:
+        """model - base, or model, in float32, chunk by chunk, with the first index of each."""
+        for chunk, part in _chunks(model):
+            yield chunk.start, part.float() if base is None else self._difference(part, base.view(-1)[chunk])
 
     def _difference(self, model: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         v = torch.empty(base.numel(), dtype=compute_dtype([base, model]), device=base.device)

@@ -59,19 +59,19 @@ class ModelSelector:
     """
 
     def __init__(self) -> None:
-        self._bins = torch.zeros(_core.MAGNITUDE_BINS, dtype=torch.int64, device="cpu")
+        self._bins = torch.zeros(1 << _core.LEADING_BITS, dtype=torch.int64, device="cpu")
         self._candidates: list[Selection] = []
 
     def count(self, model: torch.Tensor, base: torch.Tensor) -> None:
         """Count the magnitudes of ``model - base``."""
         model, base = _checked(model, base)
-        pick("auto", (model, base)).count_magnitudes(model, base, self._bins)
+        pick("auto", (model, base)).count_magnitudes(model, base, self._bins, 31 - _core.LEADING_BITS, 0)
 
     def collect(self, model: torch.Tensor, base: torch.Tensor, k: int) -> None:
         """Keep what may be among the k largest; the same k each time."""
         from_top = self._bins.flip(0).cumsum(0)
         bins_from_top = int((from_top < k).sum()) + 1
-        lowest = max(0, _core.MAGNITUDE_BINS - bins_from_top)
+        lowest = max(0, self._bins.numel() - bins_from_top)
         model, base = _checked(model, base)
         self._candidates.append(Selection(*pick("auto", (model, base)).select_from_bin(model, base, lowest)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -10,7 +9,7 @@ from .base import Measured, Merged, Method
 from .order import kth_of
 from .parameters import number, parameter, weights_parameter
 from .rules import default_scale
-from .vectors import Sides, TaskVectors, added
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,20 +40,19 @@ class Breadcrumbs(Method):
         return default_scale(self.weights, count)
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return min(count, 2) + 3
+        return min(count, 2) + 1
 
     @property
     def linear(self) -> bool:
         return True
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged(added(self._weighted(vectors, measured.weights)))
+        from ..accumulate import elect, room
 
-    def _weighted(self, vectors: TaskVectors, weights: Sequence[float]) -> Iterator[list[Tensor]]:
-        """weights[i] times what is kept of v_i."""
-        for deltas, weight in zip(vectors.each(), weights, strict=True):
-            for delta in deltas:
-                magnitude = delta.abs().float()
-                least, outlier = kth_of(magnitude, 1.0 - self.beta), kth_of(magnitude, self.gamma)
-                delta.mul_(weight).masked_fill_((magnitude < least).logical_or_(magnitude >= outlier), 0.0)
-            yield deltas
+        totals: list[Tensor] = []
+        for deltas, weight in zip(vectors.each(), measured.weights, strict=True):
+            totals = totals or [room(delta.shape, delta).zero_() for delta in deltas]
+            for delta, total in zip(deltas, totals, strict=True):
+                least, outlier = kth_of(delta, 1.0 - self.beta), kth_of(delta, self.gamma)
+                elect(delta, weight, (total, total), least=least, outlier=outlier)
+        return Merged(totals)

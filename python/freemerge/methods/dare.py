@@ -48,7 +48,7 @@ class DARE(Method):
         return default_scale(self.weights, count)
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return 7 if self.sign_election else min(count, 3) + 2  # random numbers and masks beside them
+        return min(count, 2) + 4 if self.sign_election else min(count, 3) + 2  # random numbers and masks beside them
 
     @property
     def linear(self) -> bool:

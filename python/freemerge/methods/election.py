@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ..lazy import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -17,8 +15,8 @@ def elected_sum(each: Iterable[list[Tensor]]) -> list[Tensor]:
     for deltas in each:
         elections = elections or [Election(delta) for delta in deltas]
         for delta, election in zip(deltas, elections, strict=True):
-            election.add(delta, 1.0)
-    return [election.sum() for election in elections]
+            election.add(delta)
+    return [election.decide() for election in elections]
 
 
 class Election:
@@ -28,29 +26,23 @@ class Election:
 
     Args:
         like: a tensor of the same shape, dtype and device.
-        shares: whether the sizes of the weights of either sign are added up, too, for :meth:`mean`.
+        shares: whether the sizes of the weights of either sign are added up, too; :meth:`decide` divides by them then.
     """
 
     def __init__(self, like: Tensor, *, shares: bool = False) -> None:
-        self._sums = [torch.zeros_like(like) for _ in range(2)]
-        self._shares = [torch.zeros_like(like) for _ in range(2)] if shares else []
+        from ..accumulate import room
 
-    def add(self, delta: Tensor, weight: float) -> None:
-        """Add ``weight * delta``, which ``delta`` is afterwards."""
-        delta.mul_(weight)
-        for sign, part in enumerate((delta.clamp(min=0), delta.clamp(max=0))):
-            self._sums[sign].add_(part)
-            if self._shares:
-                self._shares[sign].add_(part != 0, alpha=abs(weight))
+        self._sums = [room(like.shape, like).zero_() for _ in range(2)]
+        self._shares = [room(like.shape, like).zero_() for _ in range(2)] if shares else []
 
-    def sum(self) -> Tensor:
-        """The sum of what has the elected sign."""
-        return self._elected(*self._sums)
+    def add(self, delta: Tensor, weight: float = 1.0, least: float = 0.0) -> None:
+        """Add ``weight * delta`` where |delta| is at least ``least``."""
+        from ..accumulate import elect
 
-    def mean(self) -> Tensor:
-        """Its mean: the sum over that of the sizes of the weights."""
-        return self._elected(*(total / share for total, share in zip(self._sums, self._shares, strict=True)))
+        elect(delta, weight, self._sums, self._shares, least=least)
 
-    def _elected(self, positive: Tensor, negative: Tensor) -> Tensor:
-        total = self._sums[0] + self._sums[1]
-        return torch.where(total > 0, positive, negative).masked_fill_(total == 0, 0.0)
+    def decide(self) -> Tensor:
+        """The sum of what has the elected sign, or its mean. It ends the election."""
+        from ..accumulate import decide
+
+        return decide(self._sums, self._shares)

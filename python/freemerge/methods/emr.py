@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .vectors import Sides, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,25 +27,23 @@ class EMR(Method):
     sees_matrices = False
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return 6
+        return 1
 
     @property
     def by_entries(self) -> bool:
         return True
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        sums: list[Tensor] = []
-        highest: list[Tensor] = []
-        lowest: list[Tensor] = []
-        for deltas in vectors.each():
-            if not sums:
-                sums = [torch.zeros_like(delta) for delta in deltas]
-                highest, lowest = ([torch.zeros_like(delta) for delta in deltas] for _ in range(2))
-            for delta, total, high, low in zip(deltas, sums, highest, lowest, strict=True):
-                total.add_(delta)
-                torch.maximum(high, delta, out=high)
-                torch.minimum(low, delta, out=low)
-        elected = []
-        for total, high, low in zip(sums, highest, lowest, strict=True):
-            elected.append(torch.where(total > 0, high, low).masked_fill_(total == 0, 0.0))
-        return Merged(elected)
+        return Merged([tensor.by_pieces(_elected) for tensor in vectors.tensors])
+
+
+def _elected(tensor: Deltas) -> Tensor:
+    """The sum of the task vectors, and what is largest on either side of zero, of which its sign elects one."""
+    each = tensor.each()
+    total = next(each)
+    high, low = total.clamp(min=0), total.clamp(max=0)
+    for delta in each:
+        total.add_(delta)
+        torch.maximum(high, delta, out=high)
+        torch.minimum(low, delta, out=low)
+    return torch.where(total > 0, high, low).masked_fill_(total == 0, 0.0)

@@ -122,9 +122,11 @@ class Filtered(Method):
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         held = self.method.holds(count, matrix)
-        return (
-            held if matrix is None else held + 4
-        )  # what is filtered and was before, a stack, the spectrum of a single row
+        if matrix is None:
+            return held
+        # What is filtered and was before, a stack, the spectrum of a single row; and what a method that goes by pieces
+        # of a tensor has for all of it then.
+        return held + (8 if self.filter.when == "before" else 4)
 
     @property
     def by_entries(self) -> bool:
@@ -201,6 +203,12 @@ class _FilteredDeltas(Deltas):
 
     def each(self) -> Iterator[Tensor]:
         return (deltas[self.member] for deltas in self.filtered())
+
+    def by_pieces(self, merge: Callable[[Deltas], Tensor]) -> Tensor:
+        return merge(self)
+
+    def minuends(self) -> Iterator[tuple[Tensor, None]]:
+        return ((delta, None) for delta in self.each())
 
     def sum(self, weights: Sequence[float]) -> Tensor:
         return _summed(self.filtered(), weights)[self.member]

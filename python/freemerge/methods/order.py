@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-LOW_BITS = 15  # of a float32 >= 0, whose bits order as its value: 16 bits in the first pass, 15 in the second
+LOW_BITS = 15  # of the 31 bits of a float32's magnitude: 16 bits in the first pass, 15 in the second
 
 
-def kth_largest(whole: Whole[Iterable[tuple[int, Tensor]]], count: int, share: float) -> list[float]:
-    """For each of ``count`` models the round(share * n)-th largest of its n numbers >= 0, as float32.
+Numbers = tuple[int, "Tensor", "Tensor | None"]  #: a model, some of its numbers, and what is to be subtracted first
 
-    Infinity if that is the 0-th. Each unit gives its numbers as (model, tensor). Exact, in two looks at the whole and
-    the memory of a histogram for each model.
+
+def kth_largest(whole: Whole[Iterable[Numbers]], count: int, share: float) -> list[float]:
+    """For each of ``count`` models the round(share * n)-th largest magnitude of its n numbers, as float32.
+
+    Infinity if that is the 0-th. Exact, in two looks at the whole and the memory of a histogram for each model.
     """
+    from ..accumulate import count_magnitudes
 
-    def add_upper(pieces: Iterable[tuple[int, Tensor]], counts: Tensor) -> None:
-        for model, piece in pieces:
-            for bits in _bits(piece):
-                counts[model] += torch.bincount(bits >> LOW_BITS, minlength=1 << 16).cpu()
+    def add_upper(pieces: Iterable[Numbers], counts: Tensor) -> None:
+        for model, piece, base in pieces:
+            count_magnitudes(piece, base, counts[model], LOW_BITS, 0)
 
-    def add_lower(pieces: Iterable[tuple[int, Tensor]], counts: Tensor) -> None:
-        for model, piece in pieces:
-            for bits in _bits(piece):
-                inside = bits[bits >> LOW_BITS == found[model][0]] & ((1 << LOW_BITS) - 1)
-                counts[model] += torch.bincount(inside, minlength=1 << LOW_BITS).cpu()
+    def add_lower(pieces: Iterable[Numbers], counts: Tensor) -> None:
+        for model, piece, base in pieces:
+            count_magnitudes(piece, base, counts[model], 0, found[model][0])
 
     upper = whole.total(add_upper, torch.zeros(count, 1 << 16, dtype=torch.int64, device="cpu"))
     ranks = [round(share * int(counts.sum())) for counts in upper]
@@ -43,15 +43,9 @@ def kth_largest(whole: Whole[Iterable[tuple[int, Tensor]]], count: int, share: f
     ]
 
 
-def kth_of(magnitude: Tensor, share: float) -> float:
+def kth_of(values: Tensor, share: float) -> float:
     """The same of one tensor alone."""
-    return kth_largest(Whole(lambda: [[(0, magnitude)]]), 1, share)[0]
-
-
-def _bits(values: Tensor) -> Iterator[Tensor]:
-    """The bits of the numbers as float32, in chunks, because a histogram copies its input to int64."""
-    for chunk in torch.split(values.flatten(), 1 << 18):
-        yield chunk.float().view(torch.int32)
+    return kth_largest(Whole(lambda: [[(0, values, None)]]), 1, share)[0]
 
 
 def _float(bits: int) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import CheckpointError
 from ..lazy import torch
 from .base import Measured, Merged, Method
-from .order import kth_largest
+from .order import Numbers, kth_largest
 from .parameters import number, parameter
 from .vectors import Sides, TaskVectors
 from .whole import Whole
@@ -155,7 +155,7 @@ class PCB(Method):
                 intra[i] += within
         scored = dataclasses.replace(ranges, inter=inter, intra=intra)
 
-        def scores(tensors: Iterable[Sequence[Tensor]]) -> Iterator[tuple[int, Tensor]]:
-            return ((i, scored.score(deltas, i)) for deltas in tensors for i in range(count))
+        def scores(tensors: Iterable[Sequence[Tensor]]) -> Iterator[Numbers]:
+            return ((i, scored.score(deltas, i), None) for deltas in tensors for i in range(count))
 
         return dataclasses.replace(scored, thresholds=tuple(kth_largest(units.through(scores), count, self.density)))

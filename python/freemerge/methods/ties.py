@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
 from .base import Measured, Merged, Method
 from .election import Election
-from .order import kth_largest, kth_of
+from .order import Numbers, kth_largest
 from .parameters import number, parameter, weights_parameter
 from .rules import relative
-from .vectors import Sides, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors
 from .whole import Whole
 
 if TYPE_CHECKING:
@@ -59,8 +60,11 @@ class TIES(Method):
     def passes(self) -> int:
         return 2 if self.scope == "model" else 0
 
+    def reads(self, as_matrices: bool) -> int:
+        return 1 if self.scope == "model" else 3
+
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return 11
+        return 1
 
     @property
     def by_entries(self) -> bool:
@@ -71,22 +75,32 @@ class TIES(Method):
         if self.scope == "tensor":
             return alone
 
-        def magnitudes(vectors: TaskVectors) -> Iterator[tuple[int, Tensor]]:
-            for model, deltas in enumerate(vectors.each()):
-                yield from ((model, delta.abs_()) for delta in deltas)
+        def numbers(vectors: TaskVectors) -> Iterable[Numbers]:
+            return chain.from_iterable(map(_numbers, vectors.tensors))
 
-        return Thresholds(alone.weights, thresholds=tuple(kth_largest(units.through(magnitudes), count, self.density)))
+        return Thresholds(alone.weights, thresholds=tuple(kth_largest(units.through(numbers), count, self.density)))
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        """One look at each model: what both signs amount to is kept until one is elected."""
-        thresholds = measured.thresholds if isinstance(measured, Thresholds) else ()
+        return Merged([self._merged(tensor, measured) for tensor in vectors.tensors])
+
+    def _merged(self, tensor: Deltas, measured: Measured) -> Tensor:
         weights = relative(measured.weights)
-        elections: list[Election] = []
-        for model, deltas in enumerate(vectors.each()):
-            elections = elections or [Election(delta, shares=True) for delta in deltas]
-            for delta, election in zip(deltas, elections, strict=True):
-                magnitude = delta.abs().float()
-                threshold = thresholds[model] if thresholds else kth_of(magnitude, self.density)
-                delta.masked_fill_(magnitude < threshold, 0.0)
-                election.add(delta, weights[model])
-        return Merged([election.mean() for election in elections])
+        if isinstance(measured, Thresholds):
+            thresholds: Sequence[float] = measured.thresholds
+        else:
+            thresholds = kth_largest(Whole(lambda: [_numbers(tensor)]), len(weights), self.density)
+
+        def elected(piece: Deltas) -> Tensor:
+            election: Election | None = None
+            for delta, weight, least in zip(piece.each(), weights, thresholds, strict=True):
+                election = election or Election(delta, shares=True)
+                election.add(delta, weight, least)
+            assert election is not None
+            return election.decide()
+
+        return tensor.by_pieces(elected)
+
+
+def _numbers(tensor: Deltas) -> Iterator[Numbers]:
+    """The task vectors of a tensor, of which the largest entries are looked for."""
+    return ((i, model, base) for i, (model, base) in enumerate(tensor.minuends()))

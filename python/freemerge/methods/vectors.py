@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Sides = tuple[int, int]  # rows and columns of a matrix
+PIECE = 1 << 18  # entries
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,38 @@ class Deltas:
         total, means, norms = filtered_sum(base, models, weights, response, backend=backend)
         self.check(means)
         return total, norms
+
+    def minuends(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What each v_i is the difference of, theta_i and theta_0, for what need not have v_i itself; or v_i, and None.
+
+        Entries that are not finite are found by the other ways to read them.
+        """
+        base = self.base()
+        for read in self.models:
+            yield read().to(base.device), base
+            self.check([0.0])
+
+    def by_pieces(self, merge: Callable[[Deltas], Tensor]) -> Tensor:
+        """``merge(self)`` for a function that works entry by entry and reads its argument once.
+
+        It sees pieces of the tensor, so that what it allocates for them stays in a processor's cache.
+        """
+        from ..accumulate import room
+
+        if self.numel <= PIECE:
+            return merge(self)
+        base, models = self.base().flatten(), [read().flatten() for read in self.models]
+        means: list[float] = []
+        whole: Tensor | None = None
+        for begin in range(0, self.numel, PIECE):
+            tensors = [tensor[begin : begin + PIECE] for tensor in (base, *models)]
+            first, *others = [partial(_same, tensor) for tensor in tensors]
+            merged = merge(Deltas(self.name, tuple(tensors[0].shape), first, others, means.extend))
+            whole = room(self.shape, merged) if whole is None else whole
+            whole.view(-1)[begin : begin + PIECE].copy_(merged)
+        self.check([math.fsum(means)] * len(models))
+        assert whole is not None
+        return whole
 
     def each(self) -> Iterator[Tensor]:
         """v_1, v_2, ..., v_K, one at a time."""
@@ -167,6 +201,10 @@ class TaskVectors:
         if len(deltas) > 1:
             for delta, rows in zip(deltas, torch.split(matrices[0], [len(delta) for delta in deltas]), strict=True):
                 delta.copy_(rows)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def added(each: Iterable[list[Tensor]]) -> list[Tensor]:
