@@ -14,7 +14,7 @@ import torch
 
 import freemerge as fm
 from freemerge import _core
-from freemerge.dense import address, dense
+from freemerge.dense import address, bits, dense
 
 PACKAGE = Path(fm.__file__).parent
 COPIED = {"big-endian", "read-only", "read-only DLPack", "negative strides"}  # what `filtered` need not write to
@@ -83,6 +83,21 @@ def test_an_address_is_that_of_the_first_entry() -> None:
     assert dense(x, "x") is x
     view = x[::2, 1::2]
     assert dense(view, "x") is view
+
+
+def test_a_single_entry_may_have_any_stride(tmp_path: Path) -> None:
+    """A slice of a matrix of one row is contiguous to torch, which will not see its bytes for their distance."""
+    row, counter = torch.arange(6.0).view(1, 6), torch.tensor([7, 0])[::2]
+    column = row[:, 2]
+    assert bits(column).tolist() == bits(torch.tensor(2.0)).tolist()
+    assert bits(column).data_ptr() == column.data_ptr()
+    base = {"w": torch.randn(4, 3), "gain": column, "steps": counter, "n.running_mean": row[:, 3]}
+    model = {"w": base["w"] + 1, "gain": row[:, 4], "steps": counter, "n.running_mean": row[:, 5]}
+    fm.merge_checkpoints(base, [model, model], tmp_path / "merged", progress=False)
+    assert fm.merge(base, [model, model])["steps"].tolist() == [7]
+    assert {found.name for found in fm.diff(base, model)} == set(base) - {"steps"}
+    fm.save_experts(fm.extract_experts(base, {"t": model}), tmp_path / "experts")
+    assert fm.Expert.load(tmp_path / "experts" / "t.safetensors").statistics["n.running_mean"].tolist() == [5.0]
 
 
 @pytest.mark.parametrize(

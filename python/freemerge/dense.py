@@ -44,9 +44,15 @@ def address(x: Tensor) -> int:
     return found
 
 
+def bits(x: Tensor) -> Tensor:
+    """The bytes of a tensor in row-major order, as uint8: its own memory if it is contiguous, else a copy."""
+    whole = x.detach().contiguous()
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8)  # the stride of a single entry may be any
+
+
 def bytes_of(x: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order: its own memory if it is contiguous and on the CPU, else a copy."""
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """The same on the CPU."""
+    return bits(x.cpu()).numpy().data
 
 
 def overwrite(x: Tensor, values: Tensor) -> Tensor:

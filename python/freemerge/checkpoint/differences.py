@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..dense import bits
 from .reader import Checkpoint, Source
 
 _CHUNK = 1 << 22  # entries that are compared at a time
@@ -70,7 +71,7 @@ def _distances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]
     flat = first.reshape(-1), second.to(first.device).reshape(-1)
     chunks = zip(*(torch.split(tensor, _CHUNK) for tensor in flat), strict=True)
     for ours, theirs in chunks if first.numel() else ():
-        if ours.dtype == theirs.dtype and torch.equal(_bits(ours), _bits(theirs)):
+        if ours.dtype == theirs.dtype and torch.equal(bits(ours), bits(theirs)):
             continue
         a, b = _wide(ours), _wide(theirs)
         apart = (a - b).abs().masked_fill_((a == b) | (a.isnan() & b.isnan()), 0.0)
@@ -78,10 +79,6 @@ def _distances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]
         largest = max(largest, highest) if largest == largest and highest == highest else float("nan")
         total += float(apart.sum())
     return largest, total / max(1, first.numel())
-
-
-def _bits(chunk: torch.Tensor) -> torch.Tensor:
-    return chunk.contiguous().view(torch.uint8)
 
 
 def _wide(chunk: torch.Tensor) -> torch.Tensor:

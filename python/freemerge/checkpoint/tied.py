@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..dense import bytes_of
 from ..errors import CheckpointError
 from .architecture import built_from_config, read_config
 from .reader import Checkpoint
@@ -208,8 +209,7 @@ def same_values(checkpoint: Checkpoint, name: str, first: str) -> bool:
 def _beginning(checkpoint: Checkpoint, name: str) -> tuple[object, ...]:
     """Shape, dtype and the first bytes of a tensor: what differs most cheaply."""
     spec = checkpoint.specs[name]
-    first = checkpoint.read(name).reshape(-1)[:_PROBE].contiguous().cpu()
-    return spec.shape, spec.dtype, bytes(first.view(torch.uint8).tolist())
+    return spec.shape, spec.dtype, bytes(bytes_of(checkpoint.read(name).reshape(-1)[:_PROBE]))
 
 
 def _is_constant(tensor: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import MERGEABLE, TensorSpec
 from ..checkpoint.quantised import FLOAT8, FLOAT8_ADVICE
+from ..dense import bits
 from ..errors import ArgumentError, CheckpointError
 from ..methods.layers import is_convolution
 from .selection import Action, Rule, Split, Stack, View, check_rules, left_alone, rule_of
@@ -186,13 +187,9 @@ def _stack_of(name: str, view: Stack, specs: Mapping[str, TensorSpec]) -> tuple[
     return group
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).contiguous().view(torch.uint8)
-
-
 def require_equal(name: str, base: Tensor, model: Tensor, source: str) -> None:
     """Raise CheckpointError unless a tensor that cannot be merged has the same bytes in the base and in a model."""
-    if base.dtype != model.dtype or not torch.equal(_bytes(base), _bytes(model)):
+    if base.dtype != model.dtype or not torch.equal(bits(base), bits(model)):
         if base.dtype in FLOAT8:
             raise CheckpointError(f"{source}: tensor {name} differs from the base's and is {FLOAT8_ADVICE}")
         raise CheckpointError(
