@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from freemerge.checkpoint import Checkpoint, TensorSpec
+from freemerge.checkpoint.pickled import PickledFile
 from freemerge.checkpoint.safetensors_file import SafetensorsFile
 from freemerge.checkpoint.spec import TORCH_DTYPES
 from freemerge.errors import ArgumentError, CheckpointError
@@ -199,6 +200,22 @@ def test_a_file_that_changes_while_open_is_refused(tmp_path: Path) -> None:
     os.replace(tmp_path / "new", path)
     with pytest.raises(CheckpointError, match="changed while it was being read"):
         checkpoint.read("big")
+
+
+def test_a_file_is_where_it_was_when_the_working_directory_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = some_state()
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    torch.save(state, tmp_path / "model.bin")
+    monkeypatch.chdir(tmp_path)
+    checkpoint, pickled = Checkpoint.open("model.safetensors"), PickledFile(Path("model.bin"))
+    monkeypatch.chdir("elsewhere")
+    same(checkpoint, state)
+    checkpoint.will_need(["big"])
+    pickled.release()
+    assert torch.equal(pickled.read("big"), state["big"])
 
 
 def test_reading_goes_on_without_mappings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

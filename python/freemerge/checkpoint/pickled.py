@@ -28,7 +28,7 @@ class PickledFile:
     """
 
     def __init__(self, path: Path, key: str = "") -> None:
-        self.path, self._key = path, key
+        self.path, self._place, self._key = path, path.absolute(), key
         self._mapped = is_mapped(path)
         self._bytes = os.stat(path).st_size
         if self._mapped:
@@ -59,7 +59,7 @@ class PickledFile:
 
     def _load(self) -> dict[str, torch.Tensor]:
         try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            content = torch.load(self._place, map_location="cpu", weights_only=True, mmap=self._mapped)
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{self.path}: {_not_tensors(str(error))}") from None
         except Exception:  # a damaged or hostile file can make the unpickler raise anything

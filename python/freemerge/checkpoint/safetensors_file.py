@@ -52,7 +52,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._place = path, path.absolute()  # the working directory may be another when data are read
         fd = open_regular(path)
         try:
             self._identity = _identity(fd)
@@ -95,14 +95,14 @@ class SafetensorsFile:
         """Let the system fetch a large tensor from the disk; small ones come with what it reads ahead anyway."""
         slot = self.slots[name]
         if slot.spec.nbytes >= _COPY_BELOW_BYTES and hasattr(os, "posix_fadvise"):
-            with suppress(OSError), open(self.path, "rb", buffering=0) as stream:
+            with suppress(OSError), open(self._place, "rb", buffering=0) as stream:
                 os.posix_fadvise(stream.fileno(), slot.offset, slot.spec.nbytes, os.POSIX_FADV_WILLNEED)
 
     def _read(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> torch.Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes == 0:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        fd = open_regular(self.path)
+        fd = open_regular(self._place)
         try:
             if _identity(fd) != self._identity:
                 raise CheckpointError(f"{self.path} changed while it was being read")
