@@ -61,6 +61,19 @@ def test_delta_mode_names_what_it_cannot_serve() -> None:
     bank = fx.ExpertBank(model, experts)
     with pytest.raises(ArgumentError, match="first dimension should be the batch, 3"), bank.deltas(["task0"] * 3):
         model(torch.zeros(2, 3, 8, 8))
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(input=x)
+
+    named = Named().eval()
+    its = fx.ExpertBank(named, fx.extract_experts(named.state_dict(), {"t": tuned(named, 1)}))
+    with pytest.raises(ArgumentError, match="'norm' got NoneType where the first dimension"), its.deltas(["t"]):
+        named(torch.zeros(1, 3))
     model.train()
     with pytest.raises(ArgumentError, match=r"use model\.eval"), bank.deltas(["task0"] * 2):
         model(torch.zeros(2, 3, 8, 8))

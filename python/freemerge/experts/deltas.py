@@ -181,8 +181,7 @@ def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module,
             # An input that all samples share, such as position ids, gets an output for each of them.
             x, output = x.expand(batch, *x.shape[1:]), output.expand(batch, *output.shape[1:])
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.ndim or len(x) != batch:
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ArgumentError(f"deltas: {name!r} got {shape} where the first dimension should be the batch, {batch}")
+            raise _without_batch(name, x, batch)
         kind = _contribution(module)
         assert kind is not None
         dtype = torch.promote_types(output.dtype, torch.float32)
@@ -201,15 +200,20 @@ def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module,
     return add
 
 
+def _without_batch(name: str, x: object, batch: int) -> ArgumentError:
+    shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    return ArgumentError(f"deltas: {name!r} got {shape} where the first dimension should be the batch, {batch}")
+
+
 def _renormed(
     name: str, batch: int, statistics: Mapping[str, Tensor]
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     """What makes of a batch norm's input one of which its own statistics make what each sample's make of the input."""
 
     def change(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *others = args
-        if len(x) not in (1, batch):
-            raise ArgumentError(f"deltas: {name!r} got {tuple(x.shape)} where the batch should be first, {batch}")
+        x, others = (args[0], args[1:]) if args else (None, ())
+        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) not in (1, batch):
+            raise _without_batch(name, x, batch)
         dtype = torch.promote_types(x.dtype, torch.float32)
         now = {"running_mean": module.running_mean[None], "running_var": module.running_var[None]}
         (mean, variance), (own_mean, own_variance) = (
