@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,31 @@ def test_blocks_that_are_left_in_another_order_lose_nothing() -> None:
     assert_same(model, before)
     with bank.active("task0"), bank.active("task1"):
         pass
+    assert_same(model, before)
+
+
+def test_a_block_may_be_left_by_another_thread() -> None:
+    """As servers do that go on with an answer in whichever thread is free, and as garbage is collected."""
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+
+    def stream() -> Iterator[None]:
+        with bank.active("task0"):
+            yield
+
+    def use(task: str) -> str:
+        with bank.active(task), bank.active(task):
+            return task
+
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for leave in (lambda answer: list(answer), lambda answer: answer.close()):
+            answer = stream()
+            one.submit(next, answer).result()
+            waiting = other.submit(use, "task2")
+            leave(answer)
+            assert waiting.result(timeout=30) == "task2"
+            assert one.submit(use, "task3").result(timeout=30) == "task3"
     assert_same(model, before)
 
 

@@ -73,7 +73,7 @@ class ExpertBank(Mapping[str, Expert]):
         }
         self._base = None if base is None else self._opened(base, "base")
         self._backbone = None if backbone is None else self._opened(backbone, "backbone")
-        self._lock = threading.RLock()
+        self._lock, self._holder = threading.Lock(), 0  # the thread whose turn it is, as threading.get_ident() has it
         self._vectors: dict[tuple[str, str], SparseVector] = {}
         self._origins: dict[tuple[str, str], Tensor] = {}
         self._switches: dict[tuple[str, Combine], tuple[float, Switch]] = {}
@@ -134,7 +134,7 @@ class ExpertBank(Mapping[str, Expert]):
         weights = {task: weight for task, weight in weights.items() if task not in dense}
         if combine == "replace" and dense:
             raise ArgumentError(f"combine='replace' is for experts of single entries; {next(iter(dense))!r} has none")
-        with self._lock, ExitStack() as undo:
+        with self._turn(), ExitStack() as undo:
             if weights or dense:
                 undo.callback(torch.clear_autocast_cache)  # it keeps copies of weights
             if weights:
@@ -148,6 +148,22 @@ class ExpertBank(Mapping[str, Expert]):
                 torch.clear_autocast_cache()
             with self._innermost(undo):
                 yield
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A block in which no other thread has experts on; blocks inside of it, in the same thread, do not wait.
+
+        Another thread may leave it: the one that goes on with a generator, or collects it as garbage.
+        """
+        if self._holder == threading.get_ident():
+            yield
+            return
+        with self._lock:
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = 0
 
     @contextmanager
     def _innermost(self, undo: ExitStack) -> Iterator[None]:
@@ -203,7 +219,7 @@ class ExpertBank(Mapping[str, Expert]):
         assert isinstance(self._model, nn.Module)
         shares = [[chosen.get(task, 0.0) for task in tasks] for chosen in samples]
         weights = torch.tensor(shares, dtype=torch.float64, device="cpu").view(len(samples), len(tasks))
-        with self._lock, ExitStack() as undo:
+        with self._turn(), ExitStack() as undo:
             updates = [{name: self._change(task, name) for name in self._names[task]} for task in tasks]
             statistics = self._of_samples(samples)
             undo.enter_context(forward_deltas(self._model, weights, updates, statistics))
@@ -221,7 +237,7 @@ class ExpertBank(Mapping[str, Expert]):
             return "deltas needs a bank that is attached to a module, not to a state dict"
         weights = self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0))
         names = self._touched(weights) + list(self._averages(weights))
-        with self._lock:
+        with self._turn():
             reason = unserved(self._model, names, run)
         return None if reason is None else f"deltas cannot serve {reason}"
 
