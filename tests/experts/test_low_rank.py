@@ -299,10 +299,10 @@ def test_mixtures_of_both_kinds_and_nested_blocks_leave_every_weight_as_it_was()
     def run() -> None:
         with bank.active({"entries": 0.5, "product": 0.5}):
             for name, tensor in products["task1"].tensors.items():
-                first = before[name].float()
+                expected = (tensor.dense() * 0.5 + before[name].float()).bfloat16()
                 if name in entries["task0"].tensors:
-                    first = first + entries["task0"].tensors[name].dense() * (0.5 * entries["task0"].mu)
-                expected = (tensor.dense() * 0.5 + first.bfloat16().float()).bfloat16()
+                    last = entries["task0"].tensors[name].dense() * (0.5 * entries["task0"].mu)
+                    expected = (last + expected.float()).bfloat16()
                 assert torch.equal(model.get_parameter(name), expected), name
             with bank.active("product"), bank.active("entries", combine="replace"):
                 raise ZeroDivisionError

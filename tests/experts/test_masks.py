@@ -136,6 +136,22 @@ def test_the_forward_pass_adds_what_active_does() -> None:
     assert_forward_adds_what_active_does(model, bank, x, [{"task0": 1.0}, None, {"task1": 0.5, "task2": 0.5}])
 
 
+def test_in_a_mixture_they_select_from_the_merged_model_alone() -> None:
+    model, experts, base = masks(Text, torch.float32)
+    _, entries, _ = make(Text)
+    bank = fx.ExpertBank(model, {"mask": experts["task0"], "entries": entries["task1"]}, base=base)
+    before, ids = snapshot(model), torch.arange(20).view(2, 10)
+    vectors = {name: before[name] - base[name] for name in experts["task0"].tensors}
+    added, kept = experts["task0"].dense(vectors), entries["task1"].dense()
+    mixture = {"entries": 0.5, "mask": 1.0}
+    with bank.active(mixture):
+        for name, now in untied(model.state_dict()).items():
+            expected = before[name] + added.get(name, 0) + 0.5 * kept.get(name, 0)
+            torch.testing.assert_close(now, expected, rtol=1e-5, atol=1e-6)
+    assert_same(model, before)
+    assert_forward_adds_what_active_does(model, bank, ids, [mixture, "mask"])
+
+
 def test_pieces_of_a_fused_tensor_are_selected_from_their_own() -> None:
     vector = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(1))
     bits = torch.rand(4, 12, generator=torch.Generator().manual_seed(2)) < 0.5

@@ -119,7 +119,7 @@ class ExpertBank(Mapping[str, Expert]):
 
         The cost of single entries is that of the entries touched, not of the model. Low-rank experts touch every entry:
         their products are added tensor by tensor, and the former weights kept as copies. In a mixture of both kinds,
-        entries are added first.
+        entries are added last.
 
         Running means and variances become ``(1 - sum_i a_i) s_m + sum_i a_i s_i``, a_i = w_i :attr:`Expert.share`; it
         is an average always: negative a_i count as 0, and a sum above 1 is brought down to 1.
@@ -137,11 +137,11 @@ class ExpertBank(Mapping[str, Expert]):
         with self._turn(), ExitStack() as undo:
             if weights or dense:
                 undo.callback(torch.clear_autocast_cache)  # it keeps copies of weights
+            for name in self._touched(dense):  # before entries, as masks are of the merged weights alone
+                undo.enter_context(add_dense(self._tensor(name), self._dense_terms(name, dense)))
             if weights:
                 tensors = {name: self._tensor(name) for name in self._touched(weights)}
                 undo.enter_context(self._switch(weights, combine, tensors).on([*tensors.values()]))
-            for name in self._touched(dense):
-                undo.enter_context(add_dense(self._tensor(name), self._dense_terms(name, dense)))
             for name, terms in averages.items():
                 undo.enter_context(add_dense(self._tensor(name), self._moves(name, terms)))
             if weights or dense:
