@@ -1,5 +1,6 @@
 """Routers and feature extractors."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,16 +124,37 @@ def test_files_that_are_no_routers_are_refused(router: Router, tmp_path: Path) -
     save_file({"x": torch.zeros(2)}, tmp_path / "empty", metadata={"format": "freemerge-router-1"})
     with pytest.raises(CheckpointError, match="options"):
         Router.load(tmp_path / "empty")
-    Router(router.tasks[:2], router.tensors).save(tmp_path / "short")
-    with pytest.raises(CheckpointError, match=r"output\.weight must have shape \(2, 16\)"):
-        Router.load(tmp_path / "short")
     broken = {**router.tensors, "hidden.bias": torch.full_like(router.tensors["hidden.bias"], float("nan"))}
-    Router(router.tasks, broken).save(tmp_path / "broken")
-    with pytest.raises(CheckpointError, match=r"hidden\.bias must hold finite floats"):
-        Router.load(tmp_path / "broken")
-    Router(router.tasks, {"center": torch.zeros(3)}).save(tmp_path / "poor")
-    with pytest.raises(CheckpointError, match="tensors must be"):
-        Router.load(tmp_path / "poor")
+    flat = {**router.tensors, "hidden.weight": torch.zeros(3)}
+    for tasks, tensors, message in (
+        (router.tasks[:2], router.tensors, r"output\.weight must have shape \(2, 16\)"),
+        (router.tasks, broken, r"hidden\.bias must hold finite floats"),
+        (router.tasks, flat, r"hidden\.weight must be a matrix, got \(3,\)"),
+        (router.tasks, {"center": torch.zeros(3)}, "tensors must be"),
+    ):
+        options = json.dumps({"tasks": tasks})
+        save_file(tensors, tmp_path / "bad", metadata={"format": "freemerge-router-1", "options": options})
+        with pytest.raises(CheckpointError, match=message):
+            Router.load(tmp_path / "bad")
+        with pytest.raises(ArgumentError, match=message):
+            Router(tasks, tensors)
+
+
+def test_what_cannot_be_written_is_named_and_leaves_nothing(router: Router, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "absent" / "router.safetensors", tmp_path / ("r" * 300)):
+        with pytest.raises(CheckpointError, match=f"router {path}"):
+            router.save(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_features_that_float32_cannot_standardise_are_refused() -> None:
+    features = torch.tensor([[1e300, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    for wrong in (features, torch.full((2, 2), 3e38), torch.zeros(2, 0)):
+        with pytest.raises(ArgumentError, match="features must"):
+            Router.fit(wrong, ["a", "b"], steps=1)
+    with pytest.raises(ArgumentError, match="learning_rate"):
+        Router.fit(features.clamp(max=1.0), ["a", "b"], steps=50, hidden=2, learning_rate=1e30)
 
 
 def test_bad_arguments_are_named(router: Router) -> None:
@@ -151,7 +173,10 @@ def test_bad_arguments_are_named(router: Router) -> None:
         router(torch.zeros(4, 5))
     with pytest.raises(ArgumentError, match="finite"):
         router(torch.full((1, 6), float("inf")))
-    for name, value in (("temperature", 0.0), ("abstain", 1.5), ("mode", "x")):
+    wrong: list[tuple[str, object]] = [("temperature", 0.0), ("temperature", "1"), ("temperature", None)]
+    wrong += [("abstain", 1.5), ("abstain", "x"), ("mode", "x"), ("mode", []), ("tasks", None), ("tasks", "abc")]
+    wrong += [("tensors", None), ("tensors", {}), ("tensors", dict.fromkeys(router.tensors, 1.0))]
+    for name, value in wrong:
         with pytest.raises(ArgumentError, match=name):
             replace(router, **{name: value})
 

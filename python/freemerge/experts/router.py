@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,10 +49,13 @@ class Router:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ArgumentError(f"mode must be 'top1' or 'softmax', got {self.mode!r}")
-        if not math.isfinite(self.temperature) or self.temperature <= 0:
+        if not 0 < number(self.temperature) < math.inf:
             raise ArgumentError(f"temperature must be a finite number > 0, got {self.temperature!r}")
-        if not 0 <= self.abstain <= 1:
+        if not 0 <= number(self.abstain) <= 1:
             raise ArgumentError(f"abstain must be a probability, got {self.abstain!r}")
+        if not isinstance(self.tasks, tuple | list) or not all(isinstance(task, str) for task in self.tasks):
+            raise ArgumentError(f"tasks must be the names of the columns, got {self.tasks!r:.100}")
+        self._check_tensors()
 
     @classmethod
     def fit(
@@ -94,6 +98,8 @@ class Router:
                 "output.weight": noise(len(known), hidden) / math.sqrt(hidden),
                 "output.bias": torch.zeros(len(known), dtype=torch.float32, device="cpu"),
             }
+            if not all(torch.isfinite(tensors[name]).all() for name in TENSORS[:2]):
+                raise ArgumentError("features must have a finite mean and deviation in float32")
             trained = [tensors[name].requires_grad_() for name in TENSORS[2:]]
             optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -103,6 +109,8 @@ class Router:
                 F.cross_entropy(router.logits(features), target).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
+        if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+            raise ArgumentError(f"learning_rate: what is trained did not stay finite, with {learning_rate!r}")
         return cls(known, {name: tensor.detach() for name, tensor in tensors.items()})
 
     def logits(self, features: Tensor) -> Tensor:
@@ -129,13 +137,19 @@ class Router:
         """Write the router as one safetensors file, its options as JSON in the header; replaces ``path`` at once."""
         path = path_of("path", path)
         options = {"tasks": self.tasks, "mode": self.mode, "temperature": self.temperature, "abstain": self.abstain}
-        partial = path.with_name(path.name + ".part")
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in self.tensors.items()},
-            partial,
-            metadata={"format": FORMAT, "options": json.dumps(options)},
-        )
-        partial.replace(path)
+        partial = path.parent / (path.name + ".part")
+        try:
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in self.tensors.items()},
+                partial,
+                metadata={"format": FORMAT, "options": json.dumps(options)},
+            )
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"router {path}: {error}") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink()
 
     @classmethod
     def load(cls, path: str | Path) -> Router:
@@ -151,15 +165,18 @@ class Router:
             raise CheckpointError(f"router {path}: format is {metadata.get('format')!r}, expected {FORMAT!r}")
         try:
             options = json.loads(metadata["options"])
-            router = cls(**options | {"tasks": tuple(options["tasks"])}, tensors=tensors)
-            router._check_tensors()
+            return cls(**options | {"tasks": tuple(options["tasks"])}, tensors=tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"router {path}: {error}") from None
-        return router
 
     def _check_tensors(self) -> None:
-        if set(self.tensors) != set(TENSORS):
-            raise ArgumentError(f"tensors must be {', '.join(TENSORS)}, got {', '.join(sorted(self.tensors))}")
+        if not isinstance(self.tensors, Mapping) or set(self.tensors) != set(TENSORS):
+            got = ", ".join(map(str, self.tensors)) if isinstance(self.tensors, Mapping) else repr(self.tensors)
+            raise ArgumentError(f"tensors must be {', '.join(TENSORS)}, got {got:.100}")
+        for name in TENSORS:
+            dense(self.tensors[name], f"tensors: {name}")
+        if self.tensors["hidden.weight"].ndim != 2:
+            raise ArgumentError(f"hidden.weight must be a matrix, got {tuple(self.tensors['hidden.weight'].shape)}")
         hidden, width = self.tensors["hidden.weight"].shape
         shapes = ((width,), (width,), (hidden, width), (hidden,), (len(self.tasks), hidden), (len(self.tasks),))
         for name, shape in zip(TENSORS, shapes, strict=True):
@@ -180,7 +197,7 @@ def _names(tasks: object, count: int) -> list[str]:
 
 def _checked(features: Tensor) -> Tensor:
     features = dense(features, "features")
-    if features.ndim != 2 or not features.is_floating_point():
+    if features.ndim != 2 or not features.shape[1] or not features.is_floating_point():
         raise ArgumentError(f"features must be a floating (N, D) matrix, got {features.dtype} {tuple(features.shape)}")
     if not torch.isfinite(features).all():
         raise ArgumentError("features must be finite")
