@@ -181,7 +181,7 @@ def test_bad_arguments_are_named_before_anything_is_read() -> None:
             fx.iter_experts(base, models, **options)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="models must hold at least one"):
         fx.iter_experts(base, {})
-    for name in ("a/b", ".hidden", ""):
+    for name in ("a/b", ".hidden", "", "x" * 229, "ü" * 115, "\ud800"):
         with pytest.raises(ArgumentError, match="cannot name a task"):
             fx.iter_experts(base, {name: base})
     with pytest.raises(CheckpointError, match="lacks"):

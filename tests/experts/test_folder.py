@@ -29,6 +29,13 @@ def test_a_folder_holds_a_file_for_each_task(tmp_path: Path) -> None:
         assert fx.Expert.load(file).mu == expert.mu
 
 
+def test_the_longest_name_of_a_task_is_written(tmp_path: Path) -> None:
+    """Nothing longer gets so far: experts take long to make."""
+    for name in ("x" * 228, "ü" * 114):
+        fx.save_experts(fx.iter_experts({"w": torch.zeros(20)}, {name: {"w": torch.ones(20)}}), tmp_path / name[0])
+        assert [path.stem for path in (tmp_path / name[0]).iterdir()] == [name]
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     def failing() -> Iterator[tuple[str, fx.Expert]]:
         yield from experts([])

@@ -6,13 +6,17 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from ..arguments import path_of
+from ..checkpoint.publish import hidden
 from ..errors import ArgumentError, CheckpointError
 from .format import read_file, write_file
 from .values import ExpertTensor
+
+_LONGEST_NAME = 255  # bytes, of file systems
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,4 +115,10 @@ def check_task_name(name: str) -> str:
     """``name`` itself; ArgumentError if it cannot be the name of a file."""
     if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
         raise ArgumentError(f"models: {name!r} cannot name a task: it must be usable as a file name")
+    try:
+        written = os.fsencode(hidden(Path(f"{name}.safetensors")).name)
+    except UnicodeEncodeError:
+        raise ArgumentError(f"models: {name!r} cannot name a task: it is no text of the file system") from None
+    if len(written) > _LONGEST_NAME:
+        raise ArgumentError(f"models: {name:.40} ... cannot name a task: it is too long for a file's name")
     return name
