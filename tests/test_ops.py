@@ -118,6 +118,31 @@ def test_compiled_without_a_graph_break(response: fm.Response) -> None:
     assert seen == [["freemerge.filter_", "freemerge.filter", "freemerge.filter"]]
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (fm.HighPass(0.3), fm.HighPass(0.2)),
+        (fm.BandGain(0.2, low=0.5, high=1.5), fm.BandGain(0.2, low=1.5, high=0.5)),
+        (fm.Butterworth(0.2, order=2), fm.Butterworth(0.2, order=3)),
+        (fm.Official(0.7), fm.Official(0.5)),
+        (fm.Center(-1), fm.Center(-2)),
+    ],
+    ids=repr,
+)
+def test_no_number_of_a_response_becomes_a_variable(first: fm.Response, second: fm.Response) -> None:
+    """As torch.compile makes of those that change between calls, or of all with dynamic=True."""
+
+    def work(x: Tensor, response: fm.Response) -> Tensor:
+        return fm.filtered(x, response) * 2
+
+    x = noise(6, 7)
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(work, fullgraph=True, dynamic=dynamic, backend="eager")
+        for response in (first, second):
+            assert torch.equal(compiled(x, response), work(x, response))
+
+
 def test_a_response_made_within_the_graph() -> None:
     def work(x: Tensor) -> Tensor:
         return fm.filtered(x, fm.HighPass(0.25, metric="normalized"))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .errors import ArgumentError
 from .responses import RESPONSES, Response, from_config
+from .responses.base import ClosedForm
 
 _UNWRITTEN: dict[str, Response] = {}  # responses without a configuration, which graphs may name as long as they live
 
@@ -24,16 +25,12 @@ _UNWRITTEN: dict[str, Response] = {}  # responses without a configuration, which
 def text_of(response: Response) -> str:
     """A response as text, for :func:`response_of`: ``"HighPass|cutoff=0.4|..."``, or the name of a custom one.
 
-    In plain operations on text, which torch.compile follows.
+    It was written when the response was made, so that torch.compile takes it as it is.
     """
-    text: str = type(response).__name__
-    if text not in RESPONSES:
+    if type(response).__name__ not in RESPONSES:
         name: str = _name_of(response)
         return name
-    for field in response.__dataclass_fields__:
-        if not field.startswith("_"):  # of the class
-            text = f"{text}|{field}={getattr(response, field)!r}"
-    return text
+    return cast(ClosedForm, response)._text
 
 
 def _name_of(response: Response) -> str:

@@ -176,6 +176,16 @@ class ClosedForm(Response, ABC):
         if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
             RESPONSES[cls.__name__] = cls
 
+    def __post_init__(self) -> None:
+        """Write the response down for graphs of torch: torch.compile keeps text, but may make a number a variable."""
+        text = type(self).__name__
+        for name in self.__dataclass_fields__:
+            if not name.startswith("_"):  # of the class
+                text = f"{text}|{name}={getattr(self, name)!r}"
+        object.__setattr__(self, "_text", text)
+
+    _text: str  #: as :func:`freemerge.ops.response_of` reads it
+
     @abstractmethod
     def params(self, shape: tuple[int, ...]) -> MaskParams:
         """The response resolved for one shape, as the numbers the native kernels take."""

@@ -20,6 +20,7 @@ class Center(ClosedForm):
     def __post_init__(self) -> None:
         if self.axis not in (-1, -2):
             raise ArgumentError(f"axis must be -1 (row means) or -2 (column means), got {self.axis!r}")
+        super().__post_init__()
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
         height, width = matrix_shape(shape)

@@ -29,6 +29,7 @@ class Official(ClosedForm):
         set_number(self, "ratio", least=0)
         if self.relative_to not in ("min", "max"):
             raise ArgumentError(f"relative_to must be 'min' or 'max', got {self.relative_to!r}")
+        super().__post_init__()
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
         height, width = matrix_shape(shape)

@@ -35,6 +35,7 @@ class Radial(ClosedForm):
             raise ArgumentError(
                 "unit='bins' cannot be combined with metric='normalized' (its radius is in cycles per sample)"
             )
+        super().__post_init__()
 
     @abstractmethod
     def _profile(self, radius: Gains, params: MaskParams) -> Gains:
