@@ -180,6 +180,26 @@ def test_what_is_no_logits_is_refused(base: State, models: list[State], yielded:
         tune(base, models, ARITHMETIC, yielded, iterations=1)  # type: ignore[arg-type]
 
 
+def test_a_class_at_minus_infinity_is_ruled_out(base: State, models: list[State]) -> None:
+    def ruled_out(state: State) -> Iterator[Tensor]:
+        for logits in predict(state):
+            yield torch.cat([logits, torch.full_like(logits[:, :2], -torch.inf)], -1)
+
+    assert tune(base, models, ARITHMETIC, ruled_out, iterations=3) == tune(
+        base, models, ARITHMETIC, predict, iterations=3
+    )
+    with pytest.raises(fm.ArgumentError, match="no finite entropy"):
+        tune(base, models, ARITHMETIC, lambda s: [s["layers.1.w"] - torch.inf], iterations=1)
+
+
+def test_a_single_batch_may_be_returned(base: State, models: list[State]) -> None:
+    def first(state: State) -> Tensor:
+        return forward(state, inputs()[0])
+
+    alone = tune(base, models, ARITHMETIC, first, iterations=3)
+    assert alone == tune(base, models, ARITHMETIC, lambda state: [first(state)], iterations=3)
+
+
 def test_the_command_writes_a_recipe_that_merges(
     base: State, models: list[State], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,7 +69,8 @@ def tune(
             has no ``layers``.
         function: called with a state dict as :func:`freemerge.merge` returns it, whose tensors require gradients;
             yields the logits [..., classes] of unlabelled batches, as a rule one of each task, each from a forward pass
-            of its own (``torch.func.functional_call``). It is called once an iteration, and should go on with others.
+            of its own (``torch.func.functional_call``), or returns those of a single batch. A class at -inf is ruled
+            out. It is called once an iteration, and should go on with other batches.
         by: one weight for each ``"task"``, or one for each task in each ``"layer"``: tensors that share their name up
             to the first number, as ``encoder.layer.3.``, are a layer; all others together are one more.
         iterations, rate: of Adam.
@@ -169,7 +170,7 @@ def _descend(merger: Merger, fixed: dict[str, Tensor], merged: dict[str, Tensor]
         batches = function(merger.base.restored(state))
         if not isinstance(batches, Iterable):
             raise ArgumentError(f"the function must yield the logits of batches, got {batches!r}")
-        for logits in batches:
+        for logits in [batches] if isinstance(batches, Tensor) else batches:  # not its rows, which share a graph
             entropy = _entropy(logits)
             entropies.append(float(entropy.detach()))
             entropy.backward()  # type: ignore[no-untyped-call]
@@ -188,6 +189,7 @@ def _entropy(logits: object) -> Tensor:
     if not logits.requires_grad:
         raise ArgumentError("the function's logits do not depend on the weights; see torch.func.functional_call")
     log = torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    log = log.clamp(min=torch.finfo(log.dtype).min)  # 0 log 0 is 0
     entropy = -(log.exp() * log).sum(-1).mean()
     if not entropy.isfinite():
         raise ArgumentError("the function's logits have no finite entropy")
