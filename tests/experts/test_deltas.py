@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from expert_models import TASKS, Text, Vision, assert_same, make, snapshot, tuned
+from expert_models import (
+    TASKS,
+    Text,
+    Vision,
+    assert_forward_adds_what_active_does,
+    assert_same,
+    make,
+    snapshot,
+    tuned,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -185,6 +194,30 @@ def test_a_pass_of_one_sample_shows_what_the_modules_do_not_tell(kind: Callable[
     found = bank.serves_deltas(["task1"], lambda: model(torch.arange(7)[None]))
     assert found == (None if reason is None else f"deltas cannot serve {reason}")
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_hooks_of_others_work_on_what_experts_have_changed() -> None:
+    model, experts, _ = make(Vision)
+    hooks = [
+        model[0].register_forward_hook(lambda module, args, output: output * 2),
+        model[0].register_forward_pre_hook(lambda module, args: (args[0] - 1,)),
+        model[6].register_forward_hook(lambda module, args, output: output.relu()),
+    ]
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert_forward_adds_what_active_does(model, fx.ExpertBank(model, experts), x, ["task0", None, "task1"])
+    assert [len(model[i]._forward_hooks) for i in (0, 6)] == [1, 1]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_forward_that_was_replaced_is_not_served() -> None:
+    model, experts, _ = make(Vision)
+    bank = fx.ExpertBank(model, experts)
+    forward = model[6].forward
+    model[6].forward = lambda x: 2 * forward(x)
+    assert bank.serves_deltas() == "deltas cannot serve '6.bias': it belongs to a Linear, whose forward was replaced"
+    model[6]._old_forward = forward  # as accelerate has it, which computes the same, on the right device
+    assert bank.serves_deltas() is None
 
 
 def test_gradients_go_through_deltas() -> None:

@@ -52,7 +52,8 @@ def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] |
             if module in compiled:
                 return f"{name!r}: its module is compiled, which leaves out what is hooked to it later"
             if _contribution(module) is None:
-                return f"{name!r}: it belongs to a {type(module).__name__}"
+                replaced = ", whose forward was replaced" if "forward" in vars(module) else ""
+                return f"{name!r}: it belongs to a {type(module).__name__}{replaced}"
             if getattr(module, "max_norm", None) is not None:
                 return f"{name!r}: its embedding changes the weights that are looked up (max_norm)"
             if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
@@ -90,7 +91,9 @@ def forward_deltas(
         for module, own_rows in normed.items():
             hooks.callback(module.register_forward_pre_hook(_renormed(names[module], batch, own_rows)).remove)
         for module, own in terms.items():
-            hooks.callback(module.register_forward_hook(_hook(names[module], batch, own)).remove)
+            # Before hooks of others, whose work on the output is that on all of it.
+            hook = module.register_forward_hook(_hook(names[module], batch, own), prepend=True)
+            hooks.callback(hook.remove)
         yield
 
 
@@ -383,7 +386,10 @@ _CONTRIBUTIONS: dict[type[nn.Module], type[_Contribution]] = {
 
 
 def _contribution(module: nn.Module) -> type[_Contribution] | None:
+    own = vars(module)
+    replaced = own.get("_old_forward", own.get("forward"))  # accelerate keeps the one that it wraps
+    forward = type(module).forward if replaced is None else getattr(replaced, "__func__", replaced)
     for kind, contribution in _CONTRIBUTIONS.items():
-        if isinstance(module, kind) and type(module).forward is kind.forward:
+        if isinstance(module, kind) and forward is kind.forward:
             return contribution
     return None
