@@ -243,3 +243,29 @@ def test_a_routed_transformers_classifier() -> None:
             with bank.active(expert):
                 alone = model(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1]).logits[0]
             torch.testing.assert_close(routed.output.logits[row], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_of_different_forms_cannot_be_joined() -> None:
+    class Varied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.kind = nn.Parameter(torch.ones(1)), ""
+
+        def forward(self, x: Tensor) -> object:
+            one = len(x) == 1
+            if self.kind == "list":  # an element a sample, as of detectors
+                return [*(x * self.weight)]
+            if self.kind == "dict":
+                return {"x": x} if one else {"x": x, "y": x}
+            return None if one else x
+
+    model = Varied()
+    tasks = torch.eye(2)[[0, 1, 0]]
+    routed = RoutedModel(model, make_bank(model, ("a", "b")), lambda f: tasks, features=lambda x: x)
+    for model.kind, message in (
+        ("list", "list of different"),
+        ("dict", "dict of different"),
+        ("", "NoneType and Tensor|Tensor and NoneType"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            routed(torch.ones(3, 2))

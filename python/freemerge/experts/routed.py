@@ -152,9 +152,18 @@ def _take(value: Any, rows: Tensor, batch: int) -> Any:
     return value
 
 
+def _form(output: Any) -> tuple[object, ...]:
+    """What outputs must have in common to be joined: their type, and the keys or the number of what they hold."""
+    held = tuple(output) if isinstance(output, Mapping) else len(output) if isinstance(output, tuple | list) else None
+    return type(output), held
+
+
 def _join(outputs: Sequence[Any], sizes: Sequence[int], order: Tensor) -> Any:
     """The groups' outputs as one, rows in the batch's order; the inverse of :func:`_take`."""
     first = outputs[0]
+    if len({_form(output) for output in outputs}) > 1:
+        kinds = " and ".join(dict.fromkeys(type(output).__name__ for output in outputs))
+        raise ArgumentError(f"the model returned {kinds} of different forms for different samples")
     if first is None:
         return None
     if isinstance(first, Tensor):
