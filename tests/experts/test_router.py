@@ -211,6 +211,25 @@ def test_pooled_state_of_a_module_with_a_tuple_output() -> None:
     torch.testing.assert_close(PooledState(model, "0")(states), model[0](states)[0].detach().mean(1))
 
 
+@pytest.mark.parametrize("output", [(), None, {}, "states", 3, [None, "x"]])
+def test_a_submodule_without_tensors_is_named(output: object) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return output
+
+    with pytest.raises(ArgumentError, match=f"'0' gives no tensor, but {type(output).__name__}"):
+        PooledState(nn.Sequential(Odd()), "0")(torch.zeros(2, 3))
+
+
+def test_pooled_state_takes_the_first_tensor_wherever_it_is() -> None:
+    class Nested(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return None, {"states": [x], "other": 2 * x}
+
+    x = torch.ones(2, 3)
+    assert torch.equal(PooledState(nn.Sequential(Nested()), "0")(x), x)
+
+
 def test_pooled_state_names_what_is_wrong(sequences: Sequences) -> None:
     with pytest.raises(ArgumentError, match=r"'nothing\.here'"):
         PooledState(sequences, "nothing.here")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -207,7 +207,7 @@ def _checked(features: Tensor) -> Tensor:
 class _Reached(Exception):
     """Ends a forward pass at a submodule and carries its output out; not an error."""
 
-    def __init__(self, output: Tensor) -> None:
+    def __init__(self, output: object) -> None:
         self.output = output
 
 
@@ -238,17 +238,27 @@ class PooledState:
         try:
             self.model(*args, **kwargs)
         except _Reached as reached:
-            mask = kwargs.get("attention_mask")
-            return pooled(reached.output, mask if isinstance(mask, Tensor) else None, self.pool)
+            mask, states = kwargs.get("attention_mask"), next(_tensors(reached.output), None)
+            if states is None:
+                kind = type(reached.output).__name__
+                raise ArgumentError(f"submodule {self.submodule!r} gives no tensor, but {kind}") from None
+            return pooled(states, mask if isinstance(mask, Tensor) else None, self.pool)
         finally:
             handle.remove()
         raise ArgumentError(f"submodule {self.submodule!r} is not part of this forward pass")
 
 
 def _stop(module: nn.Module, args: object, output: object) -> None:
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if hasattr(output, "values") else output[0]  # type: ignore[index]
     raise _Reached(output)
+
+
+def _tensors(output: object) -> Iterator[Tensor]:
+    """The tensors in tuples, lists and mappings, in their order."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, tuple | list | Mapping):
+        for item in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(item)
 
 
 def pooled(states: Tensor, mask: Tensor | None, pool: Pool) -> Tensor:
