@@ -14,6 +14,7 @@ from ..merging.selection import Action
 from .command import Argument, Option
 
 PATH = click.Path(path_type=Path)
+BASE_HELP = "the pretrained checkpoint all models started from"
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
@@ -44,7 +45,7 @@ class Named(click.Choice[str]):
 def base_and_models() -> list[click.Parameter]:
     """BASE MODEL..."""
     return [
-        Argument("base", type=PATH, help="the pretrained checkpoint all models started from"),
+        Argument("base", type=PATH, help=BASE_HELP),
         Argument("models", type=PATH, nargs=-1, required=True, metavar="MODEL...", help="fine-tuned checkpoints"),
     ]
 

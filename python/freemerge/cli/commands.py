@@ -56,7 +56,7 @@ class Commands(click.Group):
     def __init__(self) -> None:
         super().__init__(
             NAME,
-            help="Merge fine-tuned models of one base in the frequency domain.",
+            help="Merge fine-tuned models of one base into one.",
             epilog=_EPILOG,
             context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]},
         )

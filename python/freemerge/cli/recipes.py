@@ -13,7 +13,7 @@ from ..merging.recipe import PRESETS, Recipe
 from ..methods import METHODS
 from ..methods.filtered import Filter
 from ..methods.parameters import FLAG, Parameter, parameters_of
-from .arguments import PATH, Named, Parsed, names
+from .arguments import BASE_HELP, PATH, Named, Parsed, names
 from .command import Argument, Option
 
 PARAMETERS = "Parameters of the methods, with their defaults"
@@ -23,7 +23,7 @@ def inputs() -> list[click.Parameter]:
     """Base, models, and every option of a recipe. :func:`read` takes their values."""
     section = "Method"
     return [
-        Argument("base", type=PATH, required=False, help="the pretrained checkpoint all models started from"),
+        Argument("base", type=PATH, required=False, metavar="BASE", help=f"{BASE_HELP}; not with --mergekit"),
         Argument("models", type=PATH, nargs=-1, metavar="MODEL...", help="fine-tuned checkpoints"),
         Option(
             "--method",
@@ -65,7 +65,9 @@ def read(
         if value is None:
             continue
         if name not in known:
-            hint = "; --filter before or after filters beside it" if name == "cutoff" else ""
+            users = sorted(user for user in _parameters()[name] if user in METHODS)
+            beside = "; --filter before or after filters beside it" if name == "cutoff" else ""
+            hint = f", which is for --method {' or '.join(users)}{beside}"
             raise ArgumentError(f"method {method.name} has no option {_flag(name)}{hint}")
         changes[name] = value if isinstance(value, bool) else known[name].parse(_flag(name), value)
     if given["mergekit"] is not None and recipe.layers and "weights" in changes:
