@@ -75,6 +75,10 @@ def test_shapes() -> None:
         compared(model(), model(layers__0__weight=torch.zeros(4, 5)))
     with pytest.raises(CheckpointError, match=r"shapes differ .*layers.0.bias \(4,\) and \(\)"):
         compared(model(), model(layers__0__bias=torch.zeros(())))
+    with pytest.raises(CheckpointError, match=r"base's with select 'head.*=copy', or leave them out with =drop"):
+        compared(model(head=torch.zeros(2, 4)), model(head=torch.zeros(3, 4)))
+    with pytest.raises(CheckpointError, match=r"and \(3, 4\)$"):  # all there is
+        compared({"head": torch.zeros(2, 4)}, {"head": torch.zeros(3, 4)})
 
 
 def test_vocabularies() -> None:

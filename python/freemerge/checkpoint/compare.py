@@ -192,7 +192,11 @@ def _check_shapes(base: Checkpoint, model: Checkpoint, names: Iterable[str]) -> 
             f"resize one vocabulary to the other before merging, or take the base's with {rules}"
         )
     shapes = [f"{name} {base.specs[name].shape} and {model.specs[name].shape}" for name in wrong]
-    raise CheckpointError(f"shapes differ between {base.label} and {model.label}: {_some(shapes)}")
+    message = f"shapes differ between {base.label} and {model.label}: {_some(shapes)}"
+    if len(wrong) < len(base.specs.keys() & model.specs.keys()):  # to take the base's everywhere would be no merge
+        rules = _rules(wrong, base.specs.keys() | model.specs.keys(), "copy")
+        message += f"; take the base's with {rules}, or leave them out with =drop"
+    raise CheckpointError(message)
 
 
 def _vocabulary(base: Checkpoint, model: Checkpoint, wrong: Sequence[str]) -> list[str]:
