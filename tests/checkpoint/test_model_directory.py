@@ -273,8 +273,10 @@ class TestManifest:
             verify(tmp_path)
 
     def test_without_manifest(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"cannot read .*freemerge.json: No such file"):
+        with pytest.raises(CheckpointError, match=r"has no freemerge.json, as directories"):
             verify(tmp_path)
+        with pytest.raises(CheckpointError, match=r"cannot read .*freemerge.json: No such file"):
+            verify(tmp_path / "nowhere")
 
     def test_a_single_file_has_none(self, tmp_path: Path) -> None:
         (tmp_path / "m.safetensors").touch()

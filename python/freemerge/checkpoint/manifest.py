@@ -120,6 +120,8 @@ def read_manifest(directory: Path) -> dict[str, object]:
         raise CheckpointError(
             f"{directory} is a file; a directory that freemerge wrote has a {MANIFEST} to verify, a file has none"
         )
+    if os.path.isdir(directory) and not os.path.lexists(path):
+        raise CheckpointError(f"{directory} has no {MANIFEST}, as directories that freemerge merge wrote have")
     with open(open_regular(path), "rb") as stream:
         raw = stream.read()
     try:
