@@ -79,7 +79,7 @@ def test_a_recipe_with_layers_is_written_and_read(tmp_path: Path) -> None:
         ([("h.0.*", "ab")], "finite numbers"),
         ([("h.0.*", (1, float("nan")))], "finite numbers"),
         ([(3, (1, 1))], "pattern must be a string"),
-        (["h.0.*"], "expected a pattern and weights"),
+        (["h.0.*"], "expected {pattern: ..., weights: ...}"),
         ("h.0.*", "layers must be a list"),
     ],
 )

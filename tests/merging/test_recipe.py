@@ -69,7 +69,7 @@ def test_a_file_may_start_from_a_preset(tmp_path: Path) -> None:
         ({"rename": "a=b"}, "rename must be a list"),
         ({"rename": [("a", 1)]}, "rename: expected two prefixes"),
         ({"rename": [{"from": "a"}]}, "rename: expected two prefixes"),
-        ({"select": ["*"]}, "select: a rule is"),
+        ({"select": ["*"]}, "select: a rule is {pattern: ..., action: ...}, got"),
         ({"views": [{"stack": ["*.q"]}]}, "views: a stack needs"),
         ({"views": [{"split": "*.qkv", "parts": 0}]}, "views: parts must be"),
         ({"views": [{"stak": ["*.q"]}]}, "views: expected"),
@@ -234,7 +234,7 @@ def test_an_exponent_makes_a_number_as_in_yaml_1_2(tmp_path: Path) -> None:
         ("got 'unifrm'; did you mean 'uniform'", lambda: fm.Recipe(weights="unifrm")),
         ("got 'bf17'; did you mean 'bf16'", lambda: fm.extract_experts({}, [{}], values="bf17")),
         ("weights has 1 number for 2 models", lambda: fm.merge({}, [{}, {}], fm.Recipe(weights=[1.0]))),
-        ("recipe must be a Recipe, got str; give a method as", lambda: fm.merge({}, [{}], "ties")),
+        ("got str; give a method as method=, or Recipe.preset", lambda: fm.merge({}, [{}], "ties")),
     ],
 )
 def test_errors_say_once_what_may_be_meant(message: str, make: Callable[[], object]) -> None:

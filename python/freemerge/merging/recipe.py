@@ -253,6 +253,7 @@ def checked_recipe(recipe: object, method: str | Method | None = None) -> Recipe
         return Recipe()
     if not isinstance(recipe, Recipe):
         hint = "; give a method as method=" if isinstance(recipe, str | Method) else ""
+        hint += ", or Recipe.preset(NAME) or Recipe.from_yaml(PATH)" if isinstance(recipe, str) else ""
         raise ArgumentError(f"recipe must be a Recipe, got {type(recipe).__name__}{hint}")
     return recipe
 

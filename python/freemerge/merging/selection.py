@@ -114,12 +114,13 @@ Named = TypeVar("Named", Rule, LayerWeights)
 
 def rules_of(select: object) -> tuple[Rule, ...]:
     """Rules, pairs of a pattern and an action, or mappings of the two, as they are written in recipes."""
-    return tuple(_named(Rule, rule, "select: a rule is a pattern and an action") for rule in listed("select", select))
+    expected = "select: a rule is {pattern: ..., action: ...}"
+    return tuple(_named(Rule, rule, expected) for rule in listed("select", select))
 
 
 def layers_of(layers: object) -> tuple[LayerWeights, ...]:
     """The same for the weights of layers."""
-    expected = "layers: expected a pattern and weights"
+    expected = "layers: expected {pattern: ..., weights: ...}"
     return tuple(_named(LayerWeights, layer, expected) for layer in listed("layers", layers))
 
 
