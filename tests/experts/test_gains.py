@@ -378,7 +378,7 @@ def test_bad_arguments_are_named() -> None:
     base, models = family()
     merged = merged_of(base, models)
     experts = fx.extract_experts(base, models, backbone=merged, values="gains")
-    with pytest.raises(ArgumentError, match="base must be given: 't0' holds gains"):
+    with pytest.raises(ArgumentError, match="base must be given: 't0' is of values gains"):
         fx.ExpertBank(merged, experts)
     with pytest.raises(ArgumentError, match="vectors must be given"):
         experts["t0"].dense()

@@ -168,7 +168,7 @@ def test_bad_arguments_are_named() -> None:
     base, models = family()
     merged = fm.merge(base, list(models.values()), fm.Recipe(method="emr"))
     experts = fx.extract_experts(base, models, backbone=merged, values="mask")
-    with pytest.raises(ArgumentError, match="base must be given: 't0' holds mask"):
+    with pytest.raises(ArgumentError, match="base must be given: 't0' is of values mask"):
         fx.ExpertBank(merged, experts)
     with pytest.raises(ArgumentError, match="vectors must be given"):
         experts["t0"].dense()

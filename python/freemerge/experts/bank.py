@@ -456,7 +456,7 @@ class ExpertBank(Mapping[str, Expert]):
 
     def _check(self, task: str, expert: Expert) -> None:
         if self._base is None and any(tensor.relative for tensor in expert.tensors.values()):
-            raise ArgumentError(f"base must be given: {task!r} holds {expert.values}, which need it (--base)")
+            raise ArgumentError(f"base must be given: {task!r} is of values {expert.values}, which need it (--base)")
         memory: dict[int, str] = {}
         for name, parts in self._parts[task].items():
             try:
