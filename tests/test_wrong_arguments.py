@@ -125,6 +125,8 @@ def test_a_single_model_is_no_list(call: Callable[..., Any], single: object) -> 
         ("function must be a function", lambda: fm.tune(BASE, MODELS, fm.Recipe(method="average"), None)),
         ("the function must yield the logits of batches, got None",
          lambda: fm.tune(BASE, MODELS, fm.Recipe(method="average"), lambda state: None)),
+        ("iso_c as it is here is not linear in the weights; average, task_arithmetic, ",
+         lambda: fm.tune(BASE, MODELS, fm.Recipe(method="iso_c"), logits)),
         ("progress must be True, False or 'json'", lambda: fm.merge_checkpoints(BASE, MODELS, "x", progress="jsn")),
         ("max_shard_bytes: expected a size such as 500MB",
          lambda: fm.merge_checkpoints(BASE, MODELS, "x", max_shard_bytes="2XB")),

@@ -29,6 +29,7 @@ from .methods import Measured
 LogitFunction = Callable[[dict[str, Tensor]], Iterable[Tensor]]
 By = Literal["task", "layer"]
 
+_LINEAR = "average, task_arithmetic, breadcrumbs, dare and fr can be, without sign election and with a filter before"
 _LAYER = re.compile(r"(.*?(?<![^.])\d+)\.")  # up to the first number that is a whole part of a dotted name
 
 
@@ -89,8 +90,8 @@ def tune(
     if recipe.layers:
         raise ArgumentError("layers: these weights are what is learnt; start from a recipe without them")
     if not recipe.merging.linear:
-        hint = "; give it renormalize none" if recipe.method.name == "fr" and recipe.renormalize is not None else ""
-        raise ArgumentError(f"method {recipe.method.name} as it is here is not linear in the weights{hint}")
+        hint = "give it renormalize none" if recipe.method.name == "fr" and recipe.renormalize is not None else _LINEAR
+        raise ArgumentError(f"method {recipe.method.name} as it is here is not linear in the weights; {hint}")
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe, backend)
         measured = merger.measure()
