@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ import freemerge as fm
 from freemerge.accumulate import add_round, norm, task_vector_sum
 from freemerge.cli import main
 from freemerge.methods import METHODS, Measured, Merged, Method
-from freemerge.methods.parameters import number, parameter
+from freemerge.methods.parameters import number, parameter, parameters_of
 from freemerge.methods.rules import energy_factor
 from freemerge.methods.vectors import Sides, TaskVectors
 from in_memory import State, states
@@ -214,6 +214,13 @@ def test_a_new_method_is_everywhere(
     assert "--trim must be a number from 0 to 0.49, got '0.5'" in capsys.readouterr().err
     assert main(["inspect", *paths, "--method", "fr", "--trim", "0.2"]) == 2
     assert "method fr has no option --trim" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_annotations_allow_what_is_taken(method: type[Method]) -> None:
+    for name, annotation in get_type_hints(method).items():
+        if (own := parameters_of(method).get(name)) is not None and get_origin(annotation) is Literal:
+            assert set(get_args(annotation)) == set(own.choices), name
 
 
 def test_a_name_is_taken_once() -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import counted
-from ..experts.names import Values
+from ..experts.names import Scope, Values
 from ..experts.rescale import RULES
-from ..methods.rules import Scope
 from ..workers import joined
 from .arguments import PATH, Named, Parsed, base_and_models, names
 from .command import Command, Option

@@ -17,9 +17,9 @@ from ..arguments import number
 from ..checkpoint import Checkpoint
 from ..checkpoint.compare import check_finite
 from ..errors import ArgumentError, CheckpointError
-from ..methods.rules import Scope
 from .expert import Expert
 from .leading import spectral_norm
+from .names import Scope
 from .rescale import RULES, Statistics, TensorStatistics, factors_of
 from .select import ModelSelector, Selection, rows_of, select_largest
 from .values import ExpertTensor, SparseTensor

@@ -20,14 +20,13 @@ from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError
 from ..merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
 from ..merging.statistics_buffers import check_variance, is_of_norm, is_statistic
-from ..methods.rules import Scope
 from ..workers import ALONE, Workers
 from .entries import Criterion, EntryExtraction
 from .expert import Expert, check_task_name
 from .gains import GainExtraction
 from .low_rank import LowRankExtraction
 from .masks import MaskExtraction
-from .names import Values
+from .names import Scope, Values
 from .rescale import check_rescale
 from .values import ExpertTensor, LowRankTensor, SparseTensor, coding_of
 from .values.gains import Gains

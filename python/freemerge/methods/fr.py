@@ -12,7 +12,6 @@ from .base import Measured, Merged, Method
 from .filtered import CUTOFF_HELP, checked_response, filter_members, filtered_sums
 from .parameters import FLAG, NUMBER, parameter, weights_parameter
 from .rules import (
-    Scope,
     Weights,
     alignment_factors,
     default_scale,
@@ -37,7 +36,7 @@ class FR(Method):
 
     Attributes:
         response: the frequency response that filters every selected matrix. ``HighPass(0)`` filters nothing.
-        weights: lambda_i: ``"magnitude"`` (the paper's E_i / sum E_j, E_i = mean |v_i|; also called ``"paper"``),
+        weights: lambda_i: ``"magnitude"`` (the paper's E_i / sum E_j, ``E_i = mean |v_i|``; also called ``"paper"``),
             ``"uniform"`` (1/K), ``"sum"`` (1, the released code), or K numbers.
         stats: whether E_i is measured on the ``"raw"`` task vectors (mean over all their elements) or on the
             ``"filtered"`` ones (unweighted mean over tensors, as the released code does).
@@ -61,7 +60,9 @@ class FR(Method):
     stats: Literal["raw", "filtered"] = parameter(
         "raw", "task vectors whose magnitude makes the weights", choices=("raw", "filtered")
     )
-    scope: Scope = parameter("model", "over what the magnitude is taken", choices=("model", "tensor"))
+    scope: Literal["model", "tensor"] = parameter(
+        "model", "over what the magnitude is taken", choices=("model", "tensor")
+    )
     renormalize: Literal["energy"] | None = parameter(
         "energy", "give the filtered sum its norm back", choices=(None, "energy")
     )

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 Weights = Literal["magnitude", "uniform", "sum"] | tuple[float, ...]
-Scope = Literal["tensor", "row", "model"]  #: over what entries are counted or averaged
 
 _PIECE = 1 << 15  # entries, which torch adds up on one thread
 TASK_ARITHMETIC_STRENGTH = 0.4  # strength of a summed task vector at which task arithmetic is usually best
