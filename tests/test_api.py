@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import freemerge as fm
+from freemerge.methods import METHODS
 
 # What `freemerge.__all__` of version 0.1.0 listed.
 EARLIER = [
@@ -30,6 +31,10 @@ def test_earlier_names_are_still_here(name: str) -> None:
 
 
 REFERENCE = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_method() -> None:
+    assert all(f".. autoclass:: freemerge.methods.{method.__name__}\n" in REFERENCE for method in METHODS.values())
 
 
 @pytest.mark.parametrize(
