@@ -288,7 +288,7 @@ def test_task_weights_say_where_there_are_none_or_more_is_needed() -> None:
     assert fm.task_weights(base, models, fm.Recipe(method="average")) == (0.5, 0.5)
     assert fm.task_weights(base, models, fm.Recipe(method="ties", scope="tensor")) == (0.5, 0.5)
     assert fm.task_weights(base, models, fm.Recipe(method="pcb", scope="tensor")) is None
-    with pytest.raises(fm.ArgumentError, match="ties needs more of the whole model than weights"):
+    with pytest.raises(fm.ArgumentError, match="of the whole model than weights; give it scope 'tensor'"):
         fm.task_weights(base, models, fm.Recipe(method="ties"))
 
 

@@ -43,13 +43,6 @@ features, task_names = torch.randn(4, 64), ["math", "code"] * 2
 inputs = torch.tensor([[1, 2]])
 fm.merge_checkpoints("base", ["math", "code"], "merged", progress=False)
 """,
-    "hosts.md": """
-import torch
-from safetensors.torch import load_file
-recipe = fm.Recipe()
-base, *models = (load_file(f"{name}/model.safetensors") for name in ("base", "math", "code"))
-names = list(base)
-""",
     "architecture.md": """
 import torch
 from dataclasses import dataclass

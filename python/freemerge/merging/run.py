@@ -263,7 +263,7 @@ def task_weights(
             raise ArgumentError(f"scale: method {name} finds it over the whole model; give it as a number")
         measured = merger.measure()
         if type(measured) is not Measured:
-            raise ArgumentError(f"method {name} needs more of the whole model than weights; see its scope")
+            raise ArgumentError(f"method {name} needs more of the whole model than weights; give it scope 'tensor'")
         return measured.weights or None
 
 
