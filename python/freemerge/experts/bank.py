@@ -130,21 +130,21 @@ class ExpertBank(Mapping[str, Expert]):
         if combine == "replace" and self._base is None:
             raise ArgumentError("combine='replace' needs the base: give it to ExpertBank")
         averages = self._averages(weights)
-        dense = {task: weight for task, weight in weights.items() if not self._sparse(task)}
-        weights = {task: weight for task, weight in weights.items() if task not in dense}
-        if combine == "replace" and dense:
-            raise ArgumentError(f"combine='replace' is for experts of single entries; {next(iter(dense))!r} has none")
+        whole = {task: weight for task, weight in weights.items() if not self._sparse(task)}
+        sparse = {task: weight for task, weight in weights.items() if task not in whole}
+        if combine == "replace" and whole:
+            raise ArgumentError(f"combine='replace' is for experts of single entries; {next(iter(whole))!r} has none")
         with self._turn(), ExitStack() as undo:
-            if weights or dense:
-                undo.callback(torch.clear_autocast_cache)  # it keeps copies of weights
-            for name in self._touched(dense):  # before entries, as masks are of the merged weights alone
-                undo.enter_context(add_dense(self._tensor(name), self._dense_terms(name, dense)))
             if weights:
-                tensors = {name: self._tensor(name) for name in self._touched(weights)}
-                undo.enter_context(self._switch(weights, combine, tensors).on([*tensors.values()]))
+                undo.callback(torch.clear_autocast_cache)  # it keeps copies of weights
+            for name in self._touched(whole):  # before entries, as masks are of the merged weights alone
+                undo.enter_context(add_dense(self._tensor(name), self._dense_terms(name, whole)))
+            if sparse:
+                tensors = {name: self._tensor(name) for name in self._touched(sparse)}
+                undo.enter_context(self._switch(sparse, combine, tensors).on([*tensors.values()]))
             for name, terms in averages.items():
                 undo.enter_context(add_dense(self._tensor(name), self._moves(name, terms)))
-            if weights or dense:
+            if weights:
                 torch.clear_autocast_cache()
             with self._innermost(undo):
                 yield

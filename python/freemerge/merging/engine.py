@@ -398,15 +398,14 @@ class Merger:
 
     def _unit_bytes(self, unit: Unit) -> int:
         """What one look at a unit reads."""
-        if unit.action == "copy" and not unit.must_agree:
+        if unit.base_alone:
             return sum(self.base.specs[name].nbytes for name in unit.names)
         return sum(map(self._nbytes.__getitem__, unit.names))
 
     def _sources(self, unit: Unit) -> tuple[Checkpoint, ...]:
         """The checkpoints from which a unit is read."""
-        alone = unit.action == "copy" and not unit.must_agree
         known = self.kept is not None and unit.names in self.kept
-        return (self.base,) if alone or known else (self.base, *self.models)
+        return (self.base,) if unit.base_alone or known else (self.base, *self.models)
 
     # Reading
 

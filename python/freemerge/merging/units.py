@@ -42,6 +42,11 @@ class Unit:
         """Whether the method merges it, and so measures it; others are averaged or copied whatever the method."""
         return self.action in ("filter", "merge")
 
+    @property
+    def base_alone(self) -> bool:
+        """Whether it is copied without a look at the models."""
+        return self.action == "copy" and not self.must_agree
+
 
 def default_action(spec: TensorSpec) -> Action:
     """Matrices (and stacks of matrices, as mixture-of-experts weights) are filtered; other floats are merged.

@@ -162,9 +162,8 @@ class _Request:
     def _decimated(self, box: Box) -> tuple[float, Plan] | None:
         """The cheapest pair of axis decimations within the error limit."""
         (height, width), (band_y, band_x), (nyquist_y, nyquist_x) = matrix_shape(self.shape), box.bands, box.nyquist
-        costs, dtype = self.traits.costs, compute_dtype(self.dtype)
+        costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
         best: tuple[float, Plan] | None = None
-        traits = self.traits
         row_windows = self._axis(height, band_y, nyquist_y, whole=traits.whole_rows, half_bins=traits.half_bins)
         # The transforms along the width are real, and have no half bins.
         column_windows = list(self._axis(width, band_x, nyquist_x, whole=traits.whole_columns, half_bins=False))
@@ -242,7 +241,7 @@ class _Request:
         varying = int(np.count_nonzero(gains != background))
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
         row_factor, column_factor = _fft_factor(width), _fft_factor(height, traits.chirp_cost)
-        base = 2 * costs.row_fft * height * width * row_factor * (costs.transposed if transpose else 1.0)
+        across = 2 * costs.row_fft * height * width * row_factor * (costs.transposed if transpose else 1.0)
         steps = 2.5 if height == 1 else 6  # on a small matrix
         down = 2 * costs.column_fft * column_factor
         size = dtype.itemsize * height * (width + 2)
@@ -255,14 +254,14 @@ class _Request:
         if "pruned" in traits.forms and varying < gains.size and (not large or pruned_size <= _PRUNED_SHARE * size):
             # In 16 bits full has a spectrum of its own, too, and what pruned reads again is where it writes.
             moves = 3 if packs else 2
-            cost = moves * costs.move * height * width + base + down * height * varying + steps * costs.call
+            cost = moves * costs.move * height * width + across + down * height * varying + steps * costs.call
             cost += 2 * costs.spectrum * height * varying
             work = pruned_size + blocks
             yield cost, replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
         if "full" in traits.forms and not (large and transpose):
             moves = 6 if packed and large else 2
             transformed = gains.size if traits.streams else int(np.count_nonzero(np.isnan(gains)))
-            cost = base + down * height * transformed
+            cost = across + down * height * transformed
             cost += moves * costs.move * height * width
             cost += 2 * costs.spectrum * height * int(np.count_nonzero(gains))  # NaN, a gain that varies, counts
             cost += steps * costs.call / (1 if packed else self.count)  # else a batch takes the steps together
