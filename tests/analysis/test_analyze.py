@@ -157,12 +157,15 @@ def test_bad_values_name_file_and_tensor(files: list[str], tmp_path: Path) -> No
     assert torch.isfinite(base["layers.1.w"]).all()
 
 
-def test_the_report_is_written_whole_or_not_at_all(files: list[str], tmp_path: Path) -> None:
+def test_the_report_is_written_whole_or_not_at_all(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "report.html"
     assert main(["analyze", *files, "-o", str(out)]) == 0
     before = out.read_text(encoding="utf-8")
     assert before == analyze(files[0], files[1:]).to_html()
     assert main(["analyze", *files, "-o", str(out)]) == 3
+    assert "exists; use --force (force=True) to replace it" in capsys.readouterr().err
     assert main(["analyze", *files, "-o", str(out), "--force", "--methods", "average"]) == 0
     assert out.read_text(encoding="utf-8") != before
     assert main(["analyze", *files, "-o", str(tmp_path / "nowhere" / "report.html")]) == 2

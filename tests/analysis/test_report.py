@@ -163,7 +163,7 @@ def test_pictures_need_matplotlib_and_a_place(tmp_path: Path, monkeypatch: pytes
     for _ in range(2):
         analyze(base, tuned, png=folder, force=folder.exists())
         assert {file.suffix for file in folder.iterdir()} == {".png"}
-    with pytest.raises(RefusedError, match="figures is not empty"):
+    with pytest.raises(RefusedError, match=r"figures is not empty; use --force \(force=True\)"):
         analyze(base, tuned, png=folder)
     with pytest.raises(ArgumentError, match="is no directory"):
         analyze(base, tuned, png=folder / "layers.png")

@@ -136,7 +136,7 @@ def _check_out(out: Path, *, force: bool) -> None:
     if out.is_dir() or not out.parent.is_dir():
         raise ArgumentError(f"out: {out} " + ("is a directory" if out.is_dir() else "is in no directory that exists"))
     if out.exists() and not force:
-        raise RefusedError(f"{out} exists; it is replaced only by force")
+        raise RefusedError(f"{out} exists; use --force (force=True) to replace it")
 
 
 def _check_folder(folder: Path, *, force: bool) -> None:
@@ -145,7 +145,7 @@ def _check_folder(folder: Path, *, force: bool) -> None:
         wrong = "is no directory" if folder.exists() else "is in no directory that exists"
         raise ArgumentError(f"png: {folder} {wrong}")
     if folder.exists() and any(folder.iterdir()) and not force:
-        raise RefusedError(f"{folder} is not empty; files in it are replaced only by force")
+        raise RefusedError(f"{folder} is not empty; use --force (force=True) to replace files in it")
 
 
 def _write(content: bytes, out: Path, *, force: bool) -> None:

@@ -60,7 +60,7 @@ def run(
             with open(out, "w" if force else "x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
-            raise RefusedError(f"{out} exists; --force replaces it") from None
+            raise RefusedError(f"{out} exists; use --force to replace it") from None
     output.result(recipe.to_config(), text.rstrip("\n") if out is None else f"{out}: method {recipe.method.name}")
     warn(output, inspection)
     return DONE

@@ -68,7 +68,7 @@ def run(
     """
     origin, tuned, recipe = read(base, models, options)
     if out.exists() and not force:
-        raise RefusedError(f"{out} exists; --force replaces it")
+        raise RefusedError(f"{out} exists; use --force to replace it")
     from ..evaluation import load_function
     from ..tuning import tune
 
