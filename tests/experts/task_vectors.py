@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import freemerge.experts as fx
 from freemerge.checkpoint import Checkpoint
-from freemerge.methods.rules import Scope
+from freemerge.experts.names import Scope
 
 State = dict[str, Tensor]
 Source = Callable[[], tuple[State, dict[str, State]]]

@@ -15,7 +15,7 @@ from torch import nn
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError, CheckpointError
 from freemerge.experts.entries import kept_entries
-from freemerge.methods.rules import Scope
+from freemerge.experts.names import Scope
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -14,8 +14,8 @@ from task_vectors import SOURCES, Source, State, dense, family, reference_kept, 
 
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError
+from freemerge.experts.names import Scope
 from freemerge.experts.rescale import RULES, Statistics, check_rescale, rule
-from freemerge.methods.rules import Scope
 
 
 @pytest.mark.parametrize("source", SOURCES)
