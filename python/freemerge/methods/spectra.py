@@ -185,6 +185,14 @@ def add_lower_gram_(gram: Tensor, rows: Tensor) -> None:
         gram[..., begin:end, :end] += rows[..., begin:end, :] @ rows[..., :end, :].mT
 
 
+def gram_of(rows: Tensor) -> Tensor:
+    """A A^T of some rows [..., n, W], the whole of it."""
+    gram = rows.new_zeros(*rows.shape[:-1], rows.shape[-2])
+    add_lower_gram_(gram, rows)
+    lower: Tensor = gram.tril()
+    return lower + gram.tril(-1).mT
+
+
 def squared_norm(wide: Tensor) -> Tensor:
     """The squared norm of each matrix in float64, likewise."""
     return _added(block.double().square().sum((-2, -1)) for block in torch.split(wide, BLOCK, -1))

@@ -12,6 +12,7 @@ from .spectra import (
     AVERAGE_HOLDS,
     SpectralMethod,
     add_lower_gram_,
+    gram_of,
     left_times,
     low_rank,
     orthonormal,
@@ -78,10 +79,16 @@ class WUDI(SpectralMethod):
         total = tasks.sum(0, dtype=torch.float64)
         gram = total.new_zeros(*total.shape[:-2], total.shape[-1], total.shape[-1])
         downhill = torch.zeros_like(total)
+        tall = total.shape[-2] >= total.shape[-1]  # v_i^T v_i is no larger than v_i then
         for task, share in zip(tasks, shares, strict=True):
             inputs = task.double() * share
-            add_lower_gram_(gram, inputs.mT)
-            downhill += (task - total) @ inputs.mT @ inputs
+            if tall:
+                own = gram_of(inputs.mT)
+                gram += own
+                downhill += (task - total) @ own
+            else:
+                add_lower_gram_(gram, inputs.mT)
+                downhill += (task - total) @ inputs.mT @ inputs
         values, directions = torch.linalg.eigh(gram)
         way = self._way(values, round(self.rank * width))
         merged = total.add_((downhill @ directions).mul_(way[..., None, :]) @ directions.mT)
