@@ -137,7 +137,7 @@ def decide(sums: Sequence[torch.Tensor], shares: Sequence[torch.Tensor] = ()) ->
     return sums[0]
 
 
-def room(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+def new_empty(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """An uninitialised tensor of the dtype and on the device of another, in memory that a merge uses again."""
     return empty(shape, like.dtype, like.device)
 

@@ -47,12 +47,12 @@ class Breadcrumbs(Method):
         return True
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        from ..accumulate import elect, room
+        from ..accumulate import elect, new_empty
 
         totals: list[Tensor] = []
         for deltas, weight in zip(vectors.each(), measured.weights, strict=True):
-            totals = totals or [room(delta.shape, delta).zero_() for delta in deltas]
+            totals = totals or [new_empty(delta.shape, delta).zero_() for delta in deltas]
             for delta, total in zip(deltas, totals, strict=True):
                 least, outlier = kth_of(delta, 1.0 - self.beta), kth_of(delta, self.gamma)
-                elect(delta, weight, (total, total), least=least, outlier=outlier)
+                elect(delta, weight, (total, total), least=least, outlier=outlier)  # both signs to one sum
         return Merged(totals)

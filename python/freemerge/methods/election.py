@@ -30,10 +30,10 @@ class Election:
     """
 
     def __init__(self, like: Tensor, *, shares: bool = False) -> None:
-        from ..accumulate import room
+        from ..accumulate import new_empty
 
-        self._sums = [room(like.shape, like).zero_() for _ in range(2)]
-        self._shares = [room(like.shape, like).zero_() for _ in range(2)] if shares else []
+        self._sums = [new_empty(like.shape, like).zero_() for _ in range(2)]
+        self._shares = [new_empty(like.shape, like).zero_() for _ in range(2)] if shares else []
 
     def add(self, delta: Tensor, weight: float = 1.0, least: float = 0.0) -> None:
         """Add ``weight * delta`` where |delta| is at least ``least``."""

@@ -207,7 +207,7 @@ class _FilteredDeltas(Deltas):
     def by_pieces(self, merge: Callable[[Deltas], Tensor]) -> Tensor:
         return merge(self)
 
-    def minuends(self) -> Iterator[tuple[Tensor, None]]:
+    def pairs(self) -> Iterator[tuple[Tensor, None]]:
         return ((delta, None) for delta in self.each())
 
     def sum(self, weights: Sequence[float]) -> Tensor:

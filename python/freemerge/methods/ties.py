@@ -103,4 +103,4 @@ class TIES(Method):
 
 def _numbers(tensor: Deltas) -> Iterator[Numbers]:
     """The task vectors of a tensor, of which the largest entries are looked for."""
-    return ((i, model, base) for i, (model, base) in enumerate(tensor.minuends()))
+    return ((i, model, base) for i, (model, base) in enumerate(tensor.pairs()))

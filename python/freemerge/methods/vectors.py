@@ -78,8 +78,8 @@ class Deltas:
         self.check(means)
         return total, norms
 
-    def minuends(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """What each v_i is the difference of, theta_i and theta_0, for what need not have v_i itself; or v_i, and None.
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """theta_i and theta_0 for each model, for what need not have v_i itself; or v_i and None.
 
         Entries that are not finite are found by the other ways to read them.
         """
@@ -93,7 +93,7 @@ class Deltas:
 
         It sees pieces of the tensor, so that what it allocates for them stays in a processor's cache.
         """
-        from ..accumulate import room
+        from ..accumulate import new_empty
 
         if self.numel <= PIECE:
             return merge(self)
@@ -104,9 +104,9 @@ class Deltas:
             tensors = [tensor[begin : begin + PIECE] for tensor in (base, *models)]
             first, *others = [partial(_same, tensor) for tensor in tensors]
             merged = merge(Deltas(self.name, tuple(tensors[0].shape), first, others, means.extend))
-            whole = room(self.shape, merged) if whole is None else whole
+            whole = new_empty(self.shape, merged) if whole is None else whole
             whole.view(-1)[begin : begin + PIECE].copy_(merged)
-        self.check([math.fsum(means)] * len(models))
+        self.check([0.0 if all(map(math.isfinite, means)) else math.inf] * len(models))
         assert whole is not None
         return whole
 
