@@ -100,10 +100,10 @@ class TorchVectors(Backend):
     def count_magnitudes(
         self, model: torch.Tensor, base: torch.Tensor | None, counts: torch.Tensor, shift: int, above: int
     ) -> None:
-        size = counts.numel()
+        size, bits = counts.numel(), counts.numel().bit_length() - 1
         for _, v in self._differences(model, base):
             leading = _bits(v) >> shift
-            counts += torch.bincount(leading[leading // size == above] % size, minlength=size).cpu()
+            counts += torch.bincount(leading[leading >> bits == above] & (size - 1), minlength=size).cpu()
 
     def select_from_bin(self, model: torch.Tensor, base: torch.Tensor, lowest: int) -> Entries:
         indices = [torch.empty(0, dtype=torch.int64, device="cpu")]

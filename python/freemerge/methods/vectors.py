@@ -91,7 +91,8 @@ class Deltas:
     def by_pieces(self, merge: Callable[[Deltas], Tensor]) -> Tensor:
         """``merge(self)`` for a function that works entry by entry and reads its argument once.
 
-        It sees pieces of the tensor, so that what it allocates for them stays in a processor's cache.
+        It sees pieces of the tensor, so that what it allocates for them stays in a processor's cache; of one that is
+        merged on another device, longer ones.
         """
         from ..accumulate import new_empty
 
@@ -100,12 +101,13 @@ class Deltas:
         base, models = self.base().flatten(), [read().flatten() for read in self.models]
         means: list[float] = []
         whole: Tensor | None = None
-        for begin in range(0, self.numel, PIECE):
-            tensors = [tensor[begin : begin + PIECE] for tensor in (base, *models)]
+        length = PIECE if base.is_cpu else 64 * PIECE
+        for begin in range(0, self.numel, length):
+            tensors = [tensor[begin : begin + length] for tensor in (base, *models)]
             first, *others = [partial(_same, tensor) for tensor in tensors]
             merged = merge(Deltas(self.name, tuple(tensors[0].shape), first, others, means.extend))
             whole = new_empty(self.shape, merged) if whole is None else whole
-            whole.view(-1)[begin : begin + PIECE].copy_(merged)
+            whole.view(-1)[begin : begin + length].copy_(merged)
         self.check([0.0 if all(map(math.isfinite, means)) else math.inf] * len(models))
         assert whole is not None
         return whole
