@@ -149,11 +149,12 @@ def count_magnitudes(
     have each value of some ``bits`` of |v|: of its 31 bits in float32, which order as it does, those before the last
     ``shift``, where all before them are ``above``.
     """
+    dtype_code(model, "model")
+    if base is not None:
+        dtype_code(base, "base")
+        base = base.contiguous()
     tensors = (model,) if base is None else (model, base)
-    for tensor in tensors:
-        dtype_code(tensor, "model")
-    model, base = model.contiguous(), None if base is None else base.contiguous()
-    pick("auto", tensors).count_magnitudes(model, base, counts, shift, above)
+    pick("auto", tensors).count_magnitudes(model.contiguous(), base, counts, shift, above)
 
 
 def norm(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> float:

@@ -21,9 +21,9 @@ _LEAST_FILE = 256 << 20  # smaller files stay in the cache for the next who read
 class Disk:
     """Writes pieces of files, for one thread.
 
-    A write through the cache copies into fresh pages, which takes more of a processor's time than merging does, and
-    drives the inputs out of the cache. A direct one takes whole blocks only: what is left of a piece before the first
-    and after the last of them goes through the cache.
+    A write through the cache copies into fresh pages, which took more of a processor's time than the filter (see
+    docs/engine.md), and drives the inputs out of the cache. A direct one takes whole blocks only: what is left of a
+    piece before the first and after the last of them goes through the cache.
 
     Args:
         check: called before each system call; raises to stop.
