@@ -108,11 +108,11 @@ def test_other_tensors(name: str, options: dict[str, Any], count: int) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["average", "ties", "iso_c"])
+@pytest.mark.parametrize("name", ["average", "ties", "pcb", "dare", "iso_c"])
 def test_a_filter_around_a_method(name: str, when: Any) -> None:
     method = Filtered(METHODS[name](), Filter(when))
     for shapes, parts in MATRICES.values():
         vectors = unit(shapes, 3, torch.float32, parts=parts)
         sides = (max(parts, default=sum(shape[-2] for shape in shapes)), shapes[0][-1])
-        fixed = FIXED if name == "ties" else 1 << 14  # histograms
+        fixed = FIXED if name in ("ties", "pcb") else 1 << 14  # histograms
         assert allocated(method, vectors, 3) <= method.holds(3, sides) * 4 * entries(vectors) + fixed

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freemerge.methods.order import kth_largest
+from freemerge.methods.order import kth_largest, kth_of
 from freemerge.methods.whole import Whole
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -32,3 +32,4 @@ def test_any_shape_and_dtype(dtype: torch.dtype) -> None:
     values = torch.rand(7, 5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected = float(values.flatten().sort(descending=True).values[round(0.3 * 105) - 1])
     assert kth_largest(Whole(lambda: [[(0, values, None)]]), 1, 0.3) == [expected]
+    assert kth_of(values, [0.3, 0.0, 1.0]) == [expected, float("inf"), float(values.min())]

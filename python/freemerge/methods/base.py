@@ -119,6 +119,10 @@ class Method(ABC):
         entry.
         """
 
+    def holds_of_piece(self, count: int) -> int:
+        """What a method that goes by pieces of a tensor (:meth:`Deltas.pieces`) holds, as multiples of a piece."""
+        return 5
+
     @property
     def by_entries(self) -> bool:
         """Whether a merged entry of what is not treated as a matrix depends on that entry of the models alone, and on

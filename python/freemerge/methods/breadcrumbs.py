@@ -53,6 +53,6 @@ class Breadcrumbs(Method):
         for deltas, weight in zip(vectors.each(), measured.weights, strict=True):
             totals = totals or [new_empty(delta.shape, delta).zero_() for delta in deltas]
             for delta, total in zip(deltas, totals, strict=True):
-                least, outlier = kth_of(delta, 1.0 - self.beta), kth_of(delta, self.gamma)
+                least, outlier = kth_of(delta, [1.0 - self.beta, self.gamma])
                 elect(delta, weight, (total, total), least=least, outlier=outlier)  # both signs to one sum
         return Merged(totals)

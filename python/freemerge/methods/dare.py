@@ -13,7 +13,7 @@ from .election import elected_sum
 from .parameters import FLAG, WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale, relative
 from .task_arithmetic import TaskArithmetic
-from .vectors import Deltas, Sides, TaskVectors, added
+from .vectors import Deltas, Sides, TaskVectors
 from .whole import Whole
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class DARE(Method):
         return default_scale(self.weights, count)
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return min(count, 2) + 4 if self.sign_election else min(count, 3) + 2  # random numbers and masks beside them
+        return 1
 
     @property
     def linear(self) -> bool:
@@ -60,22 +60,32 @@ class DARE(Method):
         return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
+        return Merged([self._merged(tensor, measured.weights) for tensor in vectors.tensors])
+
+    def _merged(self, tensor: Deltas, given: Sequence[float]) -> Tensor:
         left = 1.0 - self.drop
-        if not self.sign_election:
-            return Merged(added(self._kept(vectors, [weight / left for weight in measured.weights])))
-        elected = elected_sum(self._kept(vectors, relative(measured.weights)))
-        return Merged([total.mul_(max(map(abs, measured.weights)) / left) for total in elected])
+        weights = relative(given) if self.sign_election else [weight / left for weight in given]
+        drawing = [self._drawing(tensor.name, model) for model in range(len(weights))]
 
-    def _kept(self, vectors: TaskVectors, weights: Sequence[float]) -> Iterator[list[Tensor]]:
-        """weights[i] times what is kept of v_i."""
-        for model, (deltas, weight) in enumerate(zip(vectors.each(), weights, strict=True)):
-            for tensor, delta in zip(vectors.tensors, deltas, strict=True):
-                dropped = self._dropped(tensor, model).to(delta.device)
-                delta.mul_(weight).masked_fill_(dropped, 0.0)
-            yield deltas
+        def kept(piece: Deltas) -> Iterator[Tensor]:
+            """weights[i] times what is kept of v_i; numbers are drawn from piece to piece."""
+            for delta, weight, generator in zip(piece.each(), weights, drawing, strict=True):
+                drawn = torch.rand(piece.shape, generator=generator, dtype=torch.float32, device="cpu")
+                yield delta.mul_(weight).masked_fill_((drawn < self.drop).to(delta.device), 0.0)
 
-    def _dropped(self, tensor: Deltas, model: int) -> Tensor:
-        """Which entries are dropped, drawn on the CPU, where one thread draws the same numbers everywhere."""
-        key = hashlib.sha256(f"{self.seed} {model} {tensor.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))
-        return torch.rand(tensor.shape, generator=generator, dtype=torch.float32, device="cpu") < self.drop
+        def summed(piece: Deltas) -> Tensor:
+            each = kept(piece)
+            total = next(each)
+            for delta in each:
+                total.add_(delta)
+            return total
+
+        def elected(piece: Deltas) -> Tensor:
+            return elected_sum(kept(piece)).mul_(max(map(abs, given)) / left)
+
+        return tensor.by_pieces(elected if self.sign_election else summed)
+
+    def _drawing(self, name: str, model: int) -> torch.Generator:
+        """What draws a tensor's random numbers, on the CPU, where one thread draws the same numbers everywhere."""
+        key = hashlib.sha256(f"{self.seed} {model} {name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True))

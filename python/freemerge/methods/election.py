@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def elected_sum(each: Iterable[list[Tensor]]) -> list[Tensor]:
-    """Of each tensor the sum of the entries that have its sign, from weighted task vectors, one list a model."""
-    elections: list[Election] = []
-    for deltas in each:
-        elections = elections or [Election(delta) for delta in deltas]
-        for delta, election in zip(deltas, elections, strict=True):
-            election.add(delta)
-    return [election.decide() for election in elections]
+def elected_sum(each: Iterator[Tensor]) -> Tensor:
+    """The sum of the entries that have its sign, from the weighted task vectors of one tensor, model by model."""
+    first = next(each)
+    election = Election(first)
+    for delta in chain([first], each):
+        election.add(delta)
+    return election.decide()
 
 
 class Election:

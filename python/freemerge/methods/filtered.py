@@ -124,9 +124,8 @@ class Filtered(Method):
         held = self.method.holds(count, matrix)
         if matrix is None:
             return held
-        # What is filtered and was before, a stack, the spectrum of a single row; and what a method that goes by pieces
-        # of a tensor has for all of it then.
-        return held + (8 if self.filter.when == "before" else 4)
+        # What is filtered and was before, a stack, the spectrum of a single row. A filtered tensor is one piece.
+        return held + (3 + self.method.holds_of_piece(count) if self.filter.when == "before" else 4)
 
     @property
     def by_entries(self) -> bool:
@@ -204,8 +203,8 @@ class _FilteredDeltas(Deltas):
     def each(self) -> Iterator[Tensor]:
         return (deltas[self.member] for deltas in self.filtered())
 
-    def by_pieces(self, merge: Callable[[Deltas], Tensor]) -> Tensor:
-        return merge(self)
+    def pieces(self, at_once: int = 1) -> Iterator[Deltas]:
+        yield self
 
     def pairs(self) -> Iterator[tuple[Tensor, None]]:
         return ((delta, None) for delta in self.each())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
@@ -23,29 +23,38 @@ def kth_largest(whole: Whole[Iterable[Numbers]], count: int, share: float) -> li
 
     Infinity if that is the 0-th. Exact, in two looks at the whole and the memory of a histogram for each model.
     """
+    return _largest(whole, count, [share])[0]
+
+
+def kth_of(values: Tensor, shares: Sequence[float]) -> list[float]:
+    """The same of one tensor alone, for each of some shares, in one look and one more for each."""
+    return [found for (found,) in _largest(Whole(lambda: [[(0, values, None)]]), 1, shares)]
+
+
+def _largest(whole: Whole[Iterable[Numbers]], count: int, shares: Sequence[float]) -> list[list[float]]:
+    """:func:`kth_largest` for each share."""
     from ..accumulate import count_magnitudes
 
-    def add_upper(pieces: Iterable[Numbers], counts: Tensor) -> None:
-        for model, piece, base in pieces:
-            count_magnitudes(piece, base, counts[model], LOW_BITS, 0)
+    def counted(above: Sequence[int], bins: int, shift: int) -> Tensor:
+        def add(pieces: Iterable[Numbers], counts: Tensor) -> None:
+            for model, piece, base in pieces:
+                count_magnitudes(piece, base, counts[model], shift, above[model])
 
-    def add_lower(pieces: Iterable[Numbers], counts: Tensor) -> None:
-        for model, piece, base in pieces:
-            count_magnitudes(piece, base, counts[model], 0, found[model][0])
+        return whole.total(add, torch.zeros(count, bins, dtype=torch.int64, device="cpu"))
 
-    upper = whole.total(add_upper, torch.zeros(count, 1 << 16, dtype=torch.int64, device="cpu"))
-    ranks = [round(share * int(counts.sum())) for counts in upper]
-    found = [_rank_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
-    lower = whole.total(add_lower, torch.zeros(count, 1 << LOW_BITS, dtype=torch.int64, device="cpu"))
-    return [
-        _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else float("inf")
-        for (high, rank), counts, k in zip(found, lower, ranks, strict=True)
-    ]
-
-
-def kth_of(values: Tensor, share: float) -> float:
-    """The same of one tensor alone."""
-    return kth_largest(Whole(lambda: [[(0, values, None)]]), 1, share)[0]
+    upper = counted([0] * count, 1 << 16, LOW_BITS)
+    largest = []
+    for share in shares:
+        ranks = [round(share * int(counts.sum())) for counts in upper]
+        found = [_rank_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
+        lower = counted([high for high, _ in found], 1 << LOW_BITS, 0)
+        largest.append(
+            [
+                _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else float("inf")
+                for (high, rank), counts, k in zip(found, lower, ranks, strict=True)
+            ]
+        )
+    return largest
 
 
 def _float(bits: int) -> float:

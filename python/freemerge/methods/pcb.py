@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,7 +14,7 @@ from ..lazy import torch
 from .base import Measured, Merged, Method
 from .order import Numbers, kth_largest
 from .parameters import number, parameter
-from .vectors import Sides, TaskVectors
+from .vectors import Deltas, Sides, TaskVectors
 from .whole import Whole
 
 if TYPE_CHECKING:
@@ -40,12 +41,26 @@ class Competition(Measured):
         """norm(v_i v_j) of one tensor."""
         return (deltas[i] * deltas[j]).sub_(float(self.least[i, j])).div_(float(self.span[i, j]))
 
-    def score(self, deltas: Sequence[Tensor], i: int) -> Tensor:
-        """beta_i of one tensor, before any is dropped."""
-        agreement = torch.zeros_like(deltas[i])
-        for j in range(len(deltas)):
-            agreement.add_(self.normal(deltas, i, j).exp_(), alpha=1.0 / float(self.inter[i, j]))
-        return self.normal(deltas, i, i).sub_(1.0).mul_(len(deltas)).exp_().mul_(agreement).div_(float(self.intra[i]))
+    def scores(self, deltas: Sequence[Tensor]) -> Iterator[Tensor]:
+        """beta_1, ..., beta_K, before any entry is dropped."""
+        agreements = [torch.zeros_like(delta) for delta in deltas]
+        for i, j in pairs_of(len(deltas)):
+            shared = self.normal(deltas, i, j).exp_()
+            for k in {i, j}:
+                agreements[k].add_(shared, alpha=1.0 / float(self.inter[i, j]))
+        for i, agreement in enumerate(agreements):
+            within = self.normal(deltas, i, i).sub_(1.0).mul_(len(deltas)).exp_()
+            yield within.mul_(agreement).div_(float(self.intra[i]))
+
+    def merged(self, piece: Deltas) -> Tensor:
+        """sum_i beta_i v_i / sum_i beta_i, with the entries of each beta_i that are kept."""
+        deltas = list(piece.each())
+        total, weight = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+        for delta, score, threshold in zip(deltas, self.scores(deltas), self.thresholds, strict=True):
+            score.masked_fill_(score.float() < threshold, 0.0)
+            total.addcmul_(score, delta)
+            weight.add_(score)
+        return total.div_(weight).masked_fill_(weight == 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -53,8 +68,7 @@ class PCB(Method):
     """PCB-Merging: ``sum_i beta_i v_i / sum_i beta_i``, entry by entry, with the largest entries of each beta_i.
 
     beta_i = softmax(K norm(v_i v_i)) * sum_j softmax(norm(v_i v_j)), as in section 3 of the paper; norm maps all
-    entries to [0, 1]. Kept are also all entries that are equal to the smallest one kept. K task vectors of a tensor are
-    in memory.
+    entries to [0, 1]. Kept are also all entries that are equal to the smallest one kept.
 
     Attributes:
         density: share of each beta_i that is kept.
@@ -77,85 +91,96 @@ class PCB(Method):
     def passes(self) -> int:
         return 4 if self.scope == "model" else 0
 
+    def reads(self, as_matrices: bool) -> int:
+        return 1 if self.scope == "model" else 5
+
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return 2 * count + 5  # those of the tensor before are let go when the next are there
+        return 1
+
+    def holds_of_piece(self, count: int) -> int:
+        return 2 * count + 5
+
+    @property
+    def by_entries(self) -> bool:
+        return self.scope == "model"
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
             return Measured()
-
-        def tensors(vectors: TaskVectors) -> Iterator[list[Tensor]]:
-            return (deltas for deltas in map(list, zip(*vectors.each(), strict=True)) if deltas[0].numel())
-
-        return self._competition(units.through(tensors), count)
+        return self._competition(units.through(lambda unit: chain.from_iterable(map(_pieces, unit.tensors))), count)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
-        return Merged([self._merged(list(deltas), measured) for deltas in zip(*vectors.each(), strict=True)])
+        return Merged([self._merged(tensor, measured) for tensor in vectors.tensors])
 
-    def _merged(self, deltas: list[Tensor], measured: Measured) -> Tensor:
-        if not deltas[0].numel():
-            return deltas[0]
+    def _merged(self, tensor: Deltas, measured: Measured) -> Tensor:
+        if not tensor.numel:
+            return next(tensor.each())
         if not isinstance(measured, Competition):
-            measured = self._competition(Whole(lambda: [[deltas]]), len(deltas))
-        total, weight = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-        for i, (delta, threshold) in enumerate(zip(deltas, measured.thresholds, strict=True)):
-            score = measured.score(deltas, i)
-            score.masked_fill_(score.float() < threshold, 0.0)
-            total.addcmul_(score, delta)
-            weight.add_(score)
-        return total.div_(weight).masked_fill_(weight == 0, 0.0)
+            measured = self._competition(Whole(lambda: [_pieces(tensor)]), len(tensor.models))
+        return tensor.by_pieces(measured.merged, at_once=len(tensor.models))
 
     def _competition(self, units: Whole[Iterable[Sequence[Tensor]]], count: int) -> Competition:
         """Four looks at the task vectors: ranges, sums of exponentials, and two for the thresholds.
 
-        Each unit gives the K task vectors of one tensor after the other.
+        Each unit gives the K task vectors of one piece after the other.
         """
         from ..accumulate import norm
 
-        pairs = [(i, j) for i in range(count) for j in range(i, count)]
+        pairs = pairs_of(count)
 
-        def products(tensors: Iterable[Sequence[Tensor]]) -> list[tuple[int, list[tuple[float, float]]]]:
-            """The entries of each tensor, and for each pair the range of their products."""
-            found = []
-            for deltas in tensors:
-                extremes = [torch.aminmax(deltas[i] * deltas[j]) for i, j in pairs]
-                found.append((deltas[0].numel(), [(float(low), float(high)) for low, high in extremes]))
-            return found
+        def products(pieces: Iterable[Sequence[Tensor]]) -> tuple[int, list[float], list[float]]:
+            """The entries of a unit, and for each pair the least and the largest of their products."""
+            numel, low, high = 0, [math.inf] * len(pairs), [-math.inf] * len(pairs)
+            for deltas in pieces:
+                numel += deltas[0].numel()
+                for pair, (i, j) in enumerate(pairs):
+                    smallest, largest = torch.aminmax(deltas[i] * deltas[j])
+                    low[pair] = min(low[pair], float(smallest))
+                    high[pair] = max(high[pair], float(largest))
+            return numel, low, high
 
-        least = torch.full((count, count), float("inf"), dtype=torch.float64, device="cpu")
+        least = torch.full((count, count), math.inf, dtype=torch.float64, device="cpu")
         most = -least
         entries = 0
-        for numel, extremes in chain.from_iterable(units.map(products)):
+        for numel, low, high in units.map(products):
             entries += numel
-            for (i, j), (low, high) in zip(pairs, extremes, strict=True):
-                least[i, j] = least[j, i] = min(float(least[i, j]), low)
-                most[i, j] = most[j, i] = max(float(most[i, j]), high)
+            for pair, (i, j) in enumerate(pairs):
+                least[i, j] = least[j, i] = min(float(least[i, j]), low[pair])
+                most[i, j] = most[j, i] = max(float(most[i, j]), high[pair])
         if entries and not torch.isfinite(most - least).all():
             raise CheckpointError("pcb multiplies task vectors with each other: their products overflow")
         ranges = Competition(least=least, span=(most - least).clamp(min=SMALLEST_SPAN))
 
-        def exponentials(tensors: Iterable[Sequence[Tensor]]) -> list[list[tuple[float, float]]]:
-            """For each tensor and pair the shares in ``inter`` and ``intra``, the same for any number of threads."""
-            found = []
-            for deltas in tensors:
-                sums = []
-                for i, j in pairs:
+        def exponentials(pieces: Iterable[Sequence[Tensor]]) -> tuple[list[float], list[float]]:
+            """A unit's shares in ``inter``, for each pair, and in ``intra``; the same for any number of threads."""
+            between, within = [0.0] * len(pairs), [0.0] * count
+            for deltas in pieces:
+                for pair, (i, j) in enumerate(pairs):
                     half = ranges.normal(deltas, i, j).div_(2)
-                    between = norm([half.exp()]) ** 2 / entries
-                    within = norm([half.sub_(0.5).mul_(count).exp_()]) ** 2 / entries if i == j else 0.0
-                    sums.append((between, within))
-                found.append(sums)
-            return found
+                    between[pair] += norm([half.exp()]) ** 2 / entries
+                    if i == j:
+                        within[i] += norm([half.sub_(0.5).mul_(count).exp_()]) ** 2 / entries
+            return between, within
 
         inter, intra = torch.zeros_like(least), torch.zeros(count, dtype=torch.float64, device="cpu")
-        for sums in chain.from_iterable(units.map(exponentials)):
-            for (i, j), (between, within) in zip(pairs, sums, strict=True):
-                inter[i, j] += between
+        for between, within in units.map(exponentials):
+            for pair, (i, j) in enumerate(pairs):
+                inter[i, j] += between[pair]
                 inter[j, i] = inter[i, j]
-                intra[i] += within
+            intra += torch.tensor(within, dtype=torch.float64, device="cpu")
         scored = dataclasses.replace(ranges, inter=inter, intra=intra)
 
-        def scores(tensors: Iterable[Sequence[Tensor]]) -> Iterator[Numbers]:
-            return ((i, scored.score(deltas, i), None) for deltas in tensors for i in range(count))
+        def scores(pieces: Iterable[Sequence[Tensor]]) -> Iterator[Numbers]:
+            return ((i, score, None) for deltas in pieces for i, score in enumerate(scored.scores(deltas)))
 
         return dataclasses.replace(scored, thresholds=tuple(kth_largest(units.through(scores), count, self.density)))
+
+
+def pairs_of(count: int) -> list[tuple[int, int]]:
+    """The pairs of models, each of which agrees with itself, too."""
+    return [(i, j) for i in range(count) for j in range(i, count)]
+
+
+def _pieces(tensor: Deltas) -> Iterator[list[Tensor]]:
+    """The K task vectors of each piece of a tensor."""
+    return (list(piece.each()) for piece in tensor.pieces(at_once=len(tensor.models)) if piece.numel)

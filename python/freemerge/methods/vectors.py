@@ -88,27 +88,38 @@ class Deltas:
             yield read().to(base.device), base
             self.check([0.0])
 
-    def by_pieces(self, merge: Callable[[Deltas], Tensor]) -> Tensor:
-        """``merge(self)`` for a function that works entry by entry and reads its argument once.
-
-        It sees pieces of the tensor, so that what it allocates for them stays in a processor's cache; of one that is
-        merged on another device, longer ones.
+    def pieces(self, at_once: int = 1) -> Iterator[Deltas]:
+        """The entries in order, as vectors so short that what is allocated for them stays in a processor's cache, where
+        so many task vectors are held at a time; longer ones where the tensor is merged on another device. The tensor
+        itself if it is short. Each is to be read once.
         """
-        from ..accumulate import new_empty
-
-        if self.numel <= PIECE:
-            return merge(self)
+        length = max(1, PIECE // at_once)
+        if self.numel <= length:
+            yield self
+            return
         base, models = self.base().flatten(), [read().flatten() for read in self.models]
         means: list[float] = []
-        whole: Tensor | None = None
-        length = PIECE if base.is_cpu else 64 * PIECE
+        if not base.is_cpu:
+            length *= 64
         for begin in range(0, self.numel, length):
             tensors = [tensor[begin : begin + length] for tensor in (base, *models)]
             first, *others = [partial(_same, tensor) for tensor in tensors]
-            merged = merge(Deltas(self.name, tuple(tensors[0].shape), first, others, means.extend))
-            whole = new_empty(self.shape, merged) if whole is None else whole
-            whole.view(-1)[begin : begin + length].copy_(merged)
+            yield Deltas(self.name, tuple(tensors[0].shape), first, others, means.extend)
         self.check([0.0 if all(map(math.isfinite, means)) else math.inf] * len(models))
+
+    def by_pieces(self, merge: Callable[[Deltas], Tensor], at_once: int = 1) -> Tensor:
+        """``merge(self)`` for a function that works entry by entry and reads its argument once, from :meth:`pieces`."""
+        from ..accumulate import new_empty
+
+        whole: Tensor | None = None
+        begin = 0
+        for piece in self.pieces(at_once):
+            merged = merge(piece)
+            if piece is self:
+                return merged
+            whole = new_empty(self.shape, merged) if whole is None else whole
+            whole.view(-1)[begin : begin + piece.numel].copy_(merged)
+            begin += piece.numel
         assert whole is not None
         return whole
 
