@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -83,16 +84,37 @@ def test_nothing_is_kept_outside_of_the_block() -> None:
         large()
         with reusing():
             pass
-        assert memory._pieces._free
-    assert not memory._pieces._free
+        assert memory._pieces._returned
+    assert not memory._pieces._returned
     survivor.fill_(3.0)
     with reusing():
         other = large().fill_(1.0)
         del survivor
-        assert not memory._pieces._free  # it was taken in another block
+        assert not memory._pieces._returned  # it was taken in another block
         assert float(other.sum()) == LARGE
     del other
-    assert not memory._pieces._free
+    assert not memory._pieces._returned
+
+
+def test_a_tensor_that_dies_while_memory_is_taken_gets_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    with reusing():
+        whole = large(3 * LARGE)
+        del whole
+        held = [large() for _ in range(3)]
+        del held[1]
+
+        def smallest(values: Iterable[Any], **options: Any) -> Any:
+            found = min(values, **options)
+            if options:
+                held.clear()  # as a search for garbage may, which begins wherever something is allocated
+            return found
+
+        monkeypatch.setattr(memory, "min", smallest, raising=False)
+        first = large().fill_(1.0)
+        monkeypatch.undo()
+        others = [large().fill_(2.0) for _ in range(3)]
+        assert float(first.sum()) == LARGE
+        assert all(float(other.sum()) == 2 * LARGE for other in others)
 
 
 def test_results_that_live_never_overlap() -> None:

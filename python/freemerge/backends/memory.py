@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import RLock
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ class _Pieces:
     of them are no more than was in use at some time."""
 
     def __init__(self) -> None:
-        self.lock = RLock()  # a tensor may die, and give its piece back, at any allocation of Python's
+        self.lock = Lock()
         self.users = 0
         self.forget()
 
@@ -86,11 +87,13 @@ class _Pieces:
         self._free: list[_Piece] = []  # the one that waits longest comes first; no two of them touch
         self._used = self._held = self._most = 0
         self._taken: dict[object, weakref.ref[memoryview]] = {}
+        self._returned: deque[_Piece] = deque()  # since the last look
 
     def take(self, nbytes: int) -> memoryview:
         """So many bytes, uninitialised; they come back when the view and what is made of it are gone."""
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         with self.lock:
+            self._collect()
             self._used += size
             self._most = max(self._most, self._used)
             fitting = [piece for piece in self._free if size <= piece.nbytes]
@@ -111,10 +114,15 @@ class _Pieces:
             return view
 
     def _give(self, key: object, piece: _Piece, taken: dict[object, weakref.ref[memoryview]]) -> None:
-        with self.lock:
-            del taken[key]
-            if taken is not self._taken:
-                return  # it was taken within an earlier reusing()
+        """A tensor has died, at any allocation of Python's, and so perhaps in the middle of :meth:`take`."""
+        del taken[key]
+        if taken is self._taken:  # not within an earlier reusing()
+            self._returned.append(piece)
+
+    def _collect(self) -> None:
+        """Put what was returned among what is free."""
+        while self._returned:
+            piece = self._returned.popleft()
             self._used -= piece.nbytes
             beside = [x for x in self._free if x.block is piece.block and piece.begin <= x.end and x.begin <= piece.end]
             self._free = [x for x in self._free if all(x is not other for other in beside)]
