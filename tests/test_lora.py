@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import freemerge as fm
+from freemerge.checkpoint.publish import Staging
 from freemerge.cli import main
 
 
@@ -207,3 +211,36 @@ def test_force_replaces_an_adapter_at_once(tmp_path: Path) -> None:
     with pytest.raises(fm.CheckpointError, match="no linear layer"):
         fm.extract_lora(base, base, out, rank=1, force=True)
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_output_that_is_being_written_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"layer.weight": torch.randn(8, 6)}
+    other = changed(base, 2)
+    living = Staging(tmp_path / "lora")
+    monkeypatch.setattr("freemerge.lora.leading_triplets", lambda *args: pytest.fail("it worked for nothing"))
+    with pytest.raises(fm.RefusedError, match="lora cannot be written now: another run is writing it"):
+        fm.extract_lora(base, other, tmp_path / "lora", rank=2)
+    living.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"layer.weight": torch.randn(8, 6)}
+    fm.extract_lora(base, changed(base, 2), tmp_path / "lora", rank=2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()}
+    flush = os.fsync
+    for succeeding in (0, 1):  # then it fails for the config, or for the weights
+        left = iter(range(succeeding))
+
+        def fsync(fd: int, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            flush(fd)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(fm.CheckpointError, match="the disk is full; nothing was changed"):
+            fm.extract_lora(base, changed(base, 2, seed=1), tmp_path / "lora", rank=2, force=True)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["lora"]

@@ -201,7 +201,11 @@ def test_a_single_batch_may_be_returned(base: State, models: list[State]) -> Non
 
 
 def test_the_command_writes_a_recipe_that_merges(
-    base: State, models: list[State], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: State,
+    models: list[State],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     files = [str(tmp_path / f"{i}.safetensors") for i in range(K + 1)]
     for file, state in zip(files, (base, *models), strict=True):
@@ -227,6 +231,11 @@ def test_the_command_writes_a_recipe_that_merges(
     for name, tensor in fm.merge(base, models, tuned.recipe).items():
         assert torch.equal(merged[name], tensor)
     assert main(command) == 3  # the file exists
+    assert sorted(path.name for path in tmp_path.glob("*recipe*")) == ["recipe.yaml"]
+    monkeypatch.setattr("freemerge.tuning.tune", lambda *args, **options: pytest.fail("it learnt for nothing"))
+    for nowhere, code in ((tmp_path / "missing" / "recipe.yaml", 1), (tmp_path, 3)):
+        assert main([*command, "--out", str(nowhere), "--force"]) == code
+    monkeypatch.undo()
     assert main([*command[:-1], "ties", "--out", str(tmp_path / "other.yaml")]) == 2
     assert not (tmp_path / "other.yaml").exists()
 

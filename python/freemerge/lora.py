@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .arguments import whole_number
-from .checkpoint import MERGEABLE, Checkpoint, Source, open_inputs
+from .checkpoint import MERGEABLE, Checkpoint, CheckpointWriter, Source, TensorSpec, open_inputs
 from .checkpoint.compare import compare
 from .checkpoint.hub_cache import hub_id
 from .checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .checkpoint.locks import flush_file
 from .checkpoint.prefixes import Rename
-from .checkpoint.publish import Staging, check_target, refuse_inputs, target
+from .checkpoint.publish import Staging, cannot_write, check_target, refuse_inputs, target
 from .checkpoint.safetensors_file import SafetensorsFile
 from .checkpoint.tied import second_everywhere
 from .errors import CheckpointError
@@ -97,6 +97,8 @@ def extract_lora(
         check_rules(rules, inputs.names, second_everywhere((inputs.base, *inputs.models)))
         start, (tuned,) = inputs.base, inputs.models
         refuse_inputs(folder, (start, tuned))
+        staging = Staging(folder)  # before the work begins
+        stack.callback(staging.discard)
         for name, change in _changes(start, tuned, rules):
             total += float(change.double().square().sum())
             module = _linear_layer(start, name)
@@ -113,17 +115,23 @@ def extract_lora(
                 factors[f"base_model.model.{module}.lora_{letter}{_WEIGHT}"] = _padded(factor, ranks[module], letter)
         if not ranks:
             raise CheckpointError(f"no linear layer of {tuned.label} differs from that of {start.label}")
-        staging = Staging(folder)
         try:
-            file = staging.directory / ADAPTER_WEIGHTS[0]
-            save_file(factors, file, metadata={"format": "pt", **_MARK})
-            config = json.dumps(_config(start, ranks, transposed), indent=2) + "\n"
-            (staging.directory / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
-            nbytes = file.stat().st_size
-            staging.publish(None, force=force, foreign=_other_than_ours)
-        finally:
-            staging.discard()
+            nbytes = _write(staging.directory, factors, _config(start, ranks, transposed))
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        staging.publish(None, force=force, foreign=_other_than_ours)
     return Lora(folder, max(ranks.values()), len(ranks), kept / total, tuple(left_out), nbytes)
+
+
+def _write(folder: Path, factors: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
+    """The files of an adapter, flushed to the disk; the size of its weights."""
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    flush_file(folder / ADAPTER_CONFIG)
+    specs = [TensorSpec(name, tuple(factor.shape), factor.dtype) for name, factor in factors.items()]
+    with CheckpointWriter(folder / ADAPTER_WEIGHTS[0], specs, metadata=_MARK) as writer:
+        for name, factor in factors.items():
+            writer.write(name, factor)
+    return writer.nbytes
 
 
 def _other_than_ours(folder: Path) -> str | None:

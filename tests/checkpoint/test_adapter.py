@@ -439,3 +439,24 @@ def test_all_matches_of_a_config_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
         patterns.fits("a*b*", "a" * 50 + str(number))
     with pytest.raises(ValueError, match="too long to match"):
         patterns.fits("a*b*", "a" * 50)
+
+
+def test_an_adapter_is_read_where_the_base_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for a GPU: what is computed there cannot be mixed with tensors of the CPU either."""
+    base = Checkpoint.open(base_weights())
+    kept = {"up.lora_magnitude_vector": torch.ones(24), "norm": torch.ones(16)}
+    tensors = {"up.lora_A.weight": torch.ones(4, 16), "up.lora_B.weight": torch.ones(24, 4), **kept}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": True}
+    scaled = {"peft_type": "IA3", "feedforward_modules": ["down"]}
+    folders = (
+        write(tmp_path / "dora", tensors, **config),
+        write(tmp_path / "ia3", {"up.ia3_l": torch.ones(24, 1), "down.ia3_l": torch.ones(1, 24)}, **scaled),
+    )
+    opened = [open_model(folder, base) for folder in folders]
+    there, read = torch.device("meta"), base.read
+    monkeypatch.setattr(base, "read", lambda name: read(name).to(there))
+    monkeypatch.setattr(base, "device", lambda name: there)
+    for adapted in opened:
+        for name, spec in adapted.specs.items():
+            assert (adapted.read(name).device, adapted.device(name)) == (there, there)
+            assert tuple(adapted.read(name).shape) == spec.shape

@@ -79,3 +79,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out) == {
         "name": "a", "kind": "values", "first": "float32 2x2", "second": "float32 2x2", "largest": 0.5, "mean": 0.5,
     }  # fmt: skip
+
+
+def test_integers_that_are_one_number_in_float64_differ() -> None:
+    first = {"x": torch.tensor([2**53, 5]), "same": torch.tensor([2**53 + 1])}
+    second = {"x": torch.tensor([2**53 + 1, 5]), "same": torch.tensor([2**53 + 1])}
+    (found,) = fm.diff(first, second)
+    assert (found.name, found.kind, found.largest, found.mean) == ("x", "values", 1.0, 0.5)
+
+
+def test_json_has_no_number_for_what_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a", 1.0), ("b", float("nan"))):
+        save_file({"x": torch.tensor([value])}, tmp_path / f"{name}.safetensors")
+    assert main(["diff", *(str(tmp_path / f"{name}.safetensors") for name in "ab"), "--json"]) == 1
+
+    def refused(constant: str) -> None:
+        raise AssertionError(constant)
+
+    told = json.loads(capsys.readouterr().out, parse_constant=refused)
+    assert (told["kind"], told["largest"]) == ("values", None)

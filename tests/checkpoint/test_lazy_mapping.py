@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import freemerge as fm
+from freemerge.checkpoint import Checkpoint
 
 SHAPE = (32, 48)
 NAMES = [f"layers.{i:02}.weight" for i in range(12)]
@@ -90,3 +91,17 @@ def test_foreign_entries_are_named() -> None:
         fm.merge(UserDict({"w": torch.zeros(2), 3: torch.zeros(2)}), [{"w": torch.zeros(2)}])
     with pytest.raises(fm.CheckpointError, match="'v' is a int"):
         fm.merge(UserDict({"w": torch.zeros(2), "v": 3}), [{"w": torch.zeros(2)}])
+
+
+def test_what_is_no_weight_is_left_out_and_told() -> None:
+    weights = {"layer.weight": torch.ones(4, 4), "layer.bias": torch.ones(4)}
+    extra = UserDict({**weights, "layer._extra_state": None})
+    averaged = UserDict({"n_averaged": torch.tensor(3), **{f"module.{name}": t for name, t in weights.items()}})
+    for held, name in ((extra, "layer._extra_state"), (averaged, "n_averaged")):
+        with Checkpoint.open(held) as opened:
+            assert len(opened.specs) == 2
+            assert f"{name} is no weight and left out" in opened.set_aside[0]
+            assert all(torch.equal(opened.read(name), held[name]) for name in opened.specs)
+    own = UserDict({**weights, "n_averaged": torch.ones(4, 4)})  # of a model that no wrapper is around
+    with Checkpoint.open(own) as opened:
+        assert opened.read("n_averaged").shape == (4, 4)

@@ -261,3 +261,31 @@ def test_a_header_is_shared_by_open_files_and_checked_against_each(tmp_path: Pat
     assert torch.equal(one.read("big") + 1, other.read("big"))
     with pytest.raises(CheckpointError, match=r"short\.safetensors: truncated"):
         SafetensorsFile(short)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["archive", "legacy"])
+def test_a_torch_file_that_changes_while_open_is_refused(legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.save(some_state(), path, _use_new_zipfile_serialization=not legacy)
+    checkpoint = Checkpoint.open(path)
+    assert torch.equal(checkpoint.read("big"), some_state()["big"])
+    torch.save(some_state(seed=1), tmp_path / "new")
+    os.replace(tmp_path / "new", path)
+    with pytest.raises(CheckpointError, match=r"m\.pt changed while it was being read"):
+        checkpoint.read("big")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="descriptors are counted on Linux")
+def test_who_holds_many_tensors_can_still_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {f"{i}": torch.full((1 << 18,), float(i)) for i in range(8)}
+    save_file(state, tmp_path / "m.safetensors")
+    monkeypatch.setattr("freemerge.checkpoint.safetensors_file._MOST_MAPPED", 3)
+    before = len(os.listdir("/proc/self/fd"))
+    with Checkpoint.open(tmp_path / "m.safetensors") as checkpoint:
+        held = {name: checkpoint.read(name) for name in state}
+        assert len(os.listdir("/proc/self/fd")) <= before + 3
+        assert all(torch.equal(held[name], tensor) for name, tensor in state.items())
+        held.clear()
+        again = checkpoint.read("7")
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+        assert torch.equal(again, state["7"])

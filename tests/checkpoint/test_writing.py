@@ -220,6 +220,12 @@ def test_no_tensor_is_forgotten(tmp_path: Path) -> None:
     ):
         writer.write("a", torch.ones(1))
     assert_only(tmp_path)
+    with (
+        pytest.raises(ArgumentError, match="4 tensors were never written: a, b, c, d"),
+        CheckpointWriter(tmp_path / "out", specs) as writer,
+    ):
+        writer.finish()  # does not wait for them
+    assert_only(tmp_path)
 
 
 def test_impossible_specs_are_refused(tmp_path: Path) -> None:
@@ -392,6 +398,63 @@ class TestFailures:
         monkeypatch.setattr(os, "write", lambda fd, data: real(fd, data[:7]))
         write(tmp_path / "out", state_of(3))
         assert load_file(tmp_path / "out" / "model.safetensors")["a"].eq(3).all()
+
+    def test_what_a_killed_run_left_counts_as_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        left = publish.hidden(tmp_path / "out")
+        left.mkdir()
+        (left / "model.safetensors").write_bytes(bytes(1 << 16))
+        usage = type("Usage", (), {"free": 100})
+        monkeypatch.setattr("freemerge.checkpoint.writer.shutil.disk_usage", lambda path: usage)
+        write(tmp_path / "out", state_of())
+        assert verify(tmp_path / "out") == []
+        assert_only(tmp_path, "out")
+
+    def test_what_a_killed_run_left_and_cannot_be_removed_is_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        left = publish.hidden(tmp_path / "out")
+        left.mkdir()
+
+        def refused(path: Path, ignore_errors: bool = False) -> None:
+            if not ignore_errors:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(publish.shutil, "rmtree", refused)
+        with pytest.raises(RefusedError, match=r"-tmp, which a killed run left, cannot be removed \(Perm"):
+            write(tmp_path / "out", state_of())
+        (found,) = publish.clean(tmp_path)
+        assert (found.path, found.alive, found.removed) == (left, False, False)
+        monkeypatch.undo()
+        (found,) = publish.clean(tmp_path)
+        assert found.removed
+        assert_only(tmp_path)
+
+    def test_a_disk_that_is_full_for_other_files(self, tmp_path: Path, old: dict[str, bytes]) -> None:
+        def fail(code: int) -> None:
+            with CheckpointWriter(tmp_path / "out", specs_of(state_of()), force=True):
+                raise OSError(code, os.strerror(code), "config.json")
+
+        with pytest.raises(CheckpointError, match=r"cannot write .*out: .*the disk is full; nothing was changed"):
+            fail(errno.ENOSPC)
+        with pytest.raises(FileNotFoundError):
+            fail(errno.ENOENT)
+        assert contents(tmp_path / "out") == old
+
+    def test_an_output_whose_place_is_not_flushed_is_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flush = publish.flush_directory
+
+        def failing(path: Path) -> None:
+            if path == tmp_path:
+                raise OSError(errno.EIO, "Input/output error")
+            flush(path)
+
+        monkeypatch.setattr(publish, "flush_directory", failing)
+        with pytest.raises(CheckpointError, match="out is written, but the directory that it is in cannot be flushed"):
+            write(tmp_path / "out", state_of())
+        assert verify(tmp_path / "out") == []
+        assert_only(tmp_path, "out")
 
     def test_a_read_only_target(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("freemerge.checkpoint.writer.os.access", lambda path, mode: False)

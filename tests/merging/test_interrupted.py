@@ -237,6 +237,14 @@ def test_changed_inputs_are_not_continued(
     assert hidden(tmp_path / "out").exists(), "what was left is there for the right merge"
 
 
+def test_what_another_backend_began_is_not_continued(
+    models: list[Path], tmp_path: Path, killed: Callable[[list[Path], Path, int], None]
+) -> None:
+    killed(models, tmp_path / "out", 5)
+    with pytest.raises(fm.RefusedError, match="as other backend made it"):
+        merged(models, tmp_path / "out", resume=True, backend="torch")
+
+
 def test_without_resume_it_begins_anew(
     models: list[Path], tmp_path: Path, killed: Callable[[list[Path], Path, int], None]
 ) -> None:
@@ -368,7 +376,9 @@ def test_leftovers_are_found_and_removed_but_not_those_of_living_runs(
     tmp_path: Path,
     killed: Callable[[list[Path], Path, int], None],
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from freemerge.checkpoint.locks import DirectoryLock
     from freemerge.checkpoint.publish import Staging
     from freemerge.cli import main
 
@@ -385,6 +395,10 @@ def test_leftovers_are_found_and_removed_but_not_those_of_living_runs(
     assert "kept, a whole output" in told
     assert not hidden(tmp_path / "out").exists()
     assert hidden(tmp_path / "other").exists()
+    monkeypatch.setattr(DirectoryLock, "take", lambda self: None)  # as on a file system without locks
+    assert main(["clean", str(tmp_path)]) == 0
+    assert "other.freemerge-tmp: kept, as its file system cannot tell whether" in capsys.readouterr().out
+    monkeypatch.undo()
     living.discard()
     assert main(["clean", str(tmp_path / "nowhere")]) == 1
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import freemerge as fm
+from freemerge.merging.mergekit_yaml import read_mergekit
 from freemerge.merging.recipe import PRESETS
 from freemerge.merging.selection import Rule, Split, Stack
 from freemerge.methods import METHODS
@@ -240,3 +241,13 @@ def test_an_exponent_makes_a_number_as_in_yaml_1_2(tmp_path: Path) -> None:
 def test_errors_say_once_what_may_be_meant(message: str, make: Callable[[], object]) -> None:
     with pytest.raises(fm.ArgumentError, match=message):
         make()
+
+
+@pytest.mark.parametrize("text", ["scale: 2024-13-45", f"scale: {'9' * 5000}", "self: 1", "- " * 2000])
+def test_a_file_that_is_no_recipe_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(fm.ArgumentError, match=r"recipe\.yaml: "):
+        fm.Recipe.from_yaml(path)
+    with pytest.raises(fm.ArgumentError, match=r"recipe\.yaml: "):
+        read_mergekit(path)

@@ -603,3 +603,54 @@ def test_a_single_model_that_is_given_back_is_told() -> None:
         assert ("one model: the result is that model" in fm.inspect(base, [model], recipe).warnings) == told
         assert torch.equal(fm.merge(base, [model], recipe)["w"], model["w"]) == told
     assert not fm.inspect(base, [model, {"w": torch.ones(8, 8)}], fm.Recipe(method="average")).warnings
+
+
+def test_the_copy_of_a_tensor_that_is_dropped_is_dropped(tmp_path: Path) -> None:
+    weight = torch.randn(6, 4)
+    base = {"embed_tokens.weight": weight, "lm_head.weight": weight.clone(), "layer.weight": torch.randn(4, 4)}
+    model = {name: tensor + 0.1 for name, tensor in base.items() if name != "lm_head.weight"}
+    for name, state in (("base", base), ("model", model)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("base", "model")]
+    recipe = fm.Recipe(select=[("embed_tokens.weight", "drop")])
+    assert fm.merge(paths[0], paths[1:], recipe).keys() == {"layer.weight"}
+    fm.merge_checkpoints(paths[0], paths[1:], tmp_path / "out.safetensors", recipe, progress=False)
+    assert load_file(tmp_path / "out.safetensors").keys() == {"layer.weight"}
+
+
+def test_inputs_whose_names_are_no_text_are_merged(tmp_path: Path) -> None:
+    folders = [tmp_path / os.fsdecode(name) for name in (b"base-\xff", b"model-\xfe")]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        save_file({"w": torch.full((4, 4), float(i))}, folder / "model.safetensors")
+    fm.merge_checkpoints(folders[0], folders[1:], tmp_path / "out", progress=False)
+    assert fm.verify(tmp_path / "out") == []
+    manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text(encoding="utf-8"))
+    assert manifest["base"]["name"] == folders[0].name
+
+
+def test_trimming_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    state = {"w": torch.randn(4, 4)}
+    for options in ({"beta": 1.0}, {"beta": 0.6, "gamma": 0.4}):
+        recipe = fm.Recipe(method="breadcrumbs", **options)
+        with pytest.raises(fm.ArgumentError, match="beta, gamma: where they leave out everything"):
+            fm.merge_checkpoints(state, [state], tmp_path / "out", recipe, progress=False)
+
+
+def test_small_tensors_and_copies_are_fetched_before_they_are_worked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Touching a page of a file that has become too short ends the process."""
+    state = {"a": torch.randn(8), "b": torch.randn(8), "mask": torch.ones(8, dtype=torch.int64)}
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path in paths:
+        save_file(state, path)
+    seen: list[str] = []
+
+    def fetched(tensor: torch.Tensor, origin: str) -> torch.Tensor:
+        seen.append(origin)
+        return tensor
+
+    monkeypatch.setattr("freemerge.merging.engine.fetched", fetched)
+    fm.merge_checkpoints(paths[0], paths[1:], tmp_path / "out", fm.Recipe(method="average"), progress=False)
+    assert {seen.count(str(path)) for path in paths} == {3, 2}  # the base once more, to add to

@@ -318,3 +318,23 @@ def test_a_method_is_named_in_one_way_by_all_functions(method: Any, tmp_path: Pa
     for function in (fm.merge, fm.inspect, fm.task_weights):
         with pytest.raises(fm.ArgumentError, match="method and recipe exclude each other"):
             function(base, models, recipe, method=method)
+
+
+def test_differences_of_variances_may_be_negative() -> None:
+    name, delta = "norm.running_var", torch.tensor([-0.5, 0.25])
+    merged = fm.merge_deltas([delta, 3 * delta], name=name, weights=[0.25, 0.25], method="average")
+    torch.testing.assert_close(merged, delta, rtol=0, atol=1e-7)
+    with pytest.raises(fm.CheckpointError, match=r"tensors\[0\] .*is a variance and holds a negative number"):
+        fm.merge_tensors(torch.ones(2), [4 * delta], name=name, weights=[1.0])
+
+
+def test_messages_name_what_was_given() -> None:
+    base, wrong, broken = torch.zeros(2, 3), torch.zeros(3, 2), torch.full((2, 3), torch.nan)
+    with pytest.raises(fm.ArgumentError, match=r"^tensors\[1\] has shape \(3, 2\) but base has \(2, 3\)"):
+        fm.merge_tensors(base, [base, wrong])
+    with pytest.raises(fm.ArgumentError, match=r"^deltas\[1\] has shape \(3, 2\) but deltas\[0\] has \(2, 3\)"):
+        fm.merge_deltas([base, wrong])
+    with pytest.raises(fm.CheckpointError, match=r"^tensors\[1\] .*holds NaN"):
+        fm.merge_tensors(base, [base, broken])
+    with pytest.raises(fm.CheckpointError, match=r"^deltas\[1\] .*holds NaN"):
+        fm.merge_deltas([base, broken])

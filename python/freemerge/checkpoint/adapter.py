@@ -80,8 +80,12 @@ class AdaptedCheckpoint(Checkpoint):
             tensor = self._read(self._full[name])
         else:
             tensor = self._base.read(self._stand_ins.get(name, name))
-        tensor = tensor.to(self.specs[name].dtype)
+        tensor = tensor.to(self.device(name), self.specs[name].dtype)
         return self._changes[name](tensor) if name in self._changes else tensor
+
+    def device(self, name: str) -> torch.device:
+        name = self._stand_ins.get(name, name)
+        return self._base.device(name) if name in self._base.specs else super().device(name)
 
     def _read(self, key: str) -> Tensor:
         return self._file.read(self._keys[key])
@@ -171,7 +175,7 @@ class AdaptedCheckpoint(Checkpoint):
             bias, key = self._named(f"{module}.bias", layer["Bbias"]), layer["Bbias"]
             if self._floating(key).shape != self._base_spec(bias).shape:
                 raise CheckpointError(f"{self.files[1]}: {key} does not have the shape of the base's {bias}")
-            self._change(bias, key, lambda weight: weight + scale * self._read(key).to(weight.dtype))
+            self._change(bias, key, lambda weight: weight + scale * self._read(key).to(weight))
 
     def _check_unused(self, layer: Mapping[str, str]) -> None:
         """PEFT leaves these out where the config does not ask for them; then they were trained by something else."""

@@ -31,7 +31,7 @@ class Lora:
 
     def apply(self, weight: Tensor, read: Read) -> Tensor:
         # In float64, which autocast and lowered matmul precisions leave alone.
-        a, b = read(self.a).double(), read(self.b).double()
+        a, b = (read(key).to(weight.device, torch.float64) for key in (self.a, self.b))
         start = weight.double()
         if self.initialisation:
             start = _without_initialisation(weight, self.initialisation, a.shape[0], self.scale, turned=self.turned)
@@ -39,7 +39,8 @@ class Lora:
         adapted = start + self.scale * (product.T if self.turned else product.view(weight.shape))
         if self.magnitude:
             rows = adapted.T if self.turned else adapted.flatten(1)
-            factor = read(self.magnitude).double().flatten() / torch.linalg.vector_norm(rows, dim=1)
+            magnitude = read(self.magnitude).to(weight.device, torch.float64).flatten()
+            factor = magnitude / torch.linalg.vector_norm(rows, dim=1)
             adapted = adapted * (factor if self.turned else factor.view(-1, *[1] * (weight.ndim - 1)))
         return adapted.to(weight.dtype)
 
@@ -73,7 +74,7 @@ class Ia3:
     turned: bool
 
     def apply(self, weight: Tensor, read: Read) -> Tensor:
-        factors = read(self.key).to(weight.dtype).flatten()
+        factors = read(self.key).to(weight).flatten()
         axis = int(self.feedforward != self.turned) if weight.ndim > 1 else 0
         shape = [1] * weight.ndim
         shape[axis] = -1

@@ -75,6 +75,8 @@ def _distances(first: torch.Tensor, second: torch.Tensor) -> tuple[float, float]
             continue
         a, b = _wide(ours), _wide(theirs)
         apart = (a - b).abs().masked_fill_((a == b) | (a.isnan() & b.isnan()), 0.0)
+        if ours.dtype == theirs.dtype and not ours.dtype.is_floating_point and not ours.is_complex():
+            apart.clamp_(min=(ours != theirs).double())  # integers above 2 ** 53 may be one float64
         highest = float(apart.max())
         largest = max(largest, highest) if largest == largest and highest == highest else float("nan")
         total += float(apart.sum())

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from .. import _core
 from ..errors import CheckpointError
+from .locks import flush_file
 
 _CHUNK_BYTES = 1 << 19  # stays in a processor's cache between reading and hashing
 _BEGIN = "6a09e667bb67ae853c6ef372a54ff53a510e527f9b05688c1f83d9ab5be0cd19"  # the state of SHA-256 before any data
@@ -42,7 +43,7 @@ class Hasher:
 
         def work() -> str:
             if flush:
-                _flush(path)
+                flush_file(path)
             return self._hash([path])[0]
 
         return self._pool.submit(work)
@@ -132,14 +133,3 @@ def _of_several(chunks: Sequence[Iterator[Chunk]]) -> list[str]:
             last = np.frombuffer(rest, dtype=np.uint8)
             _core.sha256([states[i].ctypes.data], [last.ctypes.data], len(last) // 64)
     return [state.astype(">u4").tobytes().hex() for state in states]
-
-
-def _flush(path: Path) -> None:
-    try:
-        fd = os.open(path, os.O_RDWR)  # Windows flushes nothing that is open for reading only
-    except PermissionError:
-        fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,4 +1,4 @@
-"""Locks that tell a living writer from one that was killed, since the system lets go of them with the process."""
+"""Locks that tell a living writer from one that was killed, since the system lets go of them with it; and flushing."""
 
 from __future__ import annotations
 
@@ -129,6 +129,18 @@ def remove_unused_files(folder: Path, mark: str) -> None:
         lock = FileLock(path.with_name(path.name.removesuffix(_SUFFIX)))
         lock.take()
         lock.close()
+
+
+def flush_file(path: Path) -> None:
+    """Have the content of a file on the disk."""
+    try:
+        fd = os.open(path, os.O_RDWR)  # Windows flushes nothing that is open for reading only
+    except PermissionError:
+        fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def flush_directory(path: Path) -> None:

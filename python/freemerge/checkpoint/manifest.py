@@ -18,7 +18,7 @@ from ..workers import ALONE, Workers
 from .hashing import Hasher
 from .publish import MANIFEST
 from .reader import Checkpoint
-from .safetensors_file import open_regular
+from .safetensors_file import identity, open_regular
 
 FORMAT = 1
 
@@ -33,8 +33,8 @@ class InputHashes:
     def __init__(self, checkpoints: Sequence[Checkpoint], workers: Workers = ALONE) -> None:
         self._checkpoints, self._workers = tuple(checkpoints), workers
         self._hasher = Hasher()
-        self._before = {file: _identity(file) for checkpoint in self._checkpoints for file in checkpoint.files}
-        ranks = workers.shares({file: identity[0] for file, identity in self._before.items()})
+        self._before = {file: identity(file) for checkpoint in self._checkpoints for file in checkpoint.files}
+        ranks = workers.shares({file: before[0] for file, before in self._before.items()})
         self._digests = self._hasher.submit_all(file for file in self._before if ranks[file] == workers.rank)
 
     def records(self) -> list[dict[str, object]]:
@@ -62,10 +62,9 @@ class InputHashes:
 
     def _record(self, file: Path) -> dict[str, object]:
         digest = self._digests[file]()
-        identity = _identity(file)
-        if identity != self._before[file]:
+        if identity(file) != self._before[file]:
             raise CheckpointError(f"{file} changed while it was being read")
-        return {"name": file.name, "bytes": identity[0], "sha256": digest}
+        return {"name": file.name, "bytes": self._before[file][0], "sha256": digest}
 
     def __enter__(self) -> InputHashes:
         return self
@@ -74,15 +73,6 @@ class InputHashes:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hasher.close()
-
-
-def _identity(file: Path) -> tuple[int, ...]:
-    """Size, time of the last change, and which file it is."""
-    try:
-        status = file.stat()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
 def build_manifest(

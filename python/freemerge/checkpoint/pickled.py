@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import zipfile
@@ -14,6 +13,7 @@ from ..errors import CheckpointError
 from .containers import SEPARATOR, state_dict_in
 from .file_format import is_mapped
 from .legacy_storages import stored_entries
+from .safetensors_file import identity
 from .state_dict import dense_tensors, specs_of, tied_names
 
 _RELEASE_AFTER_BYTES = 256 << 20
@@ -24,13 +24,14 @@ class PickledFile:
 
     ``key`` says where in the file the state dict is, if there is more than one. The map is of the whole file, so pages
     that were read stay resident until it is released; the next read maps it anew. Files in torch's format from before
-    1.6 cannot be mapped and are held in memory.
+    1.6 cannot be mapped and are held in memory. A file that was replaced or rewritten since it was opened is refused.
     """
 
     def __init__(self, path: Path, key: str = "") -> None:
         self.path, self._place, self._key = path, path.absolute(), key
         self._mapped = is_mapped(path)
-        self._bytes = os.stat(path).st_size
+        self._identity = identity(path)
+        self._bytes = self._identity[0]
         if self._mapped:
             _check_archive(path, self._bytes)
         else:
@@ -43,6 +44,8 @@ class PickledFile:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, a view of the mapped file."""
+        if identity(self._place) != self._identity:
+            raise CheckpointError(f"{self.path} changed while it was being read")
         if self._touched > _RELEASE_AFTER_BYTES:
             self.release()
         state = self._state

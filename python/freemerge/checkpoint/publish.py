@@ -26,6 +26,7 @@ WEIGHT_SUFFIXES = (
     *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
 )
 _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -129,10 +130,14 @@ class Staging:
                 self._rename()
             else:
                 self._exchange()
-            self._made = []
-            flush_directory(self._out.parent)
         except OSError as error:
             raise cannot_write(self._out, error) from error
+        self._made = []
+        try:
+            flush_directory(self._out.parent)
+        except OSError as error:
+            parent = f"the directory that it is in cannot be flushed to the disk: {error.strerror}"
+            raise CheckpointError(f"{self._out} is written, but {parent}") from error
 
     def discard(self) -> None:
         """Remove the hidden directory, whatever it holds; safe to call twice. Only the first worker removes it."""
@@ -230,9 +235,14 @@ class Staging:
         ours = lock.in_place()
         if ours and (made or resume):
             return lock
-        if ours:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        lock.close()  # also if another writer has removed it meanwhile
+        try:
+            if ours:
+                shutil.rmtree(self.directory)
+        except OSError as error:
+            left = f"{self.directory}, which a killed run left, cannot be removed ({error.strerror})"
+            raise RefusedError(f"{self._out} cannot be written now: {left}") from error
+        finally:
+            lock.close()  # also if another writer has removed it meanwhile
         return None
 
     def _swap_in_two_steps(self) -> None:
@@ -259,7 +269,7 @@ class Staging:
 
 def cannot_write(out: Path, error: OSError) -> CheckpointError:
     """The error for a failed write below ``out``."""
-    hint = "; the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    hint = "; the disk is full" if error.errno in DISK_FULL else ""
     return CheckpointError(f"cannot write {out}: {error.strerror}{hint}; nothing was changed")
 
 
@@ -276,13 +286,15 @@ def hidden(out: Path) -> Path:
 class Leftover:
     """A hidden directory that was found: of a run that lives, or left behind by one that was killed.
 
-    ``holds_output``: it is a whole output that was being replaced, and the only one there is.
+    ``alive``: None where the file system has no locks, which would tell. ``holds_output``: it is a whole output that
+    was being replaced, and the only one there is. ``removed``: by :func:`clean`.
     """
 
     path: Path
     nbytes: int
-    alive: bool
+    alive: bool | None
     holds_output: bool
+    removed: bool
 
 
 def clean(folder: str | os.PathLike[str], *, remove: bool = True) -> list[Leftover]:
@@ -303,16 +315,26 @@ def _cleaned(folder: Path, remove: bool) -> Iterator[Leftover]:
             continue
         lock = lock_of(path)
         try:
-            dead = lock.take() is True
+            free = lock.take()
             whole = rest.endswith("-old") and not (folder / name[1:]).exists()
-            nbytes = sum(_room(file.stat()) for file in path.rglob("*") if file.is_file())
-            yield Leftover(path, nbytes, not dead, whole)
-            if dead and remove and not whole:
+            nbytes = allocated(path)
+            if remove and free and not whole:
                 shutil.rmtree(path, ignore_errors=True)
+            yield Leftover(path, nbytes, None if free is None else not free, whole, not path.exists())
         finally:
             lock.close()
     if remove:
         remove_unused_files(folder, _MARK)
+
+
+def allocated(directory: Path) -> int:
+    """The bytes on the disk that the files in a directory take."""
+    total = 0
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            with suppress(OSError):  # another run may be removing them
+                total += _room(os.lstat(os.path.join(folder, file)))
+    return total
 
 
 def _room(status: os.stat_result) -> int:

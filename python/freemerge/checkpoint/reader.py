@@ -21,10 +21,10 @@ from .file_format import file_format
 from .hub_cache import local_path
 from .locate import Located, display_name, locate
 from .pickled import PickledFile
-from .prefixes import inner_module
+from .prefixes import counters, inner_module
 from .safetensors_file import SafetensorsFile
 from .spec import TensorSpec
-from .state_dict import dense_tensors, left_out, specs_of, tied_names
+from .state_dict import dense_tensor, dense_tensors, is_extra, left_out, specs_of, tied_names
 
 Source = Union[str, "os.PathLike[str]", Mapping[str, torch.Tensor], torch.nn.Module]
 
@@ -216,23 +216,31 @@ class _Lazy(Checkpoint):
         self._devices: dict[str, torch.device] = {}
         specs: dict[str, TensorSpec] = {}
         made: dict[str, weakref.ref[torch.UntypedStorage]] = {}
+        aside = counters([str(key) for key in state])
         for key in state:
-            tensor = self.read(key)
+            value = self._value(key)
+            if key in aside or is_extra(key, value):
+                aside.add(key)
+                continue
+            tensor = dense_tensor(self.label, key, value)
             specs |= specs_of({key: tensor})
             self._devices[key] = tensor.device
             made[key] = weakref.ref(tensor.untyped_storage())
-            del tensor
+            del tensor, value
+        self.set_aside = left_out(self.label, [key for key in state if key in aside])
         self.specs = dict(sorted(specs.items()))
         # Memory that is still there now is the mapping's own, so that equal addresses mean ties.
         self.tied = tied_names({key: self.read(key) for key, storage in made.items() if storage() is not None})
 
     def read(self, name: str) -> torch.Tensor:
-        with self._lock:  # it says nothing about threads
-            value = self._state[name]
-        (tensor,) = dense_tensors(self.label, {name: value}).values()
-        if hasattr(self, "specs") and specs_of({name: tensor})[name] != self.specs[name]:
+        tensor = dense_tensor(self.label, name, self._value(name))
+        if specs_of({name: tensor})[name] != self.specs[name]:
             raise CheckpointError(f"{self.label}: tensor {name!r} has changed while it was merged")
         return tensor
+
+    def _value(self, name: str) -> object:
+        with self._lock:  # the mapping says nothing about threads
+            return self._state[name]
 
     def device(self, name: str) -> torch.device:
         return self._devices[name]

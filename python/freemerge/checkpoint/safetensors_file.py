@@ -20,7 +20,7 @@ from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 
@@ -34,6 +34,10 @@ _COPY_BELOW_BYTES = 1 << 20  # a mapping costs a file descriptor; small tensors 
 _ENTRY = frozenset({"dtype", "shape", "data_offsets"})  # what a header says about a tensor
 _INT = frozenset({int})  # no booleans
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0)
+_MOST_MAPPED = 256  # at once: each has a descriptor, of the 1024 that a process mostly may have
+
+
+_mapped: WeakSet[mmap.mmap] = WeakSet()  # while tensors in them live
 
 
 class Slot(NamedTuple):
@@ -55,7 +59,7 @@ class SafetensorsFile:
         self.path, self._place = path, path.absolute()  # the working directory may be another when data are read
         fd = open_regular(path)
         try:
-            self._identity = _identity(fd)
+            self._identity = identity(fd)
             self._header = _header_of(path, fd)
         finally:
             os.close(fd)
@@ -104,7 +108,7 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype, device="cpu")
         fd = open_regular(self._place)
         try:
-            if _identity(fd) != self._identity:
+            if identity(fd) != self._identity:
                 raise CheckpointError(f"{self.path} changed while it was being read")
             raw = _load(fd, self.path, offset, nbytes)
         except OSError as error:
@@ -126,13 +130,17 @@ def open_regular(path: Path) -> int:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _identity(fd: int) -> tuple[int, int, int, int]:
-    status = os.fstat(fd)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def identity(file: Path | int) -> tuple[int, ...]:
+    """Size, time of the last change, and which file it is, of a path or a descriptor."""
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
 
 
 def _load(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
-    if nbytes >= _COPY_BELOW_BYTES:
+    if nbytes >= _COPY_BELOW_BYTES and len(_mapped) < _MOST_MAPPED:
         try:
             return _map(fd, offset, nbytes)
         except OSError as error:
@@ -152,6 +160,7 @@ def _map(fd: int, offset: int, nbytes: int) -> torch.Tensor:
     else:  # Windows
         private = {"access": mmap.ACCESS_COPY}
     mapping = mmap.mmap(fd, lead + nbytes, offset=offset - lead, **private)
+    _mapped.add(mapping)
     return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=lead)
 
 

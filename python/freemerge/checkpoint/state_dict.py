@@ -12,21 +12,23 @@ from ..errors import CheckpointError, counted
 from .prefixes import counters
 from .spec import TensorSpec
 
-_EXTRA = "_extra_state"
-
 
 def dense_tensors(source: str, state: Mapping[Any, object]) -> dict[str, torch.Tensor]:
     """The state dict, detached, in its own order; CheckpointError naming the first entry that is no ordinary tensor.
 
-    What modules keep beside tensors (``get_extra_state``), as Transformer Engine does, and what wrappers count is left
-    out.
+    What modules keep beside tensors and what wrappers count is left out.
     """
     out = counters([str(name) for name in state])
     return {
-        str(name): _dense(source, name, value)
+        str(name): dense_tensor(source, name, value)
         for name, value in state.items()
-        if name not in out and (isinstance(value, torch.Tensor) or not str(name).endswith(_EXTRA))
+        if name not in out and not is_extra(name, value)
     }
+
+
+def is_extra(name: object, value: object) -> bool:
+    """Whether it is what a module keeps beside tensors (``get_extra_state``), as Transformer Engine does."""
+    return str(name).endswith("_extra_state") and not isinstance(value, torch.Tensor)
 
 
 def left_out(source: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -57,7 +59,8 @@ def tied_names(state: Mapping[str, torch.Tensor], second: Collection[str] = ()) 
     return tied
 
 
-def _dense(source: str, name: object, value: object) -> torch.Tensor:
+def dense_tensor(source: str, name: object, value: object) -> torch.Tensor:
+    """One entry of :func:`dense_tensors`."""
     if not isinstance(name, str):
         raise CheckpointError(f"{source}: not a state dict (it has the key {name!r})")
     if "_packed_params" in name and not isinstance(value, torch.Tensor):

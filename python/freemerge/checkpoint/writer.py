@@ -24,7 +24,7 @@ from ..workers import ALONE, Workers
 from .hashing import Hasher
 from .journal import JOURNAL, Journal, WorkerJournal, remove_journals
 from .locate import MODEL, SAFETENSORS
-from .publish import MANIFEST, Staging, cannot_write, check_target, target
+from .publish import DISK_FULL, MANIFEST, Staging, allocated, cannot_write, check_target, hidden, target
 from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
 from .shard_file import Background, ShardFile
 from .spec import TensorSpec
@@ -303,6 +303,9 @@ class CheckpointWriter:
         """Wait until everything is written, hashed and on the disk, by all workers."""
         if self._hashes:
             return
+        if self._pending:
+            missing = sorted(self._pending)
+            raise ArgumentError(f"{len(missing)} tensors were never written: {', '.join(missing[:10])}")
         try:
             for file in self._files.values():
                 file.hand_over()
@@ -332,11 +335,10 @@ class CheckpointWriter:
                 self._finish()
         finally:
             self._abort()
+        if isinstance(error, OSError) and error.errno in DISK_FULL:  # what is not a tensor, as a config that is copied
+            raise cannot_write(self.out, error) from error
 
     def _finish(self) -> None:
-        if self._pending:
-            missing = sorted(self._pending)
-            raise ArgumentError(f"{len(missing)} tensors were never written: {', '.join(missing[:10])}")
         self.finish()
         try:
             self.workers.first(self._complete)
@@ -381,7 +383,8 @@ class CheckpointWriter:
 
 def write_json(path: Path, content: object) -> None:
     """Readable JSON with the keys in the given order."""
-    path.write_text(_indented(content) + "\n", encoding="utf-8")
+    # JSON has names of files that are no UTF-8 as escapes, which read back.
+    path.write_text(_indented(content) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
@@ -408,6 +411,6 @@ def _check_room(out: Path, nbytes: int) -> None:
         raise CheckpointError(f"cannot write {out}: {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write {out}: {existing} is not writable")
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + allocated(hidden(out))  # of a killed run: resumed, or removed first
     if nbytes > free:
         raise CheckpointError(f"{out} needs {nbytes / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB free")

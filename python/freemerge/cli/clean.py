@@ -39,8 +39,12 @@ def run(output: Output, directory: Path, dry_run: bool) -> int:
 
 
 def _fate(left: Leftover, dry_run: bool) -> str:
+    if left.removed:
+        return "removed"
     if left.alive:
         return "kept, a run is writing it"
+    if left.alive is None:
+        return "kept, as its file system cannot tell whether a run is writing it"
     if left.holds_output:
         return "kept, a whole output that was being replaced; move it to where it belongs"
-    return "left by a killed run" if dry_run else "removed"
+    return "left by a killed run" if dry_run else "left by a killed run, and cannot be removed"

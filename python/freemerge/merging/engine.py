@@ -68,6 +68,7 @@ class Merger:
         stopwatch: where the time went.
         kept: if given, holds what :meth:`measure` merges to find the scale, for :meth:`merged`.
         memory: bytes that are fetched from the disk before they are needed.
+        of_models: whether models are merged; differences of them may hold negative variances.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Merger:
         self._widest: torch.dtype = getattr(torch, recipe.compute_dtype)
         self.stopwatch = Stopwatch()
         self.kept: Kept | None = None
+        self.of_models = True
 
         def names(name: str) -> tuple[str, ...]:
             first = base.tied.get(name, name)
@@ -100,6 +102,7 @@ class Merger:
             heeded=lambda name: not left_alone((name, *base.aliases(name)), recipe.select),
         )
         dropped = {name for name in base.specs if drops(names(name), recipe.select)}
+        dropped |= {name for name, first in comparison.tied.items() if first in dropped}
         ties = {name: first for name, first in (base.tied | comparison.tied).items() if name in base.specs}
         self.tied = {name: first for name, first in ties.items() if name not in dropped}
         self.written = [name for name in base.specs if name not in base.tied and name not in dropped]
@@ -295,7 +298,7 @@ class Merger:
         with self.stopwatch.stage("merge", self._worked_bytes(unit)):
             (delta,) = self.method.merge(self.vectors(unit), measured).complete().tensors
         spec = self.out_spec(unit.names[0])
-        merged = add_round(self.base.read_flat(unit.names), delta, measured.scale, spec.dtype)
+        merged = add_round(_read_flat(self.base, unit.names), delta, measured.scale, spec.dtype)
         if not all_finite(merged):
             for name, part in self._parts(unit, merged).items():
                 check_finite(name, part, f"merged model at scale {measured.scale:g} in {spec.dtype_name}")
@@ -317,7 +320,9 @@ class Merger:
             name, dtype = vectors.name, self.out_spec(vectors.name).dtype
             tensor = add_round(_read(self.base, name).to(delta.device), delta, scale, dtype)
             check_finite(name, tensor, f"merged model in {str(dtype).removeprefix('torch.')}")
-            check_variance(name, tensor, ((source.label, source.read(name)) for source in (self.base, *self.models)))
+            if self.of_models:
+                sources = ((source.label, source.read(name)) for source in (self.base, *self.models))
+                check_variance(name, tensor, sources)
             tensors[name] = tensor.to(self.base.device(name))
         return tensors
 
@@ -325,7 +330,7 @@ class Merger:
         base = _read(self.base, name)
         if must_agree:
             for model in self.models:
-                require_equal(name, base, model.read(name).to(base.device), model.label)
+                require_equal(name, base, _read(model, name).to(base.device), model.label)
         spec = self.out_spec(name)
         copied = base.to(spec.dtype, copy=True, memory_format=torch.contiguous_format)
         if copied.dtype != base.dtype and not stays_finite(base, copied):
@@ -428,11 +433,11 @@ class Merger:
         names = unit.names
 
         def base() -> Tensor:
-            flat = self.base.read_flat(names)
+            flat = _read_flat(self.base, names)
             return flat.double() if self._compute_dtype(names[0]) == torch.float64 else flat
 
         sizes = tuple([self.specs[name].numel for name in names])
-        models = [partial(self._timed, model.read_flat, names) for model in self.models]
+        models = [partial(self._timed, _read_flat, model, names) for model in self.models]
         flat = Deltas(names[0], (sum(sizes),), partial(self._timed, base), models, partial(self._check, names))
         return TaskVectors((flat,), False, backend=self.backend, sizes=sizes)
 
@@ -489,6 +494,10 @@ class Merger:
 
 def _read(source: Checkpoint, name: str) -> Tensor:
     return fetched(source.read(name), source.origin(name))
+
+
+def _read_flat(source: Checkpoint, names: Sequence[str]) -> Tensor:
+    return fetched(source.read_flat(names), source.origin(names[0]))
 
 
 class _Shared(Whole[TaskVectors]):

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..checkpoint import MERGEABLE, Checkpoint
 from ..checkpoint.architecture import read_config
 from ..checkpoint.hub_cache import local_path
@@ -25,7 +23,7 @@ from ..methods.model_stock import ModelStock
 from ..methods.task_arithmetic import TaskArithmetic
 from ..methods.ties import TIES
 from ..responses import finite_number
-from .recipe import Recipe, StrictLoader
+from .recipe import Recipe, read_yaml
 from .selection import LayerWeights
 
 Value = float | tuple[float, ...]  # of all layers, or from the first layer to the last
@@ -102,10 +100,8 @@ def read_mergekit(path: str | Path) -> tuple[str, list[str], Recipe]:
     CheckpointError for a base that cannot be read: weights by names and gradients are found for its tensors.
     """
     try:
-        return _Config(yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader)).parts()
-    except OSError as error:
-        raise ArgumentError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, ArgumentError) as error:
+        return _Config(read_yaml(Path(path))).parts()
+    except ArgumentError as error:
         raise ArgumentError(f"{path}: {error}") from None
 
 

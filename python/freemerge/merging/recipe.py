@@ -78,6 +78,7 @@ class Recipe:
 
     def __init__(
         self,
+        /,
         response: Response | None = None,
         *,
         method: str | Method = "fr",
@@ -147,7 +148,7 @@ class Recipe:
             )
         return cls.from_yaml(_PRESET_FOLDER / f"{name}.yaml")
 
-    def replace(self, **changes: Any) -> Recipe:
+    def replace(self, /, **changes: Any) -> Recipe:
         """A copy with some fields changed, validated again. Another ``method`` starts from its own defaults."""
         common = {f.name: changes.pop(f.name, getattr(self, f.name)) for f in fields(self)}
         if common["method"] == self.method.name:
@@ -208,13 +209,9 @@ class Recipe:
         """Read a recipe file. Raises ArgumentError naming the file."""
         path = path_of("path", path)
         try:
-            return cls.from_config(yaml.load(path.read_text(encoding="utf-8"), StrictLoader))
-        except OSError as error:
-            raise ArgumentError(f"recipe {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError, ArgumentError) as error:
+            return cls.from_config(read_yaml(path))
+        except ArgumentError as error:
             raise ArgumentError(f"recipe {path}: {error}") from None
-        except RecursionError:
-            raise ArgumentError(f"recipe {path}: nested too deeply") from None
 
 
 def _method(method: object, parameters: Mapping[str, Any]) -> Method:
@@ -261,6 +258,18 @@ def checked_recipe(recipe: object, method: str | Method | None = None) -> Recipe
 def to_yaml(config: Mapping[str, object]) -> str:
     """Plain data as YAML text, in its own order."""
     return yaml.safe_dump(dict(config), sort_keys=False)
+
+
+def read_yaml(path: Path) -> object:
+    """The content of a YAML file; ArgumentError saying what is wrong with it."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
+    except OSError as error:
+        raise ArgumentError(str(error.strerror)) from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of no UTF-8, a date that is none, a number too long
+        raise ArgumentError(str(error)) from None
+    except RecursionError:
+        raise ArgumentError("nested too deeply") from None
 
 
 class StrictLoader(yaml.SafeLoader):

@@ -98,16 +98,20 @@ def merge(
     """
     target = None if into is None else Target(into)
     with ExitStack() as stack:
-        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
-        measured = merger.measure()
-        merged: dict[str, Tensor] = {}
-        for unit in merger.units:
-            merged |= merger.merged(unit, measured).tensors
-        merged |= {name: merged[first] for name, first in merger.tied.items()}
-        restored = merger.base.restored(merged)
+        restored = merged_in_memory(open_merger(stack, base, models, checked_recipe(recipe, method), backend))
     if target is not None:
         target.fill(restored)
     return restored
+
+
+def merged_in_memory(merger: Merger) -> dict[str, Tensor]:
+    """The merged model, named and shaped as the base was."""
+    measured = merger.measure()
+    merged: dict[str, Tensor] = {}
+    for unit in merger.units:
+        merged |= merger.merged(unit, measured).tensors
+    merged |= {name: merged[first] for name, first in merger.tied.items()}
+    return merger.base.restored(merged)
 
 
 def merge_checkpoints(
@@ -274,8 +278,12 @@ def open_merger(
     recipe: Recipe,
     backend: str = "auto",
     memory: int = DEFAULT_MEMORY,
+    argument: str = "models",
 ) -> Merger:
-    """A merger of these inputs, which ``stack`` closes. Arguments and errors as of :func:`merge_checkpoints`."""
+    """A merger of these inputs, which ``stack`` closes. Arguments and errors as of :func:`merge_checkpoints`.
+
+    ``argument``: what messages call the models.
+    """
     check_models(models)
     if not models:
         raise ArgumentError("models must hold at least one fine-tuned model")
@@ -285,7 +293,7 @@ def open_merger(
     inputs = open_inputs(
         stack,
         base,
-        {f"models[{i}]": model for i, model in enumerate(models)},
+        {f"{argument}[{i}]": model for i, model in enumerate(models)},
         merged=lambda names: not left_alone(names, recipe.select),
         renames=recipe.rename,
     )
@@ -365,6 +373,7 @@ def _identity(merger: Merger) -> dict[str, object] | None:
         ],
         "recipe": merger.recipe.to_record(),
         "versions": [__version__, torch.__version__],
+        "backend": merger.backend,
     }
 
 
@@ -421,7 +430,7 @@ def _describe(
         method=recipe.method.title,
         paper=recipe.method.paper,
     )
-    (writer.directory / "README.md").write_text(card, encoding="utf-8")
+    (writer.directory / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     decisions = report.inspection.decisions
     writer.manifest = build_manifest(
         recipe={**recipe.to_record(), "measured": {"weights": report.weights, "scale": report.scale}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import ArgumentError
 from ..methods import Method
 from ..overlap import internal_overlap
 from .recipe import Recipe, checked_recipe
-from .run import merge
+from .run import merged_in_memory, open_merger
 from .selection import Rule, Split, Stack, View
 from .units import plan_units, require_equal
 
@@ -53,8 +54,20 @@ def merge_tensors(
         ArgumentError: an argument is invalid, or the recipe stacks this tensor with others, or drops it.
         CheckpointError: a value is not finite, or tensors that can only be copied differ.
     """
-    recipe = checked_recipe(recipe, method)
-    _check_tensors(base, tensors)
+    return _merge_one("tensors", base, tensors, checked_recipe(recipe, method), weights, name, out)
+
+
+def _merge_one(
+    argument: str,
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    recipe: Recipe,
+    weights: Sequence[float] | None,
+    name: str | None,
+    out: Tensor | None,
+) -> Tensor:
+    """What :func:`merge_tensors` returns. ``argument``: what messages call the tensors."""
+    _check_shapes(argument, base, tensors)
     if name is not None and not isinstance(name, str):
         raise ArgumentError(f"name must be that of a tensor, got {name!r}")
     if weights is not None:
@@ -69,7 +82,11 @@ def merge_tensors(
     layers = [layer for layer in recipe.layers if name is not None and fnmatchcase(name, layer.pattern)]
     recipe = recipe.replace(select=select, views=views, layers=layers, rename=())
     if base.dtype in MERGEABLE:
-        merged = merge({key: base}, [{key: tensor} for tensor in tensors], recipe)[key]
+        with ExitStack() as stack:
+            models = [{key: tensor} for tensor in tensors]
+            merger = open_merger(stack, {key: base}, models, recipe, argument=argument)
+            merger.of_models = argument == "tensors"
+            merged = merged_in_memory(merger)[key]
     else:  # of which no model consists
         merged = _copied(spec, base, tensors, select)
     if out is None:
@@ -92,19 +109,21 @@ def merge_deltas(
     ``out_dtype``). All else is as for :func:`merge_tensors`; where v_i is exact in its dtype, so is this method's view
     of it, whatever theta_0 is.
     """
+    recipe = checked_recipe(recipe, method)
     _check_sequence("deltas", deltas)
     first = dense(deltas[0], "deltas[0]")
     if first.dtype not in MERGEABLE:
         raise ArgumentError(f"deltas[0] must be float32, float64, bfloat16 or float16, got {first.dtype}")
     origin = torch.zeros((), dtype=first.dtype, device=first.device).expand(first.shape)
-    return merge_tensors(origin, deltas, method=method, recipe=recipe, weights=weights, name=name, out=out)
+    return _merge_one("deltas", origin, deltas, recipe, weights, name, out)
 
 
-def _check_tensors(base: Tensor, tensors: object) -> None:
+def _check_shapes(argument: str, base: Tensor, tensors: object) -> None:
     shape = dense(base, "base").shape
-    for i, tensor in enumerate(_check_sequence("tensors", tensors)):
-        if dense(tensor, f"tensors[{i}]").shape != shape:
-            raise ArgumentError(f"tensors[{i}] has shape {tuple(tensor.shape)} but base has {tuple(shape)}")
+    first = "base" if argument == "tensors" else f"{argument}[0]"
+    for i, tensor in enumerate(_check_sequence(argument, tensors)):
+        if dense(tensor, f"{argument}[{i}]").shape != shape:
+            raise ArgumentError(f"{argument}[{i}] has shape {tuple(tensor.shape)} but {first} has {tuple(shape)}")
 
 
 def _check_sequence(name: str, tensors: object) -> Sequence[Tensor]:

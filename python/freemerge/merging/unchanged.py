@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ..errors import ArgumentError
 from ..methods.average import Average
+from ..methods.breadcrumbs import Breadcrumbs
 from ..methods.rules import weights_by_rule
 from ..methods.task_arithmetic import TaskArithmetic
 from .inspection import Decision
@@ -21,6 +22,8 @@ def refuse_unchanged(recipe: Recipe, decisions: Sequence[Decision]) -> None:
         raise ArgumentError("weights: with nothing but zeros the merged model is the base")
     if getattr(recipe.method, "density", None) == 0:
         raise ArgumentError("density: at 0 nothing of the task vectors is kept, and the merged model is the base")
+    if isinstance(recipe.method, Breadcrumbs) and recipe.method.beta + recipe.method.gamma >= 1:
+        raise ArgumentError("beta, gamma: where they leave out everything, the merged model is the base")
     if all(decision.action == "copy" for decision in decisions):
         raise ArgumentError("select: every tensor is copied or left out, and the merged model is the base")
     removed = [decision.removed for decision in decisions if decision.removed is not None]
