@@ -57,8 +57,13 @@ def bytes_of(x: Tensor) -> memoryview:
 
 def overwrite(x: Tensor, values: Tensor) -> Tensor:
     """Copy values into a tensor, outside of autograd; into one of inference mode, too."""
-    with torch.inference_mode() if x.is_inference() else torch.no_grad():  # only there may such a tensor be written
+    with writing(x):
         return x.copy_(values)
+
+
+def writing(x: Tensor) -> torch.inference_mode | torch.no_grad:
+    """A block in which a tensor may be written in place, outside of autograd; one of inference mode, too."""
+    return torch.inference_mode() if x.is_inference() else torch.no_grad()
 
 
 def _wraps(x: Tensor) -> bool:

@@ -84,6 +84,15 @@ def test_nan_payloads_and_negative_zeros_come_back(backend: str) -> None:
         assert torch.equal(weights.view(torch.int16), bits)
 
 
+def test_weights_of_inference_mode_change_and_come_back(backend: str) -> None:
+    with torch.inference_mode():
+        weights = torch.randn(9, 10)
+    before, entries = weights.clone(), sparse(90, 9, 0)
+    with apply_([Update(weights, entries, 0.5)], backend=backend):
+        assert torch.equal(weights, expected(Update(before, entries, 0.5)))
+    assert torch.equal(weights, before)
+
+
 ONES = torch.ones(2)
 
 

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 import torch
 
 from .. import _core
+from ..dense import writing
 from .base import Backend, Entries
 from .memory import compute_dtype
 from .sparse import BackendSwitch, Scratch, Update, flat_memory
@@ -144,6 +145,11 @@ def _entries(v: torch.Tensor, mask: torch.Tensor) -> Entries:
     return indices.cpu(), v.view(-1)[indices].cpu()
 
 
+def _put(memory: torch.Tensor, where: torch.Tensor, values: torch.Tensor) -> None:
+    with writing(memory):
+        memory[where] = values
+
+
 class _Switch(BackendSwitch):
     def __init__(self, updates: Sequence[Update]) -> None:
         self._updates = [
@@ -158,8 +164,8 @@ class _Switch(BackendSwitch):
                 saved = memory[where]
                 start, compute = saved if origin is None else origin, compute_dtype([memory])
                 changed = (start.to(compute) + values.to(compute) * scale).to(memory.dtype)
-                undo.callback(memory.__setitem__, where, saved)
-                memory[where] = changed
+                undo.callback(_put, memory, where, saved)
+                _put(memory, where, changed)
             return undo.pop_all().close
 
     def wait(self) -> None:
