@@ -163,16 +163,58 @@ def test_the_model_may_change_between_switches(change: Callable[[nn.Module], obj
     assert not all(torch.equal(want[name], value) for name, value in before.items())
 
 
-def test_a_parameter_that_no_longer_fits_is_refused() -> None:
-    model, experts, _ = make(Text)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model.down.weight, "data", torch.ones(3)), r"'down\.weight' has shape \(3,\) now"),
+        (lambda model: setattr(model, "up", nn.Linear(12, 48)), r"'up\.weight' has shape \(48, 12\) now"),
+        (lambda model: setattr(model, "positions", nn.Embedding(20, 24)), r"the bank was attached to \(12, 24\)"),
+        (lambda model: delattr(model.up, "weight"), r"'up\.weight', which the bank was attached to, is gone"),
+        (lambda model: setattr(model, "up", None), r"'up\.\w+', which the bank was attached to, is gone"),
+    ],
+)
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_a_parameter_that_no_longer_fits_is_refused(
+    change: Callable[[nn.Module], object], message: str, low_rank: bool
+) -> None:
+    model, experts, base = make(Text)
+    if low_rank:
+        base = untied(base)
+        tasks = {"task0": {name: tensor + 1 for name, tensor in base.items()}}
+        experts = fx.extract_experts(base, tasks, backbone=base, rank=1)
     bank = fx.ExpertBank(model, experts)
     with bank.active("task0"):
         pass
-    model.get_parameter("down.weight").data = torch.ones(3)
+    change(model)
     before = snapshot(model)
-    with pytest.raises(ArgumentError, match="outside the tensor"):
+    with pytest.raises(ArgumentError, match=message):
         bank.active("task0").__enter__()
+    with pytest.raises(ArgumentError, match=r"'(up|down|positions)\.\w+'"):
+        bank.deltas(["task0"]).__enter__()
     assert_same(model, before)
+
+
+def test_a_tensor_that_is_gone_from_a_state_dict_is_named() -> None:
+    model, experts, _ = make(Text)
+    state = snapshot(model)
+    bank = fx.ExpertBank(state, experts)
+    del state["up.bias"]
+    with pytest.raises(ArgumentError, match=r"'up\.bias', which the bank was attached to, is gone"):
+        bank.active("task0").__enter__()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_traced_model_is_switched() -> None:
+    model, experts, _ = make(Text)
+    x = torch.arange(20).view(2, 10)
+    traced = torch.jit.trace(model, x)
+    with torch.no_grad():
+        backbone = model(x)
+        with fx.ExpertBank(model, experts).active("task1"):
+            expected = model(x)
+        with fx.ExpertBank(traced, experts).active("task1"):
+            torch.testing.assert_close(traced(x), expected)
+        torch.testing.assert_close(traced(x), backbone)
 
 
 def test_weights_that_overlap_themselves_are_refused() -> None:

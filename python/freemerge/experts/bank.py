@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from .deltas import Change, Product, forward_deltas, unserved
 from .expert import Expert
 from .placement import Part, Placement, gathered, gathered_dense, seen_by
 from .switch import Switch, add_dense, weighted_sum
-from .values import LowRankTensor, SparseTensor
+from .values import ExpertTensor, LowRankTensor, SparseTensor
 from .values.base import Seen
 
 Combine = Literal["add", "replace"]
@@ -64,9 +64,9 @@ class ExpertBank(Mapping[str, Expert]):
         self._model = model
         self._experts = _checked(experts)
         self._placement = Placement(model)
-        self._parts = {task: self._placed(task, expert) for task, expert in self._experts.items()}
+        self._shapes: dict[str, torch.Size] = {}  # of the tensors that experts change
+        self._parts = {task: self._placed(task, expert.tensors) for task, expert in self._experts.items()}
         self._statistics = {task: self._placed_statistics(task, expert) for task, expert in self._experts.items()}
-        self._names = {task: list(parts) for task, parts in self._parts.items()}
         self._entries = {
             task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
             for task, expert in self._experts.items()
@@ -120,6 +120,8 @@ class ExpertBank(Mapping[str, Expert]):
         The cost of single entries is that of the entries touched, not of the model. Low-rank experts touch every entry:
         their products are added tensor by tensor, and the former weights kept as copies. In a mixture of both kinds,
         entries are added last.
+
+        With activation checkpointing, run the backward pass inside of the block, too: it repeats the forward pass.
 
         Running means and variances become ``(1 - sum_i a_i) s_m + sum_i a_i s_i``, a_i = w_i :attr:`Expert.share`; it
         is an average always: negative a_i count as 0, and a sum above 1 is brought down to 1.
@@ -205,7 +207,8 @@ class ExpertBank(Mapping[str, Expert]):
         The model must be a module, and the batch the first dimension of what every such module gets. Linear, Embedding,
         convolutions, LayerNorm, GroupNorm and batch norms in eval mode can do it. A model that passes a parameter to a
         function, instead of calling the module that holds it, gets wrong results; :meth:`serves_deltas` tells. A graph
-        that torch.compile has made around the model leaves the products out. Raises ArgumentError for what the modules
+        that torch.compile has made around the model leaves the products out. With activation checkpointing, run the
+        backward pass inside of the block, too: it repeats the forward pass. Raises ArgumentError for what the modules
         themselves cannot serve, compiled ones among them, before anything is computed, and for an input whose first
         dimension is neither ``len(experts)`` nor 1.
         """
@@ -220,7 +223,7 @@ class ExpertBank(Mapping[str, Expert]):
         shares = [[chosen.get(task, 0.0) for task in tasks] for chosen in samples]
         weights = torch.tensor(shares, dtype=torch.float64, device="cpu").view(len(samples), len(tasks))
         with self._turn(), ExitStack() as undo:
-            updates = [{name: self._change(task, name) for name in self._names[task]} for task in tasks]
+            updates = [{name: self._change(task, name) for name in self._parts[task]} for task in tasks]
             statistics = self._of_samples(samples)
             undo.enter_context(forward_deltas(self._model, weights, updates, statistics))
             with self._innermost(undo):
@@ -233,6 +236,8 @@ class ExpertBank(Mapping[str, Expert]):
         the modules alone do not tell: whether each is called, with the batch as the first dimension, and whether its
         parameters are used elsewhere.
         """
+        if isinstance(tasks, str) or not isinstance(tasks, Iterable | None):
+            raise ArgumentError(f"tasks must be a list of names, got {tasks!r}")
         if not isinstance(self._model, nn.Module):
             return "deltas needs a bank that is attached to a module, not to a state dict"
         weights = self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0))
@@ -247,8 +252,7 @@ class ExpertBank(Mapping[str, Expert]):
         for tensor in (*model.parameters(), *model.buffers()):
             with suppress(ArgumentError):  # what has no memory of its own is none of them
                 held.add(dense(tensor, "model").data_ptr())
-        changed = (name for names in (*self._names.values(), *self._statistics.values()) for name in names)
-        return all(self._tensor(name).data_ptr() in held for name in changed)
+        return all(self._tensor(name).data_ptr() in held for name in self._shapes)
 
     def _weights(self, experts: str | Mapping[str, float]) -> dict[str, float]:
         if not isinstance(experts, str | Mapping):
@@ -265,8 +269,8 @@ class ExpertBank(Mapping[str, Expert]):
 
     def _touched(self, weights: Mapping[str, float]) -> list[str]:
         if len(weights) == 1:
-            return self._names[next(iter(weights))]
-        return sorted({name for task in weights for name in self._names[task]})
+            return list(self._parts[next(iter(weights))])
+        return sorted({name for task in weights for name in self._parts[task]})
 
     def _averages(self, weights: Mapping[str, float]) -> dict[str, list[tuple[Tensor, float]]]:
         """For each running statistic that experts replace, theirs and the share of each."""
@@ -406,25 +410,35 @@ class ExpertBank(Mapping[str, Expert]):
         return cached
 
     def _tensor(self, name: str) -> Tensor:
-        """The model's tensor as it is now: a module may have been moved or converted since. KeyError if it has none.
+        """The model's tensor as it is now: a module may have been moved or converted since.
 
-        Only what a module holds counts: what it computes, as a parametrized weight, cannot be changed in place.
+        ArgumentError if it has none any more, or one of another shape.
         """
+        held = self._held(name)
+        if held is None:
+            raise ArgumentError(f"model: {name!r}, which the bank was attached to, is gone")
+        tensor = dense(held, f"model: {name!r}")
+        attached = self._shapes.setdefault(name, tensor.shape)
+        if tensor.shape != attached:
+            raise ArgumentError(
+                f"model: {name!r} has shape {tuple(tensor.shape)} now, the bank was attached to {tuple(attached)}"
+            )
+        return tensor
+
+    def _held(self, name: str) -> Tensor | None:
+        """Only what a module holds counts: what it computes, as a parametrized weight, cannot be changed in place."""
         if not isinstance(self._model, nn.Module):
-            return dense(self._model[name], f"model: {name!r}")
+            return self._model.get(name)
         *path, attribute = name.split(".")
-        owner = self._model
-        for part in path:
-            inner = owner._modules.get(part)
-            if inner is None:
-                raise KeyError(name)
-            owner = inner
-        held: Tensor | None = owner._parameters.get(attribute)
-        if held is None:
-            held = owner._buffers.get(attribute)
-        if held is None:
-            raise KeyError(name)
-        return dense(held, f"model: {name!r}")
+        owner: Any = self._model
+        try:
+            for part in path:
+                owner = owner._modules[part]
+            kind = owner._parameters if attribute in owner._parameters else owner._buffers
+            held: Tensor | None = kind[attribute]
+        except (AttributeError, KeyError):  # it has been replaced by None, or deleted
+            return None
+        return held
 
     def _opened(self, source: Source, argument: str) -> Checkpoint:
         """Another checkpoint of the model, under its names and in its layout."""
@@ -434,9 +448,9 @@ class ExpertBank(Mapping[str, Expert]):
             base = InModuleLayout(base, layout)
         return renamed(base, Naming(self._placement.names).of(base.specs))
 
-    def _placed(self, task: str, expert: Expert) -> dict[str, list[Part]]:
+    def _placed(self, task: str, tensors: Mapping[str, ExpertTensor] | Mapping[str, Tensor]) -> dict[str, list[Part]]:
         try:
-            return self._placement.parts(expert.tensors)
+            return self._placement.parts(tensors)
         except KeyError as error:
             raise ArgumentError(f"experts: {task!r} has an entry {error.args[0]!r}, which the model lacks") from None
         except ValueError as error:
@@ -445,13 +459,10 @@ class ExpertBank(Mapping[str, Expert]):
     def _placed_statistics(self, task: str, expert: Expert) -> dict[str, Tensor]:
         """An expert's running statistics in float32, under the model's names."""
         placed: dict[str, Tensor] = {}
-        try:
-            for name, parts in self._placement.parts(expert.statistics).items():
-                placed[name] = expert.statistics[parts[0].entry].float()
-                if len(parts) > 1 or parts[0].piece is not None or self._tensor(name).shape != placed[name].shape:
-                    raise ArgumentError(f"experts: {parts[0].entry!r} of {task!r} does not fit the model's {name!r}")
-        except KeyError as error:
-            raise ArgumentError(f"experts: {task!r} has an entry {error.args[0]!r}, which the model lacks") from None
+        for name, parts in self._placed(task, expert.statistics).items():
+            placed[name] = expert.statistics[parts[0].entry].float()
+            if len(parts) > 1 or parts[0].piece is not None or self._tensor(name).shape != placed[name].shape:
+                raise ArgumentError(f"experts: {parts[0].entry!r} of {task!r} does not fit the model's {name!r}")
         return placed
 
     def _check(self, task: str, expert: Expert) -> None:
@@ -459,10 +470,7 @@ class ExpertBank(Mapping[str, Expert]):
             raise ArgumentError(f"base must be given: {task!r} is of values {expert.values}, which need it (--base)")
         memory: dict[int, str] = {}
         for name, parts in self._parts[task].items():
-            try:
-                tensor = self._tensor(name)
-            except KeyError:
-                raise ArgumentError(f"experts: {task!r} has an entry {name!r}, which the model lacks") from None
+            tensor = self._tensor(name)
             shape = tuple(tensor.shape)
             kept = expert.tensors[parts[0].entry].shape if parts[0].piece is None else shape
             if shape != kept:
