@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,7 @@ from expert_models import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError
@@ -90,6 +92,9 @@ def test_delta_mode_names_what_it_cannot_serve() -> None:
         fx.ExpertBank(model.state_dict(), experts).deltas(["task0"]).__enter__()
     with pytest.raises(ArgumentError, match="no expert 'poetry'"):
         bank.serves_deltas(["poetry"])
+    for wrong in ("task0", 3):
+        with pytest.raises(ArgumentError, match="tasks must be a list of names"):
+            bank.serves_deltas(wrong)  # type: ignore[arg-type]
 
     class Shifted(nn.Linear):
         def __init__(self) -> None:
@@ -218,6 +223,55 @@ def test_a_forward_that_was_replaced_is_not_served() -> None:
     assert bank.serves_deltas() == "deltas cannot serve '6.bias': it belongs to a Linear, whose forward was replaced"
     model[6]._old_forward = forward  # as accelerate has it, which computes the same, on the right device
     assert bank.serves_deltas() is None
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("rewrite", "name"),
+    [
+        (lambda module: prune.identity(module, "weight"), "weight_orig"),
+        (nn.utils.weight_norm, "weight_g"),
+        (nn.utils.spectral_norm, "weight_orig"),
+    ],
+)
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_what_a_module_makes_its_weight_of_is_not_served(
+    kind: type[nn.Module], rewrite: Callable[[nn.Module], object], name: str
+) -> None:
+    model = nn.Sequential(kind(4, 4)).eval()
+    rewrite(model[0])
+    held = dict(model.named_parameters())
+    state = {key: tensor + 1 if key in held else tensor for key, tensor in model.state_dict().items()}
+    bank = fx.ExpertBank(model, fx.extract_experts(model, {"t": state}))
+    reason = f"deltas cannot serve '0.{name}': it is neither weight nor bias of its {kind.__name__}"
+    assert bank.serves_deltas() == reason
+
+
+def test_products_are_not_rounded_under_autocast() -> None:
+    """A difference of one in a thousand, which factors of 16 bits do not have."""
+    base, tuned = {"weight": torch.zeros(1, 4)}, {"weight": torch.tensor([[1.0, -1.0, 0.0, 0.0]])}
+    model = nn.Linear(4, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    experts = {
+        "entries": fx.extract_experts(base, {"t": tuned}, density=0.75, rescale=1.0)["t"],
+        "low rank": fx.extract_experts(base, {"t": tuned}, backbone=base, rank=1, values="svd16")["t"],
+    }
+    bank = fx.ExpertBank(model, experts)
+    x = torch.tensor([[1 + 2**-10, 1.0, 0.0, 0.0]] * 2)
+    with torch.no_grad(), bank.deltas(["entries", "low rank"]), torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    torch.testing.assert_close(out, torch.full((2, 1), 2**-10, dtype=torch.bfloat16), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Text, Vision])
+def test_a_copy_made_in_the_block_is_a_backbone_after_it(kind: Callable[[], nn.Module]) -> None:
+    model, experts, _ = make(kind)
+    x = torch.arange(12).view(2, 6) if kind is Text else torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        with fx.ExpertBank(model, experts).deltas(["task0", "task1"]):
+            made = copy.deepcopy(model)
+            assert torch.equal(made(x), model(x))
+        assert torch.equal(made(x[:1]), model(x[:1]))
 
 
 def test_gradients_go_through_deltas() -> None:

@@ -1,7 +1,7 @@
 """Routed models: every sample as under its own experts, and how many passes that takes."""
 
 import copy
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from dataclasses import replace
 
 import pytest
@@ -183,6 +183,48 @@ def test_structures_come_back_as_they_were() -> None:
         torch.testing.assert_close(output.first, torch.tensor(factors) * first * 2)
         assert torch.equal(output.second[0], second)
         assert torch.equal(output.second[1][0], first)
+
+
+def test_mappings_keep_their_type() -> None:
+    class Batch(UserDict[str, Tensor]):
+        """With attributes, as transformers' BatchEncoding has."""
+
+        @property
+        def x(self) -> Tensor:
+            return self["x"]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, batch: Batch) -> Batch:
+            return Batch(x=self.weight * batch.x)
+
+    model, x = Model(), torch.arange(4.0)
+    bank = make_bank(model, ("a", "b"))
+    weights = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+    batch = Batch(x=x)
+    output = RoutedModel(model, bank, lambda _: weights, features=lambda batch: batch.x[:, None])(batch).output
+    factors = [1 + float(bank[name].dense()["weight"]) if name else 1.0 for name in ("b", "a", None, "b")]
+    assert isinstance(output, Batch)
+    torch.testing.assert_close(output.x, torch.tensor(factors) * x)
+    assert batch.x is x
+
+
+def test_a_model_that_is_compiled_later_is_switched() -> None:
+    """Its graph, made before, does not know of what deltas hook to the modules."""
+    torch.manual_seed(5)
+    model = Vision().eval()
+    bank = make_bank(model, ("a", "b"))
+    images, weights = torch.rand(5, 3, 8, 8), torch.rand(5, 2)
+    routed = RoutedModel(model, bank, lambda _: weights, features=lambda images: images)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = routed(images).output
+        routed.model = torch.compile(model, backend="eager")
+        routed.model(images)
+        torch.testing.assert_close(routed(images).output, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_misfits_are_named(router: Router, sequences: Sequences) -> None:

@@ -125,10 +125,12 @@ def test_files_that_are_no_routers_are_refused(router: Router, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="options"):
         Router.load(tmp_path / "empty")
     broken = {**router.tensors, "hidden.bias": torch.full_like(router.tensors["hidden.bias"], float("nan"))}
+    halved = {name: tensor.bfloat16() for name, tensor in router.tensors.items()}
     flat = {**router.tensors, "hidden.weight": torch.zeros(3)}
     for tasks, tensors, message in (
         (router.tasks[:2], router.tensors, r"output\.weight must have shape \(2, 16\)"),
         (router.tasks, broken, r"hidden\.bias must hold finite floats"),
+        (router.tasks, halved, r"center must hold finite floats in float32, got torch\.bfloat16"),
         (router.tasks, flat, r"hidden\.weight must be a matrix, got \(3,\)"),
         (router.tasks, {"center": torch.zeros(3)}, "tensors must be"),
     ):
@@ -173,6 +175,9 @@ def test_bad_arguments_are_named(router: Router) -> None:
         router(torch.zeros(4, 5))
     with pytest.raises(ArgumentError, match="finite"):
         router(torch.full((1, 6), float("inf")))
+    for odd, its in ((router, features.double() * 1e300), (replace(router, temperature=1e-300), features)):
+        with pytest.raises(ArgumentError, match=r"features or temperature: .* no finite probabilities"):
+            odd(its)
     wrong: list[tuple[str, object]] = [("temperature", 0.0), ("temperature", "1"), ("temperature", None)]
     wrong += [("abstain", 1.5), ("abstain", "x"), ("mode", "x"), ("mode", []), ("tasks", None), ("tasks", "abc")]
     wrong += [("tensors", None), ("tensors", {}), ("tensors", dict.fromkeys(router.tensors, 1.0))]
@@ -228,6 +233,19 @@ def test_pooled_state_takes_the_first_tensor_wherever_it_is() -> None:
 
     x = torch.ones(2, 3)
     assert torch.equal(PooledState(nn.Sequential(Nested()), "0")(x), x)
+
+
+def test_pooled_state_of_a_compiled_model(sequences: Sequences) -> None:
+    """Graphs that were made before do not stop at the submodule."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    expected = PooledState(sequences, "embed")(ids)
+    torch._dynamo.reset()
+    compiled = torch.compile(sequences, backend="eager")
+    compiled(ids)
+    assert torch.equal(PooledState(compiled, "embed")(ids), expected)
+    sequences.compile(backend="eager")
+    with pytest.raises(ArgumentError, match="'embed' is compiled"):
+        PooledState(sequences, "embed")
 
 
 def test_pooled_state_names_what_is_wrong(sequences: Sequences) -> None:

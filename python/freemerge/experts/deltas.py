@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
+from ..backends.memory import without_autocast
 from ..backends.sparse import SparseVector
 from ..errors import ArgumentError
 
@@ -44,16 +47,18 @@ def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] |
     Modules alone do not tell whether a model calls them with the batch in front, and whether something else uses their
     parameters. ``run``, a forward pass of one sample, shows it.
     """
-    owners, names, compiled = _owners(model), list(names), _compiled(model)
+    owners, names, in_graphs = _owners(model), list(names), compiled(model)
     for name in names:
         if name not in owners:
             return f"{name!r}: it is not a parameter, nor a batch norm's"
-        for module, _ in owners[name]:
-            if module in compiled:
+        for module, attribute in owners[name]:
+            if module in in_graphs:
                 return f"{name!r}: its module is compiled, which leaves out what is hooked to it later"
             if _contribution(module) is None:
                 replaced = ", whose forward was replaced" if "forward" in vars(module) else ""
                 return f"{name!r}: it belongs to a {type(module).__name__}{replaced}"
+            if attribute not in _SERVED:  # as of pruned modules, which make a weight of it before each pass
+                return f"{name!r}: it is neither weight nor bias of its {type(module).__name__}"
             if getattr(module, "max_norm", None) is not None:
                 return f"{name!r}: its embedding changes the weights that are looked up (max_norm)"
             if isinstance(module, _BATCH_NORMS) and (module.training or module.running_mean is None):
@@ -89,15 +94,27 @@ def forward_deltas(
             normed.setdefault(module, {})[attribute] = rows
     with ExitStack() as hooks:
         for module, own_rows in normed.items():
-            hooks.callback(module.register_forward_pre_hook(_renormed(names[module], batch, own_rows)).remove)
+            hooks.enter_context(_hooked(module.register_forward_pre_hook, _renormed(names[module], batch, own_rows)))
         for module, own in terms.items():
             # Before hooks of others, whose work on the output is that on all of it.
-            hook = module.register_forward_hook(_hook(names[module], batch, own), prepend=True)
-            hooks.callback(hook.remove)
+            register = partial(module.register_forward_hook, prepend=True)
+            hooks.enter_context(_hooked(register, _hook(names[module], batch, own)))
         yield
 
 
-def _compiled(model: nn.Module) -> set[nn.Module]:
+@contextmanager
+def _hooked(register: Callable[[Callable[..., Any]], RemovableHandle], hook: Callable[..., Any]) -> Iterator[None]:
+    """A hook that works within the block; in copies of the module that were made there, it does nothing any more."""
+    held = [hook]
+    handle = register(lambda *args: held[0](*args) if held else None)
+    try:
+        yield
+    finally:
+        held.clear()
+        handle.remove()
+
+
+def compiled(model: nn.Module) -> set[nn.Module]:
     """The modules inside of those that torch.compile has made, or has been told to make, a graph of."""
     graphs = [m for m in model.modules() if "_orig_mod" in m._modules or m._compiled_call_impl is not None]
     return {inner for graph in graphs for inner in graph.modules()}
@@ -190,14 +207,15 @@ def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module,
         dtype = torch.promote_types(output.dtype, torch.float32)
         total = output.to(dtype, copy=True)
         block = max(1, _BLOCK * batch // max(1, output.numel()))
-        for samples, members in groups.items():
-            for start in range(0, len(samples), block):
-                part = slice(start, start + block)
-                rows = part if len(samples) == batch else torch.tensor(samples[part], device=x.device)
-                contribution = kind(module, x[rows], output[rows].shape, dtype)
-                for weights, deltas in members:
-                    contribution.add(weights[part].to(x.device, dtype), deltas)
-                total[rows] += contribution.result()
+        with without_autocast(x.device):
+            for samples, members in groups.items():
+                for start in range(0, len(samples), block):
+                    part = slice(start, start + block)
+                    rows = part if len(samples) == batch else torch.tensor(samples[part], device=x.device)
+                    contribution = kind(module, x[rows], output[rows].shape, dtype)
+                    for weights, deltas in members:
+                        contribution.add(weights[part].to(x.device, dtype), deltas)
+                    total[rows] += contribution.result()
         return total.to(output.dtype)
 
     return add
@@ -374,6 +392,7 @@ class _Convolution(_Contribution):
         return out
 
 
+_SERVED = ("weight", "bias", "running_mean", "running_var")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONTRIBUTIONS: dict[type[nn.Module], type[_Contribution]] = {
     nn.Linear: _Linear,

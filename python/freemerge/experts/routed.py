@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..arguments import function
 from ..errors import ArgumentError
 from .bank import Combine, ExpertBank
+from .deltas import compiled
 from .router import PooledState, Router
 
 
@@ -54,9 +56,9 @@ class RoutedModel:
     Calling it takes the model's own arguments. Samples with the same weights form one group, and each group is one
     forward pass with its experts switched on: a top-1 batch costs a pass for each expert that it needs. A batch with
     more mixtures than there are experts, as softmax weights make, is a single pass with :meth:`ExpertBank.deltas`, if
-    ``combine`` is "add" and :meth:`ExpertBank.serves_deltas` gives no reason against it; the first time, that takes a
-    pass of one sample. Both ways agree to rounding. On a CPU, such a batch takes a half to a fifth of the time with
-    samples of up to 32 tokens, and about the same with 128 (``benchmarks/experts.py``).
+    ``combine`` is "add", the model is not compiled, and :meth:`ExpertBank.serves_deltas` gives no reason against it;
+    the first time, that takes a pass of one sample. Both ways agree to rounding. On a CPU, such a batch takes a half to
+    a fifth of the time with samples of up to 32 tokens, and about the same with 128 (``benchmarks/experts.py``).
 
     Tensor arguments whose first dimension is the batch are split along it, all others are given to every pass. Raises
     ArgumentError if the weights do not fit the bank, or if the model returns something other than tensors with the
@@ -114,6 +116,8 @@ class RoutedModel:
     def _serves_deltas(self, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int) -> bool:
         if self.combine != "add" or self.bank.serves_deltas(self.tasks) is not None:
             return False
+        if isinstance(self.model, nn.Module) and compiled(self.model):  # around the module that the bank knows
+            return False
         if self._one_pass is None:
             one_args, one_kwargs = _take((args, kwargs), torch.tensor([0], device="cpu"), batch)
             self._one_pass = self.bank.serves_deltas(self.tasks, lambda: self.model(*one_args, **one_kwargs)) is None
@@ -145,11 +149,21 @@ def _take(value: Any, rows: Tensor, batch: int) -> Any:
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.ndim and len(value) == batch else value
     if isinstance(value, Mapping):
-        return {key: _take(item, rows, batch) for key, item in value.items()}
+        return _like(value, {key: _take(item, rows, batch) for key, item in value.items()})
     if isinstance(value, tuple | list):
         items = [_take(item, rows, batch) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping of the same type with other values: types such as transformers' BatchEncoding have attributes."""
+    if not isinstance(mapping, MutableMapping):
+        return items
+    made = copy(mapping)
+    for key, item in items.items():
+        made[key] = item
+    return made
 
 
 def _form(output: Any) -> tuple[object, ...]:
@@ -172,8 +186,7 @@ def _join(outputs: Sequence[Any], sizes: Sequence[int], order: Tensor) -> Any:
                 raise ArgumentError(f"the model returned shape {tuple(output.shape)} for a batch of {size}")
         return torch.cat(list(outputs))[order.to(first.device)]
     if isinstance(first, Mapping):
-        joined = {key: _join([output[key] for output in outputs], sizes, order) for key in first}
-        return joined if type(first) is dict else type(first)(**joined)  # transformers' ModelOutput takes keywords
+        return _like(first, {key: _join([output[key] for output in outputs], sizes, order) for key in first})
     if isinstance(first, tuple | list):
         items = [_join(group, sizes, order) for group in zip(*outputs, strict=True)]
         return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)

@@ -21,6 +21,7 @@ from ..arguments import number, path_of, whole_number
 from ..backends.memory import without_autocast
 from ..dense import dense
 from ..errors import ArgumentError, CheckpointError, counted
+from .deltas import compiled
 
 Mode = Literal["top1", "softmax"]
 Pool = Literal["mean", "first"]
@@ -125,8 +126,13 @@ class Router:
 
     @torch.no_grad()
     def __call__(self, features: Tensor) -> Tensor:
-        """Expert weights of each sample, (N, K) float32. Raises ArgumentError for non-finite or misshapen features."""
+        """Expert weights of each sample, (N, K) float32.
+
+        Raises ArgumentError for misshapen features, and where they or the temperature leave no finite probabilities.
+        """
         probabilities = torch.softmax(self.logits(_checked(features)) / self.temperature, dim=1)
+        if not torch.isfinite(probabilities).all():
+            raise ArgumentError(f"features or temperature: scores / {self.temperature:g} give no finite probabilities")
         weights = probabilities
         if self.mode == "top1":
             weights = F.one_hot(probabilities.argmax(1), len(self.tasks)).float()
@@ -182,8 +188,8 @@ class Router:
         for name, shape in zip(TENSORS, shapes, strict=True):
             if tuple(self.tensors[name].shape) != shape:
                 raise ArgumentError(f"{name} must have shape {shape}, got {tuple(self.tensors[name].shape)}")
-            if not self.tensors[name].is_floating_point() or not torch.isfinite(self.tensors[name]).all():
-                raise ArgumentError(f"{name} must hold finite floats")
+            if self.tensors[name].dtype != torch.float32 or not torch.isfinite(self.tensors[name]).all():
+                raise ArgumentError(f"{name} must hold finite floats in float32, got {self.tensors[name].dtype}")
 
 
 def _names(tasks: object, count: int) -> list[str]:
@@ -229,6 +235,9 @@ class PooledState:
             self._target = model.get_submodule(submodule)
         except AttributeError:
             raise ArgumentError(f"submodule {submodule!r} is not in {type(model).__name__}") from None
+        model = getattr(model, "_orig_mod", model)  # graphs of torch.compile do not know of hooks
+        if self._target in compiled(model):
+            raise ArgumentError(f"submodule {submodule!r} is compiled: give features as a function of the arguments")
         self.model, self.submodule, self.pool = model, submodule, pool
 
     @torch.no_grad()
