@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,9 @@ def test_checkpoints_on_disk_modules_and_state_dicts_give_the_same_experts(tmp_p
     )
     in_memory = fx.extract_experts(base, list(models.values()))
     assert list(on_disk) == ["cooking", "law"]
+    with os.scandir(tmp_path) as entries:
+        others = [entry for entry in entries if entry.name != "base.safetensors"]
+    assert {*fx.extract_experts(tmp_path / "base.safetensors", others)} == {"cooking", "law"}
     assert list(in_memory) == ["task0", "task1"]
     for one, two in zip(on_disk.values(), in_memory.values(), strict=True):
         assert one.mu == two.mu

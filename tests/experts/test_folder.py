@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import freemerge.experts as fx
-from freemerge.errors import CheckpointError, RefusedError
+from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 
 
 def experts(made: list[str]) -> Iterator[tuple[str, fx.Expert]]:
@@ -34,6 +34,15 @@ def test_the_longest_name_of_a_task_is_written(tmp_path: Path) -> None:
     for name in ("x" * 228, "ü" * 114):
         fx.save_experts(fx.iter_experts({"w": torch.zeros(20)}, {name: {"w": torch.ones(20)}}), tmp_path / name[0])
         assert [path.stem for path in (tmp_path / name[0]).iterdir()] == [name]
+
+
+def test_tasks_that_cannot_be_files_of_their_own_are_refused(tmp_path: Path) -> None:
+    expert = next(expert for _, expert in experts([]))
+    with pytest.raises(ArgumentError, match="experts: 'a/b' cannot name a task"):
+        fx.save_experts({"a/b": expert}, tmp_path / "out")
+    with pytest.raises(ArgumentError, match="experts: two are called 'law'"):
+        fx.save_experts([("law", expert), ("law", expert)], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

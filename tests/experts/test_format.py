@@ -215,6 +215,8 @@ def test_flipped_bits_never_crash_and_never_leave_the_tensor(tmp_path: Path) -> 
     [
         ({"format": "pt"}, "not an expert file"),
         ({"version": "3"}, "version '3'"),
+        ({"version": "2"}, "version 2 has no values bf16"),
+        ({"values": "svd2"}, "version 1 has no values svd2"),
         ({"values": "fp4"}, "values must be one of"),
         ({"mu": "nan"}, "bad expert metadata"),
         ({"mu": "much"}, "bad expert metadata"),

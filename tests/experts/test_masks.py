@@ -159,9 +159,10 @@ def test_pieces_of_a_fused_tensor_are_selected_from_their_own() -> None:
     parts = [
         Part(n, Piece((3, 4), n, 0, (4, 1), "w", 24 * (i // 2) + 12 * (i % 2), (4, 1))) for i, n in enumerate("abcd")
     ]
-    seen = {part.entry: seen_by(part, entries[part.entry], vector) for part in parts}
-    gathered = gathered_dense(parts, entries, torch.zeros(2, 6, 4), seen)
-    torch.testing.assert_close(gathered, (2.0 * bits.view(2, 6, 4) - 1) * vector)
+    for laid in (vector, vector.mT.contiguous().mT):
+        seen = {part.entry: seen_by(part, entries[part.entry], laid) for part in parts}
+        gathered = gathered_dense(parts, entries, torch.zeros(2, 6, 4), seen)
+        torch.testing.assert_close(gathered, (2.0 * bits.view(2, 6, 4) - 1) * vector)
 
 
 def test_bad_arguments_are_named() -> None:
@@ -172,6 +173,10 @@ def test_bad_arguments_are_named() -> None:
         fx.ExpertBank(merged, experts)
     with pytest.raises(ArgumentError, match="vectors must be given"):
         experts["t0"].dense()
+    vectors = {name: (merged[name] - base[name]).double() for name in base}
+    assert all(added.dtype == torch.float32 for added in experts["t0"].dense(vectors).values())
+    with pytest.raises(ArgumentError, match=r"vectors: 'a' has shape \(1, 5\), the expert's has \(7, 5\)"):
+        experts["t0"].dense({**vectors, "a": vectors["a"][:1]})
     with pytest.raises(ArgumentError, match="backbone must be given for values mask: masks select from it"):
         fx.extract_experts(base, models, values="mask")
     with pytest.raises(ArgumentError, match="density is not for values mask"):

@@ -112,7 +112,7 @@ def outer_product() -> Iterator[type[fx.ExpertTensor]]:
 
 def test_a_coding_of_its_own_is_one_class(outer_product: type[fx.ExpertTensor], tmp_path: Path) -> None:
     tensor = outer_product((2, 3), torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0]))  # type: ignore[call-arg]
-    expert = fx.Expert({"w": tensor}, 0.5, 0.01, "tensor", "number", "outer")
+    expert = fx.Expert({"w": tensor}, 0.5, None, None, "number", "outer")
     expert.save(tmp_path / "t.safetensors")
     loaded = fx.Expert.load(tmp_path / "t.safetensors")
     assert (loaded.entries, loaded.values) == (5, "outer")

@@ -68,11 +68,17 @@ class Expert:
         ``vectors``: theta_m - theta_0 of each of these tensors, which masks and gains need (ArgumentError without).
         """
         known = {} if vectors is None else vectors
-        return {
-            name: self.mu
-            * (tensor.dense(None, tensor.seen(known[name])) if tensor.relative and name in known else tensor.dense())
-            for name, tensor in self.tensors.items()
-        }
+        added = {}
+        for name, tensor in self.tensors.items():
+            if tensor.relative and name in known:
+                shape = tuple(known[name].shape)
+                if shape != tensor.shape:
+                    raise ArgumentError(f"vectors: {name!r} has shape {shape}, the expert's has {tensor.shape}")
+                dense = tensor.dense(None, tensor.seen(known[name])).float()
+            else:
+                dense = tensor.dense()
+            added[name] = self.mu * dense
+        return added
 
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> int:
         """Write an expert file (docs/expert-format.md) and return its size in bytes.
@@ -111,14 +117,14 @@ class Expert:
         return Expert(tensors, mu, density, scope, rescale, values, budget, statistics)
 
 
-def check_task_name(name: str) -> str:
+def check_task_name(name: str, argument: str = "models") -> str:
     """``name`` itself; ArgumentError if it cannot be the name of a file."""
     if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):
-        raise ArgumentError(f"models: {name!r} cannot name a task: it must be usable as a file name")
+        raise ArgumentError(f"{argument}: {name!r} cannot name a task: it must be usable as a file name")
     try:
         written = os.fsencode(hidden(Path(f"{name}.safetensors")).name)
     except UnicodeEncodeError:
-        raise ArgumentError(f"models: {name!r} cannot name a task: it is no text of the file system") from None
+        raise ArgumentError(f"{argument}: {name!r} cannot name a task: it is no text of the file system") from None
     if len(written) > _LONGEST_NAME:
-        raise ArgumentError(f"models: {name:.40} ... cannot name a task: it is too long for a file's name")
+        raise ArgumentError(f"{argument}: {name:.40} ... cannot name a task: it is too long for a file's name")
     return name

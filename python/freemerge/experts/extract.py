@@ -232,8 +232,9 @@ def _named(models: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]
         return {check_task_name(name): model for name, model in models.items()}
     named: dict[str, Source] = {}
     for i, model in enumerate(models):
-        on_disk = isinstance(model, (str, os.PathLike))
-        name = check_task_name(Path(str(model)).resolve().name.removesuffix(".safetensors") if on_disk else f"task{i}")
+        name = f"task{i}"
+        if isinstance(model, str | os.PathLike):
+            name = check_task_name(Path(model).resolve().name.removesuffix(".safetensors"))
         if name in named:
             raise ArgumentError(f"models: two are called {name!r}; name them with a mapping")
         named[name] = model

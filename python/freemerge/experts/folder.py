@@ -45,11 +45,13 @@ def save_experts(
     check_target(folder, single_file=False, force=force, foreign=_other_than_experts)
     staging = Staging(folder, workers=workers)
     try:
-        saved = []
+        saved: dict[str, SavedExpert] = {}
         for task, expert in pairs:
+            if task in saved:
+                raise ArgumentError(f"experts: two are called {task!r}")
             nbytes = expert.save(staging.directory / f"{task}.safetensors")
-            saved.append(SavedExpert(task, expert.mu, expert.entries, nbytes))
-        written = workers.gather(saved)
+            saved[task] = SavedExpert(task, expert.mu, expert.entries, nbytes)
+        written = workers.gather([*saved.values()])
         staging.publish(None, force=force, foreign=_other_than_experts)
     finally:
         staging.discard()
@@ -67,7 +69,7 @@ def _pairs(experts: object) -> Iterator[tuple[str, Expert]]:
 def _pair(pair: object) -> tuple[str, Expert]:
     if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[1], Expert):
         raise ArgumentError(f"experts must be pairs of a task and its expert, got {pair!r}")
-    return check_task_name(pair[0]), pair[1]
+    return check_task_name(pair[0], "experts"), pair[1]
 
 
 def _other_than_experts(folder: Path) -> str | None:

@@ -16,7 +16,7 @@ from ..checkpoint.compare import all_finite
 from ..checkpoint.safetensors_file import SafetensorsFile, build_header
 from ..errors import ArgumentError, CheckpointError
 from .payload import Bytes, Reader, numbers_to_bytes
-from .values import ExpertTensor, coding_of
+from .values import ExpertTensor, SparseTensor, coding_of
 
 FORMAT = "freemerge-expert"
 VERSIONS = ("1", "2")  # of experts that keep single entries of v_i, and of all others
@@ -50,15 +50,18 @@ def open_file(path: str | os.PathLike[str]) -> tuple[SafetensorsFile, type[Exper
     file = SafetensorsFile(Path(path))
     if file.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an expert file (its metadata does not say format {FORMAT})")
-    if file.metadata.get("version") not in VERSIONS:
+    version = file.metadata.get("version")
+    if version not in VERSIONS:
         raise CheckpointError(
-            f"{path} is an expert file of version {file.metadata.get('version')!r}; "
-            f"this freemerge reads {' and '.join(VERSIONS)}"
+            f"{path} is an expert file of version {version!r}; this freemerge reads {' and '.join(VERSIONS)}"
         )
     try:
-        return file, coding_of(file.metadata.get("values"))
+        coding = coding_of(file.metadata.get("values"))
     except ArgumentError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if issubclass(coding, SparseTensor) != (version == VERSIONS[0]):
+        raise CheckpointError(f"{path}: version {version} has no values {coding.coding}")
+    return file, coding
 
 
 def read_file(

@@ -126,7 +126,7 @@ def seen_by(part: Part, entry: ExpertTensor, vector: Tensor) -> Seen:
         return entry.seen(vector)
     # As the file has it; where a tensor of the file is in several of the model, the rest of it is not looked at.
     whole = torch.zeros(entry.shape, dtype=torch.float32, device=vector.device)
-    part.piece.of_file(whole).copy_(part.piece.of_module(vector))
+    part.piece.of_file(whole).copy_(part.piece.of_module(vector.contiguous()))
     return entry.seen(whole)
 
 

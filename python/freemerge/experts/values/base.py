@@ -64,6 +64,8 @@ class ExpertTensor(ABC):
     def dense(self, device: torch.device | None = None, seen: Seen = ()) -> torch.Tensor:
         """What is added to the weights, not yet multiplied by mu: float32, in the shape of the tensor.
 
+        A mask over a float64 vector gives float64.
+
         ``seen``: what :meth:`seen` returned for it, on the same device; ArgumentError where it is needed and not given.
         """
 
