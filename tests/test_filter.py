@@ -203,6 +203,15 @@ def test_explain() -> None:
     assert fm.explain(noise(8, 8, dtype=torch.float64), fm.HighPass(0.3)).dtype == torch.float64
 
 
+def test_explain_names_what_is_wrong() -> None:
+    with pytest.raises(fm.ArgumentError, match="device must be one that torch knows, got 'gpu'"):
+        fm.explain((8, 8), fm.HighPass(0.1), device="gpu")
+    with pytest.raises(fm.ArgumentError, match="x must be a dense tensor"):
+        fm.explain(torch.eye(8).to_sparse(), fm.HighPass(0.1))
+    with pytest.raises(fm.ArgumentError, match="x is of type NestedTensor"):
+        fm.explain(torch.nested.nested_tensor([noise(8, 8)], layout=torch.jagged), fm.HighPass(0.1))
+
+
 def test_explain_tells_how_a_tensor_is_reached() -> None:
     x, response = noise(60, 90), fm.HighPass(0.2)
     plan = fm.explain(x.t(), response)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +15,7 @@ from torch.library import opcheck
 
 import freemerge as fm
 from cases import RESPONSES
+from freemerge.cache import forget_all
 from freemerge.filter import filter_ as _registered  # noqa: F401 (the operators)
 from freemerge.ops import response_of, text_of
 
@@ -88,6 +91,38 @@ def test_opcheck(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         opcheck(torch.ops.freemerge.filter.default, (noise(*shape, dtype=dtype), text))
         opcheck(torch.ops.freemerge.filter.default, (noise(*shape, dtype=dtype, grad=True), text, -2.0, "auto"))
         opcheck(torch.ops.freemerge.filter_.default, (noise(*shape, dtype=dtype), text, 0.5, "auto"))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_mask_lives_as_long_as_the_graph_that_needs_it(traced: bool) -> None:
+    class Smooth(torch.nn.Module):
+        response: fm.Response | None = fm.Custom(MASK + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.response is not None
+            return fm.filtered(x, self.response)
+
+    model, x = Smooth(), noise(6, 7, grad=True)
+    made = torch.export.export(model, (x,)).module() if traced else model
+    y = made(x)
+    Smooth.response = None
+    del model
+    forget_all()
+    gc.collect()
+    (made(x) if traced else y).sum().backward()
+    torch.testing.assert_close(x.grad, fm.filtered(torch.ones(6, 7, dtype=torch.float64), fm.Custom(MASK + 1)))
+
+
+def test_masks_are_let_go_with_the_graphs_that_needed_them() -> None:
+    kept = []
+    for i in range(40):
+        response = fm.Custom(MASK + i)
+        kept.append(weakref.ref(response))
+        fm.filtered(noise(6, 7, grad=True), response).sum().backward()
+    del response
+    forget_all()
+    gc.collect()
+    assert not any(ref() is not None for ref in kept)
 
 
 def graphs(function: Callable[..., object], *arguments: object) -> tuple[object, list[list[str]]]:

@@ -173,6 +173,7 @@ def explain(
     """
     _check_request(response, backend)
     if isinstance(x, torch.Tensor):
+        x = x if x.is_meta and x.layout is torch.strided else dense(x, "x")
         _check_kind(x.shape, x.dtype)
         return choose(response, tuple(x.shape), x.dtype, x.device, backend, x.stride())[1]
     try:
@@ -180,7 +181,11 @@ def explain(
     except TypeError:
         raise ArgumentError(f"x must be a tensor or a shape of whole numbers, got {x!r}") from None
     _check_kind(shape, dtype)
-    return choose(response, shape, dtype, torch.device(device), backend)[1]
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ArgumentError(f"device must be one that torch knows, got {device!r}") from None
+    return choose(response, shape, dtype, device, backend)[1]
 
 
 def _check_kind(shape: Sequence[int], dtype: torch.dtype) -> None:

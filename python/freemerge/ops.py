@@ -11,32 +11,37 @@ import ast
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .errors import ArgumentError
 from .responses import RESPONSES, Response, from_config
 from .responses.base import ClosedForm
 
-_UNWRITTEN: dict[str, Response] = {}  # responses without a configuration, which graphs may name as long as they live
+_UNWRITTEN: WeakValueDictionary[str, Response] = WeakValueDictionary()  # responses without a configuration
+_COMPILED: dict[Response, Response] = {}  # those that compiled graphs name, which may live as long as the process
 
 
 def text_of(response: Response) -> str:
     """A response as text, for :func:`response_of`: ``"HighPass|cutoff=0.4|..."``, or the name of a custom one.
 
-    It was written when the response was made, so that torch.compile takes it as it is.
+    It was written when the response was made, so that torch.compile takes it as it is. A name is good as long as the
+    response lives, which compiled graphs see to.
     """
     if type(response).__name__ not in RESPONSES:
-        name: str = _name_of(response)
+        name: str = _name_of(response, is_compiling())
         return name
     return cast(ClosedForm, response)._text
 
 
-def _name_of(response: Response) -> str:
-    name = f"{type(response).__name__} {hash(response):x}"
-    while _UNWRITTEN.setdefault(name, response) != response:
-        name += "'"
+def _name_of(response: Response, compiling: bool) -> str:
+    if compiling:
+        response = _COMPILED.setdefault(response, response)
+    name = f"{type(response).__name__} {hash(response):x} {id(response):x}"
+    _UNWRITTEN[name] = response
     return name
 
 
@@ -44,11 +49,13 @@ def _name_of(response: Response) -> str:
 _name_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(256)
 def response_of(text: str) -> Response:
     """The inverse of :func:`text_of`; in the same process for a custom response."""
-    if text in _UNWRITTEN:
-        return _UNWRITTEN[text]
+    return _UNWRITTEN.get(text) or _read(text)
+
+
+@lru_cache(256)
+def _read(text: str) -> Response:
     name, *fields = text.split("|")
     values = (field.partition("=") for field in fields)
     try:
@@ -93,6 +100,7 @@ def define(filter_: Callable[..., Any], filtered: Callable[..., Any]) -> None:
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, *ctx.options = inputs
+        ctx.response = response_of(ctx.options[0])  # which lives until the backward pass
 
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         # Gains are real, and so the filter is its own adjoint.
