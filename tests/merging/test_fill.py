@@ -104,6 +104,36 @@ def test_what_a_module_cannot_hold_is_not_written(dtype: torch.dtype) -> None:
     assert torch.equal(target.weight.float(), merged["weight"].to(dtype).float())
 
 
+@pytest.mark.parametrize(
+    ("value", "dtype", "held"),
+    [
+        (0.5, torch.float32, torch.int64),
+        (2**24 + 1, torch.int64, torch.float32),
+        (300, torch.int64, torch.uint8),
+    ],
+)
+def test_integers_are_not_rounded_nor_cut(value: float, dtype: torch.dtype, held: torch.dtype) -> None:
+    target = nn.Linear(2, 2, bias=False)
+    target.register_buffer("x", torch.zeros(2, dtype=held))
+    state = {"weight": torch.ones(2, 2), "x": torch.tensor([1, value], dtype=dtype)}
+    with pytest.raises(fm.CheckpointError, match=f"'x' does not fit into {held}"):
+        fm.merge(state, [state], into=target)
+    assert not target.x.any()
+    state["x"] = torch.tensor([1, 7], dtype=dtype)
+    fm.merge(state, [state], into=target)
+    assert target.x.tolist() == [1, 7]
+
+
+def test_what_a_module_keeps_beside_tensors_is_left_alone() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"amax": 3}
+
+    base, target = Extra(2, 2), Extra(2, 2)
+    fm.merge(base, [base], into=target)
+    assert torch.equal(target.weight, base.weight)
+
+
 def test_tensors_of_inference_mode_are_written_and_those_that_overlap_are_not() -> None:
     base, models = {"weight": torch.zeros(2, 2)}, [{"weight": torch.ones(2, 2)}]
     with torch.inference_mode():

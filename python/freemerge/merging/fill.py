@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.compare import stays_finite
-from ..checkpoint.state_dict import tied_names
-from ..dense import dense, overwrite
+from ..checkpoint.state_dict import dense_tensors, tied_names
+from ..dense import overwrite
 from ..errors import ArgumentError, CheckpointError
 from ..overlap import internal_overlap
 
@@ -24,10 +24,7 @@ class Target:
     def __init__(self, module: nn.Module) -> None:
         if not isinstance(module, nn.Module):
             raise ArgumentError(f"into must be a module, got {type(module).__name__}")
-        held = module.state_dict(keep_vars=True)
-        self._tensors = {
-            name: dense(tensor, f"into: tensor {name!r}", CheckpointError) for name, tensor in held.items()
-        }
+        self._tensors = dense_tensors("into", module.state_dict(keep_vars=True))
         for name, tensor in self._tensors.items():
             if internal_overlap(tensor.shape, tensor.stride()):
                 raise CheckpointError(f"into: tensor {name!r} may overlap itself in memory (strides {tensor.stride()})")
@@ -42,7 +39,7 @@ class Target:
                 raise CheckpointError(f"into: the merged model has {name!r} {tuple(tensor.shape)}, the module {has}")
         for name, tensor in merged.items():
             dtype = self._tensors[name].dtype
-            if dtype != tensor.dtype and dtype.is_floating_point and not stays_finite(tensor, tensor.to(dtype)):
+            if dtype != tensor.dtype and not _fits(tensor, tensor.to(dtype)):
                 raise CheckpointError(f"into: the merged {name!r} does not fit into {dtype} of the module")
         for name in self._tensors:
             if name not in merged and self._tied.get(name) not in merged:
@@ -54,3 +51,10 @@ class Target:
                     raise CheckpointError(f"into: the module ties {name!r} to {first!r}, the merged model does not")
         for name, tensor in merged.items():
             overwrite(self._tensors[name], tensor)
+
+
+def _fits(tensor: Tensor, held: Tensor) -> bool:
+    """Whether another dtype holds a tensor: floats are rounded, integers are not, nor is one made of the other."""
+    if tensor.is_floating_point() and held.is_floating_point():
+        return stays_finite(tensor, held)
+    return torch.equal(held.to(tensor.dtype), tensor)
