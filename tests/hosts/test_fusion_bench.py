@@ -90,18 +90,34 @@ def test_experts_are_modulators_that_leave_no_trace() -> None:
     assert same(modulated.backbone.state_dict(), expected)
 
 
+def test_experts_that_need_the_pretrained_model_are_refused() -> None:
+    for values in ("mask", "gains"):
+        with pytest.raises(fm.ArgumentError, match=f"values {values} need the pretrained model"):
+            FREEMerging(experts={"values": values, "backbone": "merged"}).run(pool())
+
+
+class Lazy(BaseModelPool):  # type: ignore[misc]
+    def load_model(self, name: str, *_: Any, **__: Any) -> LazyStateDict:
+        return LazyStateDict(self._models[name], meta_module_class=LlamaForCausalLM)
+
+
 def test_lazy_checkpoints_become_a_module(tmp_path: Path) -> None:
     paths = write_models(tmp_path, 2)
-
-    class Lazy(BaseModelPool):  # type: ignore[misc]
-        def load_model(self, name: str, *_: Any, **__: Any) -> LazyStateDict:
-            return LazyStateDict(self._models[name], meta_module_class=LlamaForCausalLM)
-
     merged = Merging(recipe={"cutoff": 0.3}).run(Lazy(dict(zip(["_pretrained_", *NAMES], paths, strict=False))))
     base, *others = [tensors_of(path) for path in paths]
     assert isinstance(merged, LlamaForCausalLM)
     assert same(dict(merged.state_dict()), fm.merge(base, others, fm.Recipe(cutoff=0.3)))
     assert torch.isfinite(merged(torch.tensor([[1, 2, 3]])).logits).all()
+    made = LlamaForCausalLM(merged.config)
+    assert same(dict(merged.named_buffers()), dict(made.named_buffers())), "which no file holds"
+    assert {name: p.dtype for name, p in merged.named_parameters()} == {n: p.dtype for n, p in made.named_parameters()}
+
+
+def test_what_a_lazy_checkpoint_does_not_give_is_refused(tmp_path: Path) -> None:
+    models = Lazy(dict(zip(["_pretrained_", *NAMES], write_models(tmp_path, 2), strict=False)))
+    recipe = {"select": [{"pattern": "model.norm.weight", "action": "drop"}]}
+    with pytest.raises(fm.CheckpointError, match=r"LlamaForCausalLM needs model\.norm\.weight"):
+        Merging(recipe=recipe).run(models)
 
 
 def test_the_command_of_fusion_bench(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from fusion_bench.models.modulator import ModulatedModel, TaskModulator
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import ArgumentError, CheckpointError
 from ..experts import Expert, ExpertBank, extract_experts
+from ..experts.values import LowRankTensor, SparseTensor, coding_of
 from ..merging.recipe import Recipe
 from ..merging.run import merge
 
@@ -50,14 +51,19 @@ class Merging(BaseAlgorithm):  # type: ignore[misc]
             model = base if self.inplace else deepcopy(base)
             merge(base, [*models.values()], recipe, into=model)
             return model
-        model = deepcopy(base.meta_module).to_empty(device=base._device)
+        model = deepcopy(base.meta_module)  # without weights, but with buffers that no file holds
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         state = merge(base, [*models.values()], recipe)
-        unknown = model.load_state_dict(state, strict=False).unexpected_keys
+        state = {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in state.items()}
+        unknown = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
         if unknown:
             raise CheckpointError(f"{type(model).__name__} has no tensors {', '.join(unknown[:5])}")
         if hasattr(model, "tie_weights"):
             model.tie_weights()
-        return model  # type: ignore[no-any-return]
+        left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+        if left:
+            raise CheckpointError(f"{type(model).__name__} needs {', '.join(left[:5])}, which the merged model lacks")
+        return model.to(base._device)  # type: ignore[no-any-return]
 
 
 @auto_register_config
@@ -66,7 +72,8 @@ class FREEMerging(Merging):
 
     Args:
         recipe, inplace: as of :class:`Merging`.
-        experts: arguments of :func:`freemerge.extract_experts` such as ``density``, ``values`` and ``rescale``.
+        experts: arguments of :func:`freemerge.extract_experts` such as ``density``, ``values`` and ``rescale``; masks
+            and gains are refused.
     """
 
     experts: Any
@@ -82,8 +89,12 @@ class FREEMerging(Merging):
 
     def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> ModulatedModel[nn.Module]:
         """The merged model; ``set_task(name)`` switches the expert of a task on, and that of the former one off."""
+        options = _plain(self.experts)
+        values = options.get("values") or "bf16"
+        if not issubclass(coding_of(values), SparseTensor | LowRankTensor):
+            raise ArgumentError(f"experts: values {values} need the pretrained model, which is not kept")
         base, models = _models(modelpool)
-        experts = extract_experts(base, models, **_plain(self.experts))
+        experts = extract_experts(base, models, **options)
         modulators = {name: ExpertModulator(expert) for name, expert in experts.items()}
         return ModulatedModel(self.merged(base, models), modulators)
 
