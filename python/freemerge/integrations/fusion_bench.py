@@ -90,8 +90,8 @@ class FREEMerging(Merging):
     def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> ModulatedModel[nn.Module]:
         """The merged model; ``set_task(name)`` switches the expert of a task on, and that of the former one off."""
         options = _plain(self.experts)
-        values = options.get("values") or "bf16"
-        if not issubclass(coding_of(values), SparseTensor | LowRankTensor):
+        values = options.get("values")
+        if values is not None and not issubclass(coding_of(values), SparseTensor | LowRankTensor):
             raise ArgumentError(f"experts: values {values} need the pretrained model, which is not kept")
         base, models = _models(modelpool)
         experts = extract_experts(base, models, **options)
