@@ -113,7 +113,7 @@ class Method(ABC):
         """The most that is allocated at a time for a unit of ``count`` models, as multiples of the unit.
 
         A unit counts as its entries in the dtype of the arithmetic; what reading base and models takes comes on top,
-        and up to 16 MB that do not grow with the unit. Merging and measuring need no more.
+        and up to 32 MB that do not grow with the unit. Merging and measuring need no more.
 
         ``matrix``: rows and columns of the largest matrix that the unit is seen as; None where it is merged entry by
         entry.

@@ -117,7 +117,7 @@ class PCB(Method):
             return next(tensor.each())
         if not isinstance(measured, Competition):
             measured = self._competition(Whole(lambda: [_pieces(tensor)]), len(tensor.models))
-        return tensor.by_pieces(measured.merged, at_once=len(tensor.models))
+        return tensor.by_pieces(measured.merged, _at_once(tensor))
 
     def _competition(self, units: Whole[Iterable[Sequence[Tensor]]], count: int) -> Competition:
         """Four looks at the task vectors: ranges, sums of exponentials, and two for the thresholds.
@@ -183,4 +183,9 @@ def pairs_of(count: int) -> list[tuple[int, int]]:
 
 def _pieces(tensor: Deltas) -> Iterator[list[Tensor]]:
     """The K task vectors of each piece of a tensor."""
-    return (list(piece.each()) for piece in tensor.pieces(at_once=len(tensor.models)) if piece.numel)
+    return (list(piece.each()) for piece in tensor.pieces(_at_once(tensor)) if piece.numel)
+
+
+def _at_once(tensor: Deltas) -> int:
+    """Four task vectors of a piece still stay in cache, and shorter pieces take threads longer to wake up for."""
+    return -(-len(tensor.models) // 4)
