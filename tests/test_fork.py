@@ -12,9 +12,10 @@ import os, signal, sys, torch, freemerge as fm
 torch.set_num_threads(2)
 x, response = torch.randn(600, 500), fm.HighPass(0.3)
 parts = [torch.randn(100_000) for _ in range(3)]
+tuned = x + torch.sin(x)  # once: its last bits may depend on where in memory it is
 def work():
     merged = fm.merge_tensors(parts[0], parts[1:], method="task_arithmetic")
-    experts = fm.extract_experts({"w": x}, {"task": {"w": x + torch.sin(x)}})
+    experts = fm.extract_experts({"w": x}, {"task": {"w": tuned}})
     weights = {"w": x.clone()}
     with fm.ExpertBank(weights, experts).active("task"):
         switched = weights["w"].clone()
