@@ -160,6 +160,22 @@ def _reference(suite: Suite, results: dict[str, Any], number: int) -> None:
     reference["switch_seconds"] = min(seconds, reference.get("switch_seconds", seconds))
 
 
+def tuned(candidates: Sequence[float], validate: Callable[[float], float]) -> dict[float, float]:
+    """Accuracy by scale: of the candidates, and of more beyond them for as long as the best lies at an end."""
+    found = {scale: validate(scale) for scale in candidates}
+    while len(found) > 1:
+        scales, best = sorted(found), max(found, key=found.__getitem__)  # the earliest of equals, so this ends
+        if best == scales[0]:
+            beyond = best * best / scales[1]
+        elif best == scales[-1]:
+            beyond = best * best / scales[-2]
+        else:
+            break
+        beyond = float(f"{beyond:.2g}")
+        found[beyond] = validate(beyond)
+    return found
+
+
 def _static(method: Static, suite: Suite, inputs: Inputs, measured: Measured) -> None:
     count = len(suite.names)
     started = time.process_time()
@@ -170,15 +186,15 @@ def _static(method: Static, suite: Suite, inputs: Inputs, measured: Measured) ->
         return [[{name: scale * tensor for name, tensor in merged.items()}]] * count
 
     if measured.value is None:
-        if len(method.candidates) > 1:
-            measured.tuning = {str(scale): suite.validate(everywhere(scale)) for scale in method.candidates}
-        measured.value = max(method.candidates, key=lambda scale: measured.tuning.get(str(scale), 0.0))
+        found = tuned(method.candidates, lambda scale: suite.validate(everywhere(scale)))
+        measured.value = max(found, key=found.__getitem__)
+        measured.tuning = {str(scale): accuracy for scale, accuracy in found.items()} if len(found) > 1 else {}
     inputs.scales[method.name] = measured.value
     scale = method.data_free(inputs, merged)
     measured.data_free_scale.append(scale)
     measured.accuracy.append(suite.accuracies(everywhere(measured.value), suite.test))
-    tuned = scale == measured.value
-    measured.data_free.append(measured.accuracy[-1] if tuned else suite.accuracies(everywhere(scale), suite.test))
+    same = scale == measured.value
+    measured.data_free.append(measured.accuracy[-1] if same else suite.accuracies(everywhere(scale), suite.test))
     _say(f"{method.name} at {measured.value:g}", measured)
 
 

@@ -17,13 +17,12 @@ from freemerge.tuning import By, LogitFunction
 
 from .suite import TaskVector
 
-SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for every method
+SUM_SCALES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)  # of methods that sum task vectors; six candidates for each
 STOCK_SCALES = (1.0, 3.0, 8.0, 20.0, 45.0, 100.0)  # of Model Stock, which shrinks the sum of models that differ
 SPARSE_SCALES = (0.3, 0.5, 0.8, 1.2, 1.6, 2.0)  # of those that sum what is left of them
 UNIT_SCALES = (0.5, 0.7, 1.0, 1.5, 2.0, 2.5)  # of methods whose papers merge at scale 1
 EQUAL_SCALES = (1.0, 1.5, 2.0, 2.5, 4.0, 6.0)  # of those that make singular values nearly equal
 MEAN_SCALES = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)  # of methods whose weights sum to one
-STRONG_SCALES = (3.0, 4.0, 5.0, 6.0, 7.0, 8.0)  # of those whose filter removes so much that more is needed
 
 
 @dataclass
@@ -208,7 +207,7 @@ _STATIC = (
     Static("JSV", fm.Recipe(method="jsv"), EQUAL_SCALES),
     Static(ELECTED, least(method="emr"), SUM_SCALES),
     Static(UNFILTERED, least(response=fm.HighPass(0), **FR), MEAN_SCALES),
-    Static(PERMUTED, least(), STRONG_SCALES, permuted=True),
+    Static(PERMUTED, least(), MEAN_SCALES, permuted=True),
     Static("row means removed, nothing else", least(response=fm.Center(-1), **FR), MEAN_SCALES),
 )
 STATIC = {method.name: method for method in _STATIC}

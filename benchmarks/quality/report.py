@@ -71,7 +71,8 @@ def table(results: dict[str, Any]) -> str:
         _reference_row("individual", reference["individual"], seeds, "100"),
     ]
     for name, entry in methods.items():
-        scale = f"{entry['value']:g}, {fmean(entry['data_free_scale']):.2f}" if entry["tuning"] else ""
+        found = entry["data_free_scale"]
+        scale = f"{entry['value']:g}, {fmean(found[1:] or found):.2f}" if entry["tuning"] else ""
         data_free = _cell(entry["data_free"], seeds) if entry["tuning"] else ""
         stored = f"{entry['storage']:.2f}" if entry["storage"] else "0"
         lines.append(

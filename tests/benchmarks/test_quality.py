@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import torch
 
 import freemerge as fm
 from benchmarks.quality import archives, images, measure, methods, report, texts
+from benchmarks.quality.measure import tuned
 from benchmarks.quality.methods import SPECIFIC, STATIC, Inputs, Static
 from benchmarks.quality.suite import TaskVector
 
@@ -79,6 +81,18 @@ def test_every_method_that_keeps_something_counts_its_bytes(inputs: Inputs) -> N
 
 def test_a_tuned_scale_has_as_many_candidates_as_the_others() -> None:
     assert {len(method.candidates) for method in STATIC.values()} == {1, 6}
+
+
+@pytest.mark.parametrize(("best", "tried"), [(2.0, []), (0.4, [0.5, 0.25]), (9.0, [8.0, 16.0]), (1.0, [0.5])])
+def test_the_tuned_scale_is_no_end_of_what_was_tried(best: float, tried: list[float]) -> None:
+    found = tuned((1.0, 2.0, 4.0), lambda scale: -abs(math.log(scale / best)))
+    assert list(found) == [1.0, 2.0, 4.0, *tried]
+    assert sorted(found)[0] < max(found, key=found.__getitem__) < sorted(found)[-1]
+
+
+def test_tuning_ends_where_the_scale_does_not_matter() -> None:
+    assert list(tuned((1.0, 2.0), lambda scale: 50.0)) == [1.0, 2.0, 0.5]
+    assert tuned((1.0,), lambda scale: 50.0) == {1.0: 50.0}
 
 
 def test_twin_sparse_keeps_the_largest_exclusive_entries(inputs: Inputs) -> None:
