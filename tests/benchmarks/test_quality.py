@@ -238,7 +238,7 @@ def results() -> dict[str, Any]:
 def test_the_table_says_what_was_measured(results: dict[str, Any]) -> None:
     text = report.table(results)
     assert "| pretrained | | 52.5 ± 3.5 | | 0.0 | |  | | |" in text
-    assert "| FR-Merging | 4, 3.00 | 65.5 ± 0.7 | 60.0 ± 0.0 | 65.0 |  | 0 | 0.5 |  |" in text
+    assert "| FR-Merging | 4, 3.50 | 65.5 ± 0.7 | 60.0 ± 0.0 | 65.0 |  | 0 | 0.5 |  |" in text
     assert "| FREE, 1 % |  | 84.0 ± 1.4 |  | 64.5 | +18.5, -0.5 | 1.56 | 0.5 | 5.0 |" in text
     assert "| FREE, 1 % | 84.0 ± 1.4 | 83.0 ± 1.4 | 76.0 ± 1.4 | 36.0 ± 1.4 |" in text
     assert "91.0 % of the test" in text
@@ -266,7 +266,7 @@ def test_differences_are_paired_by_seed(results: dict[str, Any]) -> None:
 def test_one_seed_has_no_spread_and_an_unfinished_row_says_so(results: dict[str, Any]) -> None:
     assert report.mean_and_spread([[1.0, 3.0]]) == (2.0, 0.0)
     del results["methods"]["FR-Merging"]["accuracy"][1:]
-    assert "| FR-Merging | 4, 3.00 | 65.0 (1 of 3 seeds) |" in report.table(results)
+    assert "| FR-Merging | 4, 3.50 | 65.0 (1 of 3 seeds) |" in report.table(results)
 
 
 def test_a_run_goes_on_with_more_seeds_and_refuses_other_settings(results: dict[str, Any], tmp_path: Path) -> None:
