@@ -78,8 +78,6 @@ def load(folder: Path, job: str) -> tuple[Any, Any, Any]:
     }
     if method != "linear":
         content["base_model"] = base
-    if method == "ties":
-        content["parameters"] = {"normalize": False}  # the disjoint mean is by the signs, as in the paper
     return MergeConfiguration.model_validate(content), run_merge, MergeOptions(copy_tokenizer=False, quiet=True)
 
 

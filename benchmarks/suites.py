@@ -24,10 +24,8 @@ import torch
 import freemerge as fm
 from benchmarks import harness
 from benchmarks.harness import LARGEST, MAIN, PRIMES, VOCABULARY, Case
-from benchmarks.merge import jobs
 from benchmarks.models import bank_of_experts, write_models
 
-CHECKED = 1 << 27  # elements
 BLOCKS = 8
 Steps = dict[str, Callable[[], object]]
 
@@ -49,8 +47,7 @@ def filter_job(case: Case, folder: Path) -> Job:
     fm.filter_(x, response)
     plan = fm.explain(x, response)
     job = Job({"": harness.filter_call(x, response)}, digest([x]), f"{plan.form} on {plan.backend}")
-    if x.numel() <= CHECKED:
-        job.check = lambda: harness.check(x, case.input(), response)
+    job.check = lambda: harness.check(x, case.input(), response)
     return job
 
 
@@ -87,12 +84,15 @@ def native_call(run: Callable[[], object]) -> Callable[[], object] | None:
     return None
 
 
-def merge_job(name: str, folder: Path) -> Job:
-    paths = sorted(folder.glob("model-*.safetensors")) or write_models(folder, 5, 50)
-    out = folder / f"merged-{os.getpid()}"
-    run = jobs(paths, out)[name]
+def merge_job(recipe: fm.Recipe, folder: Path) -> Job:
+    base, *models = sorted(folder.glob("model-*.safetensors")) or write_models(folder, 5, 50)
+    out = folder / f"merged-{os.getpid()}.safetensors"
+
+    def run() -> object:
+        return fm.merge_checkpoints(base, models, out, recipe, force=True, progress=False)
+
     run()
-    return Job({"": run}, digest([out.with_suffix(".safetensors")]))
+    return Job({"": run}, digest([out]))
 
 
 def extract_job(dtype: str, scope: str, folder: Path) -> Job:
@@ -151,14 +151,18 @@ FILTERS = [
     Case(LARGEST, NARROW),
 ]
 CALLS = [*(Case((64, 64), text) for text in (NARROW, WIDE)), *(Case(shape, NARROW) for shape in ((768,), (12, 64, 64)))]
-MERGES = ("freemerge, no filter", "FR-Merging, uniform, cutoff 0.05", "FR-Merging, uniform, cutoff 0.4",
-          "FR-Merging, default (two passes)")  # fmt: skip
+MERGES = {
+    "freemerge, no filter": fm.Recipe(weights="uniform", select=(fm.Rule("*", "merge"),), renormalize=None),
+    "FR-Merging, uniform, cutoff 0.05": fm.Recipe(fm.HighPass(0.05), weights="uniform"),
+    "FR-Merging, uniform, cutoff 0.4": fm.Recipe(fm.HighPass(0.4), weights="uniform"),
+    "FR-Merging, default (two passes)": fm.Recipe(),
+}
 DTYPES = ("float32", "bfloat16")
 
 #: How a worker prepares each row of each suite, given a folder for files.
 SUITES: dict[str, dict[str, Callable[[Path], Job]]] = {
     "filter": {str(case): partial(filter_job, case) for case in FILTERS},
-    "merge": {name: partial(merge_job, name) for name in MERGES},
+    "merge": {name: partial(merge_job, recipe) for name, recipe in MERGES.items()},
     "experts": {
         **{f"extract 1 % by {s}, {d}": partial(extract_job, d, s) for d in DTYPES for s in ("tensor", "row")},
         **{f"switch 1 % of 42M parameters, {dtype}": partial(switch_job, dtype) for dtype in DTYPES},

@@ -27,6 +27,20 @@ def test_the_check_takes_the_filter_and_refuses_a_small_error(shape: tuple[int, 
         harness.check(y * 1.01, x, case.mask)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_huge_matrix_is_checked_along_one_axis_after_the_other(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((150, 97), "Official(0.7)", dtype)
+    x = case.input()
+    y = fm.filtered(x, case.mask)
+    whole = harness.check(y, x, case.mask)
+    monkeypatch.setattr(harness, "_HUGE", 1000)
+    monkeypatch.setattr(harness, "_CHUNK", 2000)
+    assert harness.check(y, x, case.mask) == pytest.approx(whole, rel=1e-6, abs=1e-15)
+    y[-1, -1] += 1
+    with pytest.raises(AssertionError, match="relative error"):
+        harness.check(y, x, case.mask)
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
