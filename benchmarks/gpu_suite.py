@@ -1,7 +1,7 @@
 """The CUDA backend against torch.fft on a GPU: checked first, then timed. Run by gpu_suite.sh, part by part.
 
 Times are medians over inputs that rotate through more memory than the L2 holds: of a call, with what the host does, and
-of a replayed CUDA graph. Each case is measured by the plan that "auto" takes and by the full form in three kernels, both
+of a replayed CUDA graph. Each case is measured by the plan that "auto" takes, by the full form in three kernels, both
 prepared beforehand, and by the public call.
 """
 
