@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from .checkpoint.prefixes import Rename
 from .checkpoint.publish import Staging, cannot_write, check_target, refuse_inputs, target
 from .checkpoint.safetensors_file import SafetensorsFile
 from .checkpoint.tied import second_everywhere
+from .checkpoint.writer import write_json
 from .errors import CheckpointError
 from .experts.leading import leading_triplets
 from .experts.task_vector import task_vector
@@ -125,7 +125,7 @@ def extract_lora(
 
 def _write(folder: Path, factors: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
     """The files of an adapter, flushed to the disk; the size of its weights."""
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / ADAPTER_CONFIG, config)
     flush_file(folder / ADAPTER_CONFIG)
     specs = [TensorSpec(name, tuple(factor.shape), factor.dtype) for name, factor in factors.items()]
     with CheckpointWriter(folder / ADAPTER_WEIGHTS[0], specs, metadata=_MARK) as writer:

@@ -19,6 +19,7 @@ from .safetensors_file import open_regular
 from .side_files import is_tokenizer_file, part_weights
 from .tied import with_untied_embeddings
 from .vocabulary import token_ids
+from .writer import write_json
 
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
@@ -70,7 +71,7 @@ def carry_over(
             config = without_quantisation(config)
         if untied:
             config = with_untied_embeddings(config)
-        (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(target / CONFIG, config)
     return names
 
 

@@ -18,7 +18,7 @@ from ..workers import ALONE, Workers
 from .hashing import Hasher
 from .publish import MANIFEST
 from .reader import Checkpoint
-from .safetensors_file import identity, open_regular
+from .safetensors_file import check_unchanged, identity, open_regular
 
 FORMAT = 1
 
@@ -62,8 +62,7 @@ class InputHashes:
 
     def _record(self, file: Path) -> dict[str, object]:
         digest = self._digests[file]()
-        if identity(file) != self._before[file]:
-            raise CheckpointError(f"{file} changed while it was being read")
+        check_unchanged(file, self._before[file], file)
         return {"name": file.name, "bytes": self._before[file][0], "sha256": digest}
 
     def __enter__(self) -> InputHashes:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from .containers import SEPARATOR, state_dict_in
 from .file_format import is_mapped
 from .legacy_storages import stored_entries
-from .safetensors_file import identity
+from .safetensors_file import check_unchanged, identity
 from .state_dict import dense_tensors, specs_of, tied_names
 
 _RELEASE_AFTER_BYTES = 256 << 20
@@ -44,8 +44,7 @@ class PickledFile:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, a view of the mapped file."""
-        if identity(self._place) != self._identity:
-            raise CheckpointError(f"{self.path} changed while it was being read")
+        check_unchanged(self._place, self._identity, self.path)
         if self._touched > _RELEASE_AFTER_BYTES:
             self.release()
         state = self._state

@@ -36,7 +36,6 @@ _INT = frozenset({int})  # no booleans
 _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0)
 _MOST_MAPPED = 256  # at once: each has a descriptor, of the 1024 that a process mostly may have
 
-
 _mapped: WeakSet[mmap.mmap] = WeakSet()  # while tensors in them live
 
 
@@ -108,8 +107,7 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype, device="cpu")
         fd = open_regular(self._place)
         try:
-            if identity(fd) != self._identity:
-                raise CheckpointError(f"{self.path} changed while it was being read")
+            check_unchanged(fd, self._identity, self.path)
             raw = _load(fd, self.path, offset, nbytes)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error
@@ -137,6 +135,12 @@ def identity(file: Path | int) -> tuple[int, ...]:
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
     return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
+
+
+def check_unchanged(file: Path | int, before: tuple[int, ...], path: Path) -> None:
+    """Refuse a file, ``path`` to the user, that is not the one of which :func:`identity` said ``before``."""
+    if identity(file) != before:
+        raise CheckpointError(f"{path} changed while it was being read")
 
 
 def _load(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:

@@ -68,8 +68,10 @@ def run(
     The recipe that is written merges with them; docs/methods.md has an example of a function.
     """
     origin, tuned, recipe = read(base, models, options)
-    if out.is_dir() or (out.exists() and not force):
-        raise RefusedError(f"{out} {'is a directory' if out.is_dir() else 'exists; use --force to replace it'}")
+    if out.is_dir():
+        raise RefusedError(f"{out} is a directory")
+    if out.exists() and not force:
+        raise RefusedError(f"{out} exists; use --force to replace it")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"cannot write {out}: {out.parent} is no directory that can be written")
     from ..evaluation import load_function
