@@ -61,14 +61,20 @@ def table() -> str:
 
 def merge_table() -> str:
     """Markdown: bytes per entry of FR-Merging bf16 models of one matrix, which are on the device."""
-    lines = ["| shape | response | form | 2 models: memory | 8 models: memory | L2 |", "|---|---|---|---:|---:|---:|"]
+    lines = [
+        "| shape | response | form | 2 models: memory | 8 models: memory | L2 | three kernels: 2 models | 8 models |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
     for shape in SHAPES[2:]:
         for response in (fm.HighPass(0.05), fm.HighPass(0.4)):
-            plan = best(shape, response, torch.float32).plan
+            plan, *others = plans(shape, response, torch.float32)
+            own = [other for other in others if other.form == "full" and other.tiles is not None]
+            in_three = [merge_traffic(own[0], count, torch.bfloat16).per_element() for count in (2, 8) if own]
             two, eight = (merge_traffic(plan, count, torch.bfloat16) for count in (2, 8))
             numbers = [t.per_element("matrix", "spectrum") for t in (two, eight)] + [eight.per_element("panel")]
             cells = [f"{shape[0]} x {shape[1]}", f"HighPass({response.cutoff})", plan.form]
-            lines.append(f"| {' | '.join([*cells, *(f'{number:.1f}' for number in numbers)])} |")
+            cells += [f"{number:.1f}" for number in (*numbers, *in_three)]
+            lines.append(f"| {' | '.join([*cells, *([] if own else ['', ''])])} |")
     return "\n".join(lines)
 
 

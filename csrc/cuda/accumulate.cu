@@ -134,6 +134,13 @@ void average(const double* partial, int rows, std::int64_t blocks, std::int64_t 
          Launch("average", dim3(static_cast<unsigned>(rows)), dim3(kSumThreads), kScratchBytes, stream), job);
 }
 
+void finish_sum(const SumFirst& sum, const double* sums, std::int64_t parts, std::int64_t n,
+                cudaStream_t stream) {
+  const int models = sum.vectors.count;
+  average(sums, models, parts, n, sum.results, stream);
+  average(sums + models * parts, 2, parts, 1, sum.results + models, stream);
+}
+
 void add_round(const Array& out, const Array& base, const Array& delta, double scale, double factor,
                std::int64_t n, cudaStream_t stream) {
   require(n > 0, "n must be positive");

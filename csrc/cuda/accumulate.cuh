@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/array.h"
+#include "cuda/task_vectors.h"
 
 namespace freemerge::cuda {
 
@@ -23,6 +24,11 @@ void accumulate(float* out, const Array& base, const std::vector<Array>& models,
 // averages[i] = (partial[i][0] + ... + partial[i][blocks - 1]) / n for 0 <= i < rows, in a fixed order.
 void average(const double* partial, int rows, std::int64_t blocks, std::int64_t n, double* averages,
              cudaStream_t stream);
+
+// The results of a sum from what a filter's passes put down in `parts` each: sums[i][part] of |v_i|, then of
+// squares of the n entries before and after.
+void finish_sum(const SumFirst& sum, const double* sums, std::int64_t parts, std::int64_t n,
+                cudaStream_t stream);
 
 // out[j] = base[j] + scale * (factor * delta[j]), products and sum rounded to float, then to out's dtype.
 // `out` may be `base` or `delta` itself.

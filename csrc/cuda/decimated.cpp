@@ -102,11 +102,7 @@ class Decimated : public Executor {
                  static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero),
                  call_.sum ? sums_ + (call_.sum->vectors.count + 1) * blocks() : nullptr},
                 stream);
-    if (call_.sum) {
-      const int models = call_.sum->vectors.count;
-      average(sums_, models, blocks(), rows_.samples * columns_.samples, call_.sum->results, stream);
-      average(sums_ + models * blocks(), 2, blocks(), 1, call_.sum->results + models, stream);
-    }
+    if (call_.sum) finish_sum(*call_.sum, sums_, blocks(), rows_.samples * columns_.samples, stream);
   }
 
   void find_centers(const Matrices& matrices) {

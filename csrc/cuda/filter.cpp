@@ -16,8 +16,9 @@ Call call_of(const Filter& filter, const MatrixList& matrices, double scale, cud
              const SumFirst* sum) {
   require(matrices.data.size() == matrices.row_strides.size(), "row_strides must hold one number per matrix");
   if (sum) {
-    require(filter.plan.form == Form::kDecimated && filter.dtype == DType::kFloat32,
-            "only a decimated filter of float32 forms its matrix in the first pass");
+    require((filter.plan.form == Form::kDecimated || filter.plan.tiles.parts > 0) &&
+                filter.dtype == DType::kFloat32,
+            "only a filter of float32 whose first pass is ours forms its matrix there");
     require(matrices.data.size() == 1 && matrices.row_strides[0] == filter.plan.mask.width,
             "a sum is one matrix, whose rows lie end to end");
     require(sum->vectors.count > 0 && sum->vectors.count <= kModelsPerLaunch,

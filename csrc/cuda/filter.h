@@ -23,13 +23,6 @@ struct MatrixList {
   std::vector<std::int64_t> row_strides;  // in entries
 };
 
-// What one float matrix, whose rows lie end to end, is to be first: the weighted sum of task vectors.
-struct SumFirst {
-  TaskVectors vectors;
-  // On the device: mean |v_i| of each model, then the squares of the sum, added up, and of what is left.
-  double* results;
-};
-
 struct Filter {
   // `column_gains`, for fused columns and three kernels: see ColumnTables.
   Filter(const Plan& plan, DType dtype, const std::vector<float>& column_gains, const Upload& upload);
@@ -40,8 +33,8 @@ struct Filter {
                               const SumFirst* sum = nullptr) const;
 
   // Filters each matrix in place on `stream` of the current device: y = scale * Re(ifft2(M * fft2(x))).
-  // Returns as soon as everything is queued. `workspace` is device memory, aligned to 256 bytes. With `sum`
-  // (kDecimated), the first pass makes the matrix.
+  // Returns as soon as everything is queued. `workspace` is device memory, aligned to 256 bytes. With `sum`,
+  // the first pass makes the matrix; cuFFT's cannot.
   void run(const MatrixList& matrices, double scale, void* workspace, std::size_t bytes, cudaStream_t stream,
            const SumFirst* sum = nullptr) const;
 

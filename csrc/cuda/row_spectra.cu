@@ -2,10 +2,12 @@
 #include "cuda/chirp_transform.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
+#include "cuda/reduce.cuh"
 #include "cuda/row_spectra.cuh"
 #include "cuda/shared_fft.cuh"
 #include "cuda/spectrum_column.cuh"
 #include "cuda/storage.cuh"
+#include "cuda/weighted_sum.cuh"
 
 namespace freemerge::cuda {
 namespace {
@@ -72,9 +74,51 @@ __device__ void read_rows(const RowPass& a, const RowGroup& group, const Consecu
   }
 }
 
+// One of the numbers that each warp of all blocks has a place for.
+__device__ void store_of_warp(double* sums, double sum) {
+  const unsigned warps = blockDim.x / kWarpSize;
+  store(sums + blockIdx.x * warps + threadIdx.x / kWarpSize, sum);
+}
+
+// The same of rows that are added up here, eight columns a lane. Lane m keeps the magnitudes of model m.
+__device__ void add_rows(const SumPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+  const int width = width_of(a.rows);
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  double kept = 0.0;
+  double squares = 0.0;
+#pragma unroll 1
+  for (int slot = 0; slot < group.slots; ++slot) {
+    const std::int64_t row = group.row(slot) * width;
+    // All lanes of a warp stay as long as one of them has columns.
+    for (int begin = static_cast<int>(threadIdx.x) - lane; begin * kEntries < width;
+         begin += static_cast<int>(blockDim.x)) {
+      const int column = (begin + lane) * kEntries;
+      float sum[kEntries] = {};
+      if (group.has(slot)) {
+        add_weighted(a.vectors, row + column, row + width, true, sum, [&](int m, double magnitudes) {
+          magnitudes = warp_sum(magnitudes);
+          if (lane == m) kept += magnitudes;
+        });
+      }
+#pragma unroll
+      for (int e = 0; e < kEntries; ++e) {
+        if (column + e >= width) break;
+        squares += static_cast<double>(sum[e]) * static_cast<double>(sum[e]);
+        float2& point = lines.at(column + e, slot / 2);
+        (slot % 2 == 0 ? point.x : point.y) = sum[e];
+      }
+    }
+  }
+  squares = warp_sum(squares);
+  if (lane == a.vectors.count) kept = squares;
+  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / kWarpSize);
+  if (lane <= a.vectors.count) store_of_warp(a.sums + lane * warps, kept);
+}
+
 // The way back: lines hold swapped numbers, in the order that the passes leave.
-template <typename T>
-__device__ void write_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+template <typename T, bool kSquares>
+__device__ void write_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines,
+                           Squares<kSquares>& squares) {
   const std::int64_t stride = a.matrices.row_stride[blockIdx.y];
   T* matrix = static_cast<T*>(a.matrices.data[blockIdx.y]);
   const int width = width_of(a);
@@ -89,8 +133,13 @@ __device__ void write_rows(const RowPass& a, const RowGroup& group, const Consec
       const PairAccess access = pair_access(matrix, stride, column, width);
       const float2 first = line[load(a.tables.offsets + column)];
       const float2 second = line[load(a.tables.offsets + (access.second ? column + 1 : column))];
-      store_pair(upper + column, access, make_float2(a.factor * first.y, a.factor * second.y));
-      if (has_lower) store_pair(lower + column, access, make_float2(a.factor * first.x, a.factor * second.x));
+      const float2 values = make_float2(a.factor * first.y, a.factor * second.y);
+      store_pair(upper + column, access, values);
+      squares.add(values, access.second);
+      if (!has_lower) continue;
+      const float2 lower_values = make_float2(a.factor * first.x, a.factor * second.x);
+      store_pair(lower + column, access, lower_values);
+      squares.add(lower_values, access.second);
     }
   }
 }
@@ -185,14 +234,8 @@ constexpr int most_threads(Transform by) {
   return by == Transform::kUncommon ? kUncommonThreads : kRowThreads;
 }
 
-// blockIdx: group of rows, matrix.
 template <Transform kBy>
-__global__ void __launch_bounds__(most_threads(kBy), 2) rows_to_spectra_kernel(RowPass a) {
-  const RowGroup group(a);
-  const ConsecutiveLines lines = lines_of(a);
-  if (a.matrices.dtype == DType::kFloat32) read_rows<float>(a, group, lines);
-  if (a.matrices.dtype == DType::kBFloat16) read_rows<__nv_bfloat16>(a, group, lines);
-  if (a.matrices.dtype == DType::kFloat16) read_rows<__half>(a, group, lines);
+__device__ void lines_to_spectra(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
   __syncthreads();
   transform_lines<kBy>(lines, a.tables);
   if (a.parts == 1) write_bins<1>(a, group, lines);
@@ -201,7 +244,26 @@ __global__ void __launch_bounds__(most_threads(kBy), 2) rows_to_spectra_kernel(R
   if (a.parts == 8) write_bins<8>(a, group, lines);
 }
 
+// blockIdx: group of rows, matrix.
 template <Transform kBy>
+__global__ void __launch_bounds__(most_threads(kBy), 2) rows_to_spectra_kernel(RowPass a) {
+  const RowGroup group(a);
+  const ConsecutiveLines lines = lines_of(a);
+  if (a.matrices.dtype == DType::kFloat32) read_rows<float>(a, group, lines);
+  if (a.matrices.dtype == DType::kBFloat16) read_rows<__nv_bfloat16>(a, group, lines);
+  if (a.matrices.dtype == DType::kFloat16) read_rows<__half>(a, group, lines);
+  lines_to_spectra<kBy>(a, group, lines);
+}
+
+template <Transform kBy>
+__global__ void __launch_bounds__(most_threads(kBy), 2) sum_to_spectra_kernel(SumPass a) {
+  const RowGroup group(a.rows);
+  const ConsecutiveLines lines = lines_of(a.rows);
+  add_rows(a, group, lines);
+  lines_to_spectra<kBy>(a.rows, group, lines);
+}
+
+template <Transform kBy, bool kSquares>
 __global__ void __launch_bounds__(most_threads(kBy), 2) spectra_to_rows_kernel(RowPass a) {
   const RowGroup group(a);
   const ConsecutiveLines lines = lines_of(a);
@@ -211,23 +273,43 @@ __global__ void __launch_bounds__(most_threads(kBy), 2) spectra_to_rows_kernel(R
   if (a.parts == 8) read_bins<8>(a, group, lines);
   __syncthreads();
   transform_lines<kBy>(lines, a.tables);
-  if (a.matrices.dtype == DType::kFloat32) write_rows<float>(a, group, lines);
-  if (a.matrices.dtype == DType::kBFloat16) write_rows<__nv_bfloat16>(a, group, lines);
-  if (a.matrices.dtype == DType::kFloat16) write_rows<__half>(a, group, lines);
+  Squares<kSquares> squares;
+  if constexpr (kSquares) {
+    write_rows<float>(a, group, lines, squares);
+    const double total = warp_sum(squares.sum);
+    if (threadIdx.x % kWarpSize == 0) store_of_warp(a.squares, total);
+  } else {
+    if (a.matrices.dtype == DType::kFloat32) write_rows<float>(a, group, lines, squares);
+    if (a.matrices.dtype == DType::kBFloat16) write_rows<__nv_bfloat16>(a, group, lines, squares);
+    if (a.matrices.dtype == DType::kFloat16) write_rows<__half>(a, group, lines, squares);
+  }
 }
 
-using RowKernel = void (*)(RowPass);
+std::int64_t group_count(std::int64_t height, int parts) {
+  return parts == 1 ? ceil_div(height, 2) : height / parts;
+}
 
 // `instances` are in the order of Transform.
-void launch_rows(const char* name, const RowKernel (&instances)[3], const RowPass& a, cudaStream_t stream) {
+template <typename Arguments>
+void launch_rows(const char* name, void (*const (&instances)[3])(Arguments), const RowPass& a,
+                 const Arguments& arguments, cudaStream_t stream) {
   const Transform by = a.tables.line.transform;
   require(a.threads <= most_threads(by), "a block of rows has too many threads");
-  const std::int64_t groups = a.parts == 1 ? ceil_div(a.spectra.height, 2) : a.spectra.height / a.parts;
-  const dim3 grid(static_cast<unsigned>(groups), static_cast<unsigned>(a.matrices.count));
+  const dim3 grid(static_cast<unsigned>(group_count(a.spectra.height, a.parts)),
+                  static_cast<unsigned>(a.matrices.count));
   launch(instances[static_cast<int>(by)],
          Launch(name, grid, dim3(static_cast<unsigned>(a.threads)),
                 row_bytes(a.tables.line.passes.length, a.parts), stream),
-         a);
+         arguments);
+}
+
+template <bool kSquares>
+void launch_spectra_to_rows(const RowPass& arguments, cudaStream_t stream) {
+  launch_rows("spectra_to_rows",
+              {spectra_to_rows_kernel<Transform::kCommon, kSquares>,
+               spectra_to_rows_kernel<Transform::kUncommon, kSquares>,
+               spectra_to_rows_kernel<Transform::kChirp, kSquares>},
+              arguments, arguments, stream);
 }
 
 }  // namespace
@@ -248,18 +330,27 @@ std::size_t row_bytes(std::int64_t points, int parts) {
          static_cast<std::size_t>(line_pitch(static_cast<int>(points))) * sizeof(float2);
 }
 
+std::int64_t row_warps(std::int64_t height, const Tiles& tiles) {
+  return group_count(height, tiles.parts) * (tiles.row_threads / kWarpSize);
+}
+
 void rows_to_spectra(const RowPass& arguments, cudaStream_t stream) {
   launch_rows("rows_to_spectra",
               {rows_to_spectra_kernel<Transform::kCommon>, rows_to_spectra_kernel<Transform::kUncommon>,
                rows_to_spectra_kernel<Transform::kChirp>},
-              arguments, stream);
+              arguments, arguments, stream);
+}
+
+void sum_to_spectra(const SumPass& arguments, cudaStream_t stream) {
+  launch_rows("sum_to_spectra",
+              {sum_to_spectra_kernel<Transform::kCommon>, sum_to_spectra_kernel<Transform::kUncommon>,
+               sum_to_spectra_kernel<Transform::kChirp>},
+              arguments.rows, arguments, stream);
 }
 
 void spectra_to_rows(const RowPass& arguments, cudaStream_t stream) {
-  launch_rows("spectra_to_rows",
-              {spectra_to_rows_kernel<Transform::kCommon>, spectra_to_rows_kernel<Transform::kUncommon>,
-               spectra_to_rows_kernel<Transform::kChirp>},
-              arguments, stream);
+  arguments.squares ? launch_spectra_to_rows<true>(arguments, stream)
+                    : launch_spectra_to_rows<false>(arguments, stream);
 }
 
 }  // namespace freemerge::cuda

@@ -14,4 +14,11 @@ struct TaskVectors {
   int count;
 };
 
+// What one float matrix, whose rows lie end to end, is to be first: the weighted sum of task vectors.
+struct SumFirst {
+  TaskVectors vectors;
+  // On the device: mean |v_i| of each model, then the squares of the sum, added up, and of what is left.
+  double* results;
+};
+
 }  // namespace freemerge::cuda

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/error.h"
+#include "cuda/accumulate.cuh"
 #include "cuda/column_filter.cuh"
 #include "cuda/executor.h"
 #include "cuda/heuristics.h"
@@ -27,7 +28,10 @@ class ThreeKernels : public Executor {
   }
 
  private:
-  void place(Arena& arena) override { memory_ = arena.take<float2>(group_ * height_ * pitch_); }
+  void place(Arena& arena) override {
+    memory_ = arena.take<float2>(group_ * height_ * pitch_);
+    if (call_.sum) sums_ = arena.take<double>(sum_count(call_.filter.spectra, *call_.sum));
+  }
 
   std::size_t work_bytes() const override { return 0; }
   std::size_t work_bound() const override { return 0; }
@@ -44,7 +48,7 @@ class ThreeKernels : public Executor {
       spectra.pitch[i] = matrices.row_stride[i];
       spectra.last[i] = memory_ + i * height_;
     }
-    filter_spectra(call_.filter.spectra, matrices, spectra, call_.scale, call_.stream);
+    filter_spectra(call_.filter.spectra, matrices, spectra, call_.scale, call_.stream, call_.sum, sums_);
   }
 
   bool in_place_;
@@ -53,6 +57,7 @@ class ThreeKernels : public Executor {
   std::int64_t pitch_;        // of the workspace
   std::int64_t group_;        // matrices at a time
   float2* memory_ = nullptr;  // spectra, or their last bins
+  double* sums_ = nullptr;    // of a sum, by warp
 };
 
 }  // namespace
@@ -64,18 +69,29 @@ SpectrumFilter spectrum_filter(const Mask& mask, const Tiles& tiles, const std::
 }
 
 void filter_spectra(const SpectrumFilter& filter, const Matrices& matrices, const HalfSpectra& spectra,
-                    double scale, cudaStream_t stream) {
+                    double scale, cudaStream_t stream, const SumFirst* sum, double* sums) {
   const Mask& mask = filter.mask;
   const Tiles& tiles = filter.tiles;
   const ColumnBlocks blocks = column_blocks(mask.height, tiles);
   // Columns keep their size, so that those of gain 1 stay as they are; twice the spectra come from the rows.
   const double column_factor = 1.0 / blocks.length;
   const double row_factor = scale / (2.0 * static_cast<double>(mask.width) * tiles.parts);
-  const RowPass rows{matrices,    spectra,           filter.rows,
-                     tiles.parts, tiles.row_threads, static_cast<float>(row_factor)};
-  rows_to_spectra(rows, stream);
+  const std::int64_t warps = row_warps(mask.height, tiles);
+  const RowPass rows{matrices,
+                     spectra,
+                     filter.rows,
+                     tiles.parts,
+                     tiles.row_threads,
+                     static_cast<float>(row_factor),
+                     sum ? sums + (sum->vectors.count + 1) * warps : nullptr};
+  sum ? sum_to_spectra({rows, sum->vectors, sums}, stream) : rows_to_spectra(rows, stream);
   column_filter({spectra, mask, column_factor, filter.columns, tiles.parts}, blocks, stream);
   spectra_to_rows(rows, stream);
+  if (sum) finish_sum(*sum, sums, warps, mask.height * mask.width, stream);
+}
+
+std::int64_t sum_count(const SpectrumFilter& filter, const SumFirst& sum) {
+  return (sum.vectors.count + 2) * row_warps(filter.mask.height, filter.tiles);
 }
 
 std::unique_ptr<Executor> three_kernels(const Call& call) { return std::make_unique<ThreeKernels>(call); }

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import emulated
 import freemerge as fm
@@ -23,6 +25,7 @@ from freemerge.merging.units import plan_units
 from freemerge.planner.costs import Traits
 from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Plan
+from freemerge.planner.tiles import Tiles, convolution
 from freemerge.responses import Response
 from in_memory import noise
 from reference import reference_filter, reference_merge
@@ -101,6 +104,47 @@ def test_sum_and_filter_at_once_are_both_one_after_the_other(case: str, count: i
     assert float((got - oracle).norm()) < 1e-6 * max(float(oracle.norm()), loudest * float(exact.norm()))
 
 
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    parts=st.sampled_from((1, 2, 4, 8)),
+    length=st.sampled_from((1, 3, 8, 13, 37, 64)),
+    width=st.sampled_from((1, 2, 7, 31, 43, 64, 257, 300)),
+    threads=st.sampled_from((64, 96, 160)),
+    count=st.sampled_from((1, 2, 5, 16)),
+    order=st.sampled_from(ORDERS),
+    response=st.sampled_from((fm.HighPass(0.4), fm.LowPass(0.3), fm.Butterworth(0.2), fm.Official(0.7))),
+)
+def test_the_full_form_in_three_kernels_adds_up_its_rows(
+    parts: int, length: int, width: int, threads: int, count: int, order: str, response: Response
+) -> None:
+    shape = (parts * length, width)
+    (base, models), weights = inputs(shape, count), weights_of(count)
+    plan = three_kernels(shape, response, Tiles(parts, 4, threads, 96, convolution(width), convolution(length)))
+    if plan is None:  # the gain is one constant on this shape
+        return
+    backend, module = emulated.backend(), emulated.module()
+    want, want_means = task_vector_sum(base, models, weights)
+    want_before = norm([want])
+    backend.executable(plan).run([want[None]], 1.0)
+    got = torch.full(shape, math.nan)
+    module.set_order(getattr(module.Order, order))
+    found = backend.filtered_sum(plan, base, models, weights, got)
+    module.set_order(module.Order.forward)
+    assert found is not None
+    means, before, after = found
+    assert torch.equal(got, want)
+    assert means == pytest.approx(want_means, rel=1e-12)
+    assert (math.sqrt(before), math.sqrt(after)) == pytest.approx((want_before, norm([want])), rel=1e-12)
+
+
+def three_kernels(shape: tuple[int, int], response: Response, chosen: Tiles | None = None) -> Plan | None:
+    traits = emulated.backend().traits(torch.device("cpu"))
+    assert traits is not None
+    found = candidates(response, shape, torch.float32, "cpu", "cuda", traits)
+    full = [plan for plan in found if plan.form == "full" and plan.tiles is not None]
+    return replace(full[0], tiles=chosen or full[0].tiles) if full else None
+
+
 def test_a_dominant_mean_is_that_of_the_sum() -> None:
     base, models = inputs((128, 200), 3, mean=500.0)
     weights = [0.2, 0.3, 0.5]
@@ -129,7 +173,7 @@ def test_the_means_tell_which_model_is_not_finite(value: float) -> None:
         ((96, 130), 17, fm.HighPass(0.05)),  # more models than one launch takes
         ((2, 96, 130), 2, fm.HighPass(0.05)),  # a batch
         ((2, 1, 96, 130), 2, fm.HighPass(0.05)),
-        ((96, 130), 2, fm.Butterworth(0.4)),  # the full form
+        ((96, 130), 2, fm.Butterworth(0.4)),  # the full form by cuFFT
         ((96, 130), 2, fm.HighPass(0.0)),  # nothing to filter
         ((500,), 2, fm.HighPass(0.1)),  # a row
         ((0, 5), 2, fm.HighPass(0.1)),
@@ -169,7 +213,7 @@ def test_wrong_arguments_are_named() -> None:
             native.workspace_bytes([y.data_ptr()], strides, 0, 0, job)
     full = replace(plan, form="full", rows=None, columns=None)
     job = module.SumFirst(y.data_ptr(), 0, [y.data_ptr()], [0], [1.0], y.numel(), 0)
-    with pytest.raises(ValueError, match="only a decimated filter"):
+    with pytest.raises(ValueError, match="whose first pass is ours"):
         emulated.backend().executable(full).native.workspace_bytes(  # type: ignore[attr-defined]
             [y.data_ptr()], [130], 0, 0, job
         )
@@ -177,17 +221,23 @@ def test_wrong_arguments_are_named() -> None:
         module.SumFirst(y.data_ptr(), 0, [y.data_ptr()] * 17, [0] * 17, [1.0] * 17, y.numel(), 0)
 
 
+@pytest.mark.parametrize("transforms", ["cufft", "own"])
 @pytest.mark.parametrize("renormalize", ["energy", None])
-def test_a_merge_sums_and_filters_at_once(renormalize: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_sums_and_filters_at_once(
+    renormalize: str | None, transforms: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FREEMERGE_CUDA_TRANSFORMS", transforms)
+    backend = Decimating(emulated.runtime()) if transforms == "cufft" else CudaBackend(emulated.runtime())
     shapes = {"a.weight": (96, 130), "b.weight": (130, 70), "norm.weight": (24,)}
     base = {name: noise(*shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     models = [
         {name: (x.double() + 0.1 * noise(*x.shape, seed=seed)).to(x.dtype) for name, x in base.items()}
         for seed in (1, 2, 3)
     ]
-    recipe = fm.Recipe(response=fm.HighPass(0.1), renormalize=renormalize)
+    recipe = fm.Recipe(response=fm.HighPass(0.1 if transforms == "cufft" else 0.4), renormalize=renormalize)
     monkeypatch.delattr("freemerge.filter.filter_")  # nobody needs it
-    merged = fm.merge(base, models, recipe, backend="cuda")
+    with registry.using(backend, TorchBackend()):
+        merged = fm.merge(base, models, recipe, backend="cuda")
     specs = {name: TensorSpec(name, tuple(x.shape), x.dtype) for name, x in base.items()}
     want = reference_merge(base, models, recipe, plan_units(specs, recipe.select, recipe.views))
     for name, x in merged.items():
@@ -217,6 +267,37 @@ def test_a_merge_of_eight_models_moves_what_the_table_says() -> None:
     moved = sum(map(sum, counted)) - (count + 1) * sample
     assert moved == n * (2 * (count + 1) + 12 + 8)
     assert moved == merge_traffic(plan, count, torch.bfloat16).bytes("matrix")
+
+
+@pytest.mark.parametrize("response", [fm.HighPass(0.4), fm.Butterworth(0.2)], ids=repr)
+def test_in_three_kernels_the_sum_is_never_in_memory(response: Response) -> None:
+    module, shape, count = emulated.module(), (64, 160), 3
+    backend, plan = emulated.backend(), three_kernels(shape, response)
+    assert plan is not None
+    assert plan.tiles is not None
+    base, *models = (noise(*shape, dtype=torch.bfloat16, seed=i) for i in range(count + 1))
+    out = torch.empty(shape)
+    backend.filtered_sum(plan, base, models, weights_of(count), out)  # makes the tables
+    module.watch(0, (1 << 63) - 1)
+    for tensor in (base, *models, out):
+        module.watch(tensor.data_ptr(), tensor.nbytes)
+    backend.filtered_sum(plan, base, models, weights_of(count), out)
+    (_, stored), *inputs, (loaded, _) = module.watched()
+    module.unwatch_all()
+    assert inputs == [(2 * out.numel(), 0)] * (count + 1)
+    steps = merge_traffic(plan, count, torch.bfloat16).steps[:-1]
+    groups = math.ceil(shape[0] / max(plan.tiles.parts, 2))
+    sums = 8 * (count + 2) * (groups * plan.tiles.row_threads // 32 + 1)  # of each warp, and of all
+    assert stored == sum(step.written for step in steps) + sums
+    last = 8 * shape[0] * (2 if math.isnan(plan.column_gains[-1]) or plan.column_gains[-1] != 1 else 1)
+    assert loaded == sum(step.read for step in steps if step.where == "spectrum") - last
+
+
+def test_the_default_cutoff_of_eight_models_moves_what_the_table_says() -> None:
+    plan = three_kernels((4096, 4096), fm.HighPass(0.4))
+    assert plan is not None
+    moved = merge_traffic(plan, 8, torch.bfloat16).per_element("matrix", "spectrum")
+    assert moved == pytest.approx(2 * 9 + 18.4 + 8, abs=0.05)  # without the matrix being read: 22.4 - 4
 
 
 def test_panels_are_those_of_the_filter_alone() -> None:
@@ -253,8 +334,14 @@ def test_more_models_take_the_separate_passes() -> None:
 @dataclass(frozen=True)
 class Bug(emulated.Bug):
     kernels: str = "spread_sum.cu"
+    form: str = "decimated"
 
 
+def in_rows(right: str, wrong: str) -> Bug:
+    return Bug("row_spectra.cu", right, wrong, "row_spectra.cu", "full")
+
+
+LINES = "  transform_lines<kBy>(lines, a.tables);\n  if (a.parts == 1) write"
 BUGS = {
     "base of the first row": Bug(
         "weighted_sum.cuh", "widen(fetch(vectors.base, first, end)", "widen(fetch(vectors.base, first % 97, end)"
@@ -268,7 +355,15 @@ BUGS = {
     "no barrier before the next sum": Bug("spread_sum.cu", "__syncthreads();\n  }\n  if (has", "}\n  if (has"),
     "the mean left in": Bug("spread_sum.cu", "value.x - center", "value.x"),
     "a sample beside its place": Bug("spread_sum.cu", "i % a.columns * a.column_step", "i % a.columns"),
-    "squares of a column that is not there": Bug("interpolate.cu", "second ? static_cast", "true ? static_cast",
+    "a row that is not there": in_rows("if (group.has(slot)) {", "{"),
+    "magnitudes of another model": in_rows("if (lane == m) kept", "if (lane == 0) kept"),
+    "squares instead of magnitudes": in_rows("lane == a.vectors.count) kept", "lane == 0) kept"),
+    "sums of another warp": in_rows("blockIdx.x * warps + threadIdx.x / kWarpSize", "blockIdx.x * warps"),
+    "the real part twice": in_rows("slot % 2 == 0 ? point.x", "true ? point.x"),
+    "columns of the next row": in_rows("row + column, row + width, true", "row + column, row + width + 8, true"),
+    "squares of the upper rows": in_rows("squares.add(lower_values, access.second);", ""),
+    "no barrier before the lines": in_rows(f"  __syncthreads();\n{LINES}", LINES),
+    "squares of a column that is not there": Bug("reduce.cuh", "second ? static_cast", "true ? static_cast",
                                                  "interpolate.cu"),
 }  # fmt: skip
 
@@ -277,7 +372,8 @@ BUGS = {
 def test_a_bug_in_sum_and_filter_is_caught(name: str, tmp_path: Path) -> None:
     shape, response, count = (97, 301), fm.HighPass(0.1), 3
     (base, models), weights = inputs(shape, count, mean=2.0), weights_of(count)
-    plan = decimated_plan(shape, response)
+    plan = three_kernels(shape, response) if BUGS[name].form == "full" else decimated_plan(shape, response)
+    assert plan is not None
 
     want = torch.empty(shape)
     numbers = emulated.backend().weighted_sum(base, models, weights, want)

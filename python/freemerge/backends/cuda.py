@@ -175,7 +175,8 @@ class CudaBackend(TorchVectors):
         out: torch.Tensor,
     ) -> tuple[list[float], float, float] | None:
         alone = math.prod(out.shape[:-2]) == 1 and len(models) <= self._runtime.module.MODELS_PER_LAUNCH
-        if plan.form != "decimated" or not alone:
+        ours = plan.form == "decimated" or plan.tiles is not None  # cuFFT reads its matrix from memory
+        if not ours or not alone:
             return None
         executable = self.executable(plan)
         assert isinstance(executable, _Filter)
@@ -245,7 +246,7 @@ class _Filter(Executable):
     def run_sum(
         self, base: torch.Tensor, models: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
     ) -> tuple[list[float], float, float]:
-        """:meth:`Backend.filtered_sum` of one matrix by a decimated filter: two passes over it in all."""
+        """:meth:`Backend.filtered_sum` of one matrix by a filter whose first pass is no cuFFT."""
         device = out.device
         stream = self._runtime.stream(device)
         results = torch.empty(len(models) + 2, dtype=torch.float64, device=device)
