@@ -71,7 +71,7 @@ def test_the_formula(method: str, tmp_path: Path) -> None:
     base, others = models(3)
     merged = fm.merge(base, others, fm.Recipe(method=method, scale=1.0, out_dtype="float64"))
     scale = found(base, others, tmp_path / "out", method=method)
-    strengthened = {"fr": 1.2, "ties": 1.2, "pcb": 1.3, "tsv_m": 1.6}.get(method, 1.0)
+    strengthened = {"fr": 1.2, "ties": 1.4, "breadcrumbs": 1.4, "pcb": 1.6, "tsv_m": 1.7}.get(method, 1.0)
     assert scale == pytest.approx(strengthened * formula(base, others, merged), rel=2e-5)
     manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())
     assert manifest["recipe"]["scale"] == "interference"
@@ -99,7 +99,7 @@ def test_with_a_filter_around_the_method(when: str, tmp_path: Path) -> None:
         alone = fm.Recipe(method="average", filter="after", cutoff=0.2, out_dtype="float64")
         seen = [fm.merge(base, [other], alone) for other in others]
     assert found(base, others, tmp_path / "out", **options) == pytest.approx(
-        1.2 * formula(base, seen, merged), rel=1e-4
+        1.4 * formula(base, seen, merged), rel=1e-4
     )
 
 

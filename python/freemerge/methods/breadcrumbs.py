@@ -30,6 +30,7 @@ class Breadcrumbs(Method):
     name = "breadcrumbs"
     title = "Model Breadcrumbs"
     paper = "2312.06795"
+    strengthened = 1.4  # what is cut off took some of the tasks along, see docs/methods.md
     sees_matrices = False
 
     beta: float = parameter(0.85, "share of each tensor that is left out as too small", kind=number(0, 1))

@@ -24,7 +24,7 @@ class TSVM(SpectralMethod):
     title = "TSV-M"
     paper = "2412.00081"
     regained = 0.8  # measured, see docs/methods.md: what is cut off need not be made up for by what is kept
-    strengthened = 1.6
+    strengthened = 1.7
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:
