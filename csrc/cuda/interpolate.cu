@@ -58,6 +58,20 @@ struct WholePair {
   }
 };
 
+// The sum of squares of what a thread writes, or nothing.
+template <bool kWanted>
+struct Squares {
+  double sum = 0.0;
+
+  __device__ void add(float2 value, bool second) {
+    if constexpr (kWanted) {
+      const auto x = static_cast<double>(value.x);
+      const auto y = second ? static_cast<double>(value.y) : 0.0;
+      sum += x * x + y * y;
+    }
+  }
+};
+
 // A thread's two columns of a chunk of rows, of which kRows are on their way from memory at a time.
 template <typename T, int kTaps, typename Columns, int kRows, bool kSquares>
 __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, Squares<kSquares>& squares) {

@@ -14,20 +14,6 @@ __device__ T warp_sum(T value) {
   return value;
 }
 
-// The sum of squares of what a thread writes, or nothing.
-template <bool kWanted>
-struct Squares {
-  double sum = 0.0;
-
-  __device__ void add(float2 value, bool second) {
-    if constexpr (kWanted) {
-      const auto x = static_cast<double>(value.x);
-      const auto y = second ? static_cast<double>(value.y) : 0.0;
-      sum += x * x + y * y;
-    }
-  }
-};
-
 // The sum over all threads, in thread 0. `scratch` is shared memory for one value a warp; the block must be a
 // whole number of warps and synchronise before `scratch` is used again.
 template <typename T>

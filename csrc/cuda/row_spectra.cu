@@ -74,6 +74,8 @@ __device__ void read_rows(const RowPass& a, const RowGroup& group, const Consecu
   }
 }
 
+__device__ double squared(float x) { return static_cast<double>(x) * static_cast<double>(x); }
+
 // One of the numbers that each warp of all blocks has a place for.
 __device__ void store_of_warp(double* sums, double sum) {
   const unsigned warps = blockDim.x / kWarpSize;
@@ -103,7 +105,7 @@ __device__ void add_rows(const SumPass& a, const RowGroup& group, const Consecut
 #pragma unroll
       for (int e = 0; e < kEntries; ++e) {
         if (column + e >= width) break;
-        squares += static_cast<double>(sum[e]) * static_cast<double>(sum[e]);
+        squares += squared(sum[e]);
         float2& point = lines.at(column + e, slot / 2);
         (slot % 2 == 0 ? point.x : point.y) = sum[e];
       }
@@ -116,12 +118,16 @@ __device__ void add_rows(const SumPass& a, const RowGroup& group, const Consecut
 }
 
 // The way back: lines hold swapped numbers, in the order that the passes leave.
-template <typename T, bool kSquares>
-__device__ void write_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines,
-                           Squares<kSquares>& squares) {
+template <typename T>
+__device__ void write_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
   const std::int64_t stride = a.matrices.row_stride[blockIdx.y];
   T* matrix = static_cast<T*>(a.matrices.data[blockIdx.y]);
   const int width = width_of(a);
+  double squares = 0.0;
+  const auto write = [&](T* row, PairAccess access, float first, float second) {
+    store_pair(row, access, make_float2(first, second));
+    if (a.squares) squares += squared(first) + (access.second ? squared(second) : 0.0);
+  };
   for (int j = 0; j < lines.lines; ++j) {
     T* upper = matrix + group.row(2 * j) * stride;
     T* lower = matrix + group.row(2 * j + 1) * stride;
@@ -133,15 +139,13 @@ __device__ void write_rows(const RowPass& a, const RowGroup& group, const Consec
       const PairAccess access = pair_access(matrix, stride, column, width);
       const float2 first = line[load(a.tables.offsets + column)];
       const float2 second = line[load(a.tables.offsets + (access.second ? column + 1 : column))];
-      const float2 values = make_float2(a.factor * first.y, a.factor * second.y);
-      store_pair(upper + column, access, values);
-      squares.add(values, access.second);
-      if (!has_lower) continue;
-      const float2 lower_values = make_float2(a.factor * first.x, a.factor * second.x);
-      store_pair(lower + column, access, lower_values);
-      squares.add(lower_values, access.second);
+      write(upper + column, access, a.factor * first.y, a.factor * second.y);
+      if (has_lower) write(lower + column, access, a.factor * first.x, a.factor * second.x);
     }
   }
+  if (!a.squares) return;
+  squares = warp_sum(squares);
+  if (threadIdx.x % kWarpSize == 0) store_of_warp(a.squares, squares);
 }
 
 // exp(-2 pi i row p / height): what each row of a group is turned by.
@@ -263,7 +267,7 @@ __global__ void __launch_bounds__(most_threads(kBy), 2) sum_to_spectra_kernel(Su
   lines_to_spectra<kBy>(a.rows, group, lines);
 }
 
-template <Transform kBy, bool kSquares>
+template <Transform kBy>
 __global__ void __launch_bounds__(most_threads(kBy), 2) spectra_to_rows_kernel(RowPass a) {
   const RowGroup group(a);
   const ConsecutiveLines lines = lines_of(a);
@@ -273,16 +277,9 @@ __global__ void __launch_bounds__(most_threads(kBy), 2) spectra_to_rows_kernel(R
   if (a.parts == 8) read_bins<8>(a, group, lines);
   __syncthreads();
   transform_lines<kBy>(lines, a.tables);
-  Squares<kSquares> squares;
-  if constexpr (kSquares) {
-    write_rows<float>(a, group, lines, squares);
-    const double total = warp_sum(squares.sum);
-    if (threadIdx.x % kWarpSize == 0) store_of_warp(a.squares, total);
-  } else {
-    if (a.matrices.dtype == DType::kFloat32) write_rows<float>(a, group, lines, squares);
-    if (a.matrices.dtype == DType::kBFloat16) write_rows<__nv_bfloat16>(a, group, lines, squares);
-    if (a.matrices.dtype == DType::kFloat16) write_rows<__half>(a, group, lines, squares);
-  }
+  if (a.matrices.dtype == DType::kFloat32) write_rows<float>(a, group, lines);
+  if (a.matrices.dtype == DType::kBFloat16) write_rows<__nv_bfloat16>(a, group, lines);
+  if (a.matrices.dtype == DType::kFloat16) write_rows<__half>(a, group, lines);
 }
 
 std::int64_t group_count(std::int64_t height, int parts) {
@@ -301,15 +298,6 @@ void launch_rows(const char* name, void (*const (&instances)[3])(Arguments), con
          Launch(name, grid, dim3(static_cast<unsigned>(a.threads)),
                 row_bytes(a.tables.line.passes.length, a.parts), stream),
          arguments);
-}
-
-template <bool kSquares>
-void launch_spectra_to_rows(const RowPass& arguments, cudaStream_t stream) {
-  launch_rows("spectra_to_rows",
-              {spectra_to_rows_kernel<Transform::kCommon, kSquares>,
-               spectra_to_rows_kernel<Transform::kUncommon, kSquares>,
-               spectra_to_rows_kernel<Transform::kChirp, kSquares>},
-              arguments, arguments, stream);
 }
 
 }  // namespace
@@ -349,8 +337,10 @@ void sum_to_spectra(const SumPass& arguments, cudaStream_t stream) {
 }
 
 void spectra_to_rows(const RowPass& arguments, cudaStream_t stream) {
-  arguments.squares ? launch_spectra_to_rows<true>(arguments, stream)
-                    : launch_spectra_to_rows<false>(arguments, stream);
+  launch_rows("spectra_to_rows",
+              {spectra_to_rows_kernel<Transform::kCommon>, spectra_to_rows_kernel<Transform::kUncommon>,
+               spectra_to_rows_kernel<Transform::kChirp>},
+              arguments, arguments, stream);
 }
 
 }  // namespace freemerge::cuda

@@ -26,8 +26,8 @@ LARGE = {
     ("column_filter_kernel", COMMON): 128,
     ("column_filter_kernel", CHIRP): 128,
     ("column_filter_kernel", UNCOMMON): 200,
-    ("rows_kernel", UNCOMMON): 200,
-    ("spectra_kernel", UNCOMMON): 200,
+    ("to_rows_kernel", UNCOMMON): 200,
+    ("to_spectra_kernel", UNCOMMON): 200,
     ("interpolate_squares_kernel", "ColumnPair"): 128,  # four of 128
 }
 BLOCK_BYTES, MULTIPROCESSORS = 227 << 10, 132  # of an H100
@@ -126,6 +126,7 @@ def test_blocks_of_the_three_kernels_share_a_multiprocessor(
     by = {n: CHIRP if convolution(n) else UNCOMMON if is_uncommon(n) else COMMON for n in (width, length)}
     used = {
         ("rows_to_spectra_kernel", by[width]): (chosen.row_threads, row, row_groups),
+        ("sum_to_spectra_kernel", by[width]): (chosen.row_threads, row, row_groups),
         ("spectra_to_rows_kernel", by[width]): (chosen.row_threads, row, row_groups),
         ("column_filter_kernel", by[length]): (chosen.column_threads, column, column_groups),
     }
@@ -136,7 +137,7 @@ def test_blocks_of_the_three_kernels_share_a_multiprocessor(
         with capsys.disabled():
             print(f"\n{height} x {width} {name} {instance}: {kernel.registers} registers, {threads} threads,", end=" ")
             print(f"{shared >> 10} KiB, {at_once} blocks on a multiprocessor, {waves:.2f} waves", end="")
-        assert at_once >= (1 if rows_alone and "rows" in name else 2)
+        assert at_once >= (1 if rows_alone and "spectra" in name else 2)
 
 
 def cufft_include() -> Path:

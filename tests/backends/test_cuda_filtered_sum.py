@@ -361,9 +361,9 @@ BUGS = {
     "sums of another warp": in_rows("blockIdx.x * warps + threadIdx.x / kWarpSize", "blockIdx.x * warps"),
     "the real part twice": in_rows("slot % 2 == 0 ? point.x", "true ? point.x"),
     "columns of the next row": in_rows("row + column, row + width, true", "row + column, row + width + 8, true"),
-    "squares of the upper rows": in_rows("squares.add(lower_values, access.second);", ""),
+    "squares of the last pair alone": in_rows("squares += squared(first) +", "squares = squared(first) +"),
     "no barrier before the lines": in_rows(f"  __syncthreads();\n{LINES}", LINES),
-    "squares of a column that is not there": Bug("reduce.cuh", "second ? static_cast", "true ? static_cast",
+    "squares of a column that is not there": Bug("interpolate.cu", "second ? static_cast", "true ? static_cast",
                                                  "interpolate.cu"),
 }  # fmt: skip
 
