@@ -7,11 +7,17 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import freemerge as fm
+from freemerge.backends.base import BackendInfo
+from freemerge.merging.selection import LayerWeights
 from freemerge.methods import METHODS
+from freemerge.methods.filtered import Filter
+from freemerge.planner.plan import Plan
+from freemerge.workers import Workers, joined
 
 # What `freemerge.__all__` of version 0.1.0 listed.
 EARLIER = [
@@ -43,6 +49,16 @@ def test_the_reference_has_every_method() -> None:
 def test_what_functions_return_has_a_name(name: str) -> None:
     assert inspect.isclass(getattr(fm, name))
     assert f".. autoclass:: {name}\n" in REFERENCE
+
+
+@pytest.mark.parametrize(
+    "value",
+    [BackendInfo, Filter, LayerWeights, Plan, Workers, joined],
+    ids=lambda value: value.__name__,
+)
+def test_the_reference_has_what_is_taken_and_returned_under_no_name_of_the_front(value: Any) -> None:
+    kind = "class" if inspect.isclass(value) else "function"
+    assert f".. auto{kind}:: {value.__module__}.{value.__name__}\n" in REFERENCE
 
 
 def test_the_reference_promises_nothing_but_errors_of_their_module() -> None:
