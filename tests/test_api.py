@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import textwrap
@@ -76,6 +77,19 @@ def test_the_front_is_small_and_complete() -> None:
         value = getattr(fm, name)
         assert callable(value), f"{name} must not be hidden by the module of this name"
         assert value.__doc__
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["analyze", "evaluate", "explain", "extract_experts", "filter_", "filtered", "inspect", "merge",
+     "merge_checkpoints", "merge_tensors", "verify"],
+)  # fmt: skip
+def test_functions_of_the_front_say_what_they_raise(name: str) -> None:
+    doc = inspect.getdoc(getattr(fm, name))
+    assert doc is not None
+    errors = doc.partition("\nRaises:\n")[2]
+    assert errors
+    assert all(hasattr(fm.errors, error) for error in re.findall(r"\w+Error", errors))
 
 
 def test_families_have_modules_of_their_own() -> None:
