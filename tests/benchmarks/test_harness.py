@@ -104,9 +104,9 @@ def test_the_record_does_not_tell_of_the_machine_what_was_not_measured(monkeypat
     assert platform.release() not in record["system"]
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.json")), ids=lambda path: path.relative_to(RESULTS).as_posix())
-def test_committed_results_name_no_folder_and_no_kernel(path: Path) -> None:
-    assert re.findall(r'"/[^"]*"|Linux-[^"]*', path.read_text(encoding="utf-8")) == []
+def test_committed_results_name_no_folder_and_no_kernel() -> None:
+    for path in RESULTS.rglob("*.json"):
+        assert re.findall(r'"/[^"]*"|Linux-[^"]*', path.read_text(encoding="utf-8")) == [], path
 
 
 def test_every_case_of_the_suites_has_a_response() -> None:
