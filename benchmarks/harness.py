@@ -290,13 +290,18 @@ def machine(**about: Any) -> Row:
         "commit": commit(),
         "processor": processor(),
         "cpus": os.cpu_count(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "backends": {name: info.details for name, info in fm.backends().items() if info.available},
+        "backends": {name: _without_folders(info.details) for name, info in fm.backends().items() if info.available},
         **about,
     }
+
+
+def _without_folders(details: Mapping[str, str]) -> dict[str, str]:
+    """Of a library the file alone: where it lies says nothing about what was measured."""
+    return {what: Path(told).name if Path(told).is_absolute() else told for what, told in details.items()}
 
 
 @lru_cache

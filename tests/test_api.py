@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import freemerge as fm
+from freemerge.backends.base import BackendInfo
+from freemerge.merging.selection import LayerWeights
 from freemerge.methods import METHODS
+from freemerge.methods.filtered import Filter
+from freemerge.planner.plan import Plan
+from freemerge.workers import Workers, joined
 
 # What `freemerge.__all__` of version 0.1.0 listed.
 EARLIER = [
@@ -45,6 +52,16 @@ def test_what_functions_return_has_a_name(name: str) -> None:
     assert f".. autoclass:: {name}\n" in REFERENCE
 
 
+@pytest.mark.parametrize(
+    "value",
+    [BackendInfo, Filter, LayerWeights, Plan, Workers, joined],
+    ids=lambda value: value.__name__,
+)
+def test_the_reference_has_what_is_taken_and_returned_under_no_name_of_the_front(value: Any) -> None:
+    kind = "class" if inspect.isclass(value) else "function"
+    assert f".. auto{kind}:: {value.__module__}.{value.__name__}\n" in REFERENCE
+
+
 def test_the_reference_promises_nothing_but_errors_of_their_module() -> None:
     helpers = [name for name, value in vars(fm.errors).items() if inspect.isfunction(value)]
     assert f":exclude-members: {', '.join(sorted(helpers))}\n" in REFERENCE
@@ -60,6 +77,19 @@ def test_the_front_is_small_and_complete() -> None:
         value = getattr(fm, name)
         assert callable(value), f"{name} must not be hidden by the module of this name"
         assert value.__doc__
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["analyze", "evaluate", "explain", "extract_experts", "filter_", "filtered", "inspect", "merge",
+     "merge_checkpoints", "merge_tensors", "verify"],
+)  # fmt: skip
+def test_functions_of_the_front_say_what_they_raise(name: str) -> None:
+    doc = inspect.getdoc(getattr(fm, name))
+    assert doc is not None
+    errors = doc.partition("\nRaises:\n")[2]
+    assert errors
+    assert all(hasattr(fm.errors, error) for error in re.findall(r"\w+Error", errors))
 
 
 def test_families_have_modules_of_their_own() -> None:

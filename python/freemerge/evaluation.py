@@ -57,7 +57,9 @@ def evaluate(model: Source, function: ScoreFunction) -> Evaluation:
             for reading only; they may be memory maps of the file.
         function: takes a state dict and returns a score, or a mapping from task to score; higher is better.
 
-    Raises ArgumentError if the function returns no finite numbers.
+    Raises:
+        ArgumentError: the function is none, or returns no finite numbers.
+        CheckpointError: the model cannot be read.
     """
     check_function("function", function)
     with Checkpoint.open(model, argument="model") as opened:

@@ -140,6 +140,9 @@ def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "au
     """The result of :func:`filter_` in new memory, of the same type (a torch tensor for other DLPack producers).
 
     It is differentiable: the filter is linear and its own adjoint, so that the gradient is the filtered gradient.
+
+    Raises:
+        ArgumentError, BackendError: as :func:`filter_`; ArgumentError for a DTensor that requires grad, too.
     """
     if isinstance(x, (list, tuple)):
         if any(map(_is_traced, x)):
@@ -170,6 +173,10 @@ def explain(
     """How :func:`filter_` treats each matrix of a tensor, or of a shape with the given dtype and device.
 
     The plan tells the backend, the form, its error bound, its memory and traffic, and why it was chosen; print it.
+
+    Raises:
+        ArgumentError: an argument is invalid, named in the message.
+        BackendError: the backend asked for cannot do it, and why.
     """
     _check_request(response, backend)
     if isinstance(x, torch.Tensor):

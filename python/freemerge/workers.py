@@ -97,7 +97,7 @@ def _noticing() -> Iterator[None]:
 
 @contextmanager
 def joined() -> Iterator[Workers]:
-    """The workers that torchrun has started, this process among them; alone, if it was not started so.
+    """A context manager: the workers that torchrun has started, this process among them; alone without it.
 
     What several workers find wrong is told by one of them: the others end without a word. After an error this process
     ignores SIGTERM, as it is about to end. Each worker takes the GPU with its number on its machine.

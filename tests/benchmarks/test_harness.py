@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 import freemerge as fm
 from benchmarks import harness, suites
 from benchmarks.harness import Case
+from freemerge.backends.base import BackendInfo
 
+RESULTS = Path(harness.__file__).parent / "results"
 SHAPES = [(97,), (31, 40), (2, 24, 18)]
 DTYPES = ["float32", "float64", "bfloat16"]
 
@@ -103,6 +107,20 @@ def test_the_record_names_machine_and_package() -> None:
     record = json.loads(json.dumps(harness.machine(threads=1)))
     assert record["torch"] == torch.__version__
     assert record["backends"].keys() == {name for name, info in fm.backends().items() if info.available}
+
+
+def test_the_record_does_not_tell_of_the_machine_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    details = {"cufft": "/somewhere/lib/libcufft.so.12", "device 0": "NVIDIA H100 80GB HBM3"}
+    found = {"cuda": BackendInfo("cuda", True, details=details), "torch": BackendInfo("torch", False, "no")}
+    monkeypatch.setattr(fm, "backends", lambda: found)
+    record = harness.machine()
+    assert record["backends"] == {"cuda": {**details, "cufft": "libcufft.so.12"}}
+    assert platform.release() not in record["system"]
+
+
+def test_committed_results_name_no_folder_and_no_kernel() -> None:
+    for path in RESULTS.rglob("*.json"):
+        assert re.findall(r'"/[^"]*"|Linux-[^"]*', path.read_text(encoding="utf-8")) == [], path
 
 
 def test_every_case_of_the_suites_has_a_response() -> None:

@@ -133,6 +133,9 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
     """Hash a merged model directory again and compare with its manifest; returns the problems found, none if intact.
 
     A file that the manifest does not list is a problem too (hidden files excepted): loaders may prefer it.
+
+    Raises:
+        CheckpointError: the directory has no manifest that can be read, or one of its files cannot be.
     """
     directory = path_of("directory", directory)
     files = read_manifest(directory)["files"]

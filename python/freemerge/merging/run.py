@@ -156,9 +156,11 @@ def merge_checkpoints(
             same for any number. What they leave unfinished stays, to be resumed.
 
     Raises:
-        RefusedError: ``out`` exists and may not be replaced, or is one of the inputs.
+        RefusedError: ``out`` exists and may not be replaced, is one of the inputs, or another run writes there.
         ArgumentError: the merged model would be the base: at a scale, weights or a density of 0, at a cutoff beyond the
             spectrum, or with every tensor copied. Otherwise as :func:`merge`.
+        CheckpointError: ``out`` cannot be written, or the disk is full. Otherwise as :func:`merge`.
+        WorkerError: another of the workers has ended.
     """
     memory, style = byte_size("memory", memory), _style(progress)
     function("on_start", on_start)
@@ -229,6 +231,15 @@ def inspect(
 
     With ``out``, check also that :func:`merge_checkpoints` could write there, raising what that would raise, and say
     how long it would take, where a small merge in memory can be timed for it.
+
+    Args:
+        base, models, recipe, method, backend, out, force, max_shard_bytes, tokenizer_from: as for
+            :func:`merge_checkpoints`.
+
+    Raises:
+        ArgumentError, CheckpointError: a bad recipe, or inputs that do not match.
+        RefusedError: with ``out``, as :func:`merge_checkpoints`.
+        BackendError: the backend asked for cannot run.
     """
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
