@@ -82,7 +82,8 @@ __device__ void store_of_warp(double* sums, double sum) {
   store(sums + blockIdx.x * warps + threadIdx.x / kWarpSize, sum);
 }
 
-// The same of rows that are added up here, eight columns a lane. Lane m keeps the magnitudes of model m.
+// What read_rows() does, of rows that are added up here, eight columns a lane. Lane m keeps the magnitudes of
+// model m.
 __device__ void add_rows(const SumPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
   const int width = width_of(a.rows);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
