@@ -243,7 +243,7 @@ class _Switch(BackendSwitch):
         try:
             self._switch.apply(place, threads)
             mark_changed(weights)
-        except KeyboardInterrupt:  # Python tells of it when the native code is through
+        except BaseException:  # of a signal: Python tells of it when the native code, which cannot fail, is through
             restore()
             raise
         return restore

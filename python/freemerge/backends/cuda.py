@@ -13,7 +13,7 @@ import torch
 
 from ..cache import Cache, table_bytes
 from ..dense import address
-from ..errors import BackendError
+from ..errors import BackendError, CudaError
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Form, Plan
 from ..responses import MaskParams, has_closed_form
@@ -301,7 +301,9 @@ class _Switch(BackendSwitch):
         try:
             self._switch.apply(former, *place)
             mark_changed(weights)
-        except KeyboardInterrupt:  # Python tells of it when the native code is through
+        except CudaError:  # a launch failed: the native code has restored what was changed before it
+            raise
+        except BaseException:  # of a signal: Python tells of it when the native code is through
             restore()
             raise
         return restore
