@@ -29,6 +29,8 @@ void bind_device(py::module_& m) {
       raise(error);
     }
   });
+  // Those that the kernels are compiled for, as CMake names them.
+  m.attr("ARCHITECTURES") = FREEMERGE_CUDA_ARCHITECTURES;
   m.def("device_count", [] {
     int count = 0;
     check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");

@@ -23,7 +23,7 @@ from benchmarks.traffic import traffic
 from freemerge.accumulate import abs_means, add_round, task_vector_sum
 from freemerge.backends import registry
 from freemerge.backends.cuda import CudaBackend
-from freemerge.backends.cuda_runtime import Runtime, Stream
+from freemerge.backends.cuda_runtime import Capability, Runtime, Stream, covers
 from freemerge.backends.sparse import Update, native_updates
 from freemerge.backends.torch import TorchBackend
 from freemerge.cache import forget_all
@@ -409,6 +409,50 @@ def test_operations_without_a_gpu_say_why() -> None:
             assert abs_means(x, [x]) == [0.0]  # "auto" goes on to the next
     finally:
         module.set_device_count_error(0)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "covered", "not_covered"),
+    [
+        ("80-real 90-real 90-virtual", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5), (7, 0)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0), (7, 5)]),
+        ("75-virtual", [(7, 5), (8, 0), (12, 0)], [(7, 0), (6, 1)]),
+        ("80", [(8, 0), (8, 9), (9, 0)], [(7, 5)]),
+        ("90a 100f-real", [(9, 0), (10, 0)], [(8, 0), (10, 3), (12, 0)]),
+        ("native", [(7, 5), (12, 0)], []),
+        ("", [], [(9, 0)]),
+    ],
+)
+def test_code_runs_on_its_major_version_and_ptx_on_all_later_ones(
+    architectures: str, covered: list[Capability], not_covered: list[Capability]
+) -> None:
+    assert all(covers(architectures, capability) for capability in covered)
+    assert not any(covers(architectures, capability) for capability in not_covered)
+
+
+def test_a_gpu_that_it_was_not_built_for_is_left_to_torch_with_the_reason() -> None:
+    class Old(Runtime):
+        def capability(self, device: torch.device) -> Capability:
+            return 7, 5
+
+    x, why = noise(64, 48), r"it has no code for a GPU of compute capability 7\.5, only for 80-real 90; reinstall"
+    with registry.using(CudaBackend(Old(emulated.module(), "cpu")), TorchBackend()):
+        for operation in (lambda: fm.filtered(x, HIGH_PASS, backend="cuda"), lambda: abs_means(x, [x], backend="cuda")):
+            with pytest.raises(BackendError, match=f"backend cuda is not available: {why}"):
+                operation()
+        assert "it has no code for a GPU" in fm.explain(x, HIGH_PASS).reason
+        assert torch.equal(fm.filtered(x, HIGH_PASS), fm.filtered(x, HIGH_PASS, backend="torch"))
+        assert abs_means(x, [x]) == [0.0]
+
+
+def test_one_of_two_gpus_that_it_was_not_built_for_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = noise(64, 48)
+    with registry.using(emulated.backend(), TorchBackend()):
+        monkeypatch.setattr(emulated.runtime(), "covers", lambda device: False)  # the machine's other one is covered
+        assert fm.explain(x, HIGH_PASS).backend == "torch"
+        assert registry.pick("auto", (x,)).name == "torch"
+        with pytest.raises(ArgumentError, match="has no code for the GPU cpu"):
+            registry.pick("cuda", (x,))
 
 
 def test_float64_is_refused_with_the_reason_and_left_to_torch() -> None:
