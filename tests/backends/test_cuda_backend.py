@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -227,9 +228,9 @@ def test_explain_promises_the_general_form_a_spectrum_and_panels() -> None:
 def test_the_plan_cache_is_bounded() -> None:
     module = emulated.module()
     module.clear_fft_cache()
-    for height in range(20, 60):
+    for height in range(20, 280):
         fm.filter_(noise(height, 30), fm.Butterworth(0.3), backend="cuda")
-    assert 0 < module.fft_cache_size() <= 64
+    assert module.fft_cache_size() == 256
     module.clear_fft_cache()
     assert module.fft_cache_size() == 0
 
@@ -251,13 +252,13 @@ def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
     finally:
         module.set_capturing(False)
     kept = module.fft_cache_size()
-    for height in range(60, 160):
+    for height in range(60, 260):
         other = plan_of_form(noise(height, 30), fm.Butterworth(0.3), "full")
         emulated.backend().executable(other).run([noise(height, 30)[None]], 1.0)
-    assert module.fft_cache_size() == 64
+    assert module.fft_cache_size() == 256
     module.set_capturing(True)
     try:
-        emulated.backend().executable(plan).run([x[None]], 1.0)  # its plans outlived a hundred others
+        emulated.backend().executable(plan).run([x[None]], 1.0)  # its plans outlived hundreds of others
     finally:
         module.set_capturing(False)
     assert kept >= 2
@@ -277,6 +278,13 @@ def test_what_a_graph_refers_to_stays_and_nothing_is_uploaded_meanwhile(monkeypa
         patch.setattr(emulated.runtime(), "stream", lambda _: Stream(0, 0, True))
         with pytest.raises(BackendError, match="run the same call before"):
             emulated.backend().executable(plan_of_form(x, HIGH_PASS, "full"))
+
+
+def test_an_empty_name_of_cufft_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = emulated.fresh_module(tmp_path)
+    monkeypatch.setenv("FREEMERGE_CUFFT", "")
+    path, _ = fresh.open_cufft([str(emulated.build() / "libcufft.so.12")])
+    assert path.endswith("libcufft.so.12")
 
 
 def test_errors_carry_operation_and_place() -> None:
@@ -305,6 +313,11 @@ def test_what_it_cannot_do_it_refuses() -> None:
     assert emulated.backend().supports(replace(plan, dtype=torch.float64)) is not None
     with pytest.raises(BackendError, match="has no kernels for"):
         fm.filter_(x.double(), HIGH_PASS, backend="cuda")
+
+
+def test_bytes_of_tiles_need_tiles() -> None:
+    with pytest.raises(ValueError, match="tiles must have parts"):
+        emulated.module().tile_bytes(8, 8, None)
 
 
 def test_a_band_between_two_bins_is_refused() -> None:
