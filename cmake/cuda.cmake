@@ -89,7 +89,9 @@ endif()
 set_source_files_properties(csrc/cuda/coarse_mask.cu csrc/cuda/column_filter.cu PROPERTIES COMPILE_OPTIONS -fmad=false)
 
 pybind11_add_module(_cuda MODULE ${FREEMERGE_CUDA_BINDINGS} ${FREEMERGE_CUDA_HOST})
-target_compile_definitions(_cuda PRIVATE FREEMERGE_CUDA_MODULE=_cuda)
+string(REPLACE ";" " " freemerge_architectures "${CMAKE_CUDA_ARCHITECTURES}")
+target_compile_definitions(_cuda PRIVATE FREEMERGE_CUDA_MODULE=_cuda
+  "FREEMERGE_CUDA_ARCHITECTURES=\"${freemerge_architectures}\"")
 target_include_directories(_cuda PRIVATE csrc)
 target_include_directories(_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 # As for the kernels above: the host finds the rows at which a mask steps.

@@ -57,6 +57,12 @@ def module() -> ModuleType:
     return _load("_cuda_emulated", file)
 
 
+def fresh_module(folder: Path) -> ModuleType:
+    """The same with statics of its own: it has not opened cuFFT."""
+    (file,) = build().glob("_cuda_emulated*.so")
+    return _load(f"fresh{next(_numbers)}._cuda_emulated", Path(shutil.copy(file, folder)))
+
+
 @cache
 def runtime() -> Runtime:
     """The emulated module as the package's CUDA runtime, for CPU tensors."""

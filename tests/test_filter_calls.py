@@ -17,6 +17,7 @@ import freemerge as fm
 from fallback import Elsewhere
 from freemerge import filter as filtering
 from freemerge.backends import base, registry
+from freemerge.backends.cpu import CpuBackend
 from freemerge.backends.torch import TorchBackend
 from freemerge.cache import Cache, forget_all, table_bytes
 from freemerge.planner.costs import Traits
@@ -207,6 +208,27 @@ def test_the_number_of_threads_is_asked_for_at_each_call(monkeypatch: pytest.Mon
     finally:
         torch.set_num_threads(threads)
     assert used == [1, 2, 1]
+
+
+def test_where_memory_does_not_suffice_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean that is taken out comes back, and of matrices with several row strides none is filtered."""
+    from freemerge import _core
+
+    plan, native = fm.explain((512, 512), fm.HighPass(0.02), backend="cpu"), _core.Filter.run
+    tensors = [noise(512, 512) + 100.0, (noise(512, 600) + 50.0)[:, :512]]
+    before = [x.clone() for x in tensors]
+    assert plan.centers
+
+    def short(filter_: object, pointers: list[int], *arguments: object) -> None:
+        if tensors[-1].data_ptr() in pointers:
+            raise MemoryError
+        native(filter_, pointers, *arguments)
+
+    monkeypatch.setattr(_core.Filter, "run", short)
+    with pytest.raises(MemoryError):
+        CpuBackend().executable(plan).run(tensors, 1.0)
+    for x, former in zip(tensors, before, strict=True):
+        torch.testing.assert_close(x, former, rtol=0.0, atol=1e-4)
 
 
 @AVAILABLE

@@ -1,5 +1,6 @@
 // One bind function per topic, each in the file of that name, and what they share. Pointers are integers;
-// callers keep the memory alive. Bindings convert arguments and release the GIL, nothing else.
+// callers keep the memory alive. Bindings convert arguments and release the GIL for all that takes time,
+// nothing else.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -29,21 +29,27 @@ void bind_device(py::module_& m) {
       raise(error);
     }
   });
+  // Those that the kernels are compiled for, as CMake names them.
+  m.attr("ARCHITECTURES") = FREEMERGE_CUDA_ARCHITECTURES;
   m.def("device_count", [] {
-    int count = 0;
-    check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
-    return count;
+    return without_gil([] {
+      int count = 0;
+      check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+      return count;
+    });
   });
   m.def(
       "open_cufft",
       [](const std::vector<std::string>& paths) {
-        cufft::open(paths);
         int version = 0;
-        check_cufft(cufft::api().GetVersion(&version), "cufftGetVersion");
+        without_gil([&] {
+          cufft::open(paths);
+          check_cufft(cufft::api().GetVersion(&version), "cufftGetVersion");
+        });
         return py::make_tuple(cufft::location(), version);
       },
       py::arg("paths"));
-  m.def("clear_fft_cache", &clear_fft_cache);
+  m.def("clear_fft_cache", [] { without_gil(clear_fft_cache); });
   m.def("fft_cache_size", &fft_cache_size);
 }
 

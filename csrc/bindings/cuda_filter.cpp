@@ -13,9 +13,11 @@ namespace {
 namespace py = pybind11;
 using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
 
-// `call` takes an array of bytes and returns the address of its copy on the device.
+// `call` takes an array of bytes and returns the address of its copy on the device. It outlives the result,
+// which is called without the GIL.
 Upload to_upload(const py::function& call) {
-  return [call](const void* bytes, std::size_t count) -> const void* {
+  return [&call](const void* bytes, std::size_t count) -> const void* {
+    const py::gil_scoped_acquire gil;
     const py::array_t<std::uint8_t> array(static_cast<py::ssize_t>(count),
                                           static_cast<const std::uint8_t*>(bytes));
     return pointer<const void>(call(array).cast<Address>());
@@ -59,6 +61,7 @@ void bind_filter(py::module_& m) {
       "tile_bytes",
       [](std::int64_t height, std::int64_t width, const py::object& object) {
         const Tiles tiles = to_tiles(object);
+        require(tiles.parts > 0, "tiles must have parts");
         const std::int64_t length = height / tiles.parts;
         return py::make_tuple(
             row_bytes(line_passes(width, tiles.row_chirp).passes.length, tiles.parts),
@@ -90,8 +93,9 @@ void bind_filter(py::module_& m) {
              plan.columns = to_decimation(columns);
              plan.fused = fused;
              plan.tiles = to_tiles(tiles);
-             const float* gains = column_gains.data();
-             return Filter(plan, to_dtype(dtype), {gains, gains + column_gains.size()}, to_upload(upload));
+             const float* first = column_gains.data();
+             const std::vector<float> gains(first, first + column_gains.size());
+             return without_gil([&] { return Filter(plan, to_dtype(dtype), gains, to_upload(upload)); });
            }),
            py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("table"), py::arg("dtype"),
            py::arg("background"), py::arg("rows"), py::arg("columns"), py::arg("fused"), py::arg("tiles"),

@@ -9,6 +9,7 @@
 #include "bindings/bindings.h"
 #include "bindings/mask.h"
 #include "bindings/plan.h"
+#include "cpu/fft.h"
 
 namespace freemerge {
 namespace {
@@ -22,9 +23,11 @@ Gains mask_gains(const py::object& params) {
   const Mask mask = to_mask(params, nullptr);
   Gains gains({mask.height, mask.width / 2 + 1});
   auto values = gains.mutable_unchecked<2>();
-  for (std::int64_t y = 0; y < values.shape(0); ++y) {
-    for (std::int64_t x = 0; x < values.shape(1); ++x) values(y, x) = mask_gain(mask, y, x);
-  }
+  without_gil([&] {
+    for (std::int64_t y = 0; y < values.shape(0); ++y) {
+      for (std::int64_t x = 0; x < values.shape(1); ++x) values(y, x) = mask_gain(mask, y, x);
+    }
+  });
   return gains;
 }
 
@@ -47,15 +50,15 @@ std::unique_ptr<Filter> to_filter(const std::string& form, const py::object& mas
   return without_gil([&] { return make_filter(plan, to_dtype(dtype), std::move(gains), chosen); });
 }
 
-void run(const Filter& self, const std::vector<std::uintptr_t>& pointers, std::int64_t row_stride,
-         double scale, int threads) {
+void run(const Filter& self, const std::vector<std::uintptr_t>& pointers,
+         const std::vector<std::int64_t>& row_strides, double scale, int threads) {
   std::vector<void*> matrices;
   matrices.reserve(pointers.size());
   for (const std::uintptr_t address : pointers) {
     require(address != 0, "pointers must not be null");
     matrices.push_back(pointer<void>(address));
   }
-  without_gil([&] { self.run(matrices, row_stride, scale, threads); });
+  without_gil([&] { self.run(matrices, row_strides, scale, threads); });
 }
 
 }  // namespace
@@ -68,6 +71,7 @@ void bind_filter(py::module_& m) {
   m.attr("TAPS") = py::tuple(taps);
   m.attr("ROW_CELLS_MULTIPLE") = kRowCellsMultiple;
   m.attr("MAX_LANES") = kMaxLanes;
+  m.def("has_transform", &has_transform, py::arg("n"));
   m.def("mask_gains", &mask_gains, py::arg("mask"));
   py::class_<Filter>(m, "Filter")
       .def(py::init(&to_filter), py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("table") = 0,
@@ -75,7 +79,7 @@ void bind_filter(py::module_& m) {
            py::arg("background") = 0.0, py::arg("rows") = py::none(), py::arg("columns") = py::none(),
            py::arg("column_gains") = py::none(), py::arg("isa") = py::none())
       .def_property_readonly("nbytes", &Filter::nbytes)
-      .def("run", &run, py::arg("pointers"), py::arg("row_stride"), py::arg("scale"), py::arg("threads"));
+      .def("run", &run, py::arg("pointers"), py::arg("row_strides"), py::arg("scale"), py::arg("threads"));
 }
 
 }  // namespace freemerge

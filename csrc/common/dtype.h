@@ -58,8 +58,11 @@ inline float to_float(float16 x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // Scaling by 2^112 turns the half exponent into a float one and is exact for subnormals too.
-  return float_from_bits(sign | float_bits(float_from_bits(magnitude << 13) * 0x1p112f));
+  // Adding 112 turns the half exponent into a float one. A subnormal half gets one more, with a leading one
+  // that is subtracted: no float here is subnormal, which a processor may be told to take for zero.
+  const std::uint32_t wide = (magnitude << 13) + 0x38000000u;
+  const float subnormal = float_from_bits(wide + 0x00800000u) - 0x1p-14f;
+  return float_from_bits(sign | (magnitude < 0x400u ? float_bits(subnormal) : wide));
 }
 
 // Round to nearest, ties to even, as torch does; NaN stays NaN.

@@ -150,6 +150,16 @@ FM_HOST_DEVICE inline double squared_radius(const Mask& m, std::int64_t bin_y, s
   return fy * fy + fx * fx;
 }
 
+struct Bin {
+  std::int64_t y, x;
+};
+
+// The bin in the stored half of the spectrum, x <= W/2, that has the gain of any bin: M(k, l) = M(-k, -l).
+FM_HOST_DEVICE inline Bin stored_bin(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
+  if (bin_x <= m.width / 2) return {bin_y, bin_x};
+  return {bin_y == 0 ? 0 : m.height - bin_y, m.width - bin_x};
+}
+
 // Gain of the other kinds, as mask_gain() has it.
 FM_HOST_DEVICE inline double other_gain(const Mask& m, std::int64_t bin_y, std::int64_t bin_x) {
   if (m.kind == MaskKind::kTable) {

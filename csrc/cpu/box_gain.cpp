@@ -5,22 +5,16 @@
 namespace freemerge {
 namespace {
 
-// Stored bin `offset` bins from the first at or above the centre of a box along an axis of `n` bins.
-std::int64_t stored_bin(std::int64_t offset, std::int64_t n, bool nyquist) {
+// The bin that is `offset` bins from the first at or above the centre of a box along an axis of `n` bins.
+std::int64_t bin_at(std::int64_t offset, std::int64_t n, bool nyquist) {
   return ((nyquist ? (n + 1) / 2 : 0) + offset + n) % n;
 }
 
-// The mask less the background. It is symmetric under (ky, kx) -> (-ky, -kx), and mask_gain wants 0 <= bin_x
-// <= W / 2.
+// The mask less the background.
 double correction_gain(const Plan& plan, std::int64_t a, std::int64_t k) {
-  const std::int64_t height = plan.mask.height, width = plan.mask.width;
-  std::int64_t bin_y = stored_bin(a, height, plan.rows.nyquist);
-  std::int64_t bin_x = stored_bin(k, width, plan.columns.nyquist);
-  if (bin_x > width / 2) {
-    bin_x = width - bin_x;
-    bin_y = (height - bin_y) % height;
-  }
-  return mask_gain(plan.mask, bin_y, bin_x) - plan.background;
+  const Bin bin = stored_bin(plan.mask, bin_at(a, plan.mask.height, plan.rows.nyquist),
+                             bin_at(k, plan.mask.width, plan.columns.nyquist));
+  return mask_gain(plan.mask, bin.y, bin.x) - plan.background;
 }
 
 // Column k, rows gain.least() .. gain.band - 1 of it, as at most three steps in |a|, or false.

@@ -13,13 +13,11 @@ constexpr std::align_val_t kAlignment{64};
 // Smaller pieces the C library keeps itself; larger ones are too much to keep.
 constexpr std::size_t kLeastKept = kLeastHuge, kMostKept = std::size_t{256} << 20;
 
+// Nobody waits for the lock: in a forked process it stays locked if a thread of the parent had it just then.
 class Kept {
  public:
-  ~Kept() { free(memory_); }
-
   Memory take(std::size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const Memory found = std::exchange(memory_, {});
+    const Memory found = exchange([](const Memory&) { return true; }, {});
     if (found.bytes >= bytes) return found;
     free(found);
     return {};
@@ -27,19 +25,24 @@ class Kept {
 
   void give(Memory memory) {
     discard_contents(memory.data, memory.bytes);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (memory.bytes > memory_.bytes) std::swap(memory, memory_);
-    free(memory);
+    free(exchange([&](const Memory& kept) { return memory.bytes > kept.bytes; }, memory));
   }
 
   static void free(Memory memory) { ::operator delete(memory.data, kAlignment); }
 
  private:
+  // Puts `memory` in the place of what is kept, if that is wanted and the lock is free; what is left over.
+  template <typename Wanted>
+  Memory exchange(const Wanted& wanted, Memory memory) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    return lock && wanted(memory_) ? std::exchange(memory_, memory) : memory;
+  }
+
   std::mutex mutex_;
   Memory memory_;
 };
 
-Kept kept;
+Kept& kept = *new Kept;  // never destroyed: threads may still filter while the process exits
 
 }  // namespace
 

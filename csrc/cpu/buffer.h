@@ -21,13 +21,8 @@ void release(Memory memory);
 template <typename T>
 class Buffer {
  public:
-  Buffer() = default;
   explicit Buffer(std::int64_t size) : memory_(allocate(static_cast<std::size_t>(size) * sizeof(T))) {}
   Buffer(Buffer&& other) noexcept : memory_(std::exchange(other.memory_, {})) {}
-  Buffer& operator=(Buffer&& other) noexcept {
-    std::swap(memory_, other.memory_);
-    return *this;
-  }
   ~Buffer() { release(memory_); }
 
   T* data() const { return static_cast<T*>(memory_.data); }

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "common/error.h"
-#include "cpu/buffer.h"
 #include "cpu/parallel.h"
 
 namespace freemerge {

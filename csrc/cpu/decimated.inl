@@ -395,9 +395,9 @@ inline void coarse_mask_blocks(const DecimatedJob& job, std::int64_t first_block
       const Strided<float> columns{column, plan.rows->n * kElement<float>};
       const Upcoming next{reinterpret_cast<std::uintptr_t>(column + size), far && block + 1 < last_block,
                           size * real, 0};
-      forward_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest, kForward<float>);
+      forward_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest);
       filter_split_rows(plan, work, rest, gain, next);
-      inverse_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest, kInverse<float>);
+      inverse_columns(plan, work, 0, plan.rows->n, columns, kElement<float>, rest);
     } else {
       forward(plan, column, work);
       for (std::int64_t bin = 0; bin < plan.n; ++bin) {

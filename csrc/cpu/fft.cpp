@@ -15,6 +15,9 @@ namespace {
 // Beyond this length a direct transform's buffers fall out of the first-level cache.
 constexpr std::int64_t kMaxDirect = 144;
 
+// Slots of a spectrum are 32-bit numbers.
+constexpr std::int64_t kLongest = std::numeric_limits<std::int32_t>::max();
+
 constexpr double kPi = 3.14159265358979323846264338327950288;
 
 std::vector<int> prime_factors(std::int64_t n) {
@@ -124,14 +127,25 @@ double ordered_cost(std::int64_t n) {
   return (2 * direct_cost(direct_radices(m)) + 6) * static_cast<double>(m) / static_cast<double>(n);
 }
 
+// All divisors but 1 and n, ascending.
+std::vector<std::int64_t> divisors(std::int64_t n) {
+  std::vector<std::int64_t> small, large;
+  for (std::int64_t d = 2; d * d <= n; ++d) {
+    if (n % d != 0) continue;
+    small.push_back(d);
+    if (d * d != n) large.push_back(n / d);
+  }
+  small.insert(small.end(), large.rbegin(), large.rend());
+  return small;
+}
+
 // Row length of the cheapest four-step split, or 0 where no split is better than none.
 std::int64_t split_row_length(std::int64_t n) {
   const bool direct = !direct_radices(n).empty() || n == 1;
   if (direct && n <= kMaxDirect) return 0;
   std::int64_t best = 0;
   double best_cost = ordered_cost(n);
-  for (std::int64_t row = 2; row <= n / 2; ++row) {
-    if (n % row != 0) continue;
+  for (const std::int64_t row : divisors(n)) {
     double cost = ordered_cost(row) + ordered_cost(n / row) + 6;
     if (n / row > kColumnsAtOnce) cost += 3;   // kColumnsAtOnce columns fall out of the first-level cache
     if (row % kColumnsAtOnce != 0) cost += 2;  // they are fewer at the end
@@ -196,10 +210,19 @@ void reference_transform(const std::complex<double>* in, std::complex<double>* o
 
 }  // namespace
 
+bool has_transform(std::int64_t n) {
+  if (n < 1 || n > kLongest) return false;
+  if (n <= kLongest / 4) return true;  // convolutions are less than twice the least length
+  const auto fits = [](std::int64_t part) {
+    return part == 1 || !direct_radices(part).empty() || convolution_length(2 * part - 1) <= kLongest;
+  };
+  const std::int64_t row_length = split_row_length(n);
+  return row_length == 0 ? fits(n) : fits(row_length) && fits(n / row_length);
+}
+
 template <typename T>
 Fft<T>::Fft(std::int64_t length) : n(length) {
-  require(n >= 1 && n <= std::numeric_limits<std::int32_t>::max(),
-          "transform length must be between 1 and 2147483647");
+  require(n >= 1 && n <= kLongest, "transform length must be between 1 and 2147483647");
   if (const std::int64_t row_length = split_row_length(n); row_length != 0) {
     plan_split(row_length);
   } else {

@@ -23,6 +23,10 @@ inline constexpr int kRotatedBins = 4;
 // Columns of a split transform that are worked on together, at most, outside the data (see kSplit).
 inline constexpr std::int64_t kColumnsAtOnce = kMaxLanes;
 
+// Whether there are transforms of this length: up to 2^31 - 1, and so the convolution that large prime
+// factors take.
+bool has_transform(std::int64_t n);
+
 // One Stockham pass: `span` interleaved transforms of length radix * count become radix times as many of
 // length `count`.
 template <typename T>
@@ -47,7 +51,7 @@ class Fft {
   //   kBluestein  a circular convolution of a smooth length, for large prime factors
   enum class Method { kDirect, kSplit, kBluestein };
 
-  // Throws std::invalid_argument unless 1 <= n <= 2^31 - 1.
+  // Throws std::invalid_argument unless has_transform(n).
   explicit Fft(std::int64_t n);
   Fft(Fft&&) = default;  // not copied: the pointers below are into its own tables
   // Never kSplit, and so in natural order.

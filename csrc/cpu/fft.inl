@@ -444,17 +444,17 @@ void ordered(const Fft<T>& plan, Strided<T> in, Strided<T> out, T* work, Halves<
 // next. The data may be padded (see Fft::row_pitch).
 template <typename T>
 void forward_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Strided<T> columns,
-                     std::int64_t column_pitch, T* work, Halves<T> halves) {
+                     std::int64_t column_pitch, T* work) {
   const Strided<T> out{data + first * kElement<T>, kElement<T> * plan.row_pitch};
   const Batch<T> batch{count, column_pitch, kElement<T>, plan.twiddles + 2 * first * plan.columns->n};
-  ordered<Outer::kStore>(*plan.columns, columns, out, work, halves, batch);
+  ordered<Outer::kStore>(*plan.columns, columns, out, work, kForward<T>, batch);
 }
 template <typename T>
 void inverse_columns(const Fft<T>& plan, T* data, std::int64_t first, std::int64_t count, Strided<T> columns,
-                     std::int64_t column_pitch, T* work, Halves<T> halves) {
+                     std::int64_t column_pitch, T* work) {
   const Strided<T> in{data + first * kElement<T>, kElement<T> * plan.row_pitch};
   const Batch<T> batch{count, kElement<T>, column_pitch, plan.twiddles + 2 * first * plan.columns->n};
-  ordered<Outer::kLoad>(*plan.columns, in, columns, work, halves, batch);
+  ordered<Outer::kLoad>(*plan.columns, in, columns, work, kInverse<T>, batch);
 }
 
 // `count` rows in place, `pitch` elements apart.

@@ -1,5 +1,6 @@
 #include "cpu/filter.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "common/error.h"
@@ -14,11 +15,12 @@ Filter::Filter(const Mask& mask) : width_(mask.width) {
   require(mask.height >= 1 && mask.width >= 1, "mask: height and width must be at least 1");
 }
 
-void Filter::run(const std::vector<void*>& matrices, std::int64_t row_stride, double scale,
-                 int threads) const {
-  require(row_stride >= width_, "row_stride must be at least the width");
+void Filter::run(const std::vector<void*>& matrices, const std::vector<std::int64_t>& row_strides,
+                 double scale, int threads) const {
+  require(row_strides.size() == matrices.size(), "row_strides must hold one number per matrix");
+  require(std::all_of(row_strides.begin(), row_strides.end(), [this](auto n) { return n >= width_; }),
+          "row_strides must be at least the width");
   require(threads >= 1, "threads must be at least 1");
-  const Call call{row_stride, scale};
   const auto count = static_cast<std::int64_t>(matrices.size());
   // Whole matrices per worker where there are enough of them: no waiting, and each stays in one core's cache.
   const bool whole = count >= threads;
@@ -31,13 +33,16 @@ void Filter::run(const std::vector<void*>& matrices, std::int64_t row_stride, do
   };
   const std::vector<void*> work = take(work_bytes(), workers);
   const std::vector<void*> spectra = take(spectrum_bytes(), whole ? workers : 1);
+  const auto filter_one = [&](std::size_t i, void* spectrum, void* const* areas, int helpers) {
+    filter_matrix(matrices[i], {row_strides[i], scale}, spectrum, areas, helpers);
+  };
   if (!whole) {
-    for (void* const matrix : matrices) filter_matrix(matrix, call, spectra[0], work.data(), workers);
+    for (std::size_t i = 0; i < matrices.size(); ++i) filter_one(i, spectra[0], work.data(), workers);
     return;
   }
   parallel_for(count, workers, [&](std::int64_t i, int worker) {
     const auto own = static_cast<std::size_t>(worker);
-    filter_matrix(matrices[static_cast<std::size_t>(i)], call, spectra[own], &work[own], 1);
+    filter_one(static_cast<std::size_t>(i), spectra[own], &work[own], 1);
   });
 }
 

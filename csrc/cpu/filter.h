@@ -15,10 +15,11 @@ class Filter {
  public:
   virtual ~Filter() = default;
 
-  // In place, every matrix X, rows `row_stride` elements apart, becomes scale * Re IFFT2(M * FFT2(X)).
-  // Several threads may run one filter at the same time; results do not depend on `threads`. Throws
-  // std::invalid_argument before anything is written.
-  void run(const std::vector<void*>& matrices, std::int64_t row_stride, double scale, int threads) const;
+  // In place, every matrix X, whose rows are its row stride of elements apart, becomes scale * Re IFFT2(M *
+  // FFT2(X)). Several threads may run one filter at the same time; results do not depend on `threads`. Throws
+  // std::invalid_argument or std::bad_alloc before anything is written.
+  void run(const std::vector<void*>& matrices, const std::vector<std::int64_t>& row_strides, double scale,
+           int threads) const;
 
   // Bytes of the tables that are kept between runs.
   virtual std::int64_t nbytes() const = 0;

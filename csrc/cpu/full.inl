@@ -302,14 +302,14 @@ void transform_signals(const Fft<T>& plan, const Group<Storage>& group, T* batch
     for (std::int64_t j = 0; j < length; ++j) {
       load_tiles(group, tiles_of_run<T>(width * j, width), batch + row * j);
     }
-    forward_columns(plan, batch, 0, width, {batch, row}, kElement<T>, work, kForward<T>);
+    forward_columns(plan, batch, 0, width, {batch, row}, kElement<T>, work);
     return split_rows(plan, batch, plan.row_pitch, length, work, kForward<T>);
   }
   const std::int64_t pitch = (length + 1) * kElement<T>;
   for (std::int64_t first = 0; first < width; first += n) {
     const std::int64_t count = smaller(n, width - first);
     load_tiles(group, Tiles{first, width, length, count, 0, kElement<T>, pitch}, work);
-    forward_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kForward<T>);
+    forward_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch);
   }
   all_split_rows(plan, batch, work, kForward<T>, next);
 }
@@ -326,7 +326,7 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
   if (plan.n > kLongSignals) {
     const std::int64_t row = plan.row_pitch * kElement<T>;
     split_rows(plan, batch, plan.row_pitch, length, work, kInverse<T>);
-    inverse_columns(plan, batch, 0, width, {batch, row}, kElement<T>, work, kInverse<T>);
+    inverse_columns(plan, batch, 0, width, {batch, row}, kElement<T>, work);
     for (std::int64_t j = 0; j < length; ++j) {
       store_tiles(batch + row * j, group, tiles_of_run<T>(width * j, width), background, factor);
     }
@@ -336,7 +336,7 @@ void restore_signals(const Fft<T>& plan, const Group<Storage>& group, T backgrou
   all_split_rows(plan, batch, work, kInverse<T>, next);
   for (std::int64_t first = 0; first < width; first += n) {
     const std::int64_t count = smaller(n, width - first);
-    inverse_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch, kInverse<T>);
+    inverse_columns(plan, batch, first, count, {work, kElement<T>}, pitch, work + n * pitch);
     store_tiles(work, group, Tiles{first, width, length, count, 0, kElement<T>, pitch}, background, factor);
   }
 }
@@ -493,21 +493,21 @@ void split_column_filter(const Fft<T>& plan, const Spectrum<T>& spectrum, std::i
   const BlockElements<T> elements(spectrum, block);
   const std::int64_t together = elements.together(width);
   for (std::int64_t j = 0; together > 0 && j < width; j += together) {
-    forward_columns(plan, batch, j, together, elements.column(j, width), elements.step, work, kForward<T>);
+    forward_columns(plan, batch, j, together, elements.column(j, width), elements.step, work);
   }
   for (std::int64_t j = 0; together == 0 && j < width; ++j) {
     elements.load(j, width, length, work);
-    forward_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest, kForward<T>);
+    forward_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest);
   }
   const auto gain = [&](std::int64_t bin) {
     return load(gains.gains + (gains.mirrored ? smaller(bin, plan.n - bin) : bin) * kLanes<T>);
   };
   filter_split_rows(plan, batch, work, gain, next);
   for (std::int64_t j = 0; together > 0 && j < width; j += together) {
-    inverse_columns(plan, batch, j, together, elements.column(j, width), elements.step, work, kInverse<T>);
+    inverse_columns(plan, batch, j, together, elements.column(j, width), elements.step, work);
   }
   for (std::int64_t j = 0; together == 0 && j < width; ++j) {
-    inverse_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest, kInverse<T>);
+    inverse_columns(plan, batch, j, 1, {work, kElement<T>}, 0, rest);
     elements.store(work, j, width, length);
   }
 }

@@ -1,6 +1,6 @@
 #include "cpu/kernels.h"
 
-#include "common/error.h"
+#include <stdexcept>
 
 namespace freemerge {
 
@@ -18,7 +18,7 @@ extern const Kernels kKernels;
 #endif
 
 const Kernels& kernels(Isa isa) {
-  require(isa <= detected_isa(), "this processor has no " + isa_name(isa));
+  if (isa > detected_isa()) throw std::invalid_argument("this processor has no " + isa_name(isa));
 #if defined(__x86_64__)
   if (isa == Isa::kAvx512) return avx512::kKernels;
   if (isa == Isa::kAvx2) return avx2::kKernels;
@@ -26,6 +26,9 @@ const Kernels& kernels(Isa isa) {
   return baseline::kKernels;
 }
 
-const Kernels& active_kernels() { return kernels(active_isa()); }
+const Kernels& active_kernels() {
+  static const Kernels& active = kernels(active_isa());
+  return active;
+}
 
 }  // namespace freemerge

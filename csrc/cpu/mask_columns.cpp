@@ -47,9 +47,8 @@ MaskColumns<T>::MaskColumns(const Mask& mask, bool transposed, const Kernels& ke
 template <typename T>
 double MaskColumns<T>::gain(const Mask& mask, std::int64_t column, std::int64_t row) const {
   if (!transposed_) return mask_gain(mask, row, column);
-  // mask_gain takes the left half of the spectrum: the right one mirrors it through the origin.
-  if (row <= mask.width / 2) return mask_gain(mask, column, row);
-  return mask_gain(mask, column == 0 ? 0 : mask.height - column, mask.width - row);
+  const Bin bin = stored_bin(mask, column, row);
+  return mask_gain(mask, bin.y, bin.x);
 }
 
 template <typename T>

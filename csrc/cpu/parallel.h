@@ -50,7 +50,11 @@ void parallel_for(std::int64_t blocks, int workers, const Body& body) {
     for (std::int64_t block = next++; block < blocks; block = next++) guarded(block, worker);
   };
   std::vector<std::thread> threads;
-  for (int worker = 1; worker < workers; ++worker) threads.emplace_back(run, worker);
+  try {
+    threads.reserve(static_cast<std::size_t>(workers));
+    for (int worker = 1; worker < workers; ++worker) threads.emplace_back(run, worker);
+  } catch (...) {  // the system has no more: those that there are do all of it
+  }
   run(0);
   for (std::thread& thread : threads) thread.join();
 #endif

@@ -45,8 +45,6 @@ class Gaps {
     require(ascending, "positions must be strictly ascending and not negative");
   }
 
-  std::int64_t count() const { return count_; }
-
   std::uint64_t size() const { return static_cast<std::uint64_t>(count_); }
 
   // The parameter of about the least size: floor(log2(mean gap)).
@@ -192,17 +190,18 @@ std::vector<std::uint8_t> write_rice(const Gaps<Index>& gaps, const RiceCode& co
     ends.set(place++);
     return gap & mask;
   };
+  const auto count = static_cast<std::int64_t>(gaps.size());
   std::int64_t i = 0;
-  const std::int64_t alone = width <= kNarrow ? 1 : gaps.count();
-  for (; i < std::min(alone, gaps.count()); ++i) remainders.put(remainder(gaps[i]), width);
-  for (; i + kTogether <= gaps.count(); i += kTogether) {
+  const std::int64_t alone = width <= kNarrow ? 1 : count;
+  for (; i < std::min(alone, count); ++i) remainders.put(remainder(gaps[i]), width);
+  for (; i + kTogether <= count; i += kTogether) {
     std::uint64_t together = remainder(gaps[i]);
     together |= remainder(gaps[i + 1]) << width;
     together |= remainder(gaps[i + 2]) << (2 * width);
     together |= remainder(gaps[i + 3]) << (3 * width);
     remainders.put(together, kTogether * width);
   }
-  for (; i < gaps.count(); ++i) remainders.put(remainder(gaps[i]), width);
+  for (; i < count; ++i) remainders.put(remainder(gaps[i]), width);
   ends.flush();
   std::memmove(bytes.data() + remainder_bytes, unary_start, unary_bytes);
   bytes.resize(remainder_bytes + unary_bytes);
@@ -307,10 +306,6 @@ void decode(PositionCoding coding, int parameter, const std::uint8_t* bytes, std
   }
   throw std::invalid_argument("unknown coding of positions");
 }
-
-}  // namespace
-
-namespace {
 
 template <typename Index>
 CodedPositions encode(const Index* positions, std::int64_t count) {

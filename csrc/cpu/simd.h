@@ -155,7 +155,9 @@ FM_INLINE FloatVec widen_float16(HalfVec bits) {
   const WordVec u = __builtin_convertvector(bits, WordVec);
   const WordVec sign = (u & 0x8000u) << 16;
   const WordVec magnitude = u & 0x7fffu;
-  const WordVec finite = bit_cast<WordVec>(bit_cast<FloatVec>(magnitude << 13) * 0x1p112f);
+  const WordVec wide = (magnitude << 13) + 0x38000000u;
+  const WordVec subnormal = bit_cast<WordVec>(bit_cast<FloatVec>(wide + 0x00800000u) - 0x1p-14f);
+  const WordVec finite = select(bit_cast<WordVec>(magnitude < 0x400u), subnormal, wide);
   const WordVec special = (magnitude << 13) | 0x7f800000u;
   return bit_cast<FloatVec>(sign | select(bit_cast<WordVec>(magnitude >= 0x7c00u), special, finite));
 }

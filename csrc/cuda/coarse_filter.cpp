@@ -6,15 +6,15 @@
 
 #include "common/error.h"
 #include "common/window.h"
+#include "cuda/launch_math.h"
 
 namespace freemerge::cuda {
 namespace {
 
-// M at a bin that may lie beyond the stored half of the spectrum, or beyond its period.
+// M at a bin that may lie beyond the stored half of the spectrum, and its row beyond the period.
 double gain_around(const Mask& mask, std::int64_t bin_y, std::int64_t bin_x) {
-  const bool stored = bin_x <= mask.width / 2;
-  const std::int64_t y = ((stored ? bin_y : -bin_y) % mask.height + mask.height) % mask.height;
-  return mask_gain(mask, y, stored ? bin_x : mask.width - bin_x);
+  const Bin bin = stored_bin(mask, wrap(bin_y, mask.height), bin_x);
+  return mask_gain(mask, bin.y, bin.x);
 }
 
 }  // namespace

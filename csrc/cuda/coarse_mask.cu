@@ -2,6 +2,7 @@
 
 #include "cuda/coarse_mask.cuh"
 #include "cuda/kernel.cuh"
+#include "cuda/launch_math.h"
 
 namespace freemerge::cuda {
 namespace {

@@ -39,7 +39,6 @@ FM_SAME_ABI(SetAutoAllocation);
 FM_SAME_ABI(SetWorkArea);
 FM_SAME_ABI(SetStream);
 FM_SAME_ABI(MakePlanMany64);
-FM_SAME_ABI(GetSizeMany64);
 FM_SAME_ABI(ExecR2C);
 FM_SAME_ABI(ExecC2R);
 FM_SAME_ABI(GetVersion);
@@ -70,7 +69,6 @@ bool bind_all(void* library) {
          bind(library, "cufftSetWorkArea", table.SetWorkArea) &&
          bind(library, "cufftSetStream", table.SetStream) &&
          bind(library, "cufftMakePlanMany64", table.MakePlanMany64) &&
-         bind(library, "cufftGetSizeMany64", table.GetSizeMany64) &&
          bind(library, "cufftExecR2C", table.ExecR2C) && bind(library, "cufftExecC2R", table.ExecC2R) &&
          bind(library, "cufftGetVersion", table.GetVersion);
 }
@@ -107,7 +105,8 @@ class Search {
 };
 
 bool search(Search& s, const std::vector<std::string>& paths) {
-  if (const char* chosen = std::getenv("FREEMERGE_CUFFT")) return s.try_library(chosen);
+  const char* const chosen = std::getenv("FREEMERGE_CUFFT");
+  if (chosen != nullptr && *chosen != '\0') return s.try_library(chosen);
   for (const char* soname : kSonames) {
     if (s.try_library(soname, RTLD_NOLOAD)) return true;
   }

@@ -27,7 +27,6 @@ struct Api {
   Result (*SetStream)(Handle, cudaStream_t);
   Result (*MakePlanMany64)(Handle, int, Size*, Size*, Size, Size, Size*, Size, Size, Type, Size,
                            std::size_t*);
-  Result (*GetSizeMany64)(Handle, int, Size*, Size*, Size, Size, Size*, Size, Size, Type, Size, std::size_t*);
   Result (*ExecR2C)(Handle, float*, float2*);
   Result (*ExecC2R)(Handle, float2*, float*);
   Result (*GetVersion)(int*);

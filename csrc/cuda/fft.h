@@ -1,5 +1,5 @@
-// cuFFT plans for batched transforms, cached for each thread and device. Work areas are the
-// caller's, taken for one call: a plan holds none.
+// cuFFT plans for batched transforms, the latest of each thread cached, of all devices together. Work areas
+// are the caller's, taken for one call: a plan holds none.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -47,7 +47,7 @@ constexpr int kUpdatesPerLaunch = 60;
 constexpr int kSparseThreads = 256;
 constexpr int kSparseEntries = 4;
 
-// cuFFT plans kept for each thread.
-constexpr std::size_t kPlansCached = 64;
+// cuFFT plans kept for each thread, of all devices together: a shape takes two to four.
+constexpr std::size_t kPlansCached = 256;
 
 }  // namespace freemerge::cuda::heuristics

@@ -52,7 +52,8 @@ void launch(void (*kernel)(Arguments), const Launch& how, const Arguments& argum
 #else
   kernel<<<how.grid, how.block, how.shared, how.stream>>>(arguments);
 #endif
-  check(cudaGetLastError(), (std::string("launch of ") + how.name).c_str(), how.file, how.line);
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
+    check(error, (std::string("launch of ") + how.name).c_str(), how.file, how.line);
 }
 
 // Dynamic shared memory is the only kind used: its size is part of the launch and its emulation is guarded.

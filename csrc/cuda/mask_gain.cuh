@@ -3,7 +3,6 @@
 #pragma once
 
 #include "common/mask.h"
-#include "cuda/launch_math.h"
 
 namespace freemerge::cuda {
 
@@ -26,11 +25,9 @@ FM_HOST_DEVICE inline float scaled_gain(const KernelMask& m, double factor, std:
                            : static_cast<float>(factor * other_gain(m, bin_y, bin_x));
 }
 
-// M at any bin: the stored half of the spectrum has the others, as M(k, l) = M(-k, -l).
+// M at any bin.
 FM_HOST_DEVICE inline double gain_at(const KernelMask& m, std::int64_t bin_y, std::int64_t bin_x) {
-  const bool stored = bin_x <= m.width / 2;
-  const std::int64_t y = stored ? bin_y : wrap(-bin_y, m.height);
-  const std::int64_t x = stored ? bin_x : m.width - bin_x;
+  const auto [y, x] = stored_bin(m, bin_y, bin_x);
   return is_smooth(m.kind) ? static_cast<double>(m.smooth_gain(y, x)) : other_gain(m, y, x);
 }
 

@@ -96,6 +96,9 @@ TAPS: tuple[int, ...]  #: of the decimated form's windows
 ROW_CELLS_MULTIPLE: int  #: of its cells along the height
 MAX_LANES: int  #: floats in the widest vector
 
+def has_transform(n: int) -> bool:
+    """Whether there are transforms of n samples: up to 2**31 - 1, and so the convolution that large primes take."""
+
 def mask_gains(mask: MaskParams) -> npt.NDArray[np.float64]:
     """Symmetrised gains on the half spectrum in stored order, H x (W//2 + 1), of any kind but "table"."""
 
@@ -128,8 +131,8 @@ class Filter:
     def nbytes(self) -> int:
         """Memory of the tables that it keeps."""
 
-    def run(self, pointers: list[int], row_stride: int, scale: float, threads: int) -> None:
-        """Filter matrices in place and multiply them by ``scale``; ``row_stride`` in elements.
+    def run(self, pointers: list[int], row_strides: list[int], scale: float, threads: int) -> None:
+        """Filter matrices in place and multiply them by ``scale``; ``row_strides`` in elements.
 
-        Raises ValueError, before anything is written, for an invalid argument.
+        Raises ValueError for an invalid argument, and MemoryError, before anything is written.
         """

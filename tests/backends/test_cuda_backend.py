@@ -10,6 +10,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -23,7 +24,7 @@ from benchmarks.traffic import traffic
 from freemerge.accumulate import abs_means, add_round, task_vector_sum
 from freemerge.backends import registry
 from freemerge.backends.cuda import CudaBackend
-from freemerge.backends.cuda_runtime import Runtime, Stream
+from freemerge.backends.cuda_runtime import Capability, Runtime, Stream, covers
 from freemerge.backends.sparse import Update, native_updates
 from freemerge.backends.torch import TorchBackend
 from freemerge.cache import forget_all
@@ -227,9 +228,9 @@ def test_explain_promises_the_general_form_a_spectrum_and_panels() -> None:
 def test_the_plan_cache_is_bounded() -> None:
     module = emulated.module()
     module.clear_fft_cache()
-    for height in range(20, 60):
+    for height in range(20, 280):
         fm.filter_(noise(height, 30), fm.Butterworth(0.3), backend="cuda")
-    assert 0 < module.fft_cache_size() <= 64
+    assert module.fft_cache_size() == 256
     module.clear_fft_cache()
     assert module.fft_cache_size() == 0
 
@@ -251,13 +252,13 @@ def test_a_graph_needs_a_call_before_and_keeps_its_plans() -> None:
     finally:
         module.set_capturing(False)
     kept = module.fft_cache_size()
-    for height in range(60, 160):
+    for height in range(60, 260):
         other = plan_of_form(noise(height, 30), fm.Butterworth(0.3), "full")
         emulated.backend().executable(other).run([noise(height, 30)[None]], 1.0)
-    assert module.fft_cache_size() == 64
+    assert module.fft_cache_size() == 256
     module.set_capturing(True)
     try:
-        emulated.backend().executable(plan).run([x[None]], 1.0)  # its plans outlived a hundred others
+        emulated.backend().executable(plan).run([x[None]], 1.0)  # its plans outlived hundreds of others
     finally:
         module.set_capturing(False)
     assert kept >= 2
@@ -277,6 +278,13 @@ def test_what_a_graph_refers_to_stays_and_nothing_is_uploaded_meanwhile(monkeypa
         patch.setattr(emulated.runtime(), "stream", lambda _: Stream(0, 0, True))
         with pytest.raises(BackendError, match="run the same call before"):
             emulated.backend().executable(plan_of_form(x, HIGH_PASS, "full"))
+
+
+def test_an_empty_name_of_cufft_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = emulated.fresh_module(tmp_path)
+    monkeypatch.setenv("FREEMERGE_CUFFT", "")
+    path, _ = fresh.open_cufft([str(emulated.build() / "libcufft.so.12")])
+    assert path.endswith("libcufft.so.12")
 
 
 def test_errors_carry_operation_and_place() -> None:
@@ -305,6 +313,11 @@ def test_what_it_cannot_do_it_refuses() -> None:
     assert emulated.backend().supports(replace(plan, dtype=torch.float64)) is not None
     with pytest.raises(BackendError, match="has no kernels for"):
         fm.filter_(x.double(), HIGH_PASS, backend="cuda")
+
+
+def test_bytes_of_tiles_need_tiles() -> None:
+    with pytest.raises(ValueError, match="tiles must have parts"):
+        emulated.module().tile_bytes(8, 8, None)
 
 
 def test_a_band_between_two_bins_is_refused() -> None:
@@ -409,6 +422,50 @@ def test_operations_without_a_gpu_say_why() -> None:
             assert abs_means(x, [x]) == [0.0]  # "auto" goes on to the next
     finally:
         module.set_device_count_error(0)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "covered", "not_covered"),
+    [
+        ("80-real 90-real 90-virtual", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)], [(7, 5), (7, 0)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0), (7, 5)]),
+        ("75-virtual", [(7, 5), (8, 0), (12, 0)], [(7, 0), (6, 1)]),
+        ("80", [(8, 0), (8, 9), (9, 0)], [(7, 5)]),
+        ("90a 100f-real", [(9, 0), (10, 0)], [(8, 0), (10, 3), (12, 0)]),
+        ("native", [(7, 5), (12, 0)], []),
+        ("", [], [(9, 0)]),
+    ],
+)
+def test_code_runs_on_its_major_version_and_ptx_on_all_later_ones(
+    architectures: str, covered: list[Capability], not_covered: list[Capability]
+) -> None:
+    assert all(covers(architectures, capability) for capability in covered)
+    assert not any(covers(architectures, capability) for capability in not_covered)
+
+
+def test_a_gpu_that_it_was_not_built_for_is_left_to_torch_with_the_reason() -> None:
+    class Old(Runtime):
+        def capability(self, device: torch.device) -> Capability:
+            return 7, 5
+
+    x, why = noise(64, 48), r"it has no code for a GPU of compute capability 7\.5, only for 80-real 90; reinstall"
+    with registry.using(CudaBackend(Old(emulated.module(), "cpu")), TorchBackend()):
+        for operation in (lambda: fm.filtered(x, HIGH_PASS, backend="cuda"), lambda: abs_means(x, [x], backend="cuda")):
+            with pytest.raises(BackendError, match=f"backend cuda is not available: {why}"):
+                operation()
+        assert "it has no code for a GPU" in fm.explain(x, HIGH_PASS).reason
+        assert torch.equal(fm.filtered(x, HIGH_PASS), fm.filtered(x, HIGH_PASS, backend="torch"))
+        assert abs_means(x, [x]) == [0.0]
+
+
+def test_one_of_two_gpus_that_it_was_not_built_for_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = noise(64, 48)
+    with registry.using(emulated.backend(), TorchBackend()):
+        monkeypatch.setattr(emulated.runtime(), "covers", lambda device: False)  # the machine's other one is covered
+        assert fm.explain(x, HIGH_PASS).backend == "torch"
+        assert registry.pick("auto", (x,)).name == "torch"
+        with pytest.raises(ArgumentError, match="has no code for the GPU cpu"):
+            registry.pick("cuda", (x,))
 
 
 def test_float64_is_refused_with_the_reason_and_left_to_torch() -> None:

@@ -36,6 +36,7 @@ def test_an_election_is_the_same_bytes_on_every_backend(n: int, dtype: torch.dty
             delta = normal((n,), i, dtype)
             delta[i::5] = 0.0
             delta[::3] = delta[::3].bfloat16().to(dtype)  # equal to thresholds, and to each other
+            delta[7::11] = torch.tensor([math.nan, math.inf, -math.inf]).repeat(n)[: delta[7::11].numel()]
             one.elect(delta, weight, least, outlier, sums, own_shares)
         found.append([tensor.clone() for tensor in tensors])
         one.decide(sums, own_shares)

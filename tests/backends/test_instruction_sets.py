@@ -44,6 +44,11 @@ for base_dtype, model_dtype in itertools.product(dtypes, dtypes):
         select_largest(model, base, 1501), select_largest(model, base, 10, by_row=True), *selector.finish(1500)
     ):
         add(selection.indices, selection.values)
+torch.set_flush_denormal(True)  # in this thread, which does small things itself
+base, model = torch.zeros(1001, dtype=torch.float16), torch.arange(-500, 501).short().abs().view(torch.float16)
+chosen = select_largest(model, base, 900)
+assert len(chosen.values) == 900 and chosen.values.min() >= 50 * 2.0**-24
+assert accumulate.task_vector_sum(base, [model], [1.0])[0].max() == 500 * 2.0**-24
 print(_core.active_isa(), digest.hexdigest())
 """
 

@@ -53,11 +53,13 @@ def test_many_tensors_change_at_once(backend: str) -> None:
     assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))
 
 
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, TimeoutError])
 @pytest.mark.parametrize("backend", ["cpu", "cuda-emulated"], indirect=True)
 def test_an_interruption_that_python_tells_of_after_the_switch_is_undone(
-    backend: str, monkeypatch: pytest.MonkeyPatch
+    backend: str, interruption: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C while native code runs is raised when that is through, and the weights have changed."""
+    """What a signal's handler raises while native code runs comes when that is through, and the weights have
+    changed."""
     updates = mixed_updates(DTYPES[:3], 130)
     before = [update.weights.clone() for update in updates]
     told: list[object] = []
@@ -65,11 +67,11 @@ def test_an_interruption_that_python_tells_of_after_the_switch_is_undone(
     def interrupted(weights: Sequence[torch.Tensor]) -> None:
         told.append(weights)
         if len(told) == 1:
-            raise KeyboardInterrupt
+            raise interruption
 
     for module in (cpu, cuda):
         monkeypatch.setattr(module, "mark_changed", interrupted)
-    with pytest.raises(KeyboardInterrupt), apply_(updates, backend=backend):
+    with pytest.raises(interruption), apply_(updates, backend=backend):
         pass
     assert len(told) == 2
     assert all(torch.equal(update.weights, want) for update, want in zip(updates, before, strict=True))

@@ -125,7 +125,7 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   const auto filter = make_filter(plan, dtype, {}, kernels);
   std::vector<float> lost(table.size(), std::nanf(""));  // the mask's table is not read any more
   std::swap_ranges(table.begin(), table.end(), lost.begin());
-  filter->run(matrices, stride, scale, threads);
+  filter->run(matrices, std::vector(matrices.size(), stride), scale, threads);
   std::swap_ranges(table.begin(), table.end(), lost.begin());
 
   for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -173,7 +173,7 @@ void test_determinism(const Kernels& kernels) {
     check(filter->nbytes() > 0, "its tables take memory");
     for (const int threads : {1, 2, 3, 7}) {
       std::vector<float> x = input, y = input;
-      filter->run({x.data(), y.data()}, 203, 1.0, threads);
+      filter->run({x.data(), y.data()}, {203, 203}, 1.0, threads);
       if (first.empty()) first = x;
       check(x == first && y == first, "results do not depend on the number of threads");
     }
@@ -192,7 +192,7 @@ void test_refusals(const Kernels& kernels) {
     change(changed);
     bool thrown = false;
     try {
-      make_filter(changed, dtype, {}, kernels)->run({x.data()}, stride, 1.0, 1);
+      make_filter(changed, dtype, {}, kernels)->run({x.data()}, {stride}, 1.0, 1);
     } catch (const std::invalid_argument& error) {
       thrown = std::string(error.what()).find(what) != std::string::npos;
     }

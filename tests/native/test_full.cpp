@@ -148,7 +148,7 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
   const auto filter = make_filter(plan, dtype, gains, kernels);
   std::vector<float> lost(table.size(), std::nanf(""));  // the mask's table is not read any more
   std::swap_ranges(table.begin(), table.end(), lost.begin());
-  filter->run(matrices, stride, scale, threads);
+  filter->run(matrices, std::vector(matrices.size(), stride), scale, threads);
   std::swap_ranges(table.begin(), table.end(), lost.begin());
 
   for (std::size_t i = 0; i < inputs.size(); ++i) {
@@ -196,14 +196,14 @@ void test_determinism(const Kernels& kernels, std::int64_t width) {
   check(filter->nbytes() > 0, "its tables take memory");
   for (const int threads : {1, 2, 5}) {
     std::vector<float> x = input;
-    filter->run({x.data()}, width, 1.0, threads);
+    filter->run({x.data()}, {width}, 1.0, threads);
     if (first.empty()) first = x;
     check(x == first, "results do not depend on the number of threads");
   }
   std::vector<std::vector<float>> matrices(4, input);
   std::vector<std::thread> callers;
   for (std::vector<float>& x : matrices)
-    callers.emplace_back([&] { filter->run({x.data()}, width, 1.0, 1); });
+    callers.emplace_back([&] { filter->run({x.data()}, {width}, 1.0, 1); });
   for (std::thread& caller : callers) caller.join();
   for (const std::vector<float>& x : matrices) check(x == first, "several threads may run one filter");
 }

@@ -32,7 +32,7 @@ void test_patterns(DType dtype, const Kernels& kernels, const std::string& name)
     x = input;
     const auto width = static_cast<std::int64_t>(x.size());
     make_filter(scaling(width), dtype, std::vector<double>(x.size() / 2 + 1, 1.0), kernels)
-        ->run({x.data()}, width, scale, 1);
+        ->run({x.data()}, {width}, scale, 1);
     for (std::size_t i = 0; i < x.size(); ++i) {
       const float value = to_float(input[i]) * static_cast<float>(scale);
       const Storage expected = round_to<Storage>(value);

@@ -262,6 +262,19 @@ def test_spectra_that_are_larger_than_caches(shape: tuple[int, int], dtype: torc
         assert error <= plan.error_bound + 0.1 * (dtype == torch.bfloat16) * torch.finfo(dtype).eps, plan
 
 
+@pytest.mark.parametrize(
+    ("n", "fits"),
+    [(3 << 29, True), (1 << 31, False), ((1 << 30) + 3, False), (536870923, True), ((1 << 31) - 1, False)],
+)
+def test_lengths_without_a_transform_are_refused(n: int, fits: bool) -> None:
+    """2^31 and more, and primes whose convolution would be that long."""
+    backend = CpuBackend()
+    for shape in ((7, n), (n, 7)):
+        plan = replace(fm.explain((8, 8), fm.Gaussian(0.2), backend="cpu"), form="full", shape=shape)
+        refusal = backend.supports(plan)
+        assert refusal == (None if fits else f"it has no transforms of {n} samples")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(50257, 768), (50256, 768)])
 def test_the_official_mask_of_a_tall_embedding_is_decimated(shape: tuple[int, int], dtype: torch.dtype) -> None:

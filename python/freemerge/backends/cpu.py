@@ -52,6 +52,10 @@ class CpuBackend(Backend):
     def supports(self, plan: Plan) -> str | None:
         if plan.form in _core.FORMS and plan.dtype == torch.float64 and not has_closed_form(plan.response):
             return "its tables of gains are fp32"
+        cells = [axis.cells for axis in (plan.rows, plan.columns) if axis is not None]
+        for n in cells if plan.form == "decimated" else plan.matrix if plan.form in _core.FORMS else ():
+            if not _core.has_transform(n):
+                return f"it has no transforms of {n} samples"
         if plan.form == "decimated":
             if plan.dtype == torch.float64:
                 return "its windowed passes compute in fp32"
@@ -199,13 +203,9 @@ class _Filter(Executable):
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         threads = torch.get_num_threads()
         if len(batches) == 1 and (x := batches[0]).ndim == 2:  # in little time, as for a small matrix it counts
-            self._native.run([address(x)], x.stride()[0] if self._rows > 1 else self._width, scale, threads)
+            self._native.run([address(x)], [x.stride()[0] if self._rows > 1 else self._width], scale, threads)
             return
-        by_stride: dict[int, list[int]] = {}
-        for first, stride in zip(*addresses(batches), strict=True):
-            by_stride.setdefault(stride, []).append(first)
-        for stride, pointers in by_stride.items():
-            self._native.run(pointers, stride, scale, threads)
+        self._native.run(*addresses(batches), scale, threads)  # of all at once: it writes nothing, or everything
 
 
 class _Centered(Executable):
@@ -219,7 +219,12 @@ class _Centered(Executable):
         centered = [(x, mean) for x in matrices(batches) if (mean := _dominant_mean(x))]
         for x, mean in centered:
             x.sub_(mean)
-        self._inner.run(batches, scale)
+        try:
+            self._inner.run(batches, scale)
+        except MemoryError:  # before it has written anything
+            for x, mean in centered:
+                x.add_(mean)
+            raise
         gain = self._gain * scale
         for x, mean in centered if gain else ():
             x.add_(gain * mean)
@@ -243,7 +248,7 @@ class _Switch(BackendSwitch):
         try:
             self._switch.apply(place, threads)
             mark_changed(weights)
-        except KeyboardInterrupt:  # Python tells of it when the native code is through
+        except BaseException:  # of a signal: Python tells of it when the native code, which cannot fail, is through
             restore()
             raise
         return restore

@@ -13,7 +13,7 @@ import torch
 
 from ..cache import Cache, table_bytes
 from ..dense import address
-from ..errors import BackendError
+from ..errors import BackendError, CudaError
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Form, Plan
 from ..responses import MaskParams, has_closed_form
@@ -61,14 +61,15 @@ class CudaBackend(TorchVectors):
         return stored if stored.type == self._runtime.device_type else torch.device(self._runtime.device_type)
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> str | None:
-        if all(tensor.device.type == self._runtime.device_type and tensor.dtype in DTYPES for tensor in tensors):
-            return None
-        return "needs float32, bfloat16 or float16 tensors on a GPU"
+        if not all(tensor.device.type == self._runtime.device_type and tensor.dtype in DTYPES for tensor in tensors):
+            return "needs float32, bfloat16 or float16 tensors on a GPU"
+        foreign = next((tensor.device for tensor in tensors if not self._has_code_for(tensor.device)), None)
+        return f"has no code for the GPU {foreign}" if foreign is not None else None
 
     # --- filter -------------------------------------------------------------------------------------------------------
 
     def traits(self, device: torch.device) -> Traits | None:
-        if device.type != self._runtime.device_type:
+        if device.type != self._runtime.device_type or not self._has_code_for(device):
             return None
         if device not in self._traits:
             self._traits[device] = self._traits_of(device)
@@ -92,6 +93,10 @@ class CudaBackend(TorchVectors):
             workspace=self._workspace_bytes,
             centers={"decimated": _DTYPES},
         )
+
+    def _has_code_for(self, device: torch.device) -> bool:
+        """False for one of several GPUs; if it has code for none, or cannot run at all, :meth:`info` says so."""
+        return not self.info().available or self._runtime.covers(device)
 
     def supports(self, plan: Plan) -> str | None:
         if plan.dtype not in _DTYPES:
@@ -302,7 +307,9 @@ class _Switch(BackendSwitch):
         try:
             self._switch.apply(former, *place)
             mark_changed(weights)
-        except KeyboardInterrupt:  # Python tells of it when the native code is through
+        except CudaError:  # a launch failed: the native code has restored what was changed before it
+            raise
+        except BaseException:  # of a signal: Python tells of it when the native code is through
             restore()
             raise
         return restore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import re
 import sysconfig
 from contextlib import nullcontext
 from functools import cached_property
@@ -17,6 +18,11 @@ from ..errors import CudaError
 
 #: Storage dtypes of the device kernels; arithmetic is float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Capability = tuple[int, int]
+"""The compute capability of a GPU: major and minor version."""
+
+_EMULATED: Capability = (9, 0)
 
 
 class Stream(NamedTuple):
@@ -34,6 +40,7 @@ class Runtime:
     def __init__(self, module: ModuleType | None = None, device_type: str = "cuda") -> None:
         self._given = module
         self.device_type = device_type
+        self._covered: dict[torch.device, bool] = {}
 
     @cached_property
     def module(self) -> ModuleType:
@@ -45,6 +52,16 @@ class Runtime:
         """Why CUDA cannot be used here and what would help, or an empty string; and details if it can."""
         details: dict[str, str] = {}
         return self._unavailable(details), details
+
+    def covers(self, device: torch.device) -> bool:
+        """Whether the module has code for a GPU."""
+        if device not in self._covered:
+            self._covered[device] = covers(self.module.ARCHITECTURES, self.capability(device))
+        return self._covered[device]
+
+    def capability(self, device: torch.device) -> Capability:
+        """What torch says of a GPU."""
+        return torch.cuda.get_device_capability(device) if self.device_type == "cuda" else _EMULATED
 
     def stream(self, device: torch.device) -> Stream:
         """torch's current stream on a device."""
@@ -81,6 +98,13 @@ class Runtime:
             return f"no usable GPU or driver: {error}"
         if on_gpu and not torch.cuda.is_available():
             return "torch.cuda.is_available() is False although the driver reports a GPU; torch may need a newer driver"
+        devices = [torch.device(self.device_type, i) for i in range(torch.cuda.device_count() if on_gpu else 1)]
+        if not any(map(self.covers, devices)):
+            found = ", ".join(dict.fromkeys("{}.{}".format(*self.capability(device)) for device in devices))
+            return (
+                f"it has no code for a GPU of compute capability {found}, only for {module.ARCHITECTURES}; reinstall "
+                "freemerge from source on this machine, or name the architecture in CUDAARCHS"
+            )
         try:
             path, version = module.open_cufft([str(file) for file in _cufft_candidates()])
         except CudaError as error:
@@ -91,6 +115,25 @@ class Runtime:
             details["device 0"] = torch.cuda.get_device_name(0)
         atexit.register(module.clear_fft_cache)  # while the driver is still there
         return ""
+
+
+def covers(architectures: str, capability: Capability) -> bool:
+    """Whether code for some architectures, as CMake names them, runs on GPUs of a compute capability.
+
+    Real code runs on the same major version from its own minor on, virtual code (PTX) on all that are later; a number
+    alone is both. With a letter (90a) it runs on exactly that. Names such as ``native`` say nothing, so they cover all.
+    """
+    return any(_covers(name, capability) for name in architectures.split())
+
+
+def _covers(name: str, capability: Capability) -> bool:
+    parts = re.fullmatch(r"(\d+)(\d)([a-z]?)(?:-(real|virtual))?", name)
+    if parts is None:
+        return True
+    own, only, kind = (int(parts[1]), int(parts[2])), parts[3], parts[4]
+    if only:
+        return capability == own
+    return capability >= own and (kind != "real" or capability[0] == own[0])
 
 
 def _cufft_candidates() -> list[Path]:

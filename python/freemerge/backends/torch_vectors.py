@@ -72,7 +72,7 @@ class TorchVectors(Backend):
             if math.isfinite(outlier):
                 left_out |= magnitude >= outlier
             v = (part * weight).masked_fill_(left_out, 0.0)
-            for side, elected in enumerate((v.clamp(min=0), v.clamp(max=0))):
+            for side, elected in enumerate((v.where(v > 0, 0.0), v.where(v < 0, 0.0))):
                 sums[side].view(-1)[chunk].add_(elected)
                 if shares:
                     shares[side].view(-1)[chunk].add_(elected != 0, alpha=abs(weight))

@@ -188,8 +188,7 @@ Index product(const std::vector<Index>& v) {
 }
 
 int make(int handle, int rank, const Index* n, const Index* inembed, Index istride, Index idist,
-         const Index* onembed, Index ostride, Index odist, int type, Index batch, std::size_t* work_size,
-         bool keep) {
+         const Index* onembed, Index ostride, Index odist, int type, Index batch, std::size_t* work_size) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = plans.find(handle);
   if (found == plans.end() || found->second.made) return kInvalidPlan;
@@ -221,10 +220,8 @@ int make(int handle, int rank, const Index* n, const Index* inembed, Index istri
   plan.work_size =
       static_cast<std::size_t>(product(half) * batch * (bluestein ? 32 : 8) * (batch % 2 ? 2 : 1));
   *work_size = plan.work_size;
-  if (keep) {
-    plan.made = true;
-    found->second = plan;
-  }
+  plan.made = true;
+  found->second = plan;
   return kSuccess;
 }
 
@@ -379,15 +376,7 @@ FM_EXPORT int cufftSetStream(int handle, void*) {
 FM_EXPORT int cufftMakePlanMany64(int handle, int rank, Index* n, Index* inembed, Index istride, Index idist,
                                   Index* onembed, Index ostride, Index odist, int type, Index batch,
                                   std::size_t* work_size) {
-  return make(handle, rank, n, inembed, istride, idist, onembed, ostride, odist, type, batch, work_size,
-              true);
-}
-
-FM_EXPORT int cufftGetSizeMany64(int handle, int rank, Index* n, Index* inembed, Index istride, Index idist,
-                                 Index* onembed, Index ostride, Index odist, int type, Index batch,
-                                 std::size_t* work_size) {
-  return make(handle, rank, n, inembed, istride, idist, onembed, ostride, odist, type, batch, work_size,
-              false);
+  return make(handle, rank, n, inembed, istride, idist, onembed, ostride, odist, type, batch, work_size);
 }
 
 FM_EXPORT int cufftExecR2C(int handle, float* in, void* out) {
