@@ -66,7 +66,7 @@ def merge_traffic(plan: Plan, models: int, stored: torch.dtype) -> Traffic:
     if models <= MODELS_IN_ONE_PASS and plan.form == "decimated":  # the filter's first pass forms the sum
         steps[0] = Step("spread_sum", "matrix", (models + 1) * read, matrix)
     elif models <= MODELS_IN_ONE_PASS and plan.tiles is not None:  # and writes nothing but its spectra
-        steps[0] = Step("sum_to_spectra", "matrix", (models + 1) * read, 0)
+        steps[0] = Step("rows_to_spectra", "matrix", (models + 1) * read, 0)
     else:
         norm = Step("norm", "matrix", matrix, 0)
         steps = [Step("sum", "matrix", (models + 1) * read, matrix), norm, *steps, norm]

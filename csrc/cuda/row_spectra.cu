@@ -76,16 +76,16 @@ __device__ void read_rows(const RowPass& a, const RowGroup& group, const Consecu
 
 __device__ double squared(float x) { return static_cast<double>(x) * static_cast<double>(x); }
 
-// One of the numbers that each warp of all blocks has a place for.
-__device__ void store_of_warp(double* sums, double sum) {
-  const unsigned warps = blockDim.x / kWarpSize;
-  store(sums + blockIdx.x * warps + threadIdx.x / kWarpSize, sum);
+// Of the sums of each warp of all blocks, those of kind i.
+__device__ void store_of_warp(const RowPass& a, int i, double sum) {
+  const std::int64_t warps = blockDim.x / kWarpSize;
+  store(a.sums + (i * gridDim.x + blockIdx.x) * warps + threadIdx.x / kWarpSize, sum);
 }
 
 // What read_rows() does, of rows that are added up here, eight columns a lane. Lane m keeps the magnitudes of
 // model m.
-__device__ void add_rows(const SumPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
-  const int width = width_of(a.rows);
+__device__ void add_rows(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+  const int width = width_of(a);
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   double kept = 0.0;
   double squares = 0.0;
@@ -114,8 +114,7 @@ __device__ void add_rows(const SumPass& a, const RowGroup& group, const Consecut
   }
   squares = warp_sum(squares);
   if (lane == a.vectors.count) kept = squares;
-  const std::int64_t warps = static_cast<std::int64_t>(gridDim.x) * (blockDim.x / kWarpSize);
-  if (lane <= a.vectors.count) store_of_warp(a.sums + lane * warps, kept);
+  if (lane <= a.vectors.count) store_of_warp(a, lane, kept);
 }
 
 // The way back: lines hold swapped numbers, in the order that the passes leave.
@@ -127,7 +126,7 @@ __device__ void write_rows(const RowPass& a, const RowGroup& group, const Consec
   double squares = 0.0;
   const auto write = [&](T* row, PairAccess access, float first, float second) {
     store_pair(row, access, make_float2(first, second));
-    if (a.squares) squares += squared(first) + (access.second ? squared(second) : 0.0);
+    if (a.vectors.count > 0) squares += squared(first) + (access.second ? squared(second) : 0.0);
   };
   for (int j = 0; j < lines.lines; ++j) {
     T* upper = matrix + group.row(2 * j) * stride;
@@ -144,9 +143,9 @@ __device__ void write_rows(const RowPass& a, const RowGroup& group, const Consec
       if (has_lower) write(lower + column, access, a.factor * first.x, a.factor * second.x);
     }
   }
-  if (!a.squares) return;
+  if (a.vectors.count == 0) return;
   squares = warp_sum(squares);
-  if (threadIdx.x % kWarpSize == 0) store_of_warp(a.squares, squares);
+  if (threadIdx.x % kWarpSize == 0) store_of_warp(a, a.vectors.count + 1, squares);
 }
 
 // exp(-2 pi i row p / height): what each row of a group is turned by.
@@ -239,33 +238,24 @@ constexpr int most_threads(Transform by) {
   return by == Transform::kUncommon ? kUncommonThreads : kRowThreads;
 }
 
+// blockIdx: group of rows, matrix.
 template <Transform kBy>
-__device__ void lines_to_spectra(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+__global__ void __launch_bounds__(most_threads(kBy), 2) rows_to_spectra_kernel(RowPass a) {
+  const RowGroup group(a);
+  const ConsecutiveLines lines = lines_of(a);
+  if (a.vectors.count > 0) {
+    add_rows(a, group, lines);
+  } else {
+    if (a.matrices.dtype == DType::kFloat32) read_rows<float>(a, group, lines);
+    if (a.matrices.dtype == DType::kBFloat16) read_rows<__nv_bfloat16>(a, group, lines);
+    if (a.matrices.dtype == DType::kFloat16) read_rows<__half>(a, group, lines);
+  }
   __syncthreads();
   transform_lines<kBy>(lines, a.tables);
   if (a.parts == 1) write_bins<1>(a, group, lines);
   if (a.parts == 2) write_bins<2>(a, group, lines);
   if (a.parts == 4) write_bins<4>(a, group, lines);
   if (a.parts == 8) write_bins<8>(a, group, lines);
-}
-
-// blockIdx: group of rows, matrix.
-template <Transform kBy>
-__global__ void __launch_bounds__(most_threads(kBy), 2) rows_to_spectra_kernel(RowPass a) {
-  const RowGroup group(a);
-  const ConsecutiveLines lines = lines_of(a);
-  if (a.matrices.dtype == DType::kFloat32) read_rows<float>(a, group, lines);
-  if (a.matrices.dtype == DType::kBFloat16) read_rows<__nv_bfloat16>(a, group, lines);
-  if (a.matrices.dtype == DType::kFloat16) read_rows<__half>(a, group, lines);
-  lines_to_spectra<kBy>(a, group, lines);
-}
-
-template <Transform kBy>
-__global__ void __launch_bounds__(most_threads(kBy), 2) sum_to_spectra_kernel(SumPass a) {
-  const RowGroup group(a.rows);
-  const ConsecutiveLines lines = lines_of(a.rows);
-  add_rows(a, group, lines);
-  lines_to_spectra<kBy>(a.rows, group, lines);
 }
 
 template <Transform kBy>
@@ -287,10 +277,10 @@ std::int64_t group_count(std::int64_t height, int parts) {
   return parts == 1 ? ceil_div(height, 2) : height / parts;
 }
 
+using RowKernel = void (*)(RowPass);
+
 // `instances` are in the order of Transform.
-template <typename Arguments>
-void launch_rows(const char* name, void (*const (&instances)[3])(Arguments), const RowPass& a,
-                 const Arguments& arguments, cudaStream_t stream) {
+void launch_rows(const char* name, const RowKernel (&instances)[3], const RowPass& a, cudaStream_t stream) {
   const Transform by = a.tables.line.transform;
   require(a.threads <= most_threads(by), "a block of rows has too many threads");
   const dim3 grid(static_cast<unsigned>(group_count(a.spectra.height, a.parts)),
@@ -298,7 +288,7 @@ void launch_rows(const char* name, void (*const (&instances)[3])(Arguments), con
   launch(instances[static_cast<int>(by)],
          Launch(name, grid, dim3(static_cast<unsigned>(a.threads)),
                 row_bytes(a.tables.line.passes.length, a.parts), stream),
-         arguments);
+         a);
 }
 
 }  // namespace
@@ -327,21 +317,14 @@ void rows_to_spectra(const RowPass& arguments, cudaStream_t stream) {
   launch_rows("rows_to_spectra",
               {rows_to_spectra_kernel<Transform::kCommon>, rows_to_spectra_kernel<Transform::kUncommon>,
                rows_to_spectra_kernel<Transform::kChirp>},
-              arguments, arguments, stream);
-}
-
-void sum_to_spectra(const SumPass& arguments, cudaStream_t stream) {
-  launch_rows("sum_to_spectra",
-              {sum_to_spectra_kernel<Transform::kCommon>, sum_to_spectra_kernel<Transform::kUncommon>,
-               sum_to_spectra_kernel<Transform::kChirp>},
-              arguments.rows, arguments, stream);
+              arguments, stream);
 }
 
 void spectra_to_rows(const RowPass& arguments, cudaStream_t stream) {
   launch_rows("spectra_to_rows",
               {spectra_to_rows_kernel<Transform::kCommon>, spectra_to_rows_kernel<Transform::kUncommon>,
                spectra_to_rows_kernel<Transform::kChirp>},
-              arguments, arguments, stream);
+              arguments, stream);
 }
 
 }  // namespace freemerge::cuda

@@ -35,15 +35,10 @@ struct RowPass {
   RowTables tables;
   int parts;
   int threads;
-  float factor;     // of the rows that come back
-  double* squares;  // null, or squares[warp]: of float rows that come back, added up
-};
-
-// One float matrix, whose rows lie end to end and are not there yet.
-struct SumPass {
-  RowPass rows;
+  float factor;  // of the rows that come back
+  // Where there are models: one float matrix, whose rows lie end to end, is their weighted sum first.
   TaskVectors vectors;
-  double* sums;  // sums[i][warp]: of |v_i| for each model, then of the squares of their weighted sum
+  double* sums;  // sums[i][warp]: of |v_i| for each model, then of squares, before and after
 };
 
 // Of all blocks of a matrix.
@@ -52,11 +47,8 @@ std::int64_t row_warps(std::int64_t height, const Tiles& tiles);
 // Shared memory of a block whose lines have this many points.
 std::size_t row_bytes(std::int64_t points, int parts);
 
-// spectra = twice the half spectra of the matrices' rows, combined
+// spectra = twice the half spectra of the matrices' rows, combined; a weighted sum itself is written nowhere
 void rows_to_spectra(const RowPass& arguments, cudaStream_t stream);
-
-// The same of the weighted sum, which is written nowhere.
-void sum_to_spectra(const SumPass& arguments, cudaStream_t stream);
 
 // rows of the matrices = factor * their unnormalised inverse transforms, rounded to the storage dtype
 void spectra_to_rows(const RowPass& arguments, cudaStream_t stream);

@@ -76,18 +76,18 @@ void filter_spectra(const SpectrumFilter& filter, const Matrices& matrices, cons
   // Columns keep their size, so that those of gain 1 stay as they are; twice the spectra come from the rows.
   const double column_factor = 1.0 / blocks.length;
   const double row_factor = scale / (2.0 * static_cast<double>(mask.width) * tiles.parts);
-  const std::int64_t warps = row_warps(mask.height, tiles);
   const RowPass rows{matrices,
                      spectra,
                      filter.rows,
                      tiles.parts,
                      tiles.row_threads,
                      static_cast<float>(row_factor),
-                     sum ? sums + (sum->vectors.count + 1) * warps : nullptr};
-  sum ? sum_to_spectra({rows, sum->vectors, sums}, stream) : rows_to_spectra(rows, stream);
+                     sum ? sum->vectors : TaskVectors{},
+                     sums};
+  rows_to_spectra(rows, stream);
   column_filter({spectra, mask, column_factor, filter.columns, tiles.parts}, blocks, stream);
   spectra_to_rows(rows, stream);
-  if (sum) finish_sum(*sum, sums, warps, mask.height * mask.width, stream);
+  if (sum) finish_sum(*sum, sums, row_warps(mask.height, tiles), mask.height * mask.width, stream);
 }
 
 std::int64_t sum_count(const SpectrumFilter& filter, const SumFirst& sum) {

@@ -126,7 +126,6 @@ def test_blocks_of_the_three_kernels_share_a_multiprocessor(
     by = {n: CHIRP if convolution(n) else UNCOMMON if is_uncommon(n) else COMMON for n in (width, length)}
     used = {
         ("rows_to_spectra_kernel", by[width]): (chosen.row_threads, row, row_groups),
-        ("sum_to_spectra_kernel", by[width]): (chosen.row_threads, row, row_groups),
         ("spectra_to_rows_kernel", by[width]): (chosen.row_threads, row, row_groups),
         ("column_filter_kernel", by[length]): (chosen.column_threads, column, column_groups),
     }

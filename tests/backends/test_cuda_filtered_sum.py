@@ -358,7 +358,7 @@ BUGS = {
     "a row that is not there": in_rows("if (group.has(slot)) {", "{"),
     "magnitudes of another model": in_rows("if (lane == m) kept", "if (lane == 0) kept"),
     "squares instead of magnitudes": in_rows("lane == a.vectors.count) kept", "lane == 0) kept"),
-    "sums of another warp": in_rows("blockIdx.x * warps + threadIdx.x / kWarpSize", "blockIdx.x * warps"),
+    "sums of another warp": in_rows("+ threadIdx.x / kWarpSize, sum", ", sum"),
     "the real part twice": in_rows("slot % 2 == 0 ? point.x", "true ? point.x"),
     "columns of the next row": in_rows("row + column, row + width, true", "row + column, row + width + 8, true"),
     "squares of the last pair alone": in_rows("squares += squared(first) +", "squares = squared(first) +"),
