@@ -103,9 +103,9 @@ def _exact(original: torch.Tensor, response: fm.Response) -> Iterator[torch.Tens
         wide = original.to(torch.float64)
         yield from torch_fft(wide, response)(wide).reshape(-1).split(_CHUNK)
         return
-    height, width = original.shape
-    mask = _half_mask(response, (height, width))
-    spectrum = torch.empty(mask.shape, dtype=torch.complex128)  # the one large thing beside the mask
+    height, width = original.shape  # a matrix: nothing else is as large
+    mask = _half_mask(response, (height, width)).to(original.device)
+    spectrum = torch.empty_like(mask, dtype=torch.complex128)  # the one large thing beside the mask
     rows = math.ceil(_CHUNK / width)
     for part, some in zip(spectrum.split(rows), original.split(rows), strict=True):
         part.copy_(torch.fft.rfft(some.double()))

@@ -35,10 +35,10 @@ def best(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> Traf
     return traffic(plans(shape, response, dtype)[0])
 
 
-def in_three_kernels(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> str:
-    """Bytes per entry of the full form in three kernels, which have no panels."""
-    found = [plan for plan in plans(shape, response, dtype) if plan.tiles is not None]
-    return f"{traffic(found[0]).per_element():.1f}" if found else ""
+def in_three_kernels(shape: tuple[int, int], response: Response, dtype: torch.dtype) -> Plan | None:
+    """The plan of the full form in three kernels, which have no panels."""
+    found = (plan for plan in plans(shape, response, dtype) if plan.form == "full" and plan.tiles is not None)
+    return next(found, None)
 
 
 def table() -> str:
@@ -54,7 +54,9 @@ def table() -> str:
             name = f"{type(response).__name__}({getattr(response, 'cutoff', getattr(response, 'ratio', ''))})"
             form = wide.plan.form + (", transposed" if wide.plan.transposed else "")
             cells = [f"{shape[0]} x {shape[1]}", name, form, *(f"{number:.1f}" for number in numbers)]
-            cells += [in_three_kernels(shape, response, dtype) for dtype in (torch.float32, torch.bfloat16)]
+            for dtype in (torch.float32, torch.bfloat16):
+                plan = in_three_kernels(shape, response, dtype)
+                cells.append(f"{traffic(plan).per_element():.1f}" if plan else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -67,9 +69,8 @@ def merge_table() -> str:
     ]
     for shape in SHAPES[2:]:
         for response in (fm.HighPass(0.05), fm.HighPass(0.4)):
-            plan, *others = plans(shape, response, torch.float32)
-            own = [other for other in others if other.form == "full" and other.tiles is not None]
-            in_three = [merge_traffic(own[0], count, torch.bfloat16).per_element() for count in (2, 8) if own]
+            plan, own = best(shape, response, torch.float32).plan, in_three_kernels(shape, response, torch.float32)
+            in_three = [merge_traffic(own, count, torch.bfloat16).per_element() for count in (2, 8) if own]
             two, eight = (merge_traffic(plan, count, torch.bfloat16) for count in (2, 8))
             numbers = [t.per_element("matrix", "spectrum") for t in (two, eight)] + [eight.per_element("panel")]
             cells = [f"{shape[0]} x {shape[1]}", f"HighPass({response.cutoff})", plan.form]

@@ -79,7 +79,8 @@ __device__ double squared(float x) { return static_cast<double>(x) * static_cast
 // Of the sums of each warp of all blocks, those of kind i.
 __device__ void store_of_warp(const RowPass& a, int i, double sum) {
   const std::int64_t warps = blockDim.x / kWarpSize;
-  store(a.sums + (i * gridDim.x + blockIdx.x) * warps + threadIdx.x / kWarpSize, sum);
+  const std::int64_t blocks = gridDim.x;
+  store(a.sums + (i * blocks + blockIdx.x) * warps + threadIdx.x / kWarpSize, sum);
 }
 
 // What read_rows() does, of rows that are added up here, eight columns a lane. Lane m keeps the magnitudes of

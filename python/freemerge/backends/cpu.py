@@ -221,7 +221,7 @@ class _Centered(Executable):
             x.sub_(mean)
         try:
             self._inner.run(batches, scale)
-        except MemoryError:  # before it has written anything
+        except MemoryError:  # before it has written anything; entries come back to rounding
             for x, mean in centered:
                 x.add_(mean)
             raise

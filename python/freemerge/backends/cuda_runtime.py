@@ -55,6 +55,7 @@ class Runtime:
 
     def covers(self, device: torch.device) -> bool:
         """Whether the module has code for a GPU."""
+        device = torch.device(device.type, self.place(device)[0]) if device.type == "cuda" else device
         if device not in self._covered:
             self._covered[device] = covers(self.module.ARCHITECTURES, self.capability(device))
         return self._covered[device]
@@ -121,19 +122,21 @@ def covers(architectures: str, capability: Capability) -> bool:
     """Whether code for some architectures, as CMake names them, runs on GPUs of a compute capability.
 
     Real code runs on the same major version from its own minor on, virtual code (PTX) on all that are later; a number
-    alone is both. With a letter (90a) it runs on exactly that. Names such as ``native`` say nothing, so they cover all.
+    alone is both. With an f (100f) PTX runs where real code does, with an a (90a) both run on exactly that. Names such
+    as ``native`` say nothing, so they cover all.
     """
     return any(_covers(name, capability) for name in architectures.split())
 
 
 def _covers(name: str, capability: Capability) -> bool:
-    parts = re.fullmatch(r"(\d+)(\d)([a-z]?)(?:-(real|virtual))?", name)
+    parts = re.fullmatch(r"(\d+)(\d)([af]?)(?:-(real|virtual))?", name)
     if parts is None:
         return True
-    own, only, kind = (int(parts[1]), int(parts[2])), parts[3], parts[4]
-    if only:
+    own, letter, kind = (int(parts[1]), int(parts[2])), parts[3], parts[4]
+    if letter == "a":
         return capability == own
-    return capability >= own and (kind != "real" or capability[0] == own[0])
+    within = letter == "f" or kind == "real"
+    return capability >= own and (capability[0] == own[0] or not within)
 
 
 def _cufft_candidates() -> list[Path]:
