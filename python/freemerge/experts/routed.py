@@ -57,8 +57,9 @@ class RoutedModel:
     forward pass with its experts switched on: a top-1 batch costs a pass for each expert that it needs. A batch with
     more mixtures than there are experts, as softmax weights make, is a single pass with :meth:`ExpertBank.deltas`, if
     ``combine`` is "add", the model is not compiled, and :meth:`ExpertBank.serves_deltas` gives no reason against it;
-    the first time, that takes a pass of one sample. Both ways agree to rounding. On a CPU, such a batch takes a half to
-    a fifth of the time with samples of up to 32 tokens, and about the same with 128 (``benchmarks/experts.py``).
+    the first time, that takes a pass of one sample. Both ways agree to rounding. On a CPU, such a batch of two to
+    eight experts takes a sixth to two thirds of the time with samples of up to 32 tokens, and up to a third more with
+    128 (``benchmarks/experts.py``).
 
     Tensor arguments whose first dimension is the batch are split along it, all others are given to every pass. Raises
     ArgumentError if the weights do not fit the bank, or if the model returns something other than tensors with the
