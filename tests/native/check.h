@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/features.h"
@@ -24,6 +25,12 @@ inline void check(bool condition, const std::string& what) {
   if (condition) return;
   std::fprintf(stderr, "FAILED: %s\n", what.c_str());
   std::exit(1);
+}
+
+// The same for what is checked a million times: `describe` puts the words together where they are needed.
+template <typename Describe, typename = decltype(std::declval<Describe>()())>
+void check(bool condition, const Describe& describe) {
+  if (!condition) check(false, std::string(describe()));
 }
 
 // ||a - b|| / ||b||, or ||a|| where b is zero.

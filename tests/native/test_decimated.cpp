@@ -135,7 +135,8 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
       for (std::int64_t x = 0; x < (y == height - 1 ? width : stride); ++x) {
         const Storage found = memory[i][static_cast<std::size_t>(y * stride + x)];
         if (x >= width) {
-          check(std::memcmp(&found, &gap, sizeof gap) == 0, label + ": gaps between rows are left alone");
+          check(std::memcmp(&found, &gap, sizeof gap) == 0,
+                [&] { return label + ": gaps between rows are left alone"; });
           continue;
         }
         const auto index = static_cast<std::size_t>(y * width + x);

@@ -70,7 +70,7 @@ void test_length(Isa isa, std::int64_t n, double tolerance) {
   check(relative_error(round_trip, input) < tolerance, name + " inverse");
   for (std::int64_t i = 0; i < margin; ++i) {
     check(memory.data()[i] == kGuard && data[size + i] == kGuard && work.data()[work_size + i] == kGuard,
-          name + " stays within its buffers");
+          [&] { return name + " stays within its buffers"; });
   }
 }
 

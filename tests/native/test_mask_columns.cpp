@@ -48,7 +48,7 @@ void test_fill(const Mask& mask, bool transposed, const Kernels& kernels, const 
           const double expected = factor * (exact(column, row) - background);
           const double found = static_cast<double>(gains[static_cast<std::size_t>(row * lanes + j)]);
           check(std::abs(found - expected) <= tolerance * factor * std::max(largest, background),
-                name + ": column " + std::to_string(column) + ", row " + std::to_string(row));
+                [&] { return name + ": column " + std::to_string(column) + ", row " + std::to_string(row); });
         }
       }
     }

@@ -37,12 +37,12 @@ void test_patterns(DType dtype, const Kernels& kernels, const std::string& name)
       const float value = to_float(input[i]) * static_cast<float>(scale);
       const Storage expected = round_to<Storage>(value);
       if (std::isnan(value)) {  // of any payload
-        check(std::isnan(to_float(x[i])), name + ": NaN pattern " + std::to_string(i));
+        check(std::isnan(to_float(x[i])), [&] { return name + ": NaN pattern " + std::to_string(i); });
         continue;
       }
       const bool zero = value == 0 && to_float(x[i]) == 0;  // -0 + 0 is 0
       check(zero || x[i].bits == expected.bits,
-            name + ": pattern " + std::to_string(i) + " times " + std::to_string(scale));
+            [&] { return name + ": pattern " + std::to_string(i) + " times " + std::to_string(scale); });
     }
   }
 }
