@@ -465,6 +465,9 @@ def test_one_of_two_gpus_that_it_was_not_built_for_is_left_to_torch(monkeypatch:
     with registry.using(emulated.backend(), TorchBackend()):
         monkeypatch.setattr(emulated.runtime(), "covers", lambda device: False)  # the machine's other one is covered
         assert fm.explain(x, HIGH_PASS).backend == "torch"
+        assert "backend cuda has no code for the GPU cpu" in fm.explain(x, HIGH_PASS).reason
+        with pytest.raises(BackendError, match="backend cuda has no code for the GPU cpu"):
+            fm.filtered(x, HIGH_PASS, backend="cuda")
         assert registry.pick("auto", (x,)).name == "torch"
         with pytest.raises(ArgumentError, match="has no code for the GPU cpu"):
             registry.pick("cuda", (x,))

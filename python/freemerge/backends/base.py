@@ -96,6 +96,10 @@ class Backend(ABC):
         The same object as long as they are the same: plans are kept by it.
         """
 
+    def refusal(self, device: torch.device) -> str:
+        """Why there are no :meth:`traits` of a device, as the rest of a sentence after the backend's name."""
+        return f"does not run on device {device}"
+
     @abstractmethod
     def supports(self, plan: Plan) -> str | None:
         """None if it can execute the plan, else the reason, as the rest of a sentence after its name."""

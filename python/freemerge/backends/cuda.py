@@ -63,8 +63,7 @@ class CudaBackend(TorchVectors):
     def takes(self, tensors: Sequence[torch.Tensor]) -> str | None:
         if not all(tensor.device.type == self._runtime.device_type and tensor.dtype in DTYPES for tensor in tensors):
             return "needs float32, bfloat16 or float16 tensors on a GPU"
-        foreign = next((tensor.device for tensor in tensors if not self._has_code_for(tensor.device)), None)
-        return f"has no code for the GPU {foreign}" if foreign is not None else None
+        return next((self.refusal(x.device) for x in tensors if not self._has_code_for(x.device)), None)
 
     # --- filter -------------------------------------------------------------------------------------------------------
 
@@ -92,6 +91,11 @@ class CudaBackend(TorchVectors):
             chirp_cost=8.0,  # fitted to matrices of 50257, 151936 and 1009 rows
             workspace=self._workspace_bytes,
             centers={"decimated": _DTYPES},
+        )
+
+    def refusal(self, device: torch.device) -> str:
+        return (
+            f"has no code for the GPU {device}" if device.type == self._runtime.device_type else super().refusal(device)
         )
 
     def _has_code_for(self, device: torch.device) -> bool:

@@ -131,7 +131,7 @@ def _first_that_can(
                 refusals.append(f"backend {backend.name} is not available: {info.reason}")
                 continue
         if traits is None:
-            refusals.append(f"backend {backend.name} does not run on device {request[-1]}")
+            refusals.append(f"backend {backend.name} {backend.refusal(torch.device(request[-1]))}")
             continue
         plan = first_plan(*request, backend.name, traits, count, backend.supports, forced=forced)
         if not isinstance(plan, str):
