@@ -461,6 +461,61 @@ def test_verbose_says_where_an_error_was_raised_and_what_happens_to_each_tensor(
     assert "a.weight" in capsys.readouterr().err
 
 
+# The keys of --json that stay, as docs/stability.md promises; "a[].b" is one of the objects in a list.
+KEYS = {
+    "analyze": "base tasks band_edges ranks scales total module_types depths tensors left_out notices advice "
+    "tensors[].name tensors[].shape tensors[].module_type tensors[].depth tensors[].measures",
+    "backends": "backends backends[].name backends[].available backends[].reason backends[].details",
+    "clean": "path nbytes alive holds_output removed",
+    "completion": "shell script",
+    "diff": "name kind first second largest mean",
+    "evaluate": "evaluations evaluations[].label evaluations[].scores",
+    "experts": "experts experts[].task experts[].mu experts[].entries experts[].nbytes",
+    "init": "method response weights stats scope renormalize align sign_election scale select views compute_dtype "
+    "out_dtype",
+    "inspect": "decisions warnings read_bytes write_bytes passes measured_bytes memory_bytes seconds decisions[].name "
+    "decisions[].shape decisions[].dtype decisions[].action decisions[].seen_as decisions[].stacked_with "
+    "decisions[].removed decisions[].backend decisions[].form",
+    "lora": "out rank layers kept left_out nbytes",
+    "merge": "out weights scale inspection stages stages[].name stages[].seconds stages[].nbytes",
+    "schema": "$schema title type properties additionalProperties allOf",
+    "tune": "recipe entropies",
+    "verify": "problems",
+}
+
+
+def test_the_keys_of_json_stay(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("merge", *files, "-o", tmp_path / "merged", "--quiet")
+    (tmp_path / "folder" / ".a.freemerge-tmp").mkdir(parents=True)
+    (tmp_path / "data.py").write_text("def logits(state):\n    yield state['a.weight']\n")
+    learning = ["--method", "average", "--function", f"{tmp_path / 'data.py'}:logits", "--iterations", 1]
+    out = tmp_path / "out"
+    arguments: dict[str, list[object]] = {
+        "analyze": [*files, "--methods", "average"],
+        "clean": [tmp_path / "folder"],
+        "completion": ["bash"],
+        "diff": files[:2],
+        "evaluate": [files[0], "--function", "builtins:len"],
+        "experts": [*files, "-o", out / "experts"],
+        "init": files,
+        "inspect": files,
+        "lora": [*files[:2], "--rank", 2, "-o", out / "lora"],
+        "merge": [*files, "-o", out / "merged"],
+        "tune": [*files, *learning, "-o", tmp_path / "recipe.yml"],
+        "verify": [tmp_path / "merged"],
+    }
+    assert KEYS.keys() == set(COMMANDS) - {"demo"}, "its keys are the methods that it compares"
+    for command, keys in KEYS.items():
+        capsys.readouterr()
+        assert run(command, *arguments.get(command, []), "--json") == (1 if command == "diff" else 0), command
+        captured = capsys.readouterr()
+        told = json.loads(captured.out.splitlines()[0])
+        inner = {f"{key}[].{name}" for key, value in told.items() if isinstance(value, list)
+                 for item in value if isinstance(item, dict) for name in item}  # fmt: skip
+        assert set(keys.split()) <= told.keys() | inner, command
+        assert captured.err == "", command
+
+
 @pytest.mark.parametrize("command", ["verify", "backends", "clean", "schema", "experts", "init", "evaluate"])
 def test_json_and_quiet_of_every_command(
     command: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

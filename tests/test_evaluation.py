@@ -84,6 +84,12 @@ def test_a_sweep_finds_the_scale() -> None:
     assert torch.equal(base["w"], torch.zeros(8, 8))
 
 
+@pytest.mark.parametrize("scales", [[0.5, 0.25, 1.0], [1.0, 0.25, 0.5]])
+def test_a_sweep_takes_the_first_of_equals(scales: list[float]) -> None:
+    state = {"w": torch.ones(4, 4)}
+    assert sweep(state, [{"w": torch.zeros(4, 4)}], UNFILTERED, scales, lambda weights: 1.0).best.scale == scales[0]
+
+
 def test_a_sweep_needs_scales() -> None:
     with pytest.raises(fm.ArgumentError, match="scales"):
         sweep({}, [{}], UNFILTERED, [], lambda weights: 0.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +155,40 @@ def test_tensors_that_share_memory_are_refused() -> None:
     with pytest.raises(fm.ArgumentError, match="share memory"):
         fm.filter_([x[:5], x[3:]], fm.HighPass(0.1))
     fm.filter_([x[:, :4], x[:, 4:]], fm.HighPass(0.1))
+
+
+@AVAILABLE
+@pytest.mark.parametrize(
+    ("last", "options", "message"),
+    [
+        (lambda x: torch.zeros(5, 7, dtype=torch.int32), {}, r"x\[1\] must have dtype"),
+        (lambda x: torch.zeros(5, 1).expand(5, 7), {}, r"x\[1\] may overlap itself"),
+        (lambda x: x[2:], {}, r"x\[0\] and x\[1\] share memory"),
+        (lambda x: 3, {}, r"x\[1\] must be a tensor"),
+        (lambda x: noise(7, 5), {"response": fm.Custom(np.ones((5, 7)))}, "mask has shape"),
+        (lambda x: noise(5, 7), {"scale": float("nan")}, "scale must be"),
+        (lambda x: noise(5, 7, dtype=torch.bfloat16), {"scale": 1e39}, "scale must be"),
+    ],
+)
+def test_nothing_is_written_of_a_list_that_is_refused(
+    backend: str, last: Callable[[torch.Tensor], object], options: dict[str, Any], message: str
+) -> None:
+    x = noise(5, 7, dtype=torch.float64 if "scale" in options else torch.float32)  # which alone would take 1e39
+    before, second = x.clone(), last(x)
+    with pytest.raises(fm.ArgumentError, match=message):
+        fm.filter_([x, second], **{"response": fm.HighPass(0.1), "backend": backend, **options})
+    assert torch.equal(x, before)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the other backends refuse nothing")
+def test_nothing_is_written_of_a_list_that_a_backend_refuses() -> None:
+    x = noise(21, 31)
+    before = x.clone()
+    with pytest.raises(fm.BackendError, match="tables of gains are fp32"):
+        fm.filter_([x, noise(21, 31, dtype=torch.float64)], Diagonal(), backend="cpu")
+    assert torch.equal(x, before)
+    fm.filter_([x], Diagonal(), backend="cpu")
+    assert not torch.equal(x, before)
 
 
 def test_bad_options_are_named() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from .arguments import function as check_function
+from .arguments import path_of
 from .checkpoint import Checkpoint, Source
 from .errors import ArgumentError
 from .experts import Expert, ExpertBank
@@ -92,7 +93,7 @@ def evaluate_experts(
         if isinstance(experts, Mapping):
             bank = ExpertBank(attached, experts, base=base, backbone=backbone)
         else:
-            bank = ExpertBank.load(attached, experts, base=base, backbone=backbone)
+            bank = ExpertBank.load(attached, path_of("experts", experts), base=base, backbone=backbone)
         scores = {}
         for task in bank:
             with bank.active(task):

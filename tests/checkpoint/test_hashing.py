@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,11 +63,13 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).write_bytes(bytes(CHUNK))
+    removed = threading.Event()
     with Hasher() as hasher:
-        for _ in range(4):
-            hasher._pool.submit(hasher._stop.wait, 0.2)  # until the file is removed
+        for _ in range(4):  # as many as it has threads at most
+            hasher._pool.submit(removed.wait, 60)
         digests = hasher.submit_all([tmp_path / "a", tmp_path / "b"])
         (tmp_path / "b").unlink()
+        removed.set()
         with pytest.raises(CheckpointError, match=r"cannot hash .*b: No such file"):
             [digest() for digest in digests.values()]
 

@@ -33,6 +33,13 @@ def test_a_fitted_router_tells_held_out_tasks_apart(router: Router) -> None:
     assert sorted(router.tasks) == sorted(TASKS)
 
 
+@pytest.mark.parametrize("first", [("cats", "birds", "dogs"), ("dogs", "cats", "birds")])
+def test_tasks_keep_the_order_in_which_they_first_appear(first: tuple[str, ...]) -> None:
+    features, ids = blobs(30, seed=5)
+    one_of_each = torch.stack([features[ids.index(task)] for task in first])
+    assert Router.fit(torch.cat([one_of_each, features]), [*first, *ids], hidden=4, steps=1).tasks == first
+
+
 def test_top1_is_one_hot_and_softmax_has_the_temperature(router: Router) -> None:
     features, _ = blobs(40, seed=2)
     hard = router(features)

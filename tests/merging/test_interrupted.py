@@ -143,7 +143,8 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Path], Path, int],
             if written == count:
                 for file in self._files.values():
                     file.hand_over()
-                time.sleep(0.3)  # the threads finish what they were given
+                for stage in ("write", "hash"):  # these threads finish what they were given, one after the other
+                    self._background._threads[stage].submit(lambda: None).result()
                 raise Killed
             written += 1
             write(self, *arguments)  # type: ignore[arg-type]

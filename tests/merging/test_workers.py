@@ -92,7 +92,8 @@ FORKED = """
                 if rank in (None, workers.rank) and written > count:
                     for file in self._files.values():
                         file.hand_over()
-                    time.sleep(0.1)  # its threads write what they were given
+                    for stage in ("write", "hash"):  # these threads finish what they were given, one after the other
+                        self._background._threads[stage].submit(lambda: None).result()
                     os.kill(os.getpid(), signal.SIGKILL)
                 write(self, *arguments)
             CheckpointWriter.write = writing

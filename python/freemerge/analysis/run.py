@@ -126,7 +126,10 @@ def _methods(methods: object) -> dict[str, Method]:
         if all(isinstance(label, str) and isinstance(method, Method) for label, method in methods.items()):
             return dict(methods)
     elif isinstance(methods, Sequence) and not isinstance(methods, str):
-        named = [Recipe(method=name).method for name in methods]  # which knows what to say about a misspelt name
+        try:
+            named = [Recipe(method=name).method for name in methods]  # which knows what to say about a misspelt name
+        except ArgumentError as error:
+            raise ArgumentError(f"methods: {error}") from None
         return {method.title: method for method in named}
     raise ArgumentError(f"methods must be a list of names, or map labels to methods, got {methods!r}")
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..arguments import number, path_of
+from ..arguments import function, number, path_of
 from ..backends.sparse import Scratch, SparseVector, Update
 from ..checkpoint import MERGEABLE, Checkpoint, Source
 from ..checkpoint.prefixes import Naming
@@ -238,9 +238,11 @@ class ExpertBank(Mapping[str, Expert]):
         """
         if isinstance(tasks, str) or not isinstance(tasks, Iterable | None):
             raise ArgumentError(f"tasks must be a list of names, got {tasks!r}")
+        if run is not None:
+            function("run", run)
         if not isinstance(self._model, nn.Module):
             return "deltas needs a bank that is attached to a module, not to a state dict"
-        weights = self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0))
+        weights = self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0), "tasks")
         names = self._touched(weights) + list(self._averages(weights))
         with self._turn():
             reason = unserved(self._model, names, run)
@@ -254,14 +256,15 @@ class ExpertBank(Mapping[str, Expert]):
                 held.add(dense(tensor, "model").data_ptr())
         return all(self._tensor(name).data_ptr() in held for name in self._shapes)
 
-    def _weights(self, experts: str | Mapping[str, float]) -> dict[str, float]:
+    def _weights(self, experts: str | Mapping[str, float], argument: str = "experts") -> dict[str, float]:
         if not isinstance(experts, str | Mapping):
             raise ArgumentError(f"experts must be the name of one, or map names to weights, got {experts!r}")
         given: Mapping[str, object] = {experts: 1.0} if isinstance(experts, str) else experts
         weights = {}
         for task, weight in given.items():
             if task not in self._experts:
-                raise ArgumentError(f"experts: no expert {task!r}; the bank has {', '.join(map(repr, self._experts))}")
+                known = ", ".join(map(repr, self._experts))
+                raise ArgumentError(f"{argument}: no expert {task!r}; the bank has {known}")
             weights[task] = number(weight.item() if isinstance(weight, Tensor) and weight.numel() == 1 else weight)
             if not math.isfinite(weights[task]):
                 raise ArgumentError(f"experts: the weight of {task!r} must be a finite number, got {weight!r}")
