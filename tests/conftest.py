@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 import emulated
@@ -21,6 +22,12 @@ settings.register_profile(
     "reproducible", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draws without a generator are the same, too, whatever ran before, and not those of a test's own generator."""
+    torch.manual_seed(20241117)
 
 
 @pytest.fixture(params=["cpu", "torch", "cuda-emulated"])

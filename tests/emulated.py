@@ -33,7 +33,8 @@ def build(sanitize: bool = False) -> Path:
         pytest.skip("the emulation needs cmake, which is not in PATH")
     if not _cuda_headers():
         pytest.skip("the emulation needs the headers of the CUDA toolkit: set CUDA_HOME")
-    folder = ROOT / "build" / ("emulation-sanitized" if sanitize else "emulation")
+    kind = "sanitized" if sanitize else sys.implementation.cache_tag  # the module is for one Python
+    folder = ROOT / "build" / f"emulation-{kind}"
     configure = [cmake, "-S", str(SOURCE), "-B", str(folder), f"-DFREEMERGE_SANITIZE={'ON' if sanitize else 'OFF'}"]
     ninja = shutil.which("ninja", path=_tools())
     if ninja is not None:
@@ -119,11 +120,18 @@ def _build_with(bug: Bug, folder: Path) -> Path:
     flags = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFREEMERGE_EMULATION"]
     folders = [f"-I{folder}", f"-I{source}", f"-I{ROOT / 'tests'}", f"-isystem{headers}"]
     _run([compiler, *flags, *folders, "-xc++", "-c", str(kernels), "-o", str(made)])
-    objects = [path for path in build().rglob("*.o") if "_cuda_emulated.dir" in str(path)]
+    objects = _objects()
     correct = [path for path in objects if path.name != f"{bug.kernels}.o"]
     assert len(correct) == len(objects) - 1
     _run([compiler, "-shared", "-o", str(linked), *map(str, correct), str(made), "-ldl"])
     return linked
+
+
+def _objects() -> list[Path]:
+    """The module's objects, but for those that a source left behind which has another name now."""
+    folder = build() / "CMakeFiles" / "_cuda_emulated.dir"
+    sources = {made: made.relative_to(folder).with_suffix("") for made in folder.rglob("*.o")}  # of SOURCE, or of /
+    return [made for made, source in sources.items() if (SOURCE / source).exists() or ("/" / source).exists()]
 
 
 def _load(name: str, file: Path) -> ModuleType:

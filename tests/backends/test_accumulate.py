@@ -73,6 +73,7 @@ def test_sum_and_means_agree_with_float64(
     assert torch.equal(reused, out)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda-emulated"], indirect=True)
 @settings(deadline=None, max_examples=40)
 @given(case=cases(), out_dtype=st.sampled_from(DTYPES), scale=st.floats(-3, 3))
 def test_native_and_torch_write_the_same_bytes(

@@ -125,10 +125,11 @@ def test_more_than_two_to_the_31_entries() -> None:
     rows, width = (1 << 31) // 8192 + 8, 8192
     if free < 3 * rows * width * 2:
         pytest.skip(f"needs {3 * rows * width * 2 / 2**30:.0f} GiB of free GPU memory, has {free / 2**30:.0f}")
-    x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda").normal_()
-    mean = x[-1].float().mean()
+    x = torch.empty(rows, width, dtype=torch.bfloat16, device="cuda")
+    x.normal_(generator=torch.Generator("cuda").manual_seed(0)).add_(1)
     fm.filter_(x, fm.Center(-1), backend="cuda")
-    assert abs(float(x[-1].float().mean())) < 0.01 + 0.1 * abs(float(mean))
+    for row in (0, rows // 2, -1):
+        assert abs(float(x[row].float().mean())) < 5e-3  # rounding to bfloat16 leaves up to .0013
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

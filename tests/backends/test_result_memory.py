@@ -127,7 +127,7 @@ def test_results_that_live_never_overlap() -> None:
             held.append((tensor.fill_(value), value))
             if len(held) > 3:
                 tensor, value = held.pop(choose.randrange(len(held)))
-                assert tensor[0] == tensor[-1] == tensor.mean() == value
+                assert bool((tensor == value).all())
 
     with reusing(), ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))

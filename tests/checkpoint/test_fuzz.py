@@ -1,4 +1,4 @@
-"""Some seconds of the fuzzer, which is run for longer by hand; and that it sees what it looks for."""
+"""Some cases of the fuzzer, of which more are run by hand; and that it sees what it looks for."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ sys.path.insert(0, sys.argv[1])
 import fuzz
 from freemerge.checkpoint import architecture
 
-for number, fault in fuzz.cases(1, iter(range(1 << 30)), 8):
+for number, fault in fuzz.cases(1, range(1200)):
     assert fault is None, f"seed 1 case {number}: {fault.told}"
-print("no faults in", number + 1)
 architecture.entry = lambda directory, name: directory / name  # follows links out of the directory
-(outside,) = [fault for _, fault in fuzz.cases(1, iter([140]), 60)]
+(outside,) = [fault for _, fault in fuzz.cases(1, [140])]
 print(outside.told)
 fuzz.attempt = lambda base, model: 1 / (base.parent.name != "case")
-print([fault.told for _, fault in fuzz.cases(1, iter([0]), 60)])
+print([fault.told for _, fault in fuzz.cases(1, [0])])
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="measures memory and time as Linux tells them")
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux tells it")
 def test_damaged_inputs_end_in_errors_of_freemerge() -> None:
     command = [sys.executable, "-c", SEEN, str(Path(__file__).parent)]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

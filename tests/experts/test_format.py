@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +16,11 @@ from safetensors import safe_open
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 from freemerge.experts.positions import CodedPositions
-from freemerge.experts.values import CODINGS, LowRankTensor, SparseTensor
+from freemerge.experts.values import CODINGS, ExpertTensor, LowRankTensor, SparseTensor
+from freemerge.experts.values.gains import NO_CODES, NO_SCALE, Gains
+from freemerge.experts.values.mask import Mask
+from freemerge.experts.values.svd2 import Svd2
+from freemerge.experts.values.svd16 import Svd16
 
 LAYER = {"q": (384, 384), "k": (384, 384), "v": (384, 384), "o": (384, 384), "up": (1536, 384), "down": (384, 1536)}
 
@@ -180,6 +185,78 @@ def test_the_bytes_of_published_files(values: str, tmp_path: Path) -> None:
         "w": {"dtype": "U8", "shape": [len(payloads) - cut], "data_offsets": [cut, len(payloads)]},
     }  # fmt: skip
     assert raw[8 : 8 + size].rstrip() == json.dumps(header, separators=(",", ":")).encode()
+
+
+def codes(*rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def floats(*values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+GIVEN: dict[str, dict[str, ExpertTensor]] = {
+    "svd2": {
+        "w": Svd2((3, 5), codes([0, 1, 2], [3, 3, 1]), codes([3, 2, 1, 0, 0], [1, 3, 0, 2, 2]),
+                  floats(1.5, -0.25, dtype=torch.bfloat16)),
+    },
+    "svd16": {
+        "w": Svd16((2, 3), floats(0.5, -2, 3, 0, dtype=torch.float16).view(2, 2),
+                   floats(1, 0.25, -1, 0, -0.5, 2, dtype=torch.float16).view(2, 3)),
+    },
+    "mask": {"w": Mask((2, 5), torch.tensor([1, 1, 0, 1, 0, 0, 0, 1, 0, 1]).bool(), floats(0.75))},
+    "gains": {
+        "b": Gains((4,), NO_CODES, NO_SCALE, NO_SCALE,
+                   Svd2((4,), codes([3]), codes([0, 1, 2, 3]), floats(1, dtype=torch.bfloat16))),
+        "w": Gains((3, 5), torch.tensor([7, -7, 2], dtype=torch.int8), floats(0.125), floats(6.5),
+                   Svd2((3, 5), codes([2, 0, 3]), codes([1, 1, 3, 2, 3]), floats(-3, dtype=torch.bfloat16))),
+    },
+}  # fmt: skip
+PUBLISHED_2 = {
+    "svd2": {"w": "02030502c03f80bee4071b340a"},
+    "svd16": {"w": "02020302003800c000420000003c003400bc000000b80040"},
+    "mask": {"w": "0202050000403f8b02"},
+    "gains": {"b": "0104000101803f03e4", "w": "02030503010000003e0000d0400e790140c032b503"},
+}
+"""What docs/expert-format.md says the bytes of the tensors above are, put together by hand."""
+
+
+def assert_same_parts(got: ExpertTensor, want: ExpertTensor) -> None:
+    assert type(got) is type(want)
+    for part in fields(want):
+        there, here = getattr(got, part.name), getattr(want, part.name)
+        if isinstance(here, ExpertTensor):
+            assert_same_parts(there, here)
+        elif isinstance(here, torch.Tensor):
+            assert there.dtype == here.dtype
+            assert torch.equal(there, here)
+        else:
+            assert there == here
+
+
+@pytest.mark.parametrize("values", [name for name, coding in CODINGS.items() if not issubclass(coding, SparseTensor)])
+def test_the_bytes_of_files_of_version_2(values: str, tmp_path: Path) -> None:
+    statistics = {"mean": floats(0.5, 3, -0.25, dtype=torch.bfloat16)}
+    expert = fx.Expert(GIVEN[values], 0.75, None, None, "number", values, 0.25, statistics)
+    path = tmp_path / "t.safetensors"
+    expert.save(path)
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    metadata = {"budget": "0.25", "format": "freemerge-expert", "mu": "0.75", "rescale": "number", "values": values}
+    assert header.pop("__metadata__") == {**metadata, "version": "2"}
+    bytes_ = {name: raw[8 + size :][slice(*entry["data_offsets"])].hex() for name, entry in header.items()}
+    assert bytes_ == {"mean": "003f404080be", **PUBLISHED_2[values]}
+    assert {name: (entry["dtype"], entry["shape"]) for name, entry in header.items()} == {
+        "mean": ("BF16", [3]),
+        **{name: ("U8", [len(payload) // 2]) for name, payload in PUBLISHED_2[values].items()},
+    }
+    again = fx.Expert.load(path)
+    assert again.metadata == expert.metadata
+    assert torch.equal(again.statistics["mean"], statistics["mean"])
+    assert again.tensors.keys() == expert.tensors.keys()
+    for name, tensor in again.tensors.items():
+        assert_same_parts(tensor, expert.tensors[name])
 
 
 @pytest.mark.parametrize("values", CODINGS)

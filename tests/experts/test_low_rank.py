@@ -322,9 +322,7 @@ def test_the_forward_pass_adds_what_active_does(kind: Callable[[], nn.Module]) -
     bank = fx.ExpertBank(model, {**experts, "entries": entries["task5"]})
     x = torch.randint(0, 50, (5, 12)) if kind is Text else torch.randn(5, 3, 8, 8)
     chosen = [{"task0": 1.0}, None, {"task1": 0.5, "task2": 0.5}, {"entries": 1.0, "task0": 0.3}, "task3"]
-    if bank.serves_deltas() is not None:
-        assert kind is Vision
-        pytest.skip(f"{bank.serves_deltas()}")
+    assert bank.serves_deltas() is None
     assert_forward_adds_what_active_does(model, bank, x, chosen)
 
 
