@@ -8,7 +8,7 @@ the public API. Of each row: the least CPU time before and after, the median of 
 median for the tree before against itself; together with the scatter of both this is the noise. A row is slower if its
 ratio is beyond the noise twice, the second time in new processes; then the exit status is 1.
 
-The suite "filter" takes up to eight minutes and 11 GB, "merge" and "experts" three minutes, "calls" one.
+The suite "filter" takes up to eight minutes and 15 GB, "merge" and "experts" three minutes, "calls" one.
 """
 
 from __future__ import annotations
