@@ -7,6 +7,8 @@ namespace freemerge::cuda {
 
 constexpr int kWarpSize = 32;
 
+__device__ inline double squared(float x) { return static_cast<double>(x) * static_cast<double>(x); }
+
 // The sum over a warp, in all of its lanes.
 template <typename T>
 __device__ T warp_sum(T value) {

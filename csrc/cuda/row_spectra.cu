@@ -74,8 +74,6 @@ __device__ void read_rows(const RowPass& a, const RowGroup& group, const Consecu
   }
 }
 
-__device__ double squared(float x) { return static_cast<double>(x) * static_cast<double>(x); }
-
 // Of the sums of each warp of all blocks, those of kind i.
 __device__ void store_of_warp(const RowPass& a, int i, double sum) {
   const std::int64_t warps = blockDim.x / kWarpSize;

@@ -15,8 +15,6 @@ constexpr int kWarps = kRowPassThreads / kWarpSize;
 constexpr int kSampleThreads = 64;
 static_assert(kColumnsPerBlock == kWarpSize * kEntries, "a warp takes a row of a tile");
 
-__device__ double squared(float x) { return static_cast<double>(x) * static_cast<double>(x); }
-
 // Tiles of kAhead rows: warps add up one row after the other, eight columns a lane; then each thread spreads
 // its two columns of all of them.
 template <int kTaps>

@@ -461,8 +461,9 @@ def test_a_gpu_that_it_was_not_built_for_is_left_to_torch_with_the_reason() -> N
 
 
 def test_one_of_two_gpus_that_it_was_not_built_for_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = noise(64, 48)
-    with registry.using(emulated.backend(), TorchBackend()):
+    x, backend = noise(64, 48), CudaBackend(emulated.runtime())
+    with registry.using(backend, TorchBackend()):
+        assert backend.info().available
         monkeypatch.setattr(emulated.runtime(), "covers", lambda device: False)  # the machine's other one is covered
         assert fm.explain(x, HIGH_PASS).backend == "torch"
         assert "backend cuda has no code for the GPU cpu" in fm.explain(x, HIGH_PASS).reason

@@ -51,7 +51,7 @@ class CudaBackend(TorchVectors):
     def __init__(self, runtime: Runtime | None = None) -> None:
         self._runtime = Runtime() if runtime is None else runtime
         self._recorded: set[Executable] = set()
-        self._traits: dict[torch.device, Traits] = {}
+        self._traits: dict[torch.device, Traits | None] = {}
 
     def info(self) -> BackendInfo:
         reason, details = self._runtime.state
@@ -63,15 +63,15 @@ class CudaBackend(TorchVectors):
     def takes(self, tensors: Sequence[torch.Tensor]) -> str | None:
         if not all(tensor.device.type == self._runtime.device_type and tensor.dtype in DTYPES for tensor in tensors):
             return "needs float32, bfloat16 or float16 tensors on a GPU"
-        return next((self.refusal(x.device) for x in tensors if not self._has_code_for(x.device)), None)
+        return next((self.refusal(x.device) for x in tensors if self.traits(x.device) is None), None)
 
     # --- filter -------------------------------------------------------------------------------------------------------
 
     def traits(self, device: torch.device) -> Traits | None:
-        if device.type != self._runtime.device_type or not self._has_code_for(device):
+        if device.type != self._runtime.device_type:
             return None
-        if device not in self._traits:
-            self._traits[device] = self._traits_of(device)
+        if device not in self._traits:  # looked up at every call
+            self._traits[device] = self._traits_of(device) if self._has_code_for(device) else None
         return self._traits[device]
 
     def _traits_of(self, device: torch.device) -> Traits:

@@ -40,7 +40,6 @@ class Runtime:
     def __init__(self, module: ModuleType | None = None, device_type: str = "cuda") -> None:
         self._given = module
         self.device_type = device_type
-        self._covered: dict[torch.device, bool] = {}
 
     @cached_property
     def module(self) -> ModuleType:
@@ -55,10 +54,7 @@ class Runtime:
 
     def covers(self, device: torch.device) -> bool:
         """Whether the module has code for a GPU."""
-        device = torch.device(device.type, self.place(device)[0]) if device.type == "cuda" else device
-        if device not in self._covered:
-            self._covered[device] = covers(self.module.ARCHITECTURES, self.capability(device))
-        return self._covered[device]
+        return covers(self.module.ARCHITECTURES, self.capability(device))
 
     def capability(self, device: torch.device) -> Capability:
         """What torch says of a GPU."""
