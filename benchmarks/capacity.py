@@ -90,7 +90,7 @@ def measured(folder: Path, megabytes: int, models: int, workers: int) -> dict[st
 
 def launch(command: list[str], workers: int = 1) -> dict[str, float]:
     threads = str(max(1, (os.cpu_count() or 1) // workers))
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": threads}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "FREEMERGE_CACHE": "", "OMP_NUM_THREADS": threads}
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {run.returncode}: {run.stderr[-2000:]}")

@@ -42,7 +42,13 @@ class Worker:
     def __init__(self, tree: Path) -> None:
         here = Path(__file__).resolve().parents[1]
         paths = os.pathsep.join([os.path.abspath(tree / "python"), str(here)])
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": paths,
+            "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "passive",
+            "FREEMERGE_CACHE": "",
+        }
         command = [sys.executable, "-m", "benchmarks.suites", os.path.abspath(tree)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=here

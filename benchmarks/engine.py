@@ -2,13 +2,15 @@
 
     python -m benchmarks.engine [--models 4] [--megabytes 1000] [--rounds 3] [--report FILE]
     python -m benchmarks.engine --small 100000     # tensors of 32 bytes, for the cost of a tensor
+    python -m benchmarks.engine --again [--mergekit PYTHON]
     python -m benchmarks.engine --methods [--mergekit PYTHON] [--cold]
 
 Makes a base and K bf16 models of Llama shapes, then takes turns, a process for each: copy the same bytes (read all
 models, write one) by plain buffered reads and writes, average, merge by FR-Merging with given weights (one pass) and by
-default (two passes); with --methods by every other method, too. With --mergekit, the interpreter of an environment that
-has mergekit 0.1.5, transformers and this torch, mergekit merges the same files by the methods that it has, and by task
-arithmetic with our default filter in torch.fft.
+default (two passes); with --again also where an earlier merge has hashed the inputs, as when settings are tried, and
+with --methods by every other method, too. With --mergekit, the interpreter of an environment that has mergekit 0.1.5,
+transformers and this torch, mergekit merges the same files by the methods that it has, and by task arithmetic with our
+default filter in torch.fft.
 
 Wall and CPU count from after the imports to the published output, hashes and all (mergekit has none, and does not
 flush), from a warm page cache, or with --cold from one that has let go of the inputs. Memory is anonymous memory at its
@@ -45,7 +47,7 @@ from torch import Tensor
 
 import freemerge as fm
 from benchmarks import harness, mergekit_jobs
-from freemerge.checkpoint import Checkpoint
+from freemerge.checkpoint import Checkpoint, known_hashes
 from freemerge.methods import METHODS
 
 COPY_BYTES = 16 << 20
@@ -56,7 +58,10 @@ RECIPES = {
 }
 JOBS = ("copy", *RECIPES)
 RECIPES |= {name: fm.Recipe(method=name) for name in METHODS if name not in ("average", "fr")}
-ALL_JOBS = (*JOBS, *(name for name in RECIPES if name not in JOBS), *mergekit_jobs.METHODS)
+AGAIN = ", inputs hashed before"
+KNOWN = tuple(name + AGAIN for name in ("average", "FR-Merging, default"))
+ALL_JOBS = (*JOBS, *(name for name in RECIPES if name not in JOBS), *KNOWN, *mergekit_jobs.METHODS)
+RECIPES |= {name: RECIPES[name.removesuffix(AGAIN)] for name in KNOWN}
 
 
 def main() -> None:
@@ -66,6 +71,7 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=0, metavar="N", help="N tensors of 32 bytes instead")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", action="store_true", help="every method, not only those of the engine's own page")
+    parser.add_argument("--again", action="store_true", help="also with inputs whose hashes are known (waits a minute)")
     parser.add_argument("--mergekit", metavar="PYTHON", help="an interpreter that has mergekit 0.1.5: its methods, too")
     parser.add_argument("--cold", action="store_true", help="let the system forget the inputs before every job")
     parser.add_argument("--jobs", nargs="+", choices=ALL_JOBS, help="these only")
@@ -77,6 +83,7 @@ def main() -> None:
         print(json.dumps(measured(options.run, options.folder)))
         return
     own = ALL_JOBS[: len(JOBS) + len(METHODS) - 2] if options.methods else JOBS
+    own += KNOWN if options.again else ()
     jobs = options.jobs or [*own, *(mergekit_jobs.METHODS if options.mergekit else ())]
     if options.mergekit is None and any(job in mergekit_jobs.METHODS for job in jobs):
         parser.error("jobs of mergekit need --mergekit PYTHON")
@@ -85,6 +92,8 @@ def main() -> None:
         write_models(folder, options.models + 1, shapes_of(options.megabytes, options.small))
         if options.mergekit:
             mergekit_jobs.prepare(folder, inputs(folder))
+        if set(jobs) & set(KNOWN):
+            know_hashes(folder)
         times: dict[str, list[dict[str, float]]] = {job: [] for job in jobs}
         for _ in range(options.rounds):
             for job in jobs:
@@ -120,12 +129,26 @@ def forget(paths: list[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def know_hashes(folder: Path) -> None:
+    """Merge once when the files are old enough for their hashes to be kept."""
+    while None in map(known_hashes.key, inputs(folder)):
+        time.sleep(1)
+    in_own_process(KNOWN[0], folder)
+    if len(list((folder / "hashes").glob("sha256/*"))) != len(inputs(folder)):
+        raise AssertionError("the hashes of the inputs are not known")
+
+
 def in_own_process(job: str, folder: Path, mergekit: str | None = None) -> dict[str, float]:
     python = mergekit if mergekit and job in mergekit_jobs.METHODS else sys.executable
     command = [python, "-m", "benchmarks.engine", "--run", job, "--folder", str(folder)]
     packages = Path(fm.__file__).parents[1]  # mergekit's environment need not have freemerge
     paths = os.pathsep.join([str(Path(__file__).parents[1]), str(packages)])
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": paths}  # the policy as the command sets it
+    environment = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "passive",  # as the command sets it
+        "PYTHONPATH": paths,
+        "FREEMERGE_CACHE": str(folder / "hashes") if job in KNOWN else "",
+    }
     told = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if told.returncode:
         raise RuntimeError(f"{job}:\n{told.stderr}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -22,6 +23,9 @@ settings.register_profile(
     "reproducible", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("reproducible")
+
+
+os.environ["FREEMERGE_CACHE"] = ""  # no test depends on an earlier one, or leaves something with the user
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import freemerge as fm
 from benchmarks import engine, mergekit_jobs
+from freemerge.checkpoint import known_hashes
 
 
 def test_small_tensors_are_timed_and_checked(
@@ -26,6 +27,15 @@ def test_small_tensors_are_timed_and_checked(
     rows = json.loads(report.read_text())["rows"]
     assert [row["what"] for row in rows] == ["copy", "average"]
     assert all(row["wall"] > 0 and row["memory"] > 0 for row in rows)
+
+
+def test_hashes_of_inputs_are_known_before_a_merge_is_timed_that_counts_on_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.write_models(tmp_path, 3, {"a.weight": (64, 48), "b": (16,)})
+    monkeypatch.setattr(known_hashes, "key", lambda path: path.name)  # old enough at once, here
+    with pytest.raises(AssertionError, match="are not known"):  # but not in the process that merges
+        engine.know_hashes(tmp_path)
 
 
 def test_a_wrong_result_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from .. import __version__
 from ..arguments import path_of
 from ..errors import CheckpointError
 from ..workers import ALONE, Workers
+from . import known_hashes
 from .hashing import Hasher
 from .publish import MANIFEST
 from .reader import Checkpoint
@@ -26,8 +27,8 @@ FORMAT = 1
 class InputHashes:
     """The SHA-256 of every input file, computed in the background while the merge runs.
 
-    These are the plain hashes of whole files, as ``sha256sum`` and model hubs show them. Several workers share the
-    files out.
+    These are the plain hashes of whole files, as ``sha256sum`` and model hubs show them. Files that an earlier run
+    hashed and that have not changed since are not hashed again. Several workers share the files out.
     """
 
     def __init__(self, checkpoints: Sequence[Checkpoint], workers: Workers = ALONE) -> None:
@@ -35,7 +36,9 @@ class InputHashes:
         self._hasher = Hasher()
         self._before = {file: identity(file) for checkpoint in self._checkpoints for file in checkpoint.files}
         ranks = workers.shares({file: before[0] for file, before in self._before.items()})
-        self._digests = self._hasher.submit_all(file for file in self._before if ranks[file] == workers.rank)
+        self._keys = {file: known_hashes.key(file) for file in self._before if ranks[file] == workers.rank}
+        self._known = {file: digest for file, key in self._keys.items() if (digest := known_hashes.recall(key))}
+        self._digests = self._hasher.submit_all(file for file in self._keys if file not in self._known)
 
     def records(self) -> list[dict[str, object]]:
         """For each checkpoint its name and its files with size and hash; waits for the hashes.
@@ -43,8 +46,10 @@ class InputHashes:
         Raises CheckpointError for a file that was changed or replaced since the hashing began.
         """
         records: dict[Path, dict[str, object]] = {}
-        for own in self._workers.gather({file: self._record(file) for file in self._digests}):
-            records |= own
+        own = {file: self._record(file) for file in self._keys}
+        self._remember()
+        for share in self._workers.gather(own):
+            records |= share
         return [
             {"name": checkpoint.name, "files": [records[file] for file in checkpoint.files]}
             for checkpoint in self._checkpoints
@@ -57,13 +62,19 @@ class InputHashes:
 
     @property
     def nbytes(self) -> int:
-        """Size of the files that this worker hashes."""
+        """Size of the files that this worker hashes: those that are not known from an earlier run."""
         return sum(self._before[file][0] for file in self._digests)
 
     def _record(self, file: Path) -> dict[str, object]:
-        digest = self._digests[file]()
+        digest = self._known.get(file) or self._digests[file]()
         check_unchanged(file, self._before[file], file)
         return {"name": file.name, "bytes": self._before[file][0], "sha256": digest}
+
+    def _remember(self) -> None:
+        fresh = {file: key for file in self._digests if (key := self._keys[file]) is not None}
+        known_hashes.remember(
+            {key: self._digests[file]() for file, key in fresh.items() if key == known_hashes.key(file)}
+        )
 
     def __enter__(self) -> InputHashes:
         return self
@@ -72,6 +83,12 @@ class InputHashes:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hasher.close()
+
+
+def unknown_bytes(checkpoints: Sequence[Checkpoint]) -> int:
+    """Size of the files of checkpoints that :class:`InputHashes` would have to hash now."""
+    files = {file for checkpoint in checkpoints for file in checkpoint.files}
+    return sum(identity(file)[0] for file in files if known_hashes.recall(known_hashes.key(file)) is None)
 
 
 def build_manifest(

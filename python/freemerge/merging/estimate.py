@@ -32,10 +32,10 @@ class Pace:
         """How much longer a byte takes to merge than to measure."""
         return self.merge / self.measure if self.measure else 1.0
 
-    def seconds(self, measured: int, merged: int, written: int) -> float:
+    def seconds(self, measured: int, merged: int, hashed: int) -> float:
         """An estimate for a merge of so many bytes, whose files come from and go to a disk that is no slower."""
-        once = merged + written  # what is hashed, beside the rest where there are processors for it
-        return self.measure * measured + self.merge * merged + self.hash * once / (os.cpu_count() or 1)
+        hashing = self.hash * hashed / (os.cpu_count() or 1)  # beside the rest where there are processors for it
+        return self.measure * measured + self.merge * merged + hashing
 
 
 def pace(recipe: Recipe, count: int, backend: str) -> Pace | None:

@@ -29,6 +29,7 @@ from ..checkpoint import (
 )
 from ..checkpoint.architecture import require_config
 from ..checkpoint.locate import stem_of
+from ..checkpoint.manifest import unknown_bytes
 from ..checkpoint.model_card import model_card
 from ..checkpoint.publish import refuse_inputs
 from ..checkpoint.quantised import needless_quantisation
@@ -254,7 +255,8 @@ def inspect(
         found = pace(merger.recipe, len(merger.models), backend)
         if found is None:
             return inspection
-        return replace(inspection, seconds=found.seconds(inspection.measured_bytes, merged, inspection.write_bytes))
+        hashed = unknown_bytes((merger.base, *merger.models)) + inspection.write_bytes
+        return replace(inspection, seconds=found.seconds(inspection.measured_bytes, merged, hashed))
 
 
 def task_weights(

@@ -1,0 +1,159 @@
+"""What was hashed once is not hashed again while it does not change, and is when it might have."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import freemerge as fm
+from freemerge.checkpoint import Checkpoint, InputHashes, known_hashes
+from freemerge.checkpoint.manifest import unknown_bytes
+
+MINUTE = 60 * 10**9
+
+
+@pytest.fixture(autouse=True)
+def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, some minutes after its files are written; the folder of the digests."""
+    monkeypatch.setenv("FREEMERGE_CACHE", str(tmp_path / "cache"))
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 5 * MINUTE)
+    return tmp_path / "cache" / "sha256"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    save_file({"a": torch.arange(1000.0)}, tmp_path / "model.safetensors")
+    return tmp_path / "model.safetensors"
+
+
+def hashed(file: Path) -> tuple[object, int]:
+    """The digest in a file's record, and how many bytes were hashed for it."""
+    with InputHashes([Checkpoint.open(file)]) as hashes:
+        ((record,),) = [entry["files"] for entry in hashes.records()]
+        return record["sha256"], hashes.nbytes
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_file_is_hashed_once(file: Path, later: Path) -> None:
+    size = file.stat().st_size
+    assert hashed(file) == (sha256(file), size)
+    assert hashed(file) == (sha256(file), 0)
+    assert later.stat().st_mode & 0o777 == 0o700
+    assert [entry.read_text() for entry in later.iterdir()] == [sha256(file)]
+
+
+@pytest.mark.parametrize("change", ["rewritten", "same times", "replaced", "mode"])
+def test_a_file_that_changed_is_hashed_again(file: Path, change: str) -> None:
+    hashed(file)
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    if change == "replaced":
+        (file.parent / "new").write_bytes(content)
+        os.replace(file.parent / "new", file)
+    elif change == "mode":  # its time of change cannot say what changed
+        file.chmod(0o640)
+    else:
+        file.write_bytes(content)
+    if change == "same times":
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert hashed(file) == (sha256(file), file.stat().st_size)
+
+
+def test_a_file_that_changed_a_moment_ago_is_neither_kept_nor_recalled(
+    file: Path, later: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_by = known_hashes.key(file)
+    monkeypatch.undo()
+    monkeypatch.setenv("FREEMERGE_CACHE", str(later.parent))
+    assert known_by is not None
+    assert known_hashes.key(file) is None
+    for _ in range(2):
+        assert hashed(file) == (sha256(file), file.stat().st_size)
+    assert not later.exists()
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_not_kept(file: Path, later: Path) -> None:
+    with InputHashes([Checkpoint.open(file)]) as hashes:
+        assert hashes.nbytes
+        os.link(file, file.parent / "second name")  # its time of change moves, its content does not
+        hashes.records()
+    assert not later.exists()
+
+
+@pytest.mark.parametrize("entry", [b"", b"0" * 63, b"0" * 65, b"X" * 64, b"\xff" * 64, None])
+def test_a_broken_entry_is_as_none(file: Path, later: Path, entry: bytes | None) -> None:
+    hashed(file)
+    (known,) = later.iterdir()
+    known.unlink()
+    if entry is None:
+        known.mkdir()
+    else:
+        known.write_bytes(entry)
+    assert hashed(file) == (sha256(file), file.stat().st_size)
+
+
+def test_a_cache_that_cannot_be_written_is_as_none(file: Path, later: Path) -> None:
+    later.parent.write_text("a file where the folder should be")
+    for _ in range(2):
+        assert hashed(file) == (sha256(file), file.stat().st_size)
+
+
+def test_nothing_is_kept_where_the_user_wants_none(file: Path, later: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(file.parent / "home"))
+    monkeypatch.setenv("FREEMERGE_CACHE", "")
+    for _ in range(2):
+        assert hashed(file) == (sha256(file), file.stat().st_size)
+    assert not later.exists()
+    assert not (file.parent / "home").exists()
+
+
+def test_it_is_where_the_users_caches_are(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FREEMERGE_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: file.parent / "home")
+    hashed(file)
+    assert len(list((file.parent / "home" / ".cache" / "freemerge" / "sha256").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file.parent / "caches"))
+    hashed(file)
+    assert len(list((file.parent / "caches" / "freemerge" / "sha256").iterdir())) == 1
+
+
+def test_the_oldest_are_forgotten(file: Path, later: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_hashes, "_MOST", 3)
+    later.mkdir(parents=True)
+    for i in range(3):
+        (later / f"{i}").write_text(f"{i}" * 64)
+        os.utime(later / f"{i}", ns=(i, i))
+    hashed(file)
+    names = {entry.name for entry in later.iterdir()}
+    assert names == {"1", "2", known_hashes.key(file)}
+
+
+def test_a_second_merge_gives_the_same_bytes_and_hashes_its_output_alone(tmp_path: Path) -> None:
+    for i in range(3):
+        weight = torch.randn(64, 48, generator=torch.Generator().manual_seed(i))
+        save_file({"a.weight": weight}, tmp_path / f"{i}.safetensors")
+    base, *models = (tmp_path / f"{i}.safetensors" for i in range(3))
+    inputs = sum(path.stat().st_size for path in (base, *models))
+    opened = [Checkpoint.open(path) for path in (base, *models)]
+    assert unknown_bytes(opened) == inputs
+    outputs, hashes = [], []
+    for name in ("first", "second"):
+        report = fm.merge_checkpoints(base, models, tmp_path / name, progress=False)
+        (stage,) = (stage for stage in report.stages if stage.name == "hash")
+        hashes.append(stage.nbytes)
+        outputs.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert outputs[0] == outputs[1]
+    assert hashes[0] - hashes[1] == inputs
+    assert unknown_bytes(opened) == 0  # which is what --dry-run counts on
