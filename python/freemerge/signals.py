@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ class Stop(KeyboardInterrupt):
 
 @contextmanager
 def stops() -> Iterator[None]:
-    """Within the block the first of these signals raises :class:`Stop`; later ones do not disturb the cleaning up."""
+    """Within the block the first of these signals raises :class:`Stop`; later ones do not disturb the cleaning up.
+
+    Python drops what is raised while it frees memory (in ``__del__`` and in callbacks of weak references) and calls
+    ``sys.unraisablehook``; a signal that arrives just then is sent again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -35,10 +40,29 @@ def stops() -> Iterator[None]:
             stopped = True
             raise Stop(number)
 
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        nonlocal stopped
+        if isinstance(unraisable.exc_value, Stop):
+            stopped = False
+            threading.Timer(0.01, _send, [unraisable.exc_value.code - 128]).start()
+        else:
+            former_hook(unraisable)
+
     heard = [number for number in _WORDS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
     former = {number: signal.signal(number, stop) for number in heard}
+    former_hook, sys.unraisablehook = sys.unraisablehook, dropped
     try:
         yield
     finally:
+        sys.unraisablehook = former_hook
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _send(number: int) -> None:
+    """A signal for the main thread, which wakes it where the system can do that."""
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)
+    else:
+        signal.raise_signal(number)
