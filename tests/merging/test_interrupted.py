@@ -266,10 +266,10 @@ def test_what_is_in_memory_cannot_be_resumed(tmp_path: Path) -> None:
 def test_an_input_that_is_cut_short_while_it_is_read(
     index: int, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from freemerge.merging import engine
+    from freemerge.merging import pinned
 
     slow(models)
-    fetched, count = engine.fetched, 0
+    fetched, count = pinned.fetched, 0
 
     def cut(tensor: torch.Tensor, origin: str) -> torch.Tensor:
         """The file shrinks between the mapping of its last tensors and their reading."""
@@ -279,7 +279,7 @@ def test_an_input_that_is_cut_short_while_it_is_read(
             os.truncate(models[index], 100_000_000)
         return fetched(tensor, origin)
 
-    monkeypatch.setattr(engine, "fetched", cut)
+    monkeypatch.setattr(pinned, "fetched", cut)
     message = rf"{index}\.safetensors (was cut short|changed) while it was being read"
     with pytest.raises(fm.CheckpointError, match=message):
         merged(models, tmp_path / "out")

@@ -651,6 +651,7 @@ def test_small_tensors_and_copies_are_fetched_before_they_are_worked_on(
         seen.append(origin)
         return tensor
 
-    monkeypatch.setattr("freemerge.merging.engine.fetched", fetched)
+    monkeypatch.setattr("freemerge.merging.engine.fetched", fetched)  # several, end to end
+    monkeypatch.setattr("freemerge.merging.pinned.fetched", fetched)
     fm.merge_checkpoints(paths[0], paths[1:], tmp_path / "out", fm.Recipe(method="average"), progress=False)
     assert {seen.count(str(path)) for path in paths} == {3, 2}  # the base once more, to add to

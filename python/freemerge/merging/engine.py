@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from ..methods.whole import Result, Whole
 from ..workers import ALONE, Workers
 from .inspection import Decision, Inspection, decide, matrix_shapes, warnings
 from .kept import Kept
+from .pinned import PinnedCopies, read
 from .recipe import Recipe
 from .selection import drops, left_alone, rule_of
 from .stages import Stopwatch
@@ -36,6 +37,7 @@ from .unchanged import gives_back
 from .units import Unit, plan_units, require_equal, together, without_matrices
 
 PROCESS_BYTES = 160_000_000  # of Python, torch and this package
+_CPU = torch.device("cpu")
 OnRead = Callable[[Unit, int], None]  # called with a unit and the bytes just read of it
 
 
@@ -67,7 +69,7 @@ class Merger:
         scale: the global scale; None if :meth:`measure` has to find it.
         stopwatch: where the time went.
         kept: if given, holds what :meth:`measure` merges to find the scale, for :meth:`merged`.
-        memory: bytes that are fetched from the disk before they are needed.
+        memory: bytes that are fetched from the disk before they are needed; those of the next unit always are.
         of_models: whether models are merged; differences of them may hold negative variances.
     """
 
@@ -90,6 +92,7 @@ class Merger:
         self.stopwatch = Stopwatch()
         self.kept: Kept | None = None
         self.of_models = True
+        self._pinned = PinnedCopies()
 
         def names(name: str) -> tuple[str, ...]:
             first = base.tied.get(name, name)
@@ -287,7 +290,7 @@ class Merger:
         """``theta_0 + scale * merged`` of each member, rounded to its output dtype."""
         for name, delta in zip(unit.names, merged.tensors, strict=True):
             spec = self.out_spec(name)
-            base = _read(self.base, name).to(delta.device)
+            base = self._pinned.read(self.base, name).to(delta.device)
             tensor = add_round(base, delta, scale, spec.dtype, factor=merged.factor)
             # Finite inputs can still leave the range of float16, or of anything at a large scale.
             check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
@@ -318,7 +321,7 @@ class Merger:
         for vectors in self.vectors(unit).tensors:
             delta = vectors.sum(weights)
             name, dtype = vectors.name, self.out_spec(vectors.name).dtype
-            tensor = add_round(_read(self.base, name).to(delta.device), delta, scale, dtype)
+            tensor = add_round(self._pinned.read(self.base, name).to(delta.device), delta, scale, dtype)
             check_finite(name, tensor, f"merged model in {str(dtype).removeprefix('torch.')}")
             if self.of_models:
                 sources = ((source.label, source.read(name)) for source in (self.base, *self.models))
@@ -327,10 +330,10 @@ class Merger:
         return tensors
 
     def _copied(self, name: str, *, must_agree: bool) -> Tensor:
-        base = _read(self.base, name)
+        base = read(self.base, name)
         if must_agree:
             for model in self.models:
-                require_equal(name, base, _read(model, name).to(base.device), model.label)
+                require_equal(name, base, read(model, name).to(base.device), model.label)
         spec = self.out_spec(name)
         copied = base.to(spec.dtype, copy=True, memory_format=torch.contiguous_format)
         if copied.dtype != base.dtype and not stays_finite(base, copied):
@@ -338,18 +341,36 @@ class Merger:
         return copied
 
     def ahead(self, units: Sequence[Unit]) -> Iterator[Unit]:
-        """The units; up to :attr:`memory` bytes of those that follow are fetched from the disk meanwhile."""
-        with ThreadPoolExecutor(1, thread_name_prefix="freemerge-read") as pool:
+        """The units; meanwhile the next one and more, of up to :attr:`memory` bytes, are fetched from the disk, and
+        copied to pinned memory if they are merged on a GPU."""
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="freemerge-read") as pool,
+            self._pinned.threads() if self._on_gpu else nullcontext(),
+        ):
             fetched = waiting = 0
-            for unit in units:
-                waiting = max(0, waiting - self._unit_bytes(unit))
+            for i, unit in enumerate(units):
+                waiting -= self._unit_bytes(unit) if i < fetched else 0
                 while fetched < len(units) and (
-                    waiting == 0 or waiting + self._unit_bytes(units[fetched]) <= self.memory
+                    fetched <= i + 1 or waiting + self._unit_bytes(units[fetched]) <= self.memory
                 ):
-                    pool.submit(self._will_need, units[fetched])
-                    waiting += self._unit_bytes(units[fetched])
+                    following = units[fetched]
+                    for source in self._sources(following) if self._on_gpu else ():
+                        if self._goes_to_gpu(following, source):
+                            self._pinned.put(source, following.names)
+                    pool.submit(self._will_need, following)
+                    waiting += self._unit_bytes(following) if i < fetched else 0
                     fetched += 1
                 yield unit
+                self._pinned.drop(unit.names)
+
+    @cached_property
+    def _on_gpu(self) -> bool:
+        return any(self._device(name) != _CPU for name in self.specs)
+
+    def _goes_to_gpu(self, unit: Unit, source: Checkpoint) -> bool:
+        """Whether a unit goes from main memory, where a source has it, to a GPU."""
+        name = unit.names[0]
+        return unit.action != "copy" and source.device(name) == _CPU != self._device(name)
 
     def _will_need(self, unit: Unit) -> None:
         if not unit.flat:  # small tensors come with what the system reads ahead anyway
@@ -378,6 +399,8 @@ class Merger:
                 held += sampled(len(self.models), min(rows)) if rows else 0.0
             written = sum(self.out_spec(name).nbytes for name in unit.names)
             largest = max(largest, held * self._worked_bytes(unit) + 2 * written)
+        if self._on_gpu:  # pinned memory comes in powers of two
+            largest += 2 * (2 * max(map(self._unit_bytes, self.steps), default=0) + self.memory)
         return int(largest) + self.memory + PROCESS_BYTES
 
     def _sides(self, unit: Unit, shape: Sequence[int]) -> Sides:
@@ -425,8 +448,7 @@ class Merger:
 
         # Files are read on the CPU, and adapters where the base is.
         in_memory = [source for source in (self.base, *self.models) if not source.files]
-        devices = {self._device(name) for name in self.specs}
-        return list(together(ordered, self.specs, kind)) if devices == {torch.device("cpu")} else ordered
+        return ordered if self._on_gpu else list(together(ordered, self.specs, kind))
 
     def _flat(self, unit: Unit) -> TaskVectors:
         """The task vectors of a flat unit as one."""
@@ -455,7 +477,7 @@ class Merger:
                 name,
                 self.specs[name].shape,
                 partial(self._timed, self._read_base, name),
-                [partial(self._timed, _read, model, name) for model in self.models],
+                [partial(self._timed, self._pinned.read, model, name) for model in self.models],
                 partial(self._check, (name,)),
                 transposed=name in self._transposed,
             )
@@ -464,7 +486,7 @@ class Merger:
         return TaskVectors(deltas, unit.action == "filter", unit.parts, self.backend)
 
     def _read_base(self, name: str) -> Tensor:
-        base = _read(self.base, name).to(self._device(name))
+        base = self._pinned.read(self.base, name).to(self._device(name))
         return base.double() if self._compute_dtype(name) == torch.float64 else base  # arithmetic follows the widest
 
     def _compute_dtype(self, name: str) -> torch.dtype:
@@ -487,13 +509,9 @@ class Merger:
                 check_finite(name, source.read(name), source.origin(name))
         for name in names:
             base = self._read_base(name)
-            if not all(map(math.isfinite, abs_means(base, [_read(m, name).to(base.device) for m in self.models]))):
+            if not all(map(math.isfinite, abs_means(base, [read(m, name).to(base.device) for m in self.models]))):
                 raise CheckpointError(f"tensor {name!r}: the difference of a model and the base overflows")
         raise CheckpointError(f"tensors {names[0]!r} to {names[-1]!r}: what they add up to overflows")
-
-
-def _read(source: Checkpoint, name: str) -> Tensor:
-    return fetched(source.read(name), source.origin(name))
 
 
 def _read_flat(source: Checkpoint, names: Sequence[str]) -> Tensor:

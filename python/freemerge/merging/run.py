@@ -145,7 +145,8 @@ def merge_checkpoints(
         out: must not exist, unless ``force`` allows to replace an earlier output.
         max_shard_bytes: size above which the output is sharded, in bytes or as ``"2GB"``.
         memory: bytes (or as ``"2GB"``) of tensors that may wait to be written, beside those at work (one tensor may
-            always), and as many that are fetched from the disk, into the system's cache, before they are needed.
+            always), and as many that are fetched from the disk, into the system's cache, before they are needed
+            (the next one always).
         resume: go on after the tensors that a killed run of the same merge finished; without one, begin.
         progress: show a progress bar on standard error, or with "json" a log of one JSON object a line.
         tokenizer_from: whose tokenizer, chat template, special tokens and generation settings the merged model gets:
