@@ -128,8 +128,8 @@ def test_a_single_entry_may_have_any_stride(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: _core.accumulate(0, 0, 0, [8], [0], [1.0], 4, 1),
-        lambda: _core.accumulate(0, 8, 0, [0], [0], [1.0], 4, 1),
+        lambda: _core.accumulate(0, 0, 0, [8], [0], [1.0], False, 4, 1),
+        lambda: _core.accumulate(0, 8, 0, [0], [0], [1.0], False, 4, 1),
         lambda: _core.add_round(0, 0, 8, 0, 8, 0, 1.0, 1.0, 4, 1),
         lambda: _core.square_sum(0, 0, 4, 1),
         lambda: _core.select_largest(0, 0, 8, 0, 1, 4, 1, 1),

@@ -25,25 +25,28 @@ void bind_accumulate(pybind11::module_& m) {
   m.def(
       "accumulate",
       [](std::uintptr_t out, std::uintptr_t base, int base_dtype, const std::vector<std::uintptr_t>& models,
-         const std::vector<int>& model_dtypes, const std::vector<double>& weights, std::int64_t n,
-         int threads) {
+         const std::vector<int>& model_dtypes, const std::vector<double>& weights, bool squares,
+         std::int64_t n, int threads) {
         require(models.size() == model_dtypes.size(), "model_dtypes must hold one dtype per model");
         std::vector<Storage> sources;
         for (std::size_t i = 0; i < models.size(); ++i)
           sources.push_back(storage(models[i], model_dtypes[i], n));
-        return without_gil([&] {
-          return accumulate(pointer<void>(out), storage(base, base_dtype, n), sources, weights, n, threads);
+        const Accumulated result = without_gil([&] {
+          return accumulate(pointer<void>(out), storage(base, base_dtype, n), sources, weights, squares, n,
+                            threads);
         });
+        return std::pair(result.means, result.squares);
       },
       pybind11::arg("out"), pybind11::arg("base"), pybind11::arg("base_dtype"), pybind11::arg("models"),
-      pybind11::arg("model_dtypes"), pybind11::arg("weights"), pybind11::arg("n"), pybind11::arg("threads"));
+      pybind11::arg("model_dtypes"), pybind11::arg("weights"), pybind11::arg("squares"), pybind11::arg("n"),
+      pybind11::arg("threads"));
   m.def(
       "add_round",
       [](std::uintptr_t out, int out_dtype, std::uintptr_t base, int base_dtype, std::uintptr_t delta,
          int delta_dtype, double scale, double factor, std::int64_t n, int threads) {
         const pybind11::gil_scoped_release release;
-        add_round(memory<void>(out, n), to_dtype(out_dtype), storage(base, base_dtype, n),
-                  storage(delta, delta_dtype, n), scale, factor, n, threads);
+        return add_round(memory<void>(out, n), to_dtype(out_dtype), storage(base, base_dtype, n),
+                         storage(delta, delta_dtype, n), scale, factor, n, threads);
       },
       pybind11::arg("out"), pybind11::arg("out_dtype"), pybind11::arg("base"), pybind11::arg("base_dtype"),
       pybind11::arg("delta"), pybind11::arg("delta_dtype"), pybind11::arg("scale"), pybind11::arg("factor"),

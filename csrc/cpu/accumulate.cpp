@@ -1,6 +1,8 @@
 #include "cpu/accumulate.h"
 
 #include <algorithm>
+#include <atomic>
+#include <numeric>
 
 #include "common/error.h"
 #include "cpu/kernels.h"
@@ -16,10 +18,11 @@ std::int64_t block_count(std::int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 }  // namespace
 
-std::vector<double> accumulate(void* out, Storage base, const std::vector<Storage>& models,
-                               const std::vector<double>& weights, std::int64_t n, int threads) {
+Accumulated accumulate(void* out, Storage base, const std::vector<Storage>& models,
+                       const std::vector<double>& weights, bool squares, std::int64_t n, int threads) {
   require(n >= 0, "n must not be negative");
   require(!models.empty(), "models must not be empty");
+  require(out != nullptr || !squares, "out must not be null where its squares are wanted");
   require(out == nullptr || weights.size() == models.size(), "weights must hold one number per model");
   const bool wide = base.dtype == DType::kFloat64 ||
                     std::any_of(models.begin(), models.end(),
@@ -28,27 +31,31 @@ std::vector<double> accumulate(void* out, Storage base, const std::vector<Storag
   const AccumulateJob job{out,  wide ? DType::kFloat64 : DType::kFloat32, base, models.data(), weights.data(),
                           count};
   std::vector<double> sums(static_cast<std::size_t>(block_count(n)) * models.size());
+  std::vector<double> block_squares(squares ? static_cast<std::size_t>(block_count(n)) : 0);
   const Kernels& k = active_kernels();
   parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
-    k.accumulate_range(job, begin, std::min(kBlock, n - begin), sums.data() + block * count);
+    k.accumulate_range(job, begin, std::min(kBlock, n - begin), sums.data() + block * count,
+                       squares ? &block_squares[static_cast<std::size_t>(block)] : nullptr);
   });
   std::vector<double> means(models.size(), 0.0);
   for (std::size_t i = 0; i < sums.size(); ++i) means[i % models.size()] += sums[i];
   for (double& mean : means) mean = n == 0 ? 0.0 : mean / static_cast<double>(n);
-  return means;
+  return {means, std::accumulate(block_squares.begin(), block_squares.end(), 0.0)};
 }
 
-void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, double factor,
+bool add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, double factor,
                std::int64_t n, int threads) {
   require(n >= 0, "n must not be negative");
   const bool wide = base.dtype == DType::kFloat64 || delta.dtype == DType::kFloat64;
   const AddRoundJob job{out, out_dtype, wide ? DType::kFloat64 : DType::kFloat32, base, delta, scale, factor};
   const Kernels& k = active_kernels();
+  std::atomic<bool> finite{true};
   parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
     const std::int64_t begin = block * kBlock;
-    k.add_round_range(job, begin, std::min(kBlock, n - begin));
+    if (!k.add_round_range(job, begin, std::min(kBlock, n - begin))) finite = false;
   });
+  return finite;
 }
 
 void elect(const Election& election, Storage delta, double weight, Magnitudes range, std::int64_t n,
@@ -81,9 +88,7 @@ double square_sum(Storage x, std::int64_t n, int threads) {
     const std::int64_t begin = block * kBlock;
     sums[static_cast<std::size_t>(block)] = k.square_sum_range(x, begin, std::min(kBlock, n - begin));
   });
-  double total = 0.0;
-  for (const double sum : sums) total += sum;
-  return total;
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 }  // namespace freemerge

@@ -15,19 +15,26 @@ struct Storage {
   DType dtype;
 };
 
-// out[j] = sum_i weights[i] * v_i[j], and mean_j |v_i[j]| for each model as the return value.
+// mean_j |v_i[j]| for each model, and sum_j out[j]^2 as square_sum gives it, or 0 where it was not asked for.
+struct Accumulated {
+  std::vector<double> means;
+  double squares;
+};
+
+// out[j] = sum_i weights[i] * v_i[j].
 //
 // Arithmetic is double when any input is double, else float, and `out` (n entries, or null for the means
 // alone) has that type. Products are rounded before they are added, model after model: the order and rounding
 // of the same formula in torch ops, so both give the same bytes. The means are double sums over fixed blocks
 // in a fixed order: the same for any thread count. A mean is not finite exactly when some v_i is not (or a
 // double sum overflows). `out` must not overlap the inputs.
-std::vector<double> accumulate(void* out, Storage base, const std::vector<Storage>& models,
-                               const std::vector<double>& weights, std::int64_t n, int threads);
+Accumulated accumulate(void* out, Storage base, const std::vector<Storage>& models,
+                       const std::vector<double>& weights, bool squares, std::int64_t n, int threads);
 
 // out[j] = round(base[j] + scale * (factor * delta[j])) to out_dtype, products and sum rounded to double when
 // base or delta is double, else to float. `out` may be `base` or `delta` itself if the dtypes are the same.
-void add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, double factor,
+// Whether all of it is finite is the return value.
+bool add_round(void* out, DType out_dtype, Storage base, Storage delta, double scale, double factor,
                std::int64_t n, int threads);
 
 // What the weighted entries of either sign add up to, and what their |weights| do, or null. All of n entries

@@ -179,10 +179,22 @@ FM_INLINE Group<Compute> negative_zeros() {
   return zeros;
 }
 
-// Models [first, first + models): partial[m] += |v|, and out += weight * v if there is an `out`.
+template <typename Compute>
+FM_INLINE void add_squares(const Group<Compute> (&groups)[kGroups], PartialSums& sums) {
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    Group<double> wide = to_double(groups[g]);
+#pragma GCC unroll 8
+    for (int i = 0; i < Group<double>::kParts; ++i) wide.part[i] *= wide.part[i];
+    sums.add(wide);
+  }
+}
+
+// Models [first, first + models): partial[m] += |v|, and out += weight * v if there is an `out`, whose
+// squares are added to *squares unless that is null.
 template <typename Compute, typename Entries>
 FM_INLINE void accumulate_step(const AccumulateJob& job, std::int64_t at, Entries entries, int first,
-                               int models, PartialSums* partial) {
+                               int models, PartialSums* partial, PartialSums* squares) {
   Group<Compute> base[kGroups], sum[kGroups];
   prefetch(job.base, at, kStep);
   load_groups(job.base, at, entries, base);
@@ -209,19 +221,23 @@ FM_INLINE void accumulate_step(const AccumulateJob& job, std::int64_t at, Entrie
     partial[m] = own;
   }
   if (job.out != nullptr) store_groups_of<Compute>(job.out, at, entries, sum);
+  if (squares != nullptr) add_squares(sum, *squares);
 }
 
 template <typename Compute>
-void accumulate_range_as(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums) {
+void accumulate_range_as(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums,
+                         double* squares) {
   for (int first = 0; first < job.model_count; first += kModels) {
     const int models = std::min(kModels, job.model_count - first);
-    PartialSums partial[kModels] = {};
+    PartialSums partial[kModels] = {}, of_sum{};
+    PartialSums* const last = squares != nullptr && first + models == job.model_count ? &of_sum : nullptr;
     std::int64_t at = begin;
     for (; at + kStep <= begin + count; at += kStep)
-      accumulate_step<Compute>(job, at, AllEntries{}, first, models, partial);
+      accumulate_step<Compute>(job, at, AllEntries{}, first, models, partial, last);
     if (at < begin + count)
-      accumulate_step<Compute>(job, at, FirstEntries{begin + count - at}, first, models, partial);
+      accumulate_step<Compute>(job, at, FirstEntries{begin + count - at}, first, models, partial, last);
     for (int m = 0; m < models; ++m) sums[first + m] = partial[m].total();
+    if (last != nullptr) *squares = of_sum.total();
   }
 }
 
@@ -243,11 +259,28 @@ FM_INLINE void add_round_step(const AddRoundJob& job, std::int64_t at, Entries e
   store_groups(job.out, job.out_dtype, at, entries, sum);
 }
 
+// Whether entries [begin, begin + count) are finite: whether none has all of the exponent's bits.
+template <typename Word>
+bool finite_words(const void* data, Word exponent, std::int64_t begin, std::int64_t count) {
+  const Word* const words = static_cast<const Word*>(data) + begin;
+  Word found = 0;
+  for (std::int64_t j = 0; j < count; ++j) found |= static_cast<Word>((words[j] & exponent) == exponent);
+  return found == 0;
+}
+
+bool finite(const void* data, DType dtype, std::int64_t begin, std::int64_t count) {
+  if (dtype == DType::kBFloat16) return finite_words<std::uint16_t>(data, 0x7f80, begin, count);
+  if (dtype == DType::kFloat16) return finite_words<std::uint16_t>(data, 0x7c00, begin, count);
+  if (dtype == DType::kFloat32) return finite_words<std::uint32_t>(data, 0x7f800000, begin, count);
+  return finite_words<std::uint64_t>(data, 0x7ff0000000000000, begin, count);
+}
+
 template <typename Compute>
-void add_round_range_as(const AddRoundJob& job, std::int64_t begin, std::int64_t count) {
+bool add_round_range_as(const AddRoundJob& job, std::int64_t begin, std::int64_t count) {
   std::int64_t at = begin;
   for (; at + kStep <= begin + count; at += kStep) add_round_step<Compute>(job, at, AllEntries{});
   if (at < begin + count) add_round_step<Compute>(job, at, FirstEntries{begin + count - at});
+  return finite(job.out, job.out_dtype, begin, count);  // still in the cache
 }
 
 constexpr float kLargest = std::numeric_limits<float>::max();
@@ -299,44 +332,36 @@ void decide_range_as(const Election& election, std::int64_t begin, std::int64_t 
 }
 
 template <typename Compute, typename Entries>
-FM_INLINE void add_squares(Storage x, std::int64_t at, Entries entries, PartialSums& sums) {
+FM_INLINE void square_sum_step(Storage x, std::int64_t at, Entries entries, PartialSums& sums) {
   prefetch(x, at, kStep);
   Group<Compute> groups[kGroups];
   load_groups(x, at, entries, groups);
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) {
-    Group<double> wide = to_double(groups[g]);
-#pragma GCC unroll 8
-    for (int i = 0; i < Group<double>::kParts; ++i) wide.part[i] *= wide.part[i];
-    sums.add(wide);
-  }
+  add_squares(groups, sums);
 }
 
 template <typename Compute>
 double square_sum_range_as(Storage x, std::int64_t begin, std::int64_t count) {
   PartialSums sums{};
   std::int64_t at = begin;
-  for (; at + kStep <= begin + count; at += kStep) add_squares<Compute>(x, at, AllEntries{}, sums);
-  if (at < begin + count) add_squares<Compute>(x, at, FirstEntries{begin + count - at}, sums);
+  for (; at + kStep <= begin + count; at += kStep) square_sum_step<Compute>(x, at, AllEntries{}, sums);
+  if (at < begin + count) square_sum_step<Compute>(x, at, FirstEntries{begin + count - at}, sums);
   return sums.total();
 }
 
 }  // namespace
 
-void accumulate_range(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums) {
+void accumulate_range(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums,
+                      double* squares) {
   if (job.compute == DType::kFloat64) {
-    accumulate_range_as<double>(job, begin, count, sums);
+    accumulate_range_as<double>(job, begin, count, sums, squares);
   } else {
-    accumulate_range_as<float>(job, begin, count, sums);
+    accumulate_range_as<float>(job, begin, count, sums, squares);
   }
 }
 
-void add_round_range(const AddRoundJob& job, std::int64_t begin, std::int64_t count) {
-  if (job.compute == DType::kFloat64) {
-    add_round_range_as<double>(job, begin, count);
-  } else {
-    add_round_range_as<float>(job, begin, count);
-  }
+bool add_round_range(const AddRoundJob& job, std::int64_t begin, std::int64_t count) {
+  return job.compute == DType::kFloat64 ? add_round_range_as<double>(job, begin, count)
+                                        : add_round_range_as<float>(job, begin, count);
 }
 
 void elect_range(const ElectJob& job, std::int64_t begin, std::int64_t count) {

@@ -26,9 +26,11 @@ struct AddRoundJob {
   double factor;
 };
 
-// Entries [begin, begin + count). sums[i] = sum over them of |v_i|.
-using AccumulateRange = void(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums);
-using AddRoundRange = void(const AddRoundJob& job, std::int64_t begin, std::int64_t count);
+// Entries [begin, begin + count). sums[i] = sum over them of |v_i|; *squares, unless null, that of out^2.
+using AccumulateRange = void(const AccumulateJob& job, std::int64_t begin, std::int64_t count, double* sums,
+                             double* squares);
+// Returns whether all that was written is finite.
+using AddRoundRange = bool(const AddRoundJob& job, std::int64_t begin, std::int64_t count);
 struct ElectJob {
   Election election;
   Storage delta;

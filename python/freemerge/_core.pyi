@@ -22,9 +22,10 @@ def accumulate(
     models: list[int],
     model_dtypes: list[int],
     weights: list[float],
+    squares: bool,
     n: int,
     threads: int,
-) -> list[float]: ...
+) -> tuple[list[float], float]: ...
 def add_round(
     out: int,
     out_dtype: int,
@@ -36,7 +37,7 @@ def add_round(
     factor: float,
     n: int,
     threads: int,
-) -> None: ...
+) -> bool: ...
 def elect(
     sums: tuple[int, int],
     shares: tuple[int, int],

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .backends.base import Check, unchecked
 from .backends.memory import compute_dtype, dtype_code, empty
 from .backends.registry import choose, pick
 from .errors import ArgumentError
@@ -47,11 +48,13 @@ def filtered_sum(
     response: Response,
     *,
     backend: str = "auto",
+    check: Check = unchecked,
 ) -> tuple[torch.Tensor, list[float], tuple[float, float] | None]:
     """The sum and the means of :func:`task_vector_sum`, and the sum is filtered if that takes fewer passes at once.
 
     The last is then the Frobenius norm of the sum before and after the filter; it is None if the sum is yet to be
     filtered. Both ways :func:`freemerge.filter_` with this ``response`` and ``backend`` makes the same bytes of it.
+    ``check`` is called with the means once the inputs are read: before the filter runs, where it follows the sum.
     """
     _check_task_vectors(base, models, weights)
     out = empty(base.shape, compute_dtype([base, *models]), base.device)
@@ -59,11 +62,13 @@ def filtered_sum(
     numbers, summing = [float(weight) for weight in weights], pick("auto", (base, *models))
     if out.ndim > 1 and out.numel():
         filtering, plan = choose(response, tuple(out.shape), out.dtype, out.device, backend)
-        at_once = filtering.filtered_sum(plan, base, models, numbers, out) if filtering is summing else None
+        at_once = filtering.filtered_sum(plan, base, models, numbers, out, check) if filtering is summing else None
         if at_once is not None:
             means, before, after = at_once
             return out, means, (math.sqrt(before), math.sqrt(after))
-    return out, summing.weighted_sum(base, models, numbers, out), None
+    means = summing.weighted_sum(base, models, numbers, out)
+    check(means)
+    return out, means, None
 
 
 def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: str = "auto") -> list[float]:
@@ -99,6 +104,20 @@ def add_round(
     ``out``, if given, receives the result: a contiguous tensor of that dtype and shape, which may be ``base`` or
     ``delta`` itself but must not overlap them otherwise.
     """
+    return add_round_checked(base, delta, scale, dtype, factor=factor, out=out, backend=backend)[0]
+
+
+def add_round_checked(
+    base: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    *,
+    factor: float = 1.0,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, bool | None]:
+    """:func:`add_round`, and whether all of the result is finite; None if the backend does not see that meanwhile."""
     _check_shapes(base, [("delta", delta)])
     if out is None:
         out = empty(base.shape, dtype, base.device)
@@ -106,8 +125,8 @@ def add_round(
         _check_out(out, base, dtype)
     for tensor, name in ((out, "dtype"), (base, "base"), (delta, "delta")):
         dtype_code(tensor, name)
-    pick(backend, (base, delta, out)).add_round(out, base.contiguous(), delta.contiguous(), scale, factor)
-    return out
+    chosen = pick(backend, (base, delta, out))
+    return out, chosen.add_round(out, base.contiguous(), delta.contiguous(), scale, factor)
 
 
 def elect(

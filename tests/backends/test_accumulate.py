@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import freemerge as fm
 from freemerge import accumulate
 from freemerge.backends import memory, registry
+from freemerge.backends.cpu import CpuBackend
 from freemerge.errors import ArgumentError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -230,3 +233,69 @@ def test_results_of_many_megabytes_ask_for_huge_pages() -> None:
         elif inside and line.startswith("VmFlags:"):
             flags = line.split()
     assert "hg" in flags
+
+
+@settings(deadline=None, max_examples=60)
+@given(case=cases(), cutoff=st.sampled_from([0.0, 0.1, 0.4, 0.9]))
+def test_sum_and_filter_at_once_give_the_bytes_and_norms_of_one_after_the_other(
+    case: tuple[torch.Tensor, list[torch.Tensor], list[float]], cutoff: float
+) -> None:
+    base, models, weights = case
+    response = fm.HighPass(cutoff)
+    want, want_means = accumulate.task_vector_sum(base, models, weights)
+    before = accumulate.norm([want])
+    got, means, norms = accumulate.filtered_sum(base, models, weights, response)
+    assert means == want_means
+    if norms is not None:
+        fm.filter_(want, response)
+        assert norms == (before, accumulate.norm([want]))
+    assert torch.equal(got, want)
+
+
+def test_one_matrix_is_summed_and_filtered_at_once_and_batches_are_not() -> None:
+    for shape, once in (((1, 1, 30, 40), True), ((30, 40), True), ((2, 30, 40), False), ((40,), False)):
+        base, *models = (normal(shape, i, torch.bfloat16) for i in range(3))
+        *_, norms = accumulate.filtered_sum(base, models, [0.5, 0.5], fm.HighPass(0.4))
+        assert (norms is not None) == once
+
+
+@pytest.mark.parametrize("shape", [(30, 40), (2, 30, 40)])
+def test_means_are_checked_before_the_sum_is_filtered(
+    backend: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *models = (normal(shape, i) for i in range(3))
+    told: list[Sequence[float]] = []
+
+    def check(means: Sequence[float]) -> None:
+        told.append(list(means))
+        raise OverflowError
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError
+
+    if backend == "cpu":  # others do both in one go, or leave the filter to the caller
+        monkeypatch.setattr(CpuBackend, "executable", refuse)
+    with pytest.raises(OverflowError):
+        accumulate.filtered_sum(base, models, [1.0, 2.0], fm.HighPass(0.4), backend=backend, check=check)
+    assert told == [accumulate.task_vector_sum(base, models, [1.0, 2.0])[1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("compute", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [0, 1, 7, 64, 1000, (1 << 15) + 3])
+def test_whether_the_result_is_finite_is_seen_while_it_is_written(
+    dtype: torch.dtype, compute: torch.dtype, n: int
+) -> None:
+    largest = torch.finfo(dtype).max
+    base, delta = torch.full((n,), largest, dtype=dtype), torch.zeros(n, dtype=compute)
+    rounded, finite = accumulate.add_round_checked(base, delta, 1.0, dtype)
+    assert finite is True
+    assert torch.equal(rounded, base)
+    for at in {0, n // 2, n - 1} if n else ():
+        for wrong in (math.inf, -math.inf, math.nan, largest * 1.0 if dtype != torch.float64 else math.inf):
+            delta[at] = wrong  # the last one overflows when it is rounded, or added
+            rounded, finite = accumulate.add_round_checked(base, delta, 1.0, dtype)
+            assert finite is False, (at, wrong)
+            assert not rounded.isfinite().all()
+            delta[at] = 0.0
+    assert accumulate.add_round_checked(base, delta, 1.0, dtype, backend="torch")[1] is None

@@ -21,6 +21,7 @@ AVAILABLE = ALL[: ALL.index(_core.detected_isa()) + 1]
 
 SCRIPT = """
 import hashlib, itertools, torch
+import freemerge as fm
 from freemerge import _core, accumulate
 from freemerge.experts.select import ModelSelector, select_largest
 
@@ -37,6 +38,8 @@ for base_dtype, model_dtype in itertools.product(dtypes, dtypes):
     total, means = accumulate.task_vector_sum(base, [model, base, model], [0.3, 1.0, -0.7])
     add(total, torch.tensor([*means, accumulate.norm([model])], dtype=torch.float64))
     add(*[accumulate.add_round(base, total, 0.37, dtype) for dtype in dtypes])
+    *_, norms = accumulate.filtered_sum(base, [model, base, model], [0.3, 1.0, -0.7], fm.HighPass(0.0))
+    add(torch.tensor(norms or (), dtype=torch.float64))
     selector = ModelSelector()
     selector.count(model, base)
     selector.collect(model, base, 1500)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import freemerge as fm
+from freemerge import accumulate
 from freemerge.checkpoint import Checkpoint, TensorSpec, verify
 from freemerge.merging.engine import Merger
 from freemerge.merging.units import plan_units
@@ -183,7 +184,14 @@ def test_linearity_saves_filters(recipe: fm.Recipe, per_tensor: int, monkeypatch
         filtered.append(len(matrices))
         return filter_(matrices, response, backend=backend)
 
+    def counting_sums(*arguments: object, **named: object) -> tuple[Tensor, list[float], tuple[float, float] | None]:
+        found = filtered_sum(*arguments, **named)  # type: ignore[arg-type]
+        filtered.append(int(found[2] is not None))
+        return found
+
+    filtered_sum = accumulate.filtered_sum
     monkeypatch.setattr("freemerge.filter.filter_", counting)
+    monkeypatch.setattr(accumulate, "filtered_sum", counting_sums)
     fm.merge(base, models, recipe)
     matrices = sum(unit.action == "filter" for unit in plan_units(Checkpoint.open(base).specs))
     assert sum(filtered) == matrices * per_tensor

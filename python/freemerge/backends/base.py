@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -26,6 +26,13 @@ _LEAST_BYTES = 1 << 16  # that an executable counts for in the cache
 
 Entries = tuple[torch.Tensor, torch.Tensor]
 """Flat indices (int64, ascending) and values (float32) of some entries, on the CPU."""
+
+Check = Callable[[Sequence[float]], None]
+"""Raises an error if one of the mean magnitudes of task vectors is not finite."""
+
+
+def unchecked(means: Sequence[float]) -> None:
+    """A :data:`Check` that takes everything."""
 
 
 @dataclass(frozen=True)
@@ -151,21 +158,24 @@ class Backend(ABC):
         models: Sequence[torch.Tensor],
         weights: Sequence[float],
         out: torch.Tensor,
+        check: Check = unchecked,
     ) -> tuple[list[float], float, float] | None:
         """:meth:`weighted_sum` filtered by ``plan``, the same bytes as by one after the other, in fewer passes.
 
         Returns the means, and the sums of squares before and after the filter; or None, and nothing is written, if one
-        after the other is the best it can do. ``out`` is float32 or float64, as :meth:`weighted_sum` says.
+        after the other is the best it can do. ``check`` is called with the means as soon as they are known. ``out`` is
+        float32 or float64, as :meth:`weighted_sum` says.
         """
         return None
 
     @abstractmethod
     def add_round(
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
-    ) -> None:
+    ) -> bool | None:
         """``out = round(base + scale * (factor * delta))``, products and sum rounded one after the other.
 
-        Arithmetic is float64 if base or delta is float64, else float32.
+        Arithmetic is float64 if base or delta is float64, else float32. Returns whether all of ``out`` is finite, or
+        None where that would take another pass.
         """
 
     @abstractmethod

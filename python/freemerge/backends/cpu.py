@@ -6,6 +6,7 @@ which is 1 in a forked process.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -17,9 +18,10 @@ import torch
 from .. import _core
 from ..dense import address
 from ..planner.costs import Costs, Traits
+from ..planner.layout import ROWS
 from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
-from .base import Backend, BackendInfo, Entries, Executable
+from .base import Backend, BackendInfo, Check, Entries, Executable, unchecked
 from .memory import DTYPE_CODES, addresses, matrices, pointer, sample
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
 
@@ -77,10 +79,23 @@ class CpuBackend(Backend):
         weights: Sequence[float] | None,
         out: torch.Tensor | None,
     ) -> list[float]:
-        return _core.accumulate(
-            0 if out is None else address(out), *pointer(base), [address(model) for model in models],
-            [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), base.numel(), torch.get_num_threads(),
-        )  # fmt: skip
+        return _accumulate(base, models, weights, out)[0]
+
+    def filtered_sum(
+        self,
+        plan: Plan,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        out: torch.Tensor,
+        check: Check = unchecked,
+    ) -> tuple[list[float], float, float] | None:
+        if plan.layout != ROWS or math.prod(out.shape[:-2]) != 1:
+            return None
+        means, before = _accumulate(base, models, weights, out, squares=True)
+        check(means)
+        self.executable(plan).run([out.view(out.shape[-2:])], 1.0)
+        return means, before, self.square_sum(out)
 
     def part_means(self, base: torch.Tensor, models: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[float]]:
         first, *others = pointer(base), *map(pointer, models)
@@ -88,7 +103,8 @@ class CpuBackend(Backend):
         means, at, step_of_base = [], 0, base.element_size()
         for n in sizes:  # on addresses: making a tensor of each part would take longer than the work
             pointers = [address + at * step for (address, _), step in zip(others, steps, strict=True)]
-            means.append(_core.accumulate(0, first[0] + at * step_of_base, first[1], pointers, codes, [], n, 1))
+            where = first[0] + at * step_of_base
+            means.append(_core.accumulate(0, where, first[1], pointers, codes, [], False, n, 1)[0])
             at += n
         return means
 
@@ -97,8 +113,8 @@ class CpuBackend(Backend):
 
     def add_round(
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
-    ) -> None:
-        _core.add_round(
+    ) -> bool:
+        return _core.add_round(
             *pointer(out), *pointer(base), *pointer(delta), scale, factor, out.numel(), torch.get_num_threads()
         )
 
@@ -258,6 +274,22 @@ def _dominant_mean(x: torch.Tensor) -> float:
     """The mean of a matrix, by a sample, if it exceeds the sample's deviation, else 0."""
     deviation, mean = map(float, torch.std_mean(sample(x), correction=0))
     return mean if abs(mean) > deviation else 0.0  # where a value is not finite, deviation is NaN
+
+
+def _accumulate(
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    weights: Sequence[float] | None,
+    out: torch.Tensor | None,
+    *,
+    squares: bool = False,
+) -> tuple[list[float], float]:
+    """The means of task vectors, whose weighted sum ``out`` receives, and its sum of squares if that is wanted."""
+    return _core.accumulate(
+        0 if out is None else address(out), *pointer(base), [address(model) for model in models],
+        [DTYPE_CODES[model.dtype] for model in models], list(weights or ()), squares, base.numel(),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _addresses(both: Sequence[torch.Tensor]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from ..errors import BackendError, CudaError
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Form, Plan
 from ..responses import MaskParams, has_closed_form
-from .base import BackendInfo, Entries, Executable
+from .base import BackendInfo, Check, Entries, Executable, unchecked
 from .cuda_runtime import DTYPES, Runtime, Stream
 from .memory import DTYPE_CODES, addresses, pointer
 from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
@@ -182,6 +182,7 @@ class CudaBackend(TorchVectors):
         models: Sequence[torch.Tensor],
         weights: Sequence[float],
         out: torch.Tensor,
+        check: Check = unchecked,
     ) -> tuple[list[float], float, float] | None:
         alone = math.prod(out.shape[:-2]) == 1 and len(models) <= self._runtime.module.MODELS_PER_LAUNCH
         ours = plan.form == "decimated" or plan.tiles is not None  # cuFFT reads its matrix from memory
@@ -189,16 +190,19 @@ class CudaBackend(TorchVectors):
             return None
         executable = self.executable(plan)
         assert isinstance(executable, _Filter)
-        return executable.run_sum(base, models, weights, out)
+        means, before, after = executable.run_sum(base, models, weights, out)
+        check(means)
+        return means, before, after
 
     def add_round(
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
-    ) -> None:
+    ) -> bool | None:
         if out.numel():
             stream = self._runtime.stream(base.device)
             self._runtime.module.add_round(
                 *pointer(out), *pointer(base), *pointer(delta), scale, factor, out.numel(), stream.device, stream.handle
             )
+        return None
 
     def select_largest(self, model: torch.Tensor, base: torch.Tensor, rows: int, width: int, k: int) -> Entries:
         k = min(k, width)

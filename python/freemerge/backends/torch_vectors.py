@@ -51,11 +51,12 @@ class TorchVectors(Backend):
 
     def add_round(
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
-    ) -> None:
+    ) -> bool | None:
         compute = compute_dtype([base, delta])
         for chunk, target in _chunks(out):
             scaled = (delta.view(-1)[chunk].to(compute) * factor).mul_(scale)
             target.copy_(scaled.add_(base.view(-1)[chunk].to(compute)))
+        return None
 
     def elect(
         self,

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ..accumulate import abs_means, add_round
+from ..accumulate import abs_means, add_round, add_round_checked
 from ..backends.registry import named
 from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
 from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices, stays_finite
@@ -291,9 +291,9 @@ class Merger:
         for name, delta in zip(unit.names, merged.tensors, strict=True):
             spec = self.out_spec(name)
             base = self._pinned.read(self.base, name).to(delta.device)
-            tensor = add_round(base, delta, scale, spec.dtype, factor=merged.factor)
-            # Finite inputs can still leave the range of float16, or of anything at a large scale.
-            check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
+            tensor, finite = add_round_checked(base, delta, scale, spec.dtype, factor=merged.factor)
+            if not finite:  # finite inputs can still leave the range of float16, or of anything at a large scale
+                check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
             yield name, tensor.to(self.base.device(name))
 
     def _merged_flat(self, unit: Unit, measured: Measured) -> Tensor:
@@ -301,8 +301,8 @@ class Merger:
         with self.stopwatch.stage("merge", self._worked_bytes(unit)):
             (delta,) = self.method.merge(self.vectors(unit), measured).complete().tensors
         spec = self.out_spec(unit.names[0])
-        merged = add_round(_read_flat(self.base, unit.names), delta, measured.scale, spec.dtype)
-        if not all_finite(merged):
+        merged, finite = add_round_checked(_read_flat(self.base, unit.names), delta, measured.scale, spec.dtype)
+        if not (finite or all_finite(merged)):
             for name, part in self._parts(unit, merged).items():
                 check_finite(name, part, f"merged model at scale {measured.scale:g} in {spec.dtype_name}")
         return merged

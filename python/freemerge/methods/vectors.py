@@ -74,8 +74,7 @@ class Deltas:
 
         base = self.base()
         models = [read().to(base.device) for read in self.models]
-        total, means, norms = filtered_sum(base, models, weights, response, backend=backend)
-        self.check(means)
+        total, _, norms = filtered_sum(base, models, weights, response, backend=backend, check=self.check)
         return total, norms
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
