@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
+from _thread import start_new_thread
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,7 +34,7 @@ def stops() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    stopped = False
+    stopped = ended = False
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal stopped
@@ -40,11 +42,16 @@ def stops() -> Iterator[None]:
             stopped = True
             raise Stop(number)
 
-    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+    def again(number: int) -> None:
         nonlocal stopped
-        if isinstance(unraisable.exc_value, Stop):
+        time.sleep(0.01)  # what was freed is gone by then
+        if not ended:
             stopped = False
-            threading.Timer(0.01, _send, [unraisable.exc_value.code - 128]).start()
+            _send(number)
+
+    def dropped(unraisable: sys.UnraisableHookArgs) -> None:
+        if isinstance(unraisable.exc_value, Stop):
+            start_new_thread(again, (unraisable.exc_value.code - 128,))  # which takes no lock: one may be held here
         else:
             former_hook(unraisable)
 
@@ -54,6 +61,7 @@ def stops() -> Iterator[None]:
     try:
         yield
     finally:
+        ended = True
         sys.unraisablehook = former_hook
         for number, handler in former.items():
             signal.signal(number, handler)

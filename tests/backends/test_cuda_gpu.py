@@ -183,7 +183,7 @@ def test_sum_and_filter_at_once_are_both_one_after_the_other(shape: tuple[int, i
 
 
 def test_tensors_of_files_by_way_of_pinned_memory_give_what_those_on_the_gpu_give(tmp_path: Path) -> None:
-    shapes = [(300, 200), (128, 512), (77,), (64, 48), (4000, 1000)]
+    shapes = [(3000, 200), (1280, 512), (77,), (64, 48), (4000, 1000)]
     states = [
         {f"{i}.weight": matrix(*shape, dtype=torch.bfloat16, seed=10 * model + i) for i, shape in enumerate(shapes)}
         for model in range(4)
@@ -195,10 +195,8 @@ def test_tensors_of_files_by_way_of_pinned_memory_give_what_those_on_the_gpu_giv
     want = fm.merge(states[0], states[1:], recipe, backend="cuda")
     from_files = fm.merge_checkpoints(files[0], files[1:], tmp_path / "out", recipe, backend="cuda", progress=False)
     got = load_file(from_files.out / "model.safetensors")
-    models_of_files = fm.merge(states[0], files[1:], recipe)
     for name, tensor in want.items():
         assert torch.equal(got[name], tensor.cpu())
-        assert torch.equal(models_of_files[name], tensor)
 
 
 def test_an_expert_of_many_tensors_switches_across_streams_and_in_a_graph() -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint, InputHashes, known_hashes
 from freemerge.checkpoint.manifest import unknown_bytes
+from freemerge.merging.estimate import Pace
 
 MINUTE = 60 * 10**9
 
@@ -30,6 +31,7 @@ def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     save_file({"a": torch.arange(1000.0)}, tmp_path / "model.safetensors")
+    time.sleep(0.02)  # the next change gets another time, however coarse the system's are
     return tmp_path / "model.safetensors"
 
 
@@ -83,6 +85,48 @@ def test_a_file_that_changed_a_moment_ago_is_neither_kept_nor_recalled(
     assert not later.exists()
 
 
+@pytest.mark.parametrize("time_of", ["content", "status"])
+def test_a_minute_has_to_pass_since_either_time(file: Path, time_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = file.stat().st_ctime_ns
+    if time_of == "status":  # unpacked a moment ago, with the time it had
+        os.utime(file, ns=(10**18, 10**18))
+        changed = file.stat().st_ctime_ns
+    for seconds, known in ((59, False), (61, True)):
+        monkeypatch.setattr(time, "time_ns", lambda after=seconds: changed + after * 10**9)
+        assert (known_hashes.key(file) is not None) == known
+
+
+def test_where_no_time_of_change_is_kept_nothing_is(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    class WholeSeconds:
+        def __init__(self, path: Path) -> None:
+            self._status = stat(path)
+            self.st_ctime_ns = self._status.st_ctime_ns // 10**9 * 10**9
+
+        def __getattr__(self, name: str) -> int:
+            return int(getattr(self._status, name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", WholeSeconds)
+        assert known_hashes.key(file) is None
+    assert known_hashes.key(file) is not None
+    monkeypatch.setattr(os, "name", "nt")
+    assert known_hashes.key(file) is None
+
+
+def test_a_known_file_that_is_rewritten_during_the_merge_is_hashed(file: Path) -> None:
+    hashed(file)
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    with InputHashes([Checkpoint.open(file)]) as hashes:
+        assert hashes.nbytes == 0
+        file.write_bytes(content)
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        ((record,),) = [entry["files"] for entry in hashes.records()]
+    assert record["sha256"] == sha256(file)
+
+
 def test_a_file_that_changes_while_it_is_hashed_is_not_kept(file: Path, later: Path) -> None:
     with InputHashes([Checkpoint.open(file)]) as hashes:
         assert hashes.nbytes
@@ -101,6 +145,21 @@ def test_a_broken_entry_is_as_none(file: Path, later: Path, entry: bytes | None)
     else:
         known.write_bytes(entry)
     assert hashed(file) == (sha256(file), file.stat().st_size)
+
+
+def test_what_cannot_be_written_or_forgotten_does_not_keep_the_rest_from_it(
+    later: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"{i}" * 64 for i in range(3)]
+    (later / keys[1]).mkdir(parents=True)
+    os.symlink(tmp_path / "nowhere", later / "link")
+    known_hashes.remember({known_by: known_by for known_by in keys})
+    assert [known_hashes.recall(known_by) for known_by in keys] == [keys[0], None, keys[2]]
+    assert {entry.name for entry in later.iterdir()} == {*keys, "link"}
+    monkeypatch.setattr(known_hashes, "_MOST", 1)
+    os.utime(later / keys[1], ns=(0, 0))  # a folder, and the oldest
+    known_hashes.remember({keys[2]: keys[2]})
+    assert {entry.name for entry in later.iterdir()} == {keys[1], keys[2]}
 
 
 def test_a_cache_that_cannot_be_written_is_as_none(file: Path, later: Path) -> None:
@@ -124,9 +183,15 @@ def test_it_is_where_the_users_caches_are(file: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "home", lambda: file.parent / "home")
     hashed(file)
     assert len(list((file.parent / "home" / ".cache" / "freemerge" / "sha256").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which the standard says to ignore
+    assert hashed(file)[1] == 0
     monkeypatch.setenv("XDG_CACHE_HOME", str(file.parent / "caches"))
     hashed(file)
     assert len(list((file.parent / "caches" / "freemerge" / "sha256").iterdir())) == 1
+    monkeypatch.setenv("HOME", str(file.parent / "home"))
+    monkeypatch.setenv("FREEMERGE_CACHE", "~/own")
+    hashed(file)
+    assert len(list((file.parent / "home" / "own" / "sha256").iterdir())) == 1
 
 
 def test_the_oldest_are_forgotten(file: Path, later: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,6 +203,24 @@ def test_the_oldest_are_forgotten(file: Path, later: Path, monkeypatch: pytest.M
     hashed(file)
     names = {entry.name for entry in later.iterdir()}
     assert names == {"1", "2", known_hashes.key(file)}
+
+
+def test_a_dry_run_counts_what_is_yet_to_be_hashed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freemerge.merging.run.pace", lambda *arguments: Pace(0.0, 0.0, float(os.cpu_count() or 1)))
+    model = file.parent / "other.safetensors"
+    save_file({"a": torch.arange(1000.0) ** 2}, model)
+    size = file.stat().st_size + model.stat().st_size
+
+    def seconds() -> float:
+        found = fm.inspect(file, [model], method="average", out=file.parent / "out").seconds
+        assert found is not None
+        return found
+
+    before = seconds()
+    hashed(file)
+    hashed(model)
+    assert before - seconds() == pytest.approx(size)
+    assert seconds() >= 4000
 
 
 def test_a_second_merge_gives_the_same_bytes_and_hashes_its_output_alone(tmp_path: Path) -> None:

@@ -67,8 +67,9 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copies]:
         return pinned_copy(source, name)
 
     monkeypatch.setattr(Merger, "_on_gpu", True)
-    monkeypatch.setattr(Merger, "_goes_to_gpu", lambda self, unit, source: unit.action != "copy")
+    monkeypatch.setattr(Merger, "_goes_to_gpu", lambda self, unit, source: self._on_gpu and unit.action != "copy")
     monkeypatch.setattr(pinned, "_pinned_copy", noted)
+    monkeypatch.setattr(pinned, "LEAST_BYTES", 0)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: copies.pin(tensor))
     with registry.using(emulated.backend(), TorchBackend()):
         yield copies
@@ -103,25 +104,23 @@ def test_one_unit_more_or_what_memory_takes_is_copied_ahead(files: list[Path], c
     units = [unit for unit in merger.steps if unit.action != "copy"]
     sizes = {unit: 4 * sum(NBYTES[name] for name in unit.names) for unit in units}
     ahead = []
-    for i, unit in enumerate(merger.ahead(units)):
-        wait(merger._pinned._copies.values())
+    for unit in merger.ahead(units):
+        wait([copy for copies in merger._pinned._copies.values() for copy in copies.values()])
         ahead.append(copies.nbytes - sizes[unit])
-        following = [sizes[other] for other in units[i + 1 :]]
-        assert sum(following[:1]) <= ahead[-1] <= max(sum(following[:1]), memory)
         merger.merged(unit, Measured((1.0, 1.0, 1.0)))
     assert copies.nbytes == 0
     b, c, d, e = (4 * NBYTES[name] for name in list(SHAPES)[1:])
-    assert ahead[0] == {0: b, 20_000: b + c + d, 10**9: b + c + d + e}[memory]
+    some = {0: [b, c, d, e, 0], 20_000: [b + c + d, c + d, d, e, 0]}
+    assert ahead == some.get(memory, [b + c + d + e, c + d + e, d + e, e, 0])
 
 
 def test_a_file_that_lost_its_end_is_named_and_nothing_is_left(files: list[Path], copies: Copies) -> None:
-    before = threading.active_count()
     merger = Merger(*_opened(files), fm.Recipe(method="task_arithmetic"))
     whole = files[2].read_bytes()
     files[2].write_bytes(whole[:-2000])
     with pytest.raises(fm.CheckpointError, match=r"2\.safetensors"):
         list(map(partial(merger.merged, measured=Measured((1.0, 1.0, 1.0))), merger.ahead(merger.steps)))
-    assert threading.active_count() == before
+    assert not threads()
     gc.collect()
     assert copies.nbytes == 0
 
@@ -133,7 +132,53 @@ def test_who_stops_early_leaves_nothing(files: list[Path], copies: Copies) -> No
     assert merger._pinned._copies
     ahead.close()
     assert not merger._pinned._copies
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("freemerge-pin")]
+    assert not threads()
+
+
+def test_one_pass_within_another_has_copies_of_its_own(files: list[Path], copies: Copies) -> None:
+    merger = Merger(*_opened(files), fm.Recipe(method="task_arithmetic"))
+    for unit in merger.ahead(merger.steps):
+        of_outer = merger._pinned._copies
+        for _ in merger.ahead(merger.steps[:2]):
+            assert merger._pinned._copies is not of_outer
+        assert merger._pinned._copies is of_outer
+        merger.merged(unit, Measured((1.0, 1.0, 1.0)))
+    assert not threads()
+
+
+def test_a_model_that_is_given_twice_is_copied_once(files: list[Path], copies: Copies) -> None:
+    base, (model, *_) = _opened(files)
+    merger = Merger(base, [model, model], fm.Recipe(method="task_arithmetic"))
+    for unit in merger.ahead(merger.steps):
+        merger.merged(unit, Measured((1.0, 1.0)))
+    assert len(copies.made) == 2 * len(SHAPES)
+
+
+def test_what_goes_to_a_gpu(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From files, and neither copies nor what is merged where it is read."""
+    base, models = _opened(files)
+    recipe = fm.Recipe(method="task_arithmetic")
+    in_memory = Checkpoint.open(_state(files[0]))
+    here = Merger(base, models, recipe)
+    monkeypatch.setattr(Merger, "_device", lambda self, name: torch.device("meta" if self is not here else "cpu"))
+    there, of_memory = Merger(base, models, recipe), Merger(in_memory, models, recipe)
+    copied = [unit for unit in there.units if unit.action == "copy"]
+    assert len(copied) == 1
+    for unit in there.units:
+        assert [there._goes_to_gpu(unit, source) for source in (base, models[0])] == 2 * [unit not in copied]
+        assert not there._goes_to_gpu(unit, in_memory)
+        assert not here._goes_to_gpu(unit, base)
+        assert not of_memory._goes_to_gpu(unit, models[0])  # adapters on it would read it
+    most = 4 * NBYTES["e.weight"]
+    assert there._memory_bytes() - of_memory._memory_bytes() == 2 * (2 * most + there.memory)
+
+
+def test_small_tensors_are_not_worth_a_copy(files: list[Path], copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned, "LEAST_BYTES", NBYTES["a.weight"])
+    merger = Merger(*_opened(files), fm.Recipe(method="task_arithmetic"))
+    for unit in merger.ahead(merger.steps):
+        merger.merged(unit, Measured((1.0, 1.0, 1.0)))
+    assert {name for _, name in copies.made} == {"a.weight", "e.weight"}
 
 
 def test_without_pinned_memory_tensors_are_taken_as_they_are(
@@ -153,6 +198,15 @@ def test_what_is_merged_where_it_is_read_is_not_copied(files: list[Path], monkey
 
     monkeypatch.setattr(pinned, "_pinned_copy", refuse)
     merged(files, "ties")
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("freemerge-pin")]
+
+
+def _state(file: Path) -> dict[str, Tensor]:
+    opened = Checkpoint.open(file)
+    return {name: opened.read(name) for name in opened.specs}
 
 
 def _opened(files: list[Path]) -> tuple[Checkpoint, list[Checkpoint]]:

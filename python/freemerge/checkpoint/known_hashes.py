@@ -1,8 +1,9 @@
 """The SHA-256 of files that were hashed before and have not changed since, kept between runs in the user's cache.
 
 A file is known by device, inode, size and the times of its last change, of which one (``ctime``) cannot be set, as
-version control knows its working tree. One small file for each, named by these and holding the digest; what cannot be
-read or written there is as if it were not known.
+version control knows its working tree. Where there is no such time, it is not known: on Windows, and on disks that
+count whole seconds, as images do that are made to be the same every time. One small file for each, named by these and
+holding the digest; what cannot be read or written there is as if it were not known.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-_SETTLED_NS = 60 * 10**9  # two changes within a clock's tick, or through a mapping, may look like one for so long
+_SECOND = 10**9  # ns
+_SETTLED = 60 * _SECOND  # two changes within a clock's tick, or through a mapping of a disk's file, may look like one
 _MOST = 4096  # files, of which each takes a block of the disk
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -27,7 +29,8 @@ def key(file: Path) -> str | None:
         status = os.stat(file)
     except OSError:
         return None
-    if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) < _SETTLED_NS:
+    settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) >= _SETTLED
+    if os.name == "nt" or not settled or status.st_ctime_ns % _SECOND == 0:
         return None
     state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
     return hashlib.sha256(repr(state).encode()).hexdigest()
@@ -53,19 +56,33 @@ def remember(digests: Mapping[str, str]) -> None:
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for known_by, digest in digests.items():
-            with NamedTemporaryFile("w", encoding="ascii", dir=folder, prefix=".", delete=False) as stream:
-                stream.write(digest)
-            os.replace(stream.name, folder / known_by)
-        for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-_MOST]:
-            path.unlink()
+            with suppress(OSError):
+                _write(folder / known_by, digest)
+        for path in sorted(folder.iterdir(), key=lambda path: path.lstat().st_mtime_ns)[:-_MOST]:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _write(path: Path, text: str) -> None:
+    """At once, or not at all."""
+    with NamedTemporaryFile("w", encoding="ascii", dir=path.parent, prefix=".", delete=False) as stream:
+        written = Path(stream.name)
+    try:
+        written.write_text(text, "ascii")
+        written.replace(path)
+    except OSError:
+        written.unlink()
+        raise
 
 
 def _folder() -> Path | None:
     """``FREEMERGE_CACHE``, nothing if that is empty, else a folder where the user's caches are."""
-    chosen = os.environ.get("FREEMERGE_CACHE")
-    if chosen is not None:
-        return Path(chosen) / "sha256" if chosen else None
+    chosen, caches = os.environ.get("FREEMERGE_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    if chosen == "":
+        return None
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "freemerge" / "sha256"
+        if chosen is not None:
+            return Path(chosen).expanduser() / "sha256"
+        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "freemerge" / "sha256"
     except RuntimeError:  # the user has no home
         return None

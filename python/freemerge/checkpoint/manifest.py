@@ -66,7 +66,10 @@ class InputHashes:
         return sum(self._before[file][0] for file in self._digests)
 
     def _record(self, file: Path) -> dict[str, object]:
-        digest = self._known.get(file) or self._digests[file]()
+        known = self._known.get(file)
+        if known is not None and known_hashes.key(file) != self._keys[file]:  # another time than check_unchanged sees
+            known = self._hasher.submit(file).result()
+        digest = known or self._digests[file]()
         check_unchanged(file, self._before[file], file)
         return {"name": file.name, "bytes": self._before[file][0], "sha256": digest}
 

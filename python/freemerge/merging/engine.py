@@ -347,30 +347,31 @@ class Merger:
             ThreadPoolExecutor(1, thread_name_prefix="freemerge-read") as pool,
             self._pinned.threads() if self._on_gpu else nullcontext(),
         ):
-            fetched = waiting = 0
+            sizes = list(map(self._unit_bytes, units))
+            fetched = held = 0  # held: bytes of the unit at work and of those that are fetched
             for i, unit in enumerate(units):
-                waiting -= self._unit_bytes(unit) if i < fetched else 0
-                while fetched < len(units) and (
-                    fetched <= i + 1 or waiting + self._unit_bytes(units[fetched]) <= self.memory
-                ):
-                    following = units[fetched]
-                    for source in self._sources(following) if self._on_gpu else ():
-                        if self._goes_to_gpu(following, source):
-                            self._pinned.put(source, following.names)
-                    pool.submit(self._will_need, following)
-                    waiting += self._unit_bytes(following) if i < fetched else 0
+                while fetched < len(units) and (fetched <= i + 1 or held - sizes[i] + sizes[fetched] <= self.memory):
+                    for source in self._sources(units[fetched]):
+                        if self._goes_to_gpu(units[fetched], source):
+                            self._pinned.put(source, units[fetched].names)
+                    pool.submit(self._will_need, units[fetched])
+                    held += sizes[fetched]
                     fetched += 1
                 yield unit
-                self._pinned.drop(unit.names)
+                held -= sizes[i]
+                if self._on_gpu:
+                    self._pinned.drop(unit.names)
 
     @cached_property
     def _on_gpu(self) -> bool:
         return any(self._device(name) != _CPU for name in self.specs)
 
     def _goes_to_gpu(self, unit: Unit, source: Checkpoint) -> bool:
-        """Whether a unit goes from main memory, where a source has it, to a GPU."""
+        """Whether a unit goes to a GPU from a file, which any thread may read."""
+        if not self._on_gpu or unit.action == "copy" or not (source.files and self.base.files):
+            return False
         name = unit.names[0]
-        return unit.action != "copy" and source.device(name) == _CPU != self._device(name)
+        return source.device(name) == _CPU != self._device(name)
 
     def _will_need(self, unit: Unit) -> None:
         if not unit.flat:  # small tensors come with what the system reads ahead anyway
@@ -399,8 +400,9 @@ class Merger:
                 held += sampled(len(self.models), min(rows)) if rows else 0.0
             written = sum(self.out_spec(name).nbytes for name in unit.names)
             largest = max(largest, held * self._worked_bytes(unit) + 2 * written)
-        if self._on_gpu:  # pinned memory comes in powers of two
-            largest += 2 * (2 * max(map(self._unit_bytes, self.steps), default=0) + self.memory)
+        pinned = [unit for unit in self.steps if any(self._goes_to_gpu(unit, source) for source in self._sources(unit))]
+        if pinned:  # the one at work, and those ahead; torch rounds up to powers of two
+            largest += 2 * (2 * max(map(self._unit_bytes, pinned)) + self.memory)
         return int(largest) + self.memory + PROCESS_BYTES
 
     def _sides(self, unit: Unit, shape: Sequence[int]) -> Sides:

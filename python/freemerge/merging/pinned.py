@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..checkpoint.mapped import fetched
 
+LEAST_BYTES = 1 << 20  # of a copy: a block of pinned memory is not made for less
 _THREADS = 4  # one copies at a fraction of what the bus takes
 
 
@@ -20,36 +21,40 @@ def read(source: Checkpoint, name: str) -> Tensor:
 
 
 class PinnedCopies:
-    """Copies of tensors that are read soon, by source and name."""
+    """Copies of tensors that are read soon, by name and source."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._copies: dict[tuple[Checkpoint, str], Future[Tensor]] = {}
+        self._copies: dict[str, dict[Checkpoint, Future[Tensor]]] = {}
 
     @contextmanager
     def threads(self) -> Iterator[None]:
         """In the block, :meth:`put` may be called."""
+        former, copies = self._pool, self._copies
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="freemerge-pin") as pool:
-            self._pool = pool
+            self._pool, self._copies = pool, {}
             try:
                 yield
             finally:
-                self._copies.clear()
+                self._pool, self._copies = former, copies
                 pool.shutdown(cancel_futures=True)
 
     def put(self, source: Checkpoint, names: Sequence[str]) -> None:
-        """Begin to copy tensors."""
+        """Begin to copy tensors, small ones excepted."""
         assert self._pool is not None
         for name in names:
-            self._copies[source, name] = self._pool.submit(_pinned_copy, source, name)
+            copies = self._copies.setdefault(name, {})
+            if source.specs[name].nbytes >= LEAST_BYTES and source not in copies:
+                copies[source] = self._pool.submit(_pinned_copy, source, name)
 
     def drop(self, names: Sequence[str]) -> None:
-        """Let go of the copies of tensors, from whatever source."""
-        self._copies = {key: copy for key, copy in self._copies.items() if key[1] not in names}
+        """Let go of the copies of tensors."""
+        for name in names:
+            self._copies.pop(name, None)
 
     def read(self, source: Checkpoint, name: str) -> Tensor:
         """:func:`read`, of the copy if there is one; what failed when that was made fails here."""
-        copy = self._copies.get((source, name))
+        copy = self._copies.get(name, {}).get(source)
         return read(source, name) if copy is None else copy.result()
 
 
