@@ -76,6 +76,52 @@ def test_lists_with_gradients() -> None:
         fm.filter_(x * 1, fm.HighPass(0.3))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", ["2", True, None, torch.tensor(2.0), float("nan"), 1e300])
+def test_a_graph_takes_no_other_scale(scale: object, compiled: bool) -> None:
+    x = noise(3, 4, dtype=torch.float32, grad=True)
+    for function in (fm.filtered, fm.filter_):
+        torch._dynamo.reset()
+        call = torch.compile(function, backend="eager") if compiled else function
+        with pytest.raises(fm.ArgumentError, match="^scale must be a finite number"):
+            call(x, fm.HighPass(0.3), scale=scale)  # type: ignore[operator]
+
+
+def test_compiled_calls_name_a_wrong_response_and_backend() -> None:
+    for function in (fm.filtered, fm.filter_):
+        for response, backend, message in (("HighPass", "auto", "response must"), (fm.HighPass(0.3), None, "backend")):
+            torch._dynamo.reset()
+            with pytest.raises(fm.ArgumentError, match=message):
+                torch.compile(function, backend="eager")(noise(3, 4), response, backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (torch.zeros(0, 3, requires_grad=True), "must have at least one axis"),
+        (torch.zeros(0, 3), "must have at least one axis"),
+        (torch.zeros(3, 3, dtype=torch.complex64, requires_grad=True), "must have dtype"),
+        (torch.ones(3, 3).to_sparse(), "must be a dense tensor"),
+        (3, "must be a tensor"),
+    ],
+)
+def test_a_list_with_gradients_names_the_tensor(item: object, message: str) -> None:
+    with pytest.raises(fm.ArgumentError, match=rf"^x\[1\] {message}"):
+        fm.filtered([noise(3, 4, grad=True), item], fm.HighPass(0.3))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_call_updates_a_leaf_as_a_plain_one_does(backend: str) -> None:
+    leaf, expected = noise(5, 6, grad=True), fm.filtered(noise(5, 6), fm.HighPass(0.3))
+    torch._dynamo.reset()
+    torch.compile(fm.filter_, fullgraph=True, backend=backend)(leaf, fm.HighPass(0.3))
+    assert leaf.is_leaf
+    assert torch.equal(leaf, expected)
+    with pytest.raises(fm.ArgumentError):
+        torch.compile(fm.filter_, backend=backend)(torch.zeros(0, 3, requires_grad=True), fm.HighPass(0.3))
+    assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
