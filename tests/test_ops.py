@@ -83,7 +83,7 @@ def test_a_graph_takes_no_other_scale(scale: object, compiled: bool) -> None:
     for function in (fm.filtered, fm.filter_):
         torch._dynamo.reset()
         call = torch.compile(function, backend="eager") if compiled else function
-        with pytest.raises(fm.ArgumentError, match="^scale must be a finite number"):
+        with pytest.raises(fm.ArgumentError, match=r"^scale must be a finite number"):
             call(x, fm.HighPass(0.3), scale=scale)  # type: ignore[operator]
 
 
