@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,26 @@ def test_a_size_in_words_is_one_in_bytes(tmp_path: Path) -> None:
         fm.merge_checkpoints(BASE, MODELS, tmp_path / out, max_shard_bytes=size, memory=size, progress=False)
     names = [sorted(path.name for path in (tmp_path / out).iterdir()) for out in ("bytes", "words")]
     assert names[0] == names[1]
+
+
+def test_what_has_a_path_is_one(tmp_path: Path) -> None:
+    """To mypy, too, which checks this file."""
+
+    @dataclass
+    class Place(os.PathLike[str]):
+        name: str
+
+        def __fspath__(self) -> str:
+            return str(tmp_path / self.name)
+
+    fm.merge_checkpoints(BASE, MODELS, Place("merged"), progress=False)
+    fm.inspect(BASE, MODELS, out=Place("planned"))
+    fm.save_experts(EXPERTS, Place("experts"))
+    assert fm.evaluate_experts(BASE, Place("experts"), score).mean == 1
+    ROUTER.save(Place("router.safetensors"))
+    assert fm.Router.load(Place("router.safetensors")).tasks == ROUTER.tasks
+    (tmp_path / "recipe.yml").write_text("method: average")
+    assert fm.Recipe.from_yaml(Place("recipe.yml")).method.name == "average"
 
 
 def test_extracted_experts_are_saved_as_they_are(tmp_path: Path) -> None:

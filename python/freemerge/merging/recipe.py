@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -205,7 +206,7 @@ class Recipe:
         return to_yaml({"version": VERSION, **self.to_config()})
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Recipe:
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe file. Raises ArgumentError naming the file."""
         path = path_of("path", path)
         try:
