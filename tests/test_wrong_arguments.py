@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -262,24 +260,16 @@ def test_a_size_in_words_is_one_in_bytes(tmp_path: Path) -> None:
     assert names[0] == names[1]
 
 
-def test_what_has_a_path_is_one(tmp_path: Path) -> None:
-    """To mypy, too, which checks this file."""
-
-    @dataclass
-    class Place(os.PathLike[str]):
-        name: str
-
-        def __fspath__(self) -> str:
-            return str(tmp_path / self.name)
-
-    fm.merge_checkpoints(BASE, MODELS, Place("merged"), progress=False)
-    fm.inspect(BASE, MODELS, out=Place("planned"))
-    fm.save_experts(EXPERTS, Place("experts"))
-    assert fm.evaluate_experts(BASE, Place("experts"), score).mean == 1
-    ROUTER.save(Place("router.safetensors"))
-    assert fm.Router.load(Place("router.safetensors")).tasks == ROUTER.tasks
-    (tmp_path / "recipe.yml").write_text("method: average")
-    assert fm.Recipe.from_yaml(Place("recipe.yml")).method.name == "average"
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (fm.evaluate_experts, "experts"), (fm.extract_lora, "out"), (fm.inspect, "out"), (fm.merge_checkpoints, "out"),
+        (fm.save_experts, "out"), (fm.verify, "directory"), (fm.Expert.load, "path"), (fm.ExpertBank.load, "folder"),
+        (fm.Recipe.from_yaml, "path"), (fm.Router.load, "path"), (fm.Router.save, "path"),
+    ],
+)  # fmt: skip
+def test_a_path_has_one_type_everywhere(function: Callable[..., Any], name: str) -> None:
+    assert inspect.get_annotations(function)[name].startswith("str | os.PathLike[str]")
 
 
 def test_extracted_experts_are_saved_as_they_are(tmp_path: Path) -> None:
