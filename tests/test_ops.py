@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import freemerge as fm
@@ -64,6 +65,20 @@ def test_higher_derivatives_and_vectors() -> None:
     for shape in ((9,), (5, 6)):
         x = noise(*shape, grad=True)
         assert torch.autograd.gradgradcheck(lambda x: fm.filtered(x, fm.Gaussian(0.2)) ** 3, (x,))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tangent_is_not_lost(grad: bool) -> None:
+    x = noise(5, 6, grad=grad)
+    fm.filtered(x, fm.HighPass(0.3))  # makes the route
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, noise(5, 6))
+        for function in (fm.filtered, fm.filter_):
+            for given, name in ((dual, "x"), ([x, dual], r"x\[1\]")):
+                with pytest.raises(fm.ArgumentError, match=rf"^{name} has a tangent"):
+                    function(given, fm.HighPass(0.3))
+        assert torch.equal(fm.filtered(noise(5, 6), fm.HighPass(0.3)), fm.filtered(x.detach(), fm.HighPass(0.3)))
 
 
 def test_lists_with_gradients() -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
@@ -142,8 +143,8 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
 def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
     """The result of :func:`filter_` in new memory, of the same type (a torch tensor for other DLPack producers).
 
-    It is differentiable, backwards: the filter is linear and its own adjoint, so that the gradient is the filtered
-    gradient. Tangents of forward mode are not.
+    It is differentiable, but not in forward mode: the filter is linear and its own adjoint, so that the gradient is the
+    filtered gradient.
 
     Raises:
         ArgumentError, BackendError: as :func:`filter_`; ArgumentError for a DTensor that requires grad, too.
@@ -166,7 +167,7 @@ def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "au
         tensor = cast(torch.Tensor, x)
         _check_request(response, backend, scale)
         if not is_compiling():
-            _check_tensor(tensor, "x")
+            _check_tensor(_as_tensor(tensor, "x"), "x")
             scale = _checked_scale(scale, (tensor,))
         return cast(T, filtered_in_graph(tensor, response, scale, backend))
     copied: T = _copy(x, "x")
@@ -261,7 +262,7 @@ def _known_route(response: Response, x: Any, backend: str) -> _Route | None:
 
     What tensors of one key can still differ in is looked at; a graph and every doubt are left to :func:`_tensor`.
     """
-    if type(x) is not torch.Tensor or x.requires_grad:
+    if type(x) is not torch.Tensor or x.requires_grad or forward_ad._current_level >= 0:
         return None
     try:
         route = _ROUTES.find((response, x.shape, x.stride(), x.dtype, x.is_cpu or x.device, backend))
@@ -295,6 +296,8 @@ def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Rou
 
 def _as_tensor(item: Any, name: str, *, written: bool = True) -> torch.Tensor:
     if isinstance(item, torch.Tensor):
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(item).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ArgumentError(f"{name} has a tangent of forward mode, which would be lost; filter it by itself")
         return item
     if isinstance(item, np.ndarray):
         if isinstance(item, np.ma.MaskedArray):
