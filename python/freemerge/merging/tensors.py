@@ -48,7 +48,7 @@ def merge_tensors(
     Returns:
         ``out``, or a new contiguous tensor on the base's device, with its dtype (or the recipe's ``out_dtype``). It is
         equal, bit for bit, to what :func:`merge` gives for this tensor of a state dict with these weights. Inputs are
-        not modified.
+        not modified, and gradients are not recorded.
 
     Raises:
         ArgumentError: an argument is invalid, or the recipe stacks this tensor with others, or drops it.
@@ -138,6 +138,8 @@ def _check_out(out: Tensor, base: Tensor, dtype: torch.dtype) -> None:
         raise ArgumentError(f"out must be a {dtype} tensor of shape {tuple(base.shape)} on {base.device}")
     if internal_overlap(tensor.shape, tensor.stride()):
         raise ArgumentError(f"out may overlap itself in memory (strides {tensor.stride()})")
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise ArgumentError("out is part of an autograd graph, which writing would break; pass out.detach()")
 
 
 def _copied(spec: TensorSpec, base: Tensor, tensors: Sequence[Tensor], select: Sequence[Rule]) -> Tensor:
