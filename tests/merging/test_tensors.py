@@ -265,6 +265,8 @@ def test_deltas_by_hand() -> None:
     for wrong in ([], None, deltas[0], [None]):
         with pytest.raises(fm.ArgumentError, match="deltas"):
             fm.merge_deltas(wrong)  # type: ignore[arg-type]
+    with pytest.raises(fm.ArgumentError, match=r"^deltas\[1\] must be float32, .* got torch\.int32$"):
+        fm.merge_deltas([deltas[0], deltas[0].int()])
 
 
 @pytest.mark.parametrize("options", [{}, {"stats": "filtered"}, {"cutoff": 0.1, "renormalize": None}, {"align": True}])

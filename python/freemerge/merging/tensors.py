@@ -111,9 +111,10 @@ def merge_deltas(
     """
     recipe = checked_recipe(recipe, method)
     _check_sequence("deltas", deltas)
+    for i, delta in enumerate(deltas):
+        if dense(delta, f"deltas[{i}]").dtype not in MERGEABLE:
+            raise ArgumentError(f"deltas[{i}] must be float32, float64, bfloat16 or float16, got {delta.dtype}")
     first = dense(deltas[0], "deltas[0]")
-    if first.dtype not in MERGEABLE:
-        raise ArgumentError(f"deltas[0] must be float32, float64, bfloat16 or float16, got {first.dtype}")
     origin = torch.zeros((), dtype=first.dtype, device=first.device).expand(first.shape)
     return _merge_one("deltas", origin, deltas, recipe, weights, name, out)
 
