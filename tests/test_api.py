@@ -94,7 +94,11 @@ def test_functions_of_the_front_say_what_they_raise(name: str) -> None:
 
 def test_families_have_modules_of_their_own() -> None:
     assert fm.responses.LowPass is fm.LowPass
-    assert fm.errors.ArgumentError is fm.ArgumentError
+    for family in (fm.errors, fm.responses):
+        kinds = {name: kind for name, kind in vars(family).items() if inspect.isclass(kind) and name[0] != "_"}
+        public = {name: kind for name, kind in kinds.items() if issubclass(kind, fm.FreemergeError | fm.Response)}
+        assert len(public) > 5
+        assert all(getattr(fm, name, None) is kind for name, kind in public.items())
     assert fm.methods.FR is type(fm.Recipe().method)
     assert {cls.__name__ for cls in fm.methods.METHODS.values()} <= set(fm.methods.__all__)
     assert all(getattr(fm.methods, name) is not None for name in fm.methods.__all__)

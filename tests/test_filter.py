@@ -87,6 +87,20 @@ def test_numpy_and_dlpack() -> None:
     assert torch.equal(producer.tensor, expected)
 
 
+@pytest.mark.parametrize("function", [fm.filter_, fm.filtered])
+def test_a_mask_of_entries_is_refused_and_not_ignored(function: Callable[..., object]) -> None:
+    array = np.ma.masked_array(np.ones((4, 5)), np.eye(4, 5))
+    for x, name in ((array, "x"), ([array], r"x\[0\]")):
+        with pytest.raises(fm.ArgumentError, match=rf"^{name} is a masked array.*pass {name}.filled\(0\)$"):
+            function(x, fm.HighPass(0.2))
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_subclass_of_arrays_comes_back_as_it_is() -> None:
+    matrix = np.asmatrix(noise(4, 5).numpy())
+    assert type(fm.filtered(matrix, fm.HighPass(0.2))) is np.matrix
+
+
 @AVAILABLE
 def test_parameters_are_updated_outside_autograd(backend: str) -> None:
     parameter = torch.nn.Parameter(noise(16, 16))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import freemerge as fm
@@ -66,6 +67,20 @@ def test_higher_derivatives_and_vectors() -> None:
         assert torch.autograd.gradgradcheck(lambda x: fm.filtered(x, fm.Gaussian(0.2)) ** 3, (x,))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tangent_is_not_lost(grad: bool) -> None:
+    x = noise(5, 6, grad=grad)
+    fm.filtered(x, fm.HighPass(0.3))  # makes the route
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, noise(5, 6))
+        for function in (fm.filtered, fm.filter_):
+            for given, name in ((dual, "x"), ([x, dual], r"x\[1\]")):
+                with pytest.raises(fm.ArgumentError, match=rf"^{name} has a tangent"):
+                    function(given, fm.HighPass(0.3))
+        assert torch.equal(fm.filtered(noise(5, 6), fm.HighPass(0.3)), fm.filtered(x.detach(), fm.HighPass(0.3)))
+
+
 def test_lists_with_gradients() -> None:
     x, y = noise(5, 6, grad=True), noise(4)
     first, second = fm.filtered([x, y], fm.HighPass(0.3))
@@ -74,6 +89,52 @@ def test_lists_with_gradients() -> None:
     assert isinstance(fm.filtered((x, y), fm.HighPass(0.3)), tuple)
     with pytest.raises(fm.ArgumentError, match="part of an autograd graph"):
         fm.filter_(x * 1, fm.HighPass(0.3))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("scale", ["2", True, None, torch.tensor(2.0), float("nan"), 1e300])
+def test_a_graph_takes_no_other_scale(scale: object, compiled: bool) -> None:
+    x = noise(3, 4, dtype=torch.float32, grad=True)
+    for function in (fm.filtered, fm.filter_):
+        torch._dynamo.reset()
+        call = torch.compile(function, backend="eager") if compiled else function
+        with pytest.raises(fm.ArgumentError, match=r"^scale must be a finite number"):
+            call(x, fm.HighPass(0.3), scale=scale)  # type: ignore[operator]
+
+
+def test_compiled_calls_name_a_wrong_response_and_backend() -> None:
+    for function in (fm.filtered, fm.filter_):
+        for response, backend, message in (("HighPass", "auto", "response must"), (fm.HighPass(0.3), None, "backend")):
+            torch._dynamo.reset()
+            with pytest.raises(fm.ArgumentError, match=message):
+                torch.compile(function, backend="eager")(noise(3, 4), response, backend=backend)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (torch.zeros(0, 3, requires_grad=True), "must have at least one axis"),
+        (torch.zeros(0, 3), "must have at least one axis"),
+        (torch.zeros(3, 3, dtype=torch.complex64, requires_grad=True), "must have dtype"),
+        (torch.ones(3, 3).to_sparse(), "must be a dense tensor"),
+        (3, "must be a tensor"),
+    ],
+)
+def test_a_list_with_gradients_names_the_tensor(item: object, message: str) -> None:
+    with pytest.raises(fm.ArgumentError, match=rf"^x\[1\] {message}"):
+        fm.filtered([noise(3, 4, grad=True), item], fm.HighPass(0.3))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_call_updates_a_leaf_as_a_plain_one_does(backend: str) -> None:
+    leaf, expected = noise(5, 6, grad=True), fm.filtered(noise(5, 6), fm.HighPass(0.3))
+    torch._dynamo.reset()
+    torch.compile(fm.filter_, fullgraph=True, backend=backend)(leaf, fm.HighPass(0.3))
+    assert leaf.is_leaf
+    assert torch.equal(leaf, expected)
+    with pytest.raises(fm.ArgumentError):
+        torch.compile(fm.filter_, backend=backend)(torch.zeros(0, 3, requires_grad=True), fm.HighPass(0.3))
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,18 @@ def test_a_size_in_words_is_one_in_bytes(tmp_path: Path) -> None:
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (fm.evaluate_experts, "experts"), (fm.extract_lora, "out"), (fm.inspect, "out"), (fm.merge_checkpoints, "out"),
+        (fm.save_experts, "out"), (fm.verify, "directory"), (fm.Expert.load, "path"), (fm.ExpertBank.load, "folder"),
+        (fm.Recipe.from_yaml, "path"), (fm.Router.load, "path"), (fm.Router.save, "path"),
+    ],
+)  # fmt: skip
+def test_a_path_has_one_type_everywhere(function: Callable[..., Any], name: str) -> None:
+    assert inspect.get_annotations(function)[name].startswith("str | os.PathLike[str]")
+
+
 def test_extracted_experts_are_saved_as_they_are(tmp_path: Path) -> None:
     (saved,) = fm.save_experts(EXPERTS, tmp_path / "experts")
     assert saved.task == "t"

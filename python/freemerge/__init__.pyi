@@ -18,8 +18,10 @@ from .checkpoint import verify
 from .errors import ArgumentError as ArgumentError
 from .errors import BackendError as BackendError
 from .errors import CheckpointError as CheckpointError
+from .errors import CudaError as CudaError
 from .errors import FreemergeError as FreemergeError
 from .errors import RefusedError as RefusedError
+from .errors import WorkerError as WorkerError
 from .evaluation import Evaluation as Evaluation
 from .evaluation import Sweep as Sweep
 from .evaluation import evaluate

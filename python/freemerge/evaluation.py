@@ -6,6 +6,7 @@ import copy
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def evaluate(model: Source, function: ScoreFunction) -> Evaluation:
 
 def evaluate_experts(
     model: Source,
-    experts: str | Path | Mapping[str, Expert],
+    experts: str | os.PathLike[str] | Mapping[str, Expert],
     function: ScoreFunction,
     *,
     base: Source | None = None,

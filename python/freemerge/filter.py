@@ -6,10 +6,12 @@ import math
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
@@ -99,13 +101,15 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
     Arithmetic is fp64 for fp64 and fp32 for the rest, whose results are rounded once. A leaf that requires grad is
     updated as an optimizer does, outside autograd. A non-finite entry spreads over its matrix, or over as much of it as
     the filter's gains mix with it; nothing here looks for one. The result does not depend on the number of threads.
-    Within torch.compile the call is one node of the graph, ``torch.ops.freemerge.filter_``.
+    Within torch.compile each tensor is one node of the graph, ``torch.ops.freemerge.filter_``, and tensors that share
+    memory are not found out.
 
     Raises:
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
     """
     if is_compiling():
+        _check_request(response, backend, scale)
         for tensor in x if isinstance(x, (list, tuple)) else [x]:
             filter_in_graph(cast(torch.Tensor, tensor), response, scale, backend)
         return x
@@ -139,24 +143,32 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
 def filtered(x: T, response: Response, *, scale: float = 1.0, backend: str = "auto") -> T:
     """The result of :func:`filter_` in new memory, of the same type (a torch tensor for other DLPack producers).
 
-    It is differentiable: the filter is linear and its own adjoint, so that the gradient is the filtered gradient.
+    It is differentiable, but not in forward mode: the filter is linear and its own adjoint, so that the gradient is the
+    filtered gradient.
 
     Raises:
         ArgumentError, BackendError: as :func:`filter_`; ArgumentError for a DTensor that requires grad, too.
     """
     if isinstance(x, (list, tuple)):
-        if any(map(_is_traced, x)):
-            each = [filtered(item, response, scale=scale, backend=backend) for item in x]
-            return cast(T, each if isinstance(x, list) else tuple(each))
-        copies = [_copy(item, f"x[{i}]") for i, item in enumerate(x)]
-        filter_(copies, response, scale=scale, backend=backend)
-        return cast(T, copies if isinstance(x, list) else tuple(copies))
+        traced = [_is_traced(item) for item in x]
+        items = [item if told else _copy(item, f"x[{i}]") for i, (item, told) in enumerate(zip(x, traced, strict=True))]
+        if not any(traced):
+            filter_(items, response, scale=scale, backend=backend)
+            return cast(T, items if isinstance(x, list) else tuple(items))
+        if not is_compiling():
+            for i, item in enumerate(items):
+                _check_tensor(_as_tensor(item, f"x[{i}]"), f"x[{i}]")
+        each = [
+            (filtered if told else filter_)(item, response, scale=scale, backend=backend)
+            for item, told in zip(items, traced, strict=True)
+        ]
+        return cast(T, each if isinstance(x, list) else tuple(each))
     if _is_traced(x):
         tensor = cast(torch.Tensor, x)
+        _check_request(response, backend, scale)
         if not is_compiling():
-            _check_request(response, backend)
-            if dense(tensor, "x") is not tensor:
-                raise ArgumentError("x is a DTensor that requires grad; pass x.to_local()")
+            _check_tensor(_as_tensor(tensor, "x"), "x")
+            scale = _checked_scale(scale, (tensor,))
         return cast(T, filtered_in_graph(tensor, response, scale, backend))
     copied: T = _copy(x, "x")
     return filter_(copied, response, scale=scale, backend=backend)
@@ -202,11 +214,14 @@ def _check_kind(shape: Sequence[int], dtype: torch.dtype) -> None:
         raise ArgumentError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
 
 
-def _check_request(response: object, backend: object) -> None:
+def _check_request(response: object, backend: object, scale: object = 1.0) -> None:
+    """What can be told without the tensors, and of a scale that torch.compile does not know yet."""
     if not isinstance(response, Response):
         raise ArgumentError(f"response must be a frequency response such as HighPass(0.4), got {response!r}")
     if not isinstance(backend, str):
         raise ArgumentError(f"backend must be a name, got {backend!r}")
+    if isinstance(scale, bool) or not isinstance(scale, Real):
+        raise ArgumentError(f"scale must be a finite number in the arithmetic of the tensors, got {scale!r}")
 
 
 def _checked_scale(scale: object, tensors: Sequence[torch.Tensor]) -> float:
@@ -214,6 +229,20 @@ def _checked_scale(scale: object, tensors: Sequence[torch.Tensor]) -> float:
     if number is None or (abs(number) > _FLOAT_MAX and any(x.dtype != torch.float64 for x in tensors)):
         raise ArgumentError(f"scale must be a finite number in the arithmetic of the tensors, got {scale!r}")
     return number
+
+
+def _check_tensor(x: torch.Tensor, name: str) -> None:
+    """Whether it can be filtered as a part of a graph."""
+    if dense(x, name) is not x and _is_traced(x):
+        raise ArgumentError(f"{name} is a DTensor that requires grad; pass {name}.to_local()")
+    _check_entries(x, name)
+
+
+def _check_entries(x: torch.Tensor, name: str) -> None:
+    if x.dtype not in _DTYPES:
+        raise ArgumentError(f"{name} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {x.dtype}")
+    if not x.shape or 0 in x.shape:
+        raise ArgumentError(f"{name} must have at least one axis and one entry, got shape {tuple(x.shape)}")
 
 
 def _tensor(item: Any, name: str) -> torch.Tensor:
@@ -233,7 +262,7 @@ def _known_route(response: Response, x: Any, backend: str) -> _Route | None:
 
     What tensors of one key can still differ in is looked at; a graph and every doubt are left to :func:`_tensor`.
     """
-    if type(x) is not torch.Tensor or x.requires_grad:
+    if type(x) is not torch.Tensor or x.requires_grad or forward_ad._current_level >= 0:
         return None
     try:
         route = _ROUTES.find((response, x.shape, x.stride(), x.dtype, x.is_cpu or x.device, backend))
@@ -255,10 +284,7 @@ def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Rou
         route.entry.used = True
         return route
     shape, strides, dtype, device = x.shape, x.stride(), x.dtype, x.device
-    if dtype not in _DTYPES:
-        raise ArgumentError(f"{name} must have dtype {', '.join(str(d)[6:] for d in _DTYPES)}, got {dtype}")
-    if not shape or 0 in shape:
-        raise ArgumentError(f"{name} must have at least one axis and one entry, got shape {tuple(shape)}")
+    _check_entries(x, name)
     if internal_overlap(shape, strides):
         raise ArgumentError(f"{name} may overlap itself in memory (strides {strides}); pass {name}.contiguous()")
     chosen, plan = choose(response, tuple(shape), dtype, device, backend, strides)
@@ -270,8 +296,12 @@ def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Rou
 
 def _as_tensor(item: Any, name: str, *, written: bool = True) -> torch.Tensor:
     if isinstance(item, torch.Tensor):
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(item).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ArgumentError(f"{name} has a tangent of forward mode, which would be lost; filter it by itself")
         return item
     if isinstance(item, np.ndarray):
+        if isinstance(item, np.ma.MaskedArray):
+            raise ArgumentError(f"{name} is a masked array, whose mask no filter heeds; pass {name}.filled(0)")
         if written and not item.flags.writeable:
             raise ArgumentError(f"{name} is a read-only array")
         try:
@@ -307,7 +337,7 @@ def _is_read_only(item: Any) -> bool:
 
 def _copy(item: Any, name: str) -> Any:
     if isinstance(item, np.ndarray):
-        return np.array(item, dtype=item.dtype.newbyteorder("="))
+        return np.array(item, dtype=item.dtype.newbyteorder("="), subok=True)
     x = _as_tensor(item, name, written=False)
     whole = dense(x, name)
     if whole is not x:  # a DTensor, as the result is

@@ -65,11 +65,14 @@ def _read(text: str) -> Response:
 
 
 def filter_in_graph(x: Tensor, response: Response, scale: float, backend: str) -> None:
-    """The filter in place, as a node of the graph that is traced, with gradients where they are recorded."""
-    if x.requires_grad and torch.is_grad_enabled():
+    """The filter in place, as a node of the graph that is traced, with gradients where they are recorded.
+
+    A leaf is updated outside of autograd.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and not x.is_leaf:
         x.copy_(filtered_in_graph(x, response, scale, backend))
     else:
-        torch.ops.freemerge.filter_(x, text_of(response), float(scale), backend)
+        torch.ops.freemerge.filter_(x.detach(), text_of(response), float(scale), backend)
 
 
 def filtered_in_graph(x: Tensor, response: Response, scale: float, backend: str) -> Tensor:

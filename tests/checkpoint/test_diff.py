@@ -98,3 +98,9 @@ def test_json_has_no_number_for_what_is_not_finite(tmp_path: Path, capsys: pytes
 
     told = json.loads(capsys.readouterr().out, parse_constant=refused)
     assert (told["kind"], told["largest"]) == ("values", None)
+
+
+def test_what_cannot_be_read_is_told_at_once(tmp_path: Path) -> None:
+    for first, second in ((tmp_path / "absent", {"x": torch.ones(2)}), ({"x": torch.ones(2)}, tmp_path / "absent")):
+        with pytest.raises(fm.CheckpointError, match="absent"):
+            fm.diff(first, second)

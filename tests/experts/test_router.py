@@ -10,7 +10,7 @@ from routing import TASKS, Sequences, blobs, fitted_router
 from safetensors.torch import save_file
 from torch import nn
 
-from freemerge.errors import ArgumentError, CheckpointError
+from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 from freemerge.experts import PooledState, Router
 from freemerge.experts.router import pooled
 
@@ -149,6 +149,17 @@ def test_files_that_are_no_routers_are_refused(router: Router, tmp_path: Path) -
             Router(tasks, tensors)
 
 
+def test_saving_replaces_a_router_and_nothing_else(router: Router, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(RefusedError, match=r"model\.safetensors.*is not replaced"):
+        router.save(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    for abstain in (0.1, 0.2):
+        replace(router, abstain=abstain).save(tmp_path / "router.safetensors")
+        assert Router.load(tmp_path / "router.safetensors").abstain == abstain
+
+
 def test_what_cannot_be_written_is_named_and_leaves_nothing(router: Router, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", tmp_path / "absent" / "router.safetensors", tmp_path / ("r" * 300)):
@@ -180,6 +191,8 @@ def test_bad_arguments_are_named(router: Router) -> None:
         Router.fit(torch.zeros(10), ids)
     with pytest.raises(ArgumentError, match=r"\(N, 6\)"):
         router(torch.zeros(4, 5))
+    with pytest.raises(ArgumentError, match="features must be a tensor, got list"):
+        router.logits([1.0])  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="finite"):
         router(torch.full((1, 6), float("inf")))
     for odd, its in ((router, features.double() * 1e300), (replace(router, temperature=1e-300), features)):

@@ -220,6 +220,10 @@ def test_out_is_not_written_after_an_error_and_must_fit() -> None:
     for wrong in (torch.zeros(3, 2), torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3, device="meta")):
         with pytest.raises(fm.ArgumentError, match="out must be"):
             fm.merge_tensors(base, [base], out=wrong)
+    with pytest.raises(fm.ArgumentError, match=r"out is part of an autograd graph.* pass out\.detach\(\)"):
+        fm.merge_tensors(base, [base], out=torch.zeros(2, 3, requires_grad=True) * 1)
+    leaf = torch.zeros(2, 3, requires_grad=True)
+    assert fm.merge_tensors(base, [base + 1], out=leaf) is leaf
     with pytest.raises(fm.ArgumentError, match="out may overlap itself"):
         fm.merge_tensors(base, [base], out=torch.zeros(1).expand(2, 3))
     with torch.inference_mode():
@@ -261,6 +265,8 @@ def test_deltas_by_hand() -> None:
     for wrong in ([], None, deltas[0], [None]):
         with pytest.raises(fm.ArgumentError, match="deltas"):
             fm.merge_deltas(wrong)  # type: ignore[arg-type]
+    with pytest.raises(fm.ArgumentError, match=r"^deltas\[1\] must be float32, .* got torch\.int32$"):
+        fm.merge_deltas([deltas[0], deltas[0].int()])
 
 
 @pytest.mark.parametrize("options", [{}, {"stats": "filtered"}, {"cutoff": 0.1, "renormalize": None}, {"align": True}])

@@ -155,3 +155,15 @@ def read_yaml(block: Block, file: Path) -> None:
     if isinstance(content, dict) and "merge_method" in content:
         return  # of mergekit, with a method of ours: tests/hosts
     fm.Recipe.from_config(content)
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
+def test_the_links_of_what_is_no_part_of_the_site_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_the_readme_leads_to_every_page_of_docs() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = {path.relative_to(ROOT).as_posix() for path in PAGES[2:]} - {"docs/index.md", "docs/api.md"}
+    assert [page for page in sorted(pages) if f"]({page})" not in text] == []

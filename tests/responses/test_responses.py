@@ -113,9 +113,27 @@ def test_custom_masks() -> None:
         fm.Custom([[float("nan")]])
     with pytest.raises(fm.ArgumentError, match="callable returned shape"):
         fm.Custom(lambda ky, kx, shape: np.zeros(3)).mask(shape)
+    for value in ([[1], [1, 2]], torch.ones(1, requires_grad=True), torch.ones(1, dtype=torch.bfloat16)):
+        with pytest.raises(fm.ArgumentError, match="mask callable must return finite real"):
+            fm.Custom(lambda ky, kx, shape, gain=value: gain).mask(shape)
     for wrong in (1 + 2j, float("nan"), "one"):
         with pytest.raises(fm.ArgumentError, match="mask callable must return finite real"):
             fm.Custom(lambda ky, kx, shape, gain=wrong: np.full((ky * kx).shape, gain)).mask(shape)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_mask_may_be_a_tensor_and_is_copied() -> None:
+    tensor = torch.rand(4, 6, dtype=torch.float64)
+    mask = fm.Custom(tensor)
+    assert mask == fm.Custom(tensor.tolist())
+    tensor.zero_()
+    assert mask.mask((4, 6)).any()
+
+
+def test_a_large_mask_is_written_in_few_words() -> None:
+    mask = fm.Custom(np.ones((200, 300)))
+    assert "(200, 300)" in repr(mask)
+    assert len(str(fm.explain((200, 300), mask))) < 1000
 
 
 @pytest.mark.parametrize("response", RESPONSES, ids=str)
@@ -209,6 +227,7 @@ def test_configs_with_wrong_options_are_refused() -> None:
         (lambda: fm.HighPass(10**400), "cutoff must be"),
         (lambda: fm.HighPass(True), "cutoff must be"),
         (lambda: fm.Custom("mask"), "mask must be a callable or an array of real numbers"),
+        (lambda: fm.Custom(torch.ones(3, 3, requires_grad=True)), "mask must be a callable or an array of real"),
         (lambda: fm.Custom([[1j]]), "mask must be a callable or an array of real numbers"),
         (lambda: fm.Center(0), "axis must be"),
         (lambda: fm.Official(relative_to="mean"), "relative_to must be"),

@@ -37,11 +37,18 @@ class Difference:
 def diff(first: Source, second: Source) -> Iterator[Difference]:
     """The tensors that differ between two checkpoints, by name, one after the other; a few are in memory at a time.
 
-    Both are what :meth:`Checkpoint.open` takes. Raises CheckpointError for what cannot be read.
+    Both are as the base of :func:`freemerge.merge`. Raises CheckpointError, before the first, for what cannot be read.
     """
-    with ExitStack() as stack:
+    stack = ExitStack()
+    with stack:
         ours = stack.enter_context(Checkpoint.open(first, argument="first"))
         theirs = stack.enter_context(Checkpoint.open(second, argument="second"))
+        stack = stack.pop_all()
+    return _generate(ours, theirs, stack)
+
+
+def _generate(ours: Checkpoint, theirs: Checkpoint, stack: ExitStack) -> Iterator[Difference]:
+    with stack:
         for name in sorted({*ours.specs, *theirs.specs}):
             difference = _difference(name, ours, theirs)
             if difference is not None:

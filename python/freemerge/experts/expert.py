@@ -31,7 +31,7 @@ class Expert:
         scope: "tensor", "row" or "model": among which entries the largest were chosen; None as before.
         rescale: the rule that chose mu. Where it chose one for each tensor ("auto"), ``mu`` is the largest, and the
             values of the other tensors are smaller than those of v_i.
-        values: how the tensors are coded, a name of :data:`freemerge.experts.values.CODINGS`.
+        values: how the tensors are coded, one of the names that :func:`freemerge.extract_experts` takes.
         budget: the share of the fp16 model's bytes that was asked for, if one was.
         statistics: running means and variances of the task's model, bfloat16 vectors: they replace those of the merged
             model, by :attr:`share`.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ..arguments import number, path_of, whole_number
 from ..backends.memory import without_autocast
 from ..dense import dense
-from ..errors import ArgumentError, CheckpointError, counted
+from ..errors import ArgumentError, CheckpointError, RefusedError, counted
 from .deltas import compiled
 
 Mode = Literal["top1", "softmax"]
@@ -116,6 +116,7 @@ class Router:
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores of each task, (N, K) float32, on the device of ``features``."""
+        features = dense(features, "features")
         weights = {name: tensor.to(features.device) for name, tensor in self.tensors.items()}
         if features.ndim != 2 or features.shape[1] != len(weights["center"]):
             raise ArgumentError(f"features must be (N, {len(weights['center'])}), got {tuple(features.shape)}")
@@ -139,9 +140,17 @@ class Router:
         confident = probabilities.amax(1, keepdim=True) >= self.abstain
         return torch.where(confident, weights, 0.0)
 
-    def save(self, path: str | Path) -> None:
-        """Write the router as one safetensors file, its options as JSON in the header; replaces ``path`` at once."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the router as one safetensors file, its options as JSON in the header.
+
+        It replaces another router at once. Raises RefusedError if ``path`` is any other file.
+        """
         path = path_of("path", path)
+        if os.path.isfile(path):
+            try:
+                self.load(path)
+            except CheckpointError as error:
+                raise RefusedError(f"{error}; it is not replaced") from None
         options = {"tasks": self.tasks, "mode": self.mode, "temperature": self.temperature, "abstain": self.abstain}
         partial = path.parent / (path.name + ".part")
         try:
@@ -158,7 +167,7 @@ class Router:
                 partial.unlink()
 
     @classmethod
-    def load(cls, path: str | Path) -> Router:
+    def load(cls, path: str | os.PathLike[str]) -> Router:
         """Read a router back. Raises CheckpointError, naming the file, if it is not one."""
         path = path_of("path", path)
         try:

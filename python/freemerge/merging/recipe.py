@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -49,8 +50,9 @@ class Recipe:
             merged one, with ``response`` or ``cutoff`` (the default is ``HighPass(0.4)``). It is kept as a
             :class:`freemerge.methods.filtered.Filter`. FR-Merging has a response of its own instead.
         select: ordered rules or (pattern, action) pairs with action "filter" (treated as matrices, which FR-Merging
-            filters), "merge" (entry by entry), "average", "copy" or "drop" (:class:`Rule`); the first match wins, and
-            tensors that match none follow :func:`freemerge.merging.units.default_action`.
+            filters), "merge" (entry by entry), "average", "copy" or "drop" (:class:`Rule`); the first match wins. Where
+            none matches, matrices and stacks of them are filtered, running statistics averaged, other floats, such as
+            vectors and convolution kernels, merged, and all else is copied.
         rename: pairs (old, new): a name of a model that begins with old begins with new instead, where that makes it a
             name of the base. ``[("", "language_model.")]`` fits a language model into a larger one.
         views: stacks and splits of tensors that are treated as matrices (:class:`Stack`, :class:`Split`).
@@ -141,7 +143,7 @@ class Recipe:
 
     @classmethod
     def preset(cls, name: str) -> Recipe:
-        """A published setting by name: one of :data:`PRESETS`, the YAML files in this package's folder ``presets``."""
+        """A published setting by name, one of docs/presets.md: the YAML files in this package's folder ``presets``."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ArgumentError(
                 f"preset must be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS, listed=True)}"
@@ -205,7 +207,7 @@ class Recipe:
         return to_yaml({"version": VERSION, **self.to_config()})
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Recipe:
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Recipe:
         """Read a recipe file. Raises ArgumentError naming the file."""
         path = path_of("path", path)
         try:

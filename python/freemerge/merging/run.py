@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -118,7 +119,7 @@ def merged_in_memory(merger: Merger) -> dict[str, Tensor]:
 def merge_checkpoints(
     base: Source,
     models: Sequence[Source],
-    out: str | Path,
+    out: str | os.PathLike[str],
     recipe: Recipe | None = None,
     *,
     method: str | Method | None = None,
@@ -224,7 +225,7 @@ def inspect(
     *,
     method: str | Method | None = None,
     backend: str = "auto",
-    out: str | Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     force: bool = False,
     max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
     tokenizer_from: TokenizerFrom = "base",
@@ -347,7 +348,7 @@ def _side_files(merger: Merger, tokenizer_from: TokenizerFrom) -> Checkpoint:
 
 def _writer(
     merger: Merger,
-    out: str | Path,
+    out: str | os.PathLike[str],
     *,
     max_shard_bytes: int | str,
     force: bool,

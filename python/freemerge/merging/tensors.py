@@ -48,7 +48,7 @@ def merge_tensors(
     Returns:
         ``out``, or a new contiguous tensor on the base's device, with its dtype (or the recipe's ``out_dtype``). It is
         equal, bit for bit, to what :func:`merge` gives for this tensor of a state dict with these weights. Inputs are
-        not modified.
+        not modified, and gradients are not recorded.
 
     Raises:
         ArgumentError: an argument is invalid, or the recipe stacks this tensor with others, or drops it.
@@ -111,9 +111,10 @@ def merge_deltas(
     """
     recipe = checked_recipe(recipe, method)
     _check_sequence("deltas", deltas)
+    for i, delta in enumerate(deltas):
+        if dense(delta, f"deltas[{i}]").dtype not in MERGEABLE:
+            raise ArgumentError(f"deltas[{i}] must be float32, float64, bfloat16 or float16, got {delta.dtype}")
     first = dense(deltas[0], "deltas[0]")
-    if first.dtype not in MERGEABLE:
-        raise ArgumentError(f"deltas[0] must be float32, float64, bfloat16 or float16, got {first.dtype}")
     origin = torch.zeros((), dtype=first.dtype, device=first.device).expand(first.shape)
     return _merge_one("deltas", origin, deltas, recipe, weights, name, out)
 
@@ -138,6 +139,8 @@ def _check_out(out: Tensor, base: Tensor, dtype: torch.dtype) -> None:
         raise ArgumentError(f"out must be a {dtype} tensor of shape {tuple(base.shape)} on {base.device}")
     if internal_overlap(tensor.shape, tensor.stride()):
         raise ArgumentError(f"out may overlap itself in memory (strides {tensor.stride()})")
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise ArgumentError("out is part of an autograd graph, which writing would break; pass out.detach()")
 
 
 def _copied(spec: TensorSpec, base: Tensor, tensors: Sequence[Tensor], select: Sequence[Rule]) -> Tensor:

@@ -108,7 +108,7 @@ def set_number(response: Response, name: str, *, least: float = -math.inf, above
 
 @dataclass(frozen=True)
 class Response:
-    """Base class of all frequency responses: frozen, hashable, comparable, and their repr is code.
+    """Base class of all frequency responses: frozen, hashable and comparable. Their repr is code, but for Custom.
 
     Subclasses define :meth:`params` and :meth:`gain`; the rest follows. ``shape`` is (n,) for a vector or (H, W).
     """

@@ -13,6 +13,8 @@ from .base import Gains, Response, matrix_shape
 
 MaskFunction = Callable[[Gains, Gains, tuple[int, int]], npt.ArrayLike]
 
+_NO_ARRAY = (RuntimeError, TypeError, ValueError)  # what NumPy raises, and torch for tensors that need grad
+
 
 class Custom(Response):
     """A user's own mask: an H x W array in stored order, or a callable ``mask(ky, kx, (H, W)) -> gains``.
@@ -29,9 +31,9 @@ class Custom(Response):
             object.__setattr__(self, "_key", ())
             return
         try:
-            array = np.array(mask)
-            array = array.astype(np.float64, casting="same_kind" if array.dtype.kind == "c" else "unsafe")
-        except (TypeError, ValueError):
+            array = np.asarray(mask)
+            array = array.astype(np.float64, casting="same_kind" if array.dtype.kind == "c" else "unsafe")  # a copy
+        except _NO_ARRAY:
             raise ArgumentError(f"mask must be a callable or an array of real numbers, got {mask!r}") from None
         if array.ndim not in (1, 2) or array.size == 0 or not np.isfinite(array).all():
             raise ArgumentError(f"mask must be a finite vector or matrix, got shape {array.shape}")
@@ -63,8 +65,7 @@ class Custom(Response):
         return f"array {shape}, blake2b {digest.hex()}"
 
     def __repr__(self) -> str:
-        inner = self._function if self._array is None else self._array.tolist()
-        return f"Custom({inner!r})"
+        return f"Custom({self.identity if self._function is None else repr(self._function)})"
 
     def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
         return 0.5 * (self._raw(ky, kx, matrix_shape(shape)) + self._raw(-ky, -kx, matrix_shape(shape)))
@@ -80,7 +81,11 @@ class Custom(Response):
         # The mirror image of a Nyquist bin is itself: hand the callable the stored sign.
         ky = np.where(2 * ky == -height, -ky, ky)
         kx = np.where(2 * kx == -width, -kx, kx)
-        called = np.asarray(self._function(ky, kx, shape))
+        returned = self._function(ky, kx, shape)
+        try:
+            called = np.asarray(returned)
+        except _NO_ARRAY:
+            raise ArgumentError(f"the mask callable must return finite real numbers, got {returned!r}") from None
         if called.dtype.kind not in "fiub" or not np.isfinite(called).all():
             raise ArgumentError(f"the mask callable must return finite real numbers, got {called.dtype} {called!r}")
         called = called.astype(np.float64)
