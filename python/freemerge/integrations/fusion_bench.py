@@ -107,7 +107,7 @@ class FREEMerging(Merging):
 
 
 class ExpertModulator(TaskModulator[nn.Module]):  # type: ignore[misc]
-    """An expert of one task: added to the weights of the backbone, and taken away bit for bit, also from a moved one."""
+    """An expert of one task: added to the weights of the backbone, and taken away bit for bit, if it was moved, too."""
 
     def __init__(self, expert: Expert) -> None:
         super().__init__()
