@@ -167,7 +167,17 @@ def test_what_a_lazy_checkpoint_does_not_give_is_refused(tmp_path: Path) -> None
         Merging(recipe=recipe).run(models)
 
 
-def test_the_command_of_fusion_bench(tmp_path: Path) -> None:
+TIES = ["method.recipe.method=ties", "~method.recipe.weights", "~method.recipe.cutoff", "+method.recipe.density=0.3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe"),
+    [(["method.recipe.cutoff=0.2"], fm.Recipe(cutoff=0.2)), (TIES, fm.Recipe(method="ties", density=0.3))],
+    ids=["fr", "ties"],
+)
+def test_the_command_of_fusion_bench(changes: list[str], recipe: fm.Recipe, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
+    assert all(change in page for change in changes)
     paths = write_models(tmp_path, 2)
     (tmp_path / "conf" / "modelpool").mkdir(parents=True)
     models = dict(zip(["_pretrained_", "math", "code"], paths, strict=True))
@@ -176,10 +186,10 @@ def test_the_command_of_fusion_bench(tmp_path: Path) -> None:
     command = [Path(sys.executable).with_name("fusion_bench"), "--config-dir", CONF, "method=freemerge/fr"]
     overrides = [
         f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "modelpool=small", "taskpool=dummy",
-        "method.recipe.cutoff=0.2", f"merged_model_save_path={tmp_path / 'merged'}",
+        *changes, f"merged_model_save_path={tmp_path / 'merged'}",
         "+merged_model_save_kwargs.save_tokenizer=false", "fabric.accelerator=cpu", f"path.log_dir={tmp_path / 'log'}",
     ]  # fmt: skip
     done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     base, *others = [tensors_of(path) for path in paths]
-    assert same(tensors_of(tmp_path / "merged"), fm.merge(base, others, fm.Recipe(cutoff=0.2)))
+    assert same(tensors_of(tmp_path / "merged"), fm.merge(base, others, recipe))
