@@ -837,6 +837,15 @@ def test_the_demo_keeps_out_of_a_directory_in_use(files: list[str], tmp_path: Pa
     assert run("demo", "--seed", -1) == 2
 
 
+def test_the_demo_without_its_digits_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert run("demo", "--keep", tmp_path / "digits") == 1
+    assert "the demo needs scikit-learn" in capsys.readouterr().err
+    assert not (tmp_path / "digits").exists()
+
+
 def test_the_demo_says_no_more_than_is_asked_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
