@@ -708,7 +708,7 @@ def test_an_empty_path_is_not_the_current_directory(
         run(command, "", *others, *out)
     assert caught.value.code == 2
     assert "the path is empty" in capsys.readouterr().err
-    with pytest.raises(fm.ArgumentError, match="path of a model is empty"):
+    with pytest.raises(fm.ArgumentError, match="base must be a path, got ''"):
         fm.merge("", files[1:])
 
 

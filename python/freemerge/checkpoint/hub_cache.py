@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import ArgumentError, CheckpointError
+from ..errors import CheckpointError
 
 _HUB_ID = re.compile(r"(?:[\w][\w.-]*/)?[\w][\w.-]*(?:@[\w][\w./-]*)?")
 _PART_OF_ONE = re.compile(r"([\w][\w.-]*/[\w][\w.-]*)/([\w][\w./-]*)")  # org/name/unet
@@ -19,10 +19,8 @@ def local_path(source: str | os.PathLike[str]) -> Path:
 
     ``org/name@revision`` names a branch, tag or commit; without one it is the main branch. ``org/name/unet`` is a
     directory in a snapshot. A model's directory in the cache is its snapshot, too.
-    Raises CheckpointError, saying how to fetch the model, if there is neither, and ArgumentError for an empty text.
+    Raises CheckpointError, saying how to fetch the model, if there is neither.
     """
-    if not os.fspath(source):
-        raise ArgumentError("the path of a model is empty")
     path = Path(source).expanduser()
     if path.exists():
         return (_snapshot(path, "") or path) if path.name.startswith(REPOSITORY) else path
