@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -584,6 +586,50 @@ def test_init(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert run("init", files[0], tmp_path / "nowhere") == 1
 
 
+@pytest.mark.parametrize("command", ["init", "tune", "analyze"])
+def test_a_text_file_takes_the_place_of_no_model_and_is_never_half_written(
+    command: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data.py").write_text("def logits(state):\n    yield state['a.weight']\n")
+    learning = ["--method", "average", "--function", f"{tmp_path / 'data.py'}:logits", "--iterations", 1]
+    options = {"tune": learning, "analyze": ["--methods", "average"]}.get(command, [])
+    before = Path(files[1]).read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(files[1])
+    for out in (files[1], link, tmp_path / "NEW.GGUF"):
+        assert run(command, *files, *options, "-o", out, "--force") == 2
+        assert "has the name of a weight file" in capsys.readouterr().err
+    assert run(command, *files, *options, "-o", tmp_path, "--force") == (2 if command == "analyze" else 3)
+    assert "is a directory" in capsys.readouterr().err
+    assert Path(files[1]).read_bytes() == before
+
+    text, to_text = tmp_path / "text", tmp_path / "to_text"
+    text.write_text("former")
+    to_text.symlink_to(text)
+
+    def full(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        assert run(command, *files, *options, "-o", to_text, "--force") == 1
+    assert f"cannot write {to_text}: No space left on device; the disk is full" in capsys.readouterr().err
+    assert text.read_text() == "former"
+    assert run(command, *files, *options, "-o", to_text, "--force") == 0
+    assert text.read_text() != "former"
+    assert to_text.is_symlink()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_recipe_for_models_whose_names_are_no_text(files: list[str], tmp_path: Path) -> None:
+    model = tmp_path / os.fsdecode(b"m\xff.safetensors")
+    save_file(load_file(files[1]), model)
+    assert run("init", files[0], model, "-o", tmp_path / "recipe.yml") == 0
+    assert Recipe.from_yaml(tmp_path / "recipe.yml") == Recipe()
+
+
 EVERYTHING = Recipe(
     method="task_arithmetic", weights=[0.1, 0.2], layers=[("*.0.*", [0.3, 0.4])], filter="before", cutoff=0.3,
     select=[("*.bias", "copy")], rename=[("a.", "b.")], views=[{"split": "*.qkv", "parts": 3}], out_dtype="float16",
@@ -622,14 +668,48 @@ def test_help_lists_every_method_and_parameter(capsys: pytest.CaptureFixture[str
     assert "[average: uniform, breadcrumbs: sum," in told
 
 
-def test_a_reader_that_stops_early_is_no_error_message(files: list[str]) -> None:
-    command = [sys.executable, "-c", "from freemerge.cli import main; raise SystemExit(main())", "inspect", *files]
+COMMAND = [sys.executable, "-m", "freemerge"]
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["verify", "nowhere", "--json"], ["verify", "--json"]])
+def test_a_reader_that_stops_early_is_no_error_message(arguments: list[str], files: list[str]) -> None:
+    command = [*COMMAND, *arguments, *(files if arguments == ["inspect"] else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+def test_streams_that_are_closed_or_have_few_characters(files: list[str], tmp_path: Path) -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        out = tmp_path / closed
+        command = [*COMMAND, "merge", *files, "-o", str(out)]
+        done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), closed
+        assert fm.verify(out) == []
+    shell = [*COMMAND, "analyze", *files[:2], "--methods", "average"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(shell, check=True, capture_output=True, text=True, env=environment).stdout
+    assert r"cosine \u2013" in told, "of one model there is none"
+
+
+@pytest.mark.parametrize("command", ["merge", "init", "analyze", "experts", "lora", "diff", "clean", "verify"])
+def test_an_empty_path_is_not_the_current_directory(
+    command: str, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_file(load_file(files[0]), "model.safetensors")
+    others = {"clean": [], "verify": [], "diff": files[:1], "lora": [files[1], "--rank", 1]}.get(command, files[1:])
+    out = ["-o", tmp_path / "out"] if command in ("merge", "experts", "lora") else []
+    with pytest.raises(SystemExit) as caught:
+        run(command, "", *others, *out)
+    assert caught.value.code == 2
+    assert "the path is empty" in capsys.readouterr().err
+    with pytest.raises(fm.ArgumentError, match="base must be a path, got ''"):
+        fm.merge("", files[1:])
 
 
 def test_interruption(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -755,6 +835,15 @@ def test_the_demo_keeps_out_of_a_directory_in_use(files: list[str], tmp_path: Pa
     assert run("demo", "--keep", files[0]) == 3
     assert Path(files[0]).read_bytes() == before
     assert run("demo", "--seed", -1) == 2
+
+
+def test_the_demo_without_its_digits_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert run("demo", "--keep", tmp_path / "digits") == 1
+    assert "the demo needs scikit-learn" in capsys.readouterr().err
+    assert not (tmp_path / "digits").exists()
 
 
 def test_the_demo_says_no_more_than_is_asked_for(

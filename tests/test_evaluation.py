@@ -35,7 +35,9 @@ def test_a_single_number_is_a_score() -> None:
     assert evaluate({"w": torch.ones(2, 2)}, lambda weights: weights["w"].sum()).scores == {"score": 4.0}
 
 
-@pytest.mark.parametrize("returned", [None, "high", {}, {"a": None}, float("nan"), {"a": 1.0, "b": float("inf")}])
+@pytest.mark.parametrize(
+    "returned", [None, "high", {}, {"a": None}, float("nan"), 10**400, {"a": 1.0, "b": float("inf")}]
+)
 def test_a_function_that_returns_no_numbers_is_refused(returned: object) -> None:
     with pytest.raises(fm.ArgumentError, match="function must return"):
         evaluate({"w": torch.ones(1)}, lambda weights: returned)  # type: ignore[arg-type, return-value]
@@ -54,6 +56,8 @@ def test_experts_are_scored_on_their_own_tasks(tmp_path: Path) -> None:
     assert evaluate_experts(merged, tmp_path / "experts", distances).scores == evaluation.scores
     with pytest.raises(fm.ArgumentError, match="no score for the expert 'near'"):
         evaluate_experts(merged, experts, lambda weights: {"other": 1.0})
+    with pytest.raises(fm.ArgumentError, match="at least one expert"):
+        evaluate_experts(merged, {}, distances)
 
 
 def test_tied_tensors_stay_tied_while_experts_are_on() -> None:

@@ -121,6 +121,40 @@ def test_layers_of_different_ranks_are_told_apart_by_name(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_names_that_are_no_patterns(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def model() -> nn.Module:
+        return nn.ModuleDict({"a(b+c": nn.Linear(4, 3), "d": nn.Linear(9, 9)})
+
+    base, tuned = model(), model()
+    fm.extract_lora(base, tuned, tmp_path / "adapter", rank=5)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+    merged, read = adapted.merge_and_unload().state_dict(), fm.merge(base, [tmp_path / "adapter"], method="average")
+    name = "a(b+c.weight"
+    torch.testing.assert_close(merged[name], tuned.state_dict()[name], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(read[name], tuned.state_dict()[name], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_linear_layers_of_a_class_of_their_own(tmp_path: Path) -> None:
+    """Falcon's: there used to be no linear layer that differed."""
+    peft = pytest.importorskip("peft")
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    for name in ("base", "tuned"):
+        FalconForCausalLM(config).save_pretrained(tmp_path / name)
+    made = fm.extract_lora(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=16)
+    assert made.layers == 4
+    base = FalconForCausalLM.from_pretrained(tmp_path / "base")
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    tuned = load_file(tmp_path / "tuned" / "model.safetensors")
+    for name in set(tuned) - set(made.left_out):
+        torch.testing.assert_close(merged[name], tuned[name], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_files_without_the_prefix_of_the_model_are_known(gpt2: Any, tmp_path: Path) -> None:
     """As GPT-2's own on the Hub: their layers used to be none that the model has."""
     gpt2.save_pretrained(tmp_path / "base")

@@ -159,12 +159,13 @@ def run_demo(seed: int = 0, keep: Path | None = None) -> dict[str, dict[str, flo
         raise ArgumentError(f"seed must be at least 0 and less than 2**32, got {seed}")
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise RefusedError(f"{keep} exists and is not an empty directory")
+    data = Digits(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more threads are slower on layers this small
     try:
         with torch.random.fork_rng(), nullcontext(keep) if keep else tempfile.TemporaryDirectory() as folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            return _run(Path(folder), Digits(seed), seed)
+            return _run(Path(folder), data, seed)
     finally:
         torch.set_num_threads(threads)
 

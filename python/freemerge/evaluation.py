@@ -95,6 +95,8 @@ def evaluate_experts(
             bank = ExpertBank(attached, experts, base=base, backbone=backbone)
         else:
             bank = ExpertBank.load(attached, path_of("experts", experts), base=base, backbone=backbone)
+        if not bank:
+            raise ArgumentError("experts must hold at least one expert")
         scores = {}
         for task in bank:
             with bank.active(task):
@@ -175,7 +177,7 @@ def _scores(returned: float | Mapping[str, float]) -> Scores:
     found = returned if isinstance(returned, Mapping) else {"score": returned}
     try:
         scores = {str(task): float(score) for task, score in found.items()}
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         raise ArgumentError(f"the function must return a number or a mapping of numbers, got {returned!r}") from None
     if not scores or not all(map(math.isfinite, scores.values())):
         raise ArgumentError(f"the function must return finite scores, got {returned!r}")

@@ -30,7 +30,7 @@ from .experts.task_vector import task_vector
 from .merging.selection import Action, Rule, check_rules, left_alone, renames_of, rules_of
 from .methods.layers import is_embedding
 
-_LAYERS = ("Linear", "Conv1D")  # of torch and transformers; the second holds its weight transposed
+_LAYERS = ("Linear", "Conv1D", "FalconLinear", "EsmFoldLinear")  # of torch and transformers; Conv1D is transposed
 _WEIGHT = ".weight"
 _MARK = {"writer": "freemerge"}  # in the metadata of the weights: other adapters may have taken days of training
 
@@ -207,7 +207,8 @@ def _own_ranks(ranks: Mapping[str, int], rank: int) -> dict[str, int]:
     To PEFT a name is a pattern for the end of a module's path, and the first that fits counts: longer ones come first,
     and of those of one length those with fewer dots, which fit any letter.
     """
-    other = [module for module in ranks if ranks[module] != rank]
+    patterns = {module: re.escape(module).replace(r"\.", ".") for module in ranks}
+    other = [patterns[module] for module in ranks if ranks[module] != rank]
     fits = re.compile(rf"(.*\.)?({'|'.join(other)})")
     told = [module for module in ranks if other and fits.fullmatch(module)]
-    return {module: ranks[module] for module in sorted(told, key=lambda name: (-len(name), name.count(".")))}
+    return {patterns[module]: ranks[module] for module in sorted(told, key=lambda name: (-len(name), name.count(".")))}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,51 @@ def test_experts_are_modulators_that_leave_no_trace() -> None:
     assert same(modulated.backbone.state_dict(), expected)
 
 
+@pytest.mark.parametrize("convert", [lambda model: model.to("cpu", torch.float64), lambda model: model.half()])
+def test_an_expert_is_taken_away_wherever_the_model_is_by_then(convert: Callable[[nn.Module], nn.Module]) -> None:
+    modulated = FREEMerging(experts={"density": 0.1, "values": "fp32"}).run(pool())
+    expected = convert(deepcopy(modulated.backbone)).state_dict()
+    modulated.set_task("math")
+    convert(modulated)
+    modulated.set_task("code")
+    assert not same(modulated.backbone.state_dict(), expected)
+    modulated.modulators["code"].remove(modulated)
+    assert same(modulated.backbone.state_dict(), expected)
+
+
+def test_a_program_may_end_while_an_expert_is_on(tmp_path: Path) -> None:
+    script = """
+        from hosts.test_fusion_bench import FREEMerging, pool
+        model = FREEMerging(experts={"density": 0.1}).run(pool())
+        model.set_task("math")
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in done.stderr
+
+
+def test_heads_that_the_recipe_leaves_alone_have_no_experts() -> None:
+    def models(same_shape: bool) -> dict[str, nn.Module]:
+        sides = [3 if same_shape else 3 + i for i in range(len(NAMES) + 1)]
+        return {
+            name: nn.ModuleDict({"encoder": model, "classifier": nn.Linear(6, side)})
+            for (name, model), side in zip(pool().items(), sides, strict=True)
+        }
+
+    recipe = {"select": [{"pattern": "classifier.*", "action": "copy"}]}
+    for same_shape in (True, False):
+        modulated = FREEMerging(recipe=recipe).run(models(same_shape))
+        before = modulated.backbone.classifier.weight.detach().clone()
+        modulated.set_task("math")
+        assert torch.equal(modulated.backbone.classifier.weight, before)
+
+
+@pytest.mark.parametrize("argument", ["recipe", "experts"])
+def test_what_is_no_mapping_is_named(argument: str) -> None:
+    with pytest.raises(fm.ArgumentError, match=f"{argument} must be a mapping of fields, got str"):
+        FREEMerging(**{argument: "fr"}).run(pool())
+
+
 def test_experts_that_need_the_pretrained_model_are_refused() -> None:
     for values in ("mask", "gains"):
         with pytest.raises(fm.ArgumentError, match=f"values {values} need the pretrained model"):
@@ -120,7 +167,17 @@ def test_what_a_lazy_checkpoint_does_not_give_is_refused(tmp_path: Path) -> None
         Merging(recipe=recipe).run(models)
 
 
-def test_the_command_of_fusion_bench(tmp_path: Path) -> None:
+TIES = ["method.recipe.method=ties", "~method.recipe.weights", "~method.recipe.cutoff", "+method.recipe.density=0.3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "recipe"),
+    [(["method.recipe.cutoff=0.2"], fm.Recipe(cutoff=0.2)), (TIES, fm.Recipe(method="ties", density=0.3))],
+    ids=["fr", "ties"],
+)
+def test_the_command_of_fusion_bench(changes: list[str], recipe: fm.Recipe, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
+    assert all(change in page for change in changes)
     paths = write_models(tmp_path, 2)
     (tmp_path / "conf" / "modelpool").mkdir(parents=True)
     models = dict(zip(["_pretrained_", "math", "code"], paths, strict=True))
@@ -129,10 +186,10 @@ def test_the_command_of_fusion_bench(tmp_path: Path) -> None:
     command = [Path(sys.executable).with_name("fusion_bench"), "--config-dir", CONF, "method=freemerge/fr"]
     overrides = [
         f"hydra.searchpath=[file://{tmp_path / 'conf'}]", "modelpool=small", "taskpool=dummy",
-        "method.recipe.cutoff=0.2", f"merged_model_save_path={tmp_path / 'merged'}",
+        *changes, f"merged_model_save_path={tmp_path / 'merged'}",
         "+merged_model_save_kwargs.save_tokenizer=false", "fabric.accelerator=cpu", f"path.log_dir={tmp_path / 'log'}",
     ]  # fmt: skip
     done = subprocess.run([*command, *overrides], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     base, *others = [tensors_of(path) for path in paths]
-    assert same(tensors_of(tmp_path / "merged"), fm.merge(base, others, fm.Recipe(cutoff=0.2)))
+    assert same(tensors_of(tmp_path / "merged"), fm.merge(base, others, recipe))

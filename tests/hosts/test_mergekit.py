@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import freemerge as fm
 from freemerge.cli import main
 from freemerge.integrations import mergekit
 from freemerge.methods import METHODS
+from freemerge.signals import stops
 from hosts.checkpoints import tensors_of, write_models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,9 +29,9 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def merged(
-    models: list[str], out: Path, config: dict[str, Any], *, weights: list[float] | None = None
+    models: list[str], out: Path, config: dict[str, Any], *, weights: list[float] | None = None, code: int = 0
 ) -> dict[str, Any]:
-    """What `freemerge mergekit-yaml` writes for a configuration."""
+    """What `freemerge mergekit-yaml` writes for a configuration; nothing where it ends with another ``code``."""
     listed: list[dict[str, Any]] = [{"model": model} for model in models[1:]]
     for entry, weight in zip(listed, weights or [], strict=False):
         entry["parameters"] = {"weight": weight}
@@ -36,8 +39,8 @@ def merged(
     content = {"models": listed, "base_model": models[0], "dtype": stored} | config
     path = out.with_suffix(".yml")
     path.write_text(yaml.safe_dump(content))
-    assert main(["mergekit-yaml", str(path), str(out), "--no-copy-tokenizer"]) == 0
-    return tensors_of(out)
+    assert main(["mergekit-yaml", str(path), str(out), "--no-copy-tokenizer"]) == code
+    return {} if code else tensors_of(out)
 
 
 def assert_equal_to_the_engine(
@@ -118,10 +121,44 @@ def test_some_weights_are_an_error() -> None:
         mergekit.merge(fm.methods.FR, torch.zeros(2, 2), tensors, {}, [None, 1.0], "w")
 
 
-def test_help_is_mergekits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["mergekit-yaml", "--help"]) == 0
-    assert "--allow-crimes" in capsys.readouterr().out
-    assert main(["mergekit-yaml", "--nonsense"]) == 2
+@pytest.mark.parametrize(("option", "code", "told"), [("--help", 0, "--allow-crimes"), ("--nonsense", 2, "--nonsense")])
+def test_help_and_options_are_mergekits(option: str, code: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["mergekit-yaml", option])
+    assert caught.value.code == code
+    captured = capsys.readouterr()
+    assert told in (captured.err if code else captured.out)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_it_as_they_end_other_commands(
+    number: int,
+    code: int,
+    models: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mergekit.scripts.run_yaml.run_merge", lambda *_, **__: os.kill(os.getpid(), number))
+    with stops():
+        assert merged(models, tmp_path / "out", {"merge_method": "linear"}, weights=[1.0] * 3, code=code) == {}
+    assert capsys.readouterr().err.splitlines()[-1] in ("freemerge: interrupted", "freemerge: terminated")
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ({"renormalize": "none", "scale": "0.7"}, {"renormalize": None, "scale": 0.7}),
+        ({"renormalize": "energy", "weights": "0.5,0.25,1"}, {"weights": [0.5, 0.25, 1.0]}),
+    ],
+)
+def test_words_and_none(values: dict[str, Any], meant: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, *others = (torch.randn(6, 5, generator=generator) for _ in range(4))
+    found = mergekit.merge(fm.methods.FR, base, others, values, [None] * 3, "w")
+    assert torch.equal(found, fm.merge_tensors(base, others, recipe=fm.Recipe(**meant), name="w"))
+    with pytest.raises(fm.ArgumentError, match="renormalize must be one of 'none', 'energy', got 'no'"):
+        mergekit.merge(fm.methods.FR, base, others, {"renormalize": "no"}, [None] * 3, "w")
 
 
 OWN: list[tuple[str, list[Any], dict[str, Any]]] = [

@@ -411,11 +411,7 @@ def test_outputs_that_cannot_be_meant(
 
     (tmp_path / "here" / "deeper").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "deeper")
-    for out, message in (
-        (".", "is the current directory"),
-        ("", "is the current directory"),
-        ("..", "above the current"),
-    ):
+    for out, message in ((".", "is the current directory"), ("..", "above the current")):
         assert main(["merge", *map(str, models), "-o", out, "--force"]) == 3
         assert message in capsys.readouterr().err
     merged(models, tmp_path / "model")

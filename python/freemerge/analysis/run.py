@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial, reduce
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..arguments import path_of
 from ..checkpoint import Source
+from ..checkpoint.publish import refuse_weights, write_file
 from ..errors import ArgumentError, RefusedError
 from ..merging.engine import Merger
 from ..merging.progress import Progress
@@ -112,7 +112,7 @@ def analyze(
             bar.advance("merge", sizes[unit], 1)
         analysis = _analysis(merger, found, methods, measured)
     if out is not None:
-        _write(analysis.to_html().encode(), Path(out), force=force)
+        _write(analysis.to_html(), Path(out), force=force)
     if png is not None:
         _check_folder(Path(png), force=force)
         Path(png).mkdir(exist_ok=True)
@@ -136,6 +136,7 @@ def _methods(methods: object) -> dict[str, Method]:
 
 def _check_out(out: Path, *, force: bool) -> None:
     """Complain about a place for the report before the work begins."""
+    refuse_weights(out, "a report is none")
     if out.is_dir() or not out.parent.is_dir():
         raise ArgumentError(f"out: {out} " + ("is a directory" if out.is_dir() else "is in no directory that exists"))
     if out.exists() and not force:
@@ -151,15 +152,9 @@ def _check_folder(folder: Path, *, force: bool) -> None:
         raise RefusedError(f"{folder} is not empty; use --force (force=True) to replace files in it")
 
 
-def _write(content: bytes, out: Path, *, force: bool) -> None:
-    """All of a file or nothing."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        partial.write_bytes(content)
-        _check_out(out, force=force)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+def _write(content: str | bytes, out: Path, *, force: bool) -> None:
+    _check_out(out, force=force)
+    write_file(out, content)
 
 
 def _measured(merger: Merger, method: Method, bar: Progress) -> Measured:

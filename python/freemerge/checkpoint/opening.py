@@ -228,7 +228,7 @@ def open_model(
 
 def adapter_directory(source: object) -> Path | None:
     """The directory of the PEFT adapter that ``source`` names, by the directory itself or by its weight file."""
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike)) or source == "":
         return None
     path = local_path(source)
     if path.name in ADAPTER_WEIGHTS and (path.parent / ADAPTER_CONFIG).is_file():

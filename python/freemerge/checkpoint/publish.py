@@ -50,10 +50,30 @@ def target(out: str | os.PathLike[str], *, file: str | None = None) -> Path:
     path, here = path_of("out", out).resolve(), Path.cwd()
     if path == here or path in here.parents:
         raise RefusedError(f"{out} is {'' if path == here else 'above '}the current directory; name a new one")
-    if path.name.lower().endswith(WEIGHT_SUFFIXES) and path.suffix != file:
-        kinds = "a directory" if file is None else f"a directory or a {file} file"
-        raise ArgumentError(f"out: {out} has the name of a weight file; an output is {kinds}")
+    if path.suffix != file:
+        refuse_weights(path, "an output is a directory" + (f" or a {file} file" if file is not None else ""))
     return path
+
+
+def refuse_weights(out: Path, meant: str) -> None:
+    """ArgumentError for an output that has the name of a weight file, and is none: it could take a model's place."""
+    if any(path.name.lower().endswith(WEIGHT_SUFFIXES) for path in (out, Path(os.path.realpath(out)))):
+        raise ArgumentError(f"out: {out} has the name of a weight file; {meant}")
+
+
+def write_file(out: Path, content: str | bytes) -> None:
+    """Put a file that is no checkpoint at ``out``: at any instant ``out`` is the old or the new one, links followed."""
+    whole = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+    path = Path(os.path.realpath(out))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.write_bytes(whole)
+        partial.replace(path)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign = no_manifest) -> None:

@@ -14,6 +14,7 @@ from typing import Union
 
 import torch
 
+from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError, counted
 from .architecture import Architecture, built_from_config, read_config, second_names
 from .containers import split_key, state_dict_in
@@ -87,6 +88,7 @@ class Checkpoint(ABC):
             state = state_dict_in(source, f"{argument} ({name})" if argument else name)
             return _InMemory(state, name, argument) if isinstance(state, dict) else _Lazy(state, name, argument)
         if isinstance(source, (str, os.PathLike)):
+            path_of(argument or "a model", source)
             file, key = split_key(os.fspath(source))
             path = local_path(file)
             located = locate(path)

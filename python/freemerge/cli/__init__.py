@@ -15,19 +15,29 @@ from click.shell_completion import shell_complete
 from ..errors import ArgumentError, FreemergeError, RefusedError
 from .commands import COMPLETION, NAME, Commands
 from .failures import FAILED, REFUSED, USAGE, Failures
+from .output import open_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 done, 1 failed, 2 wrong usage, 3 refused, 130 interrupted,
     143 terminated. Help, and arguments that cannot be parsed, raise SystemExit with it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not take time from those that read
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    open_streams()
+    try:
+        return _status(sys.argv[1:] if arguments is None else list(arguments))
+    except OSError:  # nobody takes what is said; the flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _status(arguments: list[str]) -> int:
+    """Run a command and tell its failures; OSError where they cannot be told."""
     commands = Commands()
     if COMPLETION in os.environ:
         return shell_complete(commands, {}, NAME, COMPLETION, os.environ[COMPLETION])
     failures = Failures(arguments)
     try:
-        with commands.make_context(NAME, list(arguments), obj=failures) as context:
+        with commands.make_context(NAME, [*arguments], obj=failures) as context:
             code = int(commands.invoke(context))
         sys.stdout.flush()
         return code
@@ -39,9 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return failures.tell(error, USAGE)
     except RefusedError as error:
         return failures.tell(error, REFUSED)
-    except BrokenPipeError:  # the reader has closed the pipe; the flush at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:  # the reader has closed the pipe
+        raise
     except (FreemergeError, OSError) as error:
         return failures.tell(error, FAILED)
     except KeyboardInterrupt as stop:

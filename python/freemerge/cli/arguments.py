@@ -13,8 +13,19 @@ from ..errors import did_you_mean
 from ..merging.selection import Action
 from .command import Argument, Option
 
-PATH = click.Path(path_type=Path)
 BASE_HELP = "the pretrained checkpoint all models started from"
+
+
+class _Path(click.Path):
+    """A path that is given: an empty text, as a variable that is not set, is not the current directory."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 
 
 class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import counted
+from .arguments import PATH
 from .command import Argument, Command
 from .failures import DONE, FAILED
 from .output import Output
@@ -17,7 +19,10 @@ def command() -> Command:
     """The command."""
     return Command(
         run,
-        [Argument("first", metavar="A", help="a checkpoint"), Argument("second", metavar="B", help="another one")],
+        [
+            Argument("first", type=PATH, metavar="A", help="a checkpoint"),
+            Argument("second", type=PATH, metavar="B", help="another one"),
+        ],
         examples="""
             freemerge diff merged other
             freemerge diff merged.safetensors org/model --json
@@ -25,7 +30,7 @@ def command() -> Command:
     )
 
 
-def run(output: Output, first: str, second: str) -> int:
+def run(output: Output, first: Path, second: Path) -> int:
     """Compare two checkpoints of any kind tensor by tensor. Exit status 1 if they differ; JSON is one object a line."""
     from ..checkpoint import diff
 

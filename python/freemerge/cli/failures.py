@@ -26,12 +26,13 @@ class Failures:
     def __init__(self, arguments: Sequence[str]) -> None:
         self._json, self._log = "--json" in arguments, "--log-json" in arguments
         self._verbose = not {"-v", "--verbose"}.isdisjoint(arguments)
+        self._begun = False
         self._out: Path | None = None
         self._before: object = None
 
     def watch(self, out: Path | None) -> None:
-        """After an interruption, say whether this output was written from now on."""
-        self._out, self._before = out, _identity(out)
+        """After an interruption, say whether this output was written from now on; None says nothing of one."""
+        self._begun, self._out, self._before = True, out, _identity(out)
 
     def tell(self, error: BaseException, code: int, message: str | None = None) -> int:
         """Say what went wrong, with --verbose where it was raised, and return the exit status."""
@@ -59,9 +60,12 @@ class Failures:
 
     def tell_interruption(self, stop: KeyboardInterrupt) -> int:
         """The same for a signal, with what became of the output."""
-        written = f"{self._out} was written" if _identity(self._out) != self._before else "no output was written"
-        code = getattr(stop, "code", INTERRUPTED)
-        return self.tell(stop, code, f"{str(stop) or 'interrupted'}; {written}")
+        told = str(stop) or "interrupted"
+        if _identity(self._out) != self._before:
+            told += f"; {self._out} was written"
+        elif self._out is not None or not self._begun:
+            told += "; no output was written"
+        return self.tell(stop, getattr(stop, "code", INTERRUPTED), told)
 
 
 def _identity(out: Path | None) -> object:

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RefusedError
 from .arguments import PATH
 from .command import Command, Option
 from .failures import DONE
 from .inspect import summary, warn
 from .output import Output
-from .recipes import inputs, read
+from .recipes import check_file, inputs, read
 
 
 def command() -> Command:
@@ -44,6 +43,9 @@ def run(
     It says what `freemerge merge` would do with the same options.
     """
     origin, tuned, recipe = read(base, models, options)
+    if out is not None:
+        check_file(out, force=force)
+    from ..checkpoint.publish import write_file
     from ..merging.commented import commented_recipe
     from ..merging.run import inspect
 
@@ -56,11 +58,8 @@ def run(
     ]
     text = commented_recipe(recipe, [line for entry in head for line in entry.splitlines()])
     if out is not None:
-        try:
-            with open(out, "w" if force else "x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise RefusedError(f"{out} exists; use --force to replace it") from None
+        check_file(out, force=force)
+        write_file(out, text)
     output.result(recipe.to_config(), text.rstrip("\n") if out is None else f"{out}: method {recipe.method.name}")
     warn(output, inspection)
     return DONE

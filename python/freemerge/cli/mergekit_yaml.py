@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ..errors import ArgumentError
+from .failures import DONE
 
 
 def command() -> click.Command:
@@ -24,4 +25,7 @@ class _Passed(click.Command):
             if error.name != "mergekit":
                 raise
             raise ArgumentError("mergekit is not installed: pip install 'freemerge[mergekit]'") from None
-        return run_yaml(ctx.args)
+        ctx.obj.watch(None)  # mergekit writes its output bit by bit
+        assert ctx.parent is not None
+        run_yaml(ctx.args, ctx.parent)
+        return DONE

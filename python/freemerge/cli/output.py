@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,19 @@ class Output:
         """A note for those who asked for more."""
         if self.verbose:
             self.note(text)
+
+
+def open_streams() -> None:
+    """Let everything be printed: to nowhere where a stream is closed, and characters that its encoding lacks as codes.
+
+    A file must not be opened in the place of a closed stream: it would get what libraries print.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the process ends
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def printable(text: object) -> str:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import CheckpointError, RefusedError, counted
+from ..errors import counted
 from .arguments import PATH, Named
 from .command import Command, Option
 from .failures import DONE
 from .inspect import backend as backend_option
 from .output import Output
-from .recipes import inputs, read
+from .recipes import check_file, inputs, read
 
 
 def command() -> Command:
@@ -68,21 +67,16 @@ def run(
     The recipe that is written merges with them; docs/methods.md has an example of a function.
     """
     origin, tuned, recipe = read(base, models, options)
-    if out.is_dir():
-        raise RefusedError(f"{out} is a directory")
-    if out.exists() and not force:
-        raise RefusedError(f"{out} exists; use --force to replace it")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"cannot write {out}: {out.parent} is no directory that can be written")
+    check_file(out, force=force)
+    from ..checkpoint.publish import write_file
     from ..evaluation import load_function
     from ..tuning import tune
 
     learnt = tune(
         origin, tuned, recipe, load_function(function), by=by, iterations=iterations, rate=rate, backend=backend
     )
-    new = out.with_name(f".{out.name}.new")
-    new.write_text(learnt.recipe.to_yaml(), encoding="utf-8")
-    os.replace(new, out)  # at no instant is a former one cut short
+    check_file(out, force=force)
+    write_file(out, learnt.recipe.to_yaml())
     result = {"recipe": learnt.recipe.to_config(), "entropies": learnt.entropies}
     weights = ", ".join(f"{weight:.4f}" for weight in learnt.recipe.weights)
     layers = f" and of {counted(len(learnt.recipe.layers), 'layer')}" if learnt.recipe.layers else ""

@@ -6,6 +6,7 @@ method=freemerge/fr method.recipe.cutoff=0.2``. ``recipe`` is a recipe of freeme
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import deepcopy
@@ -14,8 +15,9 @@ from typing import Any
 from fusion_bench import BaseAlgorithm, BaseModelPool, auto_register_config
 from fusion_bench.models.modulator import ModulatedModel, TaskModulator
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
+from ..dense import overwrite
 from ..errors import ArgumentError, CheckpointError
 from ..experts import Expert, ExpertBank, extract_experts
 from ..experts.values import LowRankTensor, SparseTensor, coding_of
@@ -44,9 +46,13 @@ class Merging(BaseAlgorithm):  # type: ignore[misc]
         base, models = _models(modelpool)
         return self.merged(base, models)
 
+    def checked_recipe(self) -> Recipe:
+        """The recipe of the configuration."""
+        return Recipe.from_config(_plain("recipe", self.recipe))
+
     def merged(self, base: Any, models: Mapping[str, Any]) -> nn.Module:
         """The merged model of modules or lazy state dicts."""
-        recipe = Recipe.from_config(_plain(self.recipe))
+        recipe = self.checked_recipe()
         if isinstance(base, nn.Module):
             model = base if self.inplace else deepcopy(base)
             merge(base, [*models.values()], recipe, into=model)
@@ -73,7 +79,7 @@ class FREEMerging(Merging):
     Args:
         recipe, inplace: as of :class:`Merging`.
         experts: arguments of :func:`freemerge.extract_experts` such as ``density``, ``values`` and ``rescale``; masks
-            and gains are refused.
+            and gains are refused. ``select`` and ``rename`` are those of the recipe unless they are given.
     """
 
     experts: Any
@@ -89,7 +95,8 @@ class FREEMerging(Merging):
 
     def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> ModulatedModel[nn.Module]:
         """The merged model; ``set_task(name)`` switches the expert of a task on, and that of the former one off."""
-        options = _plain(self.experts)
+        recipe = self.checked_recipe()
+        options = {"select": recipe.select, "rename": recipe.rename} | _plain("experts", self.experts)
         values = options.get("values")
         if values is not None and not issubclass(coding_of(values), SparseTensor | LowRankTensor):
             raise ArgumentError(f"experts: values {values} need the pretrained model, which is not kept")
@@ -100,17 +107,22 @@ class FREEMerging(Merging):
 
 
 class ExpertModulator(TaskModulator[nn.Module]):  # type: ignore[misc]
-    """An expert of one task: added to the weights of the backbone, and taken away bit for bit."""
+    """An expert of one task: added to the weights of the backbone, and taken away bit for bit, if it was moved, too."""
 
     def __init__(self, expert: Expert) -> None:
         super().__init__()
         self.expert = expert
         self._on = ExitStack()
+        weakref.finalize(self, self._on.close)  # at the end of the process, while torch can still do it
 
     def apply(self, modulated_model: ModulatedModel[nn.Module]) -> None:
         """Add the expert."""
-        bank = ExpertBank(modulated_model.backbone, {"expert": self.expert})
-        self._on.enter_context(bank.active("expert"))
+        backbone = modulated_model.backbone
+        bank = ExpertBank(backbone, {"expert": self.expert})
+        with ExitStack() as on:
+            on.callback(_follow, backbone, _tensors(backbone))  # after the expert was taken away
+            on.enter_context(bank.active("expert"))
+            self._on.push(on.pop_all())
 
     def remove(self, modulated_model: ModulatedModel[nn.Module]) -> None:
         """Take it away."""
@@ -124,7 +136,21 @@ def _models(modelpool: BaseModelPool | dict[str, nn.Module]) -> tuple[Any, dict[
     return pool.load_pretrained_model(), {name: pool.load_model(name) for name in pool.model_names}
 
 
-def _plain(config: Any) -> dict[str, Any]:
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a module holds now: a conversion gives it other memory, and leaves this as it is."""
+    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _follow(module: nn.Module, former: Mapping[str, Tensor]) -> None:
+    """Write the former tensors to where a module has been moved, or converted, since."""
+    for name, tensor in _tensors(module).items():
+        if name in former and tensor.data_ptr() != former[name].data_ptr():
+            overwrite(tensor, former[name])
+
+
+def _plain(argument: str, config: Any) -> dict[str, Any]:
     if isinstance(config, DictConfig):
         config = OmegaConf.to_container(config, resolve=True)
+    if not isinstance(config, Mapping | None):
+        raise ArgumentError(f"{argument} must be a mapping of fields, got {type(config).__name__}")
     return dict(config or {})

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from click import Context
 from mergekit import merge_methods
 from torch import Tensor
 
@@ -19,15 +20,15 @@ from ..errors import ArgumentError
 from ..merging.recipe import Recipe
 from ..merging.tensors import merge_tensors
 from ..methods import METHODS, Method
-from ..methods.parameters import FLAG, WHOLE_NUMBER, parameters_of
+from ..methods.parameters import FLAG, WHOLE_NUMBER, Parameter, parameters_of
 
 PREFIX = "freemerge_"
 WEIGHT = "weight"  # of one model, as mergekit's own methods call it
 
 
-def shared_parameters(method: type[Method]) -> list[str]:
+def shared_parameters(method: type[Method]) -> dict[str, Parameter]:
     """The parameters of a method that all models share."""
-    return ["scale", *parameters_of(method)]
+    return {"scale": parameters_of(Recipe)["scale"], **parameters_of(method)}
 
 
 def merge(
@@ -39,9 +40,8 @@ def merge(
     name: str | None,
 ) -> Tensor:
     """One tensor, from parameters of a configuration, where None stands for the default."""
-    given_parameters: dict[str, Any] = {
-        key: _typed(method, key, value) for key, value in parameters.items() if value is not None
-    }
+    known = shared_parameters(method)
+    given_parameters = {key: _typed(known[key], key, value) for key, value in parameters.items() if value is not None}
     recipe = Recipe(method=method.name, **given_parameters)
     given = [weight for weight in weights if weight is not None]
     if given and len(given) < len(tensors):
@@ -49,12 +49,14 @@ def merge(
     return merge_tensors(base, tensors, recipe=recipe, weights=given or None, name=name)
 
 
-def _typed(method: type[Method], name: str, value: object) -> object:
-    """A value as the parameter has it: mergekit 0.1.4 makes floats of all numbers, and of true and false."""
-    kind = parameters_of(method)[name].kind if name in parameters_of(method) else None
-    if kind is FLAG and value in (0, 1):
+def _typed(parameter: Parameter, name: str, value: object) -> Any:
+    """A value as the parameter has it: None is written "none", as mergekit's configurations hold no null, and mergekit
+    0.1.4 makes floats of all numbers, and of true and false."""
+    if isinstance(value, str):
+        return parameter.parse(name, value)
+    if parameter.kind is FLAG and value in (0, 1):
         return bool(value)
-    return int(value) if kind is WHOLE_NUMBER and isinstance(value, float) and value.is_integer() else value
+    return int(value) if parameter.kind is WHOLE_NUMBER and isinstance(value, float) and value.is_integer() else value
 
 
 def _reference(method: type[Method]) -> str | None:
@@ -183,12 +185,9 @@ else:
     _register_tasks()
 
 
-def run_yaml(arguments: Sequence[str]) -> int:
-    """mergekit's command ``mergekit-yaml`` with freemerge's methods; its exit code."""
+def run_yaml(arguments: Sequence[str], parent: Context) -> None:
+    """mergekit's command ``mergekit-yaml`` with freemerge's methods, as one of another command."""
     from mergekit.scripts.run_yaml import main
 
-    try:
-        main(args=list(arguments), prog_name="freemerge mergekit-yaml")
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+    with main.make_context("mergekit-yaml", list(arguments), parent=parent) as context:
+        main.invoke(context)

@@ -14,7 +14,6 @@ from typing import Any
 import sd_mecha
 from torch import Tensor
 
-from ..errors import ArgumentError
 from ..merging.recipe import Recipe
 from ..merging.tensors import merge_tensors
 from ..methods import METHODS, Method
@@ -35,8 +34,6 @@ def _method(method: type[Method]) -> Any:
     known = {"scale": parameters_of(Recipe)["scale"], **parameters_of(method)}
 
     def merged(base: Tensor, *models: Tensor, key: str, **given: Any) -> Tensor:
-        if not models:
-            raise ArgumentError("models must hold at least one fine-tuned model")
         values = {name: given[name] for name in known if given.get(name) is not None}
         typed = {name: known[name].parse(name, v) if isinstance(v, str) else v for name, v in values.items()}
         return merge_tensors(base, models, recipe=Recipe(method=method.name, **typed), name=key)
