@@ -28,7 +28,7 @@ constexpr std::int64_t kBinsPerSector = 4;
 // at once: chunks of rows are whole tiles of the sum, as many as fill 132 multiprocessors with its blocks.
 constexpr int kRowPassThreads = 64;
 constexpr int kRowPassBlocks = 8;
-constexpr int kAhead = 8;
+constexpr int kAhead = 7;
 constexpr int kSumPassBlocks = 5;
 constexpr int kTileRows = 8;
 constexpr std::int64_t kBlocksWanted = 132 * kSumPassBlocks;

@@ -8,6 +8,7 @@ namespace {
 using heuristics::kAhead;
 using heuristics::kRowPassBlocks;
 using heuristics::kRowPassThreads;
+using heuristics::kSumPassBlocks;
 
 // The sum of squares of what a thread writes, or nothing.
 template <bool kWanted>
@@ -36,7 +37,7 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
   const QuadAccess read = a.gain != 0.0f ? access : QuadAccess{false, 0};
   const int begin = chunk_begin(a.chunks, chunk);
   const int end = chunk_end(a.chunks, chunk, window);
-  T* entries = matrix + begin * row_stride + column;
+  matrix += column;
   const float constant = a.center_gain * load(a.centers + blockIdx.z);
 
   const float* lines = a.lines.data + blockIdx.z * a.lines.count * a.lines.pitch + column;
@@ -44,19 +45,21 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
     const int line = wrap_once(cell - static_cast<int>(a.lines.begin), static_cast<int>(a.lines.count));
     return load(reinterpret_cast<const Quad<float>*>(lines + line * a.lines.pitch));
   };
-  int cell = load(window.cell + begin);
-  Quad<float> coarse[kTaps];  // behind the first row of a cell: coarse rows cell .. cell + kTaps - 1
+  // The last cell first: what `spread_rows` read last is still in L2.
+  int cell = load(window.cell + end - 1);
+  Quad<float> coarse[kTaps];  // rows cell .. cell + kTaps - 1
 #pragma unroll
-  for (int j = 1; j < kTaps; ++j) coarse[j] = coarse_row(cell + j - 1);
+  for (int j = 0; j + 1 < kTaps; ++j) coarse[j] = coarse_row(cell + 1 + j);
 #pragma unroll 1
-  for (int row = begin; row < end; ++cell) {
+  for (int cell_end = end; cell_end > begin; --cell) {
 #pragma unroll
-    for (int j = 0; j + 1 < kTaps; ++j) coarse[j] = coarse[j + 1];
-    coarse[kTaps - 1] = coarse_row(cell + kTaps - 1);
-    const auto next_row = static_cast<int>(load(window.first + cell + 1));
-    const int cell_end = next_row < end ? next_row : end;
+    for (int j = kTaps - 1; j > 0; --j) coarse[j] = coarse[j - 1];
+    coarse[0] = coarse_row(cell);
+    const auto first_row = static_cast<int>(load(window.first + cell));
+    const int cell_begin = first_row > begin ? first_row : begin;
 #pragma unroll 1
-    for (; row < cell_end; row += kAhead) {
+    for (int row = cell_begin; row < cell_end; row += kAhead) {
+      T* entries = matrix + row * row_stride;
       Quad<T> quads[kAhead];
       load_rows(entries, row_stride, cell_end - row, read, quads);
 #pragma unroll
@@ -73,16 +76,15 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
           // The large terms cancel first.
           values.entries[c] = (a.gain * widen(quads[i].entries[c]) + constant) + sum;
         }
-        store_quad(entries, access, values);
+        store_quad(entries + i * row_stride, access, values);
         squares.add(values, access.count);
-        entries += row_stride;
       }
     }
-    row = cell_end;
+    cell_end = cell_begin;
   }
 }
 
-// The last chunk first: what `spread_rows` read last is still in L2.
+// The last chunk first, too.
 __device__ inline int reversed_chunk(const RowChunks& chunks) {
   return static_cast<int>(chunks.end) - 1 - static_cast<int>(blockIdx.y);
 }
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_k
 }
 
 template <int kTaps>
-__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_squares_kernel(Interpolate a) {
+__global__ void __launch_bounds__(kRowPassThreads, kSumPassBlocks) interpolate_squares_kernel(Interpolate a) {
   const std::int64_t column = first_column<kColumnsPerThread>();
   const int chunk = reversed_chunk(a.chunks);
   Squares<true> squares;
