@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) expand_columns_kernel(ExpandColumns 
   const int end = begin + kRows < a.lines.count ? begin + kRows : static_cast<int>(a.lines.count);
   float* line = a.lines.data + (blockIdx.z * a.lines.count + begin) * a.lines.pitch + column;
   const float* grid = a.grids.data + blockIdx.z * a.grids.rows * a.grids.pitch;
-  int row = wrap_once(static_cast<int>(a.lines.begin) + begin, static_cast<int>(a.grids.rows));
+  int row = wrap_ahead(static_cast<int>(a.lines.begin) + begin, static_cast<int>(a.grids.rows));
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {
     const float* source = grid + row * a.grids.pitch;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads) expand_columns_kernel(ExpandColumns 
       for (int j = 0; j <= kTaps; ++j) add(j, load(source + cell + j));
     } else {
 #pragma unroll
-      for (int j = 0; j <= kTaps; ++j) add(j, load(source + wrap_once(cell + j, cells)));
+      for (int j = 0; j <= kTaps; ++j) add(j, load(source + wrap_ahead(cell + j, cells)));
     }
     store(reinterpret_cast<Neighbours<float, kColumns>*>(line), sums);
     line += a.lines.pitch;

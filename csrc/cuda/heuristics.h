@@ -22,12 +22,11 @@ constexpr std::size_t kBatchBytes = std::size_t{16} << 20;
 // Complex numbers of the 32 bytes that memory moves at once.
 constexpr std::int64_t kBinsPerSector = 4;
 
-// Windowed passes down the rows: threads of a block, each taking four columns; blocks that fit a
-// multiprocessor, which bounds their registers; rows on their way from memory at a time. The pass that also
-// forms a sum: its blocks that fit; rows that it adds up before it spreads them. Of a matrix all blocks run
-// at once: chunks of rows are whole tiles of the sum, as many as fill 132 multiprocessors with its blocks.
+// Windowed passes down the rows: threads of a block, each taking four columns; rows on their way from memory
+// at a time. The pass that also forms a sum: its blocks that fit a multiprocessor; rows that it adds up
+// before it spreads them. Of a matrix all blocks run at once: chunks of rows are whole tiles of the sum, as
+// many as fill 132 multiprocessors with its blocks.
 constexpr int kRowPassThreads = 64;
-constexpr int kRowPassBlocks = 8;
 constexpr int kAhead = 7;
 constexpr int kSumPassBlocks = 5;
 constexpr int kTileRows = 8;

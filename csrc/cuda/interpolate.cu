@@ -6,7 +6,6 @@ namespace freemerge::cuda {
 namespace {
 
 using heuristics::kAhead;
-using heuristics::kRowPassBlocks;
 using heuristics::kRowPassThreads;
 using heuristics::kSumPassBlocks;
 
@@ -42,7 +41,7 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
 
   const float* lines = a.lines.data + blockIdx.z * a.lines.count * a.lines.pitch + column;
   const auto coarse_row = [&](int cell) {
-    const int line = wrap_once(cell - static_cast<int>(a.lines.begin), static_cast<int>(a.lines.count));
+    const int line = wrap_ahead(cell - static_cast<int>(a.lines.begin), static_cast<int>(a.lines.count));
     return load(reinterpret_cast<const Quad<float>*>(lines + line * a.lines.pitch));
   };
   // The last cell first: what `spread_rows` read last is still in L2.
@@ -90,7 +89,7 @@ __device__ inline int reversed_chunk(const RowChunks& chunks) {
 }
 
 template <typename T, int kTaps>
-__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) interpolate_kernel(Interpolate a) {
+__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks<kTaps>) interpolate_kernel(Interpolate a) {
   const std::int64_t column = first_column<kColumnsPerThread>();
   Squares<false> nothing;
   if (column < a.width) interpolate_columns<T, kTaps>(a, column, reversed_chunk(a.chunks), nothing);

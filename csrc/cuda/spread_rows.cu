@@ -6,11 +6,10 @@ namespace freemerge::cuda {
 namespace {
 
 using heuristics::kAhead;
-using heuristics::kRowPassBlocks;
 using heuristics::kRowPassThreads;
 
 template <typename T, int kTaps>
-__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks) spread_rows_kernel(SpreadRows a) {
+__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks<kTaps>) spread_rows_kernel(SpreadRows a) {
   const WindowTables& window = a.window;
   const std::int64_t column = first_column<kColumnsPerThread>();
   if (column >= a.width) return;

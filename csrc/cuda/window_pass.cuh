@@ -18,6 +18,10 @@ __device__ std::int64_t first_column() {
   return static_cast<std::int64_t>(blockIdx.x) * kColumnsPerBlock + kColumns * static_cast<int>(threadIdx.x);
 }
 
+// Blocks that fit a multiprocessor, which bounds their registers.
+template <int kTaps>
+constexpr int kRowPassBlocks = kTaps <= 10 ? 8 : 6;
+
 // The rows of a chunk.
 __device__ inline int chunk_begin(const RowChunks& chunks, int chunk) {
   return chunk * static_cast<int>(chunks.rows);

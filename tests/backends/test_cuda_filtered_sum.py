@@ -365,6 +365,10 @@ BUGS = {
     "no barrier before the lines": in_rows(f"  __syncthreads();\n{LINES}", LINES),
     "squares of a column that is not there": Bug("interpolate.cu", "if (c < count) sum", "sum",
                                                  "interpolate.cu"),
+    "the coarse row of another cell": Bug("interpolate.cu", "coarse[0] = coarse_row(cell)",
+                                          "coarse[0] = coarse_row(cell + 1)", "interpolate.cu"),
+    "two columns of one cell": Bug("expand_columns.cu", "load(a.window.cell + sample) - cell", "0",
+                                   "expand_columns.cu"),
 }  # fmt: skip
 
 
