@@ -92,7 +92,6 @@ class Decimated : public Executor {
   }
 
   void run_group(const Matrices& matrices) {
-    const Plan& plan = call_.filter.plan;
     const cudaStream_t stream = call_.stream;
     grids_.count = matrices.count;
     const auto grid_bytes = static_cast<std::size_t>(4 * matrices.count * grids_.rows * pitch_);
