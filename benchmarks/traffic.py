@@ -98,12 +98,14 @@ def _decimated(plan: Plan) -> list[Step]:
         Step("coarse_mask", "panel", spectrum, spectrum),
         Step("cuFFT C2R", "panel", spectrum, grid),
     ]
+    lines = [Step("expand_columns", "panel", grid, panel)] if plan.columns.taps else []  # in the panel's place
     return [
         Step("spread_rows", "matrix", matrix, 0),
         Step("spread_rows", "panel", 0, panel),
         Step("spread_columns", "panel", panel + grid, 2 * grid),  # the grid is cleared, then added to
         *(by_cufft if plan.tiles is None else coarse),
-        Step("interpolate", "panel", grid, 0),  # again for each chunk of rows, mostly from L1
+        *lines,
+        Step("interpolate", "panel", panel, 0),
         Step("interpolate", "matrix", kept, matrix),
     ]
 

@@ -46,9 +46,8 @@ Filter::Filter(const Plan& plan_, DType dtype_, const std::vector<float>& column
     require(!is_whole(plan.rows), "the rows axis must have a window");
     require(half_bin(plan.rows, mask.height) == 0 && half_bin(plan.columns, mask.width) == 0,
             "no frequencies around Nyquist of an odd length: 2-D real transforms are of whole bins");
-    const int padded = padded_taps(std::max(plan.rows.taps, plan.columns.taps));
-    rows = row_window(mask.height, plan.rows, padded, upload);
-    columns = column_window(mask.width, plan.columns, padded, upload);
+    rows = row_window(mask.height, plan.rows, upload);
+    columns = column_window(mask.width, plan.columns, upload);
     if (plan.tiles.parts > 0) spectra = coarse_filter(plan, upload);
     return;
   }

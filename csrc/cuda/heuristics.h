@@ -22,15 +22,16 @@ constexpr std::size_t kBatchBytes = std::size_t{16} << 20;
 // Complex numbers of the 32 bytes that memory moves at once.
 constexpr std::int64_t kBinsPerSector = 4;
 
-// Windowed passes down the rows: threads of a block, each taking two columns; blocks that share a
-// multiprocessor, which bounds their registers; rows on their way from memory at a time; warps that fill the
-// device (132 multiprocessors), and the rows that each walks down.
-constexpr int kRowPassThreads = 128;
-constexpr int kRowPassBlocks = 5;
-constexpr int kAhead = 8;
-constexpr std::int64_t kWarpsWanted = 2640;
+// Windowed passes down the rows: threads of a block, each taking four columns; rows on their way from memory
+// at a time. The pass that also forms a sum: its blocks that fit a multiprocessor; rows that it adds up
+// before it spreads them. Of a matrix all blocks run at once: chunks of rows are whole tiles of the sum, as
+// many as fill 132 multiprocessors with its blocks.
+constexpr int kRowPassThreads = 64;
+constexpr int kAhead = 7;
+constexpr int kSumPassBlocks = 5;
+constexpr int kTileRows = 8;
+constexpr std::int64_t kBlocksWanted = 132 * kSumPassBlocks;
 constexpr std::int64_t kMinChunkRows = 32;
-constexpr std::int64_t kMaxChunkRows = 256;
 
 // Threads of a block of the fused sum, each of which takes eight neighbouring entries. It also fixes the
 // order in which |v| is summed: changing it changes the last bits of E|v|.

@@ -1,29 +1,29 @@
-// Interpolation of the coarse grids along both axes at once, fused with the last step of the filter.
+// Interpolation of coarse rows along the rows axis, fused with the last step of the filter.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "cuda/spread_columns.cuh"
+#include "cuda/expand_columns.cuh"
 
 namespace freemerge::cuda {
 
 struct Interpolate {
   Matrices matrices;
-  WindowTables rows;
-  WindowTables columns;  // or a whole axis
-  CoarseGrids grids;
-  std::int64_t chunk_rows;  // samples of a block
+  WindowTables window;
+  CoarseLines lines;
+  RowChunks chunks;
+  std::int64_t width;
   const float* centers;
   float gain;
   float center_gain;
   // Of one float matrix: squares[block], the sum of the squares that a block writes, blocks being those of
-  // row_pass_grid(); or null.
+  // all chunks; or null.
   double* squares;
 };
 
-// matrices = gain * matrices + center_gain * centers + rows * grids * columns^T, rounded to the storage dtype
+// matrices = gain * matrices + center_gain * centers + window * lines, rounded to the storage dtype
 void interpolate(const Interpolate& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -17,6 +17,9 @@ FM_HOST_DEVICE inline std::int64_t wrap(std::int64_t i, std::int64_t n) {
   return i;
 }
 
+// i modulo n, for 0 <= i < 2 n; an index that exists for larger ones, which only weights of zero ask for.
+FM_HOST_DEVICE inline int wrap_ahead(int i, int n) { return i < n ? i : (i < 2 * n ? i - n : 0); }
+
 struct Split {
   std::int64_t quotient;
   std::int64_t remainder;

@@ -14,7 +14,7 @@ struct CoarseGrids {
   float* data;
   std::int64_t rows;
   std::int64_t columns;
-  std::int64_t pitch;  // 2 * (columns / 2 + 1)
+  std::int64_t pitch;  // at least 2 * (columns / 2 + 1), a multiple of 4
   int count;
 };
 

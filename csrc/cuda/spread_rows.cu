@@ -9,35 +9,44 @@ using heuristics::kAhead;
 using heuristics::kRowPassThreads;
 
 template <typename T, int kTaps>
-__global__ void __launch_bounds__(kRowPassThreads) spread_rows_kernel(SpreadRows a) {
+__global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks<kTaps>) spread_rows_kernel(SpreadRows a) {
   const WindowTables& window = a.window;
-  const std::int64_t column = first_column();
+  const std::int64_t column = first_column<kColumnsPerThread>();
   if (column >= a.width) return;
   const std::int64_t row_stride = a.matrices.row_stride[blockIdx.z];
   const T* matrix = static_cast<const T*>(a.matrices.data[blockIdx.z]);
-  const PairAccess access = pair_access(matrix, row_stride, column, a.width);
-  matrix += column;
-  const std::int64_t chunk_count = a.chunks.end - a.chunks.begin;
-  const std::int64_t chunk = static_cast<std::int64_t>(blockIdx.z) * chunk_count + blockIdx.y;
-  float* partial = a.partials + chunk * a.chunks.reach * a.chunks.pitch + column;
-  const std::int64_t begin = (a.chunks.begin + blockIdx.y) * a.chunks.rows;
-  const std::int64_t end = begin + a.chunks.rows < window.samples ? begin + a.chunks.rows : window.samples;
+  const QuadAccess access = quad_access(matrix, row_stride, column, a.width);
+  const int chunk = static_cast<int>(a.chunks.begin) + static_cast<int>(blockIdx.y);
+  const int begin = chunk_begin(a.chunks, chunk);
+  const int end = chunk_end(a.chunks, chunk, window);
   const float center = load(a.centers + blockIdx.z);
 
-  PartialRows<kTaps> rows(partial, a.chunks.pitch, load(window.cell + begin));
-  for (std::int64_t row = begin; row < end; row += kAhead) {
-    Pair<T> pairs[kAhead] = {};
-    load_rows(matrix, row_stride, row, end, access, pairs);
-    std::int32_t cells[kAhead];
-    load_cells(window, row, end, cells);
+  const std::int64_t chunk_of_panel = blockIdx.z * (a.chunks.end - a.chunks.begin) + blockIdx.y;
+  PartialRows<kTaps, kColumnsPerThread> partial(
+      a.partials + chunk_of_panel * a.chunks.reach * a.chunks.pitch + column, a.chunks.pitch);
+  matrix += column;
+  const std::int64_t* next = window.first + load(window.cell + begin) + 1;
+#pragma unroll 1
+  for (int row = begin; row < end; ++next) {
+    const auto next_row = static_cast<int>(load(next));
+    const int cell_end = next_row < end ? next_row : end;
+#pragma unroll 1
+    for (; row < cell_end; row += kAhead) {
+      Quad<T> quads[kAhead];
+      load_rows(matrix + row * row_stride, row_stride, cell_end - row, access, quads);
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (row + i >= end) break;
-      const float2 wide = widen(pairs[i]);
-      rows.add(window, row + i, cells[i], make_float2(wide.x - center, wide.y - center));
+      for (int i = 0; i < kAhead; ++i) {
+        if (row + i >= cell_end) break;
+        Quad<float> values;
+#pragma unroll
+        for (int c = 0; c < kColumnsPerThread; ++c) values.entries[c] = widen(quads[i].entries[c]) - center;
+        partial.add(window, row + i, values);
+      }
     }
+    row = cell_end;
+    partial.end_cell();
   }
-  rows.finish(window.taps);
+  partial.finish(window.taps);
 }
 
 }  // namespace
@@ -48,8 +57,8 @@ void spread_rows(const SpreadRows& arguments, cudaStream_t stream) {
   const Launch how("spread_rows", grid, dim3(kRowPassThreads), 0, stream);
   visit_storage(arguments.matrices.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    launch(arguments.window.padded == 8 ? spread_rows_kernel<T, 8> : spread_rows_kernel<T, 12>, how,
-           arguments);
+    visit_taps(arguments.window.taps,
+               [&](auto taps) { launch(spread_rows_kernel<T, decltype(taps)::value>, how, arguments); });
   });
 }
 

@@ -10,13 +10,15 @@
 
 namespace freemerge::cuda {
 
-// Of a block of the passes along rows, whose threads own two each.
-constexpr int kColumnsPerBlock = 2 * heuristics::kRowPassThreads;
+// Of a thread and of a block of the passes along rows.
+constexpr int kColumnsPerThread = 4;
+constexpr int kColumnsPerBlock = kColumnsPerThread * heuristics::kRowPassThreads;
 
 // The rows of a matrix in chunks of `rows` samples, so that each is read once, by one block for each run of
 // columns. A chunk gives `reach` partial coarse rows at most, from the first cell that its first sample
 // touches on; the coarse rows are their sums. A panel holds chunks [begin, end):
-// partials[matrix][chunk - begin][i][column], rows `pitch` floats apart, `pitch` even.
+// partials[matrix][chunk - begin][i][column], rows `pitch` floats apart, `pitch` a multiple of
+// kColumnsPerThread.
 struct RowChunks {
   std::int64_t rows;
   std::int64_t reach;

@@ -33,6 +33,12 @@ __host__ __device__ inline __half narrow<__half>(float x) {
   return __float2half_rn(x);
 }
 
+// Neighbours in one access, where the address allows it.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Neighbours {
+  T entries[kCount];
+};
+
 // Two neighbours in one access, where the address allows it.
 template <typename T>
 struct alignas(2 * sizeof(T)) Pair {
@@ -63,28 +69,6 @@ template <typename T>
 __device__ Pair<T> load_pair(const T* address, PairAccess access) {
   if (access.together) return load(reinterpret_cast<const Pair<T>*>(address));
   return {load(address), access.second ? load(address + 1) : T{}};
-}
-
-// The pairs of rows `row` to end - 1, of kRows at most; what isn't there is left as it was. Nothing waits for
-// a load until all are on their way.
-template <typename T, int kRows>
-__device__ void load_rows(const T* matrix, std::int64_t row_stride, std::int64_t row, std::int64_t end,
-                          PairAccess access, Pair<T> (&pairs)[kRows]) {
-  const auto address = [&](int i) { return matrix + (row + i) * row_stride; };
-  if (access.together) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (row + i >= end) break;
-      pairs[i] = load(reinterpret_cast<const Pair<T>*>(address(i)));
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    if (row + i >= end) break;
-    pairs[i].first = load(address(i));
-    if (access.second) pairs[i].second = load(address(i) + 1);
-  }
 }
 
 template <typename T>

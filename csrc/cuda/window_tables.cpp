@@ -12,17 +12,17 @@ namespace {
 std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 
 // What both axes need: samples and their cells.
-WindowTables by_sample(std::int64_t samples, const Decimation& axis, int padded, const Window& window,
+WindowTables by_sample(std::int64_t samples, const Decimation& axis, const Window& window,
                        const Upload& upload) {
   WindowTables tables{};
   tables.samples = samples;
   tables.cells = axis.cells;
   tables.band = axis.band;
   tables.taps = axis.taps;
-  tables.padded = padded;
   tables.nyquist = axis.nyquist;
   if (tables.whole()) return tables;
-  require(axis.taps <= padded, "windows have at most 12 taps");
+  require(axis.taps <= kMaxTaps, "windows have at most 12 taps");
+  const int padded = padded_taps(axis.taps);
   std::vector<std::int32_t> cell(index(samples));
   std::vector<float> weights(index(samples * padded), 0.0f);
   for (std::int64_t c = 0; c < axis.cells; ++c) {
@@ -40,13 +40,13 @@ WindowTables by_sample(std::int64_t samples, const Decimation& axis, int padded,
 
 }  // namespace
 
-WindowTables row_window(std::int64_t samples, const Decimation& axis, int padded, const Upload& upload) {
-  return by_sample(samples, axis, padded, make_window(samples, axis), upload);
+WindowTables row_window(std::int64_t samples, const Decimation& axis, const Upload& upload) {
+  return by_sample(samples, axis, make_window(samples, axis), upload);
 }
 
-WindowTables column_window(std::int64_t samples, const Decimation& axis, int padded, const Upload& upload) {
+WindowTables column_window(std::int64_t samples, const Decimation& axis, const Upload& upload) {
   const Window window = make_window(samples, axis);
-  WindowTables tables = by_sample(samples, axis, padded, window, upload);
+  WindowTables tables = by_sample(samples, axis, window, upload);
   if (tables.whole()) return tables;
   const std::int64_t cells = axis.cells;
   const auto first = [&](std::int64_t c) {  // cells below 0 are the last ones, one period earlier

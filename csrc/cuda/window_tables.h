@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/mask.h"
 #include "common/plan.h"
@@ -14,7 +15,7 @@ namespace freemerge::cuda {
 struct WindowTables {
   const std::int64_t* first;  // cells + 1
   const std::int32_t* cell;   // samples: the first cell that each touches
-  const float* weights;       // samples x padded
+  const float* weights;       // samples x padded_taps(taps)
   const std::int32_t* start;  // cells: the first sample that touches each; negative, counted from the end
   const float* spread;        // reach x cells: the weight of sample start[c] + k in cell c, or 0
   const double* transform;    // band
@@ -23,18 +24,33 @@ struct WindowTables {
   std::int64_t band;
   std::int64_t reach;
   int taps;
-  int padded;  // 8 or 12, the same for both axes
   bool nyquist;
 
   FM_HOST_DEVICE bool whole() const { return taps == 0; }
 };
 
-// Kernels exist for two widths; narrower windows are padded with zero weights.
+// Kernels exist for windows of 8, 10 and 12 taps; narrower ones are padded with zero weights.
 constexpr int kMaxTaps = 12;
-inline int padded_taps(int taps) { return taps <= 8 ? 8 : kMaxTaps; }
+constexpr int kernel_taps(int taps) { return taps <= 8 ? 8 : (taps <= 10 ? 10 : kMaxTaps); }
+
+// Calls visit(kernel_taps(taps), as a constant).
+template <typename Visit>
+void visit_taps(int taps, Visit visit) {
+  switch (kernel_taps(taps)) {
+    case 8:
+      return visit(std::integral_constant<int, 8>{});
+    case 10:
+      return visit(std::integral_constant<int, 10>{});
+    default:
+      return visit(std::integral_constant<int, kMaxTaps>{});
+  }
+}
+
+// Floats from one sample's weights to the next one's, in whole 16-byte words.
+FM_HOST_DEVICE constexpr int padded_taps(int taps) { return taps <= 8 ? 8 : kMaxTaps; }
 
 // The rows axis is spread sample by sample, without `start` and `spread`; the columns axis cell by cell.
-WindowTables row_window(std::int64_t samples, const Decimation& axis, int padded, const Upload& upload);
-WindowTables column_window(std::int64_t samples, const Decimation& axis, int padded, const Upload& upload);
+WindowTables row_window(std::int64_t samples, const Decimation& axis, const Upload& upload);
+WindowTables column_window(std::int64_t samples, const Decimation& axis, const Upload& upload);
 
 }  // namespace freemerge::cuda

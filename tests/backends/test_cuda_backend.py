@@ -168,6 +168,20 @@ def test_rows_more_than_two_to_the_31_entries_apart(form: str) -> None:
     assert torch.equal(x, dense)
 
 
+def test_panels_of_chunks_are_filtered_one_after_the_other() -> None:
+    height, width, chunk_rows, taps = 3000, 2048, 8, 10
+    x, response = noise(height, width), fm.HighPass(0.1)
+    plan = plan_of_form(x, response, "decimated")
+    assert plan.rows is not None
+    assert plan.rows.taps == taps
+    assert height // chunk_rows * (taps + 1) * width * 4 > 32 << 20  # partial coarse rows, more than a panel holds
+    executable = emulated.backend().prepare(plan)
+    executable.native.chunk_rows = chunk_rows  # type: ignore[attr-defined]
+    y = x.clone()
+    executable.run([y[None]], 1.0)
+    assert relative_error(y, reference_filter(x, response), x) < 5e-7
+
+
 def test_a_dominant_mean_keeps_its_accuracy() -> None:
     x = noise(128, 200) + 1000.0
     want = reference_filter(x, HIGH_PASS)

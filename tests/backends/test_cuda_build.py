@@ -21,14 +21,19 @@ CSRC = Path(__file__).parents[2] / "csrc"
 REGISTERS, WARPS, QUARTERS = 65536, 64, 4  # of a multiprocessor; each warp lives in one of its quarters
 MAX_REGISTERS = 96  # two blocks of 256 threads, or five of 128
 COMMON, UNCOMMON, CHIRP = (f"9TransformE{value}E" for value in range(3))  # instances, as their names are mangled
-# Of kernels whose launch bounds say otherwise: blocks of 512 or three of 160 columns, two with uncommon radices.
+# Of kernels whose launch bounds say otherwise: blocks of 512 or three of 160 columns, two with uncommon radices, eight
+# of 64 of the windowed passes, six with windows of 12 taps, five beside a sum.
 LARGE = {
     ("column_filter_kernel", COMMON): 128,
     ("column_filter_kernel", CHIRP): 128,
     ("column_filter_kernel", UNCOMMON): 200,
     ("to_rows_kernel", UNCOMMON): 200,
     ("to_spectra_kernel", UNCOMMON): 200,
-    ("interpolate_squares_kernel", "ColumnPair"): 128,  # four of 128
+    ("spread_rows", "Li12E"): 168,
+    ("spread_rows", "kernel"): 128,
+    ("interpolate", "Li12E"): 168,
+    ("interpolate_squares", "kernel"): 168,
+    ("interpolate", "kernel"): 128,
 }
 BLOCK_BYTES, MULTIPROCESSORS = 227 << 10, 132  # of an H100
 MAX_WHEEL_BYTES = 5_000_000
@@ -137,6 +142,29 @@ def test_blocks_of_the_three_kernels_share_a_multiprocessor(
             print(f"\n{height} x {width} {name} {instance}: {kernel.registers} registers, {threads} threads,", end=" ")
             print(f"{shared >> 10} KiB, {at_once} blocks on a multiprocessor, {waves:.2f} waves", end="")
         assert at_once >= (1 if rows_alone and "spectra" in name else 2)
+
+
+@pytest.mark.parametrize("taps", [8, 10, 12])
+def test_blocks_of_the_windowed_passes_share_a_multiprocessor(
+    taps: int, kernels: list[Kernel], capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = 16
+    sums = 8 * 256 * 4 + (models + 1) * 128 * 8  # a tile, and a number for each model and thread
+    passes = {
+        "spread_rows_kernel": (64, 0, 8 if taps < 12 else 6),
+        "interpolate_kernel": (64, 0, 8 if taps < 12 else 6),
+        "interpolate_squares_kernel": (64, 16, 5),
+        "spread_sum_kernel": (128, sums, 5),
+        "expand_columns_kernel": (128, 0, 8),
+    }
+    for name, (threads, shared, wanted) in passes.items():
+        found = [k for k in kernels if name in k.name and f"Li{taps}E" in k.name]
+        assert len(found) == (3 if name in ("spread_rows_kernel", "interpolate_kernel") else 1)  # storage dtypes
+        at_once = min(blocks_of(kernel, threads, shared) for kernel in found)
+        with capsys.disabled():
+            print(f"\n{name}, {taps} taps: {max(k.registers for k in found)} registers, {threads} threads,", end=" ")
+            print(f"{at_once} blocks on a multiprocessor", end="")
+        assert at_once >= wanted
 
 
 def cufft_include() -> Path:

@@ -353,7 +353,7 @@ BUGS = {
     "the row of another warp": Bug("spread_sum.cu", "tile + i * kColumnsPerBlock + kEntries", "tile + kEntries"),
     "no barrier after the sum": Bug("spread_sum.cu", "__syncthreads();\n    if (has_columns)", "if (has_columns)"),
     "no barrier before the next sum": Bug("spread_sum.cu", "__syncthreads();\n  }\n  if (has", "}\n  if (has"),
-    "the mean left in": Bug("spread_sum.cu", "value.x - center", "value.x"),
+    "the mean left in": Bug("spread_sum.cu", "entries[c] -= center", "entries[c] -= 0"),
     "a sample beside its place": Bug("spread_sum.cu", "i % a.columns * a.column_step", "i % a.columns"),
     "a row that is not there": in_rows("if (group.has(slot)) {", "{"),
     "magnitudes of another model": in_rows("if (lane == m) kept", "if (lane == 0) kept"),
@@ -363,8 +363,12 @@ BUGS = {
     "columns of the next row": in_rows("row + column, row + width, true", "row + column, row + width + 8, true"),
     "squares of the last pair alone": in_rows("squares += squared(first) +", "squares = squared(first) +"),
     "no barrier before the lines": in_rows(f"  __syncthreads();\n{LINES}", LINES),
-    "squares of a column that is not there": Bug("interpolate.cu", "second ? static_cast", "true ? static_cast",
+    "squares of a column that is not there": Bug("interpolate.cu", "if (c < count) sum", "sum",
                                                  "interpolate.cu"),
+    "the coarse row of another cell": Bug("interpolate.cu", "coarse[0] = coarse_row(cell)",
+                                          "coarse[0] = coarse_row(cell + 1)", "interpolate.cu"),
+    "two columns of one cell": Bug("expand_columns.cu", "load(a.window.cell + sample) - cell", "0",
+                                   "expand_columns.cu"),
 }  # fmt: skip
 
 
