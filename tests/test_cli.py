@@ -605,7 +605,11 @@ def test_a_text_file_takes_the_place_of_no_model_and_is_never_half_written(
 
     text, to_text = tmp_path / "text", tmp_path / "to_text"
     text.write_text("former")
+    text.chmod(0o600)
     to_text.symlink_to(text)
+    os.mkfifo(tmp_path / "pipe")
+    assert run(command, *files, *options, "-o", tmp_path / "pipe", "--force") == 3
+    assert "pipe is no file" in capsys.readouterr().err
 
     def full(self: Path, content: bytes) -> None:
         with self.open("wb") as file:
@@ -619,7 +623,9 @@ def test_a_text_file_takes_the_place_of_no_model_and_is_never_half_written(
     assert text.read_text() == "former"
     assert run(command, *files, *options, "-o", to_text, "--force") == 0
     assert text.read_text() != "former"
+    assert text.stat().st_mode & 0o777 == 0o600
     assert to_text.is_symlink()
+    assert run(command, *files, *options, "-o", tmp_path / ("r" * 250)) == 0
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

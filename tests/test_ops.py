@@ -79,6 +79,8 @@ def test_a_tangent_is_not_lost(grad: bool) -> None:
                 with pytest.raises(fm.ArgumentError, match=rf"^{name} has a tangent"):
                     function(given, fm.HighPass(0.3))
         assert torch.equal(fm.filtered(noise(5, 6), fm.HighPass(0.3)), fm.filtered(x.detach(), fm.HighPass(0.3)))
+        with pytest.raises(fm.ArgumentError, match="x must be a dense tensor"):
+            fm.filtered(noise(5, 6).to_sparse(), fm.HighPass(0.3))
 
 
 def test_lists_with_gradients() -> None:

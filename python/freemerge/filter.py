@@ -296,8 +296,11 @@ def _route(response: Response, x: torch.Tensor, backend: str, name: str) -> _Rou
 
 def _as_tensor(item: Any, name: str, *, written: bool = True) -> torch.Tensor:
     if isinstance(item, torch.Tensor):
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(item).tangent is not None:  # type: ignore[no-untyped-call]
-            raise ArgumentError(f"{name} has a tangent of forward mode, which would be lost; filter it by itself")
+        strided = item.layout is torch.strided
+        if strided and forward_ad._current_level >= 0 and forward_ad.unpack_dual(item).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ArgumentError(
+                f"{name} has a tangent of forward mode, which would be lost; filter value and tangent apart"
+            )
         return item
     if isinstance(item, np.ndarray):
         if isinstance(item, np.ma.MaskedArray):

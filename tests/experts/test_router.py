@@ -177,6 +177,15 @@ def test_features_that_float32_cannot_standardise_are_refused() -> None:
         Router.fit(features.clamp(max=1.0), ["a", "b"], steps=50, hidden=2, learning_rate=1e30)
 
 
+def test_logits_are_plain_torch(router: Router) -> None:
+    features, _ = blobs(10, seed=8)
+    want = router.logits(features)
+    one_by_one = torch.func.vmap(lambda row: router.logits(row[None])[0])(features)
+    assert torch.allclose(one_by_one, want, rtol=1e-5, atol=1e-5)
+    of_inputs = torch.func.jacrev(lambda row: router.logits(row[None])[0])(features[0])
+    assert of_inputs.shape == (want.shape[1], features.shape[1])
+
+
 def test_bad_arguments_are_named(router: Router) -> None:
     features, ids = blobs(10, seed=8)
     with pytest.raises(ArgumentError, match="tasks must name"):

@@ -155,6 +155,21 @@ def test_weights_that_get_other_data_meanwhile_are_restored_where_they_were(back
     assert torch.equal(weights, torch.zeros(3))
 
 
+def test_weights_whose_memory_is_shared_meanwhile_are_restored_where_it_is_now(backend: str) -> None:
+    memory = torch.randn(300, 301, generator=torch.Generator().manual_seed(1))
+    original = memory.clone()
+    updates = [Update(rows, sparse(rows.numel(), 9_000, 2), 0.3, None) for rows in (memory[:100].t(), memory[150:])]
+    with apply_(updates, backend=backend):
+        former = memory.data_ptr()
+        memory.share_memory_()
+        assert memory.data_ptr() != former
+        assert not torch.equal(memory, original)
+    assert torch.equal(memory, original)
+    with apply_(updates, backend=backend):
+        assert not torch.equal(memory, original)
+    assert torch.equal(memory, original)
+
+
 def test_updates_of_one_memory_are_made_in_order_and_undone_in_reverse(backend: str) -> None:
     original = torch.randn(90, 80, generator=torch.Generator().manual_seed(4))
     weights = original.clone()

@@ -131,6 +131,11 @@ def test_heads_that_the_recipe_leaves_alone_have_no_experts() -> None:
         before = modulated.backbone.classifier.weight.detach().clone()
         modulated.set_task("math")
         assert torch.equal(modulated.backbone.classifier.weight, before)
+        head = modulated.double().backbone.classifier.weight
+        with torch.no_grad():
+            head += 1  # trained while an expert is on
+        modulated.set_task("code")
+        assert torch.equal(head, before.double() + 1)
 
 
 @pytest.mark.parametrize("argument", ["recipe", "experts"])

@@ -113,6 +113,11 @@ def test_custom_masks() -> None:
         fm.Custom([[float("nan")]])
     with pytest.raises(fm.ArgumentError, match="callable returned shape"):
         fm.Custom(lambda ky, kx, shape: np.zeros(3)).mask(shape)
+    masked = np.ma.masked_array(array, array > 0)
+    with pytest.raises(fm.ArgumentError, match="mask must be a callable or an array of real numbers, got masked_array"):
+        fm.Custom(masked)
+    with pytest.raises(fm.ArgumentError, match="the mask callable must return finite real numbers, got masked_array"):
+        fm.Custom(lambda ky, kx, shape: masked).mask(shape)
     for value in ([[1], [1, 2]], torch.ones(1, requires_grad=True), torch.ones(1, dtype=torch.bfloat16)):
         with pytest.raises(fm.ArgumentError, match="mask callable must return finite real"):
             fm.Custom(lambda ky, kx, shape, gain=value: gain).mask(shape)

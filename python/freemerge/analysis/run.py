@@ -139,6 +139,8 @@ def _check_out(out: Path, *, force: bool) -> None:
     refuse_weights(out, "a report is none")
     if out.is_dir() or not out.parent.is_dir():
         raise ArgumentError(f"out: {out} " + ("is a directory" if out.is_dir() else "is in no directory that exists"))
+    if out.exists() and not out.is_file():
+        raise RefusedError(f"{out} is no file")
     if out.exists() and not force:
         raise RefusedError(f"{out} exists; use --force (force=True) to replace it")
 

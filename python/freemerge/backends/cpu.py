@@ -23,7 +23,7 @@ from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Check, Entries, Executable, unchecked
 from .memory import DTYPE_CODES, addresses, matrices, pointer, sample
-from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
+from .sparse import BackendSwitch, Scratch, Update, mark_changed, moved, native_updates, storages, where
 
 # OpenMP would wait for the threads that a fork leaves behind, in torch's loops as in ours.
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -248,15 +248,17 @@ class _Centered(Executable):
 
 class _Switch(BackendSwitch):
     def __init__(self, updates: Sequence[Update]) -> None:
-        jobs, self._kept = native_updates(updates)
-        self._switch = _core.SparseSwitch(jobs)
+        self._jobs, self._kept = native_updates(updates)
+        self._switch = _core.SparseSwitch(self._jobs)
 
     def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
         saved = scratch.take(self._switch.saved_bytes)
         memory, place = storages(weights), address(saved)
+        former = where(memory)
 
-        def restore(_: object = memory) -> None:
-            self._switch.restore(place, torch.get_num_threads())
+        def restore() -> None:
+            switch = self._switch if where(memory) == former else _core.SparseSwitch(moved(self._jobs, weights))
+            switch.restore(place, torch.get_num_threads())
             mark_changed(weights)
             scratch.give(saved)
 

@@ -20,7 +20,7 @@ from ..responses import MaskParams, has_closed_form
 from .base import BackendInfo, Check, Entries, Executable, unchecked
 from .cuda_runtime import DTYPES, Runtime, Stream
 from .memory import DTYPE_CODES, addresses, pointer
-from .sparse import BackendSwitch, Scratch, Update, mark_changed, native_updates, storages
+from .sparse import BackendSwitch, Scratch, Update, mark_changed, moved, native_updates, storages, where
 from .torch_vectors import TorchVectors
 
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "full"))
@@ -291,24 +291,27 @@ class _Filter(Executable):
 
 class _Switch(BackendSwitch):
     def __init__(self, runtime: Runtime, updates: Sequence[Update]) -> None:
-        jobs, self._kept = native_updates(updates)
+        self._jobs, self._kept = native_updates(updates)
         self._device = updates[0].weights.device
         self._runtime = runtime
-        self._switch = runtime.module.SparseSwitch(jobs)
+        self._switch = runtime.module.SparseSwitch(self._jobs)
         self._streams: set[tuple[int, int]] = set()  # those whose work freed memory of the jobs waits for
 
     def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
         place = self._runtime.place(self._device)
         saved = torch.empty(self._switch.saved_bytes, dtype=torch.uint8, device=self._device)  # the allocator's scratch
         memory = storages(weights)
+        addresses = where(memory)
         self._keep_for(place)
 
-        def restore(_: object = memory) -> None:
+        def restore() -> None:
             now = self._runtime.place(self._device)
+            here = where(memory) == addresses
+            switch = self._switch if here else self._runtime.module.SparseSwitch(moved(self._jobs, weights))
             self._keep_for(now)
             if now != place:  # freed memory goes back to the stream that it was taken on
                 saved.record_stream(torch.cuda.current_stream(self._device))
-            self._switch.restore(address(saved), *now)
+            switch.restore(address(saved), *now)
             mark_changed(weights)
 
         former = address(saved)

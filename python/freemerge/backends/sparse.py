@@ -140,6 +140,16 @@ def storages(weights: Sequence[torch.Tensor]) -> list[torch.UntypedStorage]:
     return [tensor.untyped_storage() for tensor in weights]
 
 
+def where(memory: Sequence[torch.UntypedStorage]) -> list[int]:
+    """Addresses of memory. Sharing it with other processes moves it, under the tensors that lie in it."""
+    return [storage.data_ptr() for storage in memory]
+
+
+def moved(jobs: Sequence[NativeUpdate], weights: Sequence[torch.Tensor]) -> list[NativeUpdate]:
+    """The same jobs where weights lie now."""
+    return [(address(flat_memory(tensor)), *job[1:]) for job, tensor in zip(jobs, weights, strict=True)]
+
+
 def mark_changed(weights: Sequence[torch.Tensor]) -> None:
     """Tell autograd of a native write, so that a backward pass through the former weights is an error."""
     for tensor in weights:

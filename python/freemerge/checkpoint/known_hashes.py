@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import mkstemp
 
 _SECOND = 10**9  # ns
 _SETTLED = 60 * _SECOND  # two changes within a clock's tick, or through a mapping of a disk's file, may look like one
@@ -65,13 +65,13 @@ def remember(digests: Mapping[str, str]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """At once, or not at all."""
-    with NamedTemporaryFile("w", encoding="ascii", dir=path.parent, prefix=".", delete=False) as stream:
-        written = Path(stream.name)
+    descriptor, written = mkstemp(dir=path.parent, prefix=".")
     try:
-        written.write_text(text, "ascii")
-        written.replace(path)
-    except OSError:
-        written.unlink()
+        with open(descriptor, "w", encoding="ascii") as stream:
+            stream.write(text)
+        os.replace(written, path)
+    except BaseException:
+        os.unlink(written)
         raise
 
 

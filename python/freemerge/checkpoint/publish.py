@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 from ..arguments import path_of
@@ -51,7 +52,7 @@ def target(out: str | os.PathLike[str], *, file: str | None = None) -> Path:
     if path == here or path in here.parents:
         raise RefusedError(f"{out} is {'' if path == here else 'above '}the current directory; name a new one")
     if path.suffix != file:
-        refuse_weights(path, "an output is a directory" + (f" or a {file} file" if file is not None else ""))
+        refuse_weights(Path(out), "an output is a directory" + (f" or a {file} file" if file is not None else ""))
     return path
 
 
@@ -65,9 +66,11 @@ def write_file(out: Path, content: str | bytes) -> None:
     """Put a file that is no checkpoint at ``out``: at any instant ``out`` is the old or the new one, links followed."""
     whole = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     path = Path(os.path.realpath(out))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".{os.getpid()}-{get_ident()}.part")
     try:
         partial.write_bytes(whole)
+        if path.exists():
+            shutil.copymode(path, partial)
         partial.replace(path)
     except OSError as error:
         raise cannot_write(out, error) from error

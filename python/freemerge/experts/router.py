@@ -116,7 +116,8 @@ class Router:
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores of each task, (N, K) float32, on the device of ``features``."""
-        features = dense(features, "features")
+        if not isinstance(features, Tensor):
+            raise ArgumentError(f"features must be a tensor, got {type(features).__name__}")
         weights = {name: tensor.to(features.device) for name, tensor in self.tensors.items()}
         if features.ndim != 2 or features.shape[1] != len(weights["center"]):
             raise ArgumentError(f"features must be (N, {len(weights['center'])}), got {tuple(features.shape)}")

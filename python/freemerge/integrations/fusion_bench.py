@@ -120,9 +120,13 @@ class ExpertModulator(TaskModulator[nn.Module]):  # type: ignore[misc]
         backbone = modulated_model.backbone
         bank = ExpertBank(backbone, {"expert": self.expert})
         with ExitStack() as on:
-            on.callback(_follow, backbone, _tensors(backbone))  # after the expert was taken away
+            former = {name: tensor for name, tensor in _tensors(backbone).items() if self._changes(name)}
+            on.callback(_follow, backbone, former)  # after the expert was taken away
             on.enter_context(bank.active("expert"))
             self._on.push(on.pop_all())
+
+    def _changes(self, name: str) -> bool:
+        return name in self.expert.tensors or name in self.expert.statistics
 
     def remove(self, modulated_model: ModulatedModel[nn.Module]) -> None:
         """Take it away."""
@@ -137,8 +141,9 @@ def _models(modelpool: BaseModelPool | dict[str, nn.Module]) -> tuple[Any, dict[
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What a module holds now: a conversion gives it other memory, and leaves this as it is."""
-    return {name: tensor.detach() for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    """What a module holds now, by all names: a conversion gives it other memory, and leaves this as it is."""
+    everything = *module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)
+    return {name: tensor.detach() for name, tensor in everything}
 
 
 def _follow(module: nn.Module, former: Mapping[str, Tensor]) -> None:

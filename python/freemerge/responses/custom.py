@@ -31,7 +31,7 @@ class Custom(Response):
             object.__setattr__(self, "_key", ())
             return
         try:
-            array = np.asarray(mask)
+            array = _unmasked(mask)
             array = array.astype(np.float64, casting="same_kind" if array.dtype.kind == "c" else "unsafe")  # a copy
         except _NO_ARRAY:
             raise ArgumentError(f"mask must be a callable or an array of real numbers, got {mask!r}") from None
@@ -83,7 +83,7 @@ class Custom(Response):
         kx = np.where(2 * kx == -width, -kx, kx)
         returned = self._function(ky, kx, shape)
         try:
-            called = np.asarray(returned)
+            called = _unmasked(returned)
         except _NO_ARRAY:
             raise ArgumentError(f"the mask callable must return finite real numbers, got {returned!r}") from None
         if called.dtype.kind not in "fiub" or not np.isfinite(called).all():
@@ -93,3 +93,9 @@ class Custom(Response):
             return np.broadcast_to(called, np.broadcast_shapes(ky.shape, kx.shape))
         except ValueError:
             raise ArgumentError(f"mask callable returned shape {called.shape} for {ky.shape} x {kx.shape}") from None
+
+
+def _unmasked(values: object) -> npt.NDArray[np.generic]:
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError("its own mask would be ignored")
+    return np.asarray(values)
