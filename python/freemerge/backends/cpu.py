@@ -23,7 +23,7 @@ from ..planner.plan import Decimation, Plan
 from ..responses import MaskParams, has_closed_form
 from .base import Backend, BackendInfo, Check, Entries, Executable, unchecked
 from .memory import DTYPE_CODES, addresses, matrices, pointer, sample
-from .sparse import BackendSwitch, Scratch, Update, mark_changed, moved, native_updates, storages, where
+from .sparse import BackendSwitch, Scratch, Update, addresses_of, mark_changed, memory_of, moved, native_updates
 
 # OpenMP would wait for the threads that a fork leaves behind, in torch's loops as in ours.
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -253,11 +253,12 @@ class _Switch(BackendSwitch):
 
     def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
         saved = scratch.take(self._switch.saved_bytes)
-        memory, place = storages(weights), address(saved)
-        former = where(memory)
+        memory, place = memory_of(weights), address(saved)
+        then = addresses_of(memory)
 
         def restore() -> None:
-            switch = self._switch if where(memory) == former else _core.SparseSwitch(moved(self._jobs, weights))
+            here = addresses_of(memory) == then
+            switch = self._switch if here else _core.SparseSwitch(moved(self._jobs, memory))
             switch.restore(place, torch.get_num_threads())
             mark_changed(weights)
             scratch.give(saved)

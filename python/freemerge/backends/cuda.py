@@ -20,7 +20,7 @@ from ..responses import MaskParams, has_closed_form
 from .base import BackendInfo, Check, Entries, Executable, unchecked
 from .cuda_runtime import DTYPES, Runtime, Stream
 from .memory import DTYPE_CODES, addresses, pointer
-from .sparse import BackendSwitch, Scratch, Update, mark_changed, moved, native_updates, storages, where
+from .sparse import BackendSwitch, Scratch, Update, addresses_of, mark_changed, memory_of, moved, native_updates
 from .torch_vectors import TorchVectors
 
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "decimated", "full"))
@@ -300,14 +300,14 @@ class _Switch(BackendSwitch):
     def on(self, weights: Sequence[torch.Tensor], scratch: Scratch) -> Callable[[], None]:
         place = self._runtime.place(self._device)
         saved = torch.empty(self._switch.saved_bytes, dtype=torch.uint8, device=self._device)  # the allocator's scratch
-        memory = storages(weights)
-        addresses = where(memory)
+        memory = memory_of(weights)
+        then = addresses_of(memory)
         self._keep_for(place)
 
         def restore() -> None:
             now = self._runtime.place(self._device)
-            here = where(memory) == addresses
-            switch = self._switch if here else self._runtime.module.SparseSwitch(moved(self._jobs, weights))
+            here = addresses_of(memory) == then
+            switch = self._switch if here else self._runtime.module.SparseSwitch(moved(self._jobs, memory))
             self._keep_for(now)
             if now != place:  # freed memory goes back to the stream that it was taken on
                 saved.record_stream(torch.cuda.current_stream(self._device))

@@ -135,19 +135,20 @@ def memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return memory.to(torch.int32) if extent(tensor.shape, tensor.stride()) <= 1 << 31 else memory
 
 
-def storages(weights: Sequence[torch.Tensor]) -> list[torch.UntypedStorage]:
-    """What keeps the memory of weights until they are restored, even if a tensor is given other data meanwhile."""
-    return [tensor.untyped_storage() for tensor in weights]
+def memory_of(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What keeps the memory of weights until they are restored, even if a tensor is given other data meanwhile, and
+    follows it: sharing it with other processes moves it, under the tensors that lie in it."""
+    return [tensor.detach() for tensor in weights]
 
 
-def where(memory: Sequence[torch.UntypedStorage]) -> list[int]:
-    """Addresses of memory. Sharing it with other processes moves it, under the tensors that lie in it."""
-    return [storage.data_ptr() for storage in memory]
+def addresses_of(memory: Sequence[torch.Tensor]) -> list[int]:
+    """Where memory lies now."""
+    return [address(tensor) for tensor in memory]
 
 
-def moved(jobs: Sequence[NativeUpdate], weights: Sequence[torch.Tensor]) -> list[NativeUpdate]:
-    """The same jobs where weights lie now."""
-    return [(address(flat_memory(tensor)), *job[1:]) for job, tensor in zip(jobs, weights, strict=True)]
+def moved(jobs: Sequence[NativeUpdate], memory: Sequence[torch.Tensor]) -> list[NativeUpdate]:
+    """The same jobs where their weights lie now."""
+    return [(there, *job[1:]) for there, job in zip(addresses_of(memory), jobs, strict=True)]
 
 
 def mark_changed(weights: Sequence[torch.Tensor]) -> None:
