@@ -722,7 +722,7 @@ def test_interruption(files: list[str], tmp_path: Path, monkeypatch: pytest.Monk
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("freemerge.merging.engine.add_round_checked", interrupt)
+    monkeypatch.setattr("freemerge.merging.engine.add_round", interrupt)
     before = sorted(tmp_path.iterdir())
     assert run("merge", *files, "-o", tmp_path / "out") == 130
     assert sorted(tmp_path.iterdir()) == before

@@ -6,7 +6,7 @@ Every backend returns tensors of the same bytes; the means, float64 sums in anot
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -97,27 +97,15 @@ def add_round(
     factor: float = 1.0,
     out: torch.Tensor | None = None,
     backend: str = "auto",
+    check: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """``round(base + scale * (factor * delta))`` to ``dtype`` in one pass; float64 arithmetic if base or delta is
     float64, else float32, in which the products are rounded one after the other.
 
     ``out``, if given, receives the result: a contiguous tensor of that dtype and shape, which may be ``base`` or
-    ``delta`` itself but must not overlap them otherwise.
+    ``delta`` itself but must not overlap them otherwise. ``check`` is called with the result, to look whether all of it
+    is finite, unless the backend has seen that it is as it wrote.
     """
-    return add_round_checked(base, delta, scale, dtype, factor=factor, out=out, backend=backend)[0]
-
-
-def add_round_checked(
-    base: torch.Tensor,
-    delta: torch.Tensor,
-    scale: float,
-    dtype: torch.dtype,
-    *,
-    factor: float = 1.0,
-    out: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, bool | None]:
-    """:func:`add_round`, and whether all of the result is finite; None if the backend does not see that meanwhile."""
     _check_shapes(base, [("delta", delta)])
     if out is None:
         out = empty(base.shape, dtype, base.device)
@@ -126,7 +114,10 @@ def add_round_checked(
     for tensor, name in ((out, "dtype"), (base, "base"), (delta, "delta")):
         dtype_code(tensor, name)
     chosen = pick(backend, (base, delta, out))
-    return out, chosen.add_round(out, base.contiguous(), delta.contiguous(), scale, factor)
+    finite = chosen.add_round(out, base.contiguous(), delta.contiguous(), scale, factor)
+    if check is not None and not finite:
+        check(out)
+    return out
 
 
 def elect(

@@ -288,14 +288,25 @@ def test_whether_the_result_is_finite_is_seen_while_it_is_written(
 ) -> None:
     largest = torch.finfo(dtype).max
     base, delta = torch.full((n,), largest, dtype=dtype), torch.zeros(n, dtype=compute)
-    rounded, finite = accumulate.add_round_checked(base, delta, 1.0, dtype)
-    assert finite is True
+    cpu, torch_backend = registry.named("cpu"), registry.named("torch")
+    assert cpu is not None
+    assert torch_backend is not None
+    rounded = torch.empty_like(base)
+    assert cpu.add_round(rounded, base, delta, 1.0, 1.0) is True
     assert torch.equal(rounded, base)
     for at in {0, n // 2, n - 1} if n else ():
         for wrong in (math.inf, -math.inf, math.nan, largest * 1.0 if dtype != torch.float64 else math.inf):
             delta[at] = wrong  # the last one overflows when it is rounded, or added
-            rounded, finite = accumulate.add_round_checked(base, delta, 1.0, dtype)
-            assert finite is False, (at, wrong)
+            assert cpu.add_round(rounded, base, delta, 1.0, 1.0) is False, (at, wrong)
             assert not rounded.isfinite().all()
             delta[at] = 0.0
-    assert accumulate.add_round_checked(base, delta, 1.0, dtype, backend="torch")[1] is None
+    assert torch_backend.add_round(rounded, base, delta, 1.0, 1.0) is None
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_result_is_looked_at_unless_it_was_seen_to_be_finite(backend: str, wrong: bool) -> None:
+    base, delta = torch.zeros(50), torch.full((50,), math.inf if wrong else 1.0)
+    seen: list[torch.Tensor] = []
+    result = accumulate.add_round(base, delta, 1.0, torch.float32, backend=backend, check=seen.append)
+    assert len(seen) == int(wrong or backend != "cpu")
+    assert all(tensor is result for tensor in seen)

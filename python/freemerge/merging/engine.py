@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from ..accumulate import abs_means, add_round, add_round_checked
+from ..accumulate import abs_means, add_round
 from ..backends.registry import named
 from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
 from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices, stays_finite
@@ -291,9 +291,9 @@ class Merger:
         for name, delta in zip(unit.names, merged.tensors, strict=True):
             spec = self.out_spec(name)
             base = self._pinned.read(self.base, name).to(delta.device)
-            tensor, finite = add_round_checked(base, delta, scale, spec.dtype, factor=merged.factor)
-            if not finite:  # finite inputs can still leave the range of float16, or of anything at a large scale
-                check_finite(name, tensor, f"merged model at scale {scale:g} in {spec.dtype_name}")
+            # Finite inputs can still leave the range of float16, or of anything at a large scale.
+            check = partial(check_finite, name, source=f"merged model at scale {scale:g} in {spec.dtype_name}")
+            tensor = add_round(base, delta, scale, spec.dtype, factor=merged.factor, check=check)
             yield name, tensor.to(self.base.device(name))
 
     def _merged_flat(self, unit: Unit, measured: Measured) -> Tensor:
@@ -301,11 +301,12 @@ class Merger:
         with self.stopwatch.stage("merge", self._worked_bytes(unit)):
             (delta,) = self.method.merge(self.vectors(unit), measured).complete().tensors
         spec = self.out_spec(unit.names[0])
-        merged, finite = add_round_checked(_read_flat(self.base, unit.names), delta, measured.scale, spec.dtype)
-        if not (finite or all_finite(merged)):
-            for name, part in self._parts(unit, merged).items():
+
+        def check(merged: Tensor) -> None:
+            for name, part in () if all_finite(merged) else self._parts(unit, merged).items():
                 check_finite(name, part, f"merged model at scale {measured.scale:g} in {spec.dtype_name}")
-        return merged
+
+        return add_round(_read_flat(self.base, unit.names), delta, measured.scale, spec.dtype, check=check)
 
     def _parts(self, unit: Unit, flat: Tensor) -> dict[str, Tensor]:
         """The tensors of a flat unit."""
@@ -321,8 +322,8 @@ class Merger:
         for vectors in self.vectors(unit).tensors:
             delta = vectors.sum(weights)
             name, dtype = vectors.name, self.out_spec(vectors.name).dtype
-            tensor = add_round(self._pinned.read(self.base, name).to(delta.device), delta, scale, dtype)
-            check_finite(name, tensor, f"merged model in {str(dtype).removeprefix('torch.')}")
+            check = partial(check_finite, name, source=f"merged model in {str(dtype).removeprefix('torch.')}")
+            tensor = add_round(self._pinned.read(self.base, name).to(delta.device), delta, scale, dtype, check=check)
             if self.of_models:
                 sources = ((source.label, source.read(name)) for source in (self.base, *self.models))
                 check_variance(name, tensor, sources)
