@@ -12,7 +12,7 @@ namespace freemerge::cuda {
 
 // common/window.h defines first, weights and transform. A whole axis (no taps, as many cells as samples) has
 // no tables.
-struct WindowTables {
+struct WindowTables : Decimation {
   const std::int64_t* first;  // cells + 1
   const std::int32_t* cell;   // samples: the first cell that each touches
   const float* weights;       // samples x padded_taps(taps)
@@ -20,11 +20,7 @@ struct WindowTables {
   const float* spread;        // reach x cells: the weight of sample start[c] + k in cell c, or 0
   const double* transform;    // band
   std::int64_t samples;
-  std::int64_t cells;
-  std::int64_t band;
   std::int64_t reach;
-  int taps;
-  bool nyquist;
 
   FM_HOST_DEVICE bool whole() const { return taps == 0; }
 };
