@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from freemerge.planner.plan import Plan
+from freemerge.planner.windows import half_bin
 
 Where = Literal["matrix", "spectrum", "panel"]
 _FLOAT, _COMPLEX = 4, 8
@@ -82,27 +83,29 @@ def _decimated(plan: Plan) -> list[Step]:
     assert plan.rows is not None
     assert plan.columns is not None
     matrix = _matrix_bytes(plan)
-    _, width = plan.matrix
+    height, width = plan.matrix
     panel = plan.rows.cells * width * _FLOAT  # and the coarse rows that two chunks of rows share
     grid = plan.rows.cells * plan.columns.cells * _FLOAT
-    spectrum = plan.rows.cells * (plan.columns.cells // 2 + 1) * _COMPLEX
+    rows = plan.rows.cells * (2 if half_bin(height, plan.rows) else 1)  # of what is transformed: the rest are zeros
+    transformed = rows * plan.columns.cells * _FLOAT
+    spectrum = rows * (plan.columns.cells // 2 + 1) * _COMPLEX
     kept = matrix if plan.background else 0
-    table = plan.rows.cells * plan.columns.band * _FLOAT  # of gains
+    table = rows * plan.columns.band * _FLOAT  # of gains
     coarse = [
-        Step("rows_to_spectra", "panel", grid, spectrum),
+        Step("rows_to_spectra", "panel", transformed, spectrum),
         Step("column_filter", "panel", spectrum + table, spectrum),
-        Step("spectra_to_rows", "panel", spectrum, grid),
+        Step("spectra_to_rows", "panel", spectrum, transformed),
     ]
     by_cufft = [
-        Step("cuFFT R2C", "panel", grid, spectrum),
+        Step("cuFFT R2C", "panel", transformed, spectrum),
         Step("coarse_mask", "panel", spectrum, spectrum),
-        Step("cuFFT C2R", "panel", spectrum, grid),
+        Step("cuFFT C2R", "panel", spectrum, transformed),
     ]
     lines = [Step("expand_columns", "panel", grid, panel)] if plan.columns.taps else []  # in the panel's place
     return [
         Step("spread_rows", "matrix", matrix, 0),
         Step("spread_rows", "panel", 0, panel),
-        Step("spread_columns", "panel", panel + grid, 2 * grid),  # the grid is cleared, then added to
+        Step("spread_columns", "panel", panel + grid, transformed + grid),  # the grid is cleared, then added to
         *(by_cufft if plan.tiles is None else coarse),
         *lines,
         Step("interpolate", "panel", panel, 0),

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -92,12 +92,13 @@ def backend() -> CudaBackend:
 
 @dataclass(frozen=True)
 class Bug:
-    """A change of a file of csrc/cuda, as the kernels of one are compiled with it."""
+    """A change of a file of csrc/cuda, or of another folder of csrc, as the kernels of one are compiled with it."""
 
     file: str
     right: str
     wrong: str
     kernels: str
+    folder: str = field(default="cuda", kw_only=True)
 
 
 def backend_with(bug: Bug, folder: Path) -> CudaBackend:
@@ -107,14 +108,14 @@ def backend_with(bug: Bug, folder: Path) -> CudaBackend:
 
 
 def _build_with(bug: Bug, folder: Path) -> Path:
-    source, changed = ROOT / "csrc", folder / "cuda"
+    source, changed = ROOT / "csrc", folder / bug.folder
     changed.mkdir(parents=True)
-    text = (source / "cuda" / bug.file).read_text(encoding="utf-8")
+    text = (source / bug.folder / bug.file).read_text(encoding="utf-8")
     assert bug.right in text
     (changed / bug.file).write_text(text.replace(bug.right, bug.wrong), encoding="utf-8")
     kernels, made, linked = changed / bug.kernels, folder / "kernels.o", folder / "_cuda_emulated.so"
     if not kernels.exists():
-        shutil.copy(source / "cuda" / bug.kernels, kernels)
+        shutil.copy(source / bug.folder / bug.kernels, kernels)
     headers = next(root / "include" for root in _toolkits() if (root / "include" / "cuda_fp16.h").exists())
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFREEMERGE_EMULATION"]

@@ -37,7 +37,7 @@ inline bool is_whole(const Decimation& axis) { return axis.taps == 0; }
 // How many half bins the first frequency at or above the centre of a band lies above it: 1 around Nyquist of
 // an odd number of samples, which is between two bins, else 0. Bins are counted from that one, and those of
 // |k + half_bin / 2| < band are kept.
-inline int half_bin(const Decimation& axis, std::int64_t samples) {
+FM_HOST_DEVICE inline int half_bin(const Decimation& axis, std::int64_t samples) {
   return axis.nyquist && samples % 2 != 0 ? 1 : 0;
 }
 

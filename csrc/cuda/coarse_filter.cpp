@@ -6,6 +6,7 @@
 
 #include "common/error.h"
 #include "common/window.h"
+#include "cuda/coarse_bins.h"
 #include "cuda/launch_math.h"
 
 namespace freemerge::cuda {
@@ -25,19 +26,19 @@ SpectrumFilter coarse_filter(const Plan& plan, const Upload& upload) {
   const std::vector<double> rows = make_window(mask.height, plan.rows).transform;
   const std::vector<double> columns = make_window(mask.width, plan.columns).transform;
   const std::int64_t bins = plan.columns.cells / 2 + 1;
-  const std::int64_t center_y = plan.rows.nyquist ? mask.height / 2 : 0;
+  const std::int64_t height = grid_rows(plan.rows, mask.height);
   const std::int64_t center_x = plan.columns.nyquist ? mask.width / 2 : 0;
-  const double smaller = static_cast<double>(plan.rows.cells) * static_cast<double>(plan.columns.cells) /
+  const double smaller = static_cast<double>(height) * static_cast<double>(plan.columns.cells) /
                          (static_cast<double>(mask.height) * static_cast<double>(mask.width));
-  std::vector<float> gains(static_cast<std::size_t>(plan.rows.cells * bins), 0.0f);
+  std::vector<float> gains(static_cast<std::size_t>(height * bins), 0.0f);
   std::vector<float> column_gains(static_cast<std::size_t>(bins), 0.0f);
-  for (std::int64_t row = 0; row < plan.rows.cells; ++row) {
-    const std::int64_t dy = row <= plan.rows.cells / 2 ? row : row - plan.rows.cells;
-    if (std::abs(dy) >= plan.rows.band) continue;
+  for (std::int64_t row = 0; row < height; ++row) {
+    const CoarseBin bin = coarse_bin(row, plan.rows, mask.height);
+    if (!bin.inside) continue;
     for (std::int64_t dx = 0; dx < std::min(plan.columns.band, bins); ++dx) {
-      const double gain = gain_around(mask, center_y + dy, center_x + dx) - plan.background;
+      const double gain = gain_around(mask, bin.y, center_x + dx) - plan.background;
       const double window =
-          rows[static_cast<std::size_t>(std::abs(dy))] * columns[static_cast<std::size_t>(dx)];
+          rows[static_cast<std::size_t>(bin.distance)] * columns[static_cast<std::size_t>(dx)];
       gains[static_cast<std::size_t>(row * bins + dx)] =
           static_cast<float>(gain * smaller / (window * window));
       column_gains[static_cast<std::size_t>(dx)] = std::nanf("");
@@ -45,7 +46,7 @@ SpectrumFilter coarse_filter(const Plan& plan, const Upload& upload) {
   }
   Mask coarse;
   coarse.kind = MaskKind::kTable;
-  coarse.height = plan.rows.cells;
+  coarse.height = height;
   coarse.width = plan.columns.cells;
   coarse.table = to_device(gains, upload);
   return spectrum_filter(coarse, plan.tiles, column_gains, upload);

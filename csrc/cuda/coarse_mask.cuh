@@ -9,7 +9,7 @@
 namespace freemerge::cuda {
 
 struct CoarseMask {
-  CoarseGrids grids;  // holding half spectra: rows x (columns / 2 + 1) complex numbers each
+  CoarseGrids grids;  // holding half spectra: columns / 2 + 1 complex numbers of each row that is transformed
   WindowTables rows;
   WindowTables columns;  // or a whole axis, which has no window to undo
   KernelMask mask;

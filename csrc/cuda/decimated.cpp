@@ -2,6 +2,7 @@
 
 #include "common/window.h"
 #include "cuda/accumulate.cuh"
+#include "cuda/coarse_bins.h"
 #include "cuda/coarse_mask.cuh"
 #include "cuda/error.h"
 #include "cuda/executor.h"
@@ -27,12 +28,13 @@ class Decimated : public Executor {
         own_(call.filter.plan.tiles.parts > 0),
         rows_(call.filter.rows),
         columns_(call.filter.columns),
+        transformed_(grid_rows(rows_, rows_.samples)),
         pitch_(4 * (columns_.cells / 4 + 1)) {
     const std::int64_t height = rows_.samples;
     const std::int64_t width = columns_.samples;
     chunks_.pitch = kColumnsPerThread * ceil_div(width, kColumnsPerThread);
     // Of no more matrices than a batch holds, no more blocks than fit at once.
-    const std::int64_t most = fit(heuristics::kBatchBytes, 4 * rows_.cells * chunks_.pitch, 1,
+    const std::int64_t most = fit(heuristics::kBatchBytes, 4 * transformed_ * chunks_.pitch, 1,
                                   std::min<std::int64_t>(heuristics::kMatricesPerLaunch, call.count));
     const std::int64_t across = ceil_div(width, kColumnsPerBlock) * most;
     const std::int64_t chunks = std::max<std::int64_t>(heuristics::kBlocksWanted / across, 1);
@@ -49,7 +51,7 @@ class Decimated : public Executor {
 
  private:
   void place(Arena& arena) override {
-    grids_ = {arena.take<float>(group_ * rows_.cells * pitch_), rows_.cells, columns_.cells, pitch_, 0};
+    grids_ = {arena.take<float>(group_ * grid_step()), rows_.cells, columns_.cells, pitch_, grid_step(), 0};
     partials_ = arena.take<float>(group_ * panel_chunks_ * chunks_.reach * chunks_.pitch);
     centers_ = arena.take<float>(group_);
     if (call_.sum) {
@@ -71,8 +73,11 @@ class Decimated : public Executor {
     in_groups([&](std::int64_t begin, std::int64_t count) { run_group(slice(begin, count)); });
   }
 
+  // Floats from grid to grid.
+  std::int64_t grid_step() const { return transformed_ * pitch_; }
+
   FftKey key(cufft::Type type) const {
-    return {call_.device, type, rows_.cells, columns_.cells, 1, pitch_, pitch_ / 2};
+    return {call_.device, type, transformed_, columns_.cells, 1, pitch_, pitch_ / 2};
   }
 
   FftKeys keys() const {
@@ -80,7 +85,7 @@ class Decimated : public Executor {
     return {key(cufft::kR2C), key(cufft::kC2R)};
   }
 
-  std::size_t work_limit() const { return static_cast<std::size_t>(2 * group_ * 4 * rows_.cells * pitch_); }
+  std::size_t work_limit() const { return static_cast<std::size_t>(2 * group_ * 4 * grid_step()); }
 
   template <typename Visit>
   void in_groups(Visit visit) const {
@@ -94,7 +99,7 @@ class Decimated : public Executor {
   void run_group(const Matrices& matrices) {
     const cudaStream_t stream = call_.stream;
     grids_.count = matrices.count;
-    const auto grid_bytes = static_cast<std::size_t>(4 * matrices.count * grids_.rows * pitch_);
+    const auto grid_bytes = static_cast<std::size_t>(4 * matrices.count * grid_step());
     check(cudaMemsetAsync(grids_.data, 0, grid_bytes, stream), "cudaMemsetAsync");
     find_centers(matrices);
     for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
@@ -130,7 +135,7 @@ class Decimated : public Executor {
     matrices.count = grids_.count;
     matrices.dtype = DType::kFloat32;
     for (int i = 0; i < grids_.count; ++i) {
-      matrices.data[i] = grids_.data + i * grids_.rows * pitch_;
+      matrices.data[i] = grids_.data + i * grid_step();
       matrices.row_stride[i] = pitch_;
     }
     return matrices;
@@ -139,7 +144,7 @@ class Decimated : public Executor {
   // In the grids' own memory, whose rows have room for the last bin.
   HalfSpectra grid_spectra() const {
     return half_spectra(
-        {reinterpret_cast<float2*>(grids_.data), grids_.rows, grids_.columns, pitch_ / 2, grids_.count});
+        {reinterpret_cast<float2*>(grids_.data), transformed_, grids_.columns, pitch_ / 2, grids_.count});
   }
 
   // Of a pass over a matrix.
@@ -151,7 +156,8 @@ class Decimated : public Executor {
     const std::int64_t height = rows_.samples;
     const std::int64_t first = first_cell(begin * chunks_.rows, height, window);
     const std::int64_t last = first_cell(std::min(end * chunks_.rows, height) - 1, height, window);
-    return {partials_, first, std::min(last - first + taps, rows_.cells), chunks_.pitch};
+    const std::int64_t count = std::min(last - first + taps, rows_.cells);
+    return {partials_, first, count, chunks_.pitch, count * chunks_.pitch};
   }
 
   // Chunks [begin, end) of the rows, onto the coarse rows that they touch.
@@ -174,7 +180,7 @@ class Decimated : public Executor {
     const Plan& plan = call_.filter.plan;
     chunks_.begin = begin;
     chunks_.end = end;
-    CoarseLines lines{grids_.data, 0, grids_.rows, pitch_};
+    CoarseLines lines{grids_.data, 0, grids_.rows, pitch_, grids_.step};
     if (!columns_.whole()) {
       lines = touched(begin, end, kernel_taps(rows_.taps));
       expand_columns({grids_, columns_, lines}, call_.stream);
@@ -189,6 +195,7 @@ class Decimated : public Executor {
   bool own_;  // the grids are filtered without cuFFT
   const WindowTables& rows_;
   const WindowTables& columns_;
+  std::int64_t transformed_;   // rows of a grid, see coarse_bins.h
   std::int64_t pitch_;         // of the grids
   std::int64_t chunk_count_;   // of a matrix
   std::int64_t group_;         // matrices at a time

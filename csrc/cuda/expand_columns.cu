@@ -28,8 +28,8 @@ __global__ void __launch_bounds__(kThreads) expand_columns_kernel(ExpandColumns 
   }
   const auto begin = static_cast<int>(blockIdx.y) * kRows;
   const int end = begin + kRows < a.lines.count ? begin + kRows : static_cast<int>(a.lines.count);
-  float* line = a.lines.data + (blockIdx.z * a.lines.count + begin) * a.lines.pitch + column;
-  const float* grid = a.grids.data + blockIdx.z * a.grids.rows * a.grids.pitch;
+  float* line = a.lines.data + blockIdx.z * a.lines.step + begin * a.lines.pitch + column;
+  const float* grid = a.grids.data + blockIdx.z * a.grids.step;
   int row = wrap_ahead(static_cast<int>(a.lines.begin) + begin, static_cast<int>(a.grids.rows));
 #pragma unroll 1
   for (int i = begin; i < end; ++i) {

@@ -10,12 +10,13 @@
 namespace freemerge::cuda {
 
 // Coarse rows begin .. begin + count - 1 of each matrix: data[matrix][i][column], rows `pitch` floats apart,
-// a multiple of 4. They wrap around where all of them are here.
+// a multiple of 4, and matrices `step`. They wrap around where all of them are here.
 struct CoarseLines {
   float* data;
   std::int64_t begin;
   std::int64_t count;
   std::int64_t pitch;
+  std::int64_t step;
 };
 
 struct ExpandColumns {

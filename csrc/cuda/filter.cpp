@@ -44,8 +44,8 @@ Filter::Filter(const Plan& plan_, DType dtype_, const std::vector<float>& column
   require(mask.height > 0 && mask.width > 0, "height and width must be positive");
   if (plan.form == Form::kDecimated) {
     require(!is_whole(plan.rows), "the rows axis must have a window");
-    require(half_bin(plan.rows, mask.height) == 0 && half_bin(plan.columns, mask.width) == 0,
-            "no frequencies around Nyquist of an odd length: 2-D real transforms are of whole bins");
+    require(half_bin(plan.columns, mask.width) == 0,
+            "real transforms along an odd width have no frequencies around Nyquist");
     rows = row_window(mask.height, plan.rows, upload);
     columns = column_window(mask.width, plan.columns, upload);
     if (plan.tiles.parts > 0) spectra = coarse_filter(plan, upload);

@@ -39,7 +39,7 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
   matrix += column;
   const float constant = a.center_gain * load(a.centers + blockIdx.z);
 
-  const float* lines = a.lines.data + blockIdx.z * a.lines.count * a.lines.pitch + column;
+  const float* lines = a.lines.data + blockIdx.z * a.lines.step + column;
   const auto coarse_row = [&](int cell) {
     const int line = wrap_ahead(cell - static_cast<int>(a.lines.begin), static_cast<int>(a.lines.count));
     return load(reinterpret_cast<const Quad<float>*>(lines + line * a.lines.pitch));

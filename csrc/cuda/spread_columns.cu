@@ -42,8 +42,7 @@ __device__ void for_each_partial(const SpreadColumns& a, int cell, Visit visit) 
 }
 
 __device__ float* grid_entry(const SpreadColumns& a, std::int64_t cell, std::int64_t column) {
-  return a.grids.data + (static_cast<std::int64_t>(blockIdx.z) * a.grids.rows + cell) * a.grids.pitch +
-         column;
+  return a.grids.data + blockIdx.z * a.grids.step + cell * a.grids.pitch + column;
 }
 
 __global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(SpreadColumns a) {

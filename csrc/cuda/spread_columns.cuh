@@ -9,12 +9,14 @@
 
 namespace freemerge::cuda {
 
-// Real coarse grids as cuFFT transforms them in place: grid[matrix][row][column], rows `pitch` floats apart.
+// Real coarse grids as cuFFT transforms them in place: grid[matrix][row][column], rows `pitch` floats apart
+// and matrices `step`, which may leave room for more rows: see coarse_bins.h.
 struct CoarseGrids {
   float* data;
   std::int64_t rows;
   std::int64_t columns;
   std::int64_t pitch;  // at least 2 * (columns / 2 + 1), a multiple of 4
+  std::int64_t step;
   int count;
 };
 

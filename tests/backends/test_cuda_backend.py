@@ -334,14 +334,6 @@ def test_bytes_of_tiles_need_tiles() -> None:
         emulated.module().tile_bytes(8, 8, None)
 
 
-def test_a_band_between_two_bins_is_refused() -> None:
-    """2-D real transforms have no half bins, which a band around Nyquist of an odd height needs."""
-    assert not [plan for plan in plans(noise(101, 64), fm.Official(0.1)) if plan.form == "decimated"]
-    even = plan_of_form(noise(100, 64), fm.Official(0.1), "decimated")
-    with pytest.raises(ValueError, match="around Nyquist of an odd length"):
-        emulated.backend().prepare(replace(even, shape=(101, 64)))
-
-
 # --- switching experts ------------------------------------------------------------------------------------------------
 
 

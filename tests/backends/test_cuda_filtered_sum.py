@@ -76,6 +76,7 @@ SHAPES = {
     "few rows": ((20, 331), fm.HighPass(0.2)),
     "chunks": ((1030, 264), fm.HighPass(0.05)),
     "around Nyquist": ((300, 90), fm.Official(0.05)),
+    "between two bins": ((301, 90), fm.Official(0.05)),
     "whole columns": ((512, 31), fm.Butterworth(0.02)),
     "a batch of one": ((1, 96, 130), fm.HighPass(0.05)),
 }

@@ -241,6 +241,7 @@ def coarse_plan(backend: CudaBackend, x: torch.Tensor, response: Response) -> Pl
         ((300, 90), fm.LowPass(0.05)),
         ((3, 128, 200), fm.LowPass(0.05)),  # an odd number of coarse columns, several matrices
         ((300, 90), fm.Official(0.05)),  # around Nyquist
+        ((301, 90), fm.Official(0.05)),  # between two bins
         ((512, 31), fm.Butterworth(0.02)),  # a whole axis, by a convolution
         ((257, 1021), fm.HighPass(0.1)),
     ],
@@ -282,9 +283,14 @@ def test_a_batch_of_coarse_grids_is_one_by_one_and_takes_no_work_area(own: CudaB
     assert traits.workspace(plan) < traits.workspace(replace(plan, tiles=None))
 
 
-def test_the_traffic_model_counts_every_store_of_coarse_grids(own: CudaBackend) -> None:
-    module, x = emulated.module(), noise(256, 160)
-    plan = coarse_plan(own, x, fm.HighPass(0.05))
+@pytest.mark.parametrize(
+    ("shape", "response"), [((256, 160), fm.HighPass(0.05)), ((301, 90), fm.Official(0.05))], ids=str
+)
+def test_the_traffic_model_counts_every_store_of_coarse_grids(
+    own: CudaBackend, shape: tuple[int, int], response: Response
+) -> None:
+    module, x = emulated.module(), noise(*shape)
+    plan = coarse_plan(own, x, response)
     stores = []
     for chosen in (plan, replace(plan, tiles=None)):
         executable = own.executable(chosen)

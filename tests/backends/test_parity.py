@@ -158,7 +158,7 @@ def test_lengths_with_large_prime_factors(name: str, shape: tuple[int, int]) -> 
     ("shape", "response"),
     [
         ((101, 64), fm.Official(0.1)),
-        ((333, 48), fm.Official(0.7)),
+        ((433, 48), fm.Official(0.7)),
         ((333, 48), transposed(fm.Official(0.2))),
         ((3, 501, 40), fm.Official(0.4)),  # a batch
         ((403, 47), fm.Official(0.5)),  # an odd width, which stays whole

@@ -177,7 +177,7 @@ def _traits() -> Traits:
         taps=_core.TAPS,
         whole_columns=True,
         whole_rows=True,
-        half_bins=True,
+        half_bins=1,
         longest_sum=128,  # a chain of more loses the accuracy that plans promise
         cells_multiple=_core.ROW_CELLS_MULTIPLE,
         transposes=True,

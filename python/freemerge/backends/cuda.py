@@ -83,6 +83,7 @@ class CudaBackend(TorchVectors):
             costs=_COSTS,
             taps=(8, 10, _MAX_TAPS),
             whole_columns=True,
+            half_bins=2,  # as the odd bins of a grid and as many rows of zeros: real transforms have whole bins only
             streams=True,
             fused_length=fused_length,
             fused_prime=fused_prime,

@@ -40,7 +40,9 @@ class Traits:
     oversamplings: tuple[float, ...] = (1.5, 1.75, 2.0, 2.5, 3.0, 4.0)  #: of coarse grids; small ones amplify rounding
     whole_columns: bool = False  #: the decimated form may leave the axis of the width as it is
     whole_rows: bool = False  #: or that of the height
-    half_bins: bool = False  #: windows down the height may be around Nyquist of an odd length, between two bins
+    #: Windows down the height may be around Nyquist of an odd length, between two bins; what is transformed has this
+    #: many times the rows of the coarse grid then. 0: they may not.
+    half_bins: int = 0
     longest_sum: int = 0  #: samples from one cell to the next at most, as chains of sums lose digits; 0: any number
     cells_multiple: int = 1  #: coarse sizes are this times 2^a 3^b 5^c
     transposes: bool = False  #: has the transposed variants of pruned and full

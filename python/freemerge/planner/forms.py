@@ -18,7 +18,7 @@ from .costs import Traits
 from .lengths import largest_prime
 from .plan import Decimation, Form, Plan, column_gains
 from .tiles import tiles
-from .windows import WindowError, window_error
+from .windows import WindowError, half_bin, window_error
 
 #: Largest error_bound of a plan in fp32 (and 16-bit storage) and in fp64.
 ERROR_LIMIT = {torch.float32: 6.2e-7, torch.float64: 1e-12}
@@ -164,7 +164,7 @@ class _Request:
         (height, width), (band_y, band_x), (nyquist_y, nyquist_x) = matrix_shape(self.shape), box.bands, box.nyquist
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
         best: tuple[float, Plan] | None = None
-        row_windows = self._axis(height, band_y, nyquist_y, whole=traits.whole_rows, half_bins=traits.half_bins)
+        row_windows = self._axis(height, band_y, nyquist_y, whole=traits.whole_rows, half_bins=traits.half_bins > 0)
         # The transforms along the width are real, and have no half bins.
         column_windows = list(self._axis(width, band_x, nyquist_x, whole=traits.whole_columns, half_bins=False))
         for rows, row_error in row_windows:
@@ -177,7 +177,8 @@ class _Request:
                 error += box.tail
                 if error > ERROR_LIMIT[dtype]:
                     continue
-                grid = rows.cells * columns.cells
+                transformed = rows.cells * (traits.half_bins if half_bin(height, rows) else 1)
+                grid = transformed * columns.cells
                 if grid > _GRID_SHARE * height * width:
                     continue
                 coarse = 2 * costs.coarse_fft * grid * math.log2(grid + 1) * (2 if grid > _CACHED_GRID else 1)
@@ -193,7 +194,7 @@ class _Request:
                         background=box.background,
                         rows=rows,
                         columns=columns,
-                        tiles=tiles(rows.cells, columns.cells, traits.block_bytes) if traits.own_transforms else None,
+                        tiles=tiles(transformed, columns.cells, traits.block_bytes) if traits.own_transforms else None,
                         error_bound=error,
                         bytes_moved=self.nbytes * (3 if box.background else 2),
                     )  # fmt: skip
