@@ -67,7 +67,7 @@ def compare(
     return Comparison(tuple(sorted(expected)), tied, mixed)
 
 
-def mixed_dtype_notices(comparison: Comparison, base: Checkpoint, models: Sequence[Checkpoint]) -> list[str]:
+def mixed_dtype_notices(comparison: Comparison, models: Sequence[Checkpoint]) -> list[str]:
     """A line for each model, and pair of dtypes, whose tensors are stored otherwise than the base's."""
     found: dict[tuple[int, str, str], int] = {}
     for dtypes in comparison.mixed_dtypes.values():

@@ -136,7 +136,7 @@ class Merger:
             self._seconds.setdefault(self.tied[second], []).append(second)
         self.scale = recipe.global_scale(len(self.models))
         self.inputs = Inputs(base, self.models, (), ())
-        self.notices = mixed_dtype_notices(comparison, base, models)
+        self.notices = mixed_dtype_notices(comparison, models)
         if gives_back(recipe, len(self.models)):
             self.notices.append("one model: the result is that model")
 
