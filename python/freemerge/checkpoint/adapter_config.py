@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .adapter_patterns import Patterns
-from .safetensors_file import open_regular
+from .regular_file import open_regular
 
 _MAX_CONFIG_BYTES = 10_000_000
 

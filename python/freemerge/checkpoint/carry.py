@@ -15,7 +15,7 @@ from .locate import entry
 from .publish import MANIFEST, WEIGHT_SUFFIXES
 from .quantised import without_quantisation
 from .reader import Checkpoint
-from .safetensors_file import open_regular
+from .regular_file import open_regular
 from .side_files import is_tokenizer_file, part_weights
 from .tied import with_untied_embeddings
 from .vocabulary import token_ids

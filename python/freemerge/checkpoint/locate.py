@@ -12,7 +12,8 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .file_format import GGUF_ADVICE, PICKLE_SUFFIXES
 from .hub_cache import hub_id, stays_in_one_cache
-from .safetensors_file import open_regular, unique_keys
+from .regular_file import open_regular
+from .safetensors_file import unique_keys
 
 MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"  # how the weight files of transformers and diffusers begin
 SAFETENSORS = f"{MODEL}.safetensors"

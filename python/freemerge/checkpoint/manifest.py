@@ -19,7 +19,7 @@ from . import known_hashes
 from .hashing import Hasher
 from .publish import MANIFEST
 from .reader import Checkpoint
-from .safetensors_file import check_unchanged, identity, open_regular
+from .regular_file import check_unchanged, identity, open_regular
 
 FORMAT = 1
 

@@ -13,7 +13,6 @@ import json
 import math
 import mmap
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 
 from ..errors import ArgumentError, CheckpointError
+from .regular_file import check_unchanged, identity, open_regular
 from .spec import TORCH_DTYPES, TensorSpec, dtype_code
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -116,31 +116,6 @@ class SafetensorsFile:
         if raw.data_ptr() % dtype.itemsize:  # old writers did not pad the header
             raw = raw.clone()
         return raw.view(dtype).view(shape)
-
-
-def open_regular(path: Path) -> int:
-    """A read-only descriptor of a regular file. Anything else is refused before it can block (pipes, devices)."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path} is not a regular file")
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-
-
-def identity(file: Path | int) -> tuple[int, ...]:
-    """Size, time of the last change, and which file it is, of a path or a descriptor."""
-    try:
-        status = os.stat(file)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
-
-
-def check_unchanged(file: Path | int, before: tuple[int, ...], path: Path) -> None:
-    """Refuse a file, ``path`` to the user, that is not the one of which :func:`identity` said ``before``."""
-    if identity(file) != before:
-        raise CheckpointError(f"{path} changed while it was being read")
 
 
 def _load(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
