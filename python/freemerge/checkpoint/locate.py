@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,8 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .file_format import GGUF_ADVICE, PICKLE_SUFFIXES
 from .hub_cache import hub_id, stays_in_one_cache
-from .regular_file import open_regular
-from .safetensors_file import unique_keys
+from .json_file import read_json, unique_keys
 
 MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"  # how the weight files of transformers and diffusers begin
 SAFETENSORS = f"{MODEL}.safetensors"
@@ -145,15 +143,7 @@ def _looks_like_model(directory: Path) -> bool:
 
 
 def _read_index(directory: Path, index: Path) -> Located:
-    fd = open_regular(index)
-    with open(fd, "rb") as stream:
-        raw = stream.read(_MAX_INDEX_BYTES + 1)
-    if len(raw) > _MAX_INDEX_BYTES:
-        raise CheckpointError(f"{index}: larger than {_MAX_INDEX_BYTES} bytes")
-    try:
-        content = json.loads(raw, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not valid JSON: {error}") from None
+    content = read_json(index, _MAX_INDEX_BYTES, unique_keys)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map that names a file for each tensor")

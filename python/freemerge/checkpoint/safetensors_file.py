@@ -13,7 +13,6 @@ import json
 import math
 import mmap
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
@@ -24,6 +23,7 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 
 from ..errors import ArgumentError, CheckpointError
+from .json_file import unique_keys
 from .regular_file import check_unchanged, identity, open_regular
 from .spec import TORCH_DTYPES, TensorSpec, dtype_code
 
@@ -216,15 +216,6 @@ def _parse_header(path: Path, raw: bytes, data_start: int, file_bytes: int) -> _
     slots = {name: _parse_entry(path, name, entry, data_start, kinds) for name, entry in header.items()}
     _check_tiling(path, slots.values(), data_start, file_bytes)
     return _Header(slots, metadata)
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose keys differ: two readers could disagree about which duplicate counts."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} appears twice")
-    "".join(result).encode()  # a lone surrogate is a ValueError too: it could not be written back
-    return result
 
 
 def _parse_entry(
