@@ -1,7 +1,7 @@
 """Checkpoints in and out: lazy reading, preflight comparison, streaming and atomic writing, provenance."""
 
 from .carry import carry_over
-from .compare import Comparison, check_finite, compare
+from .compare import check_finite, compare
 from .differences import Difference, diff
 from .manifest import InputHashes, build_manifest, verify
 from .model_card import model_card
@@ -16,7 +16,6 @@ __all__ = [
     "MERGEABLE",
     "Checkpoint",
     "CheckpointWriter",
-    "Comparison",
     "Difference",
     "InputHashes",
     "Inputs",

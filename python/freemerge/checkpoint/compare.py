@@ -13,7 +13,7 @@ from .patterns import patterns_for
 from .prefixes import explained, prefix_change
 from .reader import Checkpoint
 from .spec import MERGEABLE
-from .tied import VOCABULARY, copied_names, same_values
+from .tied import VOCABULARY, copied_names, first_names, same_values
 
 _LISTED = 10
 _RULES = 20
@@ -119,14 +119,8 @@ def _tied_names(
     are the same model, so copies are recognised by their values. One that differs is an error: the model is not tied,
     and has to be taken apart first (:func:`freemerge.checkpoint.tied.untie`).
     """
-    tied: dict[str, str] = {}
-    for checkpoint in everyone:
-        for name, first in (
-            checkpoint.tied | dict(checkpoint.copies) | copied_names(checkpoint, everyone, merged)
-        ).items():
-            root = tied.get(first, first)  # another source may list the same pair in the other order
-            if name != root and merged(name):
-                tied.setdefault(name, root)
+    pairs = (one.tied | dict(one.copies) | copied_names(one, everyone, merged) for one in everyone)
+    tied = first_names((name, first) for own in pairs for name, first in own.items() if merged(name))
     for name, first in tied.items():
         for checkpoint in everyone:
             if name in checkpoint.specs and heeded(name) and not same_values(checkpoint, name, first):

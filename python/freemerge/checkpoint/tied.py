@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +69,19 @@ def second_everywhere(everyone: Sequence[Checkpoint]) -> dict[str, str]:
     }
 
 
+def first_names(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Second name -> first name, where one source may list a pair in the other order than another."""
+    found: dict[str, str] = {}
+    for name, first in pairs:
+        root = found.get(first, first)
+        if name != root:
+            found.setdefault(name, root)
+    return found
+
+
 def _pairs(everyone: Sequence[Checkpoint], merged: Callable[[str], bool]) -> dict[str, str]:
     """Second name -> first name of what one checkpoint ties and another might store on its own."""
-    pairs: dict[str, str] = {}
-    for checkpoint in everyone:
-        for name, first in checkpoint.tied.items():
-            root = pairs.get(first, first)  # another source may list the same pair in the other order
-            if name != root:
-                pairs.setdefault(name, root)
+    pairs = first_names(pair for checkpoint in everyone for pair in checkpoint.tied.items())
     for name in sorted(_not_in_all(everyone)):
         if name not in pairs and merged(name):
             lacking = [checkpoint for checkpoint in everyone if name not in checkpoint.specs]
