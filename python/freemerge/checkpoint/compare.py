@@ -17,7 +17,6 @@ from .tied import VOCABULARY, copied_names, first_names, same_values
 
 _LISTED = 10
 _RULES = 20
-_FINITE_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -79,35 +78,6 @@ def mixed_dtype_notices(comparison: Comparison, models: Sequence[Checkpoint]) ->
         f"models[{i}] ({models[i].name}) stores {counted(count, 'tensor')} in {theirs}, the base in {ours}"
         for (i, theirs, ours), count in sorted(found.items())
     ]
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a float tensor holds neither NaN nor infinity."""
-    if tensor.numel() == 0:
-        return True
-    for block in torch.split(tensor.reshape(-1), _FINITE_BLOCK):
-        values = block if block.dtype in MERGEABLE else block.float()
-        # A NaN anywhere makes both NaN: one pass without a mask in memory, many times faster than isfinite().all().
-        low, high = torch.aminmax(values)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            return False
-    return True
-
-
-def stays_finite(tensor: torch.Tensor, converted: torch.Tensor) -> bool:
-    """Whether no entry of a tensor overflows in the dtype that it was converted to."""
-    before, after = (t.isfinite() if t.itemsize > 1 else t.float().isfinite() for t in (tensor, converted))
-    return torch.equal(before, after)
-
-
-def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
-    """Raise CheckpointError, naming source and tensor, if a float tensor holds a NaN or an infinity."""
-    if tensor.is_floating_point() and not all_finite(tensor):
-        # A mask is to be copied; weights that overflowed are not, as that would take the base's.
-        values = tensor if tensor.dtype in MERGEABLE else tensor.float()
-        mask = not bool(values.isnan().any() | values.isposinf().any())
-        advice = " (a mask can be selected to 'copy')" if mask else ""
-        raise CheckpointError(f"{source}: tensor {name!r} holds NaN or infinity{advice}")
 
 
 def _tied_names(

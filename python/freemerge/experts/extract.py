@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..arguments import after, check_models, share_of, whole_number
 from ..checkpoint import MERGEABLE, Checkpoint, Source, TensorSpec, open_inputs
-from ..checkpoint.compare import check_finite, compare
+from ..checkpoint.compare import compare
+from ..checkpoint.finite import check_finite
 from ..checkpoint.prefixes import Rename
 from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError

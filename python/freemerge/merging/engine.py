@@ -16,7 +16,8 @@ from torch import Tensor
 from ..accumulate import abs_means, add_round
 from ..backends.registry import named
 from ..checkpoint import DEFAULT_MEMORY, MERGEABLE, Checkpoint, Inputs, TensorSpec
-from ..checkpoint.compare import all_finite, check_finite, compare, mixed_dtype_notices, stays_finite
+from ..checkpoint.compare import compare, mixed_dtype_notices
+from ..checkpoint.finite import all_finite, check_finite, stays_finite
 from ..checkpoint.mapped import fetched
 from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError, CheckpointError
