@@ -13,7 +13,8 @@ from .patterns import patterns_for
 from .prefixes import explained, prefix_change
 from .reader import Checkpoint
 from .spec import MERGEABLE
-from .tied import VOCABULARY, copied_names, first_names, same_values
+from .tied import copied_names, first_names, same_values
+from .vocabulary import VOCABULARY
 
 _LISTED = 10
 _RULES = 20
