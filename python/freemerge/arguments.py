@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import update_wrapper
 from inspect import signature
 from numbers import Integral, Real
@@ -48,11 +48,28 @@ def share_of(name: str, value: object) -> float:
 
 
 def number(value: object) -> float:
-    """A real number as a float; NaN for anything else, and for what no float holds: no comparison lets that pass."""
+    """A finite number as a float; NaN for anything else: no comparison lets that pass."""
+    found = finite_number(value)
+    return math.nan if found is None else found
+
+
+def finite_number(value: object) -> float | None:
+    """A finite real number as a Python float, which prints and serialises as one; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
     try:
-        return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+        number = float(value)
     except OverflowError:
-        return math.nan
+        return None
+    return number if math.isfinite(number) else None
+
+
+def finite_numbers(value: object) -> tuple[float, ...] | None:
+    """A list of at least one such number as a tuple; None for anything else."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
+        return None
+    numbers = tuple(number for number in map(finite_number, value) if number is not None)
+    return numbers if len(numbers) == len(value) else None
 
 
 def byte_size(name: str, value: object) -> int:

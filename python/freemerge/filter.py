@@ -15,9 +15,11 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
+from .arguments import finite_number
 from .backends.base import Backend, Executable
-from .backends.memory import empty, matrices, multiply_
+from .backends.memory import matrices, multiply_
 from .backends.registry import choose, named
+from .backends.result_memory import empty
 from .cache import ByResponse
 from .dense import dense
 from .errors import ArgumentError
@@ -25,7 +27,7 @@ from .ops import define, filter_in_graph, filtered_in_graph
 from .overlap import extent, internal_overlap, overlapping_pair
 from .planner.layout import ROWS
 from .planner.plan import Plan
-from .responses import Response, finite_number
+from .responses import Response
 
 T = TypeVar("T")
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from .arguments import whole_number
 from .checkpoint import MERGEABLE, Checkpoint, CheckpointWriter, Source, TensorSpec, open_inputs
 from .checkpoint.compare import compare
+from .checkpoint.disk import flush_file
 from .checkpoint.hub_cache import hub_id
 from .checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .checkpoint.locks import flush_file
 from .checkpoint.prefixes import Rename
 from .checkpoint.publish import Staging, cannot_write, check_target, refuse_inputs, target
 from .checkpoint.safetensors_file import SafetensorsFile

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -17,8 +16,8 @@ from torch import Tensor
 from .accumulate import add_round
 from .arguments import function as check_function
 from .arguments import number, whole_number
-from .backends.memory import without_autocast
 from .checkpoint import Source
+from .dense import without_autocast
 from .errors import ArgumentError
 from .merging.engine import Merger
 from .merging.recipe import Recipe, checked_recipe
@@ -83,7 +82,7 @@ def tune(
     if by not in ("task", "layer"):
         raise ArgumentError(f"by must be 'task' or 'layer', got {by!r}")
     iterations = whole_number("iterations", iterations, 1)
-    if not 0 < number(rate) < math.inf:
+    if not number(rate) > 0:
         raise ArgumentError(f"rate must be a finite number above 0, got {rate!r}")
     check_function("function", function)
     recipe = checked_recipe(recipe)

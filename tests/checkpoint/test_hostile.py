@@ -15,6 +15,7 @@ from safetensors.torch import save, save_file
 
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint
+from freemerge.checkpoint.json_file import read_json
 from freemerge.checkpoint.safetensors_file import MAX_HEADER_BYTES
 from freemerge.errors import CheckpointError
 
@@ -159,6 +160,14 @@ def test_index_entries_must_be_weight_files_beside_it(tmp_path: Path, name: obje
 )
 def test_bad_index_files(tmp_path: Path, content: str, message: str) -> None:
     refused(tmp_path, message, named=write_index(tmp_path, content).name)
+
+
+def test_json_files_of_any_kind_have_a_largest_size(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+    assert read_json(path, 8) == {"a": 1}
+    with pytest.raises(CheckpointError, match=r"config\.json: larger than 7 bytes"):
+        read_json(path, 7)
 
 
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:

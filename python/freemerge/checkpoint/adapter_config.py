@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,9 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .adapter_patterns import Patterns
-from .safetensors_file import open_regular
-
-_MAX_CONFIG_BYTES = 10_000_000
+from .json_file import read_json
 
 # Records of training and loading; what they did shows in the weights.
 _RECORDS = frozenset(
@@ -65,7 +62,9 @@ class AdapterConfig:
     @staticmethod
     def read(path: Path) -> AdapterConfig:
         """Raises CheckpointError, naming the option, for adapters that freemerge does not merge as PEFT does."""
-        options = _read_json(path)
+        options = read_json(path)
+        if not isinstance(options, dict):
+            raise CheckpointError(f"{path}: not a JSON object")
         kind = options.get("peft_type")
         if not isinstance(kind, str) or kind not in FOLLOWED:
             raise CheckpointError(f"{path}: peft_type is {kind!r}; only LORA and IA3 are merged{_advice(kind)}")
@@ -156,17 +155,3 @@ def _advice(kind: object) -> str:
     if not isinstance(kind, str):
         return ""
     return ", and this kind changes no weights: it cannot be merged" if kind in _WITHOUT_WEIGHTS else f"; {WAY_OUT}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with open(open_regular(path), "rb") as stream:
-        raw = stream.read(_MAX_CONFIG_BYTES + 1)
-    if len(raw) > _MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{path}: larger than {_MAX_CONFIG_BYTES} bytes")
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return config

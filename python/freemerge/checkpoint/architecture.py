@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 import warnings
@@ -18,10 +17,10 @@ from torch import nn
 
 from ..errors import CheckpointError
 from .conversion import Layout, layout_of, loaded_names
+from .json_file import read_json
 from .locate import entry
 
 CONFIG = "config.json"
-_MAX_CONFIG_BYTES = 10_000_000
 _COUNTS = ("layer", "block", "depth", "expert")  # config entries that multiply the modules of a model
 _INPUTS_FIRST = ("Conv1D", "Llama4TextExperts")  # classes of layers whose weights are [inputs, outputs]
 
@@ -122,13 +121,17 @@ def read_config(directory: Path | None) -> dict[str, Any]:
     if directory is None or not (directory / CONFIG).is_file():
         return {}
     path = entry(directory, CONFIG)
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        return {}
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(path)
+    except CheckpointError:
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def text_entry(config: dict[str, object], name: str) -> object:
+    """An entry of a config, or of the part of it that is about text."""
+    text = config.get("text_config")
+    return config.get(name, text.get(name) if isinstance(text, dict) else None)
 
 
 def require_config(directory: Path | None) -> None:

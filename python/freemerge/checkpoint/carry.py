@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
 
+from ..dense import dtype_name
 from ..errors import CheckpointError
 from .architecture import CONFIG
+from .json_file import read_json
 from .locate import entry
 from .publish import MANIFEST, WEIGHT_SUFFIXES
 from .quantised import without_quantisation
 from .reader import Checkpoint
-from .safetensors_file import open_regular
+from .regular_file import open_regular
 from .side_files import is_tokenizer_file, part_weights
 from .tied import with_untied_embeddings
 from .vocabulary import token_ids
@@ -64,9 +65,12 @@ def carry_over(
         out_dtype = torch.float32
     ids = {} if tokenizer is None else token_ids(tokenizer)
     if (out_dtype is not None or untied or ids or in_floats) and CONFIG in names:
-        config = _read_config(base / CONFIG) | ids
+        config = read_json(base / CONFIG)
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{base / CONFIG}: not a JSON object")
+        config |= ids
         if out_dtype is not None:
-            _set_dtype(config, str(out_dtype).removeprefix("torch."))
+            _set_dtype(config, dtype_name(out_dtype))
         if dequantised or in_floats:
             config = without_quantisation(config)
         if untied:
@@ -97,16 +101,6 @@ def _is_weight(path: Path) -> bool:
     return path.name.endswith(WEIGHT_SUFFIXES) or path.name.endswith(
         tuple(f"{suffix}.index.json" for suffix in WEIGHT_SUFFIXES)
     )
-
-
-def _read_config(source: Path) -> dict[str, object]:
-    try:
-        config = json.loads(source.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{source}: not a JSON object")
-    return config
 
 
 def _set_dtype(config: dict[str, object], dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""Bytes to their places in a file; large pieces go to the disk past the system's cache, where it lets them."""
+"""Bytes to their places in a file, and flushing; large pieces go to the disk past the system's cache where they can."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-WRITE = os.O_WRONLY | getattr(os, "O_BINARY", 0)  # for flushing, too: Windows flushes no file that is only read
+_WRITE = os.O_WRONLY | getattr(os, "O_BINARY", 0)
 _DIRECT = getattr(os, "O_DIRECT", 0)  # on Linux
 _BLOCK = 4096  # bytes: addresses, lengths and places of direct writes are multiples, whatever the disk asks for
 _CALL_BYTES = 8 << 20  # of one system call, between which an abort is noticed
@@ -40,7 +40,7 @@ class Disk:
         if self._direct and len(data) >= _LEAST_PIECE and _is_for_disk(path):
             begin = -start % _BLOCK
             end = begin + self._write_blocks(path, start + begin, data[begin:])
-        fd = os.open(path, WRITE)
+        fd = os.open(path, _WRITE)
         try:
             for first, last in ((0, begin), (end, len(data))):
                 os.lseek(fd, start + first, os.SEEK_SET)
@@ -53,7 +53,7 @@ class Disk:
     def _write_blocks(self, path: Path, start: int, data: memoryview) -> int:
         """Write as many whole blocks as the file system takes directly, and return their bytes."""
         try:
-            fd = os.open(path, WRITE | _DIRECT)
+            fd = os.open(path, _WRITE | _DIRECT)
         except OSError:
             self._direct = False  # not on this file system; what else is wrong, the next try tells
             return 0
@@ -86,3 +86,27 @@ def _is_for_disk(path: Path) -> bool:
     """Whether a file is large, and on a block device: those of networks are faster where the system gathers writes."""
     about = path.stat()
     return about.st_size >= _LEAST_FILE and os.major(about.st_dev) > 0
+
+
+def flush_file(path: Path) -> None:
+    """Have the content of a file on the disk."""
+    try:
+        fd = os.open(path, os.O_RDWR)  # Windows flushes nothing that is open for reading only
+    except PermissionError:
+        fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def flush_directory(path: Path) -> None:
+    """Have the names in a directory on the disk; Windows opens no directories, and sees to that itself."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except PermissionError:
+        return
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

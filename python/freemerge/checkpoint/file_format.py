@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import CheckpointError
-from .safetensors_file import open_regular
+from .regular_file import open_regular
 
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 GGUF_ADVICE = (

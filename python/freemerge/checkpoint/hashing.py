@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from .. import _core
 from ..errors import CheckpointError
-from .locks import flush_file
+from .disk import flush_file
 
 _CHUNK_BYTES = 1 << 19  # stays in a processor's cache between reading and hashing
 _BEGIN = "6a09e667bb67ae853c6ef372a54ff53a510e527f9b05688c1f83d9ab5be0cd19"  # the state of SHA-256 before any data

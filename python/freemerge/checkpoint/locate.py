@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .file_format import GGUF_ADVICE, PICKLE_SUFFIXES
 from .hub_cache import hub_id, stays_in_one_cache
-from .safetensors_file import open_regular, unique_keys
+from .json_file import read_json, unique_keys
 
 MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"  # how the weight files of transformers and diffusers begin
 SAFETENSORS = f"{MODEL}.safetensors"
@@ -66,7 +65,7 @@ def adapter_weights(directory: Path) -> Path | None:
     A directory that is also a full model is refused: loaders disagree on which of the two it is. A leftover
     adapter_config.json without weights makes no adapter.
     """
-    weights = next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
+    weights = _named_as_adapter(directory)
     if weights is None or not (directory / ADAPTER_CONFIG).is_file():
         return None
     full = next((name for name in sorted(os.listdir(directory)) if _FULL_WEIGHTS.fullmatch(name)), None)
@@ -76,6 +75,10 @@ def adapter_weights(directory: Path) -> Path | None:
             f"{weights}, whichever is meant"
         )
     return weights
+
+
+def _named_as_adapter(directory: Path) -> Path | None:
+    return next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
 
 
 def _locate_in_directory(directory: Path) -> Located:
@@ -109,11 +112,11 @@ def _locate_in_directory(directory: Path) -> Located:
 
 
 def _refuse_adapter_without_config(directory: Path) -> None:
-    weights = next((name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
+    weights = _named_as_adapter(directory)
     if weights is not None and not (directory / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{directory} holds {weights} without {ADAPTER_CONFIG}, which says how to apply it: the adapter cannot be "
-            "merged without it"
+            f"{directory} holds {weights.name} without {ADAPTER_CONFIG}, which says how to apply it: the adapter "
+            "cannot be merged without it"
         )
 
 
@@ -144,15 +147,7 @@ def _looks_like_model(directory: Path) -> bool:
 
 
 def _read_index(directory: Path, index: Path) -> Located:
-    fd = open_regular(index)
-    with open(fd, "rb") as stream:
-        raw = stream.read(_MAX_INDEX_BYTES + 1)
-    if len(raw) > _MAX_INDEX_BYTES:
-        raise CheckpointError(f"{index}: larger than {_MAX_INDEX_BYTES} bytes")
-    try:
-        content = json.loads(raw, object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not valid JSON: {error}") from None
+    content = read_json(index, _MAX_INDEX_BYTES, unique_keys)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map that names a file for each tensor")

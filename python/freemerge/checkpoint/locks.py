@@ -1,4 +1,4 @@
-"""Locks that tell a living writer from one that was killed, since the system lets go of them with it; and flushing."""
+"""Locks that tell a living writer from one that was killed, since the system lets go of them with it."""
 
 from __future__ import annotations
 
@@ -129,27 +129,3 @@ def remove_unused_files(folder: Path, mark: str) -> None:
         lock = FileLock(path.with_name(path.name.removesuffix(_SUFFIX)))
         lock.take()
         lock.close()
-
-
-def flush_file(path: Path) -> None:
-    """Have the content of a file on the disk."""
-    try:
-        fd = os.open(path, os.O_RDWR)  # Windows flushes nothing that is open for reading only
-    except PermissionError:
-        fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def flush_directory(path: Path) -> None:
-    """Have the names in a directory on the disk; Windows opens no directories, and sees to that itself."""
-    try:
-        fd = os.open(path, _DIRECTORY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,13 @@ from ..errors import CheckpointError
 from ..workers import ALONE, Workers
 from . import known_hashes
 from .hashing import Hasher
+from .json_file import read_json
 from .publish import MANIFEST
 from .reader import Checkpoint
-from .safetensors_file import check_unchanged, identity, open_regular
+from .regular_file import check_unchanged, identity
 
 FORMAT = 1
+_MAX_MANIFEST_BYTES = 1 << 30  # some hundred bytes a tensor
 
 
 class InputHashes:
@@ -131,16 +132,12 @@ def read_manifest(directory: Path) -> dict[str, object]:
         )
     if os.path.isdir(directory) and not os.path.lexists(path):
         raise CheckpointError(f"{directory} has no {MANIFEST}, as directories that freemerge merge wrote have")
-    with open(open_regular(path), "rb") as stream:
-        raw = stream.read()
-    try:
-        manifest = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    files = manifest.get("files") if isinstance(manifest, dict) else None
+    manifest = read_json(path, _MAX_MANIFEST_BYTES)
+    manifest = manifest if isinstance(manifest, dict) else {}
+    files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_file_record(name, record) for name, record in files.items()):
         raise CheckpointError(f"{path}: not a freemerge manifest (no valid list of files)")
-    return dict(manifest)
+    return manifest
 
 
 def _is_file_record(name: str, record: object) -> bool:

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from .containers import SEPARATOR, state_dict_in
 from .file_format import is_mapped
 from .legacy_storages import stored_entries
-from .safetensors_file import check_unchanged, identity
+from .regular_file import check_unchanged, identity
 from .state_dict import dense_tensors, specs_of, tied_names
 
 _RELEASE_AFTER_BYTES = 256 << 20

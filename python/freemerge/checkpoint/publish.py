@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError, RefusedError
 from ..workers import ALONE, Workers
-from .locks import DirectoryLock, FileLock, flush_directory, lock_of, remove_unused_files
+from .disk import flush_directory
+from .locks import DirectoryLock, FileLock, lock_of, remove_unused_files
 
 if TYPE_CHECKING:
     from .reader import Checkpoint

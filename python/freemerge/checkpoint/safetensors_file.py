@@ -13,8 +13,6 @@ import json
 import math
 import mmap
 import os
-import stat
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from operator import attrgetter
@@ -25,6 +23,8 @@ from weakref import WeakSet, WeakValueDictionary
 import torch
 
 from ..errors import ArgumentError, CheckpointError
+from .json_file import unique_keys
+from .regular_file import check_unchanged, identity, open_regular
 from .spec import TORCH_DTYPES, TensorSpec, dtype_code
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -62,7 +62,8 @@ class SafetensorsFile:
             self._header = _header_of(path, fd)
         finally:
             os.close(fd)
-        self.slots, self.metadata = self._header.slots, dict(self._header.metadata)
+        self.slots, self.specs = self._header.slots, self._header.specs
+        self.metadata = dict(self._header.metadata)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor; see :meth:`read_rows`."""
@@ -116,31 +117,6 @@ class SafetensorsFile:
         if raw.data_ptr() % dtype.itemsize:  # old writers did not pad the header
             raw = raw.clone()
         return raw.view(dtype).view(shape)
-
-
-def open_regular(path: Path) -> int:
-    """A read-only descriptor of a regular file. Anything else is refused before it can block (pipes, devices)."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path} is not a regular file")
-        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-
-
-def identity(file: Path | int) -> tuple[int, ...]:
-    """Size, time of the last change, and which file it is, of a path or a descriptor."""
-    try:
-        status = os.stat(file)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
-
-
-def check_unchanged(file: Path | int, before: tuple[int, ...], path: Path) -> None:
-    """Refuse a file, ``path`` to the user, that is not the one of which :func:`identity` said ``before``."""
-    if identity(file) != before:
-        raise CheckpointError(f"{path} changed while it was being read")
 
 
 def _load(fd: int, path: Path, offset: int, nbytes: int) -> torch.Tensor:
@@ -200,6 +176,7 @@ class _Header:
 
     def __init__(self, slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> None:
         self.slots, self.metadata = slots, metadata
+        self.specs = {name: slot.spec for name, slot in slots.items()}
 
 
 # Headers of the files that are open: a model and its fine-tuned ones mostly have the same, and it can be long.
@@ -241,15 +218,6 @@ def _parse_header(path: Path, raw: bytes, data_start: int, file_bytes: int) -> _
     slots = {name: _parse_entry(path, name, entry, data_start, kinds) for name, entry in header.items()}
     _check_tiling(path, slots.values(), data_start, file_bytes)
     return _Header(slots, metadata)
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """A JSON object whose keys differ: two readers could disagree about which duplicate counts."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} appears twice")
-    "".join(result).encode()  # a lone surrogate is a ValueError too: it could not be written back
-    return result
 
 
 def _parse_entry(

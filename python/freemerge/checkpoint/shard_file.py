@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from .disk import WRITE, Disk
+from .disk import Disk, flush_file
 
 _CALL_BYTES = 16 << 20  # of one update of a hash, between which an abort is noticed
 _RUN_BYTES = 4 << 20  # small tensors that lie end to end are written together, up to this many bytes
@@ -194,7 +193,7 @@ class ShardFile:
             self._background.run("flush", self._finish)
         elif self._hashed - self._flushed >= _FLUSH_BYTES:
             self._flushed = self._hashed
-            self._background.run("flush", self._flush)
+            self._background.run("flush", partial(flush_file, self.path))
 
     def _verified(self, whole: Mapping[int, str]) -> tuple[hashlib._Hash, int]:
         """The longest beginning of the file that has the hash it had, and the state of that hash."""
@@ -221,13 +220,6 @@ class ShardFile:
                 self._digest.update(data)
                 self._hashed += len(data)
 
-    def _flush(self) -> None:
-        fd = os.open(self.path, WRITE)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
     def _finish(self) -> None:
-        self._flush()
+        flush_file(self.path)
         self.sha256.set_result(self._digest.hexdigest())

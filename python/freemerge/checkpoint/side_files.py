@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from filecmp import cmp
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
 from .architecture import CONFIG, read_config
+from .json_file import read_json
 from .locate import entry
 from .reader import Checkpoint
 from .vocabulary import TOKEN_IDS, misfit
@@ -42,10 +44,8 @@ def part_weights(directory: Path | None) -> dict[str, Path]:
     """Weights of the modules that sentence-transformers keeps in directories beside the model: dense layers."""
     listed: object = None
     if directory is not None and (directory / "modules.json").is_file():
-        try:
-            listed = json.loads(entry(directory, "modules.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            listed = None
+        with suppress(CheckpointError):
+            listed = read_json(entry(directory, "modules.json"))
     modules = [module.get("path") for module in listed if isinstance(module, dict)] if isinstance(listed, list) else []
     found: dict[str, Path] = {}
     for path in modules:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..arguments import number
+from ..arguments import finite_number
 from ..errors import ArgumentError, did_you_mean
 
 
@@ -132,7 +132,7 @@ def least_squares(s: Statistics) -> float:
 
 def check_rescale(rescale: str | float, *, backbone: bool) -> None:
     """ArgumentError for what is neither a rule nor a finite number, and for a backbone missing or not needed."""
-    known = rescale in RULES if isinstance(rescale, str) else math.isfinite(number(rescale))
+    known = rescale in RULES if isinstance(rescale, str) else finite_number(rescale) is not None
     if not known:
         hint = did_you_mean(rescale, RULES, listed=True)
         raise ArgumentError(f"rescale must be one of {', '.join(RULES)} or a finite number, got {rescale!r}{hint}")

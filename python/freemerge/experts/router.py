@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import number, path_of, whole_number
-from ..backends.memory import without_autocast
-from ..dense import dense
+from ..dense import dense, without_autocast
 from ..errors import ArgumentError, CheckpointError, RefusedError, counted
 from .deltas import compiled
 
@@ -50,7 +49,7 @@ class Router:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ArgumentError(f"mode must be 'top1' or 'softmax', got {self.mode!r}")
-        if not 0 < number(self.temperature) < math.inf:
+        if not number(self.temperature) > 0:
             raise ArgumentError(f"temperature must be a finite number > 0, got {self.temperature!r}")
         if not 0 <= number(self.abstain) <= 1:
             raise ArgumentError(f"abstain must be a probability, got {self.abstain!r}")
@@ -82,7 +81,7 @@ class Router:
         hidden, steps = whole_number("hidden", hidden, 1), whole_number("steps", steps, 1)
         seed = whole_number("seed", seed, 0)
         for name, rate in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-            if not 0 <= number(rate) < math.inf:
+            if not number(rate) >= 0:
                 raise ArgumentError(f"{name} must be a finite number of at least 0, got {rate!r}")
         known = tuple(dict.fromkeys(names))
         # Whatever the caller's modes are; the optimizer makes tensors, too.

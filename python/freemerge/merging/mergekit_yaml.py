@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..arguments import finite_number, finite_numbers
 from ..checkpoint import MERGEABLE, Checkpoint
 from ..checkpoint.architecture import read_config
 from ..checkpoint.hub_cache import local_path
@@ -22,7 +23,6 @@ from ..methods.breadcrumbs import Breadcrumbs
 from ..methods.model_stock import ModelStock
 from ..methods.task_arithmetic import TaskArithmetic
 from ..methods.ties import TIES
-from ..responses import finite_number
 from .recipe import Recipe, read_yaml
 from .selection import LayerWeights
 
@@ -268,10 +268,7 @@ def _pairs(parameter: str, value: object) -> list[tuple[str, Value]]:
 
 
 def _number_or_gradient(value: object) -> Value | None:
-    if not isinstance(value, list):
-        return finite_number(value)
-    numbers = [number for number in map(finite_number, value) if number is not None]
-    return tuple(numbers) if numbers and len(numbers) == len(value) else None
+    return finite_numbers(value) if isinstance(value, list) else finite_number(value)
 
 
 def _by_weights(base: str, weights_of: Callable[[str], tuple[float, ...]]) -> list[tuple[tuple[float, ...], list[str]]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
+
+from .rules import relative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +19,14 @@ def elected_sum(each: Iterator[Tensor]) -> Tensor:
     for delta in chain([first], each):
         election.add(delta)
     return election.decide()
+
+
+def agreeing_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum of the entries that have its sign, from the task vectors of one tensor and their weights."""
+    election = Election(deltas[0])
+    for delta, weight in zip(deltas, relative(weights), strict=True):
+        election.add(delta, weight)
+    return election.decide().mul_(max(map(abs, weights)))
 
 
 class Election:

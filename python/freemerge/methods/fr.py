@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from ..responses import HighPass, Response
 from .base import Measured, Merged, Method
+from .election import agreeing_sum
 from .filtered import CUTOFF_HELP, checked_response, filter_members, filtered_sums
 from .parameters import FLAG, NUMBER, parameter, weights_parameter
 from .rules import (
     Weights,
     alignment_factors,
     default_scale,
-    elect_and_sum,
     energy_factor,
     magnitude_weights,
     weighted_sum,
@@ -135,7 +135,7 @@ class FR(Method):
             means = _means(filtered)
             weights = self._weights(vectors, measured, means if self._filtered_stats(filters) else None)
             factors = self._alignment(vectors, means)
-            combine = elect_and_sum if self.sign_election else weighted_sum
+            combine = agreeing_sum if self.sign_election else weighted_sum
             sums = [
                 combine(deltas, [factor * weight for factor, weight in zip(factors, own, strict=True)])
                 for deltas, own in zip(zip(*filtered, strict=True), weights, strict=True)

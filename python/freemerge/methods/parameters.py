@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..arguments import finite_number, finite_numbers
 from ..errors import ArgumentError, did_you_mean
-from ..responses import finite_number
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,6 @@ class Kind:
     convert: Callable[[object], object]
     parse: Callable[[str], object]
     schema: Mapping[str, object]
-
-
-def _finite_numbers(value: object) -> tuple[float, ...] | None:
-    if isinstance(value, str) or not isinstance(value, Sequence) or not value:
-        return None
-    numbers = tuple(number for number in map(finite_number, value) if number is not None)
-    return numbers if len(numbers) == len(value) else None
 
 
 def _parse_numbers(text: str) -> list[float]:
@@ -62,7 +55,7 @@ NUMBER = Kind("a finite number", "N", finite_number, float, _NUMBER)
 NUMBERS = Kind(
     "a list of finite numbers",
     "N,N,...",
-    _finite_numbers,
+    finite_numbers,
     _parse_numbers,
     {"type": "array", "items": _NUMBER, "minItems": 1},
 )

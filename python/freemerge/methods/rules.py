@@ -1,4 +1,4 @@
-"""The rules of merging, on plain tensors and numbers: weights, scale, alignment, sign election, energy.
+"""The rules of merging, on plain tensors and numbers: weights, scale, alignment, energy.
 
 Nothing here knows about Fourier transforms or files, so every rule can be checked by hand.
 """
@@ -75,21 +75,6 @@ def relative(weights: Sequence[float]) -> list[float]:
     """The weights over the largest, so that equal ones are exactly one, and what cancels leaves no rounding noise."""
     largest = max(map(abs, weights)) or 1.0
     return [weight / largest for weight in weights]
-
-
-def elect_and_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Sum of the weighted deltas that agree with the elected sign, elementwise (TIES-Merging, election by sum).
-
-    Where the weighted sum is exactly zero no sign is elected, and the result is zero.
-    ``deltas``: K tensors of one shape and dtype, float32 or float64; they are not modified. Returns a new tensor.
-    """
-    total = weighted_sum(deltas, relative(weights))
-    elected = torch.sign(total)
-    total.zero_()
-    for delta, weight in zip(deltas, weights, strict=True):
-        agrees = torch.sign(delta) * math.copysign(1.0, weight) == elected
-        total.add_(torch.where(agrees, delta, 0.0), alpha=weight)
-    return total
 
 
 def energy_factor(norm_before: float, norm_after: float) -> float:

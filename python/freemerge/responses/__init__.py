@@ -12,7 +12,7 @@ is imported with it, and its responses are found here by name.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from .base import RESPONSES, Box, Gains, MaskParams, Response, finite_number, matrix_shape, signed_frequencies
+from .base import RESPONSES, Box, Gains, MaskParams, Response, matrix_shape, signed_frequencies
 from .butterworth import Butterworth
 from .center import Center
 from .config import from_config, to_config, to_record
@@ -42,7 +42,6 @@ __all__ = [
     "Official",
     "RESPONSES",
     "Response",
-    "finite_number",
     "from_config",
     "has_closed_form",
     "holds_array",

@@ -7,11 +7,11 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
 
+from ..arguments import finite_number
 from ..errors import ArgumentError
 
 Gains = npt.NDArray[np.float64]
@@ -84,17 +84,6 @@ def blocks(rows: int, columns: int) -> list[slice]:
     """The rows of a large array in blocks of bounded memory."""
     step = max(1, _BLOCK_ELEMENTS // columns)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def finite_number(value: object) -> float | None:
-    """A finite real number as a Python float, which prints and serialises as one; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def set_number(response: Response, name: str, *, least: float = -math.inf, above: float = -math.inf) -> None:

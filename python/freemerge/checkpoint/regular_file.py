@@ -1,0 +1,34 @@
+"""Files that are opened for reading: only regular ones, and they must stay what they are meanwhile."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of a regular file. Anything else is refused before it can block (pipes, devices)."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def identity(file: Path | int) -> tuple[int, ...]:
+    """Size, time of the last change, and which file it is, of a path or a descriptor."""
+    try:
+        status = os.stat(file)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    return status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
+
+
+def check_unchanged(file: Path | int, before: tuple[int, ...], path: Path) -> None:
+    """Refuse a file, ``path`` to the user, that is not the one of which :func:`identity` said ``before``."""
+    if identity(file) != before:
+        raise CheckpointError(f"{path} changed while it was being read")
