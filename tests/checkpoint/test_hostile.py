@@ -170,6 +170,12 @@ def test_json_files_of_any_kind_have_a_largest_size(tmp_path: Path) -> None:
         read_json(path, 7)
 
 
+def test_json_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(path) == {"a": 1}
+
+
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
     save_file({"b": torch.zeros(2), "a": torch.zeros(2)}, tmp_path / "two.safetensors")
