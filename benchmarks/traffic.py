@@ -83,7 +83,7 @@ def _decimated(plan: Plan) -> list[Step]:
     assert plan.columns is not None
     matrix = _matrix_bytes(plan)
     _, width = plan.matrix
-    panel = plan.rows.cells * width * _FLOAT  # and the coarse rows that two chunks of rows share
+    panel = plan.rows.cells * width * _FLOAT  # and what two blocks share of coarse rows and columns
     grid = plan.rows.cells * plan.columns.cells * _FLOAT
     spectrum = plan.rows.cells * (plan.columns.cells // 2 + 1) * _COMPLEX
     kept = matrix if plan.background else 0
@@ -98,14 +98,12 @@ def _decimated(plan: Plan) -> list[Step]:
         Step("coarse_mask", "panel", spectrum, spectrum),
         Step("cuFFT C2R", "panel", spectrum, grid),
     ]
-    lines = [Step("expand_columns", "panel", grid, panel)] if plan.columns.taps else []  # in the panel's place
     return [
         Step("spread_rows", "matrix", matrix, 0),
         Step("spread_rows", "panel", 0, panel),
         Step("spread_columns", "panel", panel + grid, 2 * grid),  # the grid is cleared, then added to
         *(by_cufft if plan.tiles is None else coarse),
-        *lines,
-        Step("interpolate", "panel", panel, 0),
+        Step("interpolate", "panel", grid, 0),
         Step("interpolate", "matrix", kept, matrix),
     ]
 

@@ -182,6 +182,18 @@ def test_panels_of_chunks_are_filtered_one_after_the_other() -> None:
     assert relative_error(y, reference_filter(x, response), x) < 5e-7
 
 
+@pytest.mark.parametrize("taps", [8, 10, 12])
+@pytest.mark.parametrize("cells", [36, 60, 100, 101, 150, 200, 299])
+def test_columns_of_a_thread_touch_few_coarse_columns_or_many(cells: int, taps: int) -> None:
+    x = noise(70, 300)
+    plan = plan_of_form(x, HIGH_PASS, "decimated")
+    assert plan.columns is not None
+    plan = replace(plan, columns=replace(plan.columns, cells=cells, taps=taps))
+    y = x.clone()
+    emulated.backend().executable(plan).run([y[None]], 1.0)
+    assert relative_error(y, reference_filter(x, HIGH_PASS), x) < 1e-6
+
+
 def test_a_dominant_mean_keeps_its_accuracy() -> None:
     x = noise(128, 200) + 1000.0
     want = reference_filter(x, HIGH_PASS)
