@@ -41,7 +41,8 @@ FM_HOST_DEVICE inline int touched_columns(const WindowTables& columns) {
 class CoarseRows {
  public:
   __device__ CoarseRows(const Interpolate& a, std::int64_t column)
-      : pitch_(static_cast<std::uint32_t>(a.grids.pitch)),
+      : row_begin_(blockIdx.z * static_cast<std::uint32_t>(a.grids.rows)),
+        pitch_(static_cast<std::uint32_t>(a.grids.pitch)),
         row_count_(static_cast<int>(a.grids.rows)),
         column_count_(static_cast<int>(a.grids.columns)),
         touched_(touched_columns(a.columns)),
@@ -51,13 +52,13 @@ class CoarseRows {
       first_ = load(a.columns.cell + column);
       find_weights(a.columns, static_cast<int>(column));
     }
-    grid_ = a.grids.data + blockIdx.z * a.grids.rows * a.grids.pitch + first_;
+    grids_ = a.grids.data + first_;
   }
 
   // Row `cell` of the grid, which wraps around its end, as it does along the columns.
   __device__ Quad<float> operator()(int cell) const {
-    const auto row = static_cast<std::uint32_t>(wrap_ahead(cell, row_count_));
-    const float* line = grid_ + std::uint64_t{row} * pitch_;
+    const auto row = row_begin_ + static_cast<std::uint32_t>(wrap_ahead(cell, row_count_));
+    const float* line = grids_ + std::uint64_t{row} * pitch_;
     if (touched_ == 0) return load(reinterpret_cast<const Quad<float>*>(line));
     Quad<float> sums{};
     const auto add = [&](int j, float value) {
@@ -103,7 +104,8 @@ class CoarseRows {
     }
   }
 
-  const float* grid_;  // from column `first_` on
+  const float* grids_;       // from column `first_` on
+  std::uint32_t row_begin_;  // of this matrix's grid
   std::uint32_t pitch_;
   int row_count_;
   int column_count_;
@@ -128,16 +130,17 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
   const float constant = a.center_gain * load(a.centers + blockIdx.z);
 
   const CoarseRows coarse_row(a, column);
-  // The last cell first: what `spread_rows` read last is still in L2.
-  int cell = load(window.cell + end - 1);
-  Quad<float> coarse[kTaps];  // rows cell .. cell + kTaps - 1
-#pragma unroll
-  for (int j = 0; j + 1 < kTaps; ++j) coarse[j] = coarse_row(cell + 1 + j);
+  // The last cell first: what `spread_rows` read last is still in L2. The cells above it, without rows of
+  // this chunk, bring the first coarse rows.
+  const int last_cell = load(window.cell + end - 1);
+  Quad<float> coarse[kTaps] = {};  // rows cell .. cell + kTaps - 1
+  int cell_end = end;
 #pragma unroll 1
-  for (int cell_end = end; cell_end > begin; --cell) {
+  for (int cell = last_cell + kTaps - 1; cell_end > begin; --cell) {
 #pragma unroll
     for (int j = kTaps - 1; j > 0; --j) coarse[j] = coarse[j - 1];
     coarse[0] = coarse_row(cell);
+    if (cell > last_cell) continue;
     const auto first_row = static_cast<int>(load(window.first + cell));
     const int cell_begin = first_row > begin ? first_row : begin;
     T* entries = matrix + cell_begin * row_stride;
