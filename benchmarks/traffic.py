@@ -84,7 +84,7 @@ def _decimated(plan: Plan) -> list[Step]:
     assert plan.columns is not None
     matrix = _matrix_bytes(plan)
     height, width = plan.matrix
-    panel = plan.rows.cells * width * _FLOAT  # and the coarse rows that two chunks of rows share
+    panel = plan.rows.cells * width * _FLOAT  # and what two blocks share of coarse rows and columns
     grid = plan.rows.cells * plan.columns.cells * _FLOAT
     rows = plan.rows.cells * (2 if half_bin(height, plan.rows) else 1)  # of what is transformed: the rest are zeros
     transformed = rows * plan.columns.cells * _FLOAT
@@ -101,14 +101,12 @@ def _decimated(plan: Plan) -> list[Step]:
         Step("coarse_mask", "panel", spectrum, spectrum),
         Step("cuFFT C2R", "panel", spectrum, transformed),
     ]
-    lines = [Step("expand_columns", "panel", grid, panel)] if plan.columns.taps else []  # in the panel's place
     return [
         Step("spread_rows", "matrix", matrix, 0),
         Step("spread_rows", "panel", 0, panel),
         Step("spread_columns", "panel", panel + grid, transformed + grid),  # the grid is cleared, then added to
         *(by_cufft if plan.tiles is None else coarse),
-        *lines,
-        Step("interpolate", "panel", panel, 0),
+        Step("interpolate", "panel", grid, 0),
         Step("interpolate", "matrix", kept, matrix),
     ]
 

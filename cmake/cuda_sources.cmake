@@ -3,7 +3,6 @@ set(FREEMERGE_CUDA_KERNELS
   cuda/accumulate.cu
   cuda/coarse_mask.cu
   cuda/column_filter.cu
-  cuda/expand_columns.cu
   cuda/interpolate.cu
   cuda/pack.cu
   cuda/row_spectra.cu

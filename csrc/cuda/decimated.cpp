@@ -6,7 +6,6 @@
 #include "cuda/coarse_mask.cuh"
 #include "cuda/error.h"
 #include "cuda/executor.h"
-#include "cuda/expand_columns.cuh"
 #include "cuda/heuristics.h"
 #include "cuda/interpolate.cuh"
 #include "cuda/launch_math.h"
@@ -42,7 +41,7 @@ class Decimated : public Executor {
         std::max({ceil_div(height, chunks), heuristics::kMinChunkRows, ceil_div(height, kMaxBlocks)});
     if (call.filter.chunk_rows > 0) chunks_.rows = call.filter.chunk_rows;
     chunks_.rows = heuristics::kTileRows * ceil_div(chunks_.rows, heuristics::kTileRows);
-    chunks_.reach = ceil_div((chunks_.rows - 1) * rows_.cells, height) + kernel_taps(rows_.taps);
+    chunks_.reach = ceil_div((chunks_.rows - 1) * rows_.cells, height) + rows_.taps;
     chunk_count_ = ceil_div(height, chunks_.rows);
     const std::int64_t chunk_bytes = 4 * chunks_.reach * chunks_.pitch;
     group_ = fit(heuristics::kBatchBytes, chunk_count_ * chunk_bytes, 1, most);
@@ -105,10 +104,7 @@ class Decimated : public Executor {
     for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
       spread(matrices, begin, std::min(begin + panel_chunks_, chunk_count_));
     filter_grids();
-    // The last rows first: L2 still holds some of them.
-    const std::int64_t step = columns_.whole() ? chunk_count_ : panel_chunks_;
-    for (std::int64_t end = chunk_count_; end > 0; end -= step)
-      interpolate_chunks(matrices, std::max<std::int64_t>(end - step, 0), end);
+    interpolate_grids(matrices);
     if (call_.sum) finish_sum(*call_.sum, sums_, blocks(), rows_.samples * columns_.samples, stream);
   }
 
@@ -150,16 +146,6 @@ class Decimated : public Executor {
   // Of a pass over a matrix.
   std::int64_t blocks() const { return ceil_div(columns_.samples, kColumnsPerBlock) * chunk_count_; }
 
-  // The coarse rows that chunks [begin, end) of the rows touch by windows of so many taps.
-  CoarseLines touched(std::int64_t begin, std::int64_t end, int taps) const {
-    const Decimation& window = call_.filter.plan.rows;
-    const std::int64_t height = rows_.samples;
-    const std::int64_t first = first_cell(begin * chunks_.rows, height, window);
-    const std::int64_t last = first_cell(std::min(end * chunks_.rows, height) - 1, height, window);
-    const std::int64_t count = std::min(last - first + taps, rows_.cells);
-    return {partials_, first, count, chunks_.pitch, count * chunks_.pitch};
-  }
-
   // Chunks [begin, end) of the rows, onto the coarse rows that they touch.
   void spread(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
     chunks_.begin = begin;
@@ -171,22 +157,20 @@ class Decimated : public Executor {
     } else {
       spread_rows({matrices, rows_, chunks_, columns_.samples, centers_, partials_}, call_.stream);
     }
-    const CoarseLines lines = touched(begin, end, rows_.taps);
-    spread_columns({grids_, rows_, columns_, chunks_, partials_, lines.begin, lines.count}, call_.stream);
+    const Decimation& window = call_.filter.plan.rows;
+    const std::int64_t height = rows_.samples;
+    const std::int64_t first = first_cell(begin * chunks_.rows, height, window);
+    const std::int64_t last = first_cell(std::min(end * chunks_.rows, height) - 1, height, window);
+    const std::int64_t touched = std::min(last - first + rows_.taps, rows_.cells);
+    spread_columns({grids_, rows_, columns_, chunks_, partials_, first, touched}, call_.stream);
   }
 
-  // The way back, by coarse rows in the place of the partial ones.
-  void interpolate_chunks(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
+  void interpolate_grids(const Matrices& matrices) {
     const Plan& plan = call_.filter.plan;
-    chunks_.begin = begin;
-    chunks_.end = end;
-    CoarseLines lines{grids_.data, 0, grids_.rows, pitch_, grids_.step};
-    if (!columns_.whole()) {
-      lines = touched(begin, end, kernel_taps(rows_.taps));
-      expand_columns({grids_, columns_, lines}, call_.stream);
-    }
+    chunks_.begin = 0;
+    chunks_.end = chunk_count_;
     const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
-    interpolate({matrices, rows_, lines, chunks_, columns_.samples, centers_,
+    interpolate({matrices, grids_, rows_, columns_, chunks_, centers_,
                  static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero),
                  call_.sum ? sums_ + (call_.sum->vectors.count + 1) * blocks() : nullptr},
                 call_.stream);

@@ -24,14 +24,102 @@ struct Squares {
   }
 };
 
+// Coarse columns that a thread's columns touch, at most: one more than a window where they lie in two cells,
+// else as if each lay in a cell of its own, so that the number is odd. A whole axis has no windows.
+constexpr int kLeastTouched = kernel_taps(1) + 1;
+constexpr int kMostTouched = kMaxTaps + kColumnsPerThread - 1;
+
+FM_HOST_DEVICE inline int touched_columns(const WindowTables& columns) {
+  constexpr int kSteps = kColumnsPerThread - 1;
+  if (columns.whole()) return 0;
+  return kernel_taps(columns.taps) + (kSteps * columns.cells <= columns.samples ? 1 : kSteps);
+}
+
+// The coarse rows in a thread's columns, interpolated along the columns axis where they are asked for. The
+// walk down the rows leaves no registers for the weights: they are in shared memory, weights[j][thread],
+// those of a thread's columns for the j-th coarse column that it touches. No thread reads another's.
+class CoarseRows {
+ public:
+  __device__ CoarseRows(const Interpolate& a, std::int64_t column)
+      : pitch_(static_cast<std::uint32_t>(a.grids.pitch)),
+        row_count_(static_cast<int>(a.grids.rows)),
+        column_count_(static_cast<int>(a.grids.columns)),
+        touched_(touched_columns(a.columns)),
+        first_(static_cast<int>(column)),
+        weights_(shared_memory<Quad<float>>() + threadIdx.x) {
+    if (touched_ > 0) {
+      first_ = load(a.columns.cell + column);
+      find_weights(a.columns, static_cast<int>(column));
+    }
+    grid_ = a.grids.data + blockIdx.z * a.grids.step + first_;
+  }
+
+  // Row `cell` of the grid, which wraps around its end, as it does along the columns.
+  __device__ Quad<float> operator()(int cell) const {
+    const auto row = static_cast<std::uint32_t>(wrap_ahead(cell, row_count_));
+    const float* line = grid_ + std::uint64_t{row} * pitch_;
+    if (touched_ == 0) return load(reinterpret_cast<const Quad<float>*>(line));
+    Quad<float> sums{};
+    const auto add = [&](int j, float value) {
+      const Quad<float> weights = weights_[j * kRowPassThreads];
+#pragma unroll
+      for (int c = 0; c < kColumnsPerThread; ++c) sums.entries[c] += weights.entries[c] * value;
+    };
+    if (first_ + touched_ <= column_count_) {
+      for_each_touched([&](int j) { add(j, load(line + j)); });
+    } else {
+#pragma unroll 1
+      for (int j = 0; j < touched_; ++j)
+        add(j, load(line + (wrap_ahead(first_ + j, column_count_) - first_)));
+    }
+    return sums;
+  }
+
+ private:
+  // Unrolled; as the number is odd, it need not be looked at each time.
+  template <typename Visit>
+  __device__ void for_each_touched(Visit visit) const {
+#pragma unroll
+    for (int j = 0; j < kMostTouched; ++j) {
+      if (j >= kLeastTouched && j % 2 == 1 && j >= touched_) break;
+      visit(j);
+    }
+  }
+
+  __device__ void find_weights(const WindowTables& window, int column) {
+    for_each_touched([&](int j) { weights_[j * kRowPassThreads] = {}; });
+#pragma unroll
+    for (int c = 0; c < kColumnsPerThread; ++c) {
+      if (column + c >= window.samples) break;
+      Quad<float>* own = weights_ + (load(window.cell + column + c) - first_) * kRowPassThreads;
+      const float* source = window.weights + std::int64_t{column + c} * padded_taps(window.taps);
+#pragma unroll
+      for (int j = 0; j < kMaxTaps; j += 2) {
+        if (j >= kernel_taps(1) && j >= window.taps) break;
+        const float2 two = load(reinterpret_cast<const float2*>(source + j));
+        own[j * kRowPassThreads].entries[c] = two.x;
+        own[(j + 1) * kRowPassThreads].entries[c] = two.y;
+      }
+    }
+  }
+
+  const float* grid_;  // from column `first_` on
+  std::uint32_t pitch_;
+  int row_count_;
+  int column_count_;
+  int touched_;
+  int first_;  // of the touched columns; of a whole axis, the thread's own
+  Quad<float>* weights_;
+};
+
 // A thread's columns of a chunk of rows.
 template <typename T, int kTaps, bool kSquares>
 __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, int chunk,
                                     Squares<kSquares>& squares) {
-  const WindowTables& window = a.window;
+  const WindowTables& window = a.rows;
   const std::int64_t row_stride = a.matrices.row_stride[blockIdx.z];
   T* matrix = static_cast<T*>(a.matrices.data[blockIdx.z]);
-  const QuadAccess access = quad_access(matrix, row_stride, column, a.width);
+  const QuadAccess access = quad_access(matrix, row_stride, column, a.columns.samples);
   // A gain of zero must not turn an infinity that is about to be overwritten into NaN.
   const QuadAccess read = a.gain != 0.0f ? access : QuadAccess{false, 0};
   const int begin = chunk_begin(a.chunks, chunk);
@@ -39,26 +127,23 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
   matrix += column;
   const float constant = a.center_gain * load(a.centers + blockIdx.z);
 
-  const float* lines = a.lines.data + blockIdx.z * a.lines.step + column;
-  const auto coarse_row = [&](int cell) {
-    const int line = wrap_ahead(cell - static_cast<int>(a.lines.begin), static_cast<int>(a.lines.count));
-    return load(reinterpret_cast<const Quad<float>*>(lines + line * a.lines.pitch));
-  };
-  // The last cell first: what `spread_rows` read last is still in L2.
-  int cell = load(window.cell + end - 1);
-  Quad<float> coarse[kTaps];  // rows cell .. cell + kTaps - 1
-#pragma unroll
-  for (int j = 0; j + 1 < kTaps; ++j) coarse[j] = coarse_row(cell + 1 + j);
+  const CoarseRows coarse_row(a, column);
+  // The last cell first: what `spread_rows` read last is still in L2. The cells above it, without rows of
+  // this chunk, bring the first coarse rows.
+  const int last_cell = load(window.cell + end - 1);
+  Quad<float> coarse[kTaps] = {};  // rows cell .. cell + kTaps - 1
+  int cell_end = end;
 #pragma unroll 1
-  for (int cell_end = end; cell_end > begin; --cell) {
+  for (int cell = last_cell + kTaps - 1; cell_end > begin; --cell) {
 #pragma unroll
     for (int j = kTaps - 1; j > 0; --j) coarse[j] = coarse[j - 1];
     coarse[0] = coarse_row(cell);
+    if (cell > last_cell) continue;
     const auto first_row = static_cast<int>(load(window.first + cell));
     const int cell_begin = first_row > begin ? first_row : begin;
+    T* entries = matrix + cell_begin * row_stride;
 #pragma unroll 1
     for (int row = cell_begin; row < cell_end; row += kAhead) {
-      T* entries = matrix + row * row_stride;
       Quad<T> quads[kAhead];
       load_rows(entries, row_stride, cell_end - row, read, quads);
 #pragma unroll
@@ -75,8 +160,9 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
           // The large terms cancel first.
           values.entries[c] = (a.gain * widen(quads[i].entries[c]) + constant) + sum;
         }
-        store_quad(entries + i * row_stride, access, values);
+        store_quad(entries, access, values);
         squares.add(values, access.count);
+        entries += row_stride;
       }
     }
     cell_end = cell_begin;
@@ -84,36 +170,36 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
 }
 
 // The last chunk first, too.
-__device__ inline int reversed_chunk(const RowChunks& chunks) {
-  return static_cast<int>(chunks.end) - 1 - static_cast<int>(blockIdx.y);
-}
+__device__ inline int reversed_chunk() { return static_cast<int>(gridDim.y - 1 - blockIdx.y); }
 
 template <typename T, int kTaps>
 __global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks<kTaps>) interpolate_kernel(Interpolate a) {
   const std::int64_t column = first_column<kColumnsPerThread>();
   Squares<false> nothing;
-  if (column < a.width) interpolate_columns<T, kTaps>(a, column, reversed_chunk(a.chunks), nothing);
+  if (column < a.columns.samples) interpolate_columns<T, kTaps>(a, column, reversed_chunk(), nothing);
 }
 
 template <int kTaps>
 __global__ void __launch_bounds__(kRowPassThreads, kSumPassBlocks) interpolate_squares_kernel(Interpolate a) {
   const std::int64_t column = first_column<kColumnsPerThread>();
-  const int chunk = reversed_chunk(a.chunks);
+  const int chunk = reversed_chunk();
   Squares<true> squares;
-  if (column < a.width) interpolate_columns<float, kTaps>(a, column, chunk, squares);
-  const double total = block_sum(squares.sum, shared_memory<double>());
+  if (column < a.columns.samples) interpolate_columns<float, kTaps>(a, column, chunk, squares);
+  // Behind the weights, which another warp may still read.
+  Quad<float>* scratch = shared_memory<Quad<float>>() + touched_columns(a.columns) * kRowPassThreads;
+  const double total = block_sum(squares.sum, reinterpret_cast<double*>(scratch));
   if (threadIdx.x == 0) store(a.squares + chunk * static_cast<int>(gridDim.x) + blockIdx.x, total);
 }
 
 }  // namespace
 
 void interpolate(const Interpolate& arguments, cudaStream_t stream) {
+  const WindowTables& columns = arguments.columns;
+  const std::size_t weights = touched_columns(columns) * kRowPassThreads * sizeof(Quad<float>);
   const std::size_t scratch = arguments.squares ? kRowPassThreads / kWarpSize * sizeof(double) : 0;
-  const Launch how(
-      "interpolate",
-      row_pass_grid(arguments.width, arguments.chunks.end - arguments.chunks.begin, arguments.matrices.count),
-      dim3(kRowPassThreads), scratch, stream);
-  visit_taps(arguments.window.taps, [&](auto taps) {
+  const dim3 grid = row_pass_grid(columns.samples, arguments.chunks.end, arguments.matrices.count);
+  const Launch how("interpolate", grid, dim3(kRowPassThreads), weights + scratch, stream);
+  visit_taps(arguments.rows.taps, [&](auto taps) {
     constexpr int kTaps = decltype(taps)::value;
     if (arguments.squares) return launch(interpolate_squares_kernel<kTaps>, how, arguments);
     visit_storage(arguments.matrices.dtype, [&](auto tag) {

@@ -1,20 +1,20 @@
-// Interpolation of coarse rows along the rows axis, fused with the last step of the filter.
+// Interpolation of the coarse grids along both axes, fused with the last step of the filter.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "cuda/expand_columns.cuh"
+#include "cuda/spread_columns.cuh"
 
 namespace freemerge::cuda {
 
 struct Interpolate {
   Matrices matrices;
-  WindowTables window;
-  CoarseLines lines;
-  RowChunks chunks;
-  std::int64_t width;
+  CoarseGrids grids;
+  WindowTables rows;
+  WindowTables columns;  // or a whole axis
+  RowChunks chunks;      // all of them
   const float* centers;
   float gain;
   float center_gain;
@@ -23,7 +23,7 @@ struct Interpolate {
   double* squares;
 };
 
-// matrices = gain * matrices + center_gain * centers + window * lines, rounded to the storage dtype
+// matrices = gain * matrices + center_gain * centers + rows * grids * columns^T, rounded to the storage dtype
 void interpolate(const Interpolate& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

@@ -89,7 +89,8 @@ __device__ void load_rows(const T* first, std::int64_t row_stride, int rows, Qua
     if (i >= rows) break;
 #pragma unroll
     for (int c = 0; c < kColumnsPerThread; ++c)
-      quads[i].entries[c] = c < access.count ? load(first + i * row_stride + c) : T{};
+      quads[i].entries[c] = c < access.count ? load(first + c) : T{};
+    first += row_stride;
   }
 }
 

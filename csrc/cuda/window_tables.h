@@ -27,7 +27,7 @@ struct WindowTables : Decimation {
 
 // Kernels exist for windows of 8, 10 and 12 taps; narrower ones are padded with zero weights.
 constexpr int kMaxTaps = 12;
-constexpr int kernel_taps(int taps) { return taps <= 8 ? 8 : (taps <= 10 ? 10 : kMaxTaps); }
+FM_HOST_DEVICE constexpr int kernel_taps(int taps) { return taps <= 8 ? 8 : (taps <= 10 ? 10 : kMaxTaps); }
 
 // Calls visit(kernel_taps(taps), as a constant).
 template <typename Visit>

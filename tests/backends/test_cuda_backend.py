@@ -182,6 +182,18 @@ def test_panels_of_chunks_are_filtered_one_after_the_other() -> None:
     assert relative_error(y, reference_filter(x, response), x) < 5e-7
 
 
+@pytest.mark.parametrize("taps", [8, 10, 12])
+@pytest.mark.parametrize("cells", [36, 60, 100, 101, 150, 200, 299])
+def test_columns_of_a_thread_touch_few_coarse_columns_or_many(cells: int, taps: int) -> None:
+    x = noise(70, 300)
+    plan = plan_of_form(x, HIGH_PASS, "decimated")
+    assert plan.columns is not None
+    plan = replace(plan, columns=replace(plan.columns, cells=cells, taps=taps))
+    y = x.clone()
+    emulated.backend().executable(plan).run([y[None]], 1.0)
+    assert relative_error(y, reference_filter(x, HIGH_PASS), x) < 1e-6
+
+
 def test_a_dominant_mean_keeps_its_accuracy() -> None:
     x = noise(128, 200) + 1000.0
     want = reference_filter(x, HIGH_PASS)
@@ -590,3 +602,20 @@ def test_the_traffic_model_counts_panels_and_spectra_exactly(height: int, dtype:
     assert fft_written == sum(step.written for step in steps if "cuFFT" in step.name)
     assert loaded >= sum(step.read for step in steps if "cuFFT" not in step.name)  # and tables, from L1
     assert stored == sum(step.written for step in steps if "cuFFT" not in step.name)
+
+
+def test_coarse_rows_are_a_panel_on_the_way_there_only() -> None:
+    height, width, chunk_rows = 256, 320, 32
+    module, x = emulated.module(), noise(height, width)
+    plan = plan_of_form(x, HIGH_PASS, "decimated")
+    assert plan.rows is not None
+    assert plan.columns is not None
+    emulated.backend().executable(plan).run([x[None]], 1.0)
+    module.watch(0, (1 << 63) - 1)
+    emulated.backend().executable(plan).run([x[None]], 1.0)
+    ((_, stored),) = module.watched()
+    module.unwatch_all()
+    cleared, mean = 4 * plan.rows.cells * plan.columns.cells, 4
+    model = sum(step.written for step in traffic(plan).steps if "cuFFT" not in step.name) - cleared + mean
+    shared = 4 * plan.rows.taps * width * (height // chunk_rows)  # coarse rows of two chunks, at most
+    assert model < stored <= model + shared

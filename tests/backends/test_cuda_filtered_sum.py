@@ -368,8 +368,12 @@ BUGS = {
                                                  "interpolate.cu"),
     "the coarse row of another cell": Bug("interpolate.cu", "coarse[0] = coarse_row(cell)",
                                           "coarse[0] = coarse_row(cell + 1)", "interpolate.cu"),
-    "two columns of one cell": Bug("expand_columns.cu", "load(a.window.cell + sample) - cell", "0",
-                                   "expand_columns.cu"),
+    "two columns of one cell": Bug("interpolate.cu", "load(window.cell + column + c) - first_", "0",
+                                   "interpolate.cu"),
+    "coarse columns that do not wrap": Bug("interpolate.cu", "(wrap_ahead(first_ + j, column_count_) - first_)", "j",
+                                           "interpolate.cu"),
+    "every other weight of a window": Bug("interpolate.cu", "entries[c] = two.y", "entries[c] = 0",
+                                          "interpolate.cu"),
 }  # fmt: skip
 
 

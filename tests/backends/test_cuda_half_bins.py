@@ -187,7 +187,7 @@ BUGS = {
         "smaller = static_cast<double>(plan.rows.cells)", "coarse_filter.cpp", transforms="own",
     ),
     "grids without the rows of zeros between them": Bug(
-        "interpolate.cu", "blockIdx.z * a.lines.step", "blockIdx.z * a.lines.count * a.lines.pitch", "interpolate.cu",
+        "interpolate.cu", "blockIdx.z * a.grids.step", "blockIdx.z * a.grids.rows * a.grids.pitch", "interpolate.cu",
         case="columns whole",
     ),
 }  # fmt: skip
