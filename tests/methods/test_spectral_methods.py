@@ -92,6 +92,20 @@ def test_what_is_no_matrix_is_averaged(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(2, 12, 20), (2, 3, 12, 20)])
+def test_each_matrix_of_a_batch_is_merged_as_it_is_alone(method: str, shape: tuple[int, ...]) -> None:
+    """Also where a model left some of them, such as experts, as they were."""
+    base, models = tensors(shape, 3)
+    models[1][0], models[2][-1] = base[0], base[-1]
+    recipe = fm.Recipe(method=method, scale=1.0, out_dtype="float64", select=[("experts", "filter")])
+    together = fm.merge_tensors(base, models, recipe=recipe, name="experts")
+    for index in torch.cartesian_prod(*map(torch.arange, shape[:-2])).view(-1, len(shape) - 2).tolist():
+        at = tuple(index)
+        alone = fm.merge_tensors(base[at], [model[at] for model in models], recipe=recipe)
+        torch.testing.assert_close(together[at], alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_views_are_the_matrices(method: str) -> None:
     q, qs = tensors((12, 20), 3)
     k, ks = tensors((18, 20), 3)
