@@ -145,6 +145,14 @@ def test_model_stock_by_hand() -> None:
     assert [value - 1 for value in tiny] == pytest.approx([3.5e-5 * 48 / 49] * 2, rel=0.01), "however small"
 
 
+def test_model_stock_of_any_size() -> None:
+    """One over the length of a denormal task vector is more than float32 holds."""
+    vectors = [torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0])]
+    whole = fm.merge_deltas(vectors, method="model_stock")
+    tiny = fm.merge_deltas([1e-40 * vector for vector in vectors], method="model_stock")
+    torch.testing.assert_close(tiny * 2.0**100 / 1e-40, whole * 2.0**100, rtol=1e-3, atol=0)
+
+
 def test_model_stock_says_its_ratios_and_takes_two_models(tmp_path: Path) -> None:
     base, models = {"w": torch.zeros(2)}, [{"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([4.0, 3.0])}]
     recipe = fm.Recipe(method="model_stock")
