@@ -150,11 +150,11 @@ class _Mean(Executable):
 
 def _sums(y: torch.Tensor) -> torch.Tensor:
     """The sum of each row in float64, by pieces: torch adds up a single long row by as many as it has threads."""
-    length = y.shape[-1]
+    *rows, length = y.shape
     count = length // _SUMMED
-    pieces = y[..., : count * _SUMMED].unflatten(-1, (count, _SUMMED)).sum(-1, dtype=torch.float64)
-    rest = y[..., count * _SUMMED :].sum(-1, dtype=torch.float64)
-    return (pieces.sum(-1) + rest).unsqueeze(-1)
+    pieces = y[..., : count * _SUMMED].reshape(*rows, count, _SUMMED).sum(-1, dtype=torch.float64)
+    rest = y[..., count * _SUMMED :].sum(-1, keepdim=True, dtype=torch.float64)
+    return pieces.sum(-1, keepdim=True).add_(rest)
 
 
 def _write(x: torch.Tensor, y: torch.Tensor, scale: float) -> None:
