@@ -114,6 +114,23 @@ def test_a_normalized_cutoff_at_a_radius_keeps_it(cutoff: str) -> None:
             assert np.array_equal(response.half_mask(shape), gains), (response, shape)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ratio", [1e300, 1e307])
+def test_the_official_mask_of_any_ratio(ratio: float) -> None:
+    x = torch.randn(40, 60)
+    assert torch.equal(fm.filtered(x, fm.Official(ratio)), fm.filtered(x, fm.Official(9.0)))
+
+
+def test_gains_beyond_float32_are_refused() -> None:
+    for gains in ({"low": 1e39, "high": 1.0}, {"low": 1.0, "high": -1e39}):
+        with pytest.raises(fm.ArgumentError, match=r"must be a finite number of a size up to 3\.40282e\+38, got"):
+            fm.BandGain(0.3, **gains)
+    with pytest.raises(fm.ArgumentError, match="in float32, too"):
+        fm.Custom([[1e39]])
+    with pytest.raises(fm.ArgumentError, match="in float32, too"):
+        fm.filtered(torch.randn(4, 6), fm.Custom(lambda ky, kx, shape: 1e39 + 0 * ky * kx))
+
+
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_center_removes_means(axis: int) -> None:
     x = torch.randn(6, 9, dtype=torch.float64)
