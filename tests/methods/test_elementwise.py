@@ -145,6 +145,15 @@ def test_model_stock_by_hand() -> None:
     assert [value - 1 for value in tiny] == pytest.approx([3.5e-5 * 48 / 49] * 2, rel=0.01), "however small"
 
 
+@pytest.mark.parametrize("exponent", [-54, 40])
+def test_pcb_keeps_the_same_entries_of_small_and_large_task_vectors(exponent: int) -> None:
+    base, models = states(3)
+    tasks = [model["wide.weight"] - base["wide.weight"] for model in models]
+    recipe = fm.Recipe(method="pcb", scale=1.0)
+    merged = fm.merge_deltas([2.0**exponent * task for task in tasks], recipe=recipe)
+    torch.testing.assert_close(merged * 2.0**-exponent, fm.merge_deltas(tasks, recipe=recipe), rtol=1e-4, atol=0)
+
+
 def test_model_stock_of_any_size() -> None:
     """One over the length of a denormal task vector is more than float32 holds."""
     vectors = [torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0])]
