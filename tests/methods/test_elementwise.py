@@ -154,6 +154,13 @@ def test_pcb_keeps_the_same_entries_of_small_and_large_task_vectors(exponent: in
     torch.testing.assert_close(merged * 2.0**-exponent, fm.merge_deltas(tasks, recipe=recipe), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_magnitudes_that_float32_cannot_compare_are_refused(method: str) -> None:
+    tasks = [1e60 * torch.randn(40, 30, dtype=torch.float64) for _ in range(2)]
+    with pytest.raises(fm.CheckpointError, match="compared in float32, which they overflow"):
+        fm.merge_deltas(tasks, method=method)
+
+
 def test_model_stock_of_any_size() -> None:
     """One over the length of a denormal task vector is more than float32 holds."""
     vectors = [torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0])]

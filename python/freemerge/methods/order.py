@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import CheckpointError
 from ..lazy import torch
 from .whole import Whole
 
@@ -21,7 +23,7 @@ Numbers = tuple[int, "Tensor", "Tensor | None"]  #: a model, some of its numbers
 def kth_largest(whole: Whole[Iterable[Numbers]], count: int, share: float) -> list[float]:
     """For each of ``count`` models the round(share * n)-th largest magnitude of its n numbers, as float32.
 
-    Infinity if that is the 0-th. Exact, in two looks at the whole and the memory of a histogram for each model.
+    Infinity if that is the 0-th. CheckpointError if it overflows float32. Exact, in two looks at the whole and the memory of a histogram for each model.
     """
     return _largest(whole, count, [share])[0]
 
@@ -50,10 +52,12 @@ def _largest(whole: Whole[Iterable[Numbers]], count: int, shares: Sequence[float
         lower = counted([high for high, _ in found], 1 << LOW_BITS, 0)
         largest.append(
             [
-                _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else float("inf")
+                _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else math.inf
                 for (high, rank), counts, k in zip(found, lower, ranks, strict=True)
             ]
         )
+        if any(k and math.isinf(magnitude) for magnitude, k in zip(largest[-1], ranks, strict=True)):
+            raise CheckpointError("magnitudes of task vectors are compared in float32, which they overflow")
     return largest
 
 
