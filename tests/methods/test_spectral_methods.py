@@ -42,6 +42,19 @@ def test_the_formula(method: str, shape: tuple[int, ...], count: int) -> None:
             torch.testing.assert_close(merged, expected, rtol=0, atol=error * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_the_formula_where_singular_values_decay(method: str) -> None:
+    """What is rounded off the sum counts the more, the smaller the singular value of a direction is."""
+    generator = torch.Generator().manual_seed(0)
+    decay = 10 ** -torch.linspace(0, 4.5, 16)
+    vectors = [
+        torch.randn(64, 16, generator=generator) * decay @ torch.randn(16, 300, generator=generator) for _ in range(4)
+    ]
+    merged = fm.merge_deltas(vectors, recipe=fm.Recipe(method=method, scale=1.0, out_dtype="float64"))
+    expected = spectral(method, [vector.double() for vector in vectors])
+    torch.testing.assert_close(merged, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_more_models_than_directions(method: str) -> None:
     base, models = tensors((2, 9), 5)
