@@ -23,7 +23,8 @@ Numbers = tuple[int, "Tensor", "Tensor | None"]  #: a model, some of its numbers
 def kth_largest(whole: Whole[Iterable[Numbers]], count: int, share: float) -> list[float]:
     """For each of ``count`` models the round(share * n)-th largest magnitude of its n numbers, as float32.
 
-    Infinity if that is the 0-th. CheckpointError if it overflows float32. Exact, in two looks at the whole and the memory of a histogram for each model.
+    Infinity if that is the 0-th. CheckpointError if it overflows float32. Exact, in two looks at the whole and the
+    memory of a histogram for each model.
     """
     return _largest(whole, count, [share])[0]
 

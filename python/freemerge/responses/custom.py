@@ -20,8 +20,8 @@ class Custom(Response):
     """A user's own mask: an H x W array in stored order, or a callable ``mask(ky, kx, (H, W)) -> gains``.
 
     A callable gets signed frequencies in bins as broadcastable float64 arrays of shapes (h, 1) and (1, w). Arrays are
-    copied, must be real and finite, also in float32, and fit one shape only. Either is symmetrised. Callables compare by identity,
-    and are asked once for a shape: one that is to give other gains later has to be another one.
+    copied, must be real and finite, also in float32, and fit one shape only. Either is symmetrised. Callables compare
+    by identity, and are asked once for a shape: one that is to give other gains later has to be another one.
     """
 
     def __init__(self, mask: npt.ArrayLike | MaskFunction) -> None:
