@@ -23,8 +23,7 @@ Numbers = tuple[int, "Tensor", "Tensor | None"]  #: a model, some of its numbers
 def kth_largest(whole: Whole[Iterable[Numbers]], count: int, share: float) -> list[float]:
     """For each of ``count`` models the round(share * n)-th largest magnitude of its n numbers, as float32.
 
-    Infinity if that is the 0-th. CheckpointError if it overflows float32. Exact, in two looks at the whole and the
-    memory of a histogram for each model.
+    Infinity if that is the 0-th. Exact, in two looks at the whole and the memory of a histogram for each model.
     """
     return _largest(whole, count, [share])[0]
 
@@ -32,6 +31,14 @@ def kth_largest(whole: Whole[Iterable[Numbers]], count: int, share: float) -> li
 def kth_of(values: Tensor, shares: Sequence[float]) -> list[float]:
     """The same of one tensor alone, for each of some shares, in one look and one more for each."""
     return [found for (found,) in _largest(Whole(lambda: [[(0, values, None)]]), 1, shares)]
+
+
+def check_comparable(name: str, delta: Tensor) -> None:
+    """CheckpointError if an entry of a float64 task vector, though finite, is too large to be compared as float32."""
+    if delta.dtype == torch.float64 and delta.numel():
+        size = max(abs(float(end)) for end in torch.aminmax(delta))
+        if torch.finfo(torch.float32).max < size < math.inf:
+            raise CheckpointError(f"tensor {name!r}: magnitudes are compared in float32, which {size:.3g} overflows")
 
 
 def _largest(whole: Whole[Iterable[Numbers]], count: int, shares: Sequence[float]) -> list[list[float]]:
@@ -57,8 +64,6 @@ def _largest(whole: Whole[Iterable[Numbers]], count: int, shares: Sequence[float
                 for (high, rank), counts, k in zip(found, lower, ranks, strict=True)
             ]
         )
-        if any(k and math.isinf(magnitude) for magnitude, k in zip(largest[-1], ranks, strict=True)):
-            raise CheckpointError("magnitudes of task vectors are compared in float32, which they overflow")
     return largest
 
 
