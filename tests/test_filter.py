@@ -324,6 +324,20 @@ def test_same_bytes_for_any_number_of_threads(backend: str, cutoff: float, dtype
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_a_row_loses_the_same_mean_for_any_number_of_threads() -> None:
+    row = noise(1_000_001, dtype=torch.float64) + 1
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(fm.filtered(row, fm.Center(), backend="torch"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @AVAILABLE
 @pytest.mark.parametrize("shape", [(300, 400), (257, 129)])
 def test_a_large_mean_does_not_drown_the_result(backend: str, shape: tuple[int, int]) -> None:

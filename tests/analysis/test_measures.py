@@ -207,6 +207,14 @@ def test_a_low_frequency_ramp_is_in_the_lowest_band() -> None:
     assert total.mean_sign_agreement == 0
 
 
+def test_task_vectors_whose_norm_is_beyond_float32() -> None:
+    vector = noise(40, 60)
+    base = {"w": torch.zeros_like(vector)}
+    large, small = (analyze(base, [{"w": size * vector}], methods={}).total.spectra[0] for size in (1e37, 1.0))
+    assert close(large.effective_rank, small.effective_rank)
+    assert all(map(close, large.top, small.top))
+
+
 def test_zero_task_vectors_have_no_measures() -> None:
     total = measured([torch.zeros(8, 12), noise(8, 12)])
     assert total.spectra[0].bands == (None,) * BANDS

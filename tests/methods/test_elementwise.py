@@ -145,6 +145,30 @@ def test_model_stock_by_hand() -> None:
     assert [value - 1 for value in tiny] == pytest.approx([3.5e-5 * 48 / 49] * 2, rel=0.01), "however small"
 
 
+@pytest.mark.parametrize("exponent", [-54, 40])
+def test_pcb_keeps_the_same_entries_of_small_and_large_task_vectors(exponent: int) -> None:
+    base, models = states(3)
+    tasks = [model["wide.weight"] - base["wide.weight"] for model in models]
+    recipe = fm.Recipe(method="pcb", scale=1.0)
+    merged = fm.merge_deltas([2.0**exponent * task for task in tasks], recipe=recipe)
+    torch.testing.assert_close(merged * 2.0**-exponent, fm.merge_deltas(tasks, recipe=recipe), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_magnitudes_that_float32_cannot_compare_are_refused(method: str) -> None:
+    tasks = [1e60 * torch.randn(40, 30, dtype=torch.float64) for _ in range(2)]
+    with pytest.raises(fm.CheckpointError, match=r"'q': magnitudes are compared in float32, which \d.*e\+60 overflows"):
+        fm.merge_deltas(tasks, method=method, name="q")
+
+
+def test_model_stock_of_any_size() -> None:
+    """One over the length of a denormal task vector is more than float32 holds."""
+    vectors = [torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0])]
+    whole = fm.merge_deltas(vectors, method="model_stock")
+    tiny = fm.merge_deltas([1e-40 * vector for vector in vectors], method="model_stock")
+    torch.testing.assert_close(tiny * 2.0**100 / 1e-40, whole * 2.0**100, rtol=1e-3, atol=0)
+
+
 def test_model_stock_says_its_ratios_and_takes_two_models(tmp_path: Path) -> None:
     base, models = {"w": torch.zeros(2)}, [{"w": torch.tensor([3.0, 4.0])}, {"w": torch.tensor([4.0, 3.0])}]
     recipe = fm.Recipe(method="model_stock")

@@ -103,6 +103,15 @@ def test_with_a_filter_around_the_method(when: str, tmp_path: Path) -> None:
     )
 
 
+def test_with_a_filter_after_dare_it_is_that_of_the_filtered_mean(tmp_path: Path) -> None:
+    base, others = models(3)
+    plain, dropped = (
+        found(base, others, tmp_path / name, method=name, filter="after", cutoff=0.2)
+        for name in ("task_arithmetic", "dare")
+    )
+    assert dropped == plain
+
+
 def test_where_it_is_known(tmp_path: Path) -> None:
     base, (one, two) = models(2)
     assert found(base, [one], tmp_path / "one", method="task_arithmetic") == pytest.approx(1)

@@ -42,6 +42,19 @@ def test_the_formula(method: str, shape: tuple[int, ...], count: int) -> None:
             torch.testing.assert_close(merged, expected, rtol=0, atol=error * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_the_formula_where_singular_values_decay(method: str) -> None:
+    """What is rounded off the sum counts the more, the smaller the singular value of a direction is."""
+    generator = torch.Generator().manual_seed(0)
+    decay = 10 ** -torch.linspace(0, 4.5, 16)
+    vectors = [
+        torch.randn(64, 16, generator=generator) * decay @ torch.randn(16, 300, generator=generator) for _ in range(4)
+    ]
+    merged = fm.merge_deltas(vectors, recipe=fm.Recipe(method=method, scale=1.0, out_dtype="float64"))
+    expected = spectral(method, [vector.double() for vector in vectors])
+    torch.testing.assert_close(merged, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_more_models_than_directions(method: str) -> None:
     base, models = tensors((2, 9), 5)
@@ -89,6 +102,20 @@ def test_what_is_no_matrix_is_averaged(method: str) -> None:
     models = [{name: torch.full_like(tensor, value) for name, tensor in base.items()} for value in (1.0, 2.0, 6.0)]
     recipe = fm.Recipe(method=method, scale=2.0, select=[("embed*", "merge"), ("bias", "filter")])
     assert {float(value) for tensor in fm.merge(base, models, recipe).values() for value in tensor.unique()} == {6.0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(2, 12, 20), (2, 3, 12, 20)])
+def test_each_matrix_of_a_batch_is_merged_as_it_is_alone(method: str, shape: tuple[int, ...]) -> None:
+    """Also where a model left some of them, such as experts, as they were."""
+    base, models = tensors(shape, 3)
+    models[1][0], models[2][-1] = base[0], base[-1]
+    recipe = fm.Recipe(method=method, scale=1.0, out_dtype="float64", select=[("experts", "filter")])
+    together = fm.merge_tensors(base, models, recipe=recipe, name="experts")
+    for index in torch.cartesian_prod(*map(torch.arange, shape[:-2])).view(-1, len(shape) - 2).tolist():
+        at = tuple(index)
+        alone = fm.merge_tensors(base[at], [model[at] for model in models], recipe=recipe)
+        torch.testing.assert_close(together[at], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -21,7 +21,7 @@ from freemerge.responses import (
 )
 
 CLOSED_FORMS = [response for response in cases.RESPONSES if has_closed_form(response)]
-SHAPES = sorted({shape[-2:] for shape in cases.SHAPES} | {(12, 30), (64, 64), (1, 40), (40, 1), (96, 24)})
+SHAPES = sorted({shape[-2:] for shape in cases.SHAPES} | {(12, 30), (64, 64), (1, 40), (40, 1), (96, 24), (140, 140)})
 COMPARED_BIT_BY_BIT = ("steps", "official", "center")  # the others round in different places
 
 

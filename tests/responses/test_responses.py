@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import freemerge as fm
 from cases import RESPONSES
 from freemerge import responses
 from freemerge.responses import Response, base, from_config, to_config
+from freemerge.responses.base import signed_frequencies
 from freemerge.responses.radial import Radial
 
 OFFICIAL_SHAPES = [(768, 768), (2304, 768), (3072, 768), (51, 33), (1, 768)]
@@ -89,6 +91,44 @@ def test_units_and_metrics() -> None:
 def test_a_cutoff_at_a_whole_radius_keeps_it() -> None:
     assert 0.55 * 100 > 55
     assert fm.HighPass(0.55).mask((200, 100))[55, 0] == 1
+
+
+@pytest.mark.parametrize("cutoff", ["0.05", "0.1", "0.15", "0.3", "0.35", "0.45"])
+def test_a_normalized_cutoff_at_a_radius_keeps_it(cutoff: str) -> None:
+    """Against whole numbers: along an axis of any length, and anywhere in a few matrices."""
+    exact, number = Fraction(cutoff), float(cutoff)
+    axes = [(1, n) for n in (*range(4, 3000, 7), *range(20, 3000, 20))]
+    for shape in [*axes, (140, 140), (51, 85), (60, 300)]:
+        height, width = shape
+        ky, kx = signed_frequencies(height)[:, None], np.arange(width // 2 + 1)
+        distance = ((ky * width) ** 2 + (kx * height) ** 2) * exact.denominator**2  # exact below 2^53
+        beyond = distance >= (height * width * exact.numerator) ** 2
+        for response, gains in (
+            (fm.HighPass(number, metric="normalized"), beyond),
+            (fm.LowPass(number, metric="normalized"), ~beyond),
+            (fm.BandPass(number, 9, metric="normalized"), beyond),
+            (fm.BandPass(0, number, metric="normalized"), ~beyond),
+            (fm.BandStop(number, 9, metric="normalized"), ~beyond),
+            (fm.BandGain(number, 0, 1, metric="normalized"), beyond),
+        ):
+            assert np.array_equal(response.half_mask(shape), gains), (response, shape)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("ratio", [1e300, 1e307])
+def test_the_official_mask_of_any_ratio(ratio: float) -> None:
+    x = torch.randn(40, 60)
+    assert torch.equal(fm.filtered(x, fm.Official(ratio)), fm.filtered(x, fm.Official(9.0)))
+
+
+def test_gains_beyond_float32_are_refused() -> None:
+    for gains in ({"low": 1e39, "high": 1.0}, {"low": 1.0, "high": -1e39}):
+        with pytest.raises(fm.ArgumentError, match=r"must be a finite number of a size up to 3\.40282e\+38, got"):
+            fm.BandGain(0.3, **gains)
+    with pytest.raises(fm.ArgumentError, match="in float32, too"):
+        fm.Custom([[1e39]])
+    with pytest.raises(fm.ArgumentError, match="in float32, too"):
+        fm.filtered(torch.randn(4, 6), fm.Custom(lambda ky, kx, shape: 1e39 + 0 * ky * kx))
 
 
 @pytest.mark.parametrize("axis", [-1, -2])

@@ -34,11 +34,12 @@ def singular_sums(vectors: Sequence[Tensor], tasks: int) -> SingularSums:
     for matrices in zip(*stacks, strict=True):
         directions: dict[int, Triplets] = {}
         for v, matrix in enumerate(matrices):
-            norm = float(torch.linalg.vector_norm(matrix.double()))
+            norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
             if norm == 0:
                 continue
             with without_autocast(matrix.device):
-                (left, values, right), fourth, complete = _decomposed(matrix / norm)
+                unit = (matrix.double() / norm).to(matrix.dtype)  # a norm may be beyond float32
+                (left, values, right), fourth, complete = _decomposed(unit)
             energy = values.square()
             sums.matrices[v] += 1
             sums.stable[v] += 1 / float(energy[0]) / side

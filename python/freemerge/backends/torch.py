@@ -30,6 +30,7 @@ _DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16
 _FORMS: frozenset[Form] = frozenset(("identity", "scale", "mean", "full"))
 _PRODUCTS: frozenset[Form] = frozenset(("decimated",))
 _NUMPY_OUT = int(np.__version__.partition(".")[0]) >= 2  # its FFTs can write into given memory
+_SUMMED = 1 << 15  # entries, which torch adds up on one thread
 _BATCH_ELEMENTS = 1 << 18  # of the matrices that are transformed together, if there are several
 
 
@@ -139,12 +140,21 @@ class _Mean(Executable):
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         for x in batches:
             y = x if x.dtype == self._dtype else x.to(self._dtype)
-            mean = y.sum(-1, keepdim=True, dtype=torch.float64).mul_(self._share * scale).to(self._dtype)
+            mean = _sums(y).mul_(self._share * scale).to(self._dtype)
             if self._background * scale != 1.0:
                 y.mul_(self._background * scale)
             y.add_(mean)
             if y is not x:
                 x.copy_(y)
+
+
+def _sums(y: torch.Tensor) -> torch.Tensor:
+    """The sum of each row in float64, by pieces: torch adds up a single long row by as many as it has threads."""
+    *rows, length = y.shape
+    count = length // _SUMMED
+    pieces = y[..., : count * _SUMMED].reshape(*rows, count, _SUMMED).sum(-1, dtype=torch.float64)
+    rest = y[..., count * _SUMMED :].sum(-1, keepdim=True, dtype=torch.float64)
+    return pieces.sum(-1, keepdim=True).add_(rest)
 
 
 def _write(x: torch.Tensor, y: torch.Tensor, scale: float) -> None:

@@ -164,13 +164,18 @@ class Method(ABC):
         squares = [square for unit, _ in found for square in unit]
         return self.regained * projection_scale(squares, [overlap for _, unit in found for overlap in unit])
 
+    def in_the_mean(self) -> Method:
+        """The method that merges what this one does in the mean over its random numbers, if it draws any."""
+        return self
+
     def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
         """The scale of a recipe's "interference", from one look at ``units`` with the reads of a merge and one more.
 
-        At it, what is merged interferes least with the tasks (:mod:`freemerge.methods.interference`); times
+        At it, what is merged in the mean interferes least with the tasks (:mod:`freemerge.methods.interference`); times
         :attr:`strengthened`. 1 where there is no matrix, or what is merged has nothing in common with the task vectors.
         """
-        found = units.map(lambda unit: interference_terms(unit, lambda: self.merge(unit, measured).complete().tensors))
+        mean = self.in_the_mean()
+        found = units.map(lambda unit: interference_terms(unit, lambda: mean.merge(unit, measured).complete().tensors))
         scale = least_interference(terms for unit in found for terms in unit)
         return 1.0 if scale is None else self.strengthened * scale
 

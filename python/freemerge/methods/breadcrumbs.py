@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from .base import Measured, Merged, Method
-from .order import kth_of
+from .order import check_comparable, kth_of
 from .parameters import number, parameter, weights_parameter
 from .rules import default_scale
 from .vectors import Sides, TaskVectors
@@ -53,7 +53,8 @@ class Breadcrumbs(Method):
         totals: list[Tensor] = []
         for deltas, weight in zip(vectors.each(), measured.weights, strict=True):
             totals = totals or [new_empty(delta.shape, delta).zero_() for delta in deltas]
-            for delta, total in zip(deltas, totals, strict=True):
+            for tensor, delta, total in zip(vectors.tensors, deltas, totals, strict=True):
+                check_comparable(tensor.name, delta)
                 least, outlier = kth_of(delta, [1.0 - self.beta, self.gamma])
                 elect(delta, weight, (total, total), least=least, outlier=outlier)  # both signs to one sum
         return Merged(totals)

@@ -14,7 +14,6 @@ from .parameters import FLAG, WHOLE_NUMBER, number, parameter, weights_parameter
 from .rules import default_scale, relative
 from .task_arithmetic import TaskArithmetic
 from .vectors import Deltas, Sides, TaskVectors
-from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,10 +53,9 @@ class DARE(Method):
     def linear(self) -> bool:
         return not self.sign_election
 
-    def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
-        # What random drops add to the interference is noise: the scale is that of what is merged in the mean over them.
+    def in_the_mean(self) -> Method:
         # Where signs are elected it is nearly that, too, as few entries meet.
-        return TaskArithmetic(weights=self.weights).interference_scale(units, measured)
+        return TaskArithmetic(weights=self.weights)
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([self._merged(tensor, measured.weights) for tensor in vectors.tensors])

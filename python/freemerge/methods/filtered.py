@@ -147,6 +147,9 @@ class Filtered(Method):
             return self.method.measure_scale(units.through(self._seen), keep)
         return self.method.regained * super().measure_scale(units, keep)
 
+    def in_the_mean(self) -> Method:
+        return Filtered(self.method.in_the_mean(), self.filter)
+
     def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
         if self.filter.when == "before":
             return self.method.interference_scale(units.through(self._seen), measured)

@@ -15,9 +15,10 @@ from .spectra import (
     replace_matrices,
     singular_triplets,
     squareness,
+    summed_matrices,
     united,
 )
-from .vectors import Sides, TaskVectors, added
+from .vectors import Sides, TaskVectors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,11 +36,12 @@ class IsoC(SpectralMethod):
     paper = "2502.04959"
 
     def holds(self, count: int, matrix: Sides | None) -> float:
-        return AVERAGE_HOLDS if matrix is None else 11 + 2 * squareness(matrix)
+        return AVERAGE_HOLDS if matrix is None else 12 + 2 * squareness(matrix)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
-        total = added(vectors.each())
-        return replace_matrices(vectors, total, map(_isotropic, vectors.linear_maps(total)))
+        sums, deltas = summed_matrices(vectors)
+        exact = deltas[0].dtype == torch.float64
+        return replace_matrices(vectors, deltas, (_isotropic(matrix, exact) for matrix in sums))
 
 
 @dataclass(frozen=True)
@@ -70,28 +72,29 @@ class IsoCTS(SpectralMethod):
         return AVERAGE_HOLDS if matrix is None else 18 + 6 * squareness(matrix)
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
-        total, count = added(vectors.each()), vectors.count
-        exact = total[0].dtype == torch.float64
-        shapes = [matrix.shape for matrix in vectors.linear_maps(total)]
-        own = [self._own(min(shape[-2:]), count) for shape in shapes]
+        count = vectors.count
+        sums, deltas = summed_matrices(vectors)
+        exact = deltas[0].dtype == torch.float64
+        own = [self._own(min(matrix.shape[-2:]), count) for matrix in sums]
         found = [
             [singular_triplets(matrix, min(matrix.shape[-2:]) - count * directions, exact)]
-            for matrix, directions in zip(vectors.linear_maps(total), own, strict=True)
+            for matrix, directions in zip(sums, own, strict=True)
         ]
+        del sums
         for deltas in vectors.each() if any(own) else ():
             for matrix, directions, triplets in zip(vectors.linear_maps(deltas), own, found, strict=True):
                 shared = triplets[0][0]
                 rest = matrix.double() - shared @ (shared.mT @ matrix.double())
                 triplets.append(singular_triplets(rest, directions, exact, torch.linalg.matrix_norm(matrix.double())))
-        return replace_matrices(vectors, total, (_joined(triplets, exact) for triplets in found))
+        return replace_matrices(vectors, deltas, (_joined(triplets, exact) for triplets in found))
 
     def _own(self, rank: int, count: int) -> int:
         """The number of directions that each task contributes, as in the released code."""
         return min(rank // count, round((rank - int(rank * self.common)) / count))
 
 
-def _isotropic(matrix: Tensor) -> Tensor:
-    factor, values = polar_factor(matrix, exact=matrix.dtype == torch.float64)
+def _isotropic(matrix: Tensor, exact: bool) -> Tensor:
+    factor, values = polar_factor(matrix, exact)
     return factor * mean_of_nonzero(values)[..., None, None]
 
 

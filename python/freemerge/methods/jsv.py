@@ -65,6 +65,9 @@ class JSV(SpectralMethod):
 
 def _joined(tasks: Tensor) -> Tensor:
     """U diag(s) V^T [..., H, W] of the task vectors [K, ..., H, W], in float64."""
+    changed = tasks.flatten(-2).any(-1).reshape(len(tasks), -1)
+    if (changed != changed[:, :1]).any():  # matrices of a batch share their directions among other tasks then
+        return torch.stack([_joined(part) for part in tasks.unbind(1)])
     left, right = _bases(tasks)
     diagonals = torch.stack([_diagonal(left_times(left.mT, task), right) for task in tasks])
     lengths = torch.linalg.vector_norm(diagonals, dim=0)

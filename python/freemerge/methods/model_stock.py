@@ -56,14 +56,16 @@ class _Stock:
         self.count, self._cosines = 0, 0.0
 
     def add(self, delta: Tensor) -> None:
+        """Add a task vector, which may be overwritten."""
         from ..accumulate import norm
 
         self.count += 1
         self.total.add_(delta)
         length = norm([delta])
         if length > 0:
-            self._cosines += inner_product(self._directions, delta) / length
-            self._directions.add_(delta, alpha=1.0 / length)
+            direction = delta.div_(length)
+            self._cosines += inner_product(self._directions, direction)
+            self._directions.add_(direction)
 
     def ratio(self) -> float:
         """t, from the mean over all pairs of models."""

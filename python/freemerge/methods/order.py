@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import CheckpointError
 from ..lazy import torch
 from .whole import Whole
 
@@ -31,6 +33,14 @@ def kth_of(values: Tensor, shares: Sequence[float]) -> list[float]:
     return [found for (found,) in _largest(Whole(lambda: [[(0, values, None)]]), 1, shares)]
 
 
+def check_comparable(name: str, delta: Tensor) -> None:
+    """CheckpointError if an entry of a float64 task vector, though finite, is too large to be compared as float32."""
+    if delta.dtype == torch.float64 and delta.numel():
+        size = max(abs(float(end)) for end in torch.aminmax(delta))
+        if torch.finfo(torch.float32).max < size < math.inf:
+            raise CheckpointError(f"tensor {name!r}: magnitudes are compared in float32, which {size:.3g} overflows")
+
+
 def _largest(whole: Whole[Iterable[Numbers]], count: int, shares: Sequence[float]) -> list[list[float]]:
     """:func:`kth_largest` for each share."""
     from ..accumulate import count_magnitudes
@@ -50,7 +60,7 @@ def _largest(whole: Whole[Iterable[Numbers]], count: int, shares: Sequence[float
         lower = counted([high for high, _ in found], 1 << LOW_BITS, 0)
         largest.append(
             [
-                _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else float("inf")
+                _float((high << LOW_BITS) + _rank_from_top(counts, rank)[0]) if k else math.inf
                 for (high, rank), counts, k in zip(found, lower, ranks, strict=True)
             ]
         )

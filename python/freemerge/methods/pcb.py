@@ -20,8 +20,6 @@ from .whole import Whole
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST_SPAN = 1e-30  # of products, so that equal ones are not divided by zero
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Competition(Measured):
@@ -149,7 +147,7 @@ class PCB(Method):
                 most[i, j] = most[j, i] = max(float(most[i, j]), high[pair])
         if entries and not torch.isfinite(most - least).all():
             raise CheckpointError("pcb multiplies task vectors with each other: their products overflow")
-        ranges = Competition(least=least, span=(most - least).clamp(min=SMALLEST_SPAN))
+        ranges = Competition(least=least, span=(most - least).where(most > least, 1.0))  # equal products are all 0
 
         def exponentials(pieces: Iterable[Sequence[Tensor]]) -> tuple[list[float], list[float]]:
             """A unit's shares in ``inter``, for each pair, and in ``intra``; the same for any number of threads."""

@@ -257,6 +257,20 @@ def stacked_matrices(vectors: TaskVectors) -> tuple[list[Tensor], list[Tensor]]:
     return stacks, deltas
 
 
+def summed_matrices(vectors: TaskVectors) -> tuple[list[Tensor], list[Tensor]]:
+    """The linear maps of the sum of all models in float64, and the task vectors that were read last, likewise.
+
+    What float32 would round off the sum, relative to its largest singular value s_1, turns the vectors of another, s,
+    by s_1 / s times as much.
+    """
+    sums: list[Tensor] = []
+    for deltas in vectors.each():
+        sums = sums or [delta.new_zeros(delta.shape, dtype=torch.float64) for delta in deltas]
+        for total, delta in zip(sums, deltas, strict=True):
+            total.add_(delta)
+    return vectors.linear_maps(sums), deltas
+
+
 def replace_matrices(vectors: TaskVectors, deltas: list[Tensor], merged: Iterable[Tensor]) -> list[Tensor]:
     """``deltas``, with the linear maps that they make up overwritten."""
     matrices = vectors.matrices(deltas)

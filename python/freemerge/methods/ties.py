@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .base import Measured, Merged, Method
 from .election import Election
-from .order import Numbers, kth_largest
+from .order import Numbers, check_comparable, kth_largest
 from .parameters import number, parameter, weights_parameter
 from .rules import relative
 from .vectors import Deltas, Sides, TaskVectors
@@ -93,6 +93,7 @@ class TIES(Method):
         def elected(piece: Deltas) -> Tensor:
             election: Election | None = None
             for delta, weight, least in zip(piece.each(), weights, thresholds, strict=True):
+                check_comparable(piece.name, delta)
                 election = election or Election(delta, shares=True)
                 election.add(delta, weight, least)
             assert election is not None

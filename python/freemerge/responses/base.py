@@ -16,6 +16,8 @@ from ..errors import ArgumentError
 
 Gains = npt.NDArray[np.float64]
 
+LARGEST_GAIN = float(np.finfo(np.float32).max)  # that kernels can multiply by
+
 _BLOCK_ELEMENTS = 1 << 22  # bounds the memory of anything that walks a whole mask
 
 
@@ -86,11 +88,14 @@ def blocks(rows: int, columns: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def set_number(response: Response, name: str, *, least: float = -math.inf, above: float = -math.inf) -> None:
-    """Check a field of a response and make it a Python float."""
+def set_number(
+    response: Response, name: str, *, least: float = -math.inf, above: float = -math.inf, size: float = math.inf
+) -> None:
+    """Check a field of a response, at most ``size`` on either side of zero, and make it a Python float."""
     number = finite_number(getattr(response, name))
-    if number is None or number < least or number <= above:
-        bound = f" >= {least:g}" if math.isfinite(least) else f" > {above:g}" if math.isfinite(above) else ""
+    if number is None or number < least or number <= above or abs(number) > size:
+        bounds = ((" >= ", least), (" > ", above), (" of a size up to ", size))
+        bound = "".join(f"{text}{limit:g}" for text, limit in bounds if math.isfinite(limit))
         raise ArgumentError(f"{name} must be a finite number{bound}, got {getattr(response, name)!r}")
     object.__setattr__(response, name, number)
 

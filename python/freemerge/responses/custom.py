@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError
-from .base import Gains, Response, matrix_shape
+from .base import LARGEST_GAIN, Gains, Response, matrix_shape
 
 MaskFunction = Callable[[Gains, Gains, tuple[int, int]], npt.ArrayLike]
 
@@ -20,8 +20,8 @@ class Custom(Response):
     """A user's own mask: an H x W array in stored order, or a callable ``mask(ky, kx, (H, W)) -> gains``.
 
     A callable gets signed frequencies in bins as broadcastable float64 arrays of shapes (h, 1) and (1, w). Arrays are
-    copied, must be real and finite, and fit one shape only. Either is symmetrised. Callables compare by identity,
-    and are asked once for a shape: one that is to give other gains later has to be another one.
+    copied, must be real and finite, also in float32, and fit one shape only. Either is symmetrised. Callables compare
+    by identity, and are asked once for a shape: one that is to give other gains later has to be another one.
     """
 
     def __init__(self, mask: npt.ArrayLike | MaskFunction) -> None:
@@ -35,8 +35,8 @@ class Custom(Response):
             array = array.astype(np.float64, casting="same_kind" if array.dtype.kind == "c" else "unsafe")  # a copy
         except _NO_ARRAY:
             raise ArgumentError(f"mask must be a callable or an array of real numbers, got {mask!r}") from None
-        if array.ndim not in (1, 2) or array.size == 0 or not np.isfinite(array).all():
-            raise ArgumentError(f"mask must be a finite vector or matrix, got shape {array.shape}")
+        if array.ndim not in (1, 2) or array.size == 0 or not _fit(array):
+            raise ArgumentError(f"mask must be a finite vector or matrix in float32, too, got shape {array.shape}")
         array.flags.writeable = False
         object.__setattr__(self, "_function", None)
         object.__setattr__(self, "_array", array.reshape(matrix_shape(array.shape)))
@@ -86,8 +86,10 @@ class Custom(Response):
             called = _unmasked(returned)
         except _NO_ARRAY:
             raise ArgumentError(f"the mask callable must return finite real numbers, got {returned!r}") from None
-        if called.dtype.kind not in "fiub" or not np.isfinite(called).all():
-            raise ArgumentError(f"the mask callable must return finite real numbers, got {called.dtype} {called!r}")
+        if called.dtype.kind not in "fiub" or not _fit(called):
+            raise ArgumentError(
+                f"the mask callable must return finite real numbers, in float32, too, got {called.dtype} {called!r}"
+            )
         called = called.astype(np.float64)
         try:
             return np.broadcast_to(called, np.broadcast_shapes(ky.shape, kx.shape))
@@ -99,3 +101,8 @@ def _unmasked(values: object) -> npt.NDArray[np.generic]:
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError("its own mask would be ignored")
     return np.asarray(values)
+
+
+def _fit(gains: npt.NDArray[np.generic]) -> bool:
+    """Whether all are finite, in float32 too."""
+    return bool((np.abs(gains) <= LARGEST_GAIN).all())

@@ -35,7 +35,8 @@ class Official(ClosedForm):
         height, width = matrix_shape(shape)
         sides = shape[-2:]
         reference = min(sides) if self.relative_to == "min" else max(sides)
-        return MaskParams("official", height, width, edge0=self.ratio * reference, edge1=float(min(sides) // 10))
+        radius = min(self.ratio * reference, float(height + width))  # all bins are closer, and it fits into float32
+        return MaskParams("official", height, width, edge0=radius, edge1=float(min(sides) // 10))
 
     def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
         params = self.params(shape)

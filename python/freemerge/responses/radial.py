@@ -53,7 +53,10 @@ class Radial(ClosedForm):
         height, width = matrix_shape(shape)
         normalized = self.metric == "normalized"
         units = (1.0 / height, 1.0 / width) if normalized else (1.0, 1.0)
-        if self.unit == "fraction" and not normalized:
+        if normalized:
+            # (1 / 140) * 14 < 0.1: bins on an edge must not be lost by the rounding of their radius.
+            edges = tuple(edge * (1.0 - 1e-12) for edge in edges)
+        elif self.unit == "fraction":
             # Rounding keeps 0.55 * 100 = 55.00000000000001 from losing the bins at radius 55.
             edges = tuple(round(edge * min(shape[-2:]), 9) for edge in edges)
         edge0, edge1 = (*edges, 0.0)[:2]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import ArgumentError
-from .base import Box, Gains, MaskParams, column_weights, removed, set_number
+from .base import LARGEST_GAIN, Box, Gains, MaskParams, column_weights, removed, set_number
 from .radial import CutoffUnit, Metric, Radial, bands, bin_radius
 
 
@@ -137,8 +137,8 @@ class BandGain(Steps):
 
     def __post_init__(self) -> None:
         set_number(self, "cutoff", least=0)
-        set_number(self, "low")
-        set_number(self, "high")
+        set_number(self, "low", size=LARGEST_GAIN)
+        set_number(self, "high", size=LARGEST_GAIN)
         super().__post_init__()
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
