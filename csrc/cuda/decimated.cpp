@@ -55,6 +55,7 @@ class Decimated : public Executor {
     if (call_.sum) {
       samples_ = arena.take<float>(sample_rows(rows_.samples) * sample_columns(columns_.samples));
       sums_ = arena.take<double>((call_.sum->vectors.count + 2) * blocks());
+      if (call_.filter.last_waits()) energies_ = arena.take<double>(coarse_mask_blocks(grids_));
     }
     work_ = arena.rest();
   }
@@ -100,11 +101,23 @@ class Decimated : public Executor {
     for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
       spread(matrices, begin, std::min(begin + panel_chunks_, chunk_count_));
     filter_grids();
+    if (!energies_) interpolate_all(matrices, {});
+    if (!call_.sum) return;
+    const Parts last = energies_ ? Parts{energies_, coarse_mask_blocks(grids_)} : squares_after();
+    finish_sum(*call_.sum, {sums_, blocks()}, rows_.samples * columns_.samples, last, stream);
+  }
+
+  void add_last(const AddLast& add) override {
+    grids_.count = 1;
+    interpolate_all(slice(0, 1), add);
+    if (!add.out.data) finish_last(*call_.sum, squares_after(), call_.stream);
+  }
+
+  void interpolate_all(const Matrices& matrices, const AddLast& add) {
     // The last rows first: L2 still holds some of them.
     const std::int64_t step = columns_.whole() ? chunk_count_ : panel_chunks_;
     for (std::int64_t end = chunk_count_; end > 0; end -= step)
-      interpolate_chunks(matrices, std::max<std::int64_t>(end - step, 0), end);
-    if (call_.sum) finish_sum(*call_.sum, sums_, blocks(), rows_.samples * columns_.samples, stream);
+      interpolate_chunks(matrices, std::max<std::int64_t>(end - step, 0), end, add);
   }
 
   void find_centers(const Matrices& matrices) {
@@ -120,8 +133,9 @@ class Decimated : public Executor {
     const Filter& filter = call_.filter;
     if (own_) return filter_spectra(filter.spectra, grids(), grid_spectra(), call_.scale, call_.stream);
     transform(cufft::kR2C);
-    coarse_mask({grids_, rows_, columns_, filter.plan.mask, filter.plan.background, call_.scale},
-                call_.stream);
+    coarse_mask(
+        {grids_, rows_, columns_, filter.plan.mask, filter.plan.background, call_.scale, energies_, centers_},
+        call_.stream);
     transform(cufft::kC2R);
   }
 
@@ -144,6 +158,9 @@ class Decimated : public Executor {
 
   // Of a pass over a matrix.
   std::int64_t blocks() const { return ceil_div(columns_.samples, kColumnsPerBlock) * chunk_count_; }
+
+  // What a last pass that writes the matrix puts down.
+  Parts squares_after() const { return {sums_ + (call_.sum->vectors.count + 1) * blocks(), blocks()}; }
 
   // The coarse rows that chunks [begin, end) of the rows touch by windows of so many taps.
   CoarseLines touched(std::int64_t begin, std::int64_t end, int taps) const {
@@ -170,7 +187,8 @@ class Decimated : public Executor {
   }
 
   // The way back, by coarse rows in the place of the partial ones.
-  void interpolate_chunks(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
+  void interpolate_chunks(const Matrices& matrices, std::int64_t begin, std::int64_t end,
+                          const AddLast& add) {
     const Plan& plan = call_.filter.plan;
     chunks_.begin = begin;
     chunks_.end = end;
@@ -182,7 +200,7 @@ class Decimated : public Executor {
     const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
     interpolate({matrices, rows_, lines, chunks_, columns_.samples, centers_,
                  static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero),
-                 call_.sum ? sums_ + (call_.sum->vectors.count + 1) * blocks() : nullptr},
+                 call_.sum ? sums_ + (call_.sum->vectors.count + 1) * blocks() : nullptr, add},
                 call_.stream);
   }
 
@@ -197,8 +215,9 @@ class Decimated : public Executor {
   CoarseGrids grids_{};
   float* partials_ = nullptr;
   float* centers_ = nullptr;
-  float* samples_ = nullptr;  // of a sum
-  double* sums_ = nullptr;    // of |v_i|, and of squares before and after, by block
+  float* samples_ = nullptr;    // of a sum
+  double* sums_ = nullptr;      // of |v_i|, and of squares before and after, by block
+  double* energies_ = nullptr;  // of a sum whose last pass waits
   void* work_ = nullptr;
 };
 

@@ -75,4 +75,17 @@ void Filter::run(const MatrixList& matrices, double scale, void* workspace, std:
   runner->run(workspace);
 }
 
+void Filter::run_last(const MatrixList& matrices, void* workspace, std::size_t bytes, cudaStream_t stream,
+                      const SumFirst& sum, const AddLast& add) const {
+  require(last_waits(), "the last pass of this filter does not wait");
+  if (add.out.data) {
+    require_storage(add.out);
+    require_storage(add.base);
+  }
+  const Call call = call_of(*this, matrices, 1.0, stream, &sum);
+  const auto runner = executor(call);
+  require(runner->bytes() <= bytes, "the workspace is too small");
+  runner->run_last(workspace, add);
+}
+
 }  // namespace freemerge::cuda

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/expand_columns.cuh"
+#include "cuda/task_vectors.h"
 
 namespace freemerge::cuda {
 
@@ -21,9 +22,11 @@ struct Interpolate {
   // Of one float matrix: squares[block], the sum of the squares that a block writes, blocks being those of
   // all chunks; or null.
   double* squares;
+  AddLast add;  // of one float matrix, which then stays as it is
 };
 
-// matrices = gain * matrices + center_gain * centers + window * lines, rounded to the storage dtype
+// matrices = gain * matrices + center_gain * centers + window * lines, rounded to the storage dtype, or added
+// to a base, elsewhere
 void interpolate(const Interpolate& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda
