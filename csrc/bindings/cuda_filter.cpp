@@ -111,6 +111,7 @@ void bind_filter(py::module_& m) {
            py::arg("column_gains"), py::arg("upload"))
       .def_readwrite("chunk_rows", &Filter::chunk_rows)
       .def_property_readonly("last_waits", &Filter::last_waits)
+      .def("adds", &Filter::adds, py::arg("add"))
       .def(
           "workspace_bytes",
           [](const Filter& self, const std::vector<Address>& pointers,

@@ -8,6 +8,7 @@
 #include "cuda/error.h"
 #include "cuda/executor.h"
 #include "cuda/heuristics.h"
+#include "cuda/interpolate.cuh"
 
 namespace freemerge::cuda {
 namespace {
@@ -78,14 +79,18 @@ void Filter::run(const MatrixList& matrices, double scale, void* workspace, std:
 void Filter::run_last(const MatrixList& matrices, void* workspace, std::size_t bytes, cudaStream_t stream,
                       const SumFirst& sum, const AddLast& add) const {
   require(last_waits(), "the last pass of this filter does not wait");
-  if (add.out.data) {
-    require_storage(add.out);
-    require_storage(add.base);
-  }
+  require(!add.out.data || adds(add), "base and out must be of a storage dtype and aligned");
   const Call call = call_of(*this, matrices, 1.0, stream, &sum);
   const auto runner = executor(call);
   require(runner->bytes() <= bytes, "the workspace is too small");
   runner->run_last(workspace, add);
+}
+
+bool Filter::adds(const AddLast& add) const {
+  const auto taken = [&](const Array& array) {
+    return array.dtype != DType::kFloat64 && in_quads(array, plan.mask.width);
+  };
+  return taken(add.out) && taken(add.base);
 }
 
 }  // namespace freemerge::cuda

@@ -44,6 +44,9 @@ struct Filter {
   void run_last(const MatrixList& matrices, void* workspace, std::size_t bytes, cudaStream_t stream,
                 const SumFirst& sum, const AddLast& add) const;
 
+  // Whether a last pass takes these arrays; in double precision, or not aligned, they need one of their own.
+  bool adds(const AddLast& add) const;
+
   // Whether the last pass of a sum waits, because its norm is known before: only cuFFT's spectra of coarse
   // grids are seen as a whole.
   bool last_waits() const { return plan.form == Form::kDecimated && plan.tiles.parts == 0; }

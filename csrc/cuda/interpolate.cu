@@ -7,13 +7,14 @@
 namespace freemerge::cuda {
 namespace {
 
-using heuristics::kAhead;
 using heuristics::kRowPassThreads;
 using heuristics::kSumPassBlocks;
 
 // What becomes of the values of a thread's columns, of which kAhead rows at most are expected at a time: they
 // go back to the matrix;
 struct WriteBack {
+  static constexpr int kAhead = heuristics::kAhead;
+
   __device__ void expect(int, int) {}
 
   template <typename T>
@@ -24,6 +25,8 @@ struct WriteBack {
 
 // the same, and their squares are added up;
 struct WriteSquares {
+  static constexpr int kAhead = heuristics::kAhead;
+
   double sum = 0.0;
 
   __device__ void expect(int, int) {}
@@ -49,8 +52,11 @@ __device__ void visit_entries(const Array& array, Visit visit) {
   }
 }
 
-// or they are added to a base.
+// or they are added to a base, four of a row in one access.
 struct WriteAdded {
+  static constexpr int kAhead = heuristics::kAheadWithBase;
+  static constexpr QuadAccess kTogether{true, kColumnsPerThread};
+
   const AddLast& job;
   std::int64_t width;
   std::int64_t column;
@@ -64,7 +70,7 @@ struct WriteAdded {
     first = row * width + column;
     visit_entries(job.base, [&](auto* entries) {
       Quad<std::remove_pointer_t<decltype(entries)>> quads[kAhead];
-      load_rows(entries + first, width, rows, quad_access(entries, width, column, width), quads);
+      load_rows(entries + first, width, rows, kTogether, quads);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (i >= rows) break;
@@ -80,15 +86,14 @@ struct WriteAdded {
     for (int c = 0; c < kColumnsPerThread; ++c)
       sums.entries[c] =
           __fadd_rn(base[i].entries[c], __fmul_rn(job.scale, __fmul_rn(job.factor, values.entries[c])));
-    visit_entries(job.out, [&](auto* entries) {
-      store_quad(entries + first + i * width, quad_access(entries, width, column, width), sums);
-    });
+    visit_entries(job.out, [&](auto* entries) { store_quad(entries + first + i * width, kTogether, sums); });
   }
 };
 
 // A thread's columns of a chunk of rows.
 template <typename T, int kTaps, typename Write>
 __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, int chunk, Write& result) {
+  constexpr int kAhead = Write::kAhead;
   const WindowTables& window = a.window;
   const std::int64_t row_stride = a.matrices.row_stride[blockIdx.z];
   T* matrix = static_cast<T*>(a.matrices.data[blockIdx.z]);

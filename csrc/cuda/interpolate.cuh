@@ -25,6 +25,11 @@ struct Interpolate {
   AddLast add;  // of one float matrix, which then stays as it is
 };
 
+// Whether four neighbours of each row are one access: what an addition on the way takes.
+inline bool in_quads(const Array& array, std::int64_t width) {
+  return width % kColumnsPerThread == 0 && reinterpret_cast<std::uintptr_t>(array.data) % 16 == 0;
+}
+
 // matrices = gain * matrices + center_gain * centers + window * lines, rounded to the storage dtype, or added
 // to a base, elsewhere
 void interpolate(const Interpolate& arguments, cudaStream_t stream);
