@@ -63,7 +63,7 @@ class Executable(ABC):
 class LateSum(ABC):
     """A filtered sum of task vectors whose last pass is yet to run: with a base, or for whoever wants the sum itself.
 
-    Both may be asked for, in any order and on any stream.
+    Both may be asked for, in any order; they run where the other operations on its device would.
     """
 
     def __init__(self, memory: torch.Tensor) -> None:
