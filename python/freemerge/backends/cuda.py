@@ -35,7 +35,7 @@ _COSTS = Costs(
 
 _FILTER_BYTES = 1 << 19  # of a prepared filter itself, beside its tables
 _CACHED_SIZES = 16
-# The squares after a filter are known by Parseval to 4e-7 of those before it at worst, for a single wave, and their root
+# The squares after a filter are known by Parseval to 4e-7 of those before it at worst, of a single wave, and their root
 # to 1e-6 where so much is left of what the background keeps, and of all.
 _LEAST_OF_KEPT, _LEAST_OF_ALL = 0.2, 1e-5
 _TRANSFORMS = "FREEMERGE_CUDA_TRANSFORMS"
