@@ -22,6 +22,7 @@ Call call_of(const Filter& filter, const MatrixList& matrices, double scale, cud
             "only a filter of float32 whose first pass is ours forms its matrix there");
     require(matrices.data.size() == 1 && matrices.row_strides[0] == filter.plan.mask.width,
             "a sum is one matrix, whose rows lie end to end");
+    require(scale == 1.0, "a sum is not scaled before its base is added");
     require(sum->vectors.count > 0 && sum->vectors.count <= kModelsPerLaunch,
             "1 to 16 models fit one launch");
   }

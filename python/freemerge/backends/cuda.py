@@ -325,6 +325,7 @@ class _LateSum(LateSum):
 
     def _finish(self) -> float:
         self._run_last(None)
+        del self._workspace  # whoever holds the sum from now on does not need it
         return float(self.results[-1])
 
     def _add_round(self, out: torch.Tensor, base: torch.Tensor, scale: float, factor: float) -> bool:
