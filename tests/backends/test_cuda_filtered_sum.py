@@ -161,7 +161,7 @@ def late_by(
     return found[3]
 
 
-@pytest.mark.parametrize("count", [1, 2, 8, 16])
+@pytest.mark.parametrize("count", [2, 16])
 @pytest.mark.parametrize("case", SHAPES)
 def test_the_last_pass_adds_the_base(case: str, count: int) -> None:
     shape, response = SHAPES[case]
