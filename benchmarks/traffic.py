@@ -66,6 +66,9 @@ def merge_traffic(plan: Plan, models: int, stored: torch.dtype) -> Traffic:
     steps = list(traffic(plan).steps)
     if models <= MODELS_IN_ONE_PASS and plan.form == "decimated":  # the filter's first pass forms the sum
         steps[0] = Step("spread_sum", "matrix", (models + 1) * read, matrix)
+        if plan.tiles is None:  # and the last adds the base
+            steps[-1] = Step("interpolate", "matrix", steps[-1].read + read, read)
+            return Traffic(plan, tuple(steps))
     elif models <= MODELS_IN_ONE_PASS and plan.tiles is not None:  # and writes nothing but its spectra
         steps[0] = Step("rows_to_spectra", "matrix", (models + 1) * read, 0)
     else:

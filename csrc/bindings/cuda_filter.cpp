@@ -80,6 +80,15 @@ void bind_filter(py::module_& m) {
       .def(py::init(&to_sum), py::arg("base"), py::arg("base_dtype"), py::arg("models"),
            py::arg("model_dtypes"), py::arg("weights"), py::arg("n"), py::arg("results"));
 
+  py::class_<AddLast>(m, "AddLast", py::module_local())
+      .def(py::init([](Address out, int out_dtype, Address base, int base_dtype, std::int64_t n, double scale,
+                       double factor) {
+             return AddLast{array(out, out_dtype, n), array(base, base_dtype, n), static_cast<float>(scale),
+                            static_cast<float>(factor)};
+           }),
+           py::arg("out"), py::arg("out_dtype"), py::arg("base"), py::arg("base_dtype"), py::arg("n"),
+           py::arg("scale"), py::arg("factor"));
+
   // Local to the module: its emulated twin registers the same type.
   py::class_<Filter>(m, "Filter", py::module_local())
       .def(py::init([](const std::string& form, const py::object& mask, Address table, int dtype,
@@ -101,6 +110,8 @@ void bind_filter(py::module_& m) {
            py::arg("background"), py::arg("rows"), py::arg("columns"), py::arg("fused"), py::arg("tiles"),
            py::arg("column_gains"), py::arg("upload"))
       .def_readwrite("chunk_rows", &Filter::chunk_rows)
+      .def_property_readonly("last_waits", &Filter::last_waits)
+      .def("adds", &Filter::adds, py::arg("add"))
       .def(
           "workspace_bytes",
           [](const Filter& self, const std::vector<Address>& pointers,
@@ -122,7 +133,20 @@ void bind_filter(py::module_& m) {
             });
           },
           py::arg("pointers"), py::arg("row_strides"), py::arg("scale"), py::arg("workspace"),
-          py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"), py::arg("sum") = py::none());
+          py::arg("workspace_bytes"), py::arg("device"), py::arg("stream"), py::arg("sum") = py::none())
+      .def(
+          "run_last",
+          [](const Filter& self, const std::vector<Address>& pointers,
+             const std::vector<std::int64_t>& row_strides, Address workspace, std::size_t workspace_bytes,
+             int device, Address stream, const SumFirst& sum, const AddLast* add) {
+            const MatrixList matrices = to_matrices(pointers, row_strides);
+            on_stream(device, stream, [&](cudaStream_t s) {
+              self.run_last(matrices, pointer<void>(workspace), workspace_bytes, s, sum,
+                            add ? *add : AddLast{});
+            });
+          },
+          py::arg("pointers"), py::arg("row_strides"), py::arg("workspace"), py::arg("workspace_bytes"),
+          py::arg("device"), py::arg("stream"), py::arg("sum"), py::arg("add") = py::none());
 }
 
 }  // namespace freemerge::cuda

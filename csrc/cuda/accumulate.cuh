@@ -25,10 +25,19 @@ void accumulate(float* out, const Array& base, const std::vector<Array>& models,
 void average(const double* partial, int rows, std::int64_t blocks, std::int64_t n, double* averages,
              cudaStream_t stream);
 
-// The results of a sum from what a filter's passes put down in `parts` each: sums[i][part] of |v_i|, then of
-// squares of the n entries before and after.
-void finish_sum(const SumFirst& sum, const double* sums, std::int64_t parts, std::int64_t n,
+// Numbers that a kernel put down in parts, which are to be added up.
+struct Parts {
+  const double* data;
+  std::int64_t count;
+};
+
+// The results of a sum from what a filter's passes put down: sums.data[i][part] of |v_i|, then of squares of
+// the n entries before the filter; and the last result.
+void finish_sum(const SumFirst& sum, const Parts& sums, std::int64_t n, const Parts& last,
                 cudaStream_t stream);
+
+// The last result alone.
+void finish_last(const SumFirst& sum, const Parts& last, cudaStream_t stream);
 
 // out[j] = base[j] + scale * (factor * delta[j]), products and sum rounded to float, then to out's dtype.
 // `out` may be `base` or `delta` itself.

@@ -15,10 +15,18 @@ struct CoarseMask {
   KernelMask mask;
   double background;
   double scale;
+  // Of one grid, whose scale is 1, or null: energies[block], what the bins of a block add to the squares of
+  // the matrix, by Parseval: (M^2 - background^2) |X|^2 / (H W), mirrored bins included. `center` was taken
+  // out of the matrix before.
+  double* energies;
+  const float* center;
 };
 
 // Multiplies each bin inside the band by scale * (M - background) / (H W phi_rows^2 phi_columns^2), phi being
 // the windows' transforms, and clears the bins outside it.
 void coarse_mask(const CoarseMask& arguments, cudaStream_t stream);
+
+// Of a call with energies.
+std::int64_t coarse_mask_blocks(const CoarseGrids& grids);
 
 }  // namespace freemerge::cuda

@@ -56,6 +56,7 @@ class Decimated : public Executor {
     if (call_.sum) {
       samples_ = arena.take<float>(sample_rows(rows_.samples) * sample_columns(columns_.samples));
       sums_ = arena.take<double>((call_.sum->vectors.count + 2) * blocks());
+      if (call_.filter.last_waits()) energies_ = arena.take<double>(coarse_mask_blocks(grids_));
     }
     work_ = arena.rest();
   }
@@ -104,8 +105,16 @@ class Decimated : public Executor {
     for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
       spread(matrices, begin, std::min(begin + panel_chunks_, chunk_count_));
     filter_grids();
-    interpolate_grids(matrices);
-    if (call_.sum) finish_sum(*call_.sum, sums_, blocks(), rows_.samples * columns_.samples, stream);
+    if (!energies_) interpolate_grids(matrices, {});
+    if (!call_.sum) return;
+    const Parts last = energies_ ? Parts{energies_, coarse_mask_blocks(grids_)} : squares_after();
+    finish_sum(*call_.sum, {sums_, blocks()}, rows_.samples * columns_.samples, last, stream);
+  }
+
+  void add_last(const AddLast& add) override {
+    grids_.count = 1;
+    interpolate_grids(slice(0, 1), add);
+    if (!add.out.data) finish_last(*call_.sum, squares_after(), call_.stream);
   }
 
   void find_centers(const Matrices& matrices) {
@@ -121,8 +130,9 @@ class Decimated : public Executor {
     const Filter& filter = call_.filter;
     if (own_) return filter_spectra(filter.spectra, grids(), grid_spectra(), call_.scale, call_.stream);
     transform(cufft::kR2C);
-    coarse_mask({grids_, rows_, columns_, filter.plan.mask, filter.plan.background, call_.scale},
-                call_.stream);
+    coarse_mask(
+        {grids_, rows_, columns_, filter.plan.mask, filter.plan.background, call_.scale, energies_, centers_},
+        call_.stream);
     transform(cufft::kC2R);
   }
 
@@ -146,6 +156,9 @@ class Decimated : public Executor {
   // Of a pass over a matrix.
   std::int64_t blocks() const { return ceil_div(columns_.samples, kColumnsPerBlock) * chunk_count_; }
 
+  // What a last pass that writes the matrix puts down.
+  Parts squares_after() const { return {sums_ + (call_.sum->vectors.count + 1) * blocks(), blocks()}; }
+
   // Chunks [begin, end) of the rows, onto the coarse rows that they touch.
   void spread(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
     chunks_.begin = begin;
@@ -165,14 +178,14 @@ class Decimated : public Executor {
     spread_columns({grids_, rows_, columns_, chunks_, partials_, first, touched}, call_.stream);
   }
 
-  void interpolate_grids(const Matrices& matrices) {
+  void interpolate_grids(const Matrices& matrices, const AddLast& add) {
     const Plan& plan = call_.filter.plan;
     chunks_.begin = 0;
     chunks_.end = chunk_count_;
     const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
     interpolate({matrices, grids_, rows_, columns_, chunks_, centers_,
                  static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero),
-                 call_.sum ? sums_ + (call_.sum->vectors.count + 1) * blocks() : nullptr},
+                 call_.sum ? sums_ + (call_.sum->vectors.count + 1) * blocks() : nullptr, add},
                 call_.stream);
   }
 
@@ -188,8 +201,9 @@ class Decimated : public Executor {
   CoarseGrids grids_{};
   float* partials_ = nullptr;
   float* centers_ = nullptr;
-  float* samples_ = nullptr;  // of a sum
-  double* sums_ = nullptr;    // of |v_i|, and of squares before and after, by block
+  float* samples_ = nullptr;    // of a sum
+  double* sums_ = nullptr;      // of |v_i|, and of squares before and after, by block
+  double* energies_ = nullptr;  // of a sum whose last pass waits
   void* work_ = nullptr;
 };
 

@@ -42,6 +42,13 @@ class Executor {
     run_groups();
   }
 
+  // The last pass of a sum: see Filter::run_last(). `workspace` is as run() has left it.
+  void run_last(void* workspace, const AddLast& add) {
+    Arena arena(workspace);
+    place(arena);
+    add_last(add);
+  }
+
  protected:
   using FftKeys = std::vector<FftKey>;
 
@@ -49,6 +56,7 @@ class Executor {
   virtual std::size_t work_bytes() const = 0;  // of the transforms
   virtual std::size_t work_bound() const = 0;
   virtual void run_groups() = 0;
+  virtual void add_last(const AddLast&) {}  // for those that let it wait
 
   Matrices slice(std::int64_t begin, std::int64_t count) const {
     Matrices matrices{};

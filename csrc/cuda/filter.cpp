@@ -8,6 +8,7 @@
 #include "cuda/error.h"
 #include "cuda/executor.h"
 #include "cuda/heuristics.h"
+#include "cuda/interpolate.cuh"
 
 namespace freemerge::cuda {
 namespace {
@@ -21,6 +22,7 @@ Call call_of(const Filter& filter, const MatrixList& matrices, double scale, cud
             "only a filter of float32 whose first pass is ours forms its matrix there");
     require(matrices.data.size() == 1 && matrices.row_strides[0] == filter.plan.mask.width,
             "a sum is one matrix, whose rows lie end to end");
+    require(scale == 1.0, "a sum is not scaled before its base is added");
     require(sum->vectors.count > 0 && sum->vectors.count <= kModelsPerLaunch,
             "1 to 16 models fit one launch");
   }
@@ -73,6 +75,23 @@ void Filter::run(const MatrixList& matrices, double scale, void* workspace, std:
   const auto runner = executor(call);
   require(runner->bytes() <= bytes, "the workspace is too small");
   runner->run(workspace);
+}
+
+void Filter::run_last(const MatrixList& matrices, void* workspace, std::size_t bytes, cudaStream_t stream,
+                      const SumFirst& sum, const AddLast& add) const {
+  require(last_waits(), "the last pass of this filter does not wait");
+  require(!add.out.data || adds(add), "base and out must be of a storage dtype and aligned");
+  const Call call = call_of(*this, matrices, 1.0, stream, &sum);
+  const auto runner = executor(call);
+  require(runner->bytes() <= bytes, "the workspace is too small");
+  runner->run_last(workspace, add);
+}
+
+bool Filter::adds(const AddLast& add) const {
+  const auto taken = [&](const Array& array) {
+    return array.dtype != DType::kFloat64 && in_quads(array, plan.mask.width);
+  };
+  return taken(add.out) && taken(add.base);
 }
 
 }  // namespace freemerge::cuda

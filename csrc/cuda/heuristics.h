@@ -23,11 +23,12 @@ constexpr std::size_t kBatchBytes = std::size_t{16} << 20;
 constexpr std::int64_t kBinsPerSector = 4;
 
 // Windowed passes down the rows: threads of a block, each taking four columns; rows on their way from memory
-// at a time. The pass that also forms a sum: its blocks that fit a multiprocessor; rows that it adds up
-// before it spreads them. Of a matrix all blocks run at once: chunks of rows are whole tiles of the sum, as
-// many as fill 132 multiprocessors with its blocks.
+// at a time, of a matrix alone and of a matrix and a base. The pass that also forms a sum: its blocks that
+// fit a multiprocessor; rows that it adds up before it spreads them. Of a matrix all blocks run at once:
+// chunks of rows are whole tiles of the sum, as many as fill 132 multiprocessors with its blocks.
 constexpr int kRowPassThreads = 64;
 constexpr int kAhead = 7;
+constexpr int kAheadWithBase = 4;
 constexpr int kSumPassBlocks = 5;
 constexpr int kTileRows = 8;
 constexpr std::int64_t kBlocksWanted = 132 * kSumPassBlocks;

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "cuda/interpolate.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/window_pass.cuh"
@@ -5,21 +7,35 @@
 namespace freemerge::cuda {
 namespace {
 
-using heuristics::kAhead;
 using heuristics::kRowPassThreads;
 using heuristics::kSumPassBlocks;
 
-// The sum of squares of what a thread writes, or nothing.
-template <bool kWanted>
-struct Squares {
+// What becomes of the values of a thread's columns, of which kAhead rows at most are expected at a time: they
+// go back to the matrix;
+struct WriteBack {
+  static constexpr int kAhead = heuristics::kAhead;
+
+  __device__ void expect(int, int) {}
+
+  template <typename T>
+  __device__ void write(T* entries, QuadAccess access, int, const Quad<float>& values) {
+    store_quad(entries, access, values);
+  }
+};
+
+// the same, and their squares are added up;
+struct WriteSquares {
+  static constexpr int kAhead = heuristics::kAhead;
+
   double sum = 0.0;
 
-  __device__ void add(const Quad<float>& values, int count) {
-    if constexpr (kWanted) {
+  __device__ void expect(int, int) {}
+
+  __device__ void write(float* entries, QuadAccess access, int, const Quad<float>& values) {
+    store_quad(entries, access, values);
 #pragma unroll
-      for (int c = 0; c < kColumnsPerThread; ++c) {
-        if (c < count) sum += squared(values.entries[c]);
-      }
+    for (int c = 0; c < kColumnsPerThread; ++c) {
+      if (c < access.count) sum += squared(values.entries[c]);
     }
   }
 };
@@ -112,10 +128,60 @@ class CoarseRows {
   Quad<float>* weights_;
 };
 
+// Calls visit(first entry) in an array's dtype; the branch is the same for all threads.
+template <typename Visit>
+__device__ void visit_entries(const Array& array, Visit visit) {
+  if (array.dtype == DType::kFloat32) {
+    visit(static_cast<float*>(array.data));
+  } else if (array.dtype == DType::kBFloat16) {
+    visit(static_cast<__nv_bfloat16*>(array.data));
+  } else {
+    visit(static_cast<__half*>(array.data));
+  }
+}
+
+// or they are added to a base, four of a row in one access.
+struct WriteAdded {
+  static constexpr int kAhead = heuristics::kAheadWithBase;
+  static constexpr QuadAccess kTogether{true, kColumnsPerThread};
+
+  const AddLast& job;
+  std::int64_t width;
+  std::int64_t column;
+  std::int64_t first = 0;    // entry of the rows that are expected
+  Quad<float> base[kAhead];  // of these rows
+
+  __device__ WriteAdded(const Interpolate& a, std::int64_t column_)
+      : job(a.add), width(a.columns.samples), column(column_) {}
+
+  __device__ void expect(int row, int rows) {
+    first = row * width + column;
+    visit_entries(job.base, [&](auto* entries) {
+      Quad<std::remove_pointer_t<decltype(entries)>> quads[kAhead];
+      load_rows(entries + first, width, rows, kTogether, quads);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (i >= rows) break;
+#pragma unroll
+        for (int c = 0; c < kColumnsPerThread; ++c) base[i].entries[c] = widen(quads[i].entries[c]);
+      }
+    });
+  }
+
+  __device__ void write(float*, QuadAccess, int i, const Quad<float>& values) {
+    Quad<float> sums;
+#pragma unroll
+    for (int c = 0; c < kColumnsPerThread; ++c)
+      sums.entries[c] =
+          __fadd_rn(base[i].entries[c], __fmul_rn(job.scale, __fmul_rn(job.factor, values.entries[c])));
+    visit_entries(job.out, [&](auto* entries) { store_quad(entries + first + i * width, kTogether, sums); });
+  }
+};
+
 // A thread's columns of a chunk of rows.
-template <typename T, int kTaps, bool kSquares>
-__device__ void interpolate_columns(const Interpolate& a, std::int64_t column, int chunk,
-                                    Squares<kSquares>& squares) {
+template <typename T, int kTaps, typename Write>
+__device__ void interpolate_columns(const Interpolate& a, std::int64_t column, int chunk, Write& result) {
+  constexpr int kAhead = Write::kAhead;
   const WindowTables& window = a.rows;
   const std::int64_t row_stride = a.matrices.row_stride[blockIdx.z];
   T* matrix = static_cast<T*>(a.matrices.data[blockIdx.z]);
@@ -146,6 +212,7 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
     for (int row = cell_begin; row < cell_end; row += kAhead) {
       Quad<T> quads[kAhead];
       load_rows(entries, row_stride, cell_end - row, read, quads);
+      result.expect(row, cell_end - row);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (row + i >= cell_end) break;
@@ -160,8 +227,7 @@ __device__ void interpolate_columns(const Interpolate& a, std::int64_t column, i
           // The large terms cancel first.
           values.entries[c] = (a.gain * widen(quads[i].entries[c]) + constant) + sum;
         }
-        store_quad(entries, access, values);
-        squares.add(values, access.count);
+        result.write(entries, access, i, values);
         entries += row_stride;
       }
     }
@@ -175,19 +241,26 @@ __device__ inline int reversed_chunk() { return static_cast<int>(gridDim.y - 1 -
 template <typename T, int kTaps>
 __global__ void __launch_bounds__(kRowPassThreads, kRowPassBlocks<kTaps>) interpolate_kernel(Interpolate a) {
   const std::int64_t column = first_column<kColumnsPerThread>();
-  Squares<false> nothing;
-  if (column < a.columns.samples) interpolate_columns<T, kTaps>(a, column, reversed_chunk(), nothing);
+  WriteBack result;
+  if (column < a.columns.samples) interpolate_columns<T, kTaps>(a, column, reversed_chunk(), result);
+}
+
+template <int kTaps>
+__global__ void __launch_bounds__(kRowPassThreads, kSumPassBlocks) interpolate_added_kernel(Interpolate a) {
+  const std::int64_t column = first_column<kColumnsPerThread>();
+  WriteAdded result(a, column);
+  if (column < a.columns.samples) interpolate_columns<float, kTaps>(a, column, reversed_chunk(), result);
 }
 
 template <int kTaps>
 __global__ void __launch_bounds__(kRowPassThreads, kSumPassBlocks) interpolate_squares_kernel(Interpolate a) {
   const std::int64_t column = first_column<kColumnsPerThread>();
   const int chunk = reversed_chunk();
-  Squares<true> squares;
-  if (column < a.columns.samples) interpolate_columns<float, kTaps>(a, column, chunk, squares);
+  WriteSquares result;
+  if (column < a.columns.samples) interpolate_columns<float, kTaps>(a, column, chunk, result);
   // Behind the weights, which another warp may still read.
   Quad<float>* scratch = shared_memory<Quad<float>>() + touched_columns(a.columns) * kRowPassThreads;
-  const double total = block_sum(squares.sum, reinterpret_cast<double*>(scratch));
+  const double total = block_sum(result.sum, reinterpret_cast<double*>(scratch));
   if (threadIdx.x == 0) store(a.squares + chunk * static_cast<int>(gridDim.x) + blockIdx.x, total);
 }
 
@@ -201,6 +274,7 @@ void interpolate(const Interpolate& arguments, cudaStream_t stream) {
   const Launch how("interpolate", grid, dim3(kRowPassThreads), weights + scratch, stream);
   visit_taps(arguments.rows.taps, [&](auto taps) {
     constexpr int kTaps = decltype(taps)::value;
+    if (arguments.add.out.data) return launch(interpolate_added_kernel<kTaps>, how, arguments);
     if (arguments.squares) return launch(interpolate_squares_kernel<kTaps>, how, arguments);
     visit_storage(arguments.matrices.dtype, [&](auto tag) {
       launch(interpolate_kernel<typename decltype(tag)::type, kTaps>, how, arguments);

@@ -17,8 +17,18 @@ struct TaskVectors {
 // What one float matrix, whose rows lie end to end, is to be first: the weighted sum of task vectors.
 struct SumFirst {
   TaskVectors vectors;
-  // On the device: mean |v_i| of each model, then the squares of the sum, added up, and of what is left.
+  // On the device: mean |v_i| of each model, then the squares of the sum, added up, and of what is left; or,
+  // where the last pass waits, what the mask adds to background^2 times the former to make it the latter.
   double* results;
+};
+
+// What the last pass of a filter makes of such a sum instead of writing it back: out = base + scale * (factor
+// * sum), rounded as add_round() does. Rows lie end to end; `out` may be `base` itself.
+struct AddLast {
+  Array out;  // no data: the sum is written back
+  Array base;
+  float scale;
+  float factor;
 };
 
 }  // namespace freemerge::cuda

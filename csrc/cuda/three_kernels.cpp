@@ -87,7 +87,10 @@ void filter_spectra(const SpectrumFilter& filter, const Matrices& matrices, cons
   rows_to_spectra(rows, stream);
   column_filter({spectra, mask, column_factor, filter.columns, tiles.parts}, blocks, stream);
   spectra_to_rows(rows, stream);
-  if (sum) finish_sum(*sum, sums, row_warps(mask.height, tiles), mask.height * mask.width, stream);
+  if (!sum) return;
+  const std::int64_t warps = row_warps(mask.height, tiles);
+  finish_sum(*sum, {sums, warps}, mask.height * mask.width, {sums + (sum->vectors.count + 1) * warps, warps},
+             stream);
 }
 
 std::int64_t sum_count(const SpectrumFilter& filter, const SumFirst& sum) {

@@ -14,7 +14,8 @@ std::size_t index(std::int64_t i) { return static_cast<std::size_t>(i); }
 // What both axes need: samples and their cells.
 WindowTables by_sample(std::int64_t samples, const Decimation& axis, const Window& window,
                        const Upload& upload) {
-  WindowTables tables{axis};
+  WindowTables tables{};
+  static_cast<Decimation&>(tables) = axis;
   tables.samples = samples;
   if (tables.whole()) return tables;
   require(axis.taps <= kMaxTaps, "windows have at most 12 taps");

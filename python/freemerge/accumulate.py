@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .backends.base import Check, unchecked
+from .backends.base import LateSum as LateSum
 from .backends.memory import arithmetic_of, dtype_code
 from .backends.registry import choose, pick
 from .backends.result_memory import empty
@@ -57,19 +58,44 @@ def filtered_sum(
     filtered. Both ways :func:`freemerge.filter_` with this ``response`` and ``backend`` makes the same bytes of it.
     ``check`` is called with the means once the inputs are read: before the filter runs, where it follows the sum.
     """
+    total, means, norms = late_sum(base, models, weights, response, backend=backend, check=check)
+    if not isinstance(total, LateSum):
+        return total, means, norms
+    assert norms is not None
+    return total.tensor, means, (norms[0], math.sqrt(total.finish()))
+
+
+def late_sum(
+    base: torch.Tensor,
+    models: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    response: Response,
+    *,
+    backend: str = "auto",
+    check: Check = unchecked,
+) -> tuple[torch.Tensor | LateSum, list[float], tuple[float, float] | None]:
+    """:func:`filtered_sum`, whose last pass waits for a base where it can: :func:`add_round` then adds that on the way.
+
+    The norm after the filter is known to about 1e-6 in that case.
+    """
     _check_task_vectors(base, models, weights)
     out = empty(base.shape, arithmetic_of([base, *models]), base.device)
     base, models = base.contiguous(), [model.contiguous() for model in models]
     numbers, summing = [float(weight) for weight in weights], pick("auto", (base, *models))
     if out.ndim > 1 and out.numel():
         filtering, plan = choose(response, tuple(out.shape), out.dtype, out.device, backend)
-        at_once = filtering.filtered_sum(plan, base, models, numbers, out, check) if filtering is summing else None
+        at_once = filtering.late_sum(plan, base, models, numbers, out, check) if filtering is summing else None
         if at_once is not None:
-            means, before, after = at_once
-            return out, means, (math.sqrt(before), math.sqrt(after))
+            means, before, after, total = at_once
+            return total, means, (math.sqrt(before), math.sqrt(after))
     means = summing.weighted_sum(base, models, numbers, out)
     check(means)
     return out, means, None
+
+
+def finished(total: torch.Tensor | LateSum) -> torch.Tensor:
+    """What :func:`late_sum` returned, after all passes."""
+    return total.tensor if isinstance(total, LateSum) else total
 
 
 def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: str = "auto") -> list[float]:
@@ -91,7 +117,7 @@ def part_means(
 
 def add_round(
     base: torch.Tensor,
-    delta: torch.Tensor,
+    delta: torch.Tensor | LateSum,
     scale: float,
     dtype: torch.dtype,
     *,
@@ -112,10 +138,13 @@ def add_round(
         out = empty(base.shape, dtype, base.device)
     else:
         _check_out(out, base, dtype)
-    for tensor, name in ((out, "dtype"), (base, "base"), (delta, "delta")):
+    for tensor, name in ((out, "dtype"), (base, "base")):
         dtype_code(tensor, name)
-    chosen = pick(backend, (base, delta, out))
-    finite = chosen.add_round(out, base.contiguous(), delta.contiguous(), scale, factor)
+    base, finite = base.contiguous(), None
+    if not (isinstance(delta, LateSum) and delta.add_round(out, base, scale, factor)):
+        delta = finished(delta)
+        dtype_code(delta, "delta")
+        finite = pick(backend, (base, delta, out)).add_round(out, base, delta.contiguous(), scale, factor)
     if check is not None and not finite:
         check(out)
     return out
@@ -193,7 +222,7 @@ def _check_out(out: torch.Tensor, base: torch.Tensor, dtype: torch.dtype) -> Non
         raise ArgumentError(f"out must be a contiguous {dtype} tensor of shape {tuple(base.shape)} on {base.device}")
 
 
-def _check_shapes(base: torch.Tensor, others: Sequence[tuple[str, torch.Tensor]]) -> None:
+def _check_shapes(base: torch.Tensor, others: Sequence[tuple[str, torch.Tensor | LateSum]]) -> None:
     for name, tensor in others:
         if tensor.shape != base.shape:
             raise ArgumentError(f"{name} has shape {tuple(tensor.shape)} but base has {tuple(base.shape)}")

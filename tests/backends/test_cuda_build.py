@@ -34,6 +34,7 @@ LARGE = {
     ("spread_rows", "kernel"): 128,
     ("interpolate", "Li12E"): 168,
     ("interpolate_squares", "kernel"): 168,
+    ("interpolate_added", "kernel"): 168,
     ("interpolate", "kernel"): 128,
 }
 BLOCK_BYTES, MULTIPROCESSORS = 227 << 10, 132  # of an H100
@@ -151,6 +152,7 @@ def test_blocks_of_the_windowed_passes_share_a_multiprocessor(
         "spread_rows_kernel": (64, 0, 8 if taps < 12 else 6),
         "interpolate_kernel": (64, weights, 8 if taps < 12 else 6),
         "interpolate_squares_kernel": (64, weights + 16, 5),
+        "interpolate_added_kernel": (64, weights, 5),
         "spread_sum_kernel": (128, sums, 5),
     }
     for name, (threads, shared, wanted) in passes.items():

@@ -15,13 +15,15 @@ from hypothesis import strategies as st
 import emulated
 import freemerge as fm
 from benchmarks.traffic import MODELS_IN_ONE_PASS, merge_traffic, traffic
-from freemerge.accumulate import add_round, filtered_sum, norm, task_vector_sum
+from freemerge import accumulate
+from freemerge.accumulate import LateSum, add_round, filtered_sum, finished, late_sum, norm, task_vector_sum
 from freemerge.backends import registry
 from freemerge.backends.cuda import CudaBackend
 from freemerge.backends.torch import TorchBackend
 from freemerge.checkpoint import TensorSpec
 from freemerge.errors import ArgumentError, CheckpointError
 from freemerge.merging.units import plan_units
+from freemerge.methods import Merged
 from freemerge.planner.costs import Traits
 from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Plan
@@ -72,12 +74,14 @@ SHAPES = {
     "tall": ((700, 48), fm.HighPass(0.1)),
     "odd width": ((130, 97), fm.HighPass(0.1)),
     "odd width beyond a block": ((96, 513), fm.LowPass(0.1)),
+    "beyond a block": ((97, 516), fm.LowPass(0.1)),
     "primes": ((257, 131), fm.HighPass(0.05)),
     "few rows": ((20, 331), fm.HighPass(0.2)),
     "chunks": ((1030, 264), fm.HighPass(0.05)),
-    "around Nyquist": ((300, 90), fm.Official(0.05)),
-    "between two bins": ((301, 90), fm.Official(0.05)),
+    "around Nyquist": ((300, 92), fm.Official(0.05)),
+    "between two bins": ((301, 92), fm.Official(0.05)),
     "whole columns": ((512, 31), fm.Butterworth(0.02)),
+    "whole columns in quads": ((512, 32), fm.Butterworth(0.02)),
     "a batch of one": ((1, 96, 130), fm.HighPass(0.05)),
 }
 
@@ -144,6 +148,136 @@ def three_kernels(shape: tuple[int, int], response: Response, chosen: Tiles | No
     found = candidates(response, shape, torch.float32, "cpu", "cuda", traits)
     full = [plan for plan in found if plan.form == "full" and plan.tiles is not None]
     return replace(full[0], tiles=chosen or full[0].tiles) if full else None
+
+
+# --- the last pass, which adds the base ------------------------------------------------------------------------------
+
+
+def late_by(
+    backend: CudaBackend, plan: Plan, base: torch.Tensor, models: list[torch.Tensor], out: torch.Tensor
+) -> LateSum:
+    found = backend.late_sum(plan, base, models, weights_of(len(models)), out)
+    assert found is not None
+    assert isinstance(found[3], LateSum)
+    return found[3]
+
+
+@pytest.mark.parametrize("count", [2, 16])
+@pytest.mark.parametrize("case", SHAPES)
+def test_the_last_pass_adds_the_base(case: str, count: int) -> None:
+    shape, response = SHAPES[case]
+    (base, models), weights = inputs(shape, count), weights_of(count)
+    want, _ = task_vector_sum(base, models, weights)
+    before = norm([want])
+    fm.filter_(want, response)
+    seen = set()
+    for order, dtype in zip(ORDERS, DTYPES, strict=True):
+        emulated.module().set_order(getattr(emulated.module().Order, order))
+        late, _, norms = late_sum(base, models, weights, response)
+        assert isinstance(late, LateSum)
+        assert norms is not None
+        seen.add(norms)
+        step_by_step = add_round(base, want, 0.7, dtype, factor=1.1)
+        assert torch.equal(add_round(base, late, 0.7, dtype, factor=1.1), step_by_step)
+        over = base.clone()
+        assert torch.equal(
+            add_round(over, late, 0.7, base.dtype, factor=1.1, out=over),
+            add_round(base, want, 0.7, base.dtype, factor=1.1),
+        )
+        assert late.add_round(torch.empty_like(over), base, 0.7, 1.1) is (shape[-1] % 4 == 0)
+        assert torch.equal(late.tensor, want)
+        assert not late.add_round(over, base, 0.7, 1.1)
+        assert torch.equal(add_round(base, late, 0.7, dtype, factor=1.1), step_by_step)
+    (norms,) = seen  # whatever the order of threads and blocks
+    assert norms == (pytest.approx(before, rel=1e-12), pytest.approx(norm([want]), rel=1e-6))
+
+
+def test_a_base_that_the_last_pass_does_not_take_is_added_after_it() -> None:
+    base, models = inputs((96, 128), 2)
+    want, *_ = filtered_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
+    shifted = torch.cat([base.flatten()[:3], base.flatten()])[3:].view(base.shape)
+    for other in (base.double(), shifted):
+        late, *_ = late_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
+        assert isinstance(late, LateSum)
+        assert not late.add_round(torch.empty_like(base), other, 0.7, 1.1)
+        assert torch.equal(add_round(other, late, 0.7, other.dtype), add_round(other, want, 0.7, other.dtype))
+
+
+@pytest.mark.parametrize(
+    ("left", "response"),
+    [(0.03, fm.HighPass(0.05)), (1e-4, fm.HighPass(0.05)), (0.0, fm.HighPass(0.05)), (0.0, fm.LowPass(0.05))],
+    ids=str,
+)
+def test_where_little_is_left_its_norm_is_taken(left: float, response: Response) -> None:
+    """A wave that the filter removes, and so much noise."""
+    shape = (96, 130)
+    rows, columns = torch.arange(96)[:, None], torch.arange(130)[None]
+    turns = (rows / 96 + 2 * columns / 130) if isinstance(response, fm.HighPass) else (rows + columns) / 2
+    model = torch.cos(2 * math.pi * turns + 0.3) + left * noise(*shape)
+    base = torch.zeros(shape)
+    total, _, norms = late_sum(base, [model], [1.0], response)
+    assert isinstance(total, torch.Tensor)
+    assert norms == pytest.approx((norm([model]), norm([total])), rel=1e-12)
+    filtered = fm.filtered(model, response)
+    assert torch.equal(total, filtered)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        fm.Recipe(response=fm.HighPass(0.1)),
+        fm.Recipe(response=fm.LowPass(0.1), scale=2.5),
+        fm.Recipe(response=fm.Official(0.1), weights="uniform"),
+        fm.Recipe(response=fm.Butterworth(0.02)),
+        fm.Recipe(response=fm.HighPass(0.1), renormalize=None, scale="interference"),
+        fm.Recipe(response=fm.HighPass(0.1), out_dtype="float32"),
+    ],
+    ids=str,
+)
+def test_a_merge_is_the_same_whenever_the_last_pass_runs(recipe: fm.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"a.weight": (96, 132), "b.weight": (512, 31), "c.weight": (1, 64, 92), "norm.weight": (24,)}
+    base = {name: noise(*shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    models = [
+        {name: (x.double() + 0.1 * noise(*x.shape, seed=seed)).to(x.dtype) for name, x in base.items()}
+        for seed in (1, 2, 3)
+    ]
+    merged = fm.merge(base, models, recipe, backend="cuda")
+    alone = fm.merge_tensors(base["a.weight"], [model["a.weight"] for model in models], recipe=recipe)
+    late = 0
+
+    def at_once(*args: object, **named: object) -> tuple[torch.Tensor, list[float], tuple[float, float] | None]:
+        nonlocal late
+        total, means, norms = late_sum(*args, **named)  # type: ignore[arg-type]
+        late += isinstance(total, LateSum)
+        if norms is not None:
+            assert norms[1] == pytest.approx(norm([finished(total)]), rel=1e-6)
+        return finished(total), means, norms
+
+    monkeypatch.setattr(accumulate, "late_sum", at_once)
+    for name, x in fm.merge(base, models, recipe, backend="cuda").items():
+        assert torch.equal(x, merged[name])
+    assert late >= 1
+    again = fm.merge_tensors(base["a.weight"], [model["a.weight"] for model in models], recipe=recipe)
+    assert torch.equal(again, alone)
+
+
+def test_what_is_merged_can_be_read_before_it_is_added() -> None:
+    base, models = noise(96, 130), [noise(96, 130, seed=i) for i in (1, 2)]
+    want, _, norms = filtered_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
+    late, *_ = late_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
+    assert norms is not None
+    merged = Merged([late], factor=2.0)
+    assert torch.equal(merged.tensors[0], want)
+    assert torch.equal(merged.complete().tensors[0], want * 2.0)
+    assert isinstance(late, LateSum)
+    assert late.finish() == pytest.approx(norms[1] ** 2, rel=1e-12)
+
+
+def test_a_result_that_is_not_finite_is_found() -> None:
+    base = {"a.weight": noise(96, 130, dtype=torch.float16)}
+    models = [{"a.weight": (x + noise(96, 130, seed=1)).half()} for x in base.values()]
+    with pytest.raises(CheckpointError, match=r"merged model at scale 1e\+06 in float16: tensor 'a.weight'"):
+        fm.merge(base, models, fm.Recipe(response=fm.HighPass(0.05), scale=1e6), backend="cuda")
 
 
 def test_a_dominant_mean_is_that_of_the_sum() -> None:
@@ -249,7 +383,7 @@ def test_a_merge_sums_and_filters_at_once(
 
 
 def test_a_merge_of_eight_models_moves_what_the_table_says() -> None:
-    """Base and models once, the sum twice each way, and what rounding takes: 2 (K + 1) + 12 bytes, and 8."""
+    """Base and models once, the sum once each way, and base and result: 2 (K + 1) + 8 bytes, and 4."""
     module, shape, count = emulated.module(), (1024, 512), 8
     backend, plan = emulated.backend(), decimated_plan(shape, fm.HighPass(0.05))
     base, *models = (noise(*shape, dtype=torch.bfloat16, seed=i) for i in range(count + 1))
@@ -257,16 +391,16 @@ def test_a_merge_of_eight_models_moves_what_the_table_says() -> None:
     backend.filtered_sum(plan, base, models, weights_of(count), out)  # makes the tables
     for tensor in (base, *models, out, merged):
         module.watch(tensor.data_ptr(), tensor.nbytes)
-    backend.filtered_sum(plan, base, models, weights_of(count), out)
-    add_round(base, out, 0.7, torch.bfloat16, factor=1.1, out=merged, backend="cuda")
+    late = late_by(backend, plan, base, models, out)
+    add_round(base, late, 0.7, torch.bfloat16, factor=1.1, out=merged, backend="cuda")
     counted = module.watched()
     module.unwatch_all()
     n, sample = base.numel(), 2 * 16 * 64  # of each tensor, for the dominant mean
     assert counted[0] == (2 * n + sample + 2 * n, 0)
     assert counted[1:-2] == [(2 * n + sample, 0)] * count
-    assert counted[-2:] == [(8 * n, 8 * n), (0, 2 * n)]
+    assert counted[-2:] == [(4 * n, 4 * n), (0, 2 * n)]
     moved = sum(map(sum, counted)) - (count + 1) * sample
-    assert moved == n * (2 * (count + 1) + 12 + 8)
+    assert moved == n * (2 * (count + 1) + 8 + 4)
     assert moved == merge_traffic(plan, count, torch.bfloat16).bytes("matrix")
 
 
@@ -305,6 +439,7 @@ def test_panels_are_those_of_the_filter_alone() -> None:
     """What the first pass writes for the second is no more than without the sum, beside a number for each block."""
     module, shape, count = emulated.module(), (512, 512), 3
     backend, plan = emulated.backend(), decimated_plan(shape, fm.HighPass(0.05))
+    assert plan.rows is not None
     base, *models = (noise(*shape, seed=i) for i in range(count + 1))
     out, stored = torch.empty(shape), []
     for run in (
@@ -317,7 +452,7 @@ def test_panels_are_those_of_the_filter_alone() -> None:
         stored.append(module.watched()[0][1])
         module.unwatch_all()
     blocks = 2 * 16  # of 256 columns, in chunks of 32 rows
-    sums = 8 * (count + 2) * (blocks + 1)
+    sums = 8 * ((count + 2) * (blocks + 1) + plan.rows.cells + 1)  # and of each row of bins, and of all
     assert stored[1] - stored[0] == out.nbytes + 4 * 16 * 64 + sums
 
 
@@ -325,7 +460,8 @@ def test_more_models_take_the_separate_passes() -> None:
     plan = decimated_plan((1024, 512), fm.HighPass(0.05))
     assert emulated.module().MODELS_PER_LAUNCH == MODELS_IN_ONE_PASS
     one, two = (merge_traffic(plan, count, torch.bfloat16) for count in (16, 17))
-    assert two.bytes() - one.bytes() == 1024 * 512 * (2 + 4 + 2 * 4)  # a model, the filter's read, two norms
+    # A model, the filter's read and write, two norms, and the sum once more to be added.
+    assert two.bytes() - one.bytes() == 1024 * 512 * (2 + 2 * 4 + 2 * 4 + 4)
     assert traffic(plan).bytes("panel") == one.bytes("panel") == two.bytes("panel")
 
 
@@ -336,6 +472,7 @@ def test_more_models_take_the_separate_passes() -> None:
 class Bug(emulated.Bug):
     kernels: str = "spread_sum.cu"
     form: str = "decimated"
+    width: int = 301
 
 
 def in_rows(right: str, wrong: str) -> Bug:
@@ -364,7 +501,7 @@ BUGS = {
     "columns of the next row": in_rows("row + column, row + width, true", "row + column, row + width + 8, true"),
     "squares of the last pair alone": in_rows("squares += squared(first) +", "squares = squared(first) +"),
     "no barrier before the lines": in_rows(f"  __syncthreads();\n{LINES}", LINES),
-    "squares of a column that is not there": Bug("interpolate.cu", "if (c < count) sum", "sum",
+    "squares of a column that is not there": Bug("interpolate.cu", "if (c < access.count) sum", "sum",
                                                  "interpolate.cu"),
     "the coarse row of another cell": Bug("interpolate.cu", "coarse[0] = coarse_row(cell)",
                                           "coarse[0] = coarse_row(cell + 1)", "interpolate.cu"),
@@ -374,12 +511,21 @@ BUGS = {
                                            "interpolate.cu"),
     "every other weight of a window": Bug("interpolate.cu", "entries[c] = two.y", "entries[c] = 0",
                                           "interpolate.cu"),
+    "the base before the factor": Bug("interpolate.cu", "__fmul_rn(job.factor, values.entries[c])",
+                                      "values.entries[c]", "interpolate.cu", width=300),
+    "the base of another row": Bug("interpolate.cu", "base[i].entries[c], ", "base[0].entries[c], ", "interpolate.cu",
+                                 width=300),
+    "energy of a bin without its mirror": Bug("coarse_mask.cu", "(alone ? 1.0 : 2.0)", "1.0", "coarse_mask.cu"),
+    "energy of the first bins twice": Bug("coarse_mask.cu", "(alone ? 1.0 : 2.0)", "2.0", "coarse_mask.cu"),
+    "energy of the correction alone": Bug("coarse_mask.cu", "(gain + a.background)", "(gain - a.background)",
+                                          "coarse_mask.cu"),
+    "energy without the mean": Bug("coarse_mask.cu", "* size * window;", "* 0.0;", "coarse_mask.cu"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_bug_in_sum_and_filter_is_caught(name: str, tmp_path: Path) -> None:
-    shape, response, count = (97, 301), fm.HighPass(0.1), 3
+    shape, response, count = (97, BUGS[name].width), fm.HighPass(0.1), 3
     (base, models), weights = inputs(shape, count, mean=2.0), weights_of(count)
     plan = three_kernels(shape, response) if BUGS[name].form == "full" else decimated_plan(shape, response)
     assert plan is not None
@@ -389,15 +535,24 @@ def test_a_bug_in_sum_and_filter_is_caught(name: str, tmp_path: Path) -> None:
     numbers.append(emulated.backend().square_sum(want))
     emulated.backend().executable(plan).run([want], 1.0)
     numbers.append(emulated.backend().square_sum(want))
+    want_merged = add_round(base, want, 0.7, base.dtype, factor=1.1)
 
     def is_right(backend: CudaBackend) -> bool:
         module, right = backend._runtime.module, True
         for order in ORDERS:
             module.set_order(getattr(module.Order, order))
             got = torch.empty(shape)
-            found = backend.filtered_sum(plan, base, models, weights, got)
+            found = backend.late_sum(plan, base, models, weights, got)
             assert found is not None
-            means, before, after = found
+            means, before, after, late = found
+            if plan.form == "decimated":
+                if not isinstance(late, LateSum):
+                    return False
+                merged = want_merged.clone().zero_()
+                assert late.add_round(merged, base, 0.7, 1.1) is (shape[1] % 4 == 0)
+                right = right and (shape[1] % 4 != 0 or torch.equal(merged, want_merged))
+                right = right and after == pytest.approx(numbers[-1], rel=1e-6)
+                after = late.finish()
             right = right and torch.equal(got, want) and [*means, before, after] == pytest.approx(numbers, rel=1e-12)
         module.set_order(module.Order.forward)
         return right

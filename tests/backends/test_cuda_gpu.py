@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import freemerge as fm
 import freemerge.experts as fx
 from cases import RESPONSES
-from freemerge.accumulate import add_round, filtered_sum, norm, task_vector_sum
+from freemerge.accumulate import LateSum, add_round, filtered_sum, late_sum, norm, task_vector_sum
 from freemerge.backends.registry import named
 from freemerge.backends.sparse import SparseVector, Update
 from freemerge.experts.select import select_largest
@@ -180,6 +180,24 @@ def test_sum_and_filter_at_once_are_both_one_after_the_other(shape: tuple[int, i
     assert norms == pytest.approx((want_before, norm([got])), rel=1e-12)
     again, *_ = filtered_sum(base, models, weights, response)
     assert torch.equal(again, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "response"), [((4096, 11008), fm.HighPass(0.05)), ((50257, 768), fm.Butterworth(0.1))], ids=str
+)
+def test_the_last_pass_adds_the_base(shape: tuple[int, int], response: fm.Response, dtype: torch.dtype) -> None:
+    weights = [0.2, -0.1, 0.5, 0.4]
+    base, *models = (matrix(*shape, dtype=torch.bfloat16, seed=seed) for seed in range(5))
+    want, *_ = filtered_sum(base, models, weights, response)
+    late, _, norms = late_sum(base, models, weights, response)
+    assert isinstance(late, LateSum)
+    assert norms is not None
+    assert norms[1] == pytest.approx(norm([want]), rel=1e-6)
+    with torch.cuda.stream(torch.cuda.Stream()):  # nothing that is yet to run is waited for
+        got = add_round(base, late, 0.7, dtype, factor=1.1)
+        assert torch.equal(got, add_round(base, want, 0.7, dtype, factor=1.1))
+    assert torch.equal(late.tensor, want)
 
 
 def test_tensors_of_files_by_way_of_pinned_memory_give_what_those_on_the_gpu_give(tmp_path: Path) -> None:

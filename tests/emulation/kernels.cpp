@@ -314,8 +314,8 @@ void check_sums() {
 }
 
 // Sum and filter at once, against one after the other.
-void check_filtered_sums() {
-  const Shape s{75, 265, 265};  // several chunks and blocks, an odd width
+void check_filtered_sums(std::int64_t width) {
+  const Shape s{75, width, width};  // several chunks and blocks
   const auto n = std::size_t(s.height * s.width);
   Plan plan;
   plan.form = Form::kDecimated;
@@ -332,11 +332,16 @@ void check_filtered_sums() {
       {first.get(), DType::kBFloat16}, {second.get(), DType::kFloat32}, {third.get(), DType::kFloat16}};
   const std::vector<double> weights = {0.2, -0.5, 0.8};
 
-  const auto run = [&](Buffer<float>& out, const SumFirst* sum) {
+  double squares_by_parseval = 0.0;
+  const auto run = [&](Buffer<float>& out, const SumFirst* sum, const AddLast* add) {
     const MatrixList list{{out.get()}, {s.width}};
     const std::size_t bytes = prepared.filter.workspace_bytes(list, nullptr, sum);
     void* workspace = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
     prepared.filter.run(list, 1.0, workspace, bytes, nullptr, sum);
+    if (sum && add) {
+      squares_by_parseval = sum->results[models.size()] + sum->results[models.size() + 1];
+      prepared.filter.run_last(list, workspace, bytes, nullptr, *sum, *add);
+    }
     std::free(workspace);
   };
   Buffer<float> want(n);
@@ -350,7 +355,7 @@ void check_filtered_sums() {
     return sum;
   };
   std::vector<double> expected = {means[0], means[1], means[2], squares(want)};
-  run(want, nullptr);
+  run(want, nullptr, nullptr);
   expected.push_back(squares(want));
 
   Buffer<float> got(n);
@@ -360,10 +365,24 @@ void check_filtered_sums() {
     sum.vectors.models[m] = models[m];
     sum.vectors.weights[m] = static_cast<float>(weights[m]);
   }
-  run(got, &sum);
+  const AddLast nothing{};
+  run(got, &sum, &nothing);
   expect(std::memcmp(got.get(), want.get(), n * sizeof(float)) == 0, "filtered sum, bit for bit");
   for (std::size_t i = 0; i < expected.size(); ++i)
     expect(std::fabs(results[i] - expected[i]) <= 1e-12 * expected[i], "means and squares", results[i]);
+  expect(std::fabs(squares_by_parseval - expected.back()) <= 1e-6 * expected.back(), "squares by Parseval",
+         squares_by_parseval);
+
+  Buffer<float16> merged(n);
+  Buffer<float16> merged_at_once(n);
+  const AddLast add{{merged_at_once.get(), DType::kFloat16}, {base.get(), DType::kBFloat16}, 0.7f, 1.1f};
+  expect(prepared.filter.adds(add) == (width % 4 == 0), "whether a base can be added on the way");
+  if (!prepared.filter.adds(add)) return;
+  run(got, &sum, &add);
+  add_round({merged.get(), DType::kFloat16}, add.base, {want.get(), DType::kFloat32}, 0.7, 1.1,
+            std::int64_t(n), nullptr);
+  expect(std::memcmp(merged_at_once.get(), merged.get(), n * sizeof(float16)) == 0,
+         "base added on the way, bit for bit");
 }
 
 void check_selection() {
@@ -468,7 +487,7 @@ int main(int argc, char** argv) {
     emulation::set_order(order);
     check_filters();
     check_sums();
-    check_filtered_sums();
+    for (const std::int64_t width : {265, 264}) check_filtered_sums(width);
     check_selection();
     check_sparse();
   }

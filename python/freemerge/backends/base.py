@@ -60,6 +60,50 @@ class Executable(ABC):
         """
 
 
+class LateSum(ABC):
+    """A filtered sum of task vectors whose last pass is yet to run: with a base, or for whoever wants the sum itself.
+
+    Both may be asked for, in any order; they run where the other operations on its device would.
+    """
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._squares: float | None = None  # that the last pass has left
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the sum."""
+        return self._memory.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._memory.device
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The sum, whose last pass has run then."""
+        self.finish()
+        return self._memory
+
+    def finish(self) -> float:
+        """Run the last pass, if it hasn't; returns the sum of squares that it leaves."""
+        if self._squares is None:
+            self._squares = self._finish()
+        return self._squares
+
+    def add_round(self, out: torch.Tensor, base: torch.Tensor, scale: float, factor: float) -> bool:
+        """:meth:`Backend.add_round` of the sum, in its last pass; or False, and nothing is written, if that has run or
+        cannot do it. ``out`` and ``base`` are contiguous, of its shape, and on its device."""
+        return self._squares is None and self._add_round(out, base, scale, factor)
+
+    @abstractmethod
+    def _finish(self) -> float: ...
+
+    @abstractmethod
+    def _add_round(self, out: torch.Tensor, base: torch.Tensor, scale: float, factor: float) -> bool: ...
+
+
 class Multiplication(Executable):
     """A plan whose gain is one constant."""
 
@@ -167,6 +211,20 @@ class Backend(ABC):
         float32 or float64, as :meth:`weighted_sum` says.
         """
         return None
+
+    def late_sum(
+        self,
+        plan: Plan,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        out: torch.Tensor,
+        check: Check = unchecked,
+    ) -> tuple[list[float], float, float, torch.Tensor | LateSum] | None:
+        """:meth:`filtered_sum`, and where the sum is: in ``out``, or it will be when its last pass has run, if that may
+        wait for a base. The squares after the filter are then known to about 1e-6."""
+        found = self.filtered_sum(plan, base, models, weights, out, check)
+        return None if found is None else (*found, out)
 
     @abstractmethod
     def add_round(

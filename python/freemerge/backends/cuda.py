@@ -17,7 +17,7 @@ from ..errors import BackendError, CudaError
 from ..planner.costs import Costs, Traits
 from ..planner.plan import Form, Plan
 from ..responses import MaskParams, has_closed_form
-from .base import BackendInfo, Check, Entries, Executable, unchecked
+from .base import BackendInfo, Check, Entries, Executable, LateSum, unchecked
 from .cuda_runtime import DTYPES, Runtime, Stream
 from .memory import DTYPE_CODES, addresses, pointer
 from .sparse import BackendSwitch, Scratch, Update, addresses_of, mark_changed, memory_of, moved, native_updates
@@ -35,6 +35,9 @@ _COSTS = Costs(
 
 _FILTER_BYTES = 1 << 19  # of a prepared filter itself, beside its tables
 _CACHED_SIZES = 16
+# The squares after a filter are known by Parseval to 4e-7 of those before it at worst, of a single wave, and their root
+# to 1e-6 where so much is left of what the background keeps, and of all.
+_LEAST_OF_KEPT, _LEAST_OF_ALL = 0.2, 1e-5
 _TRANSFORMS = "FREEMERGE_CUDA_TRANSFORMS"
 _FFT_ALIGNMENT = 8  # bytes of a complex number, to which cuFFT wants real ones aligned
 
@@ -185,15 +188,37 @@ class CudaBackend(TorchVectors):
         out: torch.Tensor,
         check: Check = unchecked,
     ) -> tuple[list[float], float, float] | None:
+        found = self.late_sum(plan, base, models, weights, out, check)
+        if found is None:
+            return None
+        means, before, after, total = found
+        return means, before, total.finish() if isinstance(total, LateSum) else after
+
+    def late_sum(
+        self,
+        plan: Plan,
+        base: torch.Tensor,
+        models: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        out: torch.Tensor,
+        check: Check = unchecked,
+    ) -> tuple[list[float], float, float, torch.Tensor | LateSum] | None:
         alone = math.prod(out.shape[:-2]) == 1 and len(models) <= self._runtime.module.MODELS_PER_LAUNCH
         ours = plan.form == "decimated" or plan.tiles is not None  # cuFFT reads its matrix from memory
         if not ours or not alone:
             return None
         executable = self.executable(plan)
         assert isinstance(executable, _Filter)
-        means, before, after = executable.run_sum(base, models, weights, out)
+        late = _LateSum(self._runtime, executable, base, models, weights, out)
+        *means, before, last = late.results.tolist()
         check(means)
-        return means, before, after
+        if not executable.native.last_waits:
+            return means, before, last, out
+        kept = plan.background**2 * before
+        after = kept + last
+        if after >= _LEAST_OF_KEPT * kept + _LEAST_OF_ALL * before:
+            return means, before, after, late
+        return means, before, late.finish(), out  # a difference of large numbers, if they are any
 
     def add_round(
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
@@ -257,37 +282,71 @@ class _Filter(Executable):
         needed = self.workspace(batches, pointers, strides, stream)
         self._run(pointers, strides, scale, needed, device, stream)
 
-    def run_sum(
-        self, base: torch.Tensor, models: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor
-    ) -> tuple[list[float], float, float]:
-        """:meth:`Backend.filtered_sum` of one matrix by a filter whose first pass is no cuFFT."""
-        device = out.device
-        stream = self._runtime.stream(device)
-        results = torch.empty(len(models) + 2, dtype=torch.float64, device=device)
-        job = self._runtime.module.SumFirst(
-            *pointer(base), [address(model) for model in models], [DTYPE_CODES[model.dtype] for model in models],
-            list(weights), base.numel(), address(results),
-        )  # fmt: skip
-        pointers, strides = addresses([out.view(out.shape[-2:])])
-        needed = int(self.native.workspace_bytes(pointers, strides, stream.device, stream.handle, job))
-        self._run(pointers, strides, 1.0, needed, device, stream, job)
-        *means, before, after = results.tolist()
-        return means, before, after
-
     def _run(
-        self, pointers: list[int], strides: list[int], scale: float, needed: int, device: torch.device, stream: Stream,
-        job: Any = None,
-    ) -> None:  # fmt: skip
+        self, pointers: list[int], strides: list[int], scale: float, needed: int, device: torch.device, stream: Stream
+    ) -> None:
         if stream.capturing:
             self._recorded.add(self)  # the graph keeps addresses of its tables
         workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-        self.native.run(pointers, strides, scale, address(workspace), needed, stream.device, stream.handle, job)
+        self.native.run(pointers, strides, scale, address(workspace), needed, stream.device, stream.handle)
+        self.keep_for(device, stream)
+
+    def keep_for(self, device: torch.device, stream: Stream) -> None:
+        """Let the tables' memory wait for a stream when it is freed."""
         if stream.handle not in self._streams and self._runtime.device_type == "cuda":
             # A table dropped from the cache must not be reused before this stream is done with it.
             current = torch.cuda.current_stream(device)
             for table in self._tables:
                 table.record_stream(current)
             self._streams.add(stream.handle)
+
+
+class _LateSum(LateSum):
+    """A sum of one matrix by a filter whose first pass is no cuFFT, run up to where it may wait. ``results``: see
+    SumFirst in csrc/cuda/task_vectors.h."""
+
+    def __init__(
+        self, runtime: Runtime, executable: _Filter,
+        base: torch.Tensor, models: Sequence[torch.Tensor], weights: Sequence[float], out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        super().__init__(out)
+        self._runtime, self._filter = runtime, executable
+        self.results = torch.empty(len(models) + 2, dtype=torch.float64, device=out.device)
+        self._job = runtime.module.SumFirst(
+            *pointer(base), [address(model) for model in models], [DTYPE_CODES[model.dtype] for model in models],
+            list(weights), base.numel(), address(self.results),
+        )  # fmt: skip
+        self._matrix = addresses([out.view(out.shape[-2:])])
+        self._stream = stream = runtime.stream(out.device)
+        native, where = executable.native, (stream.device, stream.handle)
+        nbytes = int(native.workspace_bytes(*self._matrix, *where, self._job))
+        self._workspace = torch.empty(nbytes, dtype=torch.uint8, device=out.device)
+        native.run(*self._matrix, 1.0, address(self._workspace), nbytes, *where, self._job)
+        executable.keep_for(out.device, stream)
+
+    def _finish(self) -> float:
+        self._run_last(None)
+        del self._workspace  # whoever holds the sum from now on does not need it
+        return float(self.results[-1])
+
+    def _add_round(self, out: torch.Tensor, base: torch.Tensor, scale: float, factor: float) -> bool:
+        job = self._runtime.module.AddLast(*pointer(out), *pointer(base), out.numel(), scale, factor)
+        if not self._filter.native.adds(job):
+            return False
+        self._run_last(job)
+        return True
+
+    def _run_last(self, add: Any) -> None:
+        # All before has been waited for, by whoever has looked at the results.
+        stream = self._runtime.stream(self.device)
+        self._filter.native.run_last(
+            *self._matrix, address(self._workspace), self._workspace.nbytes,
+            stream.device, stream.handle, self._job, add,
+        )  # fmt: skip
+        self._filter.keep_for(self.device, stream)
+        if stream.handle != self._stream.handle:  # freed memory goes back to the stream that it was taken on
+            for tensor in (self._memory, self._workspace, self.results):
+                tensor.record_stream(torch.cuda.current_stream(self.device))
 
 
 class _Switch(BackendSwitch):

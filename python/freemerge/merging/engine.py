@@ -289,7 +289,7 @@ class Merger:
 
     def _added(self, unit: Unit, merged: Merged, scale: float) -> Iterator[tuple[str, Tensor]]:
         """``theta_0 + scale * merged`` of each member, rounded to its output dtype."""
-        for name, delta in zip(unit.names, merged.tensors, strict=True):
+        for name, delta in zip(unit.names, merged.addends, strict=True):
             spec = self.out_spec(name)
             base = self._pinned.read(self.base, name).to(delta.device)
             # Finite inputs can still leave the range of float16, or of anything at a large scale.

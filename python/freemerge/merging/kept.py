@@ -57,7 +57,7 @@ class Kept:
         except OSError:
             self.close()
             return
-        self._merged[tuple(names)] = places, dataclasses.replace(merged, tensors=[])
+        self._merged[tuple(names)] = places, dataclasses.replace(merged, addends=[])
 
     def take(self, names: Sequence[str]) -> Merged | None:
         """New tensors with what was kept of a unit; None if nothing was."""
@@ -65,7 +65,7 @@ class Kept:
             return None
         places, merged = self._merged[tuple(names)]
         try:
-            return dataclasses.replace(merged, tensors=list(map(self._read, places)))
+            return dataclasses.replace(merged, addends=list(map(self._read, places)))
         except OSError:
             return None
 

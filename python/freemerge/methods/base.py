@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +16,8 @@ from .whole import Whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ..accumulate import LateSum
 
 METHODS: dict[str, type[Method]] = {}
 """All methods by name. Defining a subclass of :class:`Method` adds it."""
@@ -37,19 +39,25 @@ class Measured:
 class Merged:
     """The merged task vector of each member of a unit, and for each what the manifest should say about it.
 
-    The task vectors are ``factor`` times ``tensors``, in float32 or float64: who adds them to a base multiplies on the
-    way, others ask for :meth:`complete`.
+    The task vectors are ``factor`` times ``addends``, in float32 or float64: who adds them to a base multiplies on the
+    way, and runs what passes of theirs are yet to run, others ask for :meth:`complete`.
     """
 
-    tensors: list[Tensor]
+    addends: Sequence[Tensor | LateSum]
     notes: list[dict[str, object]] = dataclasses.field(default_factory=list)
     factor: float = 1.0
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The ``addends``, whose passes have all run then."""
+        from ..accumulate import finished
+
+        return list(map(finished, self.addends))
+
     def complete(self) -> Merged:
         """The same with a factor of 1: ``tensors`` are multiplied in place."""
-        if self.factor == 1.0:
-            return self
-        return dataclasses.replace(self, tensors=[tensor.mul_(self.factor) for tensor in self.tensors], factor=1.0)
+        tensors = self.tensors if self.factor == 1.0 else [tensor.mul_(self.factor) for tensor in self.tensors]
+        return dataclasses.replace(self, addends=tensors, factor=1.0)
 
 
 Keep = Callable[[TaskVectors, Merged], None]  # told what a unit was merged to

@@ -18,6 +18,8 @@ from .whole import Whole
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..accumulate import LateSum
+
 When = Literal["before", "after"]
 WHEN: tuple[When, ...] = get_args(When)
 CUTOFF_HELP = (
@@ -82,17 +84,17 @@ def filter_keeping_norm(vectors: TaskVectors, deltas: Sequence[Tensor], response
 
 def filtered_sums(
     vectors: TaskVectors, weights: Sequence[Sequence[float]], response: Response, *, norms: bool
-) -> tuple[list[Tensor], float, float]:
+) -> tuple[Sequence[Tensor | LateSum], float, float]:
     """sum_i weights[i] v_i of each member, filtered, and the Frobenius norm of all of them before and after the filter,
     or 0 unless ``norms`` are wanted."""
-    from ..accumulate import norm
+    from ..accumulate import finished, norm
 
     tensors = vectors.tensors
     if len(tensors) == 1 and not vectors.parts:
         total, filtered = tensors[0].filtered_sum(weights[0], response, vectors.backend)
         if filtered is not None:
             return [total], *filtered
-        sums = [total]
+        sums = [finished(total)]
     else:
         sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
     before = norm(sums) if norms else 0.0

@@ -26,6 +26,8 @@ from .whole import Whole
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..accumulate import LateSum
+
 
 @dataclass(frozen=True)
 class FR(Method):
@@ -124,6 +126,7 @@ class FR(Method):
         tensors, filters = vectors.tensors, vectors.as_matrices
         norms = filters and self.renormalize is not None
         before = after = 0.0
+        sums: Sequence[Tensor | LateSum]
         if self._sums_first(filters):
             weights = self._weights(vectors, measured)
             if filters:
@@ -136,13 +139,13 @@ class FR(Method):
             weights = self._weights(vectors, measured, means if self._filtered_stats(filters) else None)
             factors = self._alignment(vectors, means)
             combine = agreeing_sum if self.sign_election else weighted_sum
-            sums = [
+            sums = combined = [
                 combine(deltas, [factor * weight for factor, weight in zip(factors, own, strict=True)])
                 for deltas, own in zip(zip(*filtered, strict=True), weights, strict=True)
             ]
             if norms:
                 before = norm([tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)])
-                after = norm(sums)
+                after = norm(combined)
         notes: list[dict[str, object]] = [{"weights": list(own)} if self._own_weights else {} for own in weights]
         if not norms:
             return Merged(sums, notes)

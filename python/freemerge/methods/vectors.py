@@ -15,6 +15,8 @@ from .layers import is_convolution
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..accumulate import LateSum
+
 Sides = tuple[int, int]  # rows and columns of a matrix
 PIECE = 1 << 18  # entries
 
@@ -67,14 +69,14 @@ class Deltas:
 
     def filtered_sum(
         self, weights: Sequence[float], response: Response, backend: str
-    ) -> tuple[Tensor, tuple[float, float] | None]:
+    ) -> tuple[Tensor | LateSum, tuple[float, float] | None]:
         """The same, and its Frobenius norms before and after the filter; None if it is yet to be filtered, see
-        :func:`freemerge.accumulate.filtered_sum`."""
-        from ..accumulate import filtered_sum
+        :func:`freemerge.accumulate.late_sum`."""
+        from ..accumulate import late_sum
 
         base = self.base()
         models = [read().to(base.device) for read in self.models]
-        total, _, norms = filtered_sum(base, models, weights, response, backend=backend, check=self.check)
+        total, _, norms = late_sum(base, models, weights, response, backend=backend, check=self.check)
         return total, norms
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
