@@ -222,6 +222,17 @@ def test_weights_that_overlap_themselves_are_refused() -> None:
         fx.ExpertBank({"w": torch.zeros(4).as_strided((2, 3), (1, 1))}, experts)
 
 
+def test_weights_that_overlap_others_are_refused() -> None:
+    """A fused tensor and a view of a part of it: what they have in common would change twice."""
+    fused = torch.zeros(6, 3)
+    views = {"k": fused[2:4], "qkv": fused, "v": fused[4:]}
+    models = {"t": {name: value + 1 for name, value in views.items()}}
+    with pytest.raises(ArgumentError, match="'k' and 'qkv', which share memory"):
+        fx.ExpertBank(views, fx.extract_experts(views, models))
+    apart = {name: views[name] for name in "kv"}
+    fx.ExpertBank(apart, fx.extract_experts(apart, {"t": {name: models["t"][name] for name in apart}}))
+
+
 def test_channels_last_weights_and_state_dicts() -> None:
     model, experts, _ = make(Vision)
     reference = snapshot(model)
@@ -299,5 +310,5 @@ def test_misfits_are_named() -> None:
         fx.ExpertBank(model, experts, base={"up.weight": base["up.weight"]})
     clone = {**base, "head.weight": base["tokens.weight"].clone()}
     both = fx.extract_experts(clone, {"t": {name: value + 1 for name, value in clone.items()}})
-    with pytest.raises(ArgumentError, match=r"'head\.weight' and 'tokens\.weight', which the model ties"):
+    with pytest.raises(ArgumentError, match=r"'head\.weight' and 'tokens\.weight', which share memory"):
         fx.ExpertBank(model, both)

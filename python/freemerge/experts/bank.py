@@ -20,7 +20,7 @@ from ..checkpoint.views import InModuleLayout, renamed
 from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
 from ..merging.statistics_buffers import convex
-from ..overlap import internal_overlap
+from ..overlap import internal_overlap, overlapping_pair
 from .deltas import Change, Product, forward_deltas, unserved
 from .expert import Expert
 from .placement import Part, Placement, gathered, gathered_dense, seen_by
@@ -423,7 +423,6 @@ class ExpertBank(Mapping[str, Expert]):
     def _check(self, task: str, expert: Expert) -> None:
         if self._base is None and any(tensor.relative for tensor in expert.tensors.values()):
             raise ArgumentError(f"base must be given: {task!r} is of values {expert.values}, which need it (--base)")
-        memory: dict[int, str] = {}
         for name, parts in self._parts[task].items():
             tensor = self._tensor(name)
             shape = tuple(tensor.shape)
@@ -434,14 +433,22 @@ class ExpertBank(Mapping[str, Expert]):
                 raise ArgumentError(f"experts: {name!r} of the model must be a dense float tensor, not {tensor.dtype}")
             if internal_overlap(shape, tensor.stride()):
                 raise ArgumentError(f"experts: {name!r} of the model may overlap itself in memory {tensor.stride()}")
-            first = memory.setdefault(tensor.data_ptr(), name)
-            if first != name or (len(parts) > 1 and parts[0].piece is None):
-                names = [part.entry for part in (*self._parts[task][first], *parts)]
-                raise ArgumentError(f"experts: {task!r} has {names[0]!r} and {names[-1]!r}, which the model ties")
             for other in (self._base, self._backbone):
                 spec = None if other is None else other.specs.get(name)
                 if other is not None and (spec is None or spec.shape != shape):
                     raise CheckpointError(f"{other.label}: tensor {name!r} is missing or has another shape")
+        self._check_apart(task)
+
+    def _check_apart(self, task: str) -> None:
+        """Entries that are one in the model, or have some memory in common there, would be changed twice."""
+        placed = list(self._parts[task].values())
+        twice = [parts for parts in placed if len(parts) > 1 and parts[0].piece is None]
+        pair = overlapping_pair([self._tensor(name) for name in self._parts[task]])
+        if pair is not None:
+            twice.append([part for i in pair for part in placed[i]])
+        if twice:
+            names = f"{twice[0][0].entry!r} and {twice[0][-1].entry!r}"
+            raise ArgumentError(f"experts: {task!r} has {names}, which share memory in the model")
 
 
 def _checked(experts: object) -> dict[str, Expert]:
