@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +270,20 @@ def test_experts_are_on_under_autocast() -> None:
             assert torch.equal(model(ids), expected)
         assert torch.equal(model(ids), backbone)
     assert not torch.equal(backbone, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+def test_a_copy_has_a_model_of_its_own(copied: Callable[[fx.ExpertBank], fx.ExpertBank]) -> None:
+    model, experts, base = make(Text)
+    before = snapshot(model)
+    whole = {"model": model, "bank": fx.ExpertBank(model, experts, base=untied(base))}
+    with whole["bank"].active("task1", combine="replace"):
+        expected = snapshot(model)
+    other = copied(whole)
+    with other["bank"].active("task1", combine="replace"):
+        assert_same(other["model"], expected)
+        assert_same(model, before)
+    assert_same(other["model"], before)
 
 
 def test_load_takes_every_file_of_a_folder(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -49,7 +50,8 @@ class ExpertBank(Mapping[str, Expert]):
     safe to use the banks of one model from several threads: they share the weights, so a thread that switches waits
     until no other has an expert on. Tasks of an event loop must not wait there, and get an ArgumentError; let them take
     turns, as by an asyncio.Lock. Do not run the model outside of :meth:`active` while another thread is inside, nor
-    move or convert it inside: the copy would keep the expert.
+    move, convert or copy it inside: the copy would keep the expert. A copy of a bank, by copy.deepcopy or pickle, has a
+    copy of the model.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ExpertBank(Mapping[str, Expert]):
             task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
             for task, expert in self._experts.items()
         }
+        self._sources = {"base": base, "backbone": backbone}
         self._base = None if base is None else self._opened(base, "base")
         self._backbone = None if backbone is None else self._opened(backbone, "backbone")
         self._vectors: dict[tuple[str, str], SparseVector] = {}
@@ -97,6 +100,10 @@ class ExpertBank(Mapping[str, Expert]):
         if not files:
             raise CheckpointError(f"{folder} holds no expert files (*.safetensors)")
         return ExpertBank(model, {file.stem: Expert.load(file) for file in files}, base=base, backbone=backbone)
+
+    def __reduce__(self) -> tuple[Callable[..., ExpertBank], tuple[object, ...]]:
+        """A copy is attached anew: to the copy of the model, as :func:`copy.deepcopy` and :mod:`pickle` make one."""
+        return partial(ExpertBank, **self._sources), (self._model, self._experts)
 
     def __getitem__(self, task: str) -> Expert:
         return self._experts[task]
