@@ -8,17 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from normals import DTYPES, normal
 
 from freemerge import accumulate
 from freemerge.backends import memory
 from freemerge.backends.registry import named
 from freemerge.errors import ArgumentError
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("n", [1, 63, 1000, 70001])
@@ -77,7 +72,7 @@ def test_magnitudes_are_counted_alike(
     for one, own in zip((named("cpu"), named("torch")), counts, strict=False):
         assert one is not None
         one.count_magnitudes(model, base, own, shift, above)
-    compute = memory.compute_dtype([model] if base is None else [model, base])
+    compute = memory.arithmetic_of([model] if base is None else [model, base])
     v = (model if base is None else model.to(compute) - base.to(compute)).float()
     magnitudes = v.view(torch.int32).numpy() & 0x7FFFFFFF
     inside = magnitudes[magnitudes >> (shift + bits) == above] >> shift & ((1 << bits) - 1)

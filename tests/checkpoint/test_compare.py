@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from freemerge.checkpoint import MERGEABLE, Checkpoint, check_finite, compare
-from freemerge.checkpoint.compare import _FINITE_BLOCK
+from freemerge.checkpoint.finite import _BLOCK
 from freemerge.errors import CheckpointError
 
 State = dict[str, torch.Tensor]
@@ -188,9 +188,9 @@ def test_one_bad_value_anywhere_is_found(dtype: torch.dtype, value: float, posit
         check_finite("layer.weight", tensor.transpose(0, 2), "m.safetensors")
 
 
-@pytest.mark.parametrize("position", [0, _FINITE_BLOCK - 1, _FINITE_BLOCK, -1])
+@pytest.mark.parametrize("position", [0, _BLOCK - 1, _BLOCK, -1])
 def test_bad_values_are_found_in_every_block(position: int) -> None:
-    tensor = torch.zeros(_FINITE_BLOCK + 3)
+    tensor = torch.zeros(_BLOCK + 3)
     check_finite("w", tensor, "m")
     tensor[position] = float("nan")
     with pytest.raises(CheckpointError):

@@ -39,7 +39,7 @@ class SparseVector:
         layout = tensor.shape, tensor.stride()
         if layout not in self._places:
             self._places.clear()
-            self._places[layout] = memory_indices(tensor, self.indices)
+            self._places[layout] = _memory_indices(tensor, self.indices)
         return self._places[layout]
 
     def to(self, device: torch.device) -> SparseVector:
@@ -123,10 +123,8 @@ def flat_memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((extent(tensor.shape, tensor.stride()),), (1,))
 
 
-def memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def _memory_indices(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Where the entries at flat (row-major) ``indices`` lie in :func:`flat_memory`, in int32 if that is enough."""
-    if tensor.is_contiguous():
-        return indices
     rest = indices.long()
     memory = torch.zeros_like(rest)
     for n, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):

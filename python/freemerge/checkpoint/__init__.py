@@ -1,8 +1,9 @@
 """Checkpoints in and out: lazy reading, preflight comparison, streaming and atomic writing, provenance."""
 
 from .carry import carry_over
-from .compare import Comparison, check_finite, compare
+from .compare import compare
 from .differences import Difference, diff
+from .finite import check_finite
 from .manifest import InputHashes, build_manifest, verify
 from .model_card import model_card
 from .opening import Inputs, open_inputs, open_model
@@ -16,7 +17,6 @@ __all__ = [
     "MERGEABLE",
     "Checkpoint",
     "CheckpointWriter",
-    "Comparison",
     "Difference",
     "InputHashes",
     "Inputs",

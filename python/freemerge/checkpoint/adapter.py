@@ -63,7 +63,7 @@ class AdaptedCheckpoint(Checkpoint):
         self._to_base = named
         self._file = _open(weights)
         self._keys = self._by_plain_key()
-        self._stored = {key: self._file_specs[stored] for key, stored in self._keys.items()}
+        self._stored = {key: self._file.specs[stored] for key, stored in self._keys.items()}
         if not self._stored:
             raise CheckpointError(f"{weights}: the adapter holds no tensors")
         self._full: dict[str, str] = {}  # tensor -> the adapter's key that replaces it, before any change
@@ -247,15 +247,9 @@ class AdaptedCheckpoint(Checkpoint):
 
     # Keys
 
-    @property
-    def _file_specs(self) -> Mapping[str, TensorSpec]:
-        if isinstance(self._file, PickledFile):
-            return self._file.specs
-        return {name: slot.spec for name, slot in self._file.slots.items()}
-
     def _by_plain_key(self) -> dict[str, str]:
         """The keys of the file by what save_pretrained() calls them: without wrappers and the adapter's name."""
-        specs = self._file_specs
+        specs = self._file.specs
         names = sorted({found.group(1) for key in specs if (found := _ADAPTER_NAME.search(key))})
         if len(names) > 1:
             raise CheckpointError(

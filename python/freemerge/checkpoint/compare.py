@@ -8,16 +8,17 @@ from itertools import islice
 
 import torch
 
+from ..dense import dtype_name
 from ..errors import CheckpointError, counted
 from .patterns import patterns_for
 from .prefixes import explained, prefix_change
 from .reader import Checkpoint
 from .spec import MERGEABLE
-from .tied import VOCABULARY, copied_names, same_values
+from .tied import copied_names, first_names, same_values
+from .vocabulary import VOCABULARY
 
 _LISTED = 10
 _RULES = 20
-_FINITE_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -73,41 +74,12 @@ def mixed_dtype_notices(comparison: Comparison, models: Sequence[Checkpoint]) ->
     for dtypes in comparison.mixed_dtypes.values():
         for i, dtype in enumerate(dtypes[1:]):
             if dtype != dtypes[0] and not models[i].widened:
-                key = i, str(dtype).removeprefix("torch."), str(dtypes[0]).removeprefix("torch.")
+                key = i, dtype_name(dtype), dtype_name(dtypes[0])
                 found[key] = found.get(key, 0) + 1
     return [
         f"models[{i}] ({models[i].name}) stores {counted(count, 'tensor')} in {theirs}, the base in {ours}"
         for (i, theirs, ours), count in sorted(found.items())
     ]
-
-
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a float tensor holds neither NaN nor infinity."""
-    if tensor.numel() == 0:
-        return True
-    for block in torch.split(tensor.reshape(-1), _FINITE_BLOCK):
-        values = block if block.dtype in MERGEABLE else block.float()
-        # A NaN anywhere makes both NaN: one pass without a mask in memory, many times faster than isfinite().all().
-        low, high = torch.aminmax(values)
-        if not bool(torch.isfinite(low) & torch.isfinite(high)):
-            return False
-    return True
-
-
-def stays_finite(tensor: torch.Tensor, converted: torch.Tensor) -> bool:
-    """Whether no entry of a tensor overflows in the dtype that it was converted to."""
-    before, after = (t.isfinite() if t.itemsize > 1 else t.float().isfinite() for t in (tensor, converted))
-    return torch.equal(before, after)
-
-
-def check_finite(name: str, tensor: torch.Tensor, source: str) -> None:
-    """Raise CheckpointError, naming source and tensor, if a float tensor holds a NaN or an infinity."""
-    if tensor.is_floating_point() and not all_finite(tensor):
-        # A mask is to be copied; weights that overflowed are not, as that would take the base's.
-        values = tensor if tensor.dtype in MERGEABLE else tensor.float()
-        mask = not bool(values.isnan().any() | values.isposinf().any())
-        advice = " (a mask can be selected to 'copy')" if mask else ""
-        raise CheckpointError(f"{source}: tensor {name!r} holds NaN or infinity{advice}")
 
 
 def _tied_names(
@@ -119,14 +91,8 @@ def _tied_names(
     are the same model, so copies are recognised by their values. One that differs is an error: the model is not tied,
     and has to be taken apart first (:func:`freemerge.checkpoint.tied.untie`).
     """
-    tied: dict[str, str] = {}
-    for checkpoint in everyone:
-        for name, first in (
-            checkpoint.tied | dict(checkpoint.copies) | copied_names(checkpoint, everyone, merged)
-        ).items():
-            root = tied.get(first, first)  # another source may list the same pair in the other order
-            if name != root and merged(name):
-                tied.setdefault(name, root)
+    pairs = (one.tied | dict(one.copies) | copied_names(one, everyone, merged) for one in everyone)
+    tied = first_names((name, first) for own in pairs for name, first in own.items() if merged(name))
     for name, first in tied.items():
         for checkpoint in everyone:
             if name in checkpoint.specs and heeded(name) and not same_values(checkpoint, name, first):

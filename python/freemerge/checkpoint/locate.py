@@ -65,7 +65,7 @@ def adapter_weights(directory: Path) -> Path | None:
     A directory that is also a full model is refused: loaders disagree on which of the two it is. A leftover
     adapter_config.json without weights makes no adapter.
     """
-    weights = next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
+    weights = _named_as_adapter(directory)
     if weights is None or not (directory / ADAPTER_CONFIG).is_file():
         return None
     full = next((name for name in sorted(os.listdir(directory)) if _FULL_WEIGHTS.fullmatch(name)), None)
@@ -75,6 +75,10 @@ def adapter_weights(directory: Path) -> Path | None:
             f"{weights}, whichever is meant"
         )
     return weights
+
+
+def _named_as_adapter(directory: Path) -> Path | None:
+    return next((directory / name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
 
 
 def _locate_in_directory(directory: Path) -> Located:
@@ -108,11 +112,11 @@ def _locate_in_directory(directory: Path) -> Located:
 
 
 def _refuse_adapter_without_config(directory: Path) -> None:
-    weights = next((name for name in ADAPTER_WEIGHTS if os.path.lexists(directory / name)), None)
+    weights = _named_as_adapter(directory)
     if weights is not None and not (directory / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{directory} holds {weights} without {ADAPTER_CONFIG}, which says how to apply it: the adapter cannot be "
-            "merged without it"
+            f"{directory} holds {weights.name} without {ADAPTER_CONFIG}, which says how to apply it: the adapter "
+            "cannot be merged without it"
         )
 
 

@@ -276,11 +276,11 @@ class _OnDisk(Checkpoint):
     def close(self) -> None:
         self._files = {}
 
-    def _assign(self, contents: Mapping[Path, Mapping[str, object]], located: Located) -> dict[str, Path]:
-        """Which file holds which tensor: every tensor in exactly one file, and where the index says."""
+    def _assign(self, files: Mapping[Path, SafetensorsFile | PickledFile], located: Located) -> None:
+        """Note which file holds which tensor: every tensor in exactly one file, and where the index says."""
         where: dict[str, Path] = {}
-        for file, names in contents.items():
-            for name in names:
+        for file, content in files.items():
+            for name in content.specs:
                 if name in where:
                     raise CheckpointError(f"{self.path}: tensor {name!r} is in both {where[name].name} and {file.name}")
                 where[name] = file
@@ -291,7 +291,8 @@ class _OnDisk(Checkpoint):
             for name, file in where.items():
                 if name not in located.weight_map:
                     raise CheckpointError(f"{located.index}: tensor {name!r} of {file.name} is not listed")
-        return where
+        self._files = {name: files[where[name]] for name in sorted(where)}
+        self.specs = {name: file.specs[name] for name, file in self._files.items()}
 
 
 class _Safetensors(_OnDisk):
@@ -300,9 +301,7 @@ class _Safetensors(_OnDisk):
     def __init__(self, path: Path, located: Located) -> None:
         super().__init__(path, located)
         files = {file: SafetensorsFile(file) for file in located.files}
-        where = self._assign({file: content.slots for file, content in files.items()}, located)
-        self._files = {name: files[where[name]] for name in sorted(where)}
-        self.specs = {name: file.slots[name].spec for name, file in self._files.items()}
+        self._assign(files, located)
         said = {key: value for file in files.values() for key, value in file.metadata.items()}
         self.metadata = {key: value for key, value in said.items() if key != "format" and "hash" not in key}
 
@@ -324,9 +323,7 @@ class _Pickled(_OnDisk):
     def __init__(self, path: Path, located: Located, key: str = "") -> None:
         super().__init__(path, located)
         files = {file: PickledFile(file, key) for file in located.files}
-        where = self._assign({file: content.specs for file, content in files.items()}, located)
-        self._files = {name: files[where[name]] for name in sorted(where)}
-        self.specs = {name: file.specs[name] for name, file in self._files.items()}
+        self._assign(files, located)
         self.tied = {name: first for file in files.values() for name, first in file.tied.items()}
         self._last = files[located.files[0]]
         self.set_aside += left_out(self.label, [name for file in files.values() for name in file.left_out])

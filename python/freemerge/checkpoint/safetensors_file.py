@@ -62,7 +62,8 @@ class SafetensorsFile:
             self._header = _header_of(path, fd)
         finally:
             os.close(fd)
-        self.slots, self.metadata = self._header.slots, dict(self._header.metadata)
+        self.slots, self.specs = self._header.slots, self._header.specs
+        self.metadata = dict(self._header.metadata)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor; see :meth:`read_rows`."""
@@ -175,6 +176,7 @@ class _Header:
 
     def __init__(self, slots: Mapping[str, Slot], metadata: Mapping[str, str]) -> None:
         self.slots, self.metadata = slots, metadata
+        self.specs = {name: slot.spec for name, slot in slots.items()}
 
 
 # Headers of the files that are open: a model and its fine-tuned ones mostly have the same, and it can be long.

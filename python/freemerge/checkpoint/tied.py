@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..dense import bytes_of
 from ..errors import CheckpointError
-from .architecture import built_from_config, read_config
+from .architecture import built_from_config, read_config, text_entry
 from .reader import Checkpoint
 from .views import with_stand_ins
+from .vocabulary import VOCABULARY
 
-# Names of tensors with one row per vocabulary entry, over the common architectures.
-VOCABULARY = re.compile(
-    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|shared|lm_head|predictions\.decoder)\.(weight|bias)$"
-)
 # Their forward pass scales hidden states by whether the config ties the embeddings.
 _SCALED_BY_TYING = frozenset({"longt5", "mt5", "pop2piano", "switch_transformers", "t5", "t5gemma", "udop", "umt5"})
 _PROBE = 256
@@ -69,14 +65,19 @@ def second_everywhere(everyone: Sequence[Checkpoint]) -> dict[str, str]:
     }
 
 
+def first_names(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Second name -> first name, where one source may list a pair in the other order than another."""
+    found: dict[str, str] = {}
+    for name, first in pairs:
+        root = found.get(first, first)
+        if name != root:
+            found.setdefault(name, root)
+    return found
+
+
 def _pairs(everyone: Sequence[Checkpoint], merged: Callable[[str], bool]) -> dict[str, str]:
     """Second name -> first name of what one checkpoint ties and another might store on its own."""
-    pairs: dict[str, str] = {}
-    for checkpoint in everyone:
-        for name, first in checkpoint.tied.items():
-            root = pairs.get(first, first)  # another source may list the same pair in the other order
-            if name != root:
-                pairs.setdefault(name, root)
+    pairs = first_names(pair for checkpoint in everyone for pair in checkpoint.tied.items())
     for name in sorted(_not_in_all(everyone)):
         if name not in pairs and merged(name):
             lacking = [checkpoint for checkpoint in everyone if name not in checkpoint.specs]
@@ -151,12 +152,6 @@ def with_untied_embeddings(config: dict[str, object]) -> dict[str, object]:
         if isinstance(value, dict) and "tie_word_embeddings" in value
     }
     return {**config, **nested, "tie_word_embeddings": False}
-
-
-def text_entry(config: dict[str, object], name: str) -> object:
-    """An entry of a config, or of the part of it that is about text."""
-    text = config.get("text_config")
-    return config.get(name, text.get(name) if isinstance(text, dict) else None)
 
 
 def _is_separate(checkpoint: Checkpoint, name: str, first: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..accumulate import abs_means, norm, task_vector_sum
 from ..arguments import number
 from ..checkpoint import Checkpoint
-from ..checkpoint.compare import check_finite
+from ..checkpoint.finite import check_finite
 from ..errors import ArgumentError, CheckpointError
 from .expert import Expert
 from .leading import spectral_norm

@@ -117,6 +117,11 @@ class Expert:
         return Expert(tensors, mu, density, scope, rescale, values, budget, statistics)
 
 
+def whole_expert(tensors: Mapping[str, ExpertTensor], values: str, budget: float | None = None) -> Expert:
+    """An expert that is not of single entries, and so added as it is."""
+    return Expert(tensors, 1.0, None, None, "number", values, budget)
+
+
 def check_task_name(name: str, argument: str = "models") -> str:
     """``name`` itself; ArgumentError if it cannot be the name of a file."""
     if not isinstance(name, str) or not name or name.startswith(".") or any(c in name for c in "/\\\0"):

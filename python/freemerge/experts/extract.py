@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..arguments import after, check_models, share_of, whole_number
 from ..checkpoint import MERGEABLE, Checkpoint, Source, TensorSpec, open_inputs
-from ..checkpoint.compare import check_finite, compare
+from ..checkpoint.compare import compare
+from ..checkpoint.finite import check_finite
 from ..checkpoint.prefixes import Rename
 from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError
@@ -75,7 +76,8 @@ def iter_experts(
     stack = ExitStack()
     with stack:
         named = _named(models)
-        sources = {_argument(models, name): model for name, model in named.items()}
+        places = map(repr, named) if isinstance(models, Mapping) else range(len(named))
+        sources = {f"models[{place}]": model for place, model in zip(places, named.values(), strict=True)}
         inputs = open_inputs(
             stack,
             base,
@@ -216,13 +218,6 @@ def _statistic(model: Checkpoint, name: str) -> Tensor:
     check_finite(name, tensor, model.label)
     check_variance(name, tensor, [(model.label, tensor)])
     return tensor
-
-
-def _argument(models: Mapping[str, Source] | Sequence[Source], name: str) -> str:
-    """What a message calls a model in memory."""
-    if isinstance(models, Mapping):
-        return f"models[{name!r}]"
-    return f"models[{list(_named(models)).index(name)}]"
 
 
 def _named(models: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:

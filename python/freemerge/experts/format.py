@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..checkpoint import CheckpointWriter, TensorSpec
-from ..checkpoint.compare import all_finite
+from ..checkpoint.finite import all_finite
 from ..checkpoint.safetensors_file import SafetensorsFile, build_header
 from ..errors import ArgumentError, CheckpointError
 from .payload import Bytes, Reader, numbers_to_bytes

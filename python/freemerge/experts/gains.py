@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
 from .budget import Offer, allocate, byte_limit
-from .expert import Expert
+from .expert import Expert, whole_expert
 from .format import entry_bytes, least_file_bytes
 from .leading import leading_triplets
 from .payload import numbers_to_bytes
@@ -196,4 +196,4 @@ class GainExtraction:
         return entry_bytes(name, limit) + len(numbers_to_bytes(len(shape), *shape))
 
     def _expert(self, tensors: dict[str, Gains]) -> Expert:
-        return Expert(tensors, 1.0, None, None, "number", Gains.coding, self.budget)
+        return whole_expert(tensors, Gains.coding, self.budget)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
 from .budget import Offer, allocate, byte_limit
-from .expert import Expert
+from .expert import Expert, whole_expert
 from .format import entry_bytes, least_file_bytes
 from .leading import EXACT, leading_triplets
 from .payload import numbers_to_bytes
@@ -104,4 +104,4 @@ class LowRankExtraction:
         return 8 * (self._limit - least_file_bytes(self._expert({}).metadata, specs, self._limit))
 
     def _expert(self, tensors: Mapping[str, LowRankTensor]) -> Expert:
-        return Expert(tensors, 1.0, None, None, "number", self.coding.coding, self.budget)
+        return whole_expert(tensors, self.coding.coding, self.budget)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from .expert import Expert
+from .expert import Expert, whole_expert
 from .task_vector import task_vector
 from .values.mask import Mask
 
@@ -39,4 +39,4 @@ class MaskExtraction:
         total = math.fsum(selected)
         scale = torch.tensor([math.fsum(magnitudes) / total if total else 0.0], dtype=torch.float32, device="cpu")
         tensors = {name: Mask(shape, bits, scale) for name, (shape, bits) in kept.items()}
-        return Expert(tensors, 1.0, None, None, "number", Mask.coding)
+        return whole_expert(tensors, Mask.coding)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..checkpoint.compare import all_finite
+from ..checkpoint.finite import all_finite
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.compare import stays_finite
+from ..checkpoint.finite import stays_finite
 from ..checkpoint.state_dict import dense_tensors, tied_names
 from ..dense import overwrite
 from ..errors import ArgumentError, CheckpointError

@@ -237,7 +237,7 @@ class _Request:
         """The exact forms: real FFTs along one axis, complex ones along the other where the gain varies."""
         height, width = matrix_shape(self.shape)[::-1] if transpose else matrix_shape(self.shape)
         gains = column_gains(self.response, self.shape, transpose)
-        background = background_gain(gains)
+        background = _background_gain(gains)
         varying = int(np.count_nonzero(gains != background))
         costs, traits, dtype = self.traits.costs, self.traits, compute_dtype(self.dtype)
         row_factor, column_factor = _fft_factor(width), _fft_factor(height, traits.chirp_cost)
@@ -292,7 +292,7 @@ def _name(plan: Plan) -> str:
     return plan.form + " transposed" * plan.transposed + " in three kernels" * ours
 
 
-def background_gain(gains: np.ndarray) -> float:
+def _background_gain(gains: np.ndarray) -> float:
     """The gain that most columns have throughout; 0 if every column varies."""
     constant = gains[~np.isnan(gains)]
     if not constant.size:

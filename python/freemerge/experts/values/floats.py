@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ...checkpoint.compare import all_finite
+from ...checkpoint.finite import all_finite
 from ...errors import ArgumentError
 from ..payload import Bytes, Reader, tensors_to_bytes
 from .sparse import SparseTensor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...checkpoint.compare import all_finite
+from ...checkpoint.finite import all_finite
 from ...errors import ArgumentError
 from ..payload import Bytes, Reader, numbers_to_bytes, tensors_to_bytes
 from ..select import rows_of
