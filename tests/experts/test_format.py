@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -305,6 +307,18 @@ def test_bad_metadata_is_named(metadata: dict[str, str], message: str, tmp_path:
     rewrite(path, metadata=metadata)
     with pytest.raises(CheckpointError, match=rf"small\.safetensors.*{message}"):
         fx.Expert.load(path)
+
+
+def test_numbers_of_any_kind_are_written_as_they_are_read(tmp_path: Path) -> None:
+    expert = fx.Expert.load(small_file(tmp_path))
+    given = replace(expert, mu=np.float64(1.5), density=np.float32(0.25), budget=Fraction(1, 8))
+    given.save(tmp_path / "given.safetensors")
+    loaded = fx.Expert.load(tmp_path / "given.safetensors")
+    assert (loaded.mu, loaded.density, loaded.budget) == (given.mu, given.density, given.budget) == (1.5, 0.25, 0.125)
+    wrong = [("mu", math.inf), ("mu", torch.tensor(1.0)), ("mu", None), ("density", 1.0), ("budget", "1%")]
+    for name, value in wrong:
+        with pytest.raises(ArgumentError, match=f"{name} must be"):
+            replace(expert, **{name: value})
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
