@@ -75,7 +75,7 @@ class ExpertBank(Mapping[str, Expert]):
             task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
             for task, expert in self._experts.items()
         }
-        self._sources = {"base": base, "backbone": backbone}
+        self._sources = base, backbone
         self._base = None if base is None else self._opened(base, "base")
         self._backbone = None if backbone is None else self._opened(backbone, "backbone")
         self._vectors: dict[tuple[str, str], SparseVector] = {}
@@ -104,7 +104,8 @@ class ExpertBank(Mapping[str, Expert]):
 
     def __reduce__(self) -> tuple[Callable[..., ExpertBank], tuple[object, ...]]:
         """A copy is attached anew: to the copy of the model, as :func:`copy.deepcopy` and :mod:`pickle` make one."""
-        return partial(ExpertBank, **self._sources), (self._model, self._experts)
+        base, backbone = self._sources
+        return partial(ExpertBank, base=base, backbone=backbone), (self._model, self._experts)
 
     def __getitem__(self, task: str) -> Expert:
         return self._experts[task]
