@@ -71,7 +71,7 @@ class Window {
     word |= bit;
   }
 
-  // Appends them in their order to sums over all positions, where the window begins at `first`, and forgets them.
+  // Moves them, in their order, to the end of sums over all positions; the window begins at `first`.
   void move_to(Selection& all, std::int64_t first) {
     for (std::size_t i = 0; i < taken_.size(); ++i) {
       for (; taken_[i] != 0; taken_[i] &= taken_[i] - 1) {
@@ -132,7 +132,7 @@ Selection sparse_sum(const std::vector<SparseTerm>& terms) {
   Window window;
   std::vector<std::int64_t> done(terms.size());  // entries of each term
   for (std::int64_t first = 0; first != kNone;) {
-    std::int64_t next = kNone;  // position after the window, which begins at the first one
+    std::int64_t next = kNone;  // the least position after the window
     for (std::size_t t = 0; t < terms.size(); ++t) {
       const SparseTerm& term = terms[t];
       const float weight = static_cast<float>(term.weight);
