@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError
+from freemerge.experts import turns
 
 
 def test_threads_take_turns() -> None:
@@ -258,4 +259,27 @@ def test_what_begins_in_a_block_is_inside_of_it() -> None:
             enter(bank, "task3")
 
     asyncio.run(main())
+    assert_same(model, before)
+
+
+def test_an_interrupt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come while a block waits, or between the steps of leaving one."""
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    before = snapshot(model)
+
+    def interrupt(*args: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(1) as pool:
+        block = bank.active("task0")
+        pool.submit(block.__enter__).result()
+        monkeypatch.setattr(turns._changed, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            enter(bank, "task1")
+        monkeypatch.setattr(turns, "_remove", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            block.__exit__(None, None, None)
+        pool.submit(enter, bank, "task1").result(timeout=30)
     assert_same(model, before)

@@ -69,6 +69,8 @@ class _Block:
         self.weights = weights
         self.undo = ExitStack()
         self.ended = False
+        self._ending: list[_Block] = []  # with it, outwards from the last
+        self._closing = ExitStack()  # what is left to do for that
 
     def enter(self) -> None:
         """Wait for the blocks of other contexts, and go inside of those of this one."""
@@ -88,20 +90,24 @@ class _Block:
         return not self.ended and self in _entered.get()
 
     def leave(self) -> bool:
-        """End it and the blocks inside of it, from the innermost outwards; whether it was open, and the innermost."""
+        """End it and the blocks inside of it, from the innermost outwards; whether it was open, and the innermost.
+
+        It may be called again if an exception, such as an interrupt, has come between.
+        """
         with _lock:
-            ending = self._with_those_inside()
-            for block in ending:
-                block.ended = True
-        with ExitStack() as closing:
-            closing.callback(_remove, ending)
-            for block in ending:
-                closing.callback(block.undo.close)
-        return len(ending) == 1
+            if self in _open and not self.ended:
+                self._ending = self._with_those_inside()
+                for block in self._ending:
+                    self._closing.callback(block.undo.close)
+                for block in reversed(self._ending):  # itself last: all is prepared
+                    block.ended = True
+        try:
+            self._closing.close()
+        finally:
+            _remove(self._ending)
+        return len(self._ending) == 1
 
     def _with_those_inside(self) -> list[_Block]:
-        if self.ended or self not in _open:
-            return []
         found = [self]
         for later in _open[_open.index(self) + 1 :]:
             if any(later.weights.meet(block.weights) for block in found):
@@ -117,8 +123,7 @@ _entered: ContextVar[tuple[_Block, ...]] = ContextVar("blocks entered in a conte
 
 def _remove(ended: list[_Block]) -> None:
     with _lock:
-        for block in ended:
-            _open.remove(block)
+        _open[:] = [block for block in _open if block not in ended]
         _changed.notify_all()
     _entered.set(tuple(block for block in _entered.get() if not block.ended))
 
