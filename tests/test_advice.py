@@ -135,10 +135,11 @@ def test_remove_the_stale_one_or_name_one(stale: str, tmp_path: Path) -> None:
 
 
 def test_name_two_tasks_with_a_mapping(tmp_path: Path) -> None:
-    models = [stored(tmp_path / run / "model", {n: t + i for n, t in BASE.items()}) for i, run in enumerate("ab", 1)]
-    with pytest.raises(fm.ArgumentError, match="two are called 'model'; name them with a mapping"):
+    models = [stored(tmp_path / run, {n: t + i for n, t in BASE.items()}) for i, run in enumerate(("a-b", "a/b"), 1)]
+    models.append(stored(tmp_path / "c" / "b", TUNED))
+    with pytest.raises(fm.ArgumentError, match="two are called 'a-b'; name them with a mapping"):
         fm.extract_experts(BASE, models)
-    assert fm.extract_experts(BASE, dict(zip("ab", models, strict=True))).keys() == {"a", "b"}
+    assert fm.extract_experts(BASE, dict(zip("abc", models, strict=True))).keys() == {"a", "b", "c"}
 
 
 def test_give_the_base_to_the_bank() -> None:

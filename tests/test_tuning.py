@@ -15,7 +15,7 @@ from freemerge.cli import main
 from freemerge.tuning import tune
 
 K, CLASSES = 3, 4
-SHAPES = {"layers.0.w": (6, 5), "layers.1.w": (CLASSES, 6), "layers.1.b": (CLASSES,), "shift": (5,)}
+SHAPES = {"layers.0.w": (6, 5), "layers.1.w": (CLASSES, 6), "layers.1.b": (CLASSES,), "shift": (5,), "temperature": ()}
 ARITHMETIC = fm.Recipe(method="task_arithmetic")
 State = dict[str, Tensor]
 
@@ -45,7 +45,7 @@ def inputs() -> list[Tensor]:
 
 def forward(state: State, batch: Tensor) -> Tensor:
     hidden = torch.tanh((batch.to(state["shift"].dtype) + state["shift"]) @ state["layers.0.w"].T)
-    return hidden @ state["layers.1.w"].T + state["layers.1.b"]
+    return (hidden @ state["layers.1.w"].T + state["layers.1.b"]) * state["temperature"]
 
 
 def predict(state: State) -> Iterator[Tensor]:
@@ -110,7 +110,7 @@ def test_one_weight_a_task_and_layer(base: State, models: list[State], recipe: f
     alone = [fm.merge(base, models, recipe.replace(weights=w, scale=1.0)) for w in one]
     parts = {name: [merged[name] - base[name] for merged in alone] for name in SHAPES}
     start = 0.3 if recipe.method.name == "fr" else 0.4
-    groups = [["layers.0.w"], ["layers.1.w", "layers.1.b"], ["shift"]]
+    groups = [["layers.0.w"], ["layers.1.w", "layers.1.b"], ["shift", "temperature"]]
     learnt, entropies = descent(base, parts, start, groups)
     assert [layer.pattern for layer in tuned.recipe.layers] == ["layers.0.*", "layers.1.*"]
     found = torch.tensor([*(layer.weights for layer in tuned.recipe.layers), tuned.recipe.weights], dtype=torch.float64)

@@ -1,6 +1,8 @@
 #include "cpu/sparse.h"
 
 #include <algorithm>
+#include <array>
+#include <limits>
 #include <numeric>
 #include <type_traits>
 
@@ -56,33 +58,34 @@ void visit_entries(const SparseUpdate& update, const Visit& visit) {
   });
 }
 
-template <typename Index>
-Selection weighted(const Index* index, const SparseTerm& term) {
-  Selection result;
-  result.indices.assign(index, index + term.indices.count);
-  result.values.resize(static_cast<std::size_t>(term.indices.count));
-  const float weight = static_cast<float>(term.weight);
-  std::transform(term.values, term.values + term.indices.count, result.values.begin(),
-                 [weight](float value) { return weight * value; });
-  return result;
-}
+// Sums over a window of positions, and which of these have any.
+class Window {
+ public:
+  static constexpr std::int64_t kSize = 1 << 12;  // its sums stay in the innermost cache
 
-Selection merged(const Selection& a, const Selection& b) {
-  Selection sum;
-  sum.indices.reserve(a.indices.size() + b.indices.size());
-  sum.values.reserve(a.indices.size() + b.indices.size());
-  std::size_t i = 0;
-  std::size_t j = 0;
-  while (i < a.indices.size() || j < b.indices.size()) {
-    const bool from_a = j == b.indices.size() || (i < a.indices.size() && a.indices[i] <= b.indices[j]);
-    const bool from_b = i == a.indices.size() || (j < b.indices.size() && b.indices[j] <= a.indices[i]);
-    sum.indices.push_back(from_a ? a.indices[i] : b.indices[j]);
-    sum.values.push_back(from_a && from_b ? a.values[i] + b.values[j] : from_a ? a.values[i] : b.values[j]);
-    i += from_a;
-    j += from_b;
+  void add(std::int64_t place, float value) {
+    std::uint64_t& word = taken_[static_cast<std::size_t>(place / 64)];
+    const std::uint64_t bit = std::uint64_t{1} << (place % 64);
+    float& sum = sums_[static_cast<std::size_t>(place)];
+    sum = (word & bit) != 0 ? sum + value : value;
+    word |= bit;
   }
-  return sum;
-}
+
+  // Moves them, in their order, to the end of sums over all positions; the window begins at `first`.
+  void move_to(Selection& all, std::int64_t first) {
+    for (std::size_t i = 0; i < taken_.size(); ++i) {
+      for (; taken_[i] != 0; taken_[i] &= taken_[i] - 1) {
+        const std::size_t place = 64 * i + static_cast<std::size_t>(__builtin_ctzll(taken_[i]));
+        all.indices.push_back(first + static_cast<std::int64_t>(place));
+        all.values.push_back(sums_[place]);
+      }
+    }
+  }
+
+ private:
+  std::array<float, kSize> sums_;
+  std::array<std::uint64_t, kSize / 64> taken_{};
+};
 
 }  // namespace
 
@@ -124,15 +127,30 @@ void SparseSwitch::restore(const void* saved, int threads) const {
 }
 
 Selection sparse_sum(const std::vector<SparseTerm>& terms) {
+  constexpr std::int64_t kNone = std::numeric_limits<std::int64_t>::max();
   Selection sum;
-  for (const SparseTerm& term : terms) {
-    visit_indices(term.indices, [&](const auto* index) {
-      for (std::int64_t i = 1; i < term.indices.count; ++i) {
-        require(index[i - 1] < index[i], "sparse indices must be ascending");
-      }
-      Selection next = weighted(index, term);
-      sum = sum.indices.empty() ? std::move(next) : merged(sum, next);
-    });
+  Window window;
+  std::vector<std::int64_t> done(terms.size());  // entries of each term
+  for (std::int64_t first = 0; first != kNone;) {
+    std::int64_t next = kNone;  // the least position after the window
+    for (std::size_t t = 0; t < terms.size(); ++t) {
+      const SparseTerm& term = terms[t];
+      const float weight = static_cast<float>(term.weight);
+      visit_indices(term.indices, [&](const auto* index) {
+        std::int64_t i = done[t];
+        for (; i < term.indices.count && index[i] - first < Window::kSize; ++i) {
+          require(index[i] > (i == 0 ? -1 : index[i - 1]), "sparse indices must be ascending");
+          const float value = weight * term.values[i];
+          window.add(index[i] - first, value);
+        }
+        done[t] = i;
+        if (i < term.indices.count) {
+          next = std::min(next, static_cast<std::int64_t>(index[i]));
+        }
+      });
+    }
+    window.move_to(sum, first);
+    first = next;
   }
   return sum;
 }

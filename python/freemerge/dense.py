@@ -46,6 +46,11 @@ def address(x: Tensor) -> int:
     return found
 
 
+def location(x: Tensor) -> tuple[object, ...]:
+    """Where the entries of a tensor lie, and how: two with the same are one."""
+    return address(x), x.dtype, x.shape, x.stride(), x.device
+
+
 def bits(x: Tensor) -> Tensor:
     """The bytes of a tensor in row-major order, as uint8: its own memory if it is contiguous, else a copy."""
     whole = x.detach().contiguous()

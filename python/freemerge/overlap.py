@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,17 +25,19 @@ def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 def overlapping_pair(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
     """Indices of two tensors that share at least one element, if any."""
-    if len(tensors) < 2:
-        return None
+    return next(overlapping_pairs(tensors), None)
+
+
+def overlapping_pairs(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Indices of every two."""
     spans = sorted((str(x.device), *_span(x), i) for i, x in enumerate(tensors))
     open_spans: list[tuple[str, int, int, int]] = []
     for span in spans:
         open_spans = [other for other in open_spans if other[0] == span[0] and other[2] > span[1]]
         for other in open_spans:
             if np.shares_memory(np.asarray(_Layout(tensors[other[3]])), np.asarray(_Layout(tensors[span[3]]))):
-                return min(other[3], span[3]), max(other[3], span[3])
+                yield min(other[3], span[3]), max(other[3], span[3])
         open_spans.append(span)
-    return None
 
 
 def _span(x: torch.Tensor) -> tuple[int, int]:

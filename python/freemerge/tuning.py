@@ -113,7 +113,7 @@ def tune(
                 gradient = merged[name].grad
                 if gradient is not None:
                     flat = gradient.to(part.device, part.dtype).flatten()
-                    weights.grad[group[name]] += _product(part.flatten(1), flat).double().cpu()
+                    weights.grad[group[name]] += _product(part.reshape(len(part), len(flat)), flat).double().cpu()
             optimizer.step()
     learnt = dict(zip(patterns or [""], map(tuple, weights.tolist()), strict=True))
     others = learnt.pop("", tuple(start))

@@ -1,11 +1,11 @@
-"""Switching experts on a model: exact arithmetic, exact undo, threads."""
+"""Switching experts on a model: exact arithmetic, exact undo."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -224,83 +224,15 @@ def test_weights_that_overlap_themselves_are_refused() -> None:
         fx.ExpertBank({"w": torch.zeros(4).as_strided((2, 3), (1, 1))}, experts)
 
 
-def test_threads_take_turns() -> None:
-    model, experts, _ = make(Text)
-    bank = fx.ExpertBank(model, experts)
-    before = snapshot(model)
-    ids = torch.arange(20).view(2, 10)
-    expected = {}
-    with torch.no_grad():
-        for task in TASKS:
-            with bank.active(task):
-                expected[task] = model(ids)
-    wrong: list[str] = []
-
-    def serve(seed: int) -> None:
-        picks = random.Random(seed)
-        with torch.no_grad():
-            for _ in range(30):
-                task = picks.choice(TASKS)
-                with bank.active(task):
-                    out = model(ids)
-                if not torch.equal(out, expected[task]):
-                    wrong.append(task)
-
-    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert_same(model, before)
-
-
-def test_blocks_that_are_left_in_another_order_lose_nothing() -> None:
-    model, experts, _ = make(Text)
-    bank = fx.ExpertBank(model, experts)
-    before = snapshot(model)
-
-    def stream(task: str) -> Iterator[None]:
-        with bank.active(task):
-            yield
-
-    first, second = stream("task0"), stream("task1")  # such as two answers that are generated in turns
-    next(first)
-    next(second)
-    with pytest.raises(ArgumentError, match="left before one inside of it"):
-        next(first)
-    assert_same(model, before)
-    with pytest.raises(ArgumentError, match="left before one inside of it"):
-        next(second)
-    assert_same(model, before)
-    with bank.active("task0"), bank.active("task1"):
-        pass
-    assert_same(model, before)
-
-
-def test_a_block_may_be_left_by_another_thread() -> None:
-    """As servers do that go on with an answer in whichever thread is free, and as garbage is collected."""
-    model, experts, _ = make(Text)
-    bank = fx.ExpertBank(model, experts)
-    before = snapshot(model)
-
-    def stream() -> Iterator[None]:
-        with bank.active("task0"):
-            yield
-
-    def use(task: str) -> str:
-        with bank.active(task), bank.active(task):
-            return task
-
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-        for leave in (lambda answer: list(answer), lambda answer: answer.close()):
-            answer = stream()
-            one.submit(next, answer).result()
-            waiting = other.submit(use, "task2")
-            leave(answer)
-            assert waiting.result(timeout=30) == "task2"
-            assert one.submit(use, "task3").result(timeout=30) == "task3"
-    assert_same(model, before)
+def test_weights_that_overlap_others_are_refused() -> None:
+    """A fused tensor and a view of a part of it: what they have in common would change twice."""
+    fused = torch.zeros(6, 3)
+    views = {"k": fused[2:4], "qkv": fused, "v": fused[4:]}
+    models = {"t": {name: value + 1 for name, value in views.items()}}
+    with pytest.raises(ArgumentError, match="'k' and 'qkv', which share memory"):
+        fx.ExpertBank(views, fx.extract_experts(views, models))
+    apart = {name: views[name] for name in "kv"}
+    fx.ExpertBank(apart, fx.extract_experts(apart, {"t": {name: models["t"][name] for name in apart}}))
 
 
 def test_channels_last_weights_and_state_dicts() -> None:
@@ -338,6 +270,20 @@ def test_experts_are_on_under_autocast() -> None:
             assert torch.equal(model(ids), expected)
         assert torch.equal(model(ids), backbone)
     assert not torch.equal(backbone, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+def test_a_copy_has_a_model_of_its_own(copied: Callable[[fx.ExpertBank], fx.ExpertBank]) -> None:
+    model, experts, base = make(Text)
+    before = snapshot(model)
+    whole = {"model": model, "bank": fx.ExpertBank(model, experts, base=untied(base))}
+    with whole["bank"].active("task1", combine="replace"):
+        expected = snapshot(model)
+    other = copied(whole)
+    with other["bank"].active("task1", combine="replace"):
+        assert_same(other["model"], expected)
+        assert_same(model, before)
+    assert_same(other["model"], before)
 
 
 def test_load_takes_every_file_of_a_folder(tmp_path: Path) -> None:
@@ -380,5 +326,5 @@ def test_misfits_are_named() -> None:
         fx.ExpertBank(model, experts, base={"up.weight": base["up.weight"]})
     clone = {**base, "head.weight": base["tokens.weight"].clone()}
     both = fx.extract_experts(clone, {"t": {name: value + 1 for name, value in clone.items()}})
-    with pytest.raises(ArgumentError, match=r"'head\.weight' and 'tokens\.weight', which the model ties"):
+    with pytest.raises(ArgumentError, match=r"'head\.weight' and 'tokens\.weight', which share memory"):
         fx.ExpertBank(model, both)

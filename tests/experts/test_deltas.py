@@ -248,6 +248,63 @@ def test_what_a_module_makes_its_weight_of_is_not_served(
     assert bank.serves_deltas() == reason
 
 
+@pytest.mark.parametrize("tie", ["parameter", "assigned"])
+def test_weights_are_tied_by_their_memory(tie: str) -> None:
+    """Two parameters over it, as load_state_dict(assign=True) makes them, are changed as one, and used as one."""
+    model, experts, _ = make(Text)
+    if tie == "parameter":
+        model.head.weight = nn.Parameter(model.tokens.weight)
+    else:
+        model.load_state_dict(model.state_dict(), assign=True)
+    assert model.head.weight is not model.tokens.weight
+    bank = fx.ExpertBank(model, experts)
+    assert_forward_adds_what_active_does(model, bank, torch.arange(20).view(2, 10), ["task0", "task1"])
+    x, table = torch.arange(10)[None], nn.Parameter(model.tokens.weight)
+    assert bank.serves_deltas(run=lambda: model(x)) is None
+    reason = bank.serves_deltas(run=lambda: (model(x), table.sum()))
+    assert reason == "deltas cannot serve 'tokens.weight': it is used outside of its module"
+
+
+def test_weights_that_overlap_others_are_not_served() -> None:
+    model = nn.ModuleDict({"qkv": nn.Linear(4, 12, bias=False), "k": nn.Linear(4, 4, bias=False)})
+    model["k"].weight = nn.Parameter(model["qkv"].weight[4:8])
+    state = {"k.weight": torch.zeros(4, 4)}
+    bank = fx.ExpertBank(model, fx.extract_experts(state, {"t": {"k.weight": torch.ones(4, 4)}}))
+    reason = "deltas cannot serve 'k.weight': it has a part of its memory in common with 'qkv.weight'"
+    assert bank.serves_deltas() == reason
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_inputs_adds_its_bias() -> None:
+    model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2))
+    state = {"1.bias": torch.zeros(2)}
+    experts = fx.extract_experts(state, {"t": {"1.bias": torch.ones(2)}})
+    x = torch.ones(2, 5, 3)
+    bank = fx.ExpertBank(model, experts)
+    with torch.no_grad(), bank.active("t"):
+        expected = model(x)
+    with torch.no_grad(), bank.deltas(["t", None]):
+        out = model(x)
+    assert torch.equal(out[0], expected[0])
+    assert torch.equal(out[1], model(x)[1])
+
+
+def test_statistics_do_not_overflow_where_those_of_the_expert_do_not() -> None:
+    """The merged model's variance is ten million times the expert's: no input of half precision makes up for that."""
+    model = nn.Sequential(nn.BatchNorm1d(4)).eval()
+    base = snapshot(model)
+    models = {"t": {**base, "0.running_var": torch.full((4,), 1e-3), "0.weight": torch.full((4,), 0.5)}}
+    model[0].running_var.fill_(1e4)
+    experts = fx.extract_experts(base, models, values="mask", backbone=model)
+    bank = fx.ExpertBank(model.half(), experts, base=base)
+    x = torch.tensor([[50.0, 30.0, -50.0, 0.1]]).half()
+    with torch.no_grad(), bank.active("t"):
+        expected = model(x)
+    with torch.no_grad(), bank.deltas(["t"]):
+        torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
+    assert expected.isfinite().all()
+
+
 def test_products_are_not_rounded_under_autocast() -> None:
     """A difference of one in a thousand, which factors of 16 bits do not have."""
     base, tuned = {"weight": torch.zeros(1, 4)}, {"weight": torch.tensor([[1.0, -1.0, 0.0, 0.0]])}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from task_vectors import SOURCES, Source, counted_reads, dense, family, reference_kept, vectors
 from torch import nn
 
@@ -190,3 +191,14 @@ def test_bad_arguments_are_named_before_anything_is_read() -> None:
             fx.iter_experts(base, {name: base})
     with pytest.raises(CheckpointError, match="lacks"):
         fx.iter_experts(base, {"t": {"a.weight": base["a.weight"]}})
+
+
+def test_models_on_disk_are_named_after_what_tells_their_paths_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("x/math/last", "x/code/last", "y/math/last", "law", "x/code/tuned")]
+    for path in paths:
+        path.mkdir(parents=True)
+        save_file({"w": torch.ones(2, 3)}, path / "model.safetensors")
+    experts = fx.extract_experts({"w": torch.zeros(2, 3)}, [*paths, paths[0] / "model.safetensors"])
+    assert list(experts) == ["x-math-last", "x-code-last", "y-math-last", "law", "tuned", "model"]
+    with pytest.raises(ArgumentError, match="two are called 'last'"):
+        fx.extract_experts({"w": torch.zeros(2, 3)}, [paths[0], paths[0]])

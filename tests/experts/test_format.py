@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import math
+from dataclasses import fields, replace
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import pytest
 import torch
 from position_codec import decode_positions
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
+from freemerge.experts.payload import numbers_to_bytes
 from freemerge.experts.positions import CodedPositions
 from freemerge.experts.values import CODINGS, ExpertTensor, LowRankTensor, SparseTensor
 from freemerge.experts.values.gains import NO_CODES, NO_SCALE, Gains
@@ -307,9 +311,29 @@ def test_bad_metadata_is_named(metadata: dict[str, str], message: str, tmp_path:
         fx.Expert.load(path)
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+@pytest.mark.parametrize(("coding", "parameter"), [(1, 1 << 31), (1 << 40, 0)])
+def test_codings_of_positions_that_there_are_not_are_named(coding: int, parameter: int, tmp_path: Path) -> None:
+    path = tmp_path / "expert.safetensors"
+    payload = np.append(numbers_to_bytes(2, 4, 4, 1, coding, parameter, 1), np.zeros(3, np.uint8))
+    metadata = {"format": "freemerge-expert", **fx.Expert({}, 1.0, 0.1, "tensor", "auto", "bf16").metadata}
+    save_file({"w": torch.from_numpy(payload)}, path, metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"expert\.safetensors: tensor 'w' is corrupted"):
+        fx.Expert.load(path)
 
+
+def test_numbers_of_any_kind_are_written_as_they_are_read(tmp_path: Path) -> None:
+    expert = fx.Expert.load(small_file(tmp_path))
+    given = replace(expert, mu=np.float64(1.5), density=np.float32(0.25), budget=Fraction(1, 8))
+    given.save(tmp_path / "given.safetensors")
+    loaded = fx.Expert.load(tmp_path / "given.safetensors")
+    assert (loaded.mu, loaded.density, loaded.budget) == (given.mu, given.density, given.budget) == (1.5, 0.25, 0.125)
+    wrong = [("mu", math.inf), ("mu", torch.tensor(1.0)), ("mu", None), ("density", 1.0), ("budget", "1%")]
+    for name, value in wrong:
+        with pytest.raises(ArgumentError, match=f"{name} must be"):
+            replace(expert, **{name: value})
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(3)}, tmp_path / "model.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     for name in ("model", "text", "missing"):

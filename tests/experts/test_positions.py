@@ -88,11 +88,11 @@ def test_damaged_bytes_are_refused_or_decode_to_valid_positions(
     elif damage == "count":
         count = data.draw(st.integers(-1, 2 * count))
     elif damage == "parameter":
-        parameter = data.draw(st.integers(-2, 70))
+        parameter = data.draw(st.integers(-2, 70) | st.just(1 << 31))
     elif damage == "numel":
         numel = data.draw(st.integers(0, numel))
     else:
-        kind = data.draw(st.integers(-1, 3))
+        kind = data.draw(st.integers(-1, 3) | st.just(1 << 40))
     damaged = CodedPositions(kind, parameter, raw)
     try:
         decoded = decode_positions(damaged, max(0, count), numel)

@@ -149,6 +149,19 @@ def test_a_routed_vision_model_with_features_by_name() -> None:
             torch.testing.assert_close(routed.output[row], model(images[row : row + 1])[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_copy_serves_from_a_model_of_its_own(router: Router, sequences: Sequences) -> None:
+    bank = make_bank(sequences, TASKS)
+    ids = torch.arange(12).view(2, 6) % 11
+    routed = RoutedModel(sequences, bank, replace(router, mode="softmax"), features="embed")
+    other = copy.deepcopy(routed)
+    before, passes = routed(ids), sequences.passes
+    with torch.no_grad():
+        torch.testing.assert_close(other(ids).output, before.output)
+        sequences.embed.weight.zero_()
+        torch.testing.assert_close(other(ids).output, before.output)
+    assert sequences.passes == passes
+
+
 def test_structures_come_back_as_they_were() -> None:
     Pair = namedtuple("Pair", "first second")
 
@@ -235,6 +248,11 @@ def test_misfits_are_named(router: Router, sequences: Sequences) -> None:
         RoutedModel(sequences, bank, lambda f: torch.ones(len(f), 2), features=by_first_token)(
             torch.zeros(0, 3, dtype=torch.long)
         )
+
+
+def test_a_bank_without_experts_cannot_be_routed(sequences: Sequences) -> None:
+    with pytest.raises(ArgumentError, match="bank has no experts"):
+        RoutedModel(sequences, ExpertBank(sequences, {}), lambda x: x[:, :0], features=by_first_token)
 
 
 def test_a_model_that_sums_over_the_batch_cannot_be_routed(sequences: Sequences) -> None:

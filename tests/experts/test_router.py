@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from routing import TASKS, Sequences, blobs
@@ -99,7 +100,7 @@ def test_a_constant_feature_is_harmless() -> None:
 
 
 def test_saving_and_loading(router: Router, tmp_path: Path) -> None:
-    options = replace(router, mode="softmax", temperature=2.0, abstain=0.25)
+    options = replace(router, mode="softmax", temperature=np.float32(2.0), abstain=0.25)
     options.save(tmp_path / "router.safetensors")
     loaded = Router.load(tmp_path / "router.safetensors")
     features, _ = blobs(20, seed=7)
@@ -136,6 +137,10 @@ def test_files_that_are_no_routers_are_refused(router: Router, tmp_path: Path) -
             Router.load(tmp_path / "bad")
         with pytest.raises(ArgumentError, match=message):
             Router(tasks, tensors)
+    nested = {"format": "freemerge-router-1", "options": "[" * 100_000 + "]" * 100_000}
+    save_file(router.tensors, tmp_path / "nested", metadata=nested)
+    with pytest.raises(CheckpointError, match="nested"):
+        Router.load(tmp_path / "nested")
 
 
 def test_saving_replaces_a_router_and_nothing_else(router: Router, tmp_path: Path) -> None:
@@ -144,15 +149,22 @@ def test_saving_replaces_a_router_and_nothing_else(router: Router, tmp_path: Pat
     with pytest.raises(RefusedError, match=r"model\.safetensors.*is not replaced"):
         router.save(tmp_path / "model.safetensors")
     assert (tmp_path / "model.safetensors").read_bytes() == before
+    (tmp_path / "router.safetensors.part").write_text("mine")
     for abstain in (0.1, 0.2):
         replace(router, abstain=abstain).save(tmp_path / "router.safetensors")
         assert Router.load(tmp_path / "router.safetensors").abstain == abstain
+    assert (tmp_path / "router.safetensors.part").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.safetensors",
+        "router.safetensors",
+        "router.safetensors.part",
+    }
 
 
 def test_what_cannot_be_written_is_named_and_leaves_nothing(router: Router, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", tmp_path / "absent" / "router.safetensors", tmp_path / ("r" * 300)):
-        with pytest.raises(CheckpointError, match=f"router {path}"):
+        with pytest.raises(CheckpointError, match=f"cannot write {path}"):
             router.save(path)
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
@@ -226,6 +238,8 @@ def test_pooled_shapes() -> None:
     assert pooled(rows.bfloat16(), None, "mean").dtype == torch.float32
     with pytest.raises(ArgumentError, match="dimensions"):
         pooled(torch.zeros(3), None, "mean")
+    with pytest.raises(ArgumentError, match=r"attention_mask has shape \(2, 4\), the hidden state \(2, 5, 3\)"):
+        pooled(torch.zeros(2, 5, 3), torch.ones(2, 4), "mean")
 
 
 def test_pooled_state_of_a_module_with_a_tuple_output() -> None:

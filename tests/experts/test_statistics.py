@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from expert_models import TASKS, Vision, assert_forward_adds_what_active_does, assert_same, make, snapshot, tuned
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import freemerge as fm
@@ -136,10 +137,19 @@ def test_files_keep_them_bit_for_bit_and_old_ones_have_none(tmp_path: Path) -> N
     before = snapshot(model)
     with fx.ExpertBank(model, {"old": fx.Expert.load(tmp_path / "old.safetensors")}).active("old"):
         assert all(torch.equal(model.state_dict()[name], before[name]) for name in STATISTICS)
-    broken = {**expert.statistics, "1.running_var": torch.full((8,), float("inf"), dtype=torch.bfloat16)}
-    fx.Expert({}, 1.0, 0.1, "tensor", "auto", "bf16", None, broken).save(tmp_path / "broken.safetensors")
-    with pytest.raises(CheckpointError, match=r"'1\.running_var' is corrupted: .* not finite"):
-        fx.Expert.load(tmp_path / "broken.safetensors")
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.full((8,), float("inf"), dtype=torch.bfloat16), torch.ones(8), torch.ones(2, 4).bfloat16()]
+)
+def test_what_is_no_statistic_is_neither_written_nor_read(wrong: Tensor, tmp_path: Path) -> None:
+    expert = fx.Expert({}, 1.0, 0.1, "tensor", "auto", "bf16", None, {"1.running_var": wrong})
+    with pytest.raises(ArgumentError, match=r"statistics: '1\.running_var' .* a finite vector of bfloat16"):
+        expert.save(tmp_path / "expert.safetensors")
+    assert not list(tmp_path.iterdir())
+    save_file(expert.statistics, tmp_path / "wrong", metadata={"format": "freemerge-expert", **expert.metadata})
+    with pytest.raises(CheckpointError, match=r"'1\.running_var' is corrupted: .* a finite vector of bfloat16"):
+        fx.Expert.load(tmp_path / "wrong")
 
 
 def test_only_those_of_norms_are_kept_and_rules_leave_them_out() -> None:

@@ -184,7 +184,7 @@ def test_updates_of_one_memory_are_made_in_order_and_undone_in_reverse(backend: 
 
 @settings(deadline=None, max_examples=50)
 @given(
-    numel=st.integers(1, 200),
+    numel=st.integers(1, 200) | st.integers(1, 20_000),  # more than are added up together
     counts=st.lists(st.integers(0, 200), min_size=1, max_size=4),
     weights=st.lists(st.floats(-2, 2, width=32), min_size=4, max_size=4),
     wide=st.booleans(),
@@ -204,3 +204,10 @@ def test_weighted_sum_is_the_sum_of_dense_vectors(
     dense = torch.zeros(numel)
     dense[total.indices] = total.values
     assert torch.equal(dense, expected)
+
+
+@pytest.mark.parametrize("indices", [[3, 3], [3, 2], [-1, 2], [4096, 4095], [0, 9000, 8999]])
+def test_positions_that_do_not_ascend_are_refused(indices: list[int]) -> None:
+    terms = [(SparseVector(torch.tensor(i), torch.ones(len(i))), 1.0) for i in ([0, 5], indices)]
+    with pytest.raises(ValueError, match="must be ascending"):
+        weighted_sum(terms)

@@ -70,7 +70,11 @@ def command() -> Command:
 
 
 def run(output: Output, base: Path, models: Sequence[Path], out: Path, force: bool, **options: Any) -> int:
-    """Extract a light expert of each model: its task vector's largest entries, or what a merged model lacks of it."""
+    """Extract a light expert of each model: its task vector's largest entries, or what a merged model lacks of it.
+
+    Its file is called as the model's directory or file; where two have the same name, with that of what they are in:
+    math-checkpoint-500.
+    """
     from ..experts import iter_experts, save_experts
 
     with joined() as workers:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,12 +21,13 @@ from ..checkpoint.views import InModuleLayout, renamed
 from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
 from ..merging.statistics_buffers import convex
-from ..overlap import internal_overlap
+from ..overlap import internal_overlap, overlapping_pair
 from .contributions import Product
 from .deltas import Change, forward_deltas, unserved
 from .expert import Expert
 from .placement import Part, Placement, gathered, gathered_dense, seen_by
 from .switch import Switch, add_dense, weighted_sum
+from .turns import Weights, turn
 from .values import ExpertTensor, LowRankTensor, SparseTensor
 from .values.base import Seen
 
@@ -47,9 +48,11 @@ class ExpertBank(Mapping[str, Expert]):
         backbone: theta_m (as base), for gains where the model holds it rounded, as in bfloat16.
 
     Raises ArgumentError or CheckpointError, naming the tensor, if an expert does not fit the model or the base. It is
-    safe to use one bank from several threads: a thread that switches waits until no other has an expert on, as the
-    weights are shared. Do not run the model outside of :meth:`active` while another thread is inside,
-    nor move or convert it inside: the copy would keep the expert.
+    safe to use the banks of one model from several threads: they share the weights, so a thread that switches waits
+    until no other has an expert on. Tasks of an event loop must not wait there, and get an ArgumentError; let them take
+    turns, as by an asyncio.Lock. Do not run the model outside of :meth:`active` while another thread is inside, nor
+    move, convert or copy it inside: the copy would keep the expert. A copy of a bank, by copy.deepcopy or pickle, has a
+    copy of the model.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class ExpertBank(Mapping[str, Expert]):
     ) -> None:
         if not isinstance(model, nn.Module | Mapping):
             raise ArgumentError(f"model must be a module or a state dict, got {type(model).__name__}")
-        self._model = model
+        self._model, self._shared = model, Weights(model)
         self._experts = _checked(experts)
         self._placement = Placement(model)
         self._shapes: dict[str, torch.Size] = {}  # of the tensors that experts change
@@ -72,14 +75,13 @@ class ExpertBank(Mapping[str, Expert]):
             task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
             for task, expert in self._experts.items()
         }
+        self._sources = base, backbone
         self._base = None if base is None else self._opened(base, "base")
         self._backbone = None if backbone is None else self._opened(backbone, "backbone")
-        self._lock, self._holder = threading.Lock(), 0  # the thread whose turn it is, as threading.get_ident() has it
         self._vectors: dict[tuple[str, str], SparseVector] = {}
         self._origins: dict[tuple[str, str], Tensor] = {}
         self._switches: dict[tuple[str, Combine], tuple[float, Switch]] = {}
         self._scratch = Scratch()
-        self._blocks: list[ExitStack] = []  # what undoes the blocks that are open, the innermost last
         for task, expert in self._experts.items():
             self._check(task, expert)
         self._seen: dict[str, Seen] = {}
@@ -100,6 +102,11 @@ class ExpertBank(Mapping[str, Expert]):
             raise CheckpointError(f"{folder} holds no expert files (*.safetensors)")
         return ExpertBank(model, {file.stem: Expert.load(file) for file in files}, base=base, backbone=backbone)
 
+    def __reduce__(self) -> tuple[Callable[..., ExpertBank], tuple[object, ...]]:
+        """A copy is attached anew: to the copy of the model, as :func:`copy.deepcopy` and :mod:`pickle` make one."""
+        base, backbone = self._sources
+        return partial(ExpertBank, base=base, backbone=backbone), (self._model, self._experts)
+
     def __getitem__(self, task: str) -> Expert:
         return self._experts[task]
 
@@ -115,8 +122,10 @@ class ExpertBank(Mapping[str, Expert]):
 
         ``"add"``: theta_m + sum_i w_i e_i (the paper). ``"replace"``: where an expert has an entry,
         theta_0 + sum_i w_i e_i instead (the released code); for experts of single entries only. A weight of 0 is
-        off. Blocks may be nested in one thread, the inner ones left first (ArgumentError otherwise, as with coroutines
-        that take turns); they act on what outer ones left. Weights are restored even after an exception.
+        off. Blocks may be nested, the inner ones left first (ArgumentError otherwise, as with generators that take
+        turns); they act on what outer ones left. Blocks nest in one context (:mod:`contextvars`): that of a thread, of
+        an asyncio task, or of the request for which a server's pool of threads works. Weights are restored even after
+        an exception, and by any thread that leaves the block.
 
         The cost of single entries is that of the entries touched, not of the model. Low-rank experts touch every entry:
         their products are added tensor by tensor, and the former weights kept as copies. In a mixture of both kinds,
@@ -137,7 +146,7 @@ class ExpertBank(Mapping[str, Expert]):
         sparse = {task: weight for task, weight in weights.items() if task not in whole}
         if combine == "replace" and whole:
             raise ArgumentError(f"combine='replace' is for experts of single entries; {next(iter(whole))!r} has none")
-        with self._turn(), ExitStack() as undo:
+        with turn(self._shared) as undo:
             if weights:
                 undo.callback(torch.clear_autocast_cache)  # it keeps copies of weights
             for name in self._touched(whole):  # before entries, as masks are of the merged weights alone
@@ -149,55 +158,7 @@ class ExpertBank(Mapping[str, Expert]):
                 undo.enter_context(add_dense(self._tensor(name), self._moves(name, terms)))
             if weights:
                 torch.clear_autocast_cache()
-            with self._innermost(undo):
-                yield
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """A block in which no other thread has experts on; blocks inside of it, in the same thread, do not wait.
-
-        Another thread may leave it: the one that goes on with a generator, or collects it as garbage.
-        """
-        if self._holder == threading.get_ident():
             yield
-            return
-        with self._lock:
-            self._holder = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._holder = 0
-
-    @contextmanager
-    def _innermost(self, undo: ExitStack) -> Iterator[None]:
-        """A block inside of those that are open; ArgumentError where one is left before another inside of it.
-
-        Coroutines and generators that take turns in one thread do so. Former weights only come back in order, so the
-        inner block has ended, too.
-        """
-        self._blocks.append(undo)
-        try:
-            yield
-        except BaseException:
-            self._leave(undo)
-            raise
-        if not self._leave(undo):
-            raise ArgumentError(
-                "experts: a block was left before one inside of it; all of these have ended, and the weights are as "
-                "they were before: use a bank in one coroutine or generator at a time"
-            )
-
-    def _leave(self, undo: ExitStack) -> bool:
-        """End the blocks inside of one that is left; whether there was none, and it was open itself."""
-        if undo not in self._blocks:
-            return False
-        outside = self._blocks.index(undo)
-        inside = self._blocks[outside + 1 :]
-        del self._blocks[outside:]
-        with ExitStack() as closing:  # from the innermost outwards
-            for block in inside:
-                closing.callback(block.close)
-        return not inside
 
     @contextmanager
     def deltas(self, experts: Sequence[str | Mapping[str, float] | None]) -> Iterator[None]:
@@ -223,12 +184,11 @@ class ExpertBank(Mapping[str, Expert]):
         assert isinstance(self._model, nn.Module)
         shares = [[chosen.get(task, 0.0) for task in tasks] for chosen in samples]
         weights = torch.tensor(shares, dtype=torch.float64, device="cpu").view(len(samples), len(tasks))
-        with self._turn(), ExitStack() as undo:
+        with turn(self._shared) as undo:
             updates = [{name: self._change(task, name) for name in self._parts[task]} for task in tasks]
             statistics = self._of_samples(samples)
             undo.enter_context(forward_deltas(self._model, weights, updates, statistics))
-            with self._innermost(undo):
-                yield
+            yield
 
     def serves_deltas(self, tasks: Iterable[str] | None = None, run: Callable[[], object] | None = None) -> str | None:
         """Why :meth:`deltas` cannot serve the experts of ``tasks``, by default all; None if it can.
@@ -245,7 +205,7 @@ class ExpertBank(Mapping[str, Expert]):
             return "deltas needs a bank that is attached to a module, not to a state dict"
         weights = self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0), "tasks")
         names = self._touched(weights) + list(self._averages(weights))
-        with self._turn():
+        with turn(self._shared):
             reason = unserved(self._model, names, run)
         return None if reason is None else f"deltas cannot serve {reason}"
 
@@ -472,7 +432,6 @@ class ExpertBank(Mapping[str, Expert]):
     def _check(self, task: str, expert: Expert) -> None:
         if self._base is None and any(tensor.relative for tensor in expert.tensors.values()):
             raise ArgumentError(f"base must be given: {task!r} is of values {expert.values}, which need it (--base)")
-        memory: dict[int, str] = {}
         for name, parts in self._parts[task].items():
             tensor = self._tensor(name)
             shape = tuple(tensor.shape)
@@ -483,14 +442,22 @@ class ExpertBank(Mapping[str, Expert]):
                 raise ArgumentError(f"experts: {name!r} of the model must be a dense float tensor, not {tensor.dtype}")
             if internal_overlap(shape, tensor.stride()):
                 raise ArgumentError(f"experts: {name!r} of the model may overlap itself in memory {tensor.stride()}")
-            first = memory.setdefault(tensor.data_ptr(), name)
-            if first != name or (len(parts) > 1 and parts[0].piece is None):
-                names = [part.entry for part in (*self._parts[task][first], *parts)]
-                raise ArgumentError(f"experts: {task!r} has {names[0]!r} and {names[-1]!r}, which the model ties")
             for other in (self._base, self._backbone):
                 spec = None if other is None else other.specs.get(name)
                 if other is not None and (spec is None or spec.shape != shape):
                     raise CheckpointError(f"{other.label}: tensor {name!r} is missing or has another shape")
+        self._check_apart(task)
+
+    def _check_apart(self, task: str) -> None:
+        """Entries that are one in the model, or have some memory in common there, would be changed twice."""
+        placed = list(self._parts[task].values())
+        twice = [parts for parts in placed if len(parts) > 1 and parts[0].piece is None]
+        pair = overlapping_pair([self._tensor(name) for name in self._parts[task]])
+        if pair is not None:
+            twice.append([part for i in pair for part in placed[i]])
+        if twice:
+            names = f"{twice[0][0].entry!r} and {twice[0][-1].entry!r}"
+            raise ArgumentError(f"experts: {task!r} has {names}, which share memory in the model")
 
 
 def _checked(experts: object) -> dict[str, Expert]:

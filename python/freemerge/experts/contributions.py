@@ -58,12 +58,12 @@ class _Linear(Contribution):
     """The input's vectors are columns, because a sparse product reads and writes rows of contiguous memory."""
 
     def __init__(self, module: nn.Linear, x: Tensor, shape: torch.Size, dtype: torch.dtype) -> None:
-        super().__init__(module, x, torch.Size((module.out_features, x.numel() // module.in_features)), dtype)
+        super().__init__(module, x, torch.Size((module.out_features, x.shape[:-1].numel())), dtype)
         self._shape = shape
         self._bias = torch.zeros(shape[0], module.out_features, dtype=dtype, device=x.device)
 
     def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.reshape(-1, self.module.in_features).to(dtype).t().contiguous()
+        return x.reshape(x.shape[:-1].numel(), x.shape[-1]).to(dtype).t().contiguous()
 
     def add(self, weights: Tensor, deltas: Mapping[str, Any]) -> None:
         if "weight" in deltas:
@@ -132,8 +132,7 @@ class _GroupNorm(_Norm):
 
 class _BatchNorm(_Norm):
     def prepared(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        mean, variance = self.module.running_mean.to(dtype), self.module.running_var.to(dtype)
-        return F.batch_norm(x.to(dtype), mean, variance, eps=self.module.eps)
+        return batch_norm(self.module, x.to(dtype))
 
 
 class _Convolution(Contribution):
@@ -144,6 +143,13 @@ class _Convolution(Contribution):
         weight = deltas["weight"] if "weight" in deltas else torch.zeros_like(self.module.weight, dtype=self.x.dtype)
         out: Tensor = self.module._conv_forward(self.x, weight, deltas.get("bias"))
         return out
+
+
+def batch_norm(module: Any, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """``x`` standardised by the running statistics of a batch norm, in its own dtype."""
+    mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
+    weight, bias = (parameter if parameter is None else parameter.to(x.dtype) for parameter in (weight, bias))
+    return F.batch_norm(x, mean, variance, weight, bias, eps=module.eps)
 
 
 SERVED = ("weight", "bias", "running_mean", "running_var")

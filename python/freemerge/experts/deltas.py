@@ -13,9 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..backends.sparse import SparseVector
-from ..dense import without_autocast
+from ..dense import location, without_autocast
 from ..errors import ArgumentError
-from .contributions import BATCH_NORMS, SERVED, Product, contribution_of
+from ..overlap import overlapping_pairs
+from .contributions import BATCH_NORMS, SERVED, Product, batch_norm, contribution_of
 
 Change = SparseVector | Product | Tensor  # of a tensor: single entries, factors, or all of it
 Updates = Mapping[str, tuple[Change, float]]  # each touched tensor's change and factor
@@ -30,8 +31,10 @@ def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] |
     Modules alone do not tell whether a model calls them with the batch in front, and whether something else uses their
     parameters. ``run``, a forward pass of one sample, shows it.
     """
-    owners, names, in_graphs = _owners(model), list(names), compiled(model)
+    owners, names, in_graphs, overlaps = _owners(model), list(names), compiled(model), _overlaps(model)
     for name in names:
+        if name in overlaps:
+            return f"{name!r}: it has a part of its memory in common with {overlaps[name]!r}"
         if name not in owners:
             return f"{name!r}: it is not a parameter, nor a batch norm's"
         for module, attribute in owners[name]:
@@ -76,12 +79,10 @@ def forward_deltas(
         for module, attribute in owners[name]:
             normed.setdefault(module, {})[attribute] = rows
     with ExitStack() as hooks:
-        for module, own_rows in normed.items():
-            hooks.enter_context(_hooked(module.register_forward_pre_hook, _renormed(names[module], batch, own_rows)))
-        for module, own in terms.items():
+        for module in {**normed, **terms}:
+            hook = _hook(names[module], batch, terms.get(module, []), normed.get(module))
             # Before hooks of others, whose work on the output is that on all of it.
-            register = partial(module.register_forward_hook, prepend=True)
-            hooks.enter_context(_hooked(register, _hook(names[module], batch, own)))
+            hooks.enter_context(_hooked(partial(module.register_forward_hook, prepend=True), hook))
         yield
 
 
@@ -104,17 +105,37 @@ def compiled(model: nn.Module) -> set[nn.Module]:
 
 
 def _owners(model: nn.Module) -> _Owners:
-    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    users: dict[object, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
-            users.setdefault(id(parameter), []).append((module, attribute))
-        if isinstance(module, BATCH_NORMS):
+            users.setdefault(_identity(parameter), []).append((module, attribute))
+        if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
             for attribute in ("running_mean", "running_var"):
-                users.setdefault(id(getattr(module, attribute)), []).append((module, attribute))
+                users.setdefault(_identity(getattr(module, attribute)), []).append((module, attribute))
         if isinstance(module, nn.MultiheadAttention):  # it uses the parameters of its out_proj without calling it
             for attribute, parameter in module.out_proj.named_parameters():
-                users.setdefault(id(parameter), []).append((module, f"out_proj.{attribute}"))
-    return {name: users[id(tensor)] for name, tensor in _tensors(model).items() if id(tensor) in users}
+                users.setdefault(_identity(parameter), []).append((module, f"out_proj.{attribute}"))
+    tensors = {name: _identity(tensor) for name, tensor in _tensors(model).items()}
+    return {name: users[identity] for name, identity in tensors.items() if identity in users}
+
+
+def _overlaps(model: nn.Module) -> dict[str, str]:
+    """Tensors that are not one with another, but have a part of their memory in common with it."""
+    alike: dict[object, list[str]] = {}
+    tensors = _tensors(model)
+    for name, tensor in tensors.items():
+        alike.setdefault(_identity(tensor), []).append(name)
+    groups = [names for identity, names in alike.items() if not isinstance(identity, int)]
+    pairs = [*overlapping_pairs([tensors[names[0]] for names in groups])]
+    return {name: groups[j][0] for pair in pairs for i, j in (pair, pair[::-1]) for name in groups[i]}
+
+
+def _identity(tensor: Tensor) -> object:
+    """What tensors have in common that are one, such as two parameters over one memory; of others, their own number."""
+    try:
+        return location(tensor) if tensor.numel() else id(tensor)
+    except ArgumentError:
+        return id(tensor)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -126,7 +147,7 @@ def _observed(model: nn.Module, owners: _Owners, run: Callable[[], object]) -> s
     """What a forward pass of one sample shows against serving the parameters of ``owners``."""
     names = {module: name for name, owning in owners.items() for module, _ in owning}
     tensors = _tensors(model)
-    uses = _Uses({id(tensors[name]): name for name in owners})
+    uses = _Uses({_identity(tensors[name]): name for name in owners})
     called = set()
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -152,7 +173,7 @@ def _observed(model: nn.Module, owners: _Owners, run: Callable[[], object]) -> s
 class _Uses(TorchFunctionMode):
     """Notes which parameters are used while none of the modules runs that they belong to."""
 
-    def __init__(self, parameters: Mapping[int, str]) -> None:
+    def __init__(self, parameters: Mapping[object, str]) -> None:
         super().__init__()
         self._parameters = parameters
         self.running = 0
@@ -165,32 +186,43 @@ class _Uses(TorchFunctionMode):
         result = func(*args, **kwargs)
         if not self.running and isinstance(result, Tensor | tuple) and not isinstance(result, torch.Size):
             for arg in (*args, *kwargs.values()):
-                for name in map(self._parameters.get, map(id, arg if isinstance(arg, tuple | list) else [arg])):
+                for used in arg if isinstance(arg, tuple | list) else [arg]:
+                    name = self._parameters.get(_identity(used)) if isinstance(used, Tensor) else None
                     if name is not None:
                         self.reasons.append(f"{name!r}: it is used outside of its module")
         return result
 
 
-def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
-    """What adds the terms to a module's output. Experts of the same samples share what only depends on the input."""
+def _hook(
+    name: str, batch: int, terms: Sequence[_Term], statistics: Mapping[str, Tensor] | None
+) -> Callable[[Any, tuple[Any, ...], Any], Tensor]:
+    """What adds the terms to a module's output, that of a batch norm with ``statistics`` of each sample.
+
+    Experts of the same samples share what only depends on the input.
+    """
     groups: dict[tuple[int, ...], list[_Term]] = {}
     for column, deltas in terms:
         rows = column.nonzero().squeeze(1)
         groups.setdefault(tuple(rows.tolist()), []).append((column[rows], deltas))
 
-    def add(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
+    def add(module: Any, args: tuple[Any, ...], output: Any) -> Tensor:
         x = args[0] if args else None
         if isinstance(x, Tensor) and isinstance(output, Tensor) and x.ndim and len(x) == 1:
             # An input that all samples share, such as position ids, gets an output for each of them.
             x, output = x.expand(batch, *x.shape[1:]), output.expand(batch, *output.shape[1:])
         if not isinstance(x, Tensor) or not isinstance(output, Tensor) or not x.ndim or len(x) != batch:
-            raise _without_batch(name, x, batch)
+            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ArgumentError(f"deltas: {name!r} got {shape} where the first dimension should be the batch, {batch}")
         kind = contribution_of(module)
         assert kind is not None
         dtype = torch.promote_types(output.dtype, torch.float32)
-        total = output.to(dtype, copy=True)
         block = max(1, _BLOCK * batch // max(1, output.numel()))
         with without_autocast(x.device):
+            if statistics is None:
+                total = output.to(dtype, copy=True)
+            else:  # anew, as the input may not be one of its dtype any more
+                x = _renormed(module, x, statistics, dtype)
+                total = batch_norm(module, x, module.weight, module.bias)
             for samples, members in groups.items():
                 for start in range(0, len(samples), block):
                     part = slice(start, start + block)
@@ -204,30 +236,16 @@ def _hook(name: str, batch: int, terms: Sequence[_Term]) -> Callable[[nn.Module,
     return add
 
 
-def _without_batch(name: str, x: object, batch: int) -> ArgumentError:
-    shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-    return ArgumentError(f"deltas: {name!r} got {shape} where the first dimension should be the batch, {batch}")
-
-
-def _renormed(
-    name: str, batch: int, statistics: Mapping[str, Tensor]
-) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """What makes of a batch norm's input one of which its own statistics make what each sample's make of the input."""
-
-    def change(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, others = (args[0], args[1:]) if args else (None, ())
-        if not isinstance(x, Tensor) or x.ndim < 2 or len(x) not in (1, batch):
-            raise _without_batch(name, x, batch)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        now = {"running_mean": module.running_mean[None], "running_var": module.running_var[None]}
-        (mean, variance), (own_mean, own_variance) = (
-            [values[key].to(x.device, dtype).view(-1, x.shape[1], *[1] * (x.ndim - 2)) for key in now]
-            for values in (now, {**now, **statistics})
-        )
-        factor = ((variance + module.eps) / (own_variance + module.eps)).sqrt()
-        return ((x.to(dtype) - own_mean) * factor + mean).to(x.dtype), *others
-
-    return change
+def _renormed(module: Any, x: Tensor, statistics: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """An input of which a batch norm's own statistics make what those of each sample make of ``x``."""
+    now = {"running_mean": module.running_mean[None], "running_var": module.running_var[None]}
+    (mean, variance), (own_mean, own_variance) = (
+        [values[key].to(x.device, dtype).view(-1, x.shape[1], *[1] * (x.ndim - 2)) for key in now]
+        for values in (now, {**now, **statistics})
+    )
+    factor = ((variance + module.eps) / (own_variance + module.eps)).sqrt()
+    changed: Tensor = (x.to(dtype) - own_mean) * factor + mean
+    return changed
 
 
 def _delta(weights: Tensor, update: Change, scale: float) -> Tensor | Product:

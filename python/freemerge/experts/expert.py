@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..arguments import path_of
+from ..arguments import number, path_of
 from ..checkpoint.publish import hidden
 from ..errors import ArgumentError, CheckpointError
 from .format import read_file, write_file
@@ -45,6 +45,16 @@ class Expert:
     values: str
     budget: float | None = None
     statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(number(self.mu)):
+            raise ArgumentError(f"mu must be a finite number, got {self.mu!r}")
+        for name in ("density", "budget"):
+            if getattr(self, name) is not None and not 0 < number(getattr(self, name)) < 1:
+                raise ArgumentError(f"{name} must be a share between 0 and 1, got {getattr(self, name)!r}")
+        for name in ("mu", "density", "budget"):  # as floats, which files read back
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, number(getattr(self, name)))
 
     @property
     def share(self) -> float:
@@ -83,7 +93,8 @@ class Expert:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> int:
         """Write an expert file (docs/expert-format.md) and return its size in bytes.
 
-        The file appears at once when it is complete. Raises RefusedError if ``path`` exists, unless ``force``.
+        The file appears at once when it is complete. Raises RefusedError if ``path`` exists, unless ``force``, and
+        ArgumentError for statistics that are no finite bfloat16 vectors.
         """
         return write_file(path_of("path", path), self.tensors, self.statistics, self.metadata, force=force)
 
@@ -97,7 +108,7 @@ class Expert:
             "rescale": self.rescale,
             "values": self.values,
             **({} if self.scope is None else {"scope": self.scope}),
-            **{key: repr(number) for key, number in optional.items() if number is not None},
+            **{key: repr(value) for key, value in optional.items() if value is not None},
         }
 
     @staticmethod
@@ -109,12 +120,9 @@ class Expert:
             of_entries = metadata["version"] == "1"
             density, scope = (float(metadata["density"]), metadata["scope"]) if of_entries else (None, None)
             budget = float(metadata["budget"]) if "budget" in metadata else None
+            return Expert(tensors, mu, density, scope, rescale, values, budget, statistics)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: bad expert metadata: {error}") from None
-        shares = [share for share in (density, budget) if share is not None]
-        if not math.isfinite(mu) or not all(0 < share < 1 for share in shares):
-            raise CheckpointError(f"{path}: bad expert metadata: mu={mu}, density={density}, budget={budget}")
-        return Expert(tensors, mu, density, scope, rescale, values, budget, statistics)
 
 
 def whole_expert(tensors: Mapping[str, ExpertTensor], values: str, budget: float | None = None) -> Expert:

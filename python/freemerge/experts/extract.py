@@ -119,7 +119,8 @@ def extract_experts(experts: Iterator[tuple[str, Expert]]) -> dict[str, Expert]:
         base: state dict, module, or path of a checkpoint.
         models: fine-tuned models of that base with the same tensors, or directories of LoRA or IA3 adapters that PEFT
             trained on it; a mapping names the tasks. In a sequence, models on disk are named after their directory or
-            file, others ``task0``, ``task1`` and so on by position.
+            file, and what it is in where two have the same name (``math-model``, ``code-model``), others ``task0``,
+            ``task1`` and so on by position.
         density: d, a share such as 0.01, the default, or "1%". A scope of n entries keeps its k = max(1, floor(d n))
             largest, or all its non-zero ones where they are fewer. Equal magnitudes are taken by tensor name, then by
             index, lowest first.
@@ -225,12 +226,23 @@ def _named(models: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]
         raise ArgumentError("models must hold at least one model")
     if isinstance(models, Mapping):
         return {check_task_name(name): model for name, model in models.items()}
+    paths = {i: Path(model).resolve() for i, model in enumerate(models) if isinstance(model, str | os.PathLike)}
     named: dict[str, Source] = {}
     for i, model in enumerate(models):
-        name = f"task{i}"
-        if isinstance(model, str | os.PathLike):
-            name = check_task_name(Path(model).resolve().name.removesuffix(".safetensors"))
+        name = check_task_name(_told_apart(paths[i], paths.values())) if i in paths else f"task{i}"
         if name in named:
             raise ArgumentError(f"models: two are called {name!r}; name them with a mapping")
         named[name] = model
     return named
+
+
+def _told_apart(path: Path, paths: Iterable[Path]) -> str:
+    """The last part of a path, and as many before it as paths that end like this one differ by."""
+    own = _parts(path)
+    alike = [parts for parts in map(_parts, paths) if parts[-1] == own[-1]]
+    enough = (n for n in range(1, len(own) + 1) if len({parts[-n:] for parts in alike}) == len(alike))
+    return "-".join(own[-next(enough, 1) :])
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    return *path.parent.parts[1:], path.name.removesuffix(".safetensors")

@@ -37,7 +37,12 @@ def write_file(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ArgumentError(f"path must end in .safetensors, got {path}")
-    payloads = {name: torch.from_numpy(_to_payload(tensors[name])) for name in sorted(tensors)} | dict(statistics)
+    payloads = {name: torch.from_numpy(_to_payload(tensors[name])) for name in sorted(tensors)}
+    for name, values in statistics.items():
+        try:
+            payloads[name] = _statistic(values)
+        except ValueError as error:
+            raise ArgumentError(f"statistics: {name!r} cannot be written: {error}") from None
     specs = [TensorSpec(name, tuple(payload.shape), payload.dtype) for name, payload in payloads.items()]
     with CheckpointWriter(path, specs, metadata={"format": FORMAT, **metadata}, force=force) as writer:
         for name, payload in payloads.items():
@@ -72,14 +77,10 @@ def read_file(
     tensors, statistics = {}, {}
     for name, slot in sorted(file.slots.items()):
         try:
-            if slot.spec.dtype not in (torch.uint8, torch.bfloat16) or len(slot.spec.shape) != 1:
-                raise ValueError("it must be a vector of U8, or of BF16")
-            if slot.spec.dtype == torch.uint8:
+            if slot.spec.dtype == torch.uint8 and len(slot.spec.shape) == 1:
                 tensors[name] = _from_payload(coding, Reader(file.read(name).numpy()))
-                continue
-            statistics[name] = file.read(name)
-            if not all_finite(statistics[name]):
-                raise ValueError("a statistic is not finite")
+            else:
+                statistics[name] = _statistic(file.read(name))
         except ValueError as error:
             raise CheckpointError(f"{path}: tensor {name!r} is corrupted: {error}") from None
     return tensors, statistics, file.metadata
@@ -95,6 +96,12 @@ def entry_bytes(name: str, limit: int) -> int:
     """At most so many bytes of the header describe a tensor, in a file of ``limit`` bytes."""
     entry = {name: {"dtype": "U8", "shape": [limit], "data_offsets": [limit, limit]}}
     return len(json.dumps(entry, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def _statistic(values: torch.Tensor) -> torch.Tensor:
+    if values.dtype != torch.bfloat16 or values.ndim != 1 or not all_finite(values):
+        raise ValueError(f"it must be a finite vector of bfloat16, not {tuple(values.shape)} of {values.dtype}")
+    return values
 
 
 def _to_payload(tensor: ExpertTensor) -> Bytes:

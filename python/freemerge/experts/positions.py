@@ -40,6 +40,8 @@ def encode_positions(positions: torch.Tensor) -> CodedPositions:
 
 def decode_positions(coded: CodedPositions, count: int, numel: int) -> torch.Tensor:
     """The ``count`` positions below ``numel``; ValueError for bytes that no encoder writes."""
+    if max(coded.coding, coded.parameter) >= _INT32_LIMIT:
+        raise ValueError("its positions have an unknown coding")
     out = torch.empty(count, dtype=index_dtype(numel), device="cpu")
     _core.decode_positions(
         coded.coding, coded.parameter, coded.data.ctypes.data, coded.data.size, count, numel, address(out),

@@ -46,7 +46,7 @@ class RoutedModel:
 
     Args:
         model: the merged backbone that ``bank`` is attached to.
-        bank: its experts, an :class:`ExpertBank`.
+        bank: its experts, an :class:`ExpertBank` of at least one.
         router: a :class:`Router`, or any function of features (N, D) that returns weights (N, K); such a function's
             columns follow the order of the bank.
         features: the name of a submodule, whose pooled output on the backbone is the router's input, or a function of
@@ -77,6 +77,8 @@ class RoutedModel:
     ) -> None:
         if not isinstance(bank, ExpertBank):
             raise ArgumentError(f"bank must be an ExpertBank, got {type(bank).__name__}")
+        if not bank:
+            raise ArgumentError("bank has no experts to choose from")
         for name, value in (("model", model), ("router", router)):
             function(name, value)
         if not isinstance(features, str):

@@ -6,18 +6,18 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import number, path_of, whole_number
+from ..checkpoint.publish import write_file
 from ..dense import dense, without_autocast
 from ..errors import ArgumentError, CheckpointError, RefusedError, counted
 from .deltas import compiled
@@ -55,6 +55,8 @@ class Router:
             raise ArgumentError(f"abstain must be a probability, got {self.abstain!r}")
         if not isinstance(self.tasks, tuple | list) or not all(isinstance(task, str) for task in self.tasks):
             raise ArgumentError(f"tasks must be the names of the columns, got {self.tasks!r:.100}")
+        for name in ("temperature", "abstain"):  # as floats, which are written as numbers
+            object.__setattr__(self, name, number(getattr(self, name)))
         self._check_tensors()
 
     @classmethod
@@ -152,19 +154,8 @@ class Router:
             except CheckpointError as error:
                 raise RefusedError(f"{error}; it is not replaced") from None
         options = {"tasks": self.tasks, "mode": self.mode, "temperature": self.temperature, "abstain": self.abstain}
-        partial = path.parent / (path.name + ".part")
-        try:
-            save_file(
-                {name: tensor.contiguous().cpu() for name, tensor in self.tensors.items()},
-                partial,
-                metadata={"format": FORMAT, "options": json.dumps(options)},
-            )
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"router {path}: {error}") from None
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.tensors.items()}
+        write_file(path, save(tensors, metadata={"format": FORMAT, "options": json.dumps(options)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Router:
@@ -181,7 +172,7 @@ class Router:
         try:
             options = json.loads(metadata["options"])
             return cls(**options | {"tasks": tuple(options["tasks"])}, tensors=tensors)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"router {path}: {error}") from None
 
     def _check_tensors(self) -> None:
@@ -234,7 +225,8 @@ class PooledState:
     W; (N, D) is used as it is. ``pool="first"`` takes position 0 of (N, T, D), a class token. Of a tuple or a mapping,
     the first tensor is used.
 
-    Raises ArgumentError if the model has no such submodule or a forward pass does not reach it.
+    Raises ArgumentError if the model has no such submodule, a forward pass does not reach it, or its output has other
+    positions than the mask.
     """
 
     def __init__(self, model: nn.Module, submodule: str, pool: Pool = "mean") -> None:
@@ -290,7 +282,12 @@ def pooled(states: Tensor, mask: Tensor | None, pool: Pool) -> Tensor:
         raise ArgumentError(f"a hidden state must have 2, 3 or 4 dimensions, got shape {tuple(states.shape)}")
     if pool == "first":
         return states[:, 0]
-    if mask is None or mask.shape != states.shape[:2]:
+    if mask is None:
         return states.mean(1)
+    if mask.shape != states.shape[:2]:
+        raise ArgumentError(
+            f"attention_mask has shape {tuple(mask.shape)}, the hidden state {tuple(states.shape)}: give features as a "
+            "function of the arguments"
+        )
     weight = mask.to(states.dtype).unsqueeze(-1)
     return (states * weight).sum(1) / weight.sum(1).clamp(min=1.0)

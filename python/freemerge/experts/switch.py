@@ -11,7 +11,7 @@ from .. import _core
 from ..backends.base import Backend
 from ..backends.registry import pick
 from ..backends.sparse import Scratch, SparseVector, Update, index_pointer
-from ..dense import address
+from ..dense import address, location
 from ..errors import ArgumentError
 
 
@@ -23,7 +23,7 @@ class Switch:
     """
 
     def __init__(self, updates: Sequence[Update], *, backend: str = "auto", scratch: Scratch | None = None) -> None:
-        self._layouts = [_layout(update.weights) for update in updates]
+        self._locations = [location(update.weights) for update in updates]
         self._scratch = Scratch() if scratch is None else scratch
         groups: dict[tuple[Backend, torch.device], list[int]] = {}
         for i, update in enumerate(updates):
@@ -39,7 +39,7 @@ class Switch:
 
     def fits(self, weights: Sequence[torch.Tensor]) -> bool:
         """Whether tensors are, in their order, where and what those of the updates were."""
-        return self._layouts == [_layout(tensor) for tensor in weights]
+        return self._locations == [location(tensor) for tensor in weights]
 
     def on(self, weights: Sequence[torch.Tensor]) -> ExitStack:
         """Change ``weights``, which must fit, in place; closing the stack puts back what was there, bit for bit.
@@ -91,10 +91,6 @@ def _check(update: Update) -> None:
     least, most = entries.bounds
     if least < 0 or most >= weights.numel():
         raise ArgumentError(f"update has an index outside the tensor: {least} to {most} of {weights.numel()} entries")
-
-
-def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
-    return address(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
 
 
 def weighted_sum(terms: Sequence[tuple[SparseVector, float]]) -> SparseVector:
