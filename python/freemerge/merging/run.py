@@ -383,7 +383,7 @@ def _identity(merger: Merger) -> dict[str, object] | None:
     }
     return {
         "inputs": [
-            [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files[source])]
+            [source.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files[source]))]
             for source in sources
         ],
         "recipe": merger.recipe.to_record(),
