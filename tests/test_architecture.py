@@ -33,7 +33,8 @@ LEVELS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-NEUTRAL = {"registry", "base", "memory", "sparse"}  # modules of backends/ that belong to no single backend
+# Modules of backends/ that belong to no single backend.
+NEUTRAL = {"registry", "base", "memory", "result_memory", "sparse"}
 OPTIONAL = {"transformers", "peft", "mergekit", "fusion_bench", "omegaconf", "sd_mecha", "sklearn", "matplotlib"}
 
 

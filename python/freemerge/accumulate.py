@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .backends.base import Check, unchecked
-from .backends.memory import compute_dtype, dtype_code, empty
+from .backends.memory import arithmetic_of, dtype_code
 from .backends.registry import choose, pick
+from .backends.result_memory import empty
 from .errors import ArgumentError
 from .responses import Response
 
@@ -32,7 +33,7 @@ def task_vector_sum(
     overlap an input. A mean that is not finite says that this task vector holds a NaN or an infinity.
     """
     _check_task_vectors(base, models, weights)
-    compute = compute_dtype([base, *models])
+    compute = arithmetic_of([base, *models])
     if out is None:
         out = empty(base.shape, compute, base.device)
     else:
@@ -57,7 +58,7 @@ def filtered_sum(
     ``check`` is called with the means once the inputs are read: before the filter runs, where it follows the sum.
     """
     _check_task_vectors(base, models, weights)
-    out = empty(base.shape, compute_dtype([base, *models]), base.device)
+    out = empty(base.shape, arithmetic_of([base, *models]), base.device)
     base, models = base.contiguous(), [model.contiguous() for model in models]
     numbers, summing = [float(weight) for weight in weights], pick("auto", (base, *models))
     if out.ndim > 1 and out.numel():
@@ -135,7 +136,7 @@ def elect(
     All are contiguous float32 or float64 tensors of one dtype and shape; both sums may be one.
     """
     for tensor in (*sums, *shares):
-        _check_out(tensor, delta, compute_dtype([delta]))
+        _check_out(tensor, delta, arithmetic_of([delta]))
     pick("auto", (delta,)).elect(delta.contiguous(), weight, least, outlier, sums, shares)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -55,6 +57,11 @@ def bytes_of(x: Tensor) -> memoryview:
     return bits(x.cpu()).numpy().data
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as torch prints it, without the prefix: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def overwrite(x: Tensor, values: Tensor) -> Tensor:
     """Copy values into a tensor, outside of autograd; into one of inference mode, too."""
     with writing(x):
@@ -64,6 +71,12 @@ def overwrite(x: Tensor, values: Tensor) -> Tensor:
 def writing(x: Tensor) -> torch.inference_mode | torch.no_grad:
     """A block in which a tensor may be written in place, outside of autograd; one of inference mode, too."""
     return torch.inference_mode() if x.is_inference() else torch.no_grad()
+
+
+def without_autocast(device: torch.device | str) -> AbstractContextManager[object]:
+    """In the block products are computed in the dtype of their factors, whatever autocast says."""
+    kind = torch.device(device).type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _wraps(x: Tensor) -> bool:

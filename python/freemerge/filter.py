@@ -17,8 +17,9 @@ from torch.compiler import is_compiling
 
 from .arguments import finite_number
 from .backends.base import Backend, Executable
-from .backends.memory import empty, matrices, multiply_
+from .backends.memory import matrices, multiply_
 from .backends.registry import choose, named
+from .backends.result_memory import empty
 from .cache import ByResponse
 from .dense import dense
 from .errors import ArgumentError

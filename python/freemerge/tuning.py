@@ -16,8 +16,8 @@ from torch import Tensor
 from .accumulate import add_round
 from .arguments import function as check_function
 from .arguments import number, whole_number
-from .backends.memory import without_autocast
 from .checkpoint import Source
+from .dense import without_autocast
 from .errors import ArgumentError
 from .merging.engine import Merger
 from .merging.recipe import Recipe, checked_recipe

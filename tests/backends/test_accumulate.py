@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import freemerge as fm
 from freemerge import accumulate
-from freemerge.backends import memory, registry
+from freemerge.backends import memory, registry, result_memory
 from freemerge.backends.cpu import CpuBackend
 from freemerge.errors import ArgumentError
 
@@ -114,7 +114,7 @@ def test_many_blocks_do_not_depend_on_the_thread_count(base_dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_factor_is_multiplied_before_the_scale(backend: str, dtype: torch.dtype) -> None:
     base = normal((40003,), 1, dtype)
-    delta = normal((40003,), 2, memory.compute_dtype([base]))
+    delta = normal((40003,), 2, memory.arithmetic_of([base]))
     if (why := refusal(backend, base)) is not None:
         pytest.skip(f"backend {backend} {why}")
     want = accumulate.add_round(base, delta.clone().mul_(1 / 3), 0.7, dtype, backend=backend)
@@ -222,7 +222,7 @@ def test_norm_is_the_same_for_any_number_of_threads(dtype: torch.dtype, count: i
 def test_results_of_many_megabytes_ask_for_huge_pages() -> None:
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("no transparent huge pages here")
-    result = memory.empty((1 << 24,), torch.float32, torch.device("cpu"))
+    result = result_memory.empty((1 << 24,), torch.float32, torch.device("cpu"))
     middle = result.data_ptr() + (result.nbytes >> 1)
     flags: list[str] = []
     inside = False

@@ -77,7 +77,7 @@ def test_magnitudes_are_counted_alike(
     for one, own in zip((named("cpu"), named("torch")), counts, strict=False):
         assert one is not None
         one.count_magnitudes(model, base, own, shift, above)
-    compute = memory.compute_dtype([model] if base is None else [model, base])
+    compute = memory.arithmetic_of([model] if base is None else [model, base])
     v = (model if base is None else model.to(compute) - base.to(compute)).float()
     magnitudes = v.view(torch.int32).numpy() & 0x7FFFFFFF
     inside = magnitudes[magnitudes >> (shift + bits) == above] >> shift & ((1 << bits) - 1)

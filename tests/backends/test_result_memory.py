@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from freemerge.backends import memory
-from freemerge.backends.memory import empty, reusing
+from freemerge.backends import result_memory
+from freemerge.backends.result_memory import empty, reusing
 
 LARGE = 1 << 20  # entries of 4 MB
 
@@ -33,7 +33,7 @@ def fresh() -> Iterator[list[int]]:
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory.torch, "empty", counted)
+        patch.setattr(result_memory.torch, "empty", counted)
         yield made
 
 
@@ -68,13 +68,13 @@ def test_no_more_is_held_than_was_in_use_at_one_time(fresh: list[int]) -> None:
     with reusing():
         for entries in (LARGE, 2 * LARGE, 4 * LARGE, 2 * LARGE, LARGE):
             large(entries)
-            assert memory._pieces._held <= memory._pieces._most
+            assert result_memory._pieces._held <= result_memory._pieces._most
         held = large(2 * LARGE), large(2 * LARGE)
         large(LARGE)
-        assert memory._pieces._held == 20 * LARGE
+        assert result_memory._pieces._held == 20 * LARGE
         del held
         large(5 * LARGE)
-        assert memory._pieces._held == memory._pieces._most == 20 * LARGE
+        assert result_memory._pieces._held == result_memory._pieces._most == 20 * LARGE
     assert fresh == [4 * LARGE, 8 * LARGE, 16 * LARGE, 4 * LARGE, 20 * LARGE]
 
 
@@ -84,16 +84,16 @@ def test_nothing_is_kept_outside_of_the_block() -> None:
         large()
         with reusing():
             pass
-        assert memory._pieces._returned
-    assert not memory._pieces._returned
+        assert result_memory._pieces._returned
+    assert not result_memory._pieces._returned
     survivor.fill_(3.0)
     with reusing():
         other = large().fill_(1.0)
         del survivor
-        assert not memory._pieces._returned  # it was taken in another block
+        assert not result_memory._pieces._returned  # it was taken in another block
         assert float(other.sum()) == LARGE
     del other
-    assert not memory._pieces._returned
+    assert not result_memory._pieces._returned
 
 
 def test_a_tensor_that_dies_while_memory_is_taken_gets_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +109,7 @@ def test_a_tensor_that_dies_while_memory_is_taken_gets_nobody_elses(monkeypatch:
                 held.clear()  # as a search for garbage may, which begins wherever something is allocated
             return found
 
-        monkeypatch.setattr(memory, "min", smallest, raising=False)
+        monkeypatch.setattr(result_memory, "min", smallest, raising=False)
         first = large().fill_(1.0)
         monkeypatch.undo()
         others = [large().fill_(2.0) for _ in range(3)]

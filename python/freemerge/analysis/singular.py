@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..backends.memory import without_autocast
+from ..dense import without_autocast
 from ..methods.spectra import RANK_TOLERANCE, singular_triplets
 from .sums import RANKS, SingularSums
 

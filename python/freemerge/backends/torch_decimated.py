@@ -8,11 +8,12 @@ import numpy as np
 import torch
 
 from ..cache import table_bytes
+from ..dense import without_autocast
 from ..planner.forms import compute_dtype
 from ..planner.plan import Decimation, Plan
 from ..planner.windows import Window, half_bin, window_transform
 from .base import Executable
-from .memory import matrices, sample, without_autocast
+from .memory import matrices, sample
 
 _CELLS = 64  # of one product, so that a launch costs less than its work
 _GAIN_ROWS = 64  # of the coarse gain that are computed at a time, in float64

@@ -15,7 +15,7 @@ import torch
 from .. import _core
 from ..dense import writing
 from .base import Backend, Entries
-from .memory import compute_dtype
+from .memory import arithmetic_of
 from .sparse import BackendSwitch, Scratch, Update, flat_memory
 
 _CHUNK = 1 << 22  # entries taken at a time, which bounds the extra memory
@@ -32,7 +32,7 @@ class TorchVectors(Backend):
         weights: Sequence[float] | None,
         out: torch.Tensor | None,
     ) -> list[float]:
-        compute = compute_dtype([base, *models])
+        compute = arithmetic_of([base, *models])
         sums = [torch.zeros((), dtype=torch.float64, device=base.device) for _ in models]
         for chunk, stored in _chunks(base):
             wide = stored.to(compute)
@@ -52,7 +52,7 @@ class TorchVectors(Backend):
     def add_round(
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
     ) -> bool | None:
-        compute = compute_dtype([base, delta])
+        compute = arithmetic_of([base, delta])
         for chunk, target in _chunks(out):
             scaled = (delta.view(-1)[chunk].to(compute) * factor).mul_(scale)
             target.copy_(scaled.add_(base.view(-1)[chunk].to(compute)))
@@ -125,7 +125,7 @@ class TorchVectors(Backend):
             yield chunk.start, part.float() if base is None else self._difference(part, base.view(-1)[chunk])
 
     def _difference(self, model: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        v = torch.empty(base.numel(), dtype=compute_dtype([base, model]), device=base.device)
+        v = torch.empty(base.numel(), dtype=arithmetic_of([base, model]), device=base.device)
         self.weighted_sum(base, [model], [1.0], v)
         return v.float()
 
@@ -163,7 +163,7 @@ class _Switch(BackendSwitch):
             for tensor, (where, values, scale, origin) in zip(weights, self._updates, strict=True):
                 memory = flat_memory(tensor)
                 saved = memory[where]
-                start, compute = saved if origin is None else origin, compute_dtype([memory])
+                start, compute = saved if origin is None else origin, arithmetic_of([memory])
                 changed = (start.to(compute) + values.to(compute) * scale).to(memory.dtype)
                 undo.callback(_put, memory, where, saved)
                 _put(memory, where, changed)

@@ -128,6 +128,12 @@ def read_config(directory: Path | None) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def text_entry(config: dict[str, object], name: str) -> object:
+    """An entry of a config, or of the part of it that is about text."""
+    text = config.get("text_config")
+    return config.get(name, text.get(name) if isinstance(text, dict) else None)
+
+
 def require_config(directory: Path | None) -> None:
     """Raise CheckpointError for a config.json that cannot be read, which nothing could load the merged model by."""
     path = None if directory is None else directory / CONFIG

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..dense import dtype_name
 from ..errors import CheckpointError
 from .architecture import CONFIG
 from .json_file import read_json
@@ -69,7 +70,7 @@ def carry_over(
             raise CheckpointError(f"{base / CONFIG}: not a JSON object")
         config |= ids
         if out_dtype is not None:
-            _set_dtype(config, str(out_dtype).removeprefix("torch."))
+            _set_dtype(config, dtype_name(out_dtype))
         if dequantised or in_floats:
             config = without_quantisation(config)
         if untied:

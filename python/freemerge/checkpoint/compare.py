@@ -8,12 +8,14 @@ from itertools import islice
 
 import torch
 
+from ..dense import dtype_name
 from ..errors import CheckpointError, counted
 from .patterns import patterns_for
 from .prefixes import explained, prefix_change
 from .reader import Checkpoint
 from .spec import MERGEABLE
-from .tied import VOCABULARY, copied_names, first_names, same_values
+from .tied import copied_names, first_names, same_values
+from .vocabulary import VOCABULARY
 
 _LISTED = 10
 _RULES = 20
@@ -72,7 +74,7 @@ def mixed_dtype_notices(comparison: Comparison, models: Sequence[Checkpoint]) ->
     for dtypes in comparison.mixed_dtypes.values():
         for i, dtype in enumerate(dtypes[1:]):
             if dtype != dtypes[0] and not models[i].widened:
-                key = i, str(dtype).removeprefix("torch."), str(dtypes[0]).removeprefix("torch.")
+                key = i, dtype_name(dtype), dtype_name(dtypes[0])
                 found[key] = found.get(key, 0) + 1
     return [
         f"models[{i}] ({models[i].name}) stores {counted(count, 'tensor')} in {theirs}, the base in {ours}"

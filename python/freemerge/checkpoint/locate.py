@@ -115,8 +115,8 @@ def _refuse_adapter_without_config(directory: Path) -> None:
     weights = _named_as_adapter(directory)
     if weights is not None and not (directory / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{directory} holds {weights.name} without {ADAPTER_CONFIG}, which says how to apply it: the adapter cannot "
-            "be merged without it"
+            f"{directory} holds {weights.name} without {ADAPTER_CONFIG}, which says how to apply it: the adapter "
+            "cannot be merged without it"
         )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..dense import dtype_name
 from ..errors import ArgumentError
 
 # Types that this torch has no name for cannot be held in a tensor, so a file that uses them is refused by name.
@@ -65,8 +66,8 @@ class TensorSpec(NamedTuple):
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as torch prints it, without the prefix: ``bfloat16``."""
-        return str(self.dtype).removeprefix("torch.")
+        """The dtype's name: ``bfloat16``."""
+        return dtype_name(self.dtype)
 
     def with_dtype(self, dtype: torch.dtype) -> TensorSpec:
         """The same tensor stored as ``dtype``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,14 +9,11 @@ import torch
 
 from ..dense import bytes_of
 from ..errors import CheckpointError
-from .architecture import built_from_config, read_config
+from .architecture import built_from_config, read_config, text_entry
 from .reader import Checkpoint
 from .views import with_stand_ins
+from .vocabulary import VOCABULARY
 
-# Names of tensors with one row per vocabulary entry, over the common architectures.
-VOCABULARY = re.compile(
-    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|shared|lm_head|predictions\.decoder)\.(weight|bias)$"
-)
 # Their forward pass scales hidden states by whether the config ties the embeddings.
 _SCALED_BY_TYING = frozenset({"longt5", "mt5", "pop2piano", "switch_transformers", "t5", "t5gemma", "udop", "umt5"})
 _PROBE = 256
@@ -156,12 +152,6 @@ def with_untied_embeddings(config: dict[str, object]) -> dict[str, object]:
         if isinstance(value, dict) and "tie_word_embeddings" in value
     }
     return {**config, **nested, "tie_word_embeddings": False}
-
-
-def text_entry(config: dict[str, object], name: str) -> object:
-    """An entry of a config, or of the part of it that is about text."""
-    text = config.get("text_config")
-    return config.get(name, text.get(name) if isinstance(text, dict) else None)
 
 
 def _is_separate(checkpoint: Checkpoint, name: str, first: str) -> bool:

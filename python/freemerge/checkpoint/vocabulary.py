@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .architecture import CONFIG, read_config
+from .architecture import CONFIG, read_config, text_entry
 from .reader import Checkpoint
-from .tied import VOCABULARY, text_entry
 
+# Names of tensors with one row per vocabulary entry, over the common architectures.
+VOCABULARY = re.compile(
+    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|shared|lm_head|predictions\.decoder)\.(weight|bias)$"
+)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id")
 
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from ..backends.memory import without_autocast
 from ..backends.sparse import SparseVector
+from ..dense import without_autocast
 from ..errors import ArgumentError
 
 

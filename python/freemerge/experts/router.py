@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import number, path_of, whole_number
-from ..backends.memory import without_autocast
-from ..dense import dense
+from ..dense import dense, without_autocast
 from ..errors import ArgumentError, CheckpointError, RefusedError, counted
 from .deltas import compiled
 

@@ -322,9 +322,10 @@ class Merger:
         tensors = {}
         for vectors in self.vectors(unit).tensors:
             delta = vectors.sum(weights)
-            name, dtype = vectors.name, self.out_spec(vectors.name).dtype
-            check = partial(check_finite, name, source=f"merged model in {str(dtype).removeprefix('torch.')}")
-            tensor = add_round(self._pinned.read(self.base, name).to(delta.device), delta, scale, dtype, check=check)
+            name, spec = vectors.name, self.out_spec(vectors.name)
+            check = partial(check_finite, name, source=f"merged model in {spec.dtype_name}")
+            base = self._pinned.read(self.base, name).to(delta.device)
+            tensor = add_round(base, delta, scale, spec.dtype, check=check)
             if self.of_models:
                 sources = ((source.label, source.read(name)) for source in (self.base, *self.models))
                 check_variance(name, tensor, sources)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..arguments import byte_size, check_models, function
-from ..backends.memory import reusing
+from ..backends.result_memory import reusing
 from ..checkpoint import (
     DEFAULT_MEMORY,
     DEFAULT_SHARD_BYTES,

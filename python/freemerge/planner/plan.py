@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..cache import ByResponse
+from ..dense import dtype_name
 from ..responses import Gains, Response, matrix_shape, transposed
 from .layout import ROWS, Layout
 from .tiles import Tiles
@@ -132,7 +133,7 @@ class Plan:
             shape, response = shape[::-1], transposed(response)
         lines = [
             f"{self.form} on backend {self.backend}",
-            f"  input      {' x '.join(map(str, shape))} {str(self.dtype)[6:]} on {self.device}",
+            f"  input      {' x '.join(map(str, shape))} {dtype_name(self.dtype)} on {self.device}",
             f"  response   {response!r}, background gain {self.background:g}",
         ]
         if self.layout.flipped:
