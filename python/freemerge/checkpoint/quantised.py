@@ -121,41 +121,57 @@ class Dequantised(Wrapped):
             if name not in gone
         }
         self.tied = {name: first for name, first in inner.tied.items() if name in self.specs and first in self.specs}
+        self.made = {name: self.specs[name].nbytes for name in scales}
         self._blocks = {
             name: self._block(inner.specs[name], inner.specs[scale], block) for name, scale in scales.items()
         }
 
     def read(self, name: str) -> torch.Tensor:
-        tensor = self.inner.read(name)
-        if name not in self._scales:
-            return tensor
-        scale = _factors(self.inner.read(self._scales[name])).to(tensor.device)
-        scale = (
-            scale.reshape(scale.shape + (1,) * (tensor.ndim - scale.ndim)) if scale.numel() > 1 else scale.reshape(())
-        )
-        for dim, size in self._blocks[name].items():
-            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, tensor.shape[dim])
-        return tensor.float() * scale
+        return self._scaled(name, self.inner.read(name))
 
-    def _block(self, weight: TensorSpec, scale: TensorSpec, configured: object) -> dict[int, int]:
-        """How many rows and columns share each scale, by dimension; empty where the scale broadcasts."""
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._scaled(name, self.inner.read_rows(name, start, stop), start)
+
+    def _scaled(self, name: str, stored: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Rows of a tensor from the ``first`` on, times their scales."""
+        if name not in self._scales:
+            return stored
+        scale = _factors(self.inner.read(self._scales[name])).to(stored.device)
+        values = stored.float()
+        if scale.numel() == 1:
+            return values.mul_(scale.reshape(()))
+        block = self._blocks[name]
+        if not block or values.ndim > 2:  # otherwise the rows that share a scale are those of the first dimension
+            scale, first = scale[first : first + len(values)], 0
+        if not block:
+            return values.mul_(scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim)))
+        height, width = block
+        scale = scale.repeat_interleave(width, -1).narrow(-1, 0, values.shape[-1])
+        for i in range(first // height, -(-(first + values.shape[-2]) // height)):
+            begin = i * height - first
+            values[..., max(0, begin) : begin + height, :].mul_(scale[..., i : i + 1, :])
+        return values
+
+    def _block(self, weight: TensorSpec, scale: TensorSpec, configured: object) -> tuple[int, int] | None:
+        """How many rows and columns of a matrix share each scale; None where the scale broadcasts."""
         if scale.dtype != torch.uint8 and not scale.dtype.is_floating_point:
             raise CheckpointError(f"{self.label}: {scale.name} scales {weight.name} and is {scale.dtype_name}")
         if scale.numel == 1 or scale.shape in (weight.shape[:1], (*weight.shape[:-1], 1)):
-            return {}
-        sizes = (_BLOCK, _BLOCK)
+            return None
+        known = (_BLOCK, _BLOCK)
         if (
             isinstance(configured, list)
             and len(configured) == 2
             and all(isinstance(n, int) and n > 0 for n in configured)
         ):
-            sizes = (configured[0], configured[1])
-        rows = {weight.ndim - 2: sizes[0], weight.ndim - 1: sizes[1]}
+            known = (configured[0], configured[1])
         if weight.ndim == scale.ndim >= 2:
-            even = {dim: -(-weight.shape[dim] // max(1, scale.shape[dim])) for dim in rows}
-            for block in (rows, even):
-                if scale.shape == tuple(-(-size // block.get(dim, 1)) for dim, size in enumerate(weight.shape)):
-                    return block
+            sides = weight.shape[-2:]
+            even = tuple(max(1, -(-size // max(1, count))) for size, count in zip(sides, scale.shape[-2:], strict=True))
+            for height, width in (known, even):
+                expected = tuple(-(-size // block) for size, block in zip(sides, (height, width), strict=True))
+                if scale.shape == (*weight.shape[:-2], *expected):
+                    return height, width
         raise CheckpointError(
             f"{self.label}: {scale.name} {scale.shape} does not scale {weight.name} {weight.shape} by rows or blocks"
         )

@@ -43,6 +43,7 @@ class Checkpoint(ABC):
         module: the module that was opened, if it was one.
         dequantised: whether some weights are stored in float8 and shown in float32.
         widened: whether dtypes are wider than what is stored, so that they say nothing about the files.
+        made: the bytes of memory that :meth:`read` takes, beside the source's own, for each tensor that it computes.
         copies: names in ``specs`` that are known to hold a copy of another tensor, each with the name of that.
         set_aside: what of the source is left out, in sentences.
         metadata: what the headers of the files say about the model, beside ``format``, and not about their bytes.
@@ -52,6 +53,7 @@ class Checkpoint(ABC):
 
     specs: dict[str, TensorSpec]
     tied: dict[str, str]
+    made: Mapping[str, int] = {}
     copies: Mapping[str, str] = {}
     set_aside: tuple[str, ...] = ()
     dequantised: bool = False
@@ -233,6 +235,7 @@ class _Lazy(Checkpoint):
         self.specs = dict(sorted(specs.items()))
         # Memory that is still there now is the mapping's own, so that equal addresses mean ties.
         self.tied = tied_names({key: self.read(key) for key, storage in made.items() if storage() is not None})
+        self.made = {key: self.specs[key].nbytes for key, storage in made.items() if storage() is None}
 
     def read(self, name: str) -> torch.Tensor:
         tensor = dense_tensor(self.label, name, self._value(name))

@@ -383,7 +383,7 @@ def _identity(merger: Merger) -> dict[str, object] | None:
     }
     return {
         "inputs": [
-            [source.name, *([str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files[source]))]
+            [source.name, *([str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files[source]))]
             for source in sources
         ],
         "recipe": merger.recipe.to_record(),
