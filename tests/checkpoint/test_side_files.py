@@ -238,6 +238,10 @@ def test_a_model_that_is_given_twice_or_is_the_base(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(model)
     assert "models[1] is the same as models[0]" in notices(base, [model, tmp_path / "link"])
     assert "models[0] is the same as base" in notices(base, [str(base)])
+    copy = folder(tmp_path / "copy")
+    told = notices(base, [model, model, copy])
+    assert "models[1] is the same as models[0]" in told
+    assert "models[2] has the same weights as base and changes nothing" in told
     state = {**WEIGHTS}
     assert "models[1] is the same as models[0]" in notices(WEIGHTS, [state, state])
 

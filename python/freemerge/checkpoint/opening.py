@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -103,7 +103,9 @@ def open_inputs(
             raise ArgumentError(f"rename: {old!r} (to {new!r}) begins no name of the models")
     untied = untie(opened, sources, lambda name: merged((name, *opened.aliases(name))))
     named = {"base": opened, **dict(zip(models, sources, strict=True))}
-    notices += [*_given_twice({"base": base, **models})] or [*alike(named)]
+    twice = _given_twice({"base": base, **models})
+    notices += [f"{argument} is the same as {first}" for argument, first in twice.items()]
+    notices += alike({argument: source for argument, source in named.items() if argument not in twice})
     method = needless_quantisation(opened)
     if method is not None:
         notices.append(
@@ -164,13 +166,15 @@ def _tied_groups(everyone: Iterable[Checkpoint]) -> Iterable[Sequence[str]]:
     return set(groups.values())
 
 
-def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:
-    """Inputs that are the same object or path: a model that counts twice, or one that is the base."""
+def _given_twice(sources: Mapping[str, object]) -> dict[str, str]:
+    """Inputs that are the same object or path as an earlier one: a model that counts twice, or one that is the base."""
     first: dict[object, str] = {}
+    twice: dict[str, str] = {}
     for argument, source in sources.items():
         key = os.path.realpath(local_path(source)) if isinstance(source, (str, os.PathLike)) else id(source)
         if first.setdefault(key, argument) != argument:
-            yield f"{argument} is the same as {first[key]}"
+            twice[argument] = first[key]
+    return twice
 
 
 def in_file_layout(checkpoints: Sequence[Checkpoint], renames: Sequence[Rename] = ()) -> list[Checkpoint]:
