@@ -42,11 +42,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import freemerge as fm
 from benchmarks import harness, mergekit_jobs
+from benchmarks.models import write_models
 from freemerge.checkpoint import Checkpoint, known_hashes
 from freemerge.methods import METHODS
 
@@ -60,7 +60,8 @@ JOBS = ("copy", *RECIPES)
 RECIPES |= {name: fm.Recipe(method=name) for name in METHODS if name not in ("average", "fr")}
 AGAIN = ", inputs hashed before"
 KNOWN = tuple(name + AGAIN for name in ("average", "FR-Merging, default"))
-ALL_JOBS = (*JOBS, *(name for name in RECIPES if name not in JOBS), *KNOWN, *mergekit_jobs.METHODS)
+OWN = (*JOBS, *(name for name in RECIPES if name not in JOBS))
+ALL_JOBS = (*OWN, *KNOWN, *mergekit_jobs.METHODS)
 RECIPES |= {name: RECIPES[name.removesuffix(AGAIN)] for name in KNOWN}
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     if options.run is not None:
         print(json.dumps(measured(options.run, options.folder)))
         return
-    own = ALL_JOBS[: len(JOBS) + len(METHODS) - 2] if options.methods else JOBS
+    own = OWN if options.methods else JOBS
     own += KNOWN if options.again else ()
     jobs = options.jobs or [*own, *(mergekit_jobs.METHODS if options.mergekit else ())]
     if options.mergekit is None and any(job in mergekit_jobs.METHODS for job in jobs):
@@ -335,18 +336,6 @@ def shapes_of(megabytes: int, small: int = 0, width: int = 0) -> dict[str, tuple
     layers = max(1, left // sum(torch.Size(shape).numel() for shape in layer.values()))
     inner = {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
     return {**ends, **inner, "model.norm.weight": (width,)}
-
-
-def write_models(folder: Path, count: int, shapes: dict[str, tuple[int, ...]]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for index in range(count):
-        state = {}
-        for number, (name, shape) in enumerate(shapes.items()):
-            base = 0.02 * torch.randn(shape, generator=generator.manual_seed(number))
-            if index:
-                base += 2e-3 * torch.randn(shape, generator=generator.manual_seed(index * 1_000_000 + number))
-            state[name] = base.bfloat16()
-        save_file(state, folder / f"model-{index}.safetensors")
 
 
 if __name__ == "__main__":

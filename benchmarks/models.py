@@ -21,18 +21,25 @@ LAYER = {
 }
 
 
-def write_models(folder: Path, count: int, megabytes: int) -> list[Path]:
+def shapes_of(megabytes: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of layers, so many megabytes in bfloat16."""
+    layers = max(1, megabytes * 1_000_000 // (2 * sum(torch.Size(shape).numel() for shape in LAYER.values())))
+    return {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
+
+
+def write_models(folder: Path, count: int, shapes: dict[str, tuple[int, ...]]) -> list[Path]:
+    """A base and fine-tuned models of it, ``count`` in all."""
     generator = torch.Generator().manual_seed(0)
-    layer_bytes = 2 * sum(torch.Size(shape).numel() for shape in LAYER.values())
-    layers = max(1, megabytes * 1_000_000 // layer_bytes)
-    shapes = {f"layers.{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
-    base = {name: 0.02 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     paths = []
     for index in range(count):
-        noise = 2e-3 if index else 0.0
-        model = {name: (t + noise * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in base.items()}
+        state = {}
+        for number, (name, shape) in enumerate(shapes.items()):
+            base = 0.02 * torch.randn(shape, generator=generator.manual_seed(number))
+            if index:
+                base += 2e-3 * torch.randn(shape, generator=generator.manual_seed(index * 1_000_000 + number))
+            state[name] = base.bfloat16()
         paths.append(folder / f"model-{index}.safetensors")
-        save_file(model, paths[-1])
+        save_file(state, paths[-1])
     return paths
 
 

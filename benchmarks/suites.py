@@ -24,7 +24,7 @@ import torch
 import freemerge as fm
 from benchmarks import harness
 from benchmarks.harness import LARGEST, MAIN, PRIMES, VOCABULARY, Case
-from benchmarks.models import bank_of_experts, write_models
+from benchmarks.models import bank_of_experts, shapes_of, write_models
 
 BLOCKS = 8
 Steps = dict[str, Callable[[], object]]
@@ -85,7 +85,7 @@ def native_call(run: Callable[[], object]) -> Callable[[], object] | None:
 
 
 def merge_job(recipe: fm.Recipe, folder: Path) -> Job:
-    base, *models = sorted(folder.glob("model-*.safetensors")) or write_models(folder, 5, 50)
+    base, *models = sorted(folder.glob("model-*.safetensors")) or write_models(folder, 5, shapes_of(50))
     out = folder / f"merged-{os.getpid()}.safetensors"
 
     def run() -> object:

@@ -115,7 +115,7 @@ def _build_with(bug: Bug, folder: Path) -> Path:
     kernels, made, linked = changed / bug.kernels, folder / "kernels.o", folder / "_cuda_emulated.so"
     if not kernels.exists():
         shutil.copy(source / "cuda" / bug.kernels, kernels)
-    headers = next(root / "include" for root in _toolkits() if (root / "include" / "cuda_fp16.h").exists())
+    headers = next(root / "include" for root in toolkits() if (root / "include" / "cuda_fp16.h").exists())
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", "-DFREEMERGE_EMULATION"]
     folders = [f"-I{folder}", f"-I{source}", f"-I{ROOT / 'tests'}", f"-isystem{headers}"]
@@ -155,13 +155,14 @@ def _tools() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def _toolkits() -> list[Path]:
+def toolkits() -> list[Path]:
+    """Where the CUDA toolkit may be."""
     roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     return [Path(root) for root in roots if root]
 
 
 def _cuda_headers() -> bool:
-    return any((root / "include" / "cuda_fp16.h").exists() for root in _toolkits())
+    return any((root / "include" / "cuda_fp16.h").exists() for root in toolkits())
 
 
 def _run(command: list[str]) -> None:

@@ -12,18 +12,13 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from normals import DTYPES, normal
 
 import freemerge as fm
 from freemerge import accumulate
 from freemerge.backends import memory, registry, result_memory
 from freemerge.backends.cpu import CpuBackend
 from freemerge.errors import ArgumentError
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @st.composite

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from emulated import toolkits
 from freemerge.planner.tiles import blocks, column_bytes, convolution, is_uncommon, row_bytes, tiles
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -46,11 +47,6 @@ class Kernel:
     registers: int
     stack_bytes: int
     static_shared_bytes: int
-
-
-def toolkits() -> list[Path]:
-    roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    return [Path(root) for root in roots if root]
 
 
 def find_nvcc() -> str:

@@ -8,17 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from normals import DTYPES, normal
 
 from freemerge import accumulate
 from freemerge.backends import memory
 from freemerge.backends.registry import named
 from freemerge.errors import ArgumentError
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-
-
-def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 @pytest.mark.parametrize("n", [1, 63, 1000, 70001])

@@ -264,21 +264,6 @@ def test_the_merged_model_has_the_names_that_the_base_s_library_looks_for(
     assert same(fm.merge(BASE, [tmp_path / "out"], EXACT), TUNED)
 
 
-def test_a_merged_model_of_diffusers_is_loaded_by_it(tmp_path: Path) -> None:
-    diffusers: Any = pytest.importorskip("diffusers")
-    models = []
-    for seed in range(2):
-        torch.manual_seed(seed)
-        options = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-        models.append(diffusers.UNet2DModel(**options, **blocks))
-        models[seed].save_pretrained(tmp_path / str(seed))
-    fm.merge_checkpoints(tmp_path / "0", [tmp_path / "1"], tmp_path / "out", EXACT, progress=False)
-    loaded = diffusers.UNet2DModel.from_pretrained(tmp_path / "out")
-    for name, tensor in models[1].state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=1e-6)
-
-
 def test_further_modules_of_sentence_transformers_go_along_and_differences_are_told(tmp_path: Path) -> None:
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../../etc"}, {"path": 3}]
     for number, name in enumerate(("base", "same", "other")):

@@ -46,26 +46,6 @@ def follow(message: str, new: Path, **values: Any) -> Path:
     return new
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_bitsandbytes(kind: str, tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    model = llama(tmp_path / "base")
-    options: dict[str, Any] = {"load_in_8bit": True}
-    if kind != "int8":
-        options = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": kind == "nf4"}
-    config = transformers.BitsAndBytesConfig(**options)
-    packed = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
-    packed.save_pretrained(tmp_path / "packed")
-    message = refusal(tmp_path / "base", tmp_path / "packed", "is quantised")
-    new = follow(message, tmp_path / "new.bin", PATH=tmp_path / "packed")
-    merged = fm.merge(tmp_path / "base", [new], EXACT)
-    assert merged.keys() == load_file(tmp_path / "base" / "model.safetensors").keys()
-    for name, tensor in model.state_dict().items():
-        torch.testing.assert_close(merged[name], tensor, rtol=0, atol=2e-2 if kind != "int8" else 1e-3)
-    with pytest.raises(fm.CheckpointError, match=r"models\[0\] \(in-memory LlamaForCausalLM\) is quantised"):
-        fm.merge(model, [packed])
-
-
 def mxfp4(values: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks of 32 values along the last dimension in E2M1 with a power of two, by the OCP specification."""
     magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])

@@ -6,22 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from routing import TASKS, Sequences, blobs, fitted_router
+from routing import TASKS, Sequences, blobs
 from torch import Tensor, nn
 
 from freemerge.errors import ArgumentError
 from freemerge.experts import ExpertBank, PooledState, Routed, RoutedModel, Router, extract_experts
-
-
-@pytest.fixture(scope="module")
-def router() -> Router:
-    return fitted_router()
-
-
-@pytest.fixture
-def sequences() -> Sequences:
-    torch.manual_seed(3)
-    return Sequences().eval()
 
 
 class Vision(nn.Module):

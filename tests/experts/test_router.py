@@ -6,24 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from routing import TASKS, Sequences, blobs, fitted_router
+from routing import TASKS, Sequences, blobs
 from safetensors.torch import save_file
 from torch import nn
 
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 from freemerge.experts import PooledState, Router
 from freemerge.experts.router import pooled
-
-
-@pytest.fixture(scope="module")
-def router() -> Router:
-    return fitted_router()
-
-
-@pytest.fixture
-def sequences() -> Sequences:
-    torch.manual_seed(3)
-    return Sequences().eval()
 
 
 def test_a_fitted_router_tells_held_out_tasks_apart(router: Router) -> None:

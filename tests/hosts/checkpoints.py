@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -30,12 +28,3 @@ def write_models(folder: Path, count: int, dtype: torch.dtype = torch.float32) -
         paths.append(str(folder / ("base" if i == 0 else f"model-{i}")))
         model.save_pretrained(paths[-1])
     return paths
-
-
-def tensors_of(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a folder of safetensors files."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        found |= load_file(file)
-    assert found
-    return found

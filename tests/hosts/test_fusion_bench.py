@@ -22,7 +22,8 @@ import freemerge as fm
 from freemerge import integrations
 from freemerge.integrations.fusion_bench import FREEMerging, Merging
 from freemerge.methods import METHODS
-from hosts.checkpoints import tensors_of, write_models
+from hosts.checkpoints import write_models
+from hosts.states import tensors_of
 from in_memory import same
 
 CONF = Path(integrations.__path__[0]) / "conf"

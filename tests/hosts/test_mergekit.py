@@ -18,7 +18,8 @@ from freemerge.cli import main
 from freemerge.integrations import mergekit
 from freemerge.methods import METHODS
 from freemerge.signals import stops
-from hosts.checkpoints import tensors_of, write_models
+from hosts.checkpoints import write_models
+from hosts.states import assert_equal_to_the_engine, tensors_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,17 +42,6 @@ def merged(
     path.write_text(yaml.safe_dump(content))
     assert main(["mergekit-yaml", str(path), str(out), "--no-copy-tokenizer"]) == code
     return {} if code else tensors_of(out)
-
-
-def assert_equal_to_the_engine(
-    found: dict[str, Any], models: list[str], recipe: fm.Recipe, weights: list[float] | None = None
-) -> None:
-    base, *others = [tensors_of(model) for model in models]
-    assert found.keys() == base.keys()
-    for name, tensor in base.items():
-        expected = fm.merge_tensors(tensor, [m[name] for m in others], recipe=recipe, weights=weights, name=name)
-        assert torch.equal(found[name], expected), name
-        assert not torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

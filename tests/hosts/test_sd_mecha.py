@@ -14,7 +14,7 @@ from torch import Tensor
 import freemerge as fm
 from freemerge.integrations import sd_mecha as adapter
 from freemerge.methods import METHODS
-from hosts.states import write_states
+from hosts.states import assert_equal_to_the_engine, write_states
 
 resolve = sd_mecha.extensions.merge_methods.resolve
 
@@ -34,15 +34,6 @@ def run(recipe: Any) -> dict[str, Tensor]:
     found = dict(sd_mecha.merge(recipe, output_dtype=torch.float32, check_extra_keys=False))
     found.pop("__metadata__")
     return found
-
-
-def assert_equal_to_the_engine(found: dict[str, Tensor], models: list[Path], recipe: fm.Recipe) -> None:
-    base, *others = [load_file(path) for path in models]
-    assert found.keys() == base.keys()
-    for name, tensor in base.items():
-        expected = fm.merge_tensors(tensor, [other[name] for other in others], recipe=recipe, name=name)
-        assert torch.equal(found[name], expected), name
-        assert not torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

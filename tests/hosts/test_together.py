@@ -15,7 +15,8 @@ import freemerge as fm
 from freemerge.cli import main
 from freemerge.integrations.fusion_bench import Merging
 from freemerge.integrations.sd_mecha import freemerge_fr
-from hosts.checkpoints import tensors_of, write_models
+from hosts.checkpoints import write_models
+from hosts.states import tensors_of
 
 WEIGHTS = [0.5, 0.3, 0.2]  # given, because mergekit and sd-mecha see one tensor at a time
 

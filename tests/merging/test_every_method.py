@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llamas import llama, read
 from torch import Tensor
 
 import formulas
@@ -117,33 +118,6 @@ def condition(vectors: list[Tensor]) -> float:
 # A model --------------------------------------------------------------------------------------------------------------
 
 
-def llama(folder: Path, seed: int) -> Path:
-    """A tiny bf16 Llama, sharded on disk."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=101,
-        hidden_size=32,
-        intermediate_size=88,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    if seed:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(3e-3 * seed * torch.randn(parameter.shape, generator=generator))
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="30KB")
-    return folder
-
-
-def read(folder: Path) -> State:
-    with Checkpoint.open(folder) as checkpoint:
-        return {name: checkpoint.read(name).clone() for name in checkpoint.specs}
-
-
 def assert_rounded(result: State, expected: State, base: State) -> None:
     """The bf16 nearest to the expected weights; ties of rounding and the method's own error may go the other way."""
     assert result.keys() == expected.keys()
@@ -157,7 +131,8 @@ def assert_rounded(result: State, expected: State, base: State) -> None:
 
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_sharded_bf16_llama(method: str, tmp_path: Path) -> None:
-    folders = [llama(tmp_path / str(seed), seed) for seed in range(4)]
+    sizes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 88}
+    folders = [llama(tmp_path / str(seed), seed, 3e-3 * seed, "30KB", **sizes) for seed in range(4)]
     base, *models = map(read, folders)
     assert (folders[0] / "model.safetensors.index.json").exists()
     recipe = fm.Recipe(method=method)

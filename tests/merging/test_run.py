@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from llamas import llama, read
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -430,47 +431,19 @@ def test_a_custom_mask_is_identified_in_the_manifest(tmp_path: Path) -> None:
 # Real checkpoints
 
 
-def llama(folder: Path, *, tied: bool, seed: int) -> Path:
-    """A small bf16 Llama with the vocabulary of GPT-2, sharded on disk."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50257,
-        hidden_size=48,
-        intermediate_size=130,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    if seed:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(1e-3 * (torch.randn(parameter.shape, generator=generator) + 0.3))
-    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="3MB")
-    return folder
-
-
-def read_all(folder: Path) -> State:
-    with Checkpoint.open(folder) as checkpoint:
-        return {name: checkpoint.read(name).clone() for name in checkpoint.specs}
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("preset", ["paper", "official-roberta"])
 def test_a_sharded_bf16_llama(tied: bool, preset: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    base = llama(tmp_path / "base", tied=tied, seed=0)
-    models = [llama(tmp_path / f"model-{seed}", tied=tied, seed=seed) for seed in (1, 2)]
+    options = {"vocab_size": 50257, "hidden_size": 48, "intermediate_size": 130}  # the vocabulary of GPT-2
+    options |= {"tie_word_embeddings": tied, "pad_token_id": 0}
+    base, *models = (llama(tmp_path / str(seed), seed, 1e-3, "3MB", mean=0.3, **options) for seed in range(3))
     (base / "special.txt").write_text("carried over")
     recipe = fm.Recipe.preset(preset)
     out = tmp_path / "merged"
     report = fm.merge_checkpoints(base, models, out, recipe, max_shard_bytes=4_000_000, progress=False)
 
-    merged, states = read_all(out), [read_all(folder) for folder in (base, *models)]
+    merged, states = read(out), [read(folder) for folder in (base, *models)]
     expected = reference(states[0], states[1:], recipe)
     assert sorted(merged) == sorted(states[0])
     assert ("lm_head.weight" in merged) != tied

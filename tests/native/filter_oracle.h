@@ -2,12 +2,17 @@
 // double precision, masks bin by bin, and back. And random numbers to feed it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "check.h"
 #include "common/dtype.h"
 #include "common/mask.h"
 
@@ -136,5 +141,75 @@ Storage stored(double x) {
     return round_to<Storage>(static_cast<float>(x));
   }
 }
+
+// Sums of squares over one matrix: of what differs, of what was expected, and of the input times the scale.
+struct Squares {
+  double difference = 0, expected = 0, input = 0;
+};
+
+// A batch of random matrices, each allocated to the element, so that a sanitizer sees any access outside.
+template <typename Storage>
+class Matrices {
+ public:
+  Matrices(Random& random, std::int64_t height, std::int64_t width, std::int64_t stride)
+      : height_(height), width_(width), stride_(stride) {
+    const auto size = static_cast<std::size_t>((height - 1) * stride + width);
+    for (std::int64_t i = random.integer(1, 3); i > 0; --i) {
+      memory_.push_back(std::make_unique<Storage[]>(size));
+      std::fill_n(memory_.back().get(), size, gap_);
+      std::vector<double> input;
+      for (std::int64_t y = 0; y < height; ++y) {
+        for (std::int64_t x = 0; x < width; ++x) {
+          const Storage value = stored<Storage>(random.normal());
+          memory_.back()[static_cast<std::size_t>(y * stride + x)] = value;
+          input.push_back(static_cast<double>(to_float(value)));
+        }
+      }
+      inputs_.push_back(std::move(input));
+    }
+  }
+
+  std::size_t count() const { return inputs_.size(); }
+
+  // Filters all of them, while the mask's table cannot be read any more.
+  template <typename Filter>
+  void run(const Filter& filter, std::vector<float>& table, double scale, int threads) {
+    std::vector<void*> matrices;
+    for (const auto& matrix : memory_) matrices.push_back(matrix.get());
+    std::vector<float> lost(table.size(), std::nanf(""));
+    std::swap_ranges(table.begin(), table.end(), lost.begin());
+    filter.run(matrices, std::vector(matrices.size(), stride_), scale, threads);
+    std::swap_ranges(table.begin(), table.end(), lost.begin());
+  }
+
+  // Matrix i against the definition; what lies between its rows must be as it was.
+  Squares compare(std::size_t i, const Mask& mask, double scale, const std::string& label) const {
+    const std::vector<double> expected = reference(inputs_[i], mask, scale);
+    Squares squares;
+    for (std::int64_t y = 0; y < height_; ++y) {
+      for (std::int64_t x = 0; x < (y == height_ - 1 ? width_ : stride_); ++x) {
+        const Storage found = memory_[i][static_cast<std::size_t>(y * stride_ + x)];
+        if (x >= width_) {
+          check(std::memcmp(&found, &gap_, sizeof gap_) == 0,
+                [&] { return label + ": gaps between rows are left alone"; });
+          continue;
+        }
+        const auto index = static_cast<std::size_t>(y * width_ + x);
+        const double d = static_cast<double>(to_float(found)) -
+                         static_cast<double>(to_float(stored<Storage>(expected[index])));
+        squares.difference += d * d;
+        squares.expected += expected[index] * expected[index];
+        squares.input += scale * scale * inputs_[i][index] * inputs_[i][index];
+      }
+    }
+    return squares;
+  }
+
+ private:
+  std::int64_t height_, width_, stride_;
+  Storage gap_ = stored<Storage>(-7);
+  std::vector<std::unique_ptr<Storage[]>> memory_;
+  std::vector<std::vector<double>> inputs_;
+};
 
 }  // namespace freemerge::test

@@ -1,8 +1,5 @@
 // Random decimated filters (shapes, strides, storage types, boxes around DC and Nyquist, windows, batches,
 // threads, instruction sets) against the definition.
-#include <cstring>
-#include <memory>
-
 #include "check.h"
 #include "cpu/filter.h"
 #include "filter_oracle.h"
@@ -101,52 +98,13 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
                             std::to_string(stride) + " rows " + axis(plan.rows) + " columns " +
                             axis(plan.columns);
 
-  // Each matrix is allocated to the element, so that a sanitizer sees any access outside.
-  const auto size = static_cast<std::size_t>((height - 1) * stride + width);
-  const Storage gap = stored<Storage>(-7);
-  std::vector<std::unique_ptr<Storage[]>> memory;
-  std::vector<std::vector<double>> inputs;
-  std::vector<void*> matrices;
-  for (std::int64_t i = random.integer(1, 3); i > 0; --i) {
-    memory.push_back(std::make_unique<Storage[]>(size));
-    std::fill_n(memory.back().get(), size, gap);
-    std::vector<double> input;
-    for (std::int64_t y = 0; y < height; ++y) {
-      for (std::int64_t x = 0; x < width; ++x) {
-        const Storage value = stored<Storage>(random.normal());
-        memory.back()[static_cast<std::size_t>(y * stride + x)] = value;
-        input.push_back(static_cast<double>(to_float(value)));
-      }
-    }
-    inputs.push_back(std::move(input));
-    matrices.push_back(memory.back().get());
-  }
-
+  Matrices<Storage> matrices(random, height, width, stride);
   const auto filter = make_filter(plan, dtype, {}, kernels);
-  std::vector<float> lost(table.size(), std::nanf(""));  // the mask's table is not read any more
-  std::swap_ranges(table.begin(), table.end(), lost.begin());
-  filter->run(matrices, std::vector(matrices.size(), stride), scale, threads);
-  std::swap_ranges(table.begin(), table.end(), lost.begin());
+  matrices.run(*filter, table, scale, threads);
 
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    const std::vector<double> expected = reference(inputs[i], plan.mask, scale);
-    double difference = 0, input_norm = 0;
-    for (std::int64_t y = 0; y < height; ++y) {
-      for (std::int64_t x = 0; x < (y == height - 1 ? width : stride); ++x) {
-        const Storage found = memory[i][static_cast<std::size_t>(y * stride + x)];
-        if (x >= width) {
-          check(std::memcmp(&found, &gap, sizeof gap) == 0,
-                [&] { return label + ": gaps between rows are left alone"; });
-          continue;
-        }
-        const auto index = static_cast<std::size_t>(y * width + x);
-        const double d = static_cast<double>(to_float(found)) -
-                         static_cast<double>(to_float(stored<Storage>(expected[index])));
-        difference += d * d;
-        input_norm += scale * scale * inputs[i][index] * inputs[i][index];
-      }
-    }
-    const double error = std::sqrt(difference / input_norm);
+  for (std::size_t i = 0; i < matrices.count(); ++i) {
+    const Squares squares = matrices.compare(i, plan.mask, scale, label);
+    const double error = std::sqrt(squares.difference / squares.input);
     const double flips =
         Precision<Storage>::kSpacing * (0.05 + 2 / std::sqrt(static_cast<double>(height * width)));
     const double tolerance = 2 * (Precision<Storage>::kError + flips + row_error + column_error);

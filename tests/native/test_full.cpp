@@ -1,8 +1,6 @@
 // Random full and pruned filters (shapes, strides, storage types, masks, batches, threads, instruction sets)
 // against the definition: two DFTs of the rows and columns in double precision, bin by bin masks, and back.
-#include <cstring>
 #include <iterator>
-#include <memory>
 #include <thread>
 
 #include "check.h"
@@ -124,55 +122,14 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
                                            : " full") +
                             (plan.transposed ? " transposed" : "");
 
-  // Each matrix is allocated to the element, so that a sanitizer sees any access outside.
-  const auto size = static_cast<std::size_t>((height - 1) * stride + width);
-  const Storage gap = stored<Storage>(-7);
-  std::vector<std::unique_ptr<Storage[]>> memory;
-  std::vector<std::vector<double>> inputs;
-  std::vector<void*> matrices;
-  for (std::int64_t i = random.integer(1, 3); i > 0; --i) {
-    memory.push_back(std::make_unique<Storage[]>(size));
-    std::fill_n(memory.back().get(), size, gap);
-    std::vector<double> input;
-    for (std::int64_t y = 0; y < height; ++y) {
-      for (std::int64_t x = 0; x < width; ++x) {
-        const Storage value = stored<Storage>(random.normal());
-        memory.back()[static_cast<std::size_t>(y * stride + x)] = value;
-        input.push_back(static_cast<double>(to_float(value)));
-      }
-    }
-    inputs.push_back(std::move(input));
-    matrices.push_back(memory.back().get());
-  }
-
+  Matrices<Storage> matrices(random, height, width, stride);
   const auto filter = make_filter(plan, dtype, gains, kernels);
-  std::vector<float> lost(table.size(), std::nanf(""));  // the mask's table is not read any more
-  std::swap_ranges(table.begin(), table.end(), lost.begin());
-  filter->run(matrices, std::vector(matrices.size(), stride), scale, threads);
-  std::swap_ranges(table.begin(), table.end(), lost.begin());
+  matrices.run(*filter, table, scale, threads);
 
-  for (std::size_t i = 0; i < inputs.size(); ++i) {
-    const std::vector<double> expected = reference(inputs[i], plan.mask, scale);
-    double difference = 0, norm = 0, input_norm = 0;
-    for (std::int64_t y = 0; y < height; ++y) {
-      for (std::int64_t x = 0; x < stride; ++x) {
-        if (y == height - 1 && x >= width) break;
-        const Storage found = memory[i][static_cast<std::size_t>(y * stride + x)];
-        if (x >= width) {
-          check(std::memcmp(&found, &gap, sizeof gap) == 0,
-                [&] { return label + ": gaps between rows are left alone"; });
-          continue;
-        }
-        const auto index = static_cast<std::size_t>(y * width + x);
-        const double d = static_cast<double>(to_float(found)) -
-                         static_cast<double>(to_float(stored<Storage>(expected[index])));
-        difference += d * d;
-        norm += expected[index] * expected[index];
-        input_norm += scale * scale * inputs[i][index] * inputs[i][index];
-      }
-    }
+  for (std::size_t i = 0; i < matrices.count(); ++i) {
+    const Squares squares = matrices.compare(i, plan.mask, scale, label);
     // Where the filter removes nearly everything, rounding is relative to what it removed.
-    const double error = std::sqrt(difference / std::max(norm, 0.1 * input_norm));
+    const double error = std::sqrt(squares.difference / std::max(squares.expected, 0.1 * squares.input));
     const double flips =
         Precision<Storage>::kSpacing * (0.05 + 4 / std::sqrt(static_cast<double>(height * width)));
     const double tolerance = Precision<Storage>::kError * (pruned ? 2 : 1) + flips;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial, reduce
+from functools import reduce
 from operator import add
 from pathlib import Path
 from typing import Any, TypeVar
@@ -187,7 +187,7 @@ def _merged(
     """What each method merges, from the task vectors in memory: those of models of a base of zeros."""
     (tensor,) = vectors.tensors
     zero = torch.zeros_like(found[0])
-    held = dataclasses.replace(tensor, base=lambda: zero, models=[partial(_itself, delta) for delta in found])
+    held = dataclasses.replace(tensor, base=lambda: zero, models=[delta.detach for delta in found])
     return [
         method.merge(
             dataclasses.replace(vectors, tensors=(held,), as_matrices=vectors.as_matrices and method.sees_matrices),
@@ -197,10 +197,6 @@ def _merged(
         .tensors[0]
         for label, method in methods.items()
     ]
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _analysis(

@@ -22,7 +22,8 @@ from ..dense import dense
 from ..errors import ArgumentError, CheckpointError
 from ..merging.statistics_buffers import convex
 from ..overlap import internal_overlap
-from .deltas import Change, Product, forward_deltas, unserved
+from .contributions import Product
+from .deltas import Change, forward_deltas, unserved
 from .expert import Expert
 from .placement import Part, Placement, gathered, gathered_dense, seen_by
 from .switch import Switch, add_dense, weighted_sum
