@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 import torch
 
@@ -19,6 +20,9 @@ FLOAT8 = frozenset(
     if hasattr(torch, name)
 )
 QUANTISATION = ("quantization_config", "compression_config")  # entries of config.json
+# What scales of activations are called.
+_OF_LAYERS = ("input_scale", "activation_scale", "output_scale", "scale_input", "input_scale_ub", "input_scale_inv")
+_OF_CACHES = ("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale")
 _BLOCK = 128  # of DeepSeek's format, where the config does not say
 
 _WITH_TRANSFORMERS = "dequantise it first, for instance with transformers: torch.save({}.state_dict(), 'NEW.bin')"
@@ -112,9 +116,7 @@ class Dequantised(Wrapped):
         self.dequantised = self.widened = True
         self.metadata = {key: said for key, said in inner.metadata.items() if "quant" not in key}  # no longer true
         self._scales = scales
-        gone = set(scales.values()) | {
-            name for name in inner.specs if _is_activation_scale(name, scales) or name == "scaled_fp8"
-        }
+        gone = {*scales.values(), *_activation_scales(inner.specs, scales), "scaled_fp8"}
         self.specs = {
             name: spec.with_dtype(torch.float32) if name in scales else spec
             for name, spec in inner.specs.items()
@@ -219,9 +221,13 @@ def _scale_of(name: str, specs: Mapping[str, TensorSpec]) -> str | None:
     return next((scale for scale in named if scale in specs), None)
 
 
-def _is_activation_scale(name: str, weights: Mapping[str, str]) -> bool:
-    stem, _, last = name.rpartition(".")
-    known = ("input_scale", "activation_scale", "output_scale", "scale_input", "input_scale_ub", "input_scale_inv")
-    cache = ("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale")  # of an attention's cache
-    inside = any(weight.startswith(f"{stem}.") for weight in weights)
-    return (last in known and f"{stem}.weight" in weights) or (last in cache and (inside or not stem))
+def _activation_scales(names: Iterable[str], weights: Iterable[str]) -> set[str]:
+    """The scales of activations that belong to these weights: of a layer, or of the cache of an attention above it."""
+    layers = {weight.removesuffix(".weight") for weight in weights if weight.endswith(".weight")}
+    above = {stem for weight in weights for stem in accumulate(weight.split(".")[:-1], "{}.{}".format)} | {""}
+    found = set()
+    for name in names:
+        stem, _, last = name.rpartition(".")
+        if (last in _OF_LAYERS and stem in layers) or (last in _OF_CACHES and stem in above):
+            found.add(name)
+    return found
