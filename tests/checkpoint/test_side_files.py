@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freemerge as fm
+from freemerge.checkpoint.side_files import is_tokenizer_file
 from freemerge.cli import main
 
 WEIGHTS = {"layer.weight": torch.arange(32.0).reshape(4, 8), "norm.weight": torch.ones(8)}
@@ -45,7 +47,7 @@ TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "cl100k.tiktoken"),
     *("tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    "additional_chat_templates/tool.jinja",
+    *("additional_chat_templates/tool.jinja", "source.spm", "bpe.codes", "entity_vocab.json", "tokenization_mine.py"),
 ]
 
 
@@ -74,6 +76,14 @@ def test_every_file_of_a_tokenizer_is_compared_and_taken_over(name: str, tmp_pat
     assert not (tmp_path / "without" / name).exists()
     fm.merge_checkpoints(base, models, tmp_path / "with", progress=False, tokenizer_from="auto")
     assert (tmp_path / "with" / name).exists()
+
+
+def test_vocabularies_of_all_classes_of_transformers_belong_to_the_tokenizer() -> None:
+    sources = Path(pytest.importorskip("transformers").__file__).parent.rglob("tokenization_*.py")
+    named = [re.findall(r"VOCAB_FILES_NAMES\s*=\s*\{([^}]*)\}", path.read_text(encoding="utf-8")) for path in sources]
+    files = {file for entries in named for entry in entries for file in re.findall(r':\s*"([^"]+)"', entry)}
+    assert len(files) > 10
+    assert [file for file in sorted(files) if not is_tokenizer_file(file)] == []
 
 
 def test_auto_takes_the_bases_where_the_models_disagree(tmp_path: Path) -> None:
