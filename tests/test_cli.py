@@ -307,6 +307,21 @@ def test_a_dry_run_refuses_what_the_merge_would(files: list[str], tmp_path: Path
     assert run("merge", *files, "-o", tmp_path / "full", "--dry-run") == 3
 
 
+@pytest.mark.parametrize("kind", ["recipe", "mergekit"])
+def test_an_output_that_holds_its_own_recipe_is_not_replaced(kind: str, files: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("merge", *files, "-o", out) == 0
+    file = out / "own.yml"
+    listed = "".join(f"- {{model: {path}, parameters: {{weight: 1}}}}\n" for path in files[1:])
+    config = f"merge_method: task_arithmetic\nbase_model: {files[0]}\ndtype: float32\nmodels:\n{listed}"
+    file.write_text("method: task_arithmetic\n" if kind == "recipe" else config)
+    inputs = files if kind == "recipe" else []
+    for dry in ([], ["--dry-run"]):
+        assert run("merge", *inputs, "-o", out, f"--{kind}", file, "--force", *dry) == 3
+    assert file.exists()
+    assert run("merge", *inputs, "-o", tmp_path / "other", f"--{kind}", file) == 0
+
+
 def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("merge", *files, "-o", tmp_path / ("x" * 300)) == 1
     assert "File name too long" in capsys.readouterr().err

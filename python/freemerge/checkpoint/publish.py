@@ -101,14 +101,20 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
         raise RefusedError(f"{out} holds something else than this writes ({reason}), so even force does not delete it")
 
 
+def refuse_files(out: str | os.PathLike[str], files: Iterable[Path]) -> None:
+    """RefusedError for an output that would replace or delete one of these files or directories."""
+    resolved = path_of("out", out).resolve()
+    for path in files:
+        if resolved in (path.resolve(), *path.resolve().parents):
+            verb = "is" if resolved == path.resolve() else "holds"
+            raise RefusedError(f"{out} {verb} an input ({path}); write somewhere else")
+
+
 def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) -> None:
     """RefusedError for an output that would replace or delete an input, or lie inside of one."""
     resolved = path_of("out", out).resolve()
     for source in sources:
-        for path in (source.path, *source.files):
-            if path is not None and resolved in (path.resolve(), *path.resolve().parents):
-                verb = "is" if resolved == path.resolve() else "holds"
-                raise RefusedError(f"{out} {verb} an input ({path}); write somewhere else")
+        refuse_files(out, (path for path in (source.path, *source.files) if path is not None))
         if source.directory is not None and source.directory.resolve() in resolved.parents:
             raise RefusedError(f"{out} is inside of an input ({source.directory}); write somewhere else")
 

@@ -94,9 +94,12 @@ def run(
     with joined() as workers:
         if workers.rank:  # the first one talks
             output, log_json = Output(quiet=True), False
+        files = [file for file in (options["recipe"], options["mergekit"]) if file is not None]
         origin, tuned, recipe = read(base, models, options)
+        from ..checkpoint.publish import refuse_files
         from ..merging.run import inspect, merge_checkpoints
 
+        refuse_files(out, files)
         common: dict[str, Any] = {
             "backend": backend,
             "force": force,
