@@ -326,7 +326,16 @@ def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pyte
     assert run("merge", *files, "-o", tmp_path / ("x" * 300)) == 1
     assert "File name too long" in capsys.readouterr().err
     assert run("merge", "x" * 300, *files, "-o", tmp_path / "out") == 1
-    assert "File name too long" in capsys.readouterr().err
+    assert "no such file or directory" in capsys.readouterr().err
+    (tmp_path / "loop").symlink_to("loop")
+    for out in ("loop", "loop/x"):
+        assert run("merge", *files, "-o", tmp_path / out) == 1
+        assert "cannot write" in capsys.readouterr().err
+    with pytest.raises(fm.CheckpointError, match="no such file"):
+        fm.merge(files[0], ["x" * 300])
+    for arguments in ((files[0], files[1:], "a\0b"), (files[0], ["a\0b"], tmp_path / "out")):
+        with pytest.raises(fm.ArgumentError, match=r"must be a path, got 'a\\x00b'"):
+            fm.merge_checkpoints(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,24 @@ def target(out: str | os.PathLike[str], *, file: str | None = None) -> Path:
     """
     if isinstance(out, str) and not out:
         raise RefusedError("the name of the output is empty")
-    path, here = path_of("out", out).resolve(), Path.cwd()
+    path, here = _resolved(out), Path.cwd()
     if path == here or path in here.parents:
         raise RefusedError(f"{out} is {'' if path == here else 'above '}the current directory; name a new one")
     if path.suffix != file:
         refuse_weights(Path(out), "an output is a directory" + (f" or a {file} file" if file is not None else ""))
+    return path
+
+
+def _resolved(out: str | os.PathLike[str]) -> Path:
+    """The path of an output, links followed; CheckpointError for one that no file system can have."""
+    path = path_of("out", out)
+    try:
+        path = path.resolve()
+        path.exists()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    except RuntimeError:  # pathlib's, before Python 3.13
+        raise CheckpointError(f"cannot write {out}: a symbolic link that leads to itself") from None
     return path
 
 
@@ -103,7 +116,7 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
 
 def refuse_files(out: str | os.PathLike[str], files: Iterable[Path]) -> None:
     """RefusedError for an output that would replace or delete one of these files or directories."""
-    resolved = path_of("out", out).resolve()
+    resolved = _resolved(out)
     for path in files:
         if resolved in (path.resolve(), *path.resolve().parents):
             verb = "is" if resolved == path.resolve() else "holds"
@@ -112,7 +125,7 @@ def refuse_files(out: str | os.PathLike[str], files: Iterable[Path]) -> None:
 
 def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) -> None:
     """RefusedError for an output that would replace or delete an input, or lie inside of one."""
-    resolved = path_of("out", out).resolve()
+    resolved = _resolved(out)
     for source in sources:
         refuse_files(out, (path for path in (source.path, *source.files) if path is not None))
         if source.directory is not None and source.directory.resolve() in resolved.parents:
