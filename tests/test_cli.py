@@ -300,6 +300,16 @@ def test_a_flag_can_be_switched_off(files: list[str], tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(tmp_path / "out").items())
 
 
+def test_a_dry_run_counts_the_memory_that_was_chosen(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for memory in ("1MB", "3GB"):
+        assert run("merge", *files, "-o", tmp_path / "out", "--dry-run", "--json", "--memory", memory) == 0
+        told.append(json.loads(capsys.readouterr().out)["memory_bytes"])
+    assert told[1] - told[0] == 2_999_000_000
+
+
 def test_a_dry_run_refuses_what_the_merge_would(files: list[str], tmp_path: Path) -> None:
     assert run("merge", *files, "-o", files[0], "--force", "--dry-run") == 3
     (tmp_path / "full").mkdir()

@@ -402,7 +402,7 @@ def test_halves_of_adapters_are_not_merged_apart(library: str) -> None:
     first, second = HALVES[library].split()
     base = base_weights() | {first: torch.ones(2, 4), second: torch.ones(4, 2)}
     models = [{name: tensor + i for name, tensor in base.items()} for i in (1, 2)]
-    with pytest.raises(fm.CheckpointError, match="^base .* holds an adapter that is not merged") as refusal:
+    with pytest.raises(fm.CheckpointError, match=r"^base .* holds an adapter that is not merged") as refusal:
         fm.merge(base, models)
     assert first in str(refusal.value)
     fm.merge(base, models, fm.Recipe(select=[fm.Rule(first, "copy"), fm.Rule(second, "copy")]))

@@ -256,6 +256,28 @@ def test_a_model_that_is_given_twice_or_is_the_base(tmp_path: Path) -> None:
     assert "models[1] is the same as models[0]" in notices(WEIGHTS, [state, state])
 
 
+@pytest.mark.parametrize("broken", ["link", "directory"])
+def test_what_cannot_be_carried_is_found_before_the_work(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, model = folder(tmp_path / "base"), folder(tmp_path / "model", 1.0, tokenizer_config__json="{}")
+    (tmp_path / "out").mkdir()
+    for name in ("notes.json", "tokenizer.json"):  # the tokenizer of the base is not taken, nor the model's notes
+        target = "nowhere" if broken == "link" else "."
+        (model / "notes.json").symlink_to(target)
+        (base / name).symlink_to(target)
+        fm.merge_checkpoints(base, [model], tmp_path / "one.safetensors", progress=False, force=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("freemerge.merging.engine.Merger.measure", None)
+            for run in (fm.inspect, fm.merge_checkpoints):
+                with pytest.raises(fm.CheckpointError, match=rf"base/{name}\b"):
+                    run(base, [model], out=tmp_path / "out")
+        if name == "tokenizer.json":
+            fm.merge_checkpoints(base, [model], tmp_path / "out", progress=False, tokenizer_from=0)
+        (base / name).unlink()
+        (model / "notes.json").unlink()
+
+
 def test_an_adapter_brings_its_tokenizer(tmp_path: Path) -> None:
     base = folder(tmp_path / "base", tokenizer__json="0")
     adapter = folder(tmp_path / "adapter", tokenizer__json="1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,14 +48,9 @@ def carry_over(
     ``in_floats`` whatever it says. The files of the tokenizer and the special tokens come from ``tokenizer``, if it is
     given.
 
-    Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
-    ``base`` and for files that are not regular, before anything is copied.
+    Returns the relative names of what was copied, sorted. Raises what :func:`carried` does, before anything is copied.
     """
-    sources = {name: base / name for name in _carried(base, base)} | part_weights(base)
-    if tokenizer is not None and tokenizer.directory is not None:
-        sources = {name: path for name, path in sources.items() if not is_tokenizer_file(name)}
-        others = _carried(tokenizer.directory, tokenizer.directory)
-        sources |= {name: tokenizer.directory / name for name in others if is_tokenizer_file(name)}
+    sources = carried(base, tokenizer)
     names = sorted(sources)
     for name in names:
         destination = target / name
@@ -79,21 +75,36 @@ def carry_over(
     return names
 
 
-def _carried(base: Path, directory: Path) -> list[str]:
+def carried(base: Path, tokenizer: Checkpoint | None = None) -> dict[str, Path]:
+    """What :func:`carry_over` copies, by the relative names.
+
+    Raises CheckpointError for a symbolic link among it that leads nowhere or out of its directory, and for what is no
+    regular file.
+    """
+    other = None if tokenizer is None else tokenizer.directory
+    if other is None:
+        return {name: base / name for name in _carried(base, base)} | part_weights(base)
+    own = _carried(base, base, lambda name: not is_tokenizer_file(name))
+    theirs = _carried(other, other, is_tokenizer_file)
+    return {name: base / name for name in own} | part_weights(base) | {name: other / name for name in theirs}
+
+
+def _carried(base: Path, directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     names: list[str] = []
     for item in sorted(os.scandir(directory), key=lambda item: item.name):
         path = Path(item.path)
         if item.is_dir(follow_symlinks=False):
             if not item.name.startswith((".", "checkpoint-", "global_step")) and item.name not in _FORMAT_DIRECTORIES:
-                names += _carried(base, path)
+                names += _carried(base, path, wanted)
             continue
         if item.name.startswith((".", "trainer_")) or item.name.endswith("_results.json"):
             continue
-        if item.name in _LEFT_OUT or _is_weight(path):
+        name = path.relative_to(base).as_posix()
+        if item.name in _LEFT_OUT or _is_weight(path) or not wanted(name):
             continue
         if not entry(directory, item.name, home=base).is_file():
             raise CheckpointError(f"{path} is not a regular file")
-        names.append(path.relative_to(base).as_posix())
+        names.append(name)
     return names
 
 

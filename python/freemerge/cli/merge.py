@@ -104,6 +104,7 @@ def run(
             "backend": backend,
             "force": force,
             "max_shard_bytes": max_shard_size,
+            "memory": memory,
             "tokenizer_from": tokenizer_from,
         }
         if dry_run:
@@ -120,7 +121,6 @@ def run(
             tuned,
             out,
             recipe,
-            memory=memory,
             resume=resume,
             progress="json" if log_json else output.talks,
             on_start=start,
