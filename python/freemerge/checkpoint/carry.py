@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,10 @@ from .writer import write_json
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
 _LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json"})
+# Weights, their indexes, of variants too, and the parts that TensorFlow writes.
+_WEIGHT = re.compile(
+    rf"({'|'.join(map(re.escape, WEIGHT_SUFFIXES))})(\.index(\.\w+)?\.json|\.index|\.meta|\.data-\d+-of-\d+)?$"
+)
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
@@ -100,18 +105,12 @@ def _carried(base: Path, directory: Path, wanted: Callable[[str], bool] = lambda
         if item.name.startswith((".", "trainer_")) or item.name.endswith("_results.json"):
             continue
         name = path.relative_to(base).as_posix()
-        if item.name in _LEFT_OUT or _is_weight(path) or not wanted(name):
+        if item.name in _LEFT_OUT or _WEIGHT.search(name) or not wanted(name):
             continue
         if not entry(directory, item.name, home=base).is_file():
             raise CheckpointError(f"{path} is not a regular file")
         names.append(name)
     return names
-
-
-def _is_weight(path: Path) -> bool:
-    return path.name.endswith(WEIGHT_SUFFIXES) or path.name.endswith(
-        tuple(f"{suffix}.index.json" for suffix in WEIGHT_SUFFIXES)
-    )
 
 
 def _set_dtype(config: dict[str, object], dtype: str) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "freemerge.json"
 WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
+    *(".safetensors", ".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
     *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
 )
 _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
