@@ -258,6 +258,15 @@ def test_what_another_backend_began_is_not_continued(
         merged(models, tmp_path / "out", resume=True, backend="torch")
 
 
+def test_no_file_of_a_model_is_taken_for_the_journal(models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    models[0].rename(tmp_path / "base" / "model.safetensors")
+    for name in ("journal.jsonl", "journal-1.jsonl"):
+        (tmp_path / "base" / name).write_text("of the base")
+    out = merged([tmp_path / "base", *models[1:]], tmp_path / "out")
+    assert out["journal.jsonl"] == out["journal-1.jsonl"] == b"of the base"
+
+
 def test_without_resume_it_begins_anew(
     models: list[Path], tmp_path: Path, killed: Callable[[list[Path], Path, int], None]
 ) -> None:
