@@ -198,6 +198,20 @@ def test_plain_names_that_look_alike_are_no_quantisation() -> None:
     assert opened(state).keys() == state.keys()
 
 
+FLOATS = ("q.codebooks", "q.SCB", "q.centroids.weight", "q.absmax", "q.weight_scales", "q.row_offsets", "q.W_q")
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_name_alone_is_no_quantisation(name: str, tmp_path: Path) -> None:
+    state = {name: floats(0, 8, 8), "q.num": torch.tensor(3), "other.ids": torch.arange(4)}
+    assert opened(state).keys() == state.keys()
+    assert fm.merge_tensors(floats(0, 4, 4), [floats(1, 4, 4)], name=name).shape == (4, 4)
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "aqlm"}}))
+    with pytest.raises(fm.CheckpointError, match=rf"is quantised \(aqlm: {re.escape(name)}\)"):
+        fm.merge({"x": torch.ones(1)}, [tmp_path])
+
+
 @pytest.mark.parametrize("name", ["m.gguf", "m.bin", "m.ckpt"])
 def test_gguf_files_are_told_by_name_or_beginning(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"GGUF" + bytes(100))

@@ -54,6 +54,7 @@ _PACKED = {
 }
 _ANY_PACKED = re.compile("|".join(pattern.pattern for pattern, _ in _PACKED.values()))
 _INTEGERS = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
+_CODES = _INTEGERS | FLOAT8 | {torch.int64}
 _NO_WEIGHT = re.compile(r"mask|bias|ids|index|position|token|offset|count|step|stat", re.IGNORECASE)
 
 
@@ -70,7 +71,7 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     can be copied, but not merged.
     """
     config = _quantisation(checkpoint)
-    packed = _packed(checkpoint)
+    packed = _packed(checkpoint, "quant_method" in config)
     if packed is not None:
         kind, name, advice = packed
         raise CheckpointError(f"{checkpoint.label} is quantised ({config.get('quant_method', kind)}: {name}); {advice}")
@@ -80,10 +81,17 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     return Dequantised(checkpoint, weights, config.get("weight_block_size")) if weights else checkpoint
 
 
-def _packed(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
-    """The format, a tensor that shows it, and the way out, of weights that are integers with scales."""
+def _packed(checkpoint: Checkpoint, declared: bool) -> tuple[str, str, str] | None:
+    """The format, a tensor that shows it, and the way out, of weights that are integers with scales.
+
+    A name says so only where the config does, too, or its module holds integers.
+    """
     # A name is searched once for the endings of all formats, as hardly ever there is one.
-    suspects = [name for name in checkpoint.specs if _ANY_PACKED.search(name)]
+    suspects = {name: found.start() for name in checkpoint.specs if (found := _ANY_PACKED.search(name))}
+    if suspects and not declared:
+        stored = [name for name, spec in checkpoint.specs.items() if spec.ndim and spec.dtype in _CODES]
+        modules = {module for name in stored for module in accumulate(name.split("."), "{}.{}".format)}
+        suspects = {name: end for name, end in suspects.items() if name[:end].rstrip(".") in modules}
     for kind, (pattern, advice) in _PACKED.items():
         found = next((name for name in suspects if pattern.search(name)), None)
         if found is not None:
