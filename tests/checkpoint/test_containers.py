@@ -203,8 +203,10 @@ def test_what_trainers_keep_beside_the_model(kind: str, tmp_path: Path) -> None:
 
 def test_extra_states_of_modules_are_left_out_and_told(tmp_path: Path) -> None:
     content = {**tuned(), "layer._extra_state": None}
+    nested = {"model": content, "ema": {"step": 3}, "epoch": 1}
     torch.save(content, tmp_path / "m.pt")
-    for source in (content, tmp_path / "m.pt"):
+    torch.save(nested, tmp_path / "nested.pt")
+    for source in (content, nested, tmp_path / "m.pt", tmp_path / "nested.pt"):
         assert same(read(source), tuned())
         warnings = fm.inspect(BASE, [source]).warnings
         assert any("layer._extra_state is no weight and left out (1 such entry)" in warning for warning in warnings)
