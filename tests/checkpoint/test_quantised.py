@@ -133,6 +133,15 @@ def test_float8_checkpoints_merge_in_float(tmp_path: Path) -> None:
     assert torch.equal(fm.merge(plain, [folders[1]], EXACT)["a.weight"], plain["a.weight"])
 
 
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    stored, scale = quantise(floats(0, 8, 8), (128, 128))
+    state = {"a.weight": stored, "a.weight_scale_inv": scale, "a._extra_state": None}
+    torch.save(state, tmp_path / "m.pt")
+    for source in (state, tmp_path / "m.pt"):
+        warnings = fm.inspect({"a.weight": floats(1, 8, 8)}, [source]).warnings
+        assert any("a._extra_state is no weight and left out" in line for line in warnings)
+
+
 def test_metadata_is_kept_but_for_that_of_the_quantisation(tmp_path: Path) -> None:
     stored, scale = quantise(floats(0, 20, 14), (128, 128))
     tensors = {"a.weight": stored, "a.weight_scale_inv": scale}

@@ -19,7 +19,7 @@ class Wrapped(Checkpoint):
         self.inner = inner
         self.path, self.directory, self.files, self.metadata = inner.path, inner.directory, inner.files, inner.metadata
         self.label, self.name, self.module = inner.label, inner.name, inner.module
-        self.dequantised, self.widened = inner.dequantised, inner.widened
+        self.dequantised, self.widened, self.set_aside = inner.dequantised, inner.widened, inner.set_aside
 
     def device(self, name: str) -> torch.device:
         return self.inner.device(self._source(name))
