@@ -87,11 +87,11 @@ def _packed(checkpoint: Checkpoint, declared: bool) -> tuple[str, str, str] | No
     A name says so only where the config does, too, or its module holds integers.
     """
     # A name is searched once for the endings of all formats, as hardly ever there is one.
-    suspects = {name: found.start() for name in checkpoint.specs if (found := _ANY_PACKED.search(name))}
+    suspects = {name: end.start() for name in checkpoint.specs if (end := _ANY_PACKED.search(name))}
     if suspects and not declared:
         stored = [name for name, spec in checkpoint.specs.items() if spec.ndim and spec.dtype in _CODES]
         modules = {module for name in stored for module in accumulate(name.split("."), "{}.{}".format)}
-        suspects = {name: end for name, end in suspects.items() if name[:end].rstrip(".") in modules}
+        suspects = {name: begin for name, begin in suspects.items() if name[:begin].rstrip(".") in modules}
     for kind, (pattern, advice) in _PACKED.items():
         found = next((name for name in suspects if pattern.search(name)), None)
         if found is not None:
