@@ -300,6 +300,16 @@ def test_a_flag_can_be_switched_off(files: list[str], tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in merged(tmp_path / "out").items())
 
 
+def test_a_dry_run_counts_the_memory_that_was_chosen(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for memory in ("1MB", "3GB"):
+        assert run("merge", *files, "-o", tmp_path / "out", "--dry-run", "--json", "--memory", memory) == 0
+        told.append(json.loads(capsys.readouterr().out)["memory_bytes"])
+    assert told[1] - told[0] == 2_999_000_000
+
+
 def test_a_dry_run_refuses_what_the_merge_would(files: list[str], tmp_path: Path) -> None:
     assert run("merge", *files, "-o", files[0], "--force", "--dry-run") == 3
     (tmp_path / "full").mkdir()
@@ -307,11 +317,35 @@ def test_a_dry_run_refuses_what_the_merge_would(files: list[str], tmp_path: Path
     assert run("merge", *files, "-o", tmp_path / "full", "--dry-run") == 3
 
 
+@pytest.mark.parametrize("kind", ["recipe", "mergekit"])
+def test_an_output_that_holds_its_own_recipe_is_not_replaced(kind: str, files: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run("merge", *files, "-o", out) == 0
+    file = out / "own.yml"
+    listed = "".join(f"- {{model: {path}, parameters: {{weight: 1}}}}\n" for path in files[1:])
+    config = f"merge_method: task_arithmetic\nbase_model: {files[0]}\ndtype: float32\nmodels:\n{listed}"
+    file.write_text("method: task_arithmetic\n" if kind == "recipe" else config)
+    inputs = files if kind == "recipe" else []
+    for dry in ([], ["--dry-run"]):
+        assert run("merge", *inputs, "-o", out, f"--{kind}", file, "--force", *dry) == 3
+    assert file.exists()
+    assert run("merge", *inputs, "-o", tmp_path / "other", f"--{kind}", file) == 0
+
+
 def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("merge", *files, "-o", tmp_path / ("x" * 300)) == 1
     assert "File name too long" in capsys.readouterr().err
     assert run("merge", "x" * 300, *files, "-o", tmp_path / "out") == 1
-    assert "File name too long" in capsys.readouterr().err
+    assert "no such file or directory" in capsys.readouterr().err
+    (tmp_path / "loop").symlink_to("loop")
+    for out in ("loop", "loop/x"):
+        assert run("merge", *files, "-o", tmp_path / out) == 1
+        assert "cannot write" in capsys.readouterr().err
+    with pytest.raises(fm.CheckpointError, match="no such file"):
+        fm.merge(files[0], ["x" * 300])
+    for arguments in ((files[0], files[1:], "a\0b"), (files[0], ["a\0b"], tmp_path / "out")):
+        with pytest.raises(fm.ArgumentError, match=r"must be a path, got 'a\\x00b'"):
+            fm.merge_checkpoints(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ _SIZES = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 
 def path_of(name: str, value: object) -> Path:
     """A path, a string or anything else that the system takes for one, but neither bytes nor nothing."""
-    if not isinstance(value, str | os.PathLike) or value == "":
+    if not isinstance(value, str | os.PathLike) or value == "" or "\0" in str(value):
         raise ArgumentError(f"{name} must be a path, got {value!r}")
     return Path(value)
 

@@ -380,9 +380,32 @@ def test_adapters_of_other_libraries_are_named_and_get_no_advice_that_gives_the_
         assert name in str(refusal.value)
         assert "copy" not in str(refusal.value)
         assert "drop" not in str(refusal.value)
-    # A base that has such tensors itself is a model like any other.
+    # A base that has such a tensor itself, without the other half, is a model like any other.
     both = base | {name: torch.ones(4, 4)}
     fm.merge(both, [{key: tensor + 1 for key, tensor in both.items()}])
+
+
+HALVES = {
+    "PEFT": "base_model.model.up.lora_A.weight base_model.model.up.lora_B.weight",
+    "PEFT in memory": "base_model.model.up.lora_A.default.weight base_model.model.up.lora_B.default.weight",
+    "PEFT, embeddings": "e.lora_embedding_A e.lora_embedding_B",
+    "kohya": "lora_unet_up.lora_down.weight lora_unet_up.lora_up.weight",
+    "diffusers": "up.lora.down.weight up.lora.up.weight",
+    "older diffusers": "up_lora.down.weight up_lora.up.weight",
+    "diffusers, layers": "up.lora_linear_layer.down.weight up.lora_linear_layer.up.weight",
+    "MLX": "up.lora_a up.lora_b",
+}
+
+
+@pytest.mark.parametrize("library", HALVES)
+def test_halves_of_adapters_are_not_merged_apart(library: str) -> None:
+    first, second = HALVES[library].split()
+    base = base_weights() | {first: torch.ones(2, 4), second: torch.ones(4, 2)}
+    models = [{name: tensor + i for name, tensor in base.items()} for i in (1, 2)]
+    with pytest.raises(fm.CheckpointError, match=r"^base .* holds an adapter that is not merged") as refusal:
+        fm.merge(base, models)
+    assert first in str(refusal.value)
+    fm.merge(base, models, fm.Recipe(select=[fm.Rule(first, "copy"), fm.Rule(second, "copy")]))
 
 
 BOMBS = [

@@ -12,6 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import freemerge as fm
+from freemerge.checkpoint import Checkpoint, open_model
+from freemerge.checkpoint.adapter import AdaptedCheckpoint
+from freemerge.checkpoint.alike import alike
 
 BASE = {"a.weight": torch.arange(256.0).reshape(16, 16), "b.bias": torch.ones(16), "n": torch.arange(3)}
 RECIPE = fm.Recipe(weights="uniform", select=[fm.Rule("*", "merge")])
@@ -69,6 +72,41 @@ def test_an_adapter_that_was_not_trained_changes_nothing(tmp_path: Path) -> None
         save_file(tensors, folder / "adapter_model.safetensors")
         (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
         assert notices(BASE, [folder]) == expected
+
+
+def test_many_models_are_read_once_each_and_by_first_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[str] = []
+    kind = type(Checkpoint.open(BASE))
+    monkeypatch.setattr(kind, "read", lambda self, name, read=kind.read: reads.append(name) or read(self, name))
+    models = {f"models[{i}]": {**BASE, "b.bias": torch.full((16,), float(i % 3 + 2))} for i in range(8)}
+    sources = {name: Checkpoint.open(state) for name, state in {"base": BASE, **models}.items()}
+    told = [*alike(sources)]
+    firsts = {i: i % 3 for i in range(3, 8)}
+    assert sorted(told) == [
+        f"models[{i}] has the same weights as models[{j}] and counts twice" for i, j in firsts.items()
+    ]
+    assert len(reads) == 2 * 9 + 2 * 8, "first rows of all, then the whole of those that agree in them"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_adapters_are_not_applied_to_whole_weights(
+    turned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = {"a.weight": torch.randn(16, 8), "b.weight": torch.randn(16, 8)}
+    rank, sides = 2, (16, 8) if turned else (8, 16)
+    folders = [tmp_path / str(i) for i in range(3)]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        factors = {"A": torch.full((rank, sides[0]), 1.0 + i), "B": torch.ones(sides[1], rank)}
+        named = {f"base_model.model.a.lora_{name}.weight": factor for name, factor in factors.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "fan_in_fan_out": turned}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    with Checkpoint.open(base) as opened, open_model(folders[1], opened) as adapted:
+        for name in base:
+            assert torch.equal(adapted.read_rows(name, 3, 7), adapted.read(name)[3:7])
+    monkeypatch.setattr(AdaptedCheckpoint, "read", None)
+    assert notices(base, folders) == []  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("base", [{}, {"n": torch.arange(3)}, {"mask": torch.ones(2, dtype=torch.bool)}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import re
 import zipfile
 from pathlib import Path
@@ -81,6 +82,20 @@ def test_one_of_several_is_named_behind_the_path(zipped: bool, tmp_path: Path) -
         read(f"{path}::emma")
     with pytest.raises(CheckpointError, match=r"models\[0\] \(in-memory state dict\): holds several state dicts"):
         fm.merge(BASE, [content])  # type: ignore[list-item]
+
+
+def test_messages_and_manifest_tell_two_of_one_file_apart(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.save({"model": tuned(1), "ema": {"shadow": {**tuned(2), "layer.bias": torch.full((4,), torch.nan)}}}, path)
+    with pytest.raises(CheckpointError, match=r"m\.pt::ema::shadow: tensor 'layer\.bias' holds NaN"):
+        fm.merge(f"{path}::model", [f"{path}::ema::shadow"])
+    torch.save({"model": tuned(1), "ema": {"shadow": tuned(2)}}, path)
+    fm.merge_checkpoints(f"{path}::model", [f"{path}::ema::shadow"], tmp_path / "out", progress=False)
+    manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())
+    names = [f"{tmp_path.name}/m.pt::model", f"{tmp_path.name}/m.pt::ema::shadow"]
+    assert [manifest["base"]["name"], manifest["models"][0]["name"]] == names
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"`{name}`" in card for name in names)
 
 
 def test_a_key_is_for_torch_files(tmp_path: Path) -> None:
@@ -188,8 +203,10 @@ def test_what_trainers_keep_beside_the_model(kind: str, tmp_path: Path) -> None:
 
 def test_extra_states_of_modules_are_left_out_and_told(tmp_path: Path) -> None:
     content = {**tuned(), "layer._extra_state": None}
+    nested = {"model": content, "ema": {"step": 3}, "epoch": 1}
     torch.save(content, tmp_path / "m.pt")
-    for source in (content, tmp_path / "m.pt"):
+    torch.save(nested, tmp_path / "nested.pt")
+    for source in (content, nested, tmp_path / "m.pt", tmp_path / "nested.pt"):
         assert same(read(source), tuned())
         warnings = fm.inspect(BASE, [source]).warnings
         assert any("layer._extra_state is no weight and left out (1 such entry)" in warning for warning in warnings)

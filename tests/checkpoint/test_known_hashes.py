@@ -25,7 +25,7 @@ def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FREEMERGE_CACHE", str(tmp_path / "cache"))
     now = time.time_ns
     monkeypatch.setattr(time, "time_ns", lambda: now() + 5 * MINUTE)
-    return tmp_path / "cache" / "sha256"
+    return tmp_path / "cache" / "freemerge" / "sha256"
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_file_that_changed_a_moment_ago_is_neither_kept_nor_recalled(
 ) -> None:
     known_by = known_hashes.key(file)
     monkeypatch.undo()
-    monkeypatch.setenv("FREEMERGE_CACHE", str(later.parent))
+    monkeypatch.setenv("FREEMERGE_CACHE", str(later.parents[1]))
     assert known_by is not None
     assert known_hashes.key(file) is None
     for _ in range(2):
@@ -159,11 +159,11 @@ def test_what_cannot_be_written_or_forgotten_does_not_keep_the_rest_from_it(
     monkeypatch.setattr(known_hashes, "_MOST", 1)
     os.utime(later / keys[1], ns=(0, 0))  # a folder, and the oldest
     known_hashes.remember({keys[2]: keys[2]})
-    assert {entry.name for entry in later.iterdir()} == {keys[1], keys[2]}
+    assert {entry.name for entry in later.iterdir()} == {keys[1], keys[2], "link"}
 
 
 def test_a_cache_that_cannot_be_written_is_as_none(file: Path, later: Path) -> None:
-    later.parent.write_text("a file where the folder should be")
+    later.parents[1].write_text("a file where the folder should be")
     for _ in range(2):
         assert hashed(file) == (sha256(file), file.stat().st_size)
 
@@ -191,18 +191,20 @@ def test_it_is_where_the_users_caches_are(file: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(file.parent / "home"))
     monkeypatch.setenv("FREEMERGE_CACHE", "~/own")
     hashed(file)
-    assert len(list((file.parent / "home" / "own" / "sha256").iterdir())) == 1
+    assert len(list((file.parent / "home" / "own" / "freemerge" / "sha256").iterdir())) == 1
 
 
 def test_the_oldest_are_forgotten(file: Path, later: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known_hashes, "_MOST", 3)
     later.mkdir(parents=True)
     for i in range(3):
-        (later / f"{i}").write_text(f"{i}" * 64)
-        os.utime(later / f"{i}", ns=(i, i))
+        (later / (f"{i}" * 64)).write_text(f"{i}" * 64)
+        os.utime(later / (f"{i}" * 64), ns=(i, i))
+    (later / "somebody's").touch()
+    os.utime(later / "somebody's", ns=(0, 0))
     hashed(file)
     names = {entry.name for entry in later.iterdir()}
-    assert names == {"1", "2", known_hashes.key(file)}
+    assert names == {"1" * 64, "2" * 64, known_hashes.key(file), "somebody's"}
 
 
 def test_a_dry_run_counts_what_is_yet_to_be_hashed(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,8 @@ class TestCarryOver:
         for name in (
             *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
             *("tf_model.h5", "flax_model.msgpack", "model.gguf", "consolidated.00.pth", "training_args.bin"),
+            *("checkpoint.pth.tar", "model.ckpt.index", "model.ckpt.meta", "model.ckpt.data-00000-of-00001"),
+            "model.safetensors.index.fp16.json",
             *("README.md", "freemerge.json", "adapter_config.json", "trainer_state.json", "all_results.json"),
             *(".gitattributes", ".git/config", ".cache/x.json", "onnx/config.json", "onnx/model.onnx"),
             *("checkpoint-500/config.json", "runs/events", "original/params.json", "2_Dense/model.safetensors"),

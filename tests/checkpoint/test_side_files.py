@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freemerge as fm
+from freemerge.checkpoint.side_files import is_tokenizer_file
 from freemerge.cli import main
 
 WEIGHTS = {"layer.weight": torch.arange(32.0).reshape(4, 8), "norm.weight": torch.ones(8)}
@@ -45,7 +47,7 @@ TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "cl100k.tiktoken"),
     *("tekken.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
-    "additional_chat_templates/tool.jinja",
+    *("additional_chat_templates/tool.jinja", "source.spm", "bpe.codes", "entity_vocab.json", "tokenization_mine.py"),
 ]
 
 
@@ -74,6 +76,14 @@ def test_every_file_of_a_tokenizer_is_compared_and_taken_over(name: str, tmp_pat
     assert not (tmp_path / "without" / name).exists()
     fm.merge_checkpoints(base, models, tmp_path / "with", progress=False, tokenizer_from="auto")
     assert (tmp_path / "with" / name).exists()
+
+
+def test_vocabularies_of_all_classes_of_transformers_belong_to_the_tokenizer() -> None:
+    sources = Path(pytest.importorskip("transformers").__file__).parent.rglob("tokenization_*.py")
+    named = [re.findall(r"VOCAB_FILES_NAMES\s*=\s*\{([^}]*)\}", path.read_text(encoding="utf-8")) for path in sources]
+    files = {file for entries in named for entry in entries for file in re.findall(r':\s*"([^"]+)"', entry)}
+    assert len(files) > 10
+    assert [file for file in sorted(files) if not is_tokenizer_file(file)] == []
 
 
 def test_auto_takes_the_bases_where_the_models_disagree(tmp_path: Path) -> None:
@@ -238,8 +248,34 @@ def test_a_model_that_is_given_twice_or_is_the_base(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(model)
     assert "models[1] is the same as models[0]" in notices(base, [model, tmp_path / "link"])
     assert "models[0] is the same as base" in notices(base, [str(base)])
+    copy = folder(tmp_path / "copy")
+    told = notices(base, [model, model, copy])
+    assert "models[1] is the same as models[0]" in told
+    assert "models[2] has the same weights as base and changes nothing" in told
     state = {**WEIGHTS}
     assert "models[1] is the same as models[0]" in notices(WEIGHTS, [state, state])
+
+
+@pytest.mark.parametrize("broken", ["link", "directory"])
+def test_what_cannot_be_carried_is_found_before_the_work(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, model = folder(tmp_path / "base"), folder(tmp_path / "model", 1.0, tokenizer_config__json="{}")
+    (tmp_path / "out").mkdir()
+    for name in ("notes.json", "tokenizer.json"):  # the tokenizer of the base is not taken, nor the model's notes
+        target = "nowhere" if broken == "link" else "."
+        (model / "notes.json").symlink_to(target)
+        (base / name).symlink_to(target)
+        fm.merge_checkpoints(base, [model], tmp_path / "one.safetensors", progress=False, force=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("freemerge.merging.engine.Merger.measure", None)
+            for run in (fm.inspect, fm.merge_checkpoints):
+                with pytest.raises(fm.CheckpointError, match=rf"base/{name}\b"):
+                    run(base, [model], out=tmp_path / "out")
+        if name == "tokenizer.json":
+            fm.merge_checkpoints(base, [model], tmp_path / "out", progress=False, tokenizer_from=0)
+        (base / name).unlink()
+        (model / "notes.json").unlink()
 
 
 def test_an_adapter_brings_its_tokenizer(tmp_path: Path) -> None:

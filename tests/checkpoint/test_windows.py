@@ -21,6 +21,7 @@ from windows import pretend
 pretend()
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, verify
+from freemerge.checkpoint.journal import JOURNAL
 from freemerge.checkpoint.publish import clean
 
 folder = Path(sys.argv[1])
@@ -84,7 +85,7 @@ def killed(out):
                 writer.write(name, torch.full((64,), 1.0))
             for file in writer._files.values():
                 file.hand_over()
-            while "00001" not in (writer.directory / "journal.jsonl").read_text():
+            while "00001" not in (writer.directory / JOURNAL).read_text():
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)

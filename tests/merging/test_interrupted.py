@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import freemerge as fm
 from freemerge.checkpoint.journal import JOURNAL
@@ -238,12 +238,33 @@ def test_changed_inputs_are_not_continued(
     assert hidden(tmp_path / "out").exists(), "what was left is there for the right merge"
 
 
+def test_another_state_dict_of_the_same_file_is_not_continued(
+    models: list[Path], tmp_path: Path, killed: Callable[[list[Path], Path, int], None]
+) -> None:
+    torch.save({"model": load_file(models[1]), "ema": load_file(models[2])}, tmp_path / "m.pt")
+    both = [Path(f"{tmp_path / 'm.pt'}::{key}") for key in ("model", "ema")]
+    killed([models[0], both[0]], tmp_path / "out", 5)
+    with pytest.raises(fm.RefusedError, match="as other inputs made it"):
+        merged([models[0], both[1]], tmp_path / "out", resume=True)
+    expected = merged([models[0], both[0]], tmp_path / "whole")
+    assert merged([models[0], both[0]], tmp_path / "out", resume=True) == expected
+
+
 def test_what_another_backend_began_is_not_continued(
     models: list[Path], tmp_path: Path, killed: Callable[[list[Path], Path, int], None]
 ) -> None:
     killed(models, tmp_path / "out", 5)
     with pytest.raises(fm.RefusedError, match="as other backend made it"):
         merged(models, tmp_path / "out", resume=True, backend="torch")
+
+
+def test_no_file_of_a_model_is_taken_for_the_journal(models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    models[0].rename(tmp_path / "base" / "model.safetensors")
+    for name in ("journal.jsonl", "journal-1.jsonl"):
+        (tmp_path / "base" / name).write_text("of the base")
+    out = merged([tmp_path / "base", *models[1:]], tmp_path / "out")
+    assert out["journal.jsonl"] == out["journal-1.jsonl"] == b"of the base"
 
 
 def test_without_resume_it_begins_anew(

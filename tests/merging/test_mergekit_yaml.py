@@ -43,6 +43,11 @@ def test_task_arithmetic(tmp_path: Path) -> None:
     assert normalized.weights == pytest.approx([2 / 3, 1 / 3])
 
 
+def test_null_is_as_not_stated(tmp_path: Path) -> None:
+    assert read(tmp_path, CONFIG | dict.fromkeys(["out_dtype", "tokenizer_source", "slices"])) == read(tmp_path, CONFIG)
+    assert read(tmp_path, CONFIG | {"out_dtype": "float16"})[2].out_dtype == "float16"
+
+
 def test_an_exponent_makes_a_number(tmp_path: Path) -> None:
     text = yaml.safe_dump(CONFIG).replace("0.25", "25e-2")
     assert "25e-2" in text

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .adapter_config import WAY_OUT, AdapterConfig
-from .adapter_layers import Ia3, Lora, fits, fits_ia3
+from .adapter_layers import DECOMPOSED, Bias, Change, Ia3, Lora, fits, fits_ia3
 from .adapter_orientation import Orientation, Target
 from .architecture import Architecture
 from .file_format import file_format
@@ -59,7 +59,7 @@ class AdaptedCheckpoint(Checkpoint):
         self.config = AdapterConfig.read(self.files[0])
         self.label = str(path)
         self.name = display_name(path)
-        self._base = base
+        self.base = base
         self._to_base = named
         self._file = _open(weights)
         self._keys = self._by_plain_key()
@@ -67,7 +67,7 @@ class AdaptedCheckpoint(Checkpoint):
         if not self._stored:
             raise CheckpointError(f"{weights}: the adapter holds no tensors")
         self._full: dict[str, str] = {}  # tensor -> the adapter's key that replaces it, before any change
-        self._changes: dict[str, Callable[[Tensor], Tensor]] = {}
+        self._changes: dict[str, Change] = {}
         self._stand_ins: dict[str, str] = {}  # tied names that the base does not store -> what it stores for them
         others = self._plan_lora() if self.config.kind == "LORA" else self._plan_ia3()
         for key in others:
@@ -76,23 +76,28 @@ class AdaptedCheckpoint(Checkpoint):
         self._set_specs()
 
     def read(self, name: str) -> Tensor:
-        if name in self._full:
-            tensor = self._read(self._full[name])
-        else:
-            tensor = self._base.read(self._stand_ins.get(name, name))
-        tensor = tensor.to(self.device(name), self.specs[name].dtype)
-        return self._changes[name](tensor) if name in self._changes else tensor
+        full, dtype = self._full.get(name), self.specs[name].dtype
+        tensor = self.base.read(self._stand_ins.get(name, name)) if full is None else self._read(full)
+        tensor = tensor.to(self.device(name))
+        return self._changes[name].apply(tensor, self._read, dtype) if name in self._changes else tensor.to(dtype)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        change = self._changes.get(name)
+        if name in self._full or (change is not None and not (isinstance(change, Lora) and change.by_rows)):
+            return super().read_rows(name, start, stop)
+        rows = self.base.read_rows(self._stand_ins.get(name, name), start, stop)
+        return rows if change is None else change.apply(rows, self._read, self.specs[name].dtype, slice(start, stop))
 
     def device(self, name: str) -> torch.device:
         name = self._stand_ins.get(name, name)
-        return self._base.device(name) if name in self._base.specs else super().device(name)
+        return self.base.device(name) if name in self.base.specs else super().device(name)
 
     def _read(self, key: str) -> Tensor:
         return self._file.read(self._keys[key])
 
     def origin(self, name: str) -> str:
         touched = name in self._full or name in self._changes
-        return str(self.files[1]) if touched else self._base.origin(self._stand_ins.get(name, name))
+        return str(self.files[1]) if touched else self.base.origin(self._stand_ins.get(name, name))
 
     @property
     def touched(self) -> Set[str]:
@@ -103,7 +108,7 @@ class AdaptedCheckpoint(Checkpoint):
         self._full, self._changes = {}, {}
 
     def _find_architecture(self) -> Architecture | None:
-        return self._base.architecture
+        return self.base.architecture
 
     # LoRA
 
@@ -129,13 +134,13 @@ class AdaptedCheckpoint(Checkpoint):
                 raise CheckpointError(f"{self.files[1]}: {module} has only one of lora_A and lora_B")
         targets = {module: self._lora_target(module, layer) for module, layer in layers.items()}
         matrices = [target for module, target in targets.items() if "embedding" not in layers[module]]
-        orientation = Orientation(self._base, self.config.flag("fan_in_fan_out"), matrices)
+        orientation = Orientation(self.base, self.config.flag("fan_in_fan_out"), matrices)
         for module, layer in layers.items():
             self._plan_layer(module, layer, targets[module], orientation)
         return others
 
     def _lora_target(self, module: str, layer: Mapping[str, str]) -> Target:
-        if f"{module}.in_proj_weight" in self._base.specs:
+        if f"{module}.in_proj_weight" in self.base.specs:
             raise CheckpointError(f"{self.files[1]}: {module} is a MultiheadAttention, not merged here; {WAY_OUT}")
         a, b = self._floating(layer["A"]), self._floating(layer["B"])
         if a.shape and not a.shape[0]:
@@ -170,12 +175,12 @@ class AdaptedCheckpoint(Checkpoint):
             self._check_magnitude(module, layer, target.name, turned=turned)
         magnitude = layer["M"] if self.config.flag("use_dora") else ""
         lora = Lora(layer["A"], layer["B"], scale, turned, magnitude, initialisation)
-        self._change(target.name, layer["A"], lambda weight: lora.apply(weight, self._read))
+        self._change(target.name, layer["A"], lora)
         if "Bbias" in layer:
             bias, key = self._named(f"{module}.bias", layer["Bbias"]), layer["Bbias"]
             if self._floating(key).shape != self._base_spec(bias).shape:
                 raise CheckpointError(f"{self.files[1]}: {key} does not have the shape of the base's {bias}")
-            self._change(bias, key, lambda weight: weight + scale * self._read(key).to(weight))
+            self._change(bias, key, Bias(key, scale))
 
     def _check_unused(self, layer: Mapping[str, str]) -> None:
         """PEFT leaves these out where the config does not ask for them; then they were trained by something else."""
@@ -203,15 +208,15 @@ class AdaptedCheckpoint(Checkpoint):
             elif layers.setdefault(module := self._module(found.group(1)), key) != key:
                 raise CheckpointError(f"{self.files[1]}: {layers[module]} and {key} are for the same layer")
         targets = {module: self._ia3_target(module, key) for module, key in layers.items()}
-        orientation = Orientation(self._base, self.config.flag("fan_in_fan_out"), [*targets.values()])
+        orientation = Orientation(self.base, self.config.flag("fan_in_fan_out"), [*targets.values()])
         for module, key in layers.items():
             feedforward = self.config.is_feedforward(module)
             ia3 = Ia3(key, feedforward, orientation.turned(targets[module]))
-            self._change(targets[module].name, key, lambda weight, ia3=ia3: ia3.apply(weight, self._read))  # type: ignore[misc]
+            self._change(targets[module].name, key, ia3)
             bias = self._to_base(f"{module}.bias")
             # A feed-forward module's input is scaled, which its bias never meets.
-            if not feedforward and bias in self._base.specs:
-                self._change(bias, key, lambda weight, ia3=ia3: ia3.apply(weight, self._read))  # type: ignore[misc]
+            if not feedforward and bias in self.base.specs:
+                self._change(bias, key, ia3)
         return others
 
     def _ia3_target(self, module: str, key: str) -> Target:
@@ -236,7 +241,7 @@ class AdaptedCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.files[1]}: {self._full[name]} and {key} both replace {name}")
         if name in self._changes and ".base_layer." not in key:
             raise CheckpointError(f"{self.files[1]}: {key} replaces {name}, which the adapter also changes")
-        if name in self._base.specs or name in self._base.absent_ties:
+        if name in self.base.specs or name in self.base.absent_ties:
             spec, expected = self._stored[key], self._base_spec(self._named(name, key))
             if spec.shape != expected.shape:
                 raise CheckpointError(
@@ -266,7 +271,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     # Shared
 
-    def _change(self, name: str, key: str, change: Callable[[Tensor], Tensor]) -> None:
+    def _change(self, name: str, key: str, change: Change) -> None:
         if name in self._changes:
             raise CheckpointError(f"{self.files[1]}: {key} is a second adapter of {name}")
         self._changes[name] = change
@@ -283,51 +288,60 @@ class AdaptedCheckpoint(Checkpoint):
     def _named(self, name: str, key: str) -> str:
         """The base's tensor that an adapter's key is about."""
         name = self._to_base(name)
-        if name not in self._base.specs and name not in self._base.absent_ties:
-            longer = next((other for other in self._base.specs if other.endswith(f".{name}")), None)
-            shorter = next((other for other in self._base.specs if name.endswith(f".{other}")), None)
+        if name not in self.base.specs and name not in self.base.absent_ties:
+            longer = next((other for other in self.base.specs if other.endswith(f".{name}")), None)
+            shorter = next((other for other in self.base.specs if name.endswith(f".{other}")), None)
             change = ("", longer[: -len(name)]) if longer else (name[: -len(shorter)], "") if shorter else None
             advice = f"; rename {change[0]!r} to {change[1]!r} (--rename '{'='.join(change)}')" if change else ""
             raise CheckpointError(
-                f"{self.files[1]}: {key} adapts {name}, which {self._base.label} does not have{advice}"
+                f"{self.files[1]}: {key} adapts {name}, which {self.base.label} does not have{advice}"
             )
         if self._base_spec(name).dtype not in MERGEABLE:
             raise CheckpointError(f"{self.files[1]}: {key} adapts {name}, which is {self._base_spec(name).dtype_name}")
         return name
 
     def _base_spec(self, name: str) -> TensorSpec:
-        if name in self._base.specs:
-            return self._base.specs[name]
-        first = self._base.specs[self._base.absent_ties[name]]
+        if name in self.base.specs:
+            return self.base.specs[name]
+        first = self.base.specs[self.base.absent_ties[name]]
         return TensorSpec(name, first.shape, first.dtype)
 
     def _keep_untouched_heads(self) -> None:
         """Second names of what the adapter changes keep the base's values; PEFT stores those that it changes, too."""
         touched = self.touched
-        ties = {**self._base.tied, **(self._base.absent_ties if self._touches_embeddings(touched) else {})}
+        ties = {**self.base.tied, **(self.base.absent_ties if self._touches_embeddings(touched) else {})}
         self.tied = {}
         for second, first in ties.items():
             changed = second in touched or first in touched
-            if changed and second not in self._base.specs:
+            if changed and second not in self.base.specs:
                 self._stand_ins[second] = first
-            elif not changed and second in self._base.specs:
+            elif not changed and second in self.base.specs:
                 self.tied[second] = first
 
     def _touches_embeddings(self, touched: Set[str]) -> bool:
         """Whether the adapter changes something that transformers may tie: asked before transformers is imported."""
         return any(
-            name not in self._base.specs or (name in self._full and len(self._base.specs[name].shape) > 1)
+            name not in self.base.specs or (name in self._full and len(self.base.specs[name].shape) > 1)
             for name in touched
         ) or any(".lora_embedding_" in key for key in self._stored)
 
     def _set_specs(self) -> None:
-        base = dict(self._base.specs)
+        base = dict(self.base.specs)
         base |= {name: self._base_spec(name) for name in self._stand_ins}
         base |= {name: self._stored[key] for name, key in self._full.items() if name not in base}
         self.specs = {
             name: TensorSpec(name, spec.shape, _wide(spec.dtype) if name in self.touched else spec.dtype)
             for name, spec in sorted(base.items())
         }
+        self.made = {**self.base.made, **{name: self._read_bytes(name) for name in self.touched}}
+
+    def _read_bytes(self, name: str) -> int:
+        """What reading a tensor that the adapter touches takes: itself, and what is taken out of it or the base's."""
+        change, source = self._changes.get(name), self._stand_ins.get(name, name)
+        itself = self.specs[name].nbytes
+        if isinstance(change, Lora) and change.initialisation:
+            itself *= DECOMPOSED
+        return itself + (0 if name in self._full else self.base.made.get(source, 0))
 
 
 def _open(path: Path) -> SafetensorsFile | PickledFile:

@@ -2,48 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from .adapter import AdaptedCheckpoint
 from .reader import Checkpoint
-from .spec import MERGEABLE
+from .spec import MERGEABLE, TensorSpec
 
 
 def alike(sources: Mapping[str, Checkpoint]) -> Iterator[str]:
-    """A sentence for each pair of sources with the same weights, by the arguments' names: ``base``, ``models[0]``.
+    """A sentence for each source with the weights of an earlier one, by the arguments' names: ``base``, ``models[0]``.
 
-    Reads the first row of each tensor up to the first that differs, and all of them only where none does.
+    Those of the first source are what counts. Reads the first row of each tensor of all sources that agree so far, and
+    all of them only where some agree in every first row.
     """
-    for first, second in combinations(sources, 2):
-        if _same(sources[first], sources[second]):
-            changes = " and changes nothing" if first == "base" else " and counts twice"
-            yield f"{second} has the same weights as {first}{changes}"
+    arguments = {source: argument for argument, source in sources.items()}
+    base = next(iter(arguments))
+    specs = [spec for spec in base.specs.values() if spec.dtype in MERGEABLE and spec.numel]
+    groups: list[Sequence[Checkpoint]] = [[*arguments]] if specs else []
+    for rows in (1, None):
+        for spec in specs:
+            groups = [part for group in groups for part in _parts(group, spec, rows) if len(part) > 1]
+    for first, *others in groups:
+        changes = "and changes nothing" if first is base else "and counts twice"
+        for other in others:
+            yield f"{arguments[other]} has the same weights as {arguments[first]} {changes}"
 
 
-def _same(one: Checkpoint, other: Checkpoint) -> bool:
-    return all(_equal(one, other, rows) for rows in (1, None))
+def _parts(group: Sequence[Checkpoint], spec: TensorSpec, rows: int | None) -> list[Sequence[Checkpoint]]:
+    """Sources that agree in a number of first rows of a tensor, or all; those that lack it are together."""
+    holders: dict[Checkpoint | None, list[Checkpoint]] = {}
+    for source in group:
+        holders.setdefault(_holder(source, spec), []).append(source)
+    if len(holders) == 1:
+        return [group]
+    parts: list[tuple[torch.Tensor | None, list[Checkpoint]]] = []
+    for holder, sources in holders.items():
+        tensor = None if holder is None else _read(holder, spec, rows)
+        equal = next((part for other, part in parts if _equal(other, tensor)), None)
+        if equal is None:
+            parts.append((tensor, sources))
+        else:
+            equal += sources
+    return [part for _, part in parts]
 
 
-def _equal(one: Checkpoint, other: Checkpoint, rows: int | None) -> bool:
-    """Whether there are tensors to merge, and these agree in a number of first rows, or all."""
-    seen = False
-    touched = [source.touched for source in (one, other) if isinstance(source, AdaptedCheckpoint)]
-    for name, spec in one.specs.items():
-        if spec.dtype not in MERGEABLE or not spec.numel:
-            continue
-        seen, theirs = True, other.specs.get(name)
-        if theirs is None or theirs.dtype not in MERGEABLE or theirs.shape != spec.shape:
-            return False
-        if touched and not any(name in changed for changed in touched):
-            continue  # both have the base's
-        first, second = (
-            source.read(name) if rows is None or not source.specs[name].shape else source.read_rows(name, 0, rows)
-            for source in (one, other)
-        )
-        wide = torch.promote_types(first.dtype, second.dtype)
-        if not torch.equal(first.to(wide), second.to(first.device, wide)):
-            return False
-    return seen
+def _holder(source: Checkpoint, spec: TensorSpec) -> Checkpoint | None:
+    """What a tensor is read from: the base for all that an adapter leaves as it is; None if it is not there."""
+    theirs = source.specs.get(spec.name)
+    if theirs is None or theirs.dtype not in MERGEABLE or theirs.shape != spec.shape:
+        return None
+    return source.base if isinstance(source, AdaptedCheckpoint) and spec.name not in source.touched else source
+
+
+def _read(source: Checkpoint, spec: TensorSpec, rows: int | None) -> torch.Tensor:
+    return source.read(spec.name) if rows is None or not spec.shape else source.read_rows(spec.name, 0, rows)
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    wide = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(wide), other.to(one.device, wide))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +27,10 @@ from .writer import write_json
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
 _LEFT_OUT = frozenset({"README.md", MANIFEST, "adapter_config.json"})
+# Weights, their indexes, of variants too, and the parts that TensorFlow writes.
+_WEIGHT = re.compile(
+    rf"({'|'.join(map(re.escape, WEIGHT_SUFFIXES))})(\.index(\.\w+)?\.json|\.index|\.meta|\.data-\d+-of-\d+)?$"
+)
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
@@ -47,14 +53,9 @@ def carry_over(
     ``in_floats`` whatever it says. The files of the tokenizer and the special tokens come from ``tokenizer``, if it is
     given.
 
-    Returns the relative names of what was copied, sorted. Raises CheckpointError for a symbolic link that leads out of
-    ``base`` and for files that are not regular, before anything is copied.
+    Returns the relative names of what was copied, sorted. Raises what :func:`carried` does, before anything is copied.
     """
-    sources = {name: base / name for name in _carried(base, base)} | part_weights(base)
-    if tokenizer is not None and tokenizer.directory is not None:
-        sources = {name: path for name, path in sources.items() if not is_tokenizer_file(name)}
-        others = _carried(tokenizer.directory, tokenizer.directory)
-        sources |= {name: tokenizer.directory / name for name in others if is_tokenizer_file(name)}
+    sources = carried(base, tokenizer)
     names = sorted(sources)
     for name in names:
         destination = target / name
@@ -79,28 +80,37 @@ def carry_over(
     return names
 
 
-def _carried(base: Path, directory: Path) -> list[str]:
+def carried(base: Path, tokenizer: Checkpoint | None = None) -> dict[str, Path]:
+    """What :func:`carry_over` copies, by the relative names.
+
+    Raises CheckpointError for a symbolic link among it that leads nowhere or out of its directory, and for what is no
+    regular file.
+    """
+    other = None if tokenizer is None else tokenizer.directory
+    if other is None:
+        return {name: base / name for name in _carried(base, base)} | part_weights(base)
+    own = _carried(base, base, lambda name: not is_tokenizer_file(name))
+    theirs = _carried(other, other, is_tokenizer_file)
+    return {name: base / name for name in own} | part_weights(base) | {name: other / name for name in theirs}
+
+
+def _carried(base: Path, directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
     names: list[str] = []
     for item in sorted(os.scandir(directory), key=lambda item: item.name):
         path = Path(item.path)
         if item.is_dir(follow_symlinks=False):
             if not item.name.startswith((".", "checkpoint-", "global_step")) and item.name not in _FORMAT_DIRECTORIES:
-                names += _carried(base, path)
+                names += _carried(base, path, wanted)
             continue
         if item.name.startswith((".", "trainer_")) or item.name.endswith("_results.json"):
             continue
-        if item.name in _LEFT_OUT or _is_weight(path):
+        name = path.relative_to(base).as_posix()
+        if item.name in _LEFT_OUT or _WEIGHT.search(name) or not wanted(name):
             continue
         if not entry(directory, item.name, home=base).is_file():
             raise CheckpointError(f"{path} is not a regular file")
-        names.append(path.relative_to(base).as_posix())
+        names.append(name)
     return names
-
-
-def _is_weight(path: Path) -> bool:
-    return path.name.endswith(WEIGHT_SUFFIXES) or path.name.endswith(
-        tuple(f"{suffix}.index.json" for suffix in WEIGHT_SUFFIXES)
-    )
 
 
 def _set_dtype(config: dict[str, object], dtype: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError
+from .state_dict import is_extra
 
 SEPARATOR = "::"
 _DEPTH = 3
@@ -45,11 +46,17 @@ def state_dict_in(content: object, source: str, key: str = "") -> Mapping[Any, A
         return content
     found = dict(_state_dicts(content, _DEPTH))
     # Numbers alone are no model beside others: losses, scales of gradients.
-    candidates = {name: state for name, state in found.items() if any(t.numel() > 1 for t in state.values())} or found
+    candidates = {name: state for name, state in found.items() if any(map(_is_array, state.values()))} or found
     if len(candidates) > 1:
         listed = " or ".join(f"{source.partition(SEPARATOR)[0]}{SEPARATOR}{name}" for name in candidates)
         raise CheckpointError(f"{source}: holds several state dicts; say which by {listed}")
     return next(iter(candidates.values()), content)
+
+
+def _is_state_dict(content: Mapping[Any, Any]) -> bool:
+    """Whether it holds tensors, and nothing else but what modules keep beside them."""
+    known = [isinstance(value, torch.Tensor) or is_extra(name, value) for name, value in content.items()]
+    return all(known) and any(isinstance(value, torch.Tensor) for value in content.values())
 
 
 def _is_array(value: object) -> bool:
@@ -60,7 +67,7 @@ def _state_dicts(content: Mapping[Any, Any], depth: int) -> Iterator[tuple[str, 
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Mapping) or _NEVER_MODELS.search(name.lower()):
             continue
-        if value and all(isinstance(item, torch.Tensor) for item in value.values()):
+        if _is_state_dict(value):
             yield name, value
         elif depth > 1:
             yield from ((f"{name}{SEPARATOR}{inner}", found) for inner, found in _state_dicts(value, depth - 1))

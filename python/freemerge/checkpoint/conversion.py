@@ -69,12 +69,17 @@ class Layout:
         whole = len(pieces) == 1 and len(self.pieces[pieces[0].file]) == 1
         return pieces[0].file if whole and pieces[0].strides == pieces[0].file_strides else None
 
+    def is_view(self, name: str) -> bool:
+        """Whether a tensor of files is a view of one of the module's."""
+        first, *others = self.pieces[name]
+        return not others and (first.shape, first.file_strides) == (self.files[name], _strides(self.files[name]))
+
     def file_tensor(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """A tensor as files hold it: a view of the module's where it is one piece, else put together."""
-        pieces, shape = self.pieces[name], self.files[name]
-        if len(pieces) == 1 and (pieces[0].shape, pieces[0].file_strides) == (shape, _strides(shape)):
+        pieces = self.pieces[name]
+        if self.is_view(name):
             return pieces[0].of_module(read(pieces[0].module).contiguous())
-        out = read(pieces[0].module).new_empty(shape)
+        out = read(pieces[0].module).new_empty(self.files[name])
         for piece in pieces:
             piece.of_file(out).copy_(piece.of_module(read(piece.module).contiguous()))
         return out

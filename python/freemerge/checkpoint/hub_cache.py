@@ -22,7 +22,7 @@ def local_path(source: str | os.PathLike[str]) -> Path:
     Raises CheckpointError, saying how to fetch the model, if there is neither.
     """
     path = Path(source).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # False, too, for a name that the system refuses
         return (_snapshot(path, "") or path) if path.name.startswith(REPOSITORY) else path
     address = _ADDRESS.fullmatch(os.fspath(source))
     wanted = os.fspath(source) if address is None else "@".join(filter(None, address.groups()))

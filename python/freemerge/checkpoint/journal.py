@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RefusedError
 
-JOURNAL = "journal.jsonl"
+JOURNAL = ".freemerge-journal.jsonl"  # hidden, as no file of a model that is carried over
 
 
 class Journal:
@@ -70,7 +70,7 @@ def _line(entry: Mapping[str, object]) -> str:
 
 
 def _worker(rank: int | str) -> str:
-    return f"journal-{rank}.jsonl"
+    return f".freemerge-journal-{rank}.jsonl"
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

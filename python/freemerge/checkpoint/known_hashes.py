@@ -58,7 +58,8 @@ def remember(digests: Mapping[str, str]) -> None:
         for known_by, digest in digests.items():
             with suppress(OSError):
                 _write(folder / known_by, digest)
-        for path in sorted(folder.iterdir(), key=lambda path: path.lstat().st_mtime_ns)[:-_MOST]:
+        ours = [path for path in folder.iterdir() if _DIGEST.fullmatch(path.name)]
+        for path in sorted(ours, key=lambda path: path.lstat().st_mtime_ns)[:-_MOST]:
             with suppress(OSError):
                 path.unlink()
 
@@ -76,13 +77,15 @@ def _write(path: Path, text: str) -> None:
 
 
 def _folder() -> Path | None:
-    """``FREEMERGE_CACHE``, nothing if that is empty, else a folder where the user's caches are."""
+    """A folder of ours in ``FREEMERGE_CACHE``, nothing if that is empty, else where the user's caches are."""
     chosen, caches = os.environ.get("FREEMERGE_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
     if chosen == "":
         return None
     try:
         if chosen is not None:
-            return Path(chosen).expanduser() / "sha256"
-        return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "freemerge" / "sha256"
+            place = Path(chosen).expanduser()
+        else:
+            place = Path(caches) if os.path.isabs(caches) else Path.home() / ".cache"
+        return place / "freemerge" / "sha256"
     except RuntimeError:  # the user has no home
         return None

@@ -50,9 +50,9 @@ def locate(path: Path) -> Located:
     A directory is read as transformers would, except that one with both a single file and an index is refused: it is
     what a merge over an older, differently sharded model leaves behind, and the stale half would be loaded silently.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # False, as below, for a name that the system refuses
         return _locate_in_directory(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or directory (models are not downloaded; give a local path)")
     if path.name.endswith(".index.json"):
         return _read_index(path.parent, path)

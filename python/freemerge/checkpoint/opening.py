@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -29,6 +29,8 @@ _ADAPTER_WEIGHT = re.compile(
     r"|ia3_l|hada_[wt][12](_[ab])?|lokr_(w[12](_[ab])?|t2)|b?oft_(R|S|s|blocks)|vera_lambda_[bd]|vblora_\w+|hra_u"
     r"|(fourierft|waveft)_spectrum|randlora_\w+|shira_weight|c3a_kernel|road_(theta|alpha)|bone_block|miss_block)(\.|$)"
 )
+_LORA_HALF = re.compile(r"(?:^|[._])lora[._](?:embedding_|linear_layer\.)?(A|a|down)(?=\.|$)")
+_OTHER_HALF = {"A": "B", "a": "b", "down": "up"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def open_inputs(
     plain = {argument: renamed(other, _as_the_base_stores(other, opened, groups)) for argument, other in plain.items()}
     for checkpoint in (opened, *plain.values()):
         checkpoint.tied = _with_common_roots(checkpoint.tied, [opened, *plain.values()])
+    _refuse_adapter_of_its_own(opened, merged)
     for other in plain.values():
         _refuse_unmerged_adapter(other, opened)
 
@@ -103,7 +106,9 @@ def open_inputs(
             raise ArgumentError(f"rename: {old!r} (to {new!r}) begins no name of the models")
     untied = untie(opened, sources, lambda name: merged((name, *opened.aliases(name))))
     named = {"base": opened, **dict(zip(models, sources, strict=True))}
-    notices += [*_given_twice({"base": base, **models})] or [*alike(named)]
+    twice = _given_twice({"base": base, **models})
+    notices += [f"{argument} is the same as {first}" for argument, first in twice.items()]
+    notices += alike({argument: source for argument, source in named.items() if argument not in twice})
     method = needless_quantisation(opened)
     if method is not None:
         notices.append(
@@ -116,15 +121,29 @@ def open_inputs(
     return Inputs(untied.base, untied.models, untied.names, tuple(notices))
 
 
+def _refuse_adapter_of_its_own(base: Checkpoint, merged: Callable[[Sequence[str]], bool]) -> None:
+    """Refuse two factors of one change, or models of such, which would be merged apart: A and B, not B A."""
+    for name in base.specs:
+        half = _LORA_HALF.search(name)
+        if half is None:
+            continue
+        other = f"{name[: half.start(1)]}{_OTHER_HALF[half.group(1)]}{name[half.end(1) :]}"
+        if other in base.specs and merged((name, *base.aliases(name))):
+            raise _unmerged(base, name)
+
+
 def _refuse_unmerged_adapter(model: Checkpoint, base: Checkpoint) -> None:
     """Refuse weights that change others in a way that only the library which trained them knows."""
     adapted = next((n for n in model.specs if n not in base.specs and _ADAPTER_WEIGHT.search(n)), None)
-    if adapted is None:
-        return
+    if adapted is not None:
+        raise _unmerged(model, adapted)
+
+
+def _unmerged(checkpoint: Checkpoint, adapted: str) -> CheckpointError:
     way_out = "merge it with the library that trained it, and pass the full model"
     if adapted.startswith("base_model."):
         way_out = "pass what its merge_and_unload() returns, or the directory that its save_pretrained() writes"
-    raise CheckpointError(f"{model.label} holds an adapter that is not merged ({adapted}); {way_out}")
+    return CheckpointError(f"{checkpoint.label} holds an adapter that is not merged ({adapted}); {way_out}")
 
 
 def _with_common_roots(tied: Mapping[str, str], everyone: Sequence[Checkpoint]) -> dict[str, str]:
@@ -164,13 +183,15 @@ def _tied_groups(everyone: Iterable[Checkpoint]) -> Iterable[Sequence[str]]:
     return set(groups.values())
 
 
-def _given_twice(sources: Mapping[str, object]) -> Iterator[str]:
-    """Inputs that are the same object or path: a model that counts twice, or one that is the base."""
+def _given_twice(sources: Mapping[str, object]) -> dict[str, str]:
+    """Inputs that are the same object or path as an earlier one: a model that counts twice, or one that is the base."""
     first: dict[object, str] = {}
+    twice: dict[str, str] = {}
     for argument, source in sources.items():
         key = os.path.realpath(local_path(source)) if isinstance(source, (str, os.PathLike)) else id(source)
         if first.setdefault(key, argument) != argument:
-            yield f"{argument} is the same as {first[key]}"
+            twice[argument] = first[key]
+    return twice
 
 
 def in_file_layout(checkpoints: Sequence[Checkpoint], renames: Sequence[Rename] = ()) -> list[Checkpoint]:

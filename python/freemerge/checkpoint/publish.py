@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "freemerge.json"
 WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
+    *(".safetensors", ".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
     *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
 )
 _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
@@ -49,11 +49,24 @@ def target(out: str | os.PathLike[str], *, file: str | None = None) -> Path:
     """
     if isinstance(out, str) and not out:
         raise RefusedError("the name of the output is empty")
-    path, here = path_of("out", out).resolve(), Path.cwd()
+    path, here = _resolved(out), Path.cwd()
     if path == here or path in here.parents:
         raise RefusedError(f"{out} is {'' if path == here else 'above '}the current directory; name a new one")
     if path.suffix != file:
         refuse_weights(Path(out), "an output is a directory" + (f" or a {file} file" if file is not None else ""))
+    return path
+
+
+def _resolved(out: str | os.PathLike[str]) -> Path:
+    """The path of an output, links followed; CheckpointError for one that no file system can have."""
+    path = path_of("out", out)
+    try:
+        path = path.resolve()
+        path.exists()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    except RuntimeError:  # pathlib's, before Python 3.13
+        raise CheckpointError(f"cannot write {out}: a symbolic link that leads to itself") from None
     return path
 
 
@@ -101,14 +114,20 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
         raise RefusedError(f"{out} holds something else than this writes ({reason}), so even force does not delete it")
 
 
+def refuse_files(out: str | os.PathLike[str], files: Iterable[Path]) -> None:
+    """RefusedError for an output that would replace or delete one of these files or directories."""
+    resolved = _resolved(out)
+    for path in files:
+        if resolved in (path.resolve(), *path.resolve().parents):
+            verb = "is" if resolved == path.resolve() else "holds"
+            raise RefusedError(f"{out} {verb} an input ({path}); write somewhere else")
+
+
 def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) -> None:
     """RefusedError for an output that would replace or delete an input, or lie inside of one."""
-    resolved = path_of("out", out).resolve()
+    resolved = _resolved(out)
     for source in sources:
-        for path in (source.path, *source.files):
-            if path is not None and resolved in (path.resolve(), *path.resolve().parents):
-                verb = "is" if resolved == path.resolve() else "holds"
-                raise RefusedError(f"{out} {verb} an input ({path}); write somewhere else")
+        refuse_files(out, (path for path in (source.path, *source.files) if path is not None))
         if source.directory is not None and source.directory.resolve() in resolved.parents:
             raise RefusedError(f"{out} is inside of an input ({source.directory}); write somewhere else")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 import torch
 
@@ -19,6 +20,9 @@ FLOAT8 = frozenset(
     if hasattr(torch, name)
 )
 QUANTISATION = ("quantization_config", "compression_config")  # entries of config.json
+# What scales of activations are called.
+_OF_LAYERS = ("input_scale", "activation_scale", "output_scale", "scale_input", "input_scale_ub", "input_scale_inv")
+_OF_CACHES = ("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale")
 _BLOCK = 128  # of DeepSeek's format, where the config does not say
 
 _WITH_TRANSFORMERS = "dequantise it first, for instance with transformers: torch.save({}.state_dict(), 'NEW.bin')"
@@ -50,6 +54,7 @@ _PACKED = {
 }
 _ANY_PACKED = re.compile("|".join(pattern.pattern for pattern, _ in _PACKED.values()))
 _INTEGERS = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
+_CODES = _INTEGERS | FLOAT8 | {torch.int64}
 _NO_WEIGHT = re.compile(r"mask|bias|ids|index|position|token|offset|count|step|stat", re.IGNORECASE)
 
 
@@ -66,7 +71,7 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     can be copied, but not merged.
     """
     config = _quantisation(checkpoint)
-    packed = _packed(checkpoint)
+    packed = _packed(checkpoint, "quant_method" in config)
     if packed is not None:
         kind, name, advice = packed
         raise CheckpointError(f"{checkpoint.label} is quantised ({config.get('quant_method', kind)}: {name}); {advice}")
@@ -76,10 +81,17 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     return Dequantised(checkpoint, weights, config.get("weight_block_size")) if weights else checkpoint
 
 
-def _packed(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
-    """The format, a tensor that shows it, and the way out, of weights that are integers with scales."""
+def _packed(checkpoint: Checkpoint, declared: bool) -> tuple[str, str, str] | None:
+    """The format, a tensor that shows it, and the way out, of weights that are integers with scales.
+
+    A name says so only where the config does, too, or its module holds integers.
+    """
     # A name is searched once for the endings of all formats, as hardly ever there is one.
-    suspects = [name for name in checkpoint.specs if _ANY_PACKED.search(name)]
+    suspects = {name: end.start() for name in checkpoint.specs if (end := _ANY_PACKED.search(name))}
+    if suspects and not declared:
+        stored = [name for name, spec in checkpoint.specs.items() if spec.ndim and spec.dtype in _CODES]
+        modules = {module for name in stored for module in accumulate(name.split("."), "{}.{}".format)}
+        suspects = {name: begin for name, begin in suspects.items() if name[:begin].rstrip(".") in modules}
     for kind, (pattern, advice) in _PACKED.items():
         found = next((name for name in suspects if pattern.search(name)), None)
         if found is not None:
@@ -112,50 +124,64 @@ class Dequantised(Wrapped):
         self.dequantised = self.widened = True
         self.metadata = {key: said for key, said in inner.metadata.items() if "quant" not in key}  # no longer true
         self._scales = scales
-        gone = set(scales.values()) | {
-            name for name in inner.specs if _is_activation_scale(name, scales) or name == "scaled_fp8"
-        }
+        gone = {*scales.values(), *_activation_scales(inner.specs, scales), "scaled_fp8"}
         self.specs = {
             name: spec.with_dtype(torch.float32) if name in scales else spec
             for name, spec in inner.specs.items()
             if name not in gone
         }
         self.tied = {name: first for name, first in inner.tied.items() if name in self.specs and first in self.specs}
+        self.made = {name: self.specs[name].nbytes for name in scales}
         self._blocks = {
             name: self._block(inner.specs[name], inner.specs[scale], block) for name, scale in scales.items()
         }
 
     def read(self, name: str) -> torch.Tensor:
-        tensor = self.inner.read(name)
-        if name not in self._scales:
-            return tensor
-        scale = _factors(self.inner.read(self._scales[name])).to(tensor.device)
-        scale = (
-            scale.reshape(scale.shape + (1,) * (tensor.ndim - scale.ndim)) if scale.numel() > 1 else scale.reshape(())
-        )
-        for dim, size in self._blocks[name].items():
-            scale = scale.repeat_interleave(size, dim).narrow(dim, 0, tensor.shape[dim])
-        return tensor.float() * scale
+        return self._scaled(name, self.inner.read(name))
 
-    def _block(self, weight: TensorSpec, scale: TensorSpec, configured: object) -> dict[int, int]:
-        """How many rows and columns share each scale, by dimension; empty where the scale broadcasts."""
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self._scaled(name, self.inner.read_rows(name, start, stop), start)
+
+    def _scaled(self, name: str, stored: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Rows of a tensor from the ``first`` on, times their scales."""
+        if name not in self._scales:
+            return stored
+        scale = _factors(self.inner.read(self._scales[name])).to(stored.device)
+        values = stored.float()
+        if scale.numel() == 1:
+            return values.mul_(scale.reshape(()))
+        block = self._blocks[name]
+        if not block or values.ndim > 2:  # otherwise the rows that share a scale are those of the first dimension
+            scale, first = scale[first : first + len(values)], 0
+        if not block:
+            return values.mul_(scale.reshape(scale.shape + (1,) * (values.ndim - scale.ndim)))
+        height, width = block
+        scale = scale.repeat_interleave(width, -1).narrow(-1, 0, values.shape[-1])
+        for i in range(first // height, -(-(first + values.shape[-2]) // height)):
+            begin = i * height - first
+            values[..., max(0, begin) : begin + height, :].mul_(scale[..., i : i + 1, :])
+        return values
+
+    def _block(self, weight: TensorSpec, scale: TensorSpec, configured: object) -> tuple[int, int] | None:
+        """How many rows and columns of a matrix share each scale; None where the scale broadcasts."""
         if scale.dtype != torch.uint8 and not scale.dtype.is_floating_point:
             raise CheckpointError(f"{self.label}: {scale.name} scales {weight.name} and is {scale.dtype_name}")
         if scale.numel == 1 or scale.shape in (weight.shape[:1], (*weight.shape[:-1], 1)):
-            return {}
-        sizes = (_BLOCK, _BLOCK)
+            return None
+        known = (_BLOCK, _BLOCK)
         if (
             isinstance(configured, list)
             and len(configured) == 2
             and all(isinstance(n, int) and n > 0 for n in configured)
         ):
-            sizes = (configured[0], configured[1])
-        rows = {weight.ndim - 2: sizes[0], weight.ndim - 1: sizes[1]}
+            known = (configured[0], configured[1])
         if weight.ndim == scale.ndim >= 2:
-            even = {dim: -(-weight.shape[dim] // max(1, scale.shape[dim])) for dim in rows}
-            for block in (rows, even):
-                if scale.shape == tuple(-(-size // block.get(dim, 1)) for dim, size in enumerate(weight.shape)):
-                    return block
+            sides = weight.shape[-2:]
+            even = tuple(max(1, -(-size // max(1, count))) for size, count in zip(sides, scale.shape[-2:], strict=True))
+            for height, width in (known, even):
+                expected = tuple(-(-size // block) for size, block in zip(sides, (height, width), strict=True))
+                if scale.shape == (*weight.shape[:-2], *expected):
+                    return height, width
         raise CheckpointError(
             f"{self.label}: {scale.name} {scale.shape} does not scale {weight.name} {weight.shape} by rows or blocks"
         )
@@ -203,9 +229,13 @@ def _scale_of(name: str, specs: Mapping[str, TensorSpec]) -> str | None:
     return next((scale for scale in named if scale in specs), None)
 
 
-def _is_activation_scale(name: str, weights: Mapping[str, str]) -> bool:
-    stem, _, last = name.rpartition(".")
-    known = ("input_scale", "activation_scale", "output_scale", "scale_input", "input_scale_ub", "input_scale_inv")
-    cache = ("q_scale", "k_scale", "v_scale", "kv_scale", "prob_scale", "prob_output_scale")  # of an attention's cache
-    inside = any(weight.startswith(f"{stem}.") for weight in weights)
-    return (last in known and f"{stem}.weight" in weights) or (last in cache and (inside or not stem))
+def _activation_scales(names: Iterable[str], weights: Iterable[str]) -> set[str]:
+    """The scales of activations that belong to these weights: of a layer, or of the cache of an attention above it."""
+    layers = {weight.removesuffix(".weight") for weight in weights if weight.endswith(".weight")}
+    above = {stem for weight in weights for stem in accumulate(weight.split(".")[:-1], "{}.{}".format)} | {""}
+    found = set()
+    for name in names:
+        stem, _, last = name.rpartition(".")
+        if (last in _OF_LAYERS and stem in layers) or (last in _OF_CACHES and stem in above):
+            found.add(name)
+    return found

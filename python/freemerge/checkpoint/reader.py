@@ -17,7 +17,7 @@ import torch
 from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError, counted
 from .architecture import Architecture, built_from_config, read_config, second_names
-from .containers import split_key, state_dict_in
+from .containers import SEPARATOR, split_key, state_dict_in
 from .file_format import file_format
 from .hub_cache import local_path
 from .locate import Located, display_name, locate
@@ -43,15 +43,17 @@ class Checkpoint(ABC):
         module: the module that was opened, if it was one.
         dequantised: whether some weights are stored in float8 and shown in float32.
         widened: whether dtypes are wider than what is stored, so that they say nothing about the files.
+        made: the bytes of memory that :meth:`read` takes, beside the source's own, for each tensor that it computes.
         copies: names in ``specs`` that are known to hold a copy of another tensor, each with the name of that.
         set_aside: what of the source is left out, in sentences.
         metadata: what the headers of the files say about the model, beside ``format``, and not about their bytes.
         label: what to call this model in messages.
-        name: what to call it in a manifest: no path of this machine in it.
+        name: what to call it in a manifest: no path of this machine in it, and the key behind ``::`` if one was given.
     """
 
     specs: dict[str, TensorSpec]
     tied: dict[str, str]
+    made: Mapping[str, int] = {}
     copies: Mapping[str, str] = {}
     set_aside: tuple[str, ...] = ()
     dequantised: bool = False
@@ -233,6 +235,7 @@ class _Lazy(Checkpoint):
         self.specs = dict(sorted(specs.items()))
         # Memory that is still there now is the mapping's own, so that equal addresses mean ties.
         self.tied = tied_names({key: self.read(key) for key, storage in made.items() if storage() is not None})
+        self.made = {key: self.specs[key].nbytes for key, storage in made.items() if storage() is None}
 
     def read(self, name: str) -> torch.Tensor:
         tensor = dense_tensor(self.label, name, self._value(name))
@@ -322,11 +325,17 @@ class _Pickled(_OnDisk):
 
     def __init__(self, path: Path, located: Located, key: str = "") -> None:
         super().__init__(path, located)
+        self._place = f"{SEPARATOR}{key}" if key else ""  # in the only file
+        self.label += self._place
+        self.name += self._place
         files = {file: PickledFile(file, key) for file in located.files}
         self._assign(files, located)
         self.tied = {name: first for file in files.values() for name, first in file.tied.items()}
         self._last = files[located.files[0]]
         self.set_aside += left_out(self.label, [name for file in files.values() for name in file.left_out])
+
+    def origin(self, name: str) -> str:
+        return super().origin(name) + self._place
 
     def read(self, name: str) -> torch.Tensor:
         file = self._files[name]

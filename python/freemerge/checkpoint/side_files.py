@@ -23,7 +23,10 @@ TokenizerFrom = Literal["base", "auto"] | int
 _TOKENIZER = (
     *("tokenizer*.json", "tokenizer.model*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json", "chat_template.*", "generation_config.json"),
-    "additional_chat_templates/*",
+    *("additional_chat_templates/*", "tokenization_*.py"),
+    # What single classes of transformers call their vocabularies.
+    *("*.spm", "spm*.model", "bpe.codes", "dict.txt", "*_vocab.json", "vocab-*.json", "word_*.json", "*.tokenizer"),
+    *("normalizer.json", "byte_maps.json", "emoji.json"),
 )
 # Entries of a config.json that do not change what the merged model computes or how it is used.
 _INCIDENTAL = frozenset(

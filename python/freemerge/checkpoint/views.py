@@ -19,7 +19,7 @@ class Wrapped(Checkpoint):
         self.inner = inner
         self.path, self.directory, self.files, self.metadata = inner.path, inner.directory, inner.files, inner.metadata
         self.label, self.name, self.module = inner.label, inner.name, inner.module
-        self.dequantised, self.widened = inner.dequantised, inner.widened
+        self.dequantised, self.widened, self.set_aside = inner.dequantised, inner.widened, inner.set_aside
 
     def device(self, name: str) -> torch.device:
         return self.inner.device(self._source(name))
@@ -49,6 +49,7 @@ class View(Wrapped):
         self._sources = dict(sorted(sources.items()))
         self.tied = dict(tied)
         self.copies = dict(inner.copies)
+        self.made = {name: inner.made[source] for name, source in self._sources.items() if source in inner.made}
         specs = {name: inner.specs[source] for name, source in self._sources.items()}
         self.specs = {name: TensorSpec(name, spec.shape, spec.dtype) for name, spec in specs.items()}
 
@@ -131,6 +132,7 @@ class InFileLayout(_Relaid):
         }
         others = {name: spec for name, spec in inner.specs.items() if name not in layout.module}
         self.specs = dict(sorted((known | others).items()))
+        self.made = {name: self.specs[name].nbytes for name in known if not layout.is_view(name)}
         tied = {layout.file_name(name): layout.file_name(first) for name, first in inner.tied.items()}
         self.tied = {name: first for name, first in tied.items() if name is not None and first is not None}
 

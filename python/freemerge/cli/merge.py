@@ -94,13 +94,17 @@ def run(
     with joined() as workers:
         if workers.rank:  # the first one talks
             output, log_json = Output(quiet=True), False
+        files = [file for file in (options["recipe"], options["mergekit"]) if file is not None]
         origin, tuned, recipe = read(base, models, options)
+        from ..checkpoint.publish import refuse_files
         from ..merging.run import inspect, merge_checkpoints
 
+        refuse_files(out, files)
         common: dict[str, Any] = {
             "backend": backend,
             "force": force,
             "max_shard_bytes": max_shard_size,
+            "memory": memory,
             "tokenizer_from": tokenizer_from,
         }
         if dry_run:
@@ -117,7 +121,6 @@ def run(
             tuned,
             out,
             recipe,
-            memory=memory,
             resume=resume,
             progress="json" if log_json else output.talks,
             on_start=start,

@@ -388,8 +388,9 @@ class Merger:
         return sum(self.specs[name].numel * self._compute_dtype(name).itemsize for name in unit.names)
 
     def _memory_bytes(self) -> int:
-        """What the largest unit takes, with its output twice, as the former one may wait to be written."""
-        largest = 0.0
+        """What the largest unit takes, with what reading it takes of all inputs at once, and its output twice, as the
+        former one may wait to be written."""
+        largest, making = 0.0, [source for source in (self.base, *self.models) if source.made]
         for unit in self.steps:
             shapes = matrix_shapes(unit, self.specs) if unit.action == "filter" else ()
             matrix = max((self._sides(unit, shape) for shape in shapes), key=math.prod, default=None)
@@ -402,7 +403,8 @@ class Merger:
                 ]
                 held += sampled(len(self.models), min(rows)) if rows else 0.0
             written = sum(self.out_spec(name).nbytes for name in unit.names)
-            largest = max(largest, held * self._worked_bytes(unit) + 2 * written)
+            made = sum(source.made.get(name, 0) for source in making for name in unit.names)
+            largest = max(largest, held * self._worked_bytes(unit) + made + 2 * written)
         pinned = [unit for unit in self.steps if any(self._goes_to_gpu(unit, source) for source in self._sources(unit))]
         if pinned:  # the one at work, and those ahead; torch rounds up to powers of two
             largest += 2 * (2 * max(map(self._unit_bytes, pinned)) + self.memory)

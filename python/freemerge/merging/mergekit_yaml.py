@@ -107,7 +107,8 @@ def read_mergekit(path: str | Path) -> tuple[str, list[str], Recipe]:
 
 class _Config:
     def __init__(self, content: object) -> None:
-        self._fields = _mapping("a configuration", content)
+        stated = _mapping("a configuration", content)
+        self._fields = {name: value for name, value in stated.items() if value is not None}  # null is not stated
         for name in self._fields:
             if name in _REFUSED:
                 raise ArgumentError(f"{name}: {_REFUSED[name]}")

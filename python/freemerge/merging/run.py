@@ -29,6 +29,7 @@ from ..checkpoint import (
     open_inputs,
 )
 from ..checkpoint.architecture import require_config
+from ..checkpoint.carry import carried
 from ..checkpoint.locate import stem_of
 from ..checkpoint.manifest import unknown_bytes
 from ..checkpoint.model_card import model_card
@@ -178,6 +179,7 @@ def merge_checkpoints(
             writer = _writer(
                 merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume, workers=workers
             )
+            _check_side_files(merger, writer, tokenizer)
             stack.enter_context(writer)  # before the work of a second run that writes there begins
             missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
@@ -228,6 +230,7 @@ def inspect(
     out: str | os.PathLike[str] | None = None,
     force: bool = False,
     max_shard_bytes: int | str = DEFAULT_SHARD_BYTES,
+    memory: int | str = DEFAULT_MEMORY,
     tokenizer_from: TokenizerFrom = "base",
 ) -> Inspection:
     """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
@@ -236,7 +239,7 @@ def inspect(
     how long it would take, where a small merge in memory can be timed for it.
 
     Args:
-        base, models, recipe, method, backend, out, force, max_shard_bytes, tokenizer_from: as for
+        base, models, recipe, method, backend, out, force, max_shard_bytes, memory, tokenizer_from: as for
             :func:`merge_checkpoints`.
 
     Raises:
@@ -245,10 +248,11 @@ def inspect(
         BackendError: the backend asked for cannot run.
     """
     with ExitStack() as stack:
-        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, byte_size("memory", memory))
+        tokenizer = _side_files(merger, tokenizer_from)
         if out is not None:
-            _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
-        _side_files(merger, tokenizer_from)
+            writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
+            _check_side_files(merger, writer, tokenizer)
         inspection = merger.inspect()
         if out is None:
             return inspection
@@ -378,12 +382,13 @@ def _identity(merger: Merger) -> dict[str, object] | None:
     sources = (merger.base, *merger.models)
     if not all(source.files for source in sources):
         return None
-    files = {
-        source: {*source.files, *(source.directory.glob("*.json") if source.directory else ())} for source in sources
-    }
+    files = {source: {*source.files} for source in sources}
+    for source, own in files.items():
+        if source.directory is not None:
+            own |= {file for file in source.directory.glob("*.json") if file.is_file()}
     return {
         "inputs": [
-            [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files[source])]
+            [source.name, *([str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files[source]))]
             for source in sources
         ],
         "recipe": merger.recipe.to_record(),
@@ -410,7 +415,7 @@ def _reads_to_measure(merger: Merger, writer: CheckpointWriter) -> int:
 
 
 def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
-    """Config, tokenizer and code files of the base, which fail early where they are broken."""
+    """Config, tokenizer and code files of the base."""
     if writer.directory is not None and merger.base.directory is not None:
         out_dtype = getattr(torch, merger.recipe.out_dtype) if merger.recipe.out_dtype is not None else None
         carry_over(
@@ -422,6 +427,12 @@ def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint)
             in_floats=needless_quantisation(merger.base) is not None,
             tokenizer=None if tokenizer is merger.base else tokenizer,
         )
+
+
+def _check_side_files(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
+    """CheckpointError for one that cannot be carried over, before the work begins."""
+    if not writer.single_file and merger.base.directory is not None:
+        carried(merger.base.directory, None if tokenizer is merger.base else tokenizer)
 
 
 def _describe(
