@@ -17,11 +17,11 @@ import freemerge as fm
 from benchmarks.traffic import MODELS_IN_ONE_PASS, merge_traffic, traffic
 from freemerge import accumulate
 from freemerge.accumulate import LateSum, add_round, filtered_sum, finished, late_sum, norm, task_vector_sum
-from freemerge.backends import registry
+from freemerge.backends import cuda, registry
 from freemerge.backends.cuda import CudaBackend
 from freemerge.backends.torch import TorchBackend
 from freemerge.checkpoint import TensorSpec
-from freemerge.errors import ArgumentError, CheckpointError
+from freemerge.errors import ArgumentError, BackendError, CheckpointError
 from freemerge.merging.units import plan_units
 from freemerge.methods import Merged
 from freemerge.planner.costs import Traits
@@ -271,6 +271,20 @@ def test_what_is_merged_can_be_read_before_it_is_added() -> None:
     assert torch.equal(merged.complete().tensors[0], want * 2.0)
     assert isinstance(late, LateSum)
     assert late.finish() == pytest.approx(norms[1] ** 2, rel=1e-12)
+
+
+def test_a_last_pass_that_was_cut_off_does_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    late, *_ = late_sum(noise(96, 130), [noise(96, 130, seed=1)], [0.5], fm.HighPass(0.05))
+    assert isinstance(late, LateSum)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(cuda._Filter, "keep_for", interrupt)
+        late.finish()
+    with pytest.raises(BackendError, match="the last pass of this sum was interrupted"):
+        late.tensor.sum()
 
 
 def test_a_result_that_is_not_finite_is_found() -> None:

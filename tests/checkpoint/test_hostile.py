@@ -15,6 +15,7 @@ from safetensors.torch import save, save_file
 
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint
+from freemerge.checkpoint.architecture import require_config
 from freemerge.checkpoint.json_file import read_json
 from freemerge.checkpoint.safetensors_file import MAX_HEADER_BYTES
 from freemerge.errors import CheckpointError
@@ -170,10 +171,13 @@ def test_json_files_of_any_kind_have_a_largest_size(tmp_path: Path) -> None:
         read_json(path, 7)
 
 
-def test_json_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_json_files_may_begin_with_a_byte_order_mark_unless_they_are_copied(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text('{"a": 1}', encoding="utf-8-sig")
+    path.write_text('{"a": 1}', encoding=encoding)
     assert read_json(path) == {"a": 1}
+    with pytest.raises(CheckpointError, match=r"config\.json: not a JSON object; the merged model would get it"):
+        require_config(tmp_path)
 
 
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:

@@ -216,6 +216,9 @@ def test_a_name_alone_is_no_quantisation(name: str, tmp_path: Path) -> None:
     assert opened(state).keys() == state.keys()
     assert fm.merge_tensors(floats(0, 4, 4), [floats(1, 4, 4)], name=name).shape == (4, 4)
     save_file(state, tmp_path / "model.safetensors")
+    codes = {"q.codes": torch.tensor([0, 1, 2, 3], dtype=torch.uint16)}
+    with pytest.raises(fm.CheckpointError, match=rf"is quantised .*{re.escape(name)}\)"):
+        opened(state | codes)
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "aqlm"}}))
     with pytest.raises(fm.CheckpointError, match=rf"is quantised \(aqlm: {re.escape(name)}\)"):
         fm.merge({"x": torch.ones(1)}, [tmp_path])

@@ -35,8 +35,8 @@ _COSTS = Costs(
 
 _FILTER_BYTES = 1 << 19  # of a prepared filter itself, beside its tables
 _CACHED_SIZES = 16
-# The squares after a filter are known by Parseval to 4e-7 of those before it at worst, of a single wave, and their root
-# to 1e-6 where so much is left of what the background keeps, and of all.
+# The squares after a filter are known by Parseval to 4e-7 of those before it at worst, of a single wave (of themselves
+# where there is no background), and their root to 1e-6 where so much is left of what the background keeps, and of all.
 _LEAST_OF_KEPT, _LEAST_OF_ALL = 0.2, 1e-5
 _TRANSFORMS = "FREEMERGE_CUDA_TRANSFORMS"
 _FFT_ALIGNMENT = 8  # bytes of a complex number, to which cuFFT wants real ones aligned
@@ -320,32 +320,36 @@ class _LateSum(LateSum):
         self._stream = stream = runtime.stream(out.device)
         native, where = executable.native, (stream.device, stream.handle)
         nbytes = int(native.workspace_bytes(*self._matrix, *where, self._job))
-        self._workspace = torch.empty(nbytes, dtype=torch.uint8, device=out.device)
-        native.run(*self._matrix, 1.0, address(self._workspace), nbytes, *where, self._job)
+        workspace = torch.empty(nbytes, dtype=torch.uint8, device=out.device)
+        native.run(*self._matrix, 1.0, address(workspace), nbytes, *where, self._job)
+        self._workspace: torch.Tensor | None = workspace
         executable.keep_for(out.device, stream)
 
     def _finish(self) -> float:
-        self._run_last(None)
-        del self._workspace  # whoever holds the sum from now on does not need it
+        # Whoever holds the sum from now on does not need it, and a pass in place that is cut off must not run again.
+        workspace, self._workspace = self._workspace, None
+        self._run_last(workspace, None)
         return float(self.results[-1])
 
     def _add_round(self, out: torch.Tensor, base: torch.Tensor, scale: float, factor: float) -> bool:
         job = self._runtime.module.AddLast(*pointer(out), *pointer(base), out.numel(), scale, factor)
         if not self._filter.native.adds(job):
             return False
-        self._run_last(job)
+        self._run_last(self._workspace, job)
         return True
 
-    def _run_last(self, add: Any) -> None:
+    def _run_last(self, workspace: torch.Tensor | None, add: Any) -> None:
+        if workspace is None:
+            raise BackendError("backend cuda: the last pass of this sum was interrupted")
         # All before has been waited for, by whoever has looked at the results.
         stream = self._runtime.stream(self.device)
         self._filter.native.run_last(
-            *self._matrix, address(self._workspace), self._workspace.nbytes,
+            *self._matrix, address(workspace), workspace.nbytes,
             stream.device, stream.handle, self._job, add,
         )  # fmt: skip
         self._filter.keep_for(self.device, stream)
         if stream.handle != self._stream.handle:  # freed memory goes back to the stream that it was taken on
-            for tensor in (self._memory, self._workspace, self.results):
+            for tensor in (self._memory, workspace, self.results):
                 tensor.record_stream(torch.cuda.current_stream(self.device))
 
 

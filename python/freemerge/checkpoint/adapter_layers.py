@@ -57,7 +57,7 @@ class Lora:
         before, after = tensor.flatten(1), changed.flatten(1)
         length = max(1, _BLOCK // max(1, right.shape[1]))
         for block in (slice(begin, begin + length) for begin in range(0, len(left), length)):
-            values = before[block].double()
+            values = before[block].to(torch.float64, copy=True)
             if taken is not None:
                 values -= taken[0][block] @ taken[1]
             values += (left[block] @ right).mul_(self.scale)

@@ -57,7 +57,9 @@ def _holder(source: Checkpoint, spec: TensorSpec) -> Checkpoint | None:
 
 
 def _read(source: Checkpoint, spec: TensorSpec, rows: int | None) -> torch.Tensor:
-    return source.read(spec.name) if rows is None or not spec.shape else source.read_rows(spec.name, 0, rows)
+    if rows is None or not spec.shape:
+        return source.read(spec.name)
+    return source.read_rows(spec.name, 0, rows).clone()  # which else may keep all that was computed for them
 
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:

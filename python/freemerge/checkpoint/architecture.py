@@ -137,7 +137,11 @@ def text_entry(config: dict[str, object], name: str) -> object:
 def require_config(directory: Path | None) -> None:
     """Raise CheckpointError for a config.json that cannot be read, which nothing could load the merged model by."""
     path = None if directory is None else directory / CONFIG
-    if path is None or not path.is_file() or read_config(directory) or path.read_bytes()[:100].split() == [b"{}"]:
+    if path is None or not path.is_file():
+        return
+    beginning = path.read_bytes()[:100].split()
+    # It is copied as it is, and read without a mark of its encoding.
+    if beginning == [b"{}"] or (read_config(directory) and beginning[0].startswith(b"{")):
         return
     raise CheckpointError(f"{path}: not a JSON object; the merged model would get it as it is")
 

@@ -23,7 +23,7 @@ def read_json(
             raise CheckpointError(f"{path}: larger than {most} bytes")
         raw = stream.read()
     try:
-        return json.loads(raw.decode("utf-8-sig"), object_pairs_hook=hook)
+        return json.loads(raw, object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
 

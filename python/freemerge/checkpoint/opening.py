@@ -124,11 +124,11 @@ def open_inputs(
 def _refuse_adapter_of_its_own(base: Checkpoint, merged: Callable[[Sequence[str]], bool]) -> None:
     """Refuse two factors of one change, or models of such, which would be merged apart: A and B, not B A."""
     for name in base.specs:
-        half = _LORA_HALF.search(name)
-        if half is None:
+        found = _LORA_HALF.search(name)
+        if found is None:
             continue
-        other = f"{name[: half.start(1)]}{_OTHER_HALF[half.group(1)]}{name[half.end(1) :]}"
-        if other in base.specs and merged((name, *base.aliases(name))):
+        other = f"{name[: found.start(1)]}{_OTHER_HALF[found.group(1)]}{name[found.end(1) :]}"
+        if other in base.specs and all(merged((half, *base.aliases(half))) for half in (name, other)):
             raise _unmerged(base, name)
 
 

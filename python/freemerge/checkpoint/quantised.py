@@ -54,7 +54,6 @@ _PACKED = {
 }
 _ANY_PACKED = re.compile("|".join(pattern.pattern for pattern, _ in _PACKED.values()))
 _INTEGERS = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
-_CODES = _INTEGERS | FLOAT8 | {torch.int64}
 _NO_WEIGHT = re.compile(r"mask|bias|ids|index|position|token|offset|count|step|stat", re.IGNORECASE)
 
 
@@ -89,7 +88,7 @@ def _packed(checkpoint: Checkpoint, declared: bool) -> tuple[str, str, str] | No
     # A name is searched once for the endings of all formats, as hardly ever there is one.
     suspects = {name: end.start() for name in checkpoint.specs if (end := _ANY_PACKED.search(name))}
     if suspects and not declared:
-        stored = [name for name, spec in checkpoint.specs.items() if spec.ndim and spec.dtype in _CODES]
+        stored = [name for name, spec in checkpoint.specs.items() if spec.ndim and _holds_codes(spec.dtype)]
         modules = {module for name in stored for module in accumulate(name.split("."), "{}.{}".format)}
         suspects = {name: begin for name, begin in suspects.items() if name[:begin].rstrip(".") in modules}
     for kind, (pattern, advice) in _PACKED.items():
@@ -102,6 +101,10 @@ def _packed(checkpoint: Checkpoint, declared: bool) -> tuple[str, str, str] | No
         if not spec.dtype.is_floating_point and _scale_of(name, checkpoint.specs):
             return spec.dtype_name, name, _ORIGINAL
     return _mostly_integers(checkpoint)
+
+
+def _holds_codes(dtype: torch.dtype) -> bool:
+    return dtype in FLOAT8 or not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 def _mostly_integers(checkpoint: Checkpoint) -> tuple[str, str, str] | None:

@@ -132,7 +132,11 @@ class InFileLayout(_Relaid):
         }
         others = {name: spec for name, spec in inner.specs.items() if name not in layout.module}
         self.specs = dict(sorted((known | others).items()))
-        self.made = {name: self.specs[name].nbytes for name in known if not layout.is_view(name)}
+        self.made = {name: inner.made[name] for name in others if name in inner.made}
+        for name in known:
+            parts = sum(inner.made.get(piece.module, 0) for piece in layout.pieces[name])
+            if put_together := parts + (0 if layout.is_view(name) else self.specs[name].nbytes):
+                self.made[name] = put_together
         tied = {layout.file_name(name): layout.file_name(first) for name, first in inner.tied.items()}
         self.tied = {name: first for name, first in tied.items() if name is not None and first is not None}
 
