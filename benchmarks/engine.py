@@ -135,7 +135,7 @@ def know_hashes(folder: Path) -> None:
     while None in map(known_hashes.key, inputs(folder)):
         time.sleep(1)
     in_own_process(KNOWN[0], folder)
-    if len(list((folder / "hashes").glob("sha256/*"))) != len(inputs(folder)):
+    if len(list((folder / "hashes").glob("freemerge/sha256/*"))) != len(inputs(folder)):
         raise AssertionError("the hashes of the inputs are not known")
 
 

@@ -61,7 +61,7 @@ def test_a_layout_is_what_transformers_writes_and_reads_back(name: str, tmp_path
     assert all(in_files.specs[name].shape == tensor.shape for name, tensor in stored.items())
     assert in_files.made == {name: stored[name].nbytes for name in stored if not layout.is_view(name)}
     computed = Checkpoint.open(model)
-    computed.made = {name: 1 for name in computed.specs}  # as float8 is
+    computed.made = dict.fromkeys(computed.specs, 1)  # as float8 is
     assert InFileLayout(computed, layout).made.keys() == in_files.specs.keys()
     assert same(in_files.restored(stored), held)
     in_memory = InModuleLayout(Checkpoint.open(tmp_path), layout)
