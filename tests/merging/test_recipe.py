@@ -107,10 +107,7 @@ def test_errors_name_the_field(changes: dict[str, object], message: str) -> None
         ("response: {type: [HighPass], cutoff: 0.1}\n", "response must be a mapping with type"),
         ('response: {type: HighPass, cutoff: "0.1"}\n', "cutoff must be a finite number >= 0"),
         ("response: {type: HighPass, cutoff: true}\n", "cutoff must be a finite number >= 0"),
-        (
-            "response: {type: BandGain, cutoff: 0.1, low: a, high: 1}\n",
-            "low must be a finite number of a size up to 3.40282e+38, got 'a'",
-        ),
+        ("response: {type: BandGain, cutoff: 0.1, low: a, high: 1}\n", "low must be a finite number of a size up to"),
         ("preset: 5\n", "preset must be one of"),
         ("method: [fr]\n", "method must be one of"),
         ("method: average\nalign: true\n", "method average has no field 'align'"),
