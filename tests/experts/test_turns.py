@@ -283,3 +283,24 @@ def test_an_interrupt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> N
             block.__exit__(None, None, None)
         pool.submit(enter, bank, "task1").result(timeout=30)
     assert_same(model, before)
+
+
+def test_a_block_that_ends_on_the_way_to_the_wait_for_it_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As garbage that is collected there: nobody is told yet, and nobody will be."""
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    block = bank.active("task0")
+    wait = turns._changed.wait
+
+    def wait_too_late(*args: float) -> None:
+        monkeypatch.undo()
+        block.__exit__(None, None, None)
+        wait(*args)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(block.__enter__).result()
+    monkeypatch.setattr(turns._changed, "wait", wait_too_late)
+    second = threading.Thread(target=enter, args=(bank, "task1"), daemon=True)
+    second.start()
+    second.join(30)
+    assert not second.is_alive()

@@ -81,7 +81,7 @@ class _Block:
                         "experts: another task or thread has experts of this model on, and to wait for it would stop "
                         "the event loop: let tasks take turns, as by an asyncio.Lock around the block"
                     )
-                _changed.wait()
+                _changed.wait(_SECONDS)
             _open.append(self)
         _entered.set((*_entered.get(), self))
 
@@ -117,6 +117,7 @@ class _Block:
 
 _lock = threading.RLock()  # of the list; reentrant, as garbage may be collected while it is held
 _changed = threading.Condition(_lock)
+_SECONDS = 0.1  # after which it looks again: garbage collected on the way to the wait has notified nobody
 _open: list[_Block] = []  # in the order in which they were entered
 _entered: ContextVar[tuple[_Block, ...]] = ContextVar("blocks entered in a context", default=())
 
