@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import itertools
 import random
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
+from types import FrameType
 
 import pytest
 import torch
@@ -21,6 +25,8 @@ from torch import Tensor, nn
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError
 from freemerge.experts import turns
+
+TraceFunction = Callable[[FrameType, str, object], object]
 
 
 def test_threads_take_turns() -> None:
@@ -304,3 +310,50 @@ def test_a_block_that_ends_on_the_way_to_the_wait_for_it_is_not_waited_for(monke
     second.start()
     second.join(30)
     assert not second.is_alive()
+
+
+class Interposed:
+    """In the block, something is done before the instruction of turns.py with this number."""
+
+    def __init__(self, number: int, action: Callable[[], object]) -> None:
+        self.number, self.action, self.counted = number, action, 0
+
+    def __enter__(self) -> Interposed:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> TraceFunction | None:
+        if frame.f_code.co_filename != turns.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            if self.counted == self.number:
+                self.action()
+            self.counted += 1
+        return self._trace
+
+
+def test_garbage_may_end_a_block_between_any_two_instructions() -> None:
+    """At each step of entering and leaving blocks, that of another model is left in the same thread."""
+    blocks = []
+    for _ in range(3):
+        model, experts, _ = make(Text)
+        blocks.append((model, snapshot(model), fx.ExpertBank(model, experts)))
+    garbage, outer, inner = (bank for _, _, bank in blocks)
+    for number in itertools.count():
+        dropped = garbage.active("task0")
+        dropped.__enter__()
+        with Interposed(number, partial(dropped.__exit__, None, None, None)) as done:
+            with outer.active("task0"), inner.active("task0"):
+                pass
+        if done.counted <= number:
+            break
+        assert not turns._open
+    dropped.__exit__(None, None, None)
+    assert number > 100
+    for model, weights, _ in blocks:
+        assert_same(model, weights)
