@@ -268,8 +268,9 @@ def test_what_begins_in_a_block_is_inside_of_it() -> None:
     assert_same(model, before)
 
 
-def test_an_interrupt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may come while a block waits, or between the steps of leaving one."""
+@pytest.mark.parametrize("error", [None, ValueError("of the body")])
+def test_an_interrupt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """It may come while a block waits, or between the steps of leaving one, for an error, too."""
     model, experts, _ = make(Text)
     bank = fx.ExpertBank(model, experts)
     before = snapshot(model)
@@ -286,7 +287,7 @@ def test_an_interrupt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> N
             enter(bank, "task1")
         monkeypatch.setattr(turns, "_remove", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            block.__exit__(None, None, None)
+            block.__exit__(error and type(error), error, None)
         pool.submit(enter, bank, "task1").result(timeout=30)
     assert_same(model, before)
 

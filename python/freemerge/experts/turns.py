@@ -51,10 +51,11 @@ def turn(weights: Weights) -> Iterator[ExitStack]:
     try:
         block.enter()
         yield block.undo
-        in_order = block.leave()
-    except BaseException:
-        block.leave()
-        raise
+    finally:
+        try:
+            block.leave()
+        finally:
+            in_order = block.leave()  # goes on where an interrupt has come between
     if not in_order:
         raise ArgumentError(
             "experts: a block was left before one inside of it; all of these have ended, and the weights are as they "
