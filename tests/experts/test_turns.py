@@ -108,6 +108,17 @@ def test_a_block_may_be_left_by_another_thread() -> None:
     assert_same(model, before)
 
 
+def test_a_thread_whose_blocks_others_leave_does_not_keep_them() -> None:
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(5):
+            block = bank.active("task0")
+            pool.submit(block.__enter__).result()
+            block.__exit__(None, None, None)
+        assert len(pool.submit(turns._entered.get).result()) == 1
+
+
 def enter(bank: fx.ExpertBank, task: str) -> None:
     with bank.active(task):
         pass

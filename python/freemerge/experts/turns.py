@@ -76,7 +76,7 @@ class _Block:
     def enter(self) -> None:
         """Wait for the blocks of other contexts, and go inside of those of this one."""
         with _lock:
-            while waited := [block for block in list(_open) if block.weights.meet(self.weights) and not block.around()]:
+            while waited := [block for block in list(_open) if block.weights.meet(self.weights) and block not in _around()]:
                 if _in_event_loop() and not all(block.ended for block in waited):
                     raise ArgumentError(
                         "experts: another task or thread has experts of this model on, and to wait for it would stop "
@@ -84,11 +84,7 @@ class _Block:
                     )
                 _changed.wait(_SECONDS)
             _open[self] = None
-        _entered.set((*_entered.get(), self))
-
-    def around(self) -> bool:
-        """Whether this context is inside of it."""
-        return not self.ended and self in _entered.get()
+        _entered.set((*_around(), self))
 
     def leave(self) -> bool:
         """End it and the blocks inside of it, from the innermost outwards; whether it was open, and the innermost.
@@ -129,7 +125,12 @@ def _remove(ended: list[_Block]) -> None:
         for block in ended:
             _open.pop(block, None)
         _changed.notify_all()
-    _entered.set(tuple(block for block in _entered.get() if not block.ended))
+    _entered.set(_around())
+
+
+def _around() -> tuple[_Block, ...]:
+    """The blocks that this context is inside of."""
+    return tuple(block for block in _entered.get() if not block.ended)
 
 
 def _in_event_loop() -> bool:
