@@ -359,13 +359,13 @@ def test_garbage_may_end_a_block_between_any_two_instructions() -> None:
     for number in itertools.count():
         dropped = garbage.active("task0")
         dropped.__enter__()
-        with Interposed(number, partial(dropped.__exit__, None, None, None)) as done:
-            with outer.active("task0"), inner.active("task0"):
-                pass
+        leave = partial(dropped.__exit__, None, None, None)
+        with Interposed(number, leave) as done, outer.active("task0"), inner.active("task0"):
+            pass
         if done.counted <= number:
             break
         assert not turns._open
-    dropped.__exit__(None, None, None)
+    leave()
     assert number > 100
     for model, weights, _ in blocks:
         assert_same(model, weights)

@@ -76,7 +76,7 @@ class _Block:
     def enter(self) -> None:
         """Wait for the blocks of other contexts, and go inside of those of this one."""
         with _lock:
-            while waited := [block for block in list(_open) if block.weights.meet(self.weights) and block not in _around()]:
+            while waited := {block for block in list(_open) if block.weights.meet(self.weights)} - {*_around()}:
                 if _in_event_loop() and not all(block.ended for block in waited):
                     raise ArgumentError(
                         "experts: another task or thread has experts of this model on, and to wait for it would stop "
