@@ -274,6 +274,17 @@ def test_weights_that_overlap_others_are_not_served() -> None:
     assert bank.serves_deltas() == reason
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Lazy modules")
+def test_tensors_without_memory_elsewhere_in_the_model_are_no_obstacle() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "lazy": nn.LazyLinear(3)})
+    model.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    state = {f"used.{name}": tensor for name, tensor in model["used"].state_dict().items()}
+    bank = fx.ExpertBank(model, fx.extract_experts(state, {"t": {name: x + 1 for name, x in state.items()}}))
+    assert bank.serves_deltas(run=lambda: model["used"](torch.ones(1, 4))) is None
+    with bank.deltas(["t"]):
+        model["used"](torch.ones(1, 4))
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_a_layer_without_inputs_adds_its_bias() -> None:
     model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..backends.sparse import SparseVector
-from ..dense import location, without_autocast
+from ..dense import dense, location, without_autocast
 from ..errors import ArgumentError
 from ..overlap import overlapping_pairs
 from .contributions import BATCH_NORMS, SERVED, Product, batch_norm, contribution_of
@@ -132,10 +132,9 @@ def _overlaps(model: nn.Module) -> dict[str, str]:
 
 def _identity(tensor: Tensor) -> object:
     """What tensors have in common that are one, such as two parameters over one memory; of others, their own number."""
-    try:
-        return location(tensor) if tensor.numel() else id(tensor)
-    except ArgumentError:
-        return id(tensor)
+    with suppress(ArgumentError):  # what has no memory of its own
+        return location(tensor) if dense(tensor, "model").numel() else id(tensor)
+    return id(tensor)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -258,9 +257,9 @@ def _delta(weights: Tensor, update: Change, scale: float) -> Tensor | Product:
     values = update.values.to(dtype) * scale
     indices = update.indices.long()
     if weights.ndim != 2:
-        dense = torch.zeros(weights.numel(), dtype=dtype, device=weights.device)
-        dense[indices] = values
-        return dense.view(weights.shape)
+        whole = torch.zeros(weights.numel(), dtype=dtype, device=weights.device)
+        whole[indices] = values
+        return whole.view(weights.shape)
     width = weights.shape[1]
     row = torch.div(indices, width, rounding_mode="floor")
     return torch.sparse_coo_tensor(
