@@ -172,7 +172,8 @@ class ExpertBank(Mapping[str, Expert]):
         that torch.compile has made around the model leaves the products out. With activation checkpointing, run the
         backward pass inside of the block, too: it repeats the forward pass. Raises ArgumentError for what the modules
         themselves cannot serve, compiled ones among them, before anything is computed, and for an input whose first
-        dimension is neither ``len(experts)`` nor 1.
+        dimension is neither ``len(experts)`` nor 1. Such blocks nest, but for experts with running statistics of one
+        batch norm (ArgumentError); :meth:`active` inside of the block leaves these as they are for the samples.
         """
         if isinstance(experts, str | Mapping) or not isinstance(experts, Sequence):
             raise ArgumentError(f"experts must be a list, what each sample of the batch gets, got {experts!r}")

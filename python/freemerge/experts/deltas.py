@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,9 @@ def forward_deltas(
 
     ``statistics``: running means and variances of batch norms, [N, C]; sample j is normalised by row j.
 
-    :func:`unserved` must be asked before. Raises ArgumentError, in the forward pass, for a module whose input has
-    neither one row per sample nor a single row.
+    :func:`unserved` must be asked before. Raises ArgumentError for a batch norm that such a block around this one
+    serves, if either has statistics for it: what changes of its weights add depends on them. Raises it in the forward
+    pass for a module whose input has neither one row per sample nor a single row.
     """
     owners, batch = _owners(model), len(weights)
     terms: dict[nn.Module, list[_Term]] = {}
@@ -80,10 +82,28 @@ def forward_deltas(
             normed.setdefault(module, {})[attribute] = rows
     with ExitStack() as hooks:
         for module in {**normed, **terms}:
+            if isinstance(module, BATCH_NORMS):
+                hooks.enter_context(_alone(module, names[module], module in normed))
             hook = _hook(names[module], batch, terms.get(module, []), normed.get(module))
             # Before hooks of others, whose work on the output is that on all of it.
             hooks.enter_context(_hooked(partial(module.register_forward_hook, prepend=True), hook))
         yield
+
+
+_batch_norms: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()  # those that open blocks serve
+
+
+@contextmanager
+def _alone(module: nn.Module, name: str, statistics: bool) -> Iterator[None]:
+    """A block that serves a batch norm, inside of no other one if one of them has statistics for it."""
+    blocks = _batch_norms.setdefault(module, [])
+    if blocks and (statistics or any(blocks)):
+        raise ArgumentError(f"deltas: {name!r} has statistics of samples, which nested blocks cannot combine")
+    blocks.append(statistics)
+    try:
+        yield
+    finally:
+        blocks.pop()
 
 
 @contextmanager
