@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,6 +275,17 @@ def test_weights_that_overlap_others_are_not_served() -> None:
     assert bank.serves_deltas() == reason
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Lazy modules")
+def test_tensors_without_memory_elsewhere_in_the_model_are_no_obstacle() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 4), "lazy": nn.LazyLinear(3)})
+    model.register_buffer("nested", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    state = {f"used.{name}": tensor for name, tensor in model["used"].state_dict().items()}
+    bank = fx.ExpertBank(model, fx.extract_experts(state, {"t": {name: x + 1 for name, x in state.items()}}))
+    assert bank.serves_deltas(run=lambda: model["used"](torch.ones(1, 4))) is None
+    with bank.deltas(["t"]):
+        model["used"](torch.ones(1, 4))
+
+
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_a_layer_without_inputs_adds_its_bias() -> None:
     model = nn.Sequential(nn.Linear(3, 0), nn.Linear(0, 2))
@@ -303,6 +315,26 @@ def test_statistics_do_not_overflow_where_those_of_the_expert_do_not() -> None:
     with torch.no_grad(), bank.deltas(["t"]):
         torch.testing.assert_close(model(x), expected, rtol=1e-2, atol=1e-2)
     assert expected.isfinite().all()
+
+
+def test_blocks_within_each_other_do_not_lose_statistics_silently() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    base = snapshot(model)
+    moved = {**base, "1.running_mean": torch.ones(4), "1.weight": torch.full((4,), 2.0)}
+    scaled = {**base, "1.weight": torch.full((4,), 3.0), "0.weight": torch.ones(4, 3)}
+    experts = fx.extract_experts(base, {"moved": moved, "scaled": scaled}, density=0.5)
+    experts["scaled"] = experts["again"] = replace(experts["scaled"], statistics={})
+    bank = fx.ExpertBank(model, experts)
+    for outer, inner in (("moved", "scaled"), ("scaled", "moved"), ("moved", "moved")):
+        with bank.deltas([outer]), pytest.raises(ArgumentError, match="'1' has statistics of samples"):
+            bank.deltas([inner]).__enter__()
+    x = torch.ones(1, 3)
+    with torch.no_grad():
+        with bank.active("scaled"), bank.active("again"):
+            expected = model(x)
+        with bank.deltas(["scaled"]), bank.deltas(["again"]):
+            torch.testing.assert_close(model(x), expected)
+        assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_products_are_not_rounded_under_autocast() -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
+import itertools
 import random
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
+from types import FrameType
 
 import pytest
 import torch
@@ -21,6 +25,8 @@ from torch import Tensor, nn
 import freemerge.experts as fx
 from freemerge.errors import ArgumentError
 from freemerge.experts import turns
+
+TraceFunction = Callable[[FrameType, str, object], object]
 
 
 def test_threads_take_turns() -> None:
@@ -100,6 +106,17 @@ def test_a_block_may_be_left_by_another_thread() -> None:
             assert waiting.result(timeout=30) == "task2"
             assert one.submit(use, "task3").result(timeout=30) == "task3"
     assert_same(model, before)
+
+
+def test_a_thread_whose_blocks_others_leave_does_not_keep_them() -> None:
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(5):
+            block = bank.active("task0")
+            pool.submit(block.__enter__).result()
+            block.__exit__(None, None, None)
+        assert len(pool.submit(turns._entered.get).result()) == 1
 
 
 def enter(bank: fx.ExpertBank, task: str) -> None:
@@ -262,8 +279,9 @@ def test_what_begins_in_a_block_is_inside_of_it() -> None:
     assert_same(model, before)
 
 
-def test_an_interrupt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may come while a block waits, or between the steps of leaving one."""
+@pytest.mark.parametrize("error", [None, ValueError("of the body")])
+def test_an_interrupt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
+    """It may come while a block waits, or between the steps of leaving one, for an error, too."""
     model, experts, _ = make(Text)
     bank = fx.ExpertBank(model, experts)
     before = snapshot(model)
@@ -280,6 +298,74 @@ def test_an_interrupt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> N
             enter(bank, "task1")
         monkeypatch.setattr(turns, "_remove", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            block.__exit__(None, None, None)
+            block.__exit__(error and type(error), error, None)
         pool.submit(enter, bank, "task1").result(timeout=30)
     assert_same(model, before)
+
+
+def test_a_block_that_ends_on_the_way_to_the_wait_for_it_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As garbage that is collected there: nobody is told yet, and nobody will be."""
+    model, experts, _ = make(Text)
+    bank = fx.ExpertBank(model, experts)
+    block = bank.active("task0")
+    wait = turns._changed.wait
+
+    def wait_too_late(*args: float) -> None:
+        monkeypatch.undo()
+        block.__exit__(None, None, None)
+        wait(*args)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(block.__enter__).result()
+    monkeypatch.setattr(turns._changed, "wait", wait_too_late)
+    second = threading.Thread(target=enter, args=(bank, "task1"), daemon=True)
+    second.start()
+    second.join(30)
+    assert not second.is_alive()
+
+
+class Interposed:
+    """In the block, something is done before the instruction of turns.py with this number."""
+
+    def __init__(self, number: int, action: Callable[[], object]) -> None:
+        self.number, self.action, self.counted = number, action, 0
+
+    def __enter__(self) -> Interposed:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, arg: object) -> TraceFunction | None:
+        if frame.f_code.co_filename != turns.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            if self.counted == self.number:
+                self.action()
+            self.counted += 1
+        return self._trace
+
+
+def test_garbage_may_end_a_block_between_any_two_instructions() -> None:
+    """At each step of entering and leaving blocks, that of another model is left in the same thread."""
+    blocks = []
+    for _ in range(3):
+        model, experts, _ = make(Text)
+        blocks.append((model, snapshot(model), fx.ExpertBank(model, experts)))
+    garbage, outer, inner = (bank for _, _, bank in blocks)
+    for number in itertools.count():
+        dropped = garbage.active("task0")
+        dropped.__enter__()
+        leave = partial(dropped.__exit__, None, None, None)
+        with Interposed(number, leave) as done, outer.active("task0"), inner.active("task0"):
+            pass
+        if done.counted <= number:
+            break
+        assert not turns._open
+    leave()
+    assert number > 100
+    for model, weights, _ in blocks:
+        assert_same(model, weights)

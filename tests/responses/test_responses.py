@@ -138,6 +138,16 @@ def test_center_removes_means(axis: int) -> None:
     torch.testing.assert_close(fm.filtered(x, fm.Center(axis), backend="torch"), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_callable_may_return_float16_if_it_is_finite() -> None:
+    def mask(gain: float) -> fm.Custom:
+        return fm.Custom(lambda ky, kx, shape: np.full((ky * kx).shape, gain, np.float16))
+
+    assert (mask(0.5).mask((4, 6)) == 0.5).all()
+    with pytest.raises(fm.ArgumentError, match="mask callable must return finite real"):
+        mask(float("inf")).mask((4, 6))
+
+
 def test_custom_masks() -> None:
     shape = (6, 8)
     array = np.random.default_rng(0).normal(size=shape)

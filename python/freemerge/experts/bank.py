@@ -23,7 +23,7 @@ from ..errors import ArgumentError, CheckpointError
 from ..merging.statistics_buffers import convex
 from ..overlap import internal_overlap, overlapping_pair
 from .contributions import Product
-from .deltas import Change, forward_deltas, unserved
+from .deltas import Change, Layout, forward_deltas, unserved
 from .expert import Expert
 from .placement import Part, Placement, gathered, gathered_dense, seen_by
 from .switch import Switch, add_dense, weighted_sum
@@ -172,22 +172,22 @@ class ExpertBank(Mapping[str, Expert]):
         that torch.compile has made around the model leaves the products out. With activation checkpointing, run the
         backward pass inside of the block, too: it repeats the forward pass. Raises ArgumentError for what the modules
         themselves cannot serve, compiled ones among them, before anything is computed, and for an input whose first
-        dimension is neither ``len(experts)`` nor 1.
+        dimension is neither ``len(experts)`` nor 1. Such blocks nest, but for experts with running statistics of one
+        batch norm (ArgumentError); :meth:`active` inside of the block leaves these as they are for the samples.
         """
         if isinstance(experts, str | Mapping) or not isinstance(experts, Sequence):
             raise ArgumentError(f"experts must be a list, what each sample of the batch gets, got {experts!r}")
         samples = [{} if chosen is None else self._weights(chosen) for chosen in experts]
         tasks = [task for task in self._experts if any(task in weights for weights in samples)]
-        reason = self.serves_deltas(tasks)
-        if reason is not None:
-            raise ArgumentError(reason)
-        assert isinstance(self._model, nn.Module)
+        layout = self._layout_for_deltas(tasks)
+        if isinstance(layout, str):
+            raise ArgumentError(layout)
         shares = [[chosen.get(task, 0.0) for task in tasks] for chosen in samples]
         weights = torch.tensor(shares, dtype=torch.float64, device="cpu").view(len(samples), len(tasks))
         with turn(self._shared) as undo:
             updates = [{name: self._change(task, name) for name in self._parts[task]} for task in tasks]
             statistics = self._of_samples(samples)
-            undo.enter_context(forward_deltas(self._model, weights, updates, statistics))
+            undo.enter_context(forward_deltas(layout, weights, updates, statistics))
             yield
 
     def serves_deltas(self, tasks: Iterable[str] | None = None, run: Callable[[], object] | None = None) -> str | None:
@@ -201,13 +201,19 @@ class ExpertBank(Mapping[str, Expert]):
             raise ArgumentError(f"tasks must be a list of names, got {tasks!r}")
         if run is not None:
             function("run", run)
+        found = self._layout_for_deltas(self if tasks is None else tasks, run)
+        return found if isinstance(found, str) else None
+
+    def _layout_for_deltas(self, tasks: Iterable[str], run: Callable[[], object] | None = None) -> Layout | str:
+        """The model's layout; why the experts of ``tasks`` cannot be served if they cannot."""
         if not isinstance(self._model, nn.Module):
             return "deltas needs a bank that is attached to a module, not to a state dict"
-        weights = self._weights(dict.fromkeys(self if tasks is None else tasks, 1.0), "tasks")
+        weights = self._weights(dict.fromkeys(tasks, 1.0), "tasks")
         names = self._touched(weights) + list(self._averages(weights))
         with turn(self._shared):
-            reason = unserved(self._model, names, run)
-        return None if reason is None else f"deltas cannot serve {reason}"
+            layout = Layout(self._model)
+            reason = unserved(layout, names, run)
+        return layout if reason is None else f"deltas cannot serve {reason}"
 
     def _belongs_to(self, model: nn.Module) -> bool:
         """Whether the tensors that experts change are those of ``model``: that of the bank, or one that shares them."""

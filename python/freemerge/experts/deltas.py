@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..backends.sparse import SparseVector
-from ..dense import location, without_autocast
+from ..dense import dense, location, without_autocast
 from ..errors import ArgumentError
 from ..overlap import overlapping_pairs
 from .contributions import BATCH_NORMS, SERVED, Product, batch_norm, contribution_of
@@ -22,16 +23,15 @@ Change = SparseVector | Product | Tensor  # of a tensor: single entries, factors
 Updates = Mapping[str, tuple[Change, float]]  # each touched tensor's change and factor
 _Term = tuple[Tensor, dict[str, Any]]  # an expert's weight for each sample, and its changes of a module's parameters
 _BLOCK = 1 << 20  # output elements that are computed together, so that they stay in the cache
-_Owners = Mapping[str, Sequence[tuple[nn.Module, str]]]  # the modules that use a parameter, and what they call it
 
 
-def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] | None = None) -> str | None:
+def unserved(layout: Layout, names: Iterable[str], run: Callable[[], object] | None = None) -> str | None:
     """Why updates of these tensors cannot be served in the forward pass; None if they can.
 
     Modules alone do not tell whether a model calls them with the batch in front, and whether something else uses their
     parameters. ``run``, a forward pass of one sample, shows it.
     """
-    owners, names, in_graphs, overlaps = _owners(model), list(names), compiled(model), _overlaps(model)
+    owners, names, in_graphs, overlaps = layout.owners, list(names), compiled(layout.model), layout.overlaps()
     for name in names:
         if name in overlaps:
             return f"{name!r}: it has a part of its memory in common with {overlaps[name]!r}"
@@ -49,41 +49,60 @@ def unserved(model: nn.Module, names: Iterable[str], run: Callable[[], object] |
                 return f"{name!r}: its embedding changes the weights that are looked up (max_norm)"
             if isinstance(module, BATCH_NORMS) and (module.training or module.running_mean is None):
                 return f"{name!r}: its batch norm mixes the samples of a batch; use model.eval()"
-    return None if run is None else _observed(model, {name: owners[name] for name in names}, run)
+    return None if run is None else _observed(layout, names, run)
 
 
 @contextmanager
 def forward_deltas(
-    model: nn.Module, weights: Tensor, experts: Sequence[Updates], statistics: Mapping[str, Tensor] | None = None
+    layout: Layout, weights: Tensor, experts: Sequence[Updates], statistics: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Within the block, ``model`` computes sample j as if ``sum_i weights[j, i] * experts[i]`` were added to it.
+    """Within the block, the model computes sample j as if ``sum_i weights[j, i] * experts[i]`` were added to it.
 
     ``statistics``: running means and variances of batch norms, [N, C]; sample j is normalised by row j.
 
-    :func:`unserved` must be asked before. Raises ArgumentError, in the forward pass, for a module whose input has
-    neither one row per sample nor a single row.
+    :func:`unserved` must be asked before. Raises ArgumentError for a batch norm that such a block around this one
+    serves, if either has statistics for it: what changes of its weights add depends on them. Raises it in the forward
+    pass for a module whose input has neither one row per sample nor a single row.
     """
-    owners, batch = _owners(model), len(weights)
+    owners, batch = layout.owners, len(weights)
     terms: dict[nn.Module, list[_Term]] = {}
     for column, updates in zip(weights.t(), experts, strict=True):
         by_module: dict[nn.Module, dict[str, Any]] = {}
         for name, (update, scale) in updates.items():
-            delta = _delta(model.get_parameter(name), update, scale)
+            delta = _delta(layout.tensors[name], update, scale)
             for module, attribute in owners[name]:
                 by_module.setdefault(module, {})[attribute] = delta
         for module, deltas in by_module.items():
             terms.setdefault(module, []).append((column, deltas))
-    names = {module: name or "the model" for name, module in model.named_modules()}
+    names = {module: name or "the model" for name, module in layout.model.named_modules()}
     normed: dict[nn.Module, dict[str, Tensor]] = {}
     for name, rows in (statistics or {}).items():
         for module, attribute in owners[name]:
             normed.setdefault(module, {})[attribute] = rows
     with ExitStack() as hooks:
         for module in {**normed, **terms}:
+            if isinstance(module, BATCH_NORMS):
+                hooks.enter_context(_alone(module, names[module], module in normed))
             hook = _hook(names[module], batch, terms.get(module, []), normed.get(module))
             # Before hooks of others, whose work on the output is that on all of it.
             hooks.enter_context(_hooked(partial(module.register_forward_hook, prepend=True), hook))
         yield
+
+
+_batch_norms: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()  # those that open blocks serve
+
+
+@contextmanager
+def _alone(module: nn.Module, name: str, statistics: bool) -> Iterator[None]:
+    """A block that serves a batch norm, inside of no other one if one of them has statistics for it."""
+    blocks = _batch_norms.setdefault(module, [])
+    if blocks and (statistics or any(blocks)):
+        raise ArgumentError(f"deltas: {name!r} has statistics of samples, which nested blocks cannot combine")
+    blocks.append(statistics)
+    try:
+        yield
+    finally:
+        blocks.pop()
 
 
 @contextmanager
@@ -104,38 +123,44 @@ def compiled(model: nn.Module) -> set[nn.Module]:
     return {inner for graph in graphs for inner in graph.modules()}
 
 
-def _owners(model: nn.Module) -> _Owners:
-    users: dict[object, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            users.setdefault(_identity(parameter), []).append((module, attribute))
-        if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
-            for attribute in ("running_mean", "running_var"):
-                users.setdefault(_identity(getattr(module, attribute)), []).append((module, attribute))
-        if isinstance(module, nn.MultiheadAttention):  # it uses the parameters of its out_proj without calling it
-            for attribute, parameter in module.out_proj.named_parameters():
-                users.setdefault(_identity(parameter), []).append((module, f"out_proj.{attribute}"))
-    tensors = {name: _identity(tensor) for name, tensor in _tensors(model).items()}
-    return {name: users[identity] for name, identity in tensors.items() if identity in users}
+class Layout:
+    """The parameters and buffers of a model as it is now, by all their names: who uses them, and which overlap."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.tensors = _tensors(model)
+        identities = {id(tensor): _identity(tensor) for tensor in self.tensors.values()}
+        users: dict[object, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for attribute, tensor in _used(module):
+                users.setdefault(identities[id(tensor)], []).append((module, attribute))
+        self._alike: dict[object, list[str]] = {}  # the names of tensors that are one
+        for name, tensor in self.tensors.items():
+            self._alike.setdefault(identities[id(tensor)], []).append(name)
+        # The modules that use a tensor, and what they call it.
+        self.owners = {name: users[key] for key, names in self._alike.items() if key in users for name in names}
+
+    def overlaps(self) -> dict[str, str]:
+        """Tensors that are not one with another, but have a part of their memory in common with it."""
+        groups = [names for identity, names in self._alike.items() if not isinstance(identity, int)]
+        pairs = [*overlapping_pairs([self.tensors[names[0]] for names in groups])]
+        return {name: groups[j][0] for pair in pairs for i, j in (pair, pair[::-1]) for name in groups[i]}
 
 
-def _overlaps(model: nn.Module) -> dict[str, str]:
-    """Tensors that are not one with another, but have a part of their memory in common with it."""
-    alike: dict[object, list[str]] = {}
-    tensors = _tensors(model)
-    for name, tensor in tensors.items():
-        alike.setdefault(_identity(tensor), []).append(name)
-    groups = [names for identity, names in alike.items() if not isinstance(identity, int)]
-    pairs = [*overlapping_pairs([tensors[names[0]] for names in groups])]
-    return {name: groups[j][0] for pair in pairs for i, j in (pair, pair[::-1]) for name in groups[i]}
+def _used(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a module computes with itself, and what it calls them."""
+    yield from module.named_parameters(recurse=False)
+    if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+        yield from ((name, getattr(module, name)) for name in ("running_mean", "running_var"))
+    if isinstance(module, nn.MultiheadAttention):  # it uses the parameters of its out_proj without calling it
+        yield from ((f"out_proj.{name}", parameter) for name, parameter in module.out_proj.named_parameters())
 
 
 def _identity(tensor: Tensor) -> object:
     """What tensors have in common that are one, such as two parameters over one memory; of others, their own number."""
-    try:
-        return location(tensor) if tensor.numel() else id(tensor)
-    except ArgumentError:
-        return id(tensor)
+    with suppress(ArgumentError):  # what has no memory of its own
+        return location(tensor) if dense(tensor, "model").numel() else id(tensor)
+    return id(tensor)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -143,11 +168,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _observed(model: nn.Module, owners: _Owners, run: Callable[[], object]) -> str | None:
-    """What a forward pass of one sample shows against serving the parameters of ``owners``."""
-    names = {module: name for name, owning in owners.items() for module, _ in owning}
-    tensors = _tensors(model)
-    uses = _Uses({_identity(tensors[name]): name for name in owners})
+def _observed(layout: Layout, parameters: Iterable[str], run: Callable[[], object]) -> str | None:
+    """What a forward pass of one sample shows against serving these parameters."""
+    names = {module: name for name in parameters for module, _ in layout.owners[name]}
+    uses = _Uses({_identity(layout.tensors[name]): name for name in parameters})
     called = set()
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -258,9 +282,9 @@ def _delta(weights: Tensor, update: Change, scale: float) -> Tensor | Product:
     values = update.values.to(dtype) * scale
     indices = update.indices.long()
     if weights.ndim != 2:
-        dense = torch.zeros(weights.numel(), dtype=dtype, device=weights.device)
-        dense[indices] = values
-        return dense.view(weights.shape)
+        whole = torch.zeros(weights.numel(), dtype=dtype, device=weights.device)
+        whole[indices] = values
+        return whole.view(weights.shape)
     width = weights.shape[1]
     row = torch.div(indices, width, rounding_mode="floor")
     return torch.sparse_coo_tensor(

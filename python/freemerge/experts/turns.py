@@ -51,10 +51,11 @@ def turn(weights: Weights) -> Iterator[ExitStack]:
     try:
         block.enter()
         yield block.undo
-        in_order = block.leave()
-    except BaseException:
-        block.leave()
-        raise
+    finally:
+        try:
+            block.leave()
+        finally:
+            in_order = block.leave()  # goes on where an interrupt has come between
     if not in_order:
         raise ArgumentError(
             "experts: a block was left before one inside of it; all of these have ended, and the weights are as they "
@@ -75,19 +76,15 @@ class _Block:
     def enter(self) -> None:
         """Wait for the blocks of other contexts, and go inside of those of this one."""
         with _lock:
-            while waited := [block for block in _open if block.weights.meet(self.weights) and not block.around()]:
+            while waited := {block for block in list(_open) if block.weights.meet(self.weights)} - {*_around()}:
                 if _in_event_loop() and not all(block.ended for block in waited):
                     raise ArgumentError(
                         "experts: another task or thread has experts of this model on, and to wait for it would stop "
                         "the event loop: let tasks take turns, as by an asyncio.Lock around the block"
                     )
-                _changed.wait()
-            _open.append(self)
-        _entered.set((*_entered.get(), self))
-
-    def around(self) -> bool:
-        """Whether this context is inside of it."""
-        return not self.ended and self in _entered.get()
+                _changed.wait(_SECONDS)
+            _open[self] = None
+        _entered.set((*_around(), self))
 
     def leave(self) -> bool:
         """End it and the blocks inside of it, from the innermost outwards; whether it was open, and the innermost.
@@ -109,7 +106,8 @@ class _Block:
 
     def _with_those_inside(self) -> list[_Block]:
         found = [self]
-        for later in _open[_open.index(self) + 1 :]:
+        blocks = list(_open)
+        for later in blocks[blocks.index(self) + 1 :]:
             if any(later.weights.meet(block.weights) for block in found):
                 found.append(later)
         return found
@@ -117,15 +115,22 @@ class _Block:
 
 _lock = threading.RLock()  # of the list; reentrant, as garbage may be collected while it is held
 _changed = threading.Condition(_lock)
-_open: list[_Block] = []  # in the order in which they were entered
+_SECONDS = 0.1  # after which it looks again: garbage collected on the way to the wait has notified nobody
+_open: dict[_Block, None] = {}  # in the order in which they were entered; only ever read as a whole, by list
 _entered: ContextVar[tuple[_Block, ...]] = ContextVar("blocks entered in a context", default=())
 
 
 def _remove(ended: list[_Block]) -> None:
     with _lock:
-        _open[:] = [block for block in _open if block not in ended]
+        for block in ended:
+            _open.pop(block, None)
         _changed.notify_all()
-    _entered.set(tuple(block for block in _entered.get() if not block.ended))
+    _entered.set(_around())
+
+
+def _around() -> tuple[_Block, ...]:
+    """The blocks that this context is inside of."""
+    return tuple(block for block in _entered.get() if not block.ended)
 
 
 def _in_event_loop() -> bool:

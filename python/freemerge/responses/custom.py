@@ -105,4 +105,4 @@ def _unmasked(values: object) -> npt.NDArray[np.generic]:
 
 def _fit(gains: npt.NDArray[np.generic]) -> bool:
     """Whether all are finite, in float32 too."""
-    return bool((np.abs(gains) <= LARGEST_GAIN).all())
+    return bool((np.abs(gains) <= np.float64(LARGEST_GAIN)).all())  # a Python float would be rounded to float16, to inf
