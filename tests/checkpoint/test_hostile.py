@@ -178,6 +178,9 @@ def test_json_files_may_begin_with_a_byte_order_mark_unless_they_are_copied(enco
     assert read_json(path) == {"a": 1}
     with pytest.raises(CheckpointError, match=r"config\.json: not a JSON object; the merged model would get it"):
         require_config(tmp_path)
+    for plain in ("{}", 200 * " " + '{"a": 1}'):
+        path.write_text(plain)
+        require_config(tmp_path)
 
 
 def test_index_and_shards_must_agree(tmp_path: Path) -> None:

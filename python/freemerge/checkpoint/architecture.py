@@ -139,9 +139,8 @@ def require_config(directory: Path | None) -> None:
     path = None if directory is None else directory / CONFIG
     if path is None or not path.is_file():
         return
-    beginning = path.read_bytes()[:100].split()
-    # It is copied as it is, and read without a mark of its encoding.
-    if beginning == [b"{}"] or (read_config(directory) and beginning[0].startswith(b"{")):
+    raw = path.read_bytes().strip()
+    if raw == b"{}" or (raw.startswith(b"{") and read_config(directory)):  # copied as it is: no mark before it
         return
     raise CheckpointError(f"{path}: not a JSON object; the merged model would get it as it is")
 
