@@ -11,7 +11,7 @@ import torch
 import freemerge as fm
 from benchmarks import harness
 from benchmarks.harness import Row
-from freemerge.accumulate import abs_means, add_round, finished, late_sum, task_vector_sum
+from freemerge.accumulate import abs_means, add_round, filtered_sum, finished, task_vector_sum
 from freemerge.experts.payload import Reader
 from freemerge.experts.select import select_largest
 from freemerge.experts.values import CODINGS
@@ -119,7 +119,7 @@ def one_tensor(
     weights, scale = [1 / len(models)] * len(models), 0.4 * len(models)
 
     def ours() -> torch.Tensor:
-        delta, _, norms = late_sum(base, models, weights, response)
+        delta, _, norms = filtered_sum(base, models, weights, response)
         if norms is None:
             fm.filter_(finished(delta), response)
         return add_round(base, delta, scale, torch.bfloat16)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from freemerge.accumulate import LateSum, filtered_sum
 from freemerge.methods.vectors import Deltas
+from freemerge.responses import Response
 
 State = dict[str, Tensor]
 
@@ -52,3 +55,14 @@ def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
 def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normally distributed entries, the same on every run."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def finished_sum(
+    base: Tensor, models: Sequence[Tensor], weights: Sequence[float], response: Response
+) -> tuple[Tensor, list[float], tuple[float, float] | None]:
+    """A filtered sum after all of its passes, with the norms that these have found."""
+    total, means, norms = filtered_sum(base, models, weights, response)
+    if not isinstance(total, LateSum):
+        return total, means, norms
+    assert norms is not None
+    return total.tensor, means, (norms[0], math.sqrt(total.finish()))

@@ -56,6 +56,7 @@ class Decimated : public Executor {
     if (call_.sum) {
       samples_ = arena.take<float>(sample_rows(rows_.samples) * sample_columns(columns_.samples));
       sums_ = arena.take<double>((call_.sum->vectors.count + 2) * blocks());
+      squares_ = sums_ + (call_.sum->vectors.count + 1) * blocks();
       if (call_.filter.last_waits()) energies_ = arena.take<double>(coarse_mask_blocks(grids_));
     }
     work_ = arena.rest();
@@ -156,8 +157,7 @@ class Decimated : public Executor {
   // Of a pass over a matrix.
   std::int64_t blocks() const { return ceil_div(columns_.samples, kColumnsPerBlock) * chunk_count_; }
 
-  // What a last pass that writes the matrix puts down.
-  Parts squares_after() const { return {sums_ + (call_.sum->vectors.count + 1) * blocks(), blocks()}; }
+  Parts squares_after() const { return {squares_, blocks()}; }
 
   // Chunks [begin, end) of the rows, onto the coarse rows that they touch.
   void spread(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
@@ -185,7 +185,7 @@ class Decimated : public Executor {
     const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
     interpolate({matrices, grids_, rows_, columns_, chunks_, centers_,
                  static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero),
-                 call_.sum ? sums_ + (call_.sum->vectors.count + 1) * blocks() : nullptr, add},
+                 squares_, add},
                 call_.stream);
   }
 
@@ -203,6 +203,7 @@ class Decimated : public Executor {
   float* centers_ = nullptr;
   float* samples_ = nullptr;    // of a sum
   double* sums_ = nullptr;      // of |v_i|, and of squares before and after, by block
+  double* squares_ = nullptr;   // the last of them: what a last pass that writes the matrix puts down
   double* energies_ = nullptr;  // of a sum whose last pass waits
   void* work_ = nullptr;
 };

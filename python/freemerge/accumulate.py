@@ -51,32 +51,14 @@ def filtered_sum(
     *,
     backend: str = "auto",
     check: Check = unchecked,
-) -> tuple[torch.Tensor, list[float], tuple[float, float] | None]:
+) -> tuple[torch.Tensor | LateSum, list[float], tuple[float, float] | None]:
     """The sum and the means of :func:`task_vector_sum`, and the sum is filtered if that takes fewer passes at once.
 
     The last is then the Frobenius norm of the sum before and after the filter; it is None if the sum is yet to be
     filtered. Both ways :func:`freemerge.filter_` with this ``response`` and ``backend`` makes the same bytes of it.
-    ``check`` is called with the means once the inputs are read: before the filter runs, where it follows the sum.
-    """
-    total, means, norms = late_sum(base, models, weights, response, backend=backend, check=check)
-    if not isinstance(total, LateSum):
-        return total, means, norms
-    assert norms is not None
-    return total.tensor, means, (norms[0], math.sqrt(total.finish()))
-
-
-def late_sum(
-    base: torch.Tensor,
-    models: Sequence[torch.Tensor],
-    weights: Sequence[float],
-    response: Response,
-    *,
-    backend: str = "auto",
-    check: Check = unchecked,
-) -> tuple[torch.Tensor | LateSum, list[float], tuple[float, float] | None]:
-    """:func:`filtered_sum`, whose last pass waits for a base where it can: :func:`add_round` then adds that on the way.
-
-    The norm after the filter is known to about 1e-6 in that case.
+    Where it can, the last pass waits for a base, which :func:`add_round` then adds on the way; the norm after the
+    filter is known to about 1e-6 in that case. ``check`` is called with the means once the inputs are read: before the
+    filter runs, where it follows the sum.
     """
     _check_task_vectors(base, models, weights)
     out = empty(base.shape, arithmetic_of([base, *models]), base.device)
@@ -84,7 +66,7 @@ def late_sum(
     numbers, summing = [float(weight) for weight in weights], pick("auto", (base, *models))
     if out.ndim > 1 and out.numel():
         filtering, plan = choose(response, tuple(out.shape), out.dtype, out.device, backend)
-        at_once = filtering.late_sum(plan, base, models, numbers, out, check) if filtering is summing else None
+        at_once = filtering.filtered_sum(plan, base, models, numbers, out, check) if filtering is summing else None
         if at_once is not None:
             means, before, after, total = at_once
             return total, means, (math.sqrt(before), math.sqrt(after))
@@ -94,7 +76,7 @@ def late_sum(
 
 
 def finished(total: torch.Tensor | LateSum) -> torch.Tensor:
-    """What :func:`late_sum` returned, after all passes."""
+    """What :func:`filtered_sum` returned, after all passes."""
     return total.tensor if isinstance(total, LateSum) else total
 
 

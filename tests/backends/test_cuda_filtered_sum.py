@@ -16,7 +16,7 @@ import emulated
 import freemerge as fm
 from benchmarks.traffic import MODELS_IN_ONE_PASS, merge_traffic, traffic
 from freemerge import accumulate
-from freemerge.accumulate import LateSum, add_round, filtered_sum, finished, late_sum, norm, task_vector_sum
+from freemerge.accumulate import LateSum, add_round, filtered_sum, finished, norm, task_vector_sum
 from freemerge.backends import cuda, registry
 from freemerge.backends.cuda import CudaBackend
 from freemerge.backends.torch import TorchBackend
@@ -29,7 +29,7 @@ from freemerge.planner.forms import candidates
 from freemerge.planner.plan import Plan
 from freemerge.planner.tiles import Tiles, convolution
 from freemerge.responses import Response
-from in_memory import noise
+from in_memory import finished_sum, noise
 from reference import reference_filter, reference_merge
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -101,7 +101,7 @@ def test_sum_and_filter_at_once_are_both_one_after_the_other(case: str, count: i
     oracle = reference_filter(exact.reshape(shape[-2:]), response).reshape(shape)
     for order in ORDERS:
         emulated.module().set_order(getattr(emulated.module().Order, order))
-        got, means, norms = filtered_sum(base, models, weights, response)
+        got, means, norms = finished_sum(base, models, weights, response)
         assert torch.equal(got, want)
         assert means == pytest.approx(want_means, rel=1e-12)
         assert norms == pytest.approx((want_before, norm([want])), rel=1e-12)
@@ -136,7 +136,8 @@ def test_the_full_form_in_three_kernels_adds_up_its_rows(
     found = backend.filtered_sum(plan, base, models, weights, got)
     module.set_order(module.Order.forward)
     assert found is not None
-    means, before, after = found
+    means, before, after, total = found
+    assert total is got
     assert torch.equal(got, want)
     assert means == pytest.approx(want_means, rel=1e-12)
     assert (math.sqrt(before), math.sqrt(after)) == pytest.approx((want_before, norm([want])), rel=1e-12)
@@ -156,7 +157,7 @@ def three_kernels(shape: tuple[int, int], response: Response, chosen: Tiles | No
 def late_by(
     backend: CudaBackend, plan: Plan, base: torch.Tensor, models: list[torch.Tensor], out: torch.Tensor
 ) -> LateSum:
-    found = backend.late_sum(plan, base, models, weights_of(len(models)), out)
+    found = backend.filtered_sum(plan, base, models, weights_of(len(models)), out)
     assert found is not None
     assert isinstance(found[3], LateSum)
     return found[3]
@@ -173,7 +174,7 @@ def test_the_last_pass_adds_the_base(case: str, count: int) -> None:
     seen = set()
     for order, dtype in zip(ORDERS, DTYPES, strict=True):
         emulated.module().set_order(getattr(emulated.module().Order, order))
-        late, _, norms = late_sum(base, models, weights, response)
+        late, _, norms = filtered_sum(base, models, weights, response)
         assert isinstance(late, LateSum)
         assert norms is not None
         seen.add(norms)
@@ -194,10 +195,10 @@ def test_the_last_pass_adds_the_base(case: str, count: int) -> None:
 
 def test_a_base_that_the_last_pass_does_not_take_is_added_after_it() -> None:
     base, models = inputs((96, 128), 2)
-    want, *_ = filtered_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
+    want, *_ = finished_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
     shifted = torch.cat([base.flatten()[:3], base.flatten()])[3:].view(base.shape)
     for other in (base.double(), shifted):
-        late, *_ = late_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
+        late, *_ = filtered_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
         assert isinstance(late, LateSum)
         assert not late.add_round(torch.empty_like(base), other, 0.7, 1.1)
         assert torch.equal(add_round(other, late, 0.7, other.dtype), add_round(other, want, 0.7, other.dtype))
@@ -215,7 +216,7 @@ def test_where_little_is_left_its_norm_is_taken(left: float, response: Response)
     turns = (rows / 96 + 2 * columns / 130) if isinstance(response, fm.HighPass) else (rows + columns) / 2
     model = torch.cos(2 * math.pi * turns + 0.3) + left * noise(*shape)
     base = torch.zeros(shape)
-    total, _, norms = late_sum(base, [model], [1.0], response)
+    total, _, norms = filtered_sum(base, [model], [1.0], response)
     assert isinstance(total, torch.Tensor)
     assert norms == pytest.approx((norm([model]), norm([total])), rel=1e-12)
     filtered = fm.filtered(model, response)
@@ -247,13 +248,13 @@ def test_a_merge_is_the_same_whenever_the_last_pass_runs(recipe: fm.Recipe, monk
 
     def at_once(*args: object, **named: object) -> tuple[torch.Tensor, list[float], tuple[float, float] | None]:
         nonlocal late
-        total, means, norms = late_sum(*args, **named)  # type: ignore[arg-type]
+        total, means, norms = filtered_sum(*args, **named)  # type: ignore[arg-type]
         late += isinstance(total, LateSum)
         if norms is not None:
             assert norms[1] == pytest.approx(norm([finished(total)]), rel=1e-6)
         return finished(total), means, norms
 
-    monkeypatch.setattr(accumulate, "late_sum", at_once)
+    monkeypatch.setattr(accumulate, "filtered_sum", at_once)
     for name, x in fm.merge(base, models, recipe, backend="cuda").items():
         assert torch.equal(x, merged[name])
     assert late >= 1
@@ -263,8 +264,8 @@ def test_a_merge_is_the_same_whenever_the_last_pass_runs(recipe: fm.Recipe, monk
 
 def test_what_is_merged_can_be_read_before_it_is_added() -> None:
     base, models = noise(96, 130), [noise(96, 130, seed=i) for i in (1, 2)]
-    want, _, norms = filtered_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
-    late, *_ = late_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
+    want, _, norms = finished_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
+    late, *_ = filtered_sum(base, models, [0.5, 0.5], fm.HighPass(0.05))
     assert norms is not None
     merged = Merged([late], factor=2.0)
     assert torch.equal(merged.tensors[0], want)
@@ -274,7 +275,7 @@ def test_what_is_merged_can_be_read_before_it_is_added() -> None:
 
 
 def test_a_last_pass_that_was_cut_off_does_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    late, *_ = late_sum(noise(96, 130), [noise(96, 130, seed=1)], [0.5], fm.HighPass(0.05))
+    late, *_ = filtered_sum(noise(96, 130), [noise(96, 130, seed=1)], [0.5], fm.HighPass(0.05))
     assert isinstance(late, LateSum)
 
     def interrupt(*args: object) -> None:
@@ -300,7 +301,7 @@ def test_a_dominant_mean_is_that_of_the_sum() -> None:
     weights = [0.2, 0.3, 0.5]
     want, _ = task_vector_sum(base, models, weights)
     fm.filter_(want, fm.HighPass(0.05))
-    got, *_ = filtered_sum(base, models, weights, fm.HighPass(0.05))
+    got, *_ = finished_sum(base, models, weights, fm.HighPass(0.05))
     assert torch.equal(got, want)
 
 
@@ -308,7 +309,7 @@ def test_a_dominant_mean_is_that_of_the_sum() -> None:
 def test_the_means_tell_which_model_is_not_finite(value: float) -> None:
     base, models = inputs((96, 130), 3)
     models[1][95, 129] = value
-    _, means, norms = filtered_sum(base, models, [0.2, 0.3, 0.5], fm.HighPass(0.05))
+    _, means, norms = finished_sum(base, models, [0.2, 0.3, 0.5], fm.HighPass(0.05))
     assert [math.isfinite(mean) for mean in means] == [True, False, True]
     assert norms is not None
     assert not any(map(math.isfinite, norms))
@@ -333,7 +334,7 @@ def test_the_means_tell_which_model_is_not_finite(value: float) -> None:
 def test_what_the_kernel_does_not_take_is_summed_only(shape: tuple[int, ...], count: int, response: Response) -> None:
     (base, models), weights = inputs(shape, count), weights_of(count)
     want, want_means = task_vector_sum(base, models, weights)
-    got, means, norms = filtered_sum(base, models, weights, response)
+    got, means, norms = finished_sum(base, models, weights, response)
     assert norms is None
     assert torch.equal(got, want)
     assert means == want_means
@@ -341,10 +342,10 @@ def test_what_the_kernel_does_not_take_is_summed_only(shape: tuple[int, ...], co
 
 def test_strided_and_shifted_inputs_are_taken() -> None:
     base, models = inputs((96, 130), 3)
-    want, _, want_norms = filtered_sum(base, models, [0.2, 0.3, 0.5], fm.HighPass(0.05))
+    want, _, want_norms = finished_sum(base, models, [0.2, 0.3, 0.5], fm.HighPass(0.05))
     storage = [torch.cat([x.flatten()[:3], x.flatten()])[3:].view(96, 130) for x in (base, models[0])]
     turned = [model.mT.contiguous().mT for model in models[1:]]
-    got, _, norms = filtered_sum(storage[0], [storage[1], *turned], [0.2, 0.3, 0.5], fm.HighPass(0.05))
+    got, _, norms = finished_sum(storage[0], [storage[1], *turned], [0.2, 0.3, 0.5], fm.HighPass(0.05))
     assert norms is not None
     assert norms == want_norms
     assert torch.equal(got, want)
@@ -353,7 +354,7 @@ def test_strided_and_shifted_inputs_are_taken() -> None:
 def test_wrong_arguments_are_named() -> None:
     x = noise(8, 8)
     with pytest.raises(ArgumentError, match="weights must hold one number per model, got 2 for 1"):
-        filtered_sum(x, [x], [1.0, 2.0], fm.HighPass(0.1))
+        finished_sum(x, [x], [1.0, 2.0], fm.HighPass(0.1))
     plan = decimated_plan((96, 130), fm.HighPass(0.05))
     native, module = emulated.backend().executable(plan).native, emulated.module()  # type: ignore[attr-defined]
     y = noise(96, 130)
@@ -459,7 +460,7 @@ def test_panels_are_those_of_the_filter_alone() -> None:
     out, stored = torch.empty(shape), []
     for run in (
         lambda: backend.executable(plan).run([out], 1.0),
-        lambda: backend.filtered_sum(plan, base, models, weights_of(count), out),
+        lambda: late_by(backend, plan, base, models, out).finish(),
     ):
         run()
         module.watch(0, (1 << 63) - 1)
@@ -557,7 +558,7 @@ def test_a_bug_in_sum_and_filter_is_caught(name: str, tmp_path: Path) -> None:
         for order in ORDERS:
             module.set_order(getattr(module.Order, order))
             got = torch.empty(shape)
-            found = backend.late_sum(plan, base, models, weights, got)
+            found = backend.filtered_sum(plan, base, models, weights, got)
             assert found is not None
             means, before, after, late = found
             if plan.form == "decimated":

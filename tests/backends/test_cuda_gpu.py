@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 import freemerge as fm
 import freemerge.experts as fx
 from cases import RESPONSES
-from freemerge.accumulate import LateSum, add_round, filtered_sum, late_sum, norm, task_vector_sum
+from freemerge.accumulate import LateSum, add_round, filtered_sum, norm, task_vector_sum
 from freemerge.backends.registry import named
 from freemerge.backends.sparse import SparseVector, Update
 from freemerge.experts.select import select_largest
 from freemerge.planner.forms import candidates
 from freemerge.responses import Response
+from in_memory import finished_sum
 from reference import reference_filter
 from updates import apply_, expected, mixed_updates
 
@@ -174,11 +175,11 @@ def test_sum_and_filter_at_once_are_both_one_after_the_other(shape: tuple[int, i
     want, want_means = task_vector_sum(base, models, weights)
     want_before = norm([want])
     fm.filter_(want, response)
-    got, means, norms = filtered_sum(base, models, weights, response)
+    got, means, norms = finished_sum(base, models, weights, response)
     assert float((got - want).norm() / want.norm()) < 1e-6
     assert means == pytest.approx(want_means, rel=1e-12)
     assert norms == pytest.approx((want_before, norm([got])), rel=1e-12)
-    again, *_ = filtered_sum(base, models, weights, response)
+    again, *_ = finished_sum(base, models, weights, response)
     assert torch.equal(again, got)
 
 
@@ -189,8 +190,8 @@ def test_sum_and_filter_at_once_are_both_one_after_the_other(shape: tuple[int, i
 def test_the_last_pass_adds_the_base(shape: tuple[int, int], response: fm.Response, dtype: torch.dtype) -> None:
     weights = [0.2, -0.1, 0.5, 0.4]
     base, *models = (matrix(*shape, dtype=torch.bfloat16, seed=seed) for seed in range(5))
-    want, *_ = filtered_sum(base, models, weights, response)
-    late, _, norms = late_sum(base, models, weights, response)
+    want, *_ = finished_sum(base, models, weights, response)
+    late, _, norms = filtered_sum(base, models, weights, response)
     assert isinstance(late, LateSum)
     assert norms is not None
     assert norms[1] == pytest.approx(norm([want]), rel=1e-6)

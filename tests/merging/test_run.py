@@ -188,13 +188,13 @@ def test_linearity_saves_filters(recipe: fm.Recipe, per_tensor: int, monkeypatch
     def counting_sums(
         *arguments: object, **named: object
     ) -> tuple[Tensor | accumulate.LateSum, list[float], tuple[float, float] | None]:
-        found = late_sum(*arguments, **named)  # type: ignore[arg-type]
+        found = filtered_sum(*arguments, **named)  # type: ignore[arg-type]
         filtered.append(int(found[2] is not None))
         return found
 
-    late_sum = accumulate.late_sum
+    filtered_sum = accumulate.filtered_sum
     monkeypatch.setattr("freemerge.filter.filter_", counting)
-    monkeypatch.setattr(accumulate, "late_sum", counting_sums)
+    monkeypatch.setattr(accumulate, "filtered_sum", counting_sums)
     fm.merge(base, models, recipe)
     matrices = sum(unit.action == "filter" for unit in plan_units(Checkpoint.open(base).specs))
     assert sum(filtered) == matrices * per_tensor

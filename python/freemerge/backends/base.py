@@ -203,28 +203,15 @@ class Backend(ABC):
         weights: Sequence[float],
         out: torch.Tensor,
         check: Check = unchecked,
-    ) -> tuple[list[float], float, float] | None:
+    ) -> tuple[list[float], float, float, torch.Tensor | LateSum] | None:
         """:meth:`weighted_sum` filtered by ``plan``, the same bytes as by one after the other, in fewer passes.
 
-        Returns the means, and the sums of squares before and after the filter; or None, and nothing is written, if one
-        after the other is the best it can do. ``check`` is called with the means as soon as they are known. ``out`` is
-        float32 or float64, as :meth:`weighted_sum` says.
+        Returns the means, the sums of squares before and after the filter, and the sum: ``out``, or what will be there
+        when its last pass has run, if that may wait for a base; the squares after the filter are then known to about
+        1e-6. Or None, and nothing is written, if one after the other is the best it can do. ``check`` is called with
+        the means as soon as they are known. ``out`` is float32 or float64, as :meth:`weighted_sum` says.
         """
         return None
-
-    def late_sum(
-        self,
-        plan: Plan,
-        base: torch.Tensor,
-        models: Sequence[torch.Tensor],
-        weights: Sequence[float],
-        out: torch.Tensor,
-        check: Check = unchecked,
-    ) -> tuple[list[float], float, float, torch.Tensor | LateSum] | None:
-        """:meth:`filtered_sum`, and where the sum is: in ``out``, or it will be when its last pass has run, if that may
-        wait for a base. The squares after the filter are then known to about 1e-6."""
-        found = self.filtered_sum(plan, base, models, weights, out, check)
-        return None if found is None else (*found, out)
 
     @abstractmethod
     def add_round(

@@ -89,13 +89,13 @@ class CpuBackend(Backend):
         weights: Sequence[float],
         out: torch.Tensor,
         check: Check = unchecked,
-    ) -> tuple[list[float], float, float] | None:
+    ) -> tuple[list[float], float, float, torch.Tensor] | None:
         if plan.layout != ROWS or math.prod(out.shape[:-2]) != 1:
             return None
         means, before = _accumulate(base, models, weights, out, squares=True)
         check(means)
         self.executable(plan).run([out.view(out.shape[-2:])], 1.0)
-        return means, before, self.square_sum(out)
+        return means, before, self.square_sum(out), out
 
     def part_means(self, base: torch.Tensor, models: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[float]]:
         first, *others = pointer(base), *map(pointer, models)

@@ -187,21 +187,6 @@ class CudaBackend(TorchVectors):
         weights: Sequence[float],
         out: torch.Tensor,
         check: Check = unchecked,
-    ) -> tuple[list[float], float, float] | None:
-        found = self.late_sum(plan, base, models, weights, out, check)
-        if found is None:
-            return None
-        means, before, after, total = found
-        return means, before, total.finish() if isinstance(total, LateSum) else after
-
-    def late_sum(
-        self,
-        plan: Plan,
-        base: torch.Tensor,
-        models: Sequence[torch.Tensor],
-        weights: Sequence[float],
-        out: torch.Tensor,
-        check: Check = unchecked,
     ) -> tuple[list[float], float, float, torch.Tensor | LateSum] | None:
         alone = math.prod(out.shape[:-2]) == 1 and len(models) <= self._runtime.module.MODELS_PER_LAUNCH
         ours = plan.form == "decimated" or plan.tiles is not None  # cuFFT reads its matrix from memory

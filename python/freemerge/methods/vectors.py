@@ -71,12 +71,12 @@ class Deltas:
         self, weights: Sequence[float], response: Response, backend: str
     ) -> tuple[Tensor | LateSum, tuple[float, float] | None]:
         """The same, and its Frobenius norms before and after the filter; None if it is yet to be filtered, see
-        :func:`freemerge.accumulate.late_sum`."""
-        from ..accumulate import late_sum
+        :func:`freemerge.accumulate.filtered_sum`."""
+        from ..accumulate import filtered_sum
 
         base = self.base()
         models = [read().to(base.device) for read in self.models]
-        total, _, norms = late_sum(base, models, weights, response, backend=backend, check=self.check)
+        total, _, norms = filtered_sum(base, models, weights, response, backend=backend, check=self.check)
         return total, norms
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor | None]]:
