@@ -153,4 +153,4 @@ def mark_changed(weights: Sequence[torch.Tensor]) -> None:
     """Tell autograd of a native write, so that a backward pass through the former weights is an error."""
     for tensor in weights:
         if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)  # torch 2.4 takes no list
+            torch.autograd.graph.increment_version(tensor)  # older ones take no list
