@@ -1,7 +1,7 @@
 """Merge fine-tuned models in the frequency domain: FR-Merging and FREE-Merging.
 
 What most people need is listed in ``__all__``. Families have modules of their own: :mod:`freemerge.responses`,
-:mod:`freemerge.methods`, :mod:`freemerge.errors`. Every public name can be imported from here, too.
+:mod:`freemerge.errors` and :mod:`freemerge.methods`, of which all but the methods can be imported from here, too.
 """
 
 __version__: str

@@ -19,8 +19,8 @@ from .output import open_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 done, 1 failed, 2 wrong usage, 3 refused, 130 interrupted,
-    143 terminated. Help, and arguments that cannot be parsed, raise SystemExit with it."""
+    """Run the command line and return its exit status: 0 done, 1 failed, 2 wrong usage, 3 refused; 129, 130 and
+    143 ended by SIGHUP, Ctrl-C and SIGTERM. Help, and arguments that cannot be parsed, raise SystemExit with it."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait must not take time from those that read
     open_streams()
     try:
