@@ -1,0 +1,150 @@
+"""What every command has: --json, --quiet, --verbose, and readers that stop early."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import COMMANDS, run
+
+import freemerge as fm
+
+
+def test_json_output_is_json_alone(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("merge", *files, "-o", tmp_path / "out", "--json") == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert sum(report["weights"]) == pytest.approx(1)
+    assert captured.err == ""
+
+
+def test_inspect_as_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", *files, "--json") == 0
+    decisions = json.loads(capsys.readouterr().out)["decisions"]
+    assert [decision["action"] for decision in decisions] == ["merge", "filter"]
+
+
+# The keys of --json that stay, as docs/stability.md promises; "a[].b" is one of the objects in a list.
+KEYS = {
+    "analyze": "base tasks band_edges ranks scales total module_types depths tensors left_out notices advice "
+    "tensors[].name tensors[].shape tensors[].module_type tensors[].depth tensors[].measures",
+    "backends": "backends backends[].name backends[].available backends[].reason backends[].details",
+    "clean": "path nbytes alive holds_output removed",
+    "completion": "shell script",
+    "diff": "name kind first second largest mean",
+    "evaluate": "evaluations evaluations[].label evaluations[].scores",
+    "experts": "experts experts[].task experts[].mu experts[].entries experts[].nbytes",
+    "init": "method response weights stats scope renormalize align sign_election scale select views compute_dtype "
+    "out_dtype",
+    "inspect": "decisions warnings read_bytes write_bytes passes measured_bytes memory_bytes seconds decisions[].name "
+    "decisions[].shape decisions[].dtype decisions[].action decisions[].seen_as decisions[].stacked_with "
+    "decisions[].removed decisions[].backend decisions[].form",
+    "lora": "out rank layers kept left_out nbytes",
+    "merge": "out weights scale inspection stages stages[].name stages[].seconds stages[].nbytes",
+    "schema": "$schema title type properties additionalProperties allOf",
+    "tune": "recipe entropies",
+    "verify": "problems",
+}
+
+
+def test_the_keys_of_json_stay(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("merge", *files, "-o", tmp_path / "merged", "--quiet")
+    (tmp_path / "folder" / ".a.freemerge-tmp").mkdir(parents=True)
+    (tmp_path / "data.py").write_text("def logits(state):\n    yield state['a.weight']\n")
+    learning = ["--method", "average", "--function", f"{tmp_path / 'data.py'}:logits", "--iterations", 1]
+    out = tmp_path / "out"
+    arguments: dict[str, list[object]] = {
+        "analyze": [*files, "--methods", "average"],
+        "clean": [tmp_path / "folder"],
+        "completion": ["bash"],
+        "diff": files[:2],
+        "evaluate": [files[0], "--function", "builtins:len"],
+        "experts": [*files, "-o", out / "experts"],
+        "init": files,
+        "inspect": files,
+        "lora": [*files[:2], "--rank", 2, "-o", out / "lora"],
+        "merge": [*files, "-o", out / "merged"],
+        "tune": [*files, *learning, "-o", tmp_path / "recipe.yml"],
+        "verify": [tmp_path / "merged"],
+    }
+    assert KEYS.keys() == set(COMMANDS) - {"demo"}, "its keys are the methods that it compares"
+    for command, keys in KEYS.items():
+        capsys.readouterr()
+        assert run(command, *arguments.get(command, []), "--json") == (1 if command == "diff" else 0), command
+        captured = capsys.readouterr()
+        told = json.loads(captured.out.splitlines()[0])
+        inner = {f"{key}[].{name}" for key, value in told.items() if isinstance(value, list)
+                 for item in value if isinstance(item, dict) for name in item}  # fmt: skip
+        assert set(keys.split()) <= told.keys() | inner, command
+        assert captured.err == "", command
+
+
+@pytest.mark.parametrize("command", ["verify", "backends", "clean", "schema", "experts", "init", "evaluate"])
+def test_json_and_quiet_of_every_command(
+    command: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("merge", *files, "-o", tmp_path / "merged", "--quiet")
+    (tmp_path / ".a.freemerge-tmp").mkdir()
+    arguments: list[object] = {
+        "verify": [tmp_path / "merged"],
+        "clean": [tmp_path, "--dry-run"],
+        "experts": [*files, "-o", tmp_path / "a"],
+        "init": files,
+        "evaluate": [files[0], "--function", "builtins:len"],
+    }.get(command, [])
+    capsys.readouterr()
+    assert run(command, *arguments, "--json") == 0
+    captured = capsys.readouterr()
+    assert isinstance(json.loads(captured.out), dict)
+    assert captured.err == ""
+    if command == "experts":
+        arguments[-1] = tmp_path / "b"
+    assert run(command, *arguments, "-q") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_verbose_says_where_an_error_was_raised_and_what_happens_to_each_tensor(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("merge", files[0], tmp_path / "nowhere", "-o", tmp_path / "out", "-v") == 1
+    assert "Traceback" in capsys.readouterr().err
+    assert run("merge", *files, "-o", tmp_path / "out") == 0
+    assert "a.weight" not in capsys.readouterr().err
+    assert run("merge", *files, "-o", tmp_path / "out", "--force", "--verbose") == 0
+    assert "a.weight" in capsys.readouterr().err
+
+
+COMMAND = [sys.executable, "-m", "freemerge"]
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["verify", "nowhere", "--json"], ["verify", "--json"]])
+def test_a_reader_that_stops_early_is_no_error_message(arguments: list[str], files: list[str]) -> None:
+    command = [*COMMAND, *arguments, *(files if arguments == ["inspect"] else [])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 1
+
+
+def test_streams_that_are_closed_or_have_few_characters(files: list[str], tmp_path: Path) -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        out = tmp_path / closed
+        command = [*COMMAND, "merge", *files, "-o", str(out)]
+        done = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, text=True)
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), closed
+        assert fm.verify(out) == []
+    shell = [*COMMAND, "analyze", *files[:2], "--methods", "average"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(shell, check=True, capture_output=True, text=True, env=environment).stdout
+    assert r"cosine \u2013" in told, "of one model there is none"
+
+
+def test_backends_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("backends") == 0
+    assert "torch    available" in capsys.readouterr().out
