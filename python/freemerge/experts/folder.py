@@ -41,20 +41,21 @@ def save_experts(
 
     ``workers``: processes that each write the experts :func:`iter_experts` gives them; all get the whole list.
     """
-    folder, pairs = target(out), _pairs(experts)
-    check_target(folder, single_file=False, force=force, foreign=_other_than_experts)
-    staging = Staging(folder, workers=workers)
-    try:
-        saved: dict[str, SavedExpert] = {}
-        for task, expert in pairs:
-            if task in saved:
-                raise ArgumentError(f"experts: two are called {task!r}")
-            nbytes = expert.save(staging.directory / f"{task}.safetensors")
-            saved[task] = SavedExpert(task, expert.mu, expert.entries, nbytes)
-        written = workers.gather([*saved.values()])
-        staging.publish(None, force=force, foreign=_other_than_experts)
-    finally:
-        staging.discard()
+    with workers.together("experts"):
+        folder, pairs = target(out), _pairs(experts)
+        check_target(folder, single_file=False, force=force, foreign=_other_than_experts)
+        staging = Staging(folder, workers=workers)
+        try:
+            saved: dict[str, SavedExpert] = {}
+            for task, expert in pairs:
+                if task in saved:
+                    raise ArgumentError(f"experts: two are called {task!r}")
+                nbytes = expert.save(staging.directory / f"{task}.safetensors")
+                saved[task] = SavedExpert(task, expert.mu, expert.entries, nbytes)
+            written = workers.gather([*saved.values()])
+            staging.publish(None, force=force, foreign=_other_than_experts)
+        finally:
+            staging.discard()
     return [expert for expert in chain.from_iterable(zip_longest(*written)) if expert is not None]
 
 

@@ -164,11 +164,12 @@ def merge_checkpoints(
         ArgumentError: the merged model would be the base: at a scale, weights or a density of 0, at a cutoff beyond the
             spectrum, or with every tensor copied. Otherwise as :func:`merge`.
         CheckpointError: ``out`` cannot be written, or the disk is full. Otherwise as :func:`merge`.
-        WorkerError: another of the workers has ended.
+        WorkerError: another of the workers has ended, or they have parted: after an error in one of their merges they
+            merge nothing more together.
     """
-    memory, style = byte_size("memory", memory), _style(progress)
-    function("on_start", on_start)
-    with reusing(), ExitStack() as stack:
+    with workers.together("merge"), reusing(), ExitStack() as stack:
+        memory, style = byte_size("memory", memory), _style(progress)
+        function("on_start", on_start)
         with _without_collecting():
             merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, memory)
             tokenizer = _side_files(merger, tokenizer_from)
