@@ -98,7 +98,7 @@ def extract_lora(
         start, (tuned,) = inputs.base, inputs.models
         refuse_inputs(folder, (start, tuned))
         staging = Staging(folder)  # before the work begins
-        stack.callback(staging.discard)
+        stack.callback(staging.end)
         for name, change in _changes(start, tuned, rules):
             total += float(change.double().square().sum())
             module = _linear_layer(start, name)

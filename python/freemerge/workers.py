@@ -42,11 +42,11 @@ class Workers:
     rank: int = 0
     size: int = 1
     kept: Path | None = None
-    _group: Any = field(default=None, repr=False)  # a process group of our own; None for that of the program
-    _parted: bool = field(default=False, repr=False)
-    _work: str = field(default="", repr=False)
-    _step: int = field(default=0, repr=False)  # since that began
-    _pieces: int = field(default=0, repr=False)  # of work so far
+    _group: Any = field(default=None, init=False, repr=False)  # of processes, if it is ours
+    _parted: bool = field(default=False, init=False, repr=False)
+    _work: str = field(default="", init=False, repr=False)
+    _step: int = field(default=0, init=False, repr=False)  # since that began
+    _pieces: int = field(default=0, init=False, repr=False)  # of work so far
 
     def gather(self, value: T) -> list[T]:
         """What each worker gives, by rank; anything that can be pickled."""
@@ -209,7 +209,9 @@ def _met() -> tuple[Workers, Store]:
     except (RuntimeError, ValueError) as error:
         told = str(error).partition("\n")[0]
         raise WorkerError(f"the workers that torchrun started cannot be reached ({told}); {_ALONE}") from error
-    return Workers(rank, size, _group=group), store
+    workers = Workers(rank, size)
+    workers._group = group
+    return workers, store
 
 
 _ALONE = (

@@ -247,6 +247,7 @@ def test_what_is_wrong_is_told_once(models: Path, server: subprocess.Popen[str])
 
         def elsewhere(workers):
             merge("out" if workers.rank == 0 else "other/out")(workers)
+        freemerge.checkpoint.publish.SEEN_WITHIN = 0.5
         codes, said = run(2, elsewhere)
         assert codes == [1, 1] and "file system that all workers share" in said, (codes, said)
 
@@ -360,6 +361,106 @@ def test_a_program_that_goes_on_after_an_error_of_one_worker_merges_no_more_with
     )
 
 
+def test_a_directory_that_is_seen_late(models: Path, server: subprocess.Popen[str]) -> None:
+    """As on NFS: a name that was looked for before it was made stays missing until its directory is listed."""
+    forked(
+        models,
+        server,
+        """
+        merge("one", force=True)()
+        publish = freemerge.checkpoint.publish
+        def late(workers):
+            out, looks = publish.hidden(folder / "new" / "late"), []
+            if workers.rank:
+                lock_of, scandir, listed = publish.lock_of, os.scandir, []
+                def unseen(path):
+                    looks.append(path)
+                    if len(listed) < 3:
+                        raise FileNotFoundError(2, "No such file or directory", str(path))
+                    return lock_of(path)
+                def listing(path="."):
+                    if Path(path) == out.parent:
+                        listed.append(path)
+                    return scandir(path)
+                publish.lock_of, os.scandir = unseen, listing
+                stat = os.stat
+                def watched(path, *arguments, **options):
+                    assert looks or out.name not in str(path), "a name that is looked for is missing from then on"
+                    return stat(path, *arguments, **options)
+                os.stat = watched
+            merge("new/late")(workers)
+            assert len(looks) == 3 * workers.rank
+        codes, said = run(2, late)
+        assert codes == [0, 0], said
+        assert contents("new/late") == contents("one")
+        """,
+    )
+
+
+def test_a_worker_that_ends_while_the_output_is_published(models: Path, server: subprocess.Popen[str]) -> None:
+    forked(
+        models,
+        server,
+        """
+        from freemerge.checkpoint.publish import Staging
+        merge("one", force=True)()
+        for out in ("done", "done.safetensors"):
+            for rank in (0, 1):
+                def dying_late(workers):
+                    publish, place = Staging._publish, Staging.publish
+                    def published(self, *arguments, **options):
+                        publish(self, *arguments, **options)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    def publishing(self, *arguments, **options):
+                        if workers.rank == 1:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        place(self, *arguments, **options)
+                    if rank == 0:
+                        Staging._publish = published
+                    else:
+                        Staging.publish = publishing
+                    merge(out)(workers)
+                codes, said = run(2, dying_late)
+                assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, (codes, said)
+                assert f"{folder / out} was written, but another worker has ended" in said, said
+                assert "resume" not in said, said
+                if out == "done":
+                    assert contents(out) == contents("one")
+                    for path in (folder / out).iterdir():
+                        path.unlink()
+                    (folder / out).rmdir()
+                else:
+                    (folder / out).unlink()
+        """,
+    )
+
+
+def test_an_error_while_the_output_is_published_leaves_all_that_was_merged(
+    models: Path, server: subprocess.Popen[str]
+) -> None:
+    forked(
+        models,
+        server,
+        """
+        import errno
+        from freemerge.checkpoint import writer
+        from freemerge.merging.engine import Merger
+        merge("one", force=True)()
+        def full(workers):
+            def fail(path, content):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            writer.write_json = fail
+            merge("full")(workers)
+        codes, said = run(2, full)
+        assert codes == [1, 1], (codes, said)
+        assert said.count("the disk is full") == 1 and "--resume goes on" in said and "Traceback" not in said, said
+        Merger.merged = None
+        merge("full", resume=True)()
+        assert contents("full") == contents("one")
+        """,
+    )
+
+
 def test_workers_that_do_not_do_the_same_are_told(models: Path, server: subprocess.Popen[str]) -> None:
     forked(
         models,
@@ -382,7 +483,7 @@ def test_a_program_with_a_process_group_of_its_own(models: Path, server: subproc
         models,
         server,
         """
-        merge("one")()
+        merge("one", force=True)()
         def program(work):
             dist.init_process_group("gloo")
             for out in ("two", "again"):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
+import stat
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,9 +17,9 @@ from threading import get_ident
 from typing import TYPE_CHECKING
 
 from ..arguments import path_of
-from ..errors import ArgumentError, CheckpointError, RefusedError
+from ..errors import ArgumentError, CheckpointError, FreemergeError, RefusedError, WorkerError
 from ..workers import ALONE, Workers
-from .disk import flush_directory
+from .disk import flush_directory, flush_file
 from .locks import DirectoryLock, FileLock, lock_of, remove_unused_files
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ WEIGHT_SUFFIXES = (
 )
 _MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+SEEN_WITHIN = 75.0  # seconds: NFS believes for up to 60 that a name is missing
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
@@ -85,12 +89,14 @@ def write_file(out: Path, content: str | bytes) -> None:
         partial.write_bytes(whole)
         if path.exists():
             shutil.copymode(path, partial)
+        flush_file(partial)
         partial.replace(path)
     except OSError as error:
         raise cannot_write(out, error) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+    _flush_place(out, [path.parent])
 
 
 def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign = no_manifest) -> None:
@@ -103,6 +109,10 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
         return
     if single_file != out.is_file():
         raise RefusedError(f"{out} exists and is not a {'file' if single_file else 'directory'}")
+    mounted = _mounted(out)
+    if out in mounted:
+        advice = "name another file" if single_file else f"name a directory inside of it, such as {out / 'merged'}"
+        raise RefusedError(f"{out} is a mount point, whose place nothing else can take; {advice}")
     if not single_file and not any(out.iterdir()):
         return
     if not force:
@@ -112,6 +122,32 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
     reason = None if single_file else foreign(out)
     if reason is not None:
         raise RefusedError(f"{out} holds something else than this writes ({reason}), so even force does not delete it")
+    if mounted:
+        raise RefusedError(
+            f"{mounted[0]} is mounted inside of {out}, so even force does not delete it; unmount it first"
+        )
+
+
+def _mounted(path: Path) -> list[Path]:
+    """What is mounted on a path and below it, in order; with parts of the same file system where the system tells."""
+    points = _mount_points()
+    if points is None:
+        points = {path, *(Path(folder, name) for folder, names, _ in os.walk(path) for name in names)}
+        points = {point for point in points if os.path.ismount(point)}
+    found = {point for point in points if path == point or path in point.parents}
+    if path.stat().st_dev != path.parent.stat().st_dev:
+        found.add(path)
+    return sorted(found)
+
+
+def _mount_points() -> set[Path] | None:
+    """All mount points, as Linux lists them; None elsewhere."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return None
+    names = (line.split(b" ")[4] for line in lines)  # proc(5): a blank in a name is \040
+    return {Path(os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), name))) for name in names}
 
 
 def refuse_files(out: str | os.PathLike[str], files: Iterable[Path]) -> None:
@@ -154,19 +190,42 @@ class Staging:
         if workers.rank:
             self._follow()
 
-    def publish(self, file: str | None, *, force: bool, foreign: Foreign = no_manifest) -> None:
+    def publish(
+        self,
+        file: str | None,
+        *,
+        force: bool,
+        foreign: Foreign = no_manifest,
+        ready: Callable[[], None] = lambda: None,
+    ) -> None:
         """Put the directory, or the one ``file`` in it, at ``out``: at any instant ``out`` is the old or the new one.
 
         The file system must already hold every file's data. What was at ``out`` is checked again (:func:`check_target`)
-        and deleted last.
+        and deleted last. ``ready`` is called when nothing but the renaming is left to do.
         """
-        self._workers.first(lambda: self._publish(file, force=force, foreign=foreign))
-        self.discard()
+        try:
+            self._workers.first(lambda: self._publish(file, force=force, foreign=foreign, ready=ready))
+        except FreemergeError as error:
+            if not self._is_published(file):
+                raise
+            self.end()
+            if not isinstance(error, WorkerError):
+                raise
+            raise WorkerError(f"{self._out} was written, but another worker has ended meanwhile") from error
+        self.end()
 
-    def _publish(self, file: str | None, *, force: bool, foreign: Foreign) -> None:
+    def _is_published(self, file: str | None) -> bool:
+        assert self._lock is not None
+        if file is None:
+            return self._lock.has_moved_to(self._out)
+        return self._lock.in_place() and not (self.directory / file).exists()
+
+    def _publish(self, file: str | None, *, force: bool, foreign: Foreign, ready: Callable[[], None]) -> None:
         check_target(self._out, single_file=file is not None, force=force, foreign=foreign)
         try:
-            flush_directory(self.directory)
+            for folder, _, _ in os.walk(self.directory):
+                flush_directory(Path(folder))
+            ready()
             if file is not None:
                 os.replace(self.directory / file, self._out)
             elif not self._out.exists() or not any(self._out.iterdir()):
@@ -175,31 +234,26 @@ class Staging:
                 self._exchange()
         except OSError as error:
             raise cannot_write(self._out, error) from error
-        self._made = []
-        try:
-            flush_directory(self._out.parent)
-        except OSError as error:
-            parent = f"the directory that it is in cannot be flushed to the disk: {error.strerror}"
-            raise CheckpointError(f"{self._out} is written, but {parent}") from error
+        made, self._made = self._made, []
+        _flush_place(self._out, [self._out.parent, *(parent.parent for parent in made)])
 
-    def discard(self) -> None:
-        """Remove the hidden directory, whatever it holds; safe to call twice. Only the first worker removes it."""
+    def end(self, *, keep: bool = False) -> Path | None:
+        """Let go of the hidden directory, and remove it, whatever it holds, unless it is to ``keep``: for another
+        writer, to whom its path is returned if it has not been published. Safe to call twice.
+
+        Only the first worker removes it.
+        """
+        kept = None
         if self._lock is not None:
-            if self._lock.in_place() and self._workers.rank == 0:
-                shutil.rmtree(self.directory, ignore_errors=True)
-            self.leave()
-        self._remove_made_parents()
-
-    @property
-    def held(self) -> bool:
-        """Whether the hidden directory is this writer's, and not published, discarded or left."""
-        return self._lock is not None
-
-    def leave(self) -> None:
-        """Let go of the hidden directory and leave it to another writer."""
-        if self._lock is not None:
+            if self._lock.in_place():
+                kept = self.directory if keep else None
+                if not keep and self._workers.rank == 0:
+                    shutil.rmtree(self.directory, ignore_errors=True)
             self._lock.close()
             self._lock = None
+        if not keep:
+            self._remove_made_parents()
+        return kept
 
     def _begin(self, resume: bool) -> bool:
         """Claim the hidden directory; whether a killed writer has left it behind."""
@@ -215,14 +269,24 @@ class Staging:
         return resumed
 
     def _follow(self) -> None:
-        """Share what the first worker has claimed."""
-        try:
-            self._lock = lock_of(self.directory)
-        except OSError as error:
-            raise CheckpointError(
-                f"worker {self._workers.rank} cannot open {self.directory}, which the first worker has made "
-                f"({error.strerror}); the output must be on a file system that all workers share"
-            ) from error
+        """Share what the first worker has claimed, as soon as it is seen here.
+
+        A network's file system may remember for some time that there was no such name, until a directory is listed.
+        """
+        begin = time.monotonic()
+        while self._lock is None:
+            for folder in reversed(self.directory.parents):
+                with suppress(OSError), os.scandir(folder) as entries:
+                    next(entries, None)
+            try:
+                self._lock = lock_of(self.directory)
+            except OSError as error:
+                if time.monotonic() - begin > SEEN_WITHIN:
+                    raise CheckpointError(
+                        f"worker {self._workers.rank} cannot open {self.directory}, which the first worker has made "
+                        f"({error.strerror}); the output must be on a file system that all workers share"
+                    ) from error
+                time.sleep(0.2)
         self._lock.share(self._workers.rank)
 
     def _rename(self) -> None:
@@ -251,6 +315,7 @@ class Staging:
                     self.directory.mkdir()
                 except FileExistsError:
                     made = False
+                    self._refuse_foreign()
                 lock = self._locked(made=made, resume=resume)
             except KeyboardInterrupt:  # a signal, perhaps before mkdir: that of a living writer is not empty
                 with suppress(OSError):
@@ -259,6 +324,13 @@ class Staging:
                 raise
             if lock is not None:
                 return lock, not made
+
+    def _refuse_foreign(self) -> None:
+        """RefusedError for what is no directory of its own: what a link leads to would be deleted."""
+        with suppress(FileNotFoundError):
+            if not stat.S_ISDIR(self.directory.lstat().st_mode):
+                what = f"{self.directory} is in the way, which is no directory"
+                raise RefusedError(f"{self._out} cannot be written now: {what}; remove it")
 
     def _locked(self, *, made: bool, resume: bool) -> DirectoryLock | FileLock | None:
         """The lock on a directory that was ``made``, or found and is to be resumed; None if another has to be made."""
@@ -314,6 +386,16 @@ def cannot_write(out: Path, error: OSError) -> CheckpointError:
     """The error for a failed write below ``out``."""
     hint = "; the disk is full" if error.errno in DISK_FULL else ""
     return CheckpointError(f"cannot write {out}: {error.strerror}{hint}; nothing was changed")
+
+
+def _flush_place(out: Path, folders: Iterable[Path]) -> None:
+    """Have the name of an output on the disk, which is in these directories."""
+    try:
+        for folder in folders:
+            flush_directory(folder)
+    except OSError as error:
+        place = f"the directory that it is in cannot be flushed to the disk: {error.strerror}"
+        raise CheckpointError(f"{out} is written, but {place}") from error
 
 
 def _missing_parents(out: Path) -> list[Path]:
@@ -373,7 +455,7 @@ def _cleaned(folder: Path, remove: bool) -> Iterator[Leftover]:
 def allocated(directory: Path) -> int:
     """The bytes on the disk that the files in a directory take."""
     total = 0
-    for folder, _, files in os.walk(directory):
+    for folder, _, files in () if directory.is_symlink() else os.walk(directory):
         for file in files:
             with suppress(OSError):  # another run may be removing them
                 total += _room(os.lstat(os.path.join(folder, file)))

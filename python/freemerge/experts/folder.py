@@ -55,7 +55,7 @@ def save_experts(
             written = workers.gather([*saved.values()])
             staging.publish(None, force=force, foreign=_other_than_experts)
         finally:
-            staging.discard()
+            staging.end()
     return [expert for expert in chain.from_iterable(zip_longest(*written)) if expert is not None]
 
 

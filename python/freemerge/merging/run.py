@@ -198,7 +198,8 @@ def merge_checkpoints(
             log.advance(stage, read_bytes, len(unit.names))
 
         measured = _measured(merger, writer, partial(advance, "measure"))
-        workers.first(lambda: _carry_over(merger, writer, tokenizer))
+        with writer.writing():
+            workers.first(lambda: _carry_over(merger, writer, tokenizer))
         for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
             merged = merger.merged(unit, measured, partial(advance, "merge"), writer.settle)
             if merged.flat is not None:
@@ -211,7 +212,7 @@ def merge_checkpoints(
             merger.kept.close()  # before the first worker looks at what is in the directory
         writer.finish()
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
-        with _without_collecting():
+        with _without_collecting(), writer.writing():
             _describe(merger, writer, hashes, report)
         stages = workers.gather(list(_stages(merger, writer, hashes)))
         report = replace(report, stages=tuple(map(together, zip(*stages, strict=True))))
