@@ -230,7 +230,7 @@ def _lead(store: Store, size: int) -> str:
     while here.count < size - 1:
         if here.over():
             store.set("meeting", "")
-            raise _missing(counted(size - 1 - here.count, "worker"), size)
+            raise _missing(counted(size - 1 - here.most, "worker"), size)
     store.set("meeting", "")
     store.set(f"{name}-begun", "")
     return name
@@ -242,10 +242,10 @@ def _follow(store: Store, size: int) -> str:
     here = _Arrivals(lambda: store.add(name, 0) if name else 0)
     while not (name and store.check([f"{name}-begun"])):
         if here.over():
-            if not name:
-                raise _missing("the first one", size)
-            store.add(name, -1)
-            raise _missing(counted(size - 1 - here.count, "worker"), size)
+            if name:
+                store.add(name, -1)
+            missing = size - 1 - here.most if name else 0
+            raise _missing(counted(missing, "worker") if missing else "the first one", size)
         now = store.get("meeting").decode() if store.check(["meeting"]) else ""
         if now and now != name:
             name = now
@@ -262,12 +262,12 @@ class _Arrivals:
 
     def __init__(self, ask: Callable[[], int]) -> None:
         self._ask, self._since = ask, time.monotonic()
-        self.count = ask()
+        self.count = self.most = ask()
 
     def over(self) -> bool:
         """Whether nobody has come for so long; asked now and then."""
         time.sleep(0.05)
-        count = self._ask()
-        if count != self.count:
-            self.count, self._since = count, time.monotonic()
+        self.count = self._ask()
+        if self.count > self.most:  # it is less when one has given up
+            self.most, self._since = self.count, time.monotonic()
         return time.monotonic() - self._since > ARRIVAL.total_seconds()
