@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import freemerge as fm
-from freemerge.checkpoint.publish import Staging
+from freemerge.checkpoint.staging import Staging
 from freemerge.cli import main
 
 

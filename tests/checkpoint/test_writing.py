@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, publish, verify
+from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, leftovers, staging, target, verify
 from freemerge.checkpoint.journal import Journal
+from freemerge.checkpoint.json_file import _indented
 from freemerge.checkpoint.shard_file import Background
 from freemerge.checkpoint.spec import TORCH_DTYPES
-from freemerge.checkpoint.writer import _indented
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 
 
@@ -248,7 +248,7 @@ class TestTarget:
             write(tmp_path / name, state_of())
         for file in (name, "m.safetensors"):  # nor do directories of experts and adapters
             with pytest.raises(ArgumentError, match=r"an output is a directory$"):
-                publish.target(tmp_path / file)
+                target.target(tmp_path / file)
         assert_only(tmp_path)
 
     def test_existing_output_needs_force(self, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ class TestTarget:
     @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-steps"])
     def test_force_replaces_everything(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
         if not exchange:
-            monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+            monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
         write(tmp_path / "out", state_of(1), shard=1)
         write(tmp_path / "out", state_of(2), force=True)
         assert_only(tmp_path, "out")
@@ -326,7 +326,7 @@ class TestMounts:
     @pytest.fixture
     def mounted(self, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
         points: set[Path] = set()
-        monkeypatch.setattr(publish, "_mount_points", lambda: points)
+        monkeypatch.setattr(target, "_mount_points", lambda: points)
         return points
 
     @pytest.mark.parametrize("force", [True, False])
@@ -367,20 +367,20 @@ class TestMounts:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its mounts")
     def test_mount_points(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        points = publish._mount_points()
+        points = target._mount_points()
         assert points is not None
         assert Path("/proc") in points
         assert all(point.is_absolute() for point in points)
         line = b"36 35 98:0 /mnt1 /mnt/a\\040b\\134 rw,noatime master:1 - ext3 /dev/root rw\n"
         monkeypatch.setattr(Path, "read_bytes", lambda path: line)
-        assert publish._mount_points() == {Path("/mnt/a b\\")}
+        assert target._mount_points() == {Path("/mnt/a b\\")}
 
     def test_where_the_system_lists_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "out" / "a" / "data").mkdir(parents=True)
-        monkeypatch.setattr(publish, "_mount_points", lambda: None)
-        assert publish._mounted(tmp_path / "out") == []
+        monkeypatch.setattr(target, "_mount_points", lambda: None)
+        assert target._mounted(tmp_path / "out") == []
         monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "data")
-        assert publish._mounted(tmp_path / "out") == [tmp_path / "out" / "a" / "data"]
+        assert target._mounted(tmp_path / "out") == [tmp_path / "out" / "a" / "data"]
 
 
 class TestFailures:
@@ -498,8 +498,8 @@ class TestFailures:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         flushed = list[Path]()
-        monkeypatch.setattr(publish, "flush_directory", flushed.append)
-        monkeypatch.setattr(publish, "flush_file", flushed.append)
+        for module, name in ((staging, "flush_directory"), (target, "flush_directory"), (target, "flush_file")):
+            monkeypatch.setattr(module, name, flushed.append)
         with CheckpointWriter(tmp_path / "x" / "y" / "out", specs_of(state_of())) as writer:
             assert writer.directory is not None
             left = writer.directory
@@ -510,7 +510,7 @@ class TestFailures:
             flushed
         )
         flushed.clear()
-        publish.write_file(tmp_path / "file", "text")
+        target.write_file(tmp_path / "file", "text")
         assert flushed[0].parent == tmp_path
         assert flushed[0].name.endswith(".part")
         assert flushed[1:] == [tmp_path]
@@ -543,7 +543,7 @@ class TestFailures:
         assert load_file(tmp_path / "out" / "model.safetensors")["a"].eq(3).all()
 
     def test_what_a_killed_run_left_counts_as_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        left = publish.hidden(tmp_path / "out")
+        left = staging.hidden(tmp_path / "out")
         left.mkdir()
         (left / "model.safetensors").write_bytes(bytes(1 << 16))
         usage = type("Usage", (), {"free": 100})
@@ -555,20 +555,20 @@ class TestFailures:
     def test_what_a_killed_run_left_and_cannot_be_removed_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        left = publish.hidden(tmp_path / "out")
+        left = staging.hidden(tmp_path / "out")
         left.mkdir()
 
         def refused(path: Path, ignore_errors: bool = False) -> None:
             if not ignore_errors:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        monkeypatch.setattr(publish.shutil, "rmtree", refused)
+        monkeypatch.setattr(staging.shutil, "rmtree", refused)
         with pytest.raises(RefusedError, match=r"-tmp, which a killed run left, cannot be removed \(Perm"):
             write(tmp_path / "out", state_of())
-        (found,) = publish.clean(tmp_path)
+        (found,) = leftovers.clean(tmp_path)
         assert (found.path, found.alive, found.removed) == (left, False, False)
         monkeypatch.undo()
-        (found,) = publish.clean(tmp_path)
+        (found,) = leftovers.clean(tmp_path)
         assert found.removed
         assert_only(tmp_path)
 
@@ -596,14 +596,14 @@ class TestFailures:
     def test_an_output_whose_place_is_not_flushed_is_there(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        flush = publish.flush_directory
+        flush = target.flush_directory
 
         def failing(path: Path) -> None:
             if path == tmp_path:
                 raise OSError(errno.EIO, "Input/output error")
             flush(path)
 
-        monkeypatch.setattr(publish, "flush_directory", failing)
+        monkeypatch.setattr(target, "flush_directory", failing)
         with pytest.raises(CheckpointError, match="out is written, but the directory that it is in cannot be flushed"):
             write(tmp_path / "out", state_of())
         assert verify(tmp_path / "out") == []

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import freemerge as fm
 from freemerge.checkpoint.journal import JOURNAL
-from freemerge.checkpoint.publish import hidden
+from freemerge.checkpoint.staging import hidden
 
 KILLS = int(os.environ.get("FREEMERGE_KILLS", "12"))
 
@@ -234,7 +234,7 @@ def test_a_run_that_is_killed_while_it_publishes_is_resumed(
     step: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All that was merged is kept until nothing but the renaming is left."""
-    from freemerge.checkpoint import publish, writer
+    from freemerge.checkpoint import staging, writer
     from freemerge.merging.engine import Merger
 
     for number, path in enumerate(models):
@@ -248,7 +248,7 @@ def test_a_run_that_is_killed_while_it_publishes_is_resumed(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish if step == "flush_directory" else writer, step, kill)
+        patch.setattr(staging if step == "flush_directory" else writer, step, kill)
         patch.setattr(
             writer.CheckpointWriter, "_abort", lambda self: self._journal.close() or self._staging.end(keep=True)
         )
@@ -453,7 +453,7 @@ def test_ctrl_c_while_importing(seconds: float, models: list[Path], tmp_path: Pa
 def test_a_signal_after_the_renaming_says_that_the_output_was_written(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from freemerge.checkpoint.publish import Staging
+    from freemerge.checkpoint.staging import Staging
     from freemerge.cli import main
 
     end = Staging.end
@@ -477,7 +477,7 @@ def test_leftovers_are_found_and_removed_but_not_those_of_living_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from freemerge.checkpoint.locks import DirectoryLock
-    from freemerge.checkpoint.publish import Staging
+    from freemerge.checkpoint.staging import Staging
     from freemerge.cli import main
 
     killed(models, tmp_path / "out", 5)

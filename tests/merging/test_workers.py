@@ -103,7 +103,7 @@ FORKED = """
             work(workers)
         return killed
 
-    import freemerge.merging.run, freemerge.checkpoint.publish
+    import freemerge.merging.run, freemerge.checkpoint.staging
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -247,7 +247,7 @@ def test_what_is_wrong_is_told_once(models: Path, server: subprocess.Popen[str])
 
         def elsewhere(workers):
             merge("out" if workers.rank == 0 else "other/out")(workers)
-        freemerge.checkpoint.publish.SEEN_WITHIN = 0.5
+        freemerge.checkpoint.staging.SEEN_WITHIN = 0.5
         codes, said = run(2, elsewhere)
         assert codes == [1, 1] and "file system that all workers share" in said, (codes, said)
 
@@ -265,7 +265,7 @@ def test_a_living_worker_keeps_others_away(models: Path, server: subprocess.Pope
         models,
         server,
         """
-        from freemerge.checkpoint.publish import clean
+        from freemerge.checkpoint.leftovers import clean
         def lingering(workers):
             if workers.rank == 1:
                 finish = CheckpointWriter.finish
@@ -368,11 +368,11 @@ def test_a_directory_that_is_seen_late(models: Path, server: subprocess.Popen[st
         server,
         """
         merge("one", force=True)()
-        publish = freemerge.checkpoint.publish
+        staging = freemerge.checkpoint.staging
         def late(workers):
-            out, looks = publish.hidden(folder / "new" / "late"), []
+            out, looks = staging.hidden(folder / "new" / "late"), []
             if workers.rank:
-                lock_of, scandir, listed = publish.lock_of, os.scandir, []
+                lock_of, scandir, listed = staging.lock_of, os.scandir, []
                 def unseen(path):
                     looks.append(path)
                     if len(listed) < 3:
@@ -382,7 +382,7 @@ def test_a_directory_that_is_seen_late(models: Path, server: subprocess.Popen[st
                     if Path(path) == out.parent:
                         listed.append(path)
                     return scandir(path)
-                publish.lock_of, os.scandir = unseen, listing
+                staging.lock_of, os.scandir = unseen, listing
                 stat = os.stat
                 def watched(path, *arguments, **options):
                     assert looks or out.name not in str(path), "a name that is looked for is missing from then on"
@@ -402,7 +402,7 @@ def test_a_worker_that_ends_while_the_output_is_published(models: Path, server: 
         models,
         server,
         """
-        from freemerge.checkpoint.publish import Staging
+        from freemerge.checkpoint.staging import Staging
         merge("one", force=True)()
         for out in ("done", "done.safetensors"):
             for rank in (0, 1):

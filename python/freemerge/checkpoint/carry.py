@@ -13,16 +13,15 @@ import torch
 from ..dense import dtype_name
 from ..errors import CheckpointError
 from .architecture import CONFIG
-from .json_file import read_json
+from .json_file import read_json, write_json
 from .locate import entry
-from .publish import MANIFEST, WEIGHT_SUFFIXES
 from .quantised import without_quantisation
 from .reader import Checkpoint
 from .regular_file import open_regular
 from .side_files import is_tokenizer_file, part_weights
+from .target import MANIFEST, WEIGHT_SUFFIXES
 from .tied import with_untied_embeddings
 from .vocabulary import token_ids
-from .writer import write_json
 
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
@@ -53,8 +52,8 @@ def carry_over(
     ``in_floats`` whatever it says. The files of the tokenizer and the special tokens come from ``tokenizer``, if it is
     given.
 
-    Raises what :func:`carried` does, before anything is copied, CheckpointError for what cannot be read, and OSError for
-    what cannot be written.
+    Raises what :func:`carried` does, before anything is copied, CheckpointError for what cannot be read, and OSError
+    for what cannot be written.
     """
     sources = carried(base, tokenizer)
     for name in sorted(sources):

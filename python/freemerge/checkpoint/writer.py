@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -25,11 +24,14 @@ from ..errors import ArgumentError, CheckpointError, RefusedError
 from ..workers import ALONE, Workers
 from .hashing import Hasher
 from .journal import JOURNAL, Journal, is_journal, remove_journals
+from .json_file import write_json
+from .leftovers import allocated
 from .locate import MODEL, SAFETENSORS
-from .publish import DISK_FULL, MANIFEST, Staging, allocated, cannot_write, check_target, hidden, target
 from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
 from .shard_file import Background, ShardFile
 from .spec import TensorSpec
+from .staging import Staging, hidden
+from .target import DISK_FULL, MANIFEST, cannot_write, check_target, target
 
 _FILE = ".safetensors"  # how the name of a single-file output ends
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -94,7 +96,7 @@ class CheckpointWriter:
         identity: what says whether a killed writer made the same from the same; it may be resumed then.
         resume: go on after the tensors that a killed writer of ``out`` finished, if there was one.
         stem: how the names of the weight files begin; that of transformers, or diffusers' ``diffusion_pytorch_model``.
-        force: replace an earlier output at ``out`` (see :func:`freemerge.checkpoint.publish.check_target`).
+        force: replace an earlier output at ``out`` (see :func:`freemerge.checkpoint.target.check_target`).
         workers: who write it together, each some of the files; all of them make such a writer with the same arguments
             and go through the ``with`` block. What they leave unfinished stays, to be resumed.
 
@@ -401,30 +403,6 @@ class CheckpointWriter:
                 self._journal.close()
         finally:
             self.workers.kept = self._staging.end(keep=self.workers.size > 1 and self._journal is not None)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Readable JSON with the keys in the given order."""
-    # JSON has names of files that are no UTF-8 as escapes, which read back.
-    path.write_text(_indented(content) + "\n", encoding="utf-8", errors="backslashreplace")
-
-
-_encode = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def _indented(value: object, margin: str = "\n") -> str:
-    """As json.dumps with an indent of 2, which takes several times as long, and a manifest lists every tensor.
-
-    Keys are strings.
-    """
-    inner = f"{margin}  "
-    if isinstance(value, dict) and value:
-        return (
-            f"{{{inner}{f',{inner}'.join([f'{_encode(k)}: {_indented(v, inner)}' for k, v in value.items()])}{margin}}}"
-        )
-    if isinstance(value, list | tuple) and value:
-        return f"[{inner}{f',{inner}'.join([_indented(item, inner) for item in value])}{margin}]"
-    return _encode(value)
 
 
 def _check_room(out: Path, nbytes: int) -> None:

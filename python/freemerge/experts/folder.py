@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from ..checkpoint.publish import Staging, check_target, target
+from ..checkpoint.staging import Staging
+from ..checkpoint.target import check_target, target
 from ..errors import ArgumentError, CheckpointError
 from ..workers import ALONE, Workers
 from .expert import Expert, check_task_name

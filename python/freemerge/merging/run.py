@@ -33,9 +33,9 @@ from ..checkpoint.carry import carried
 from ..checkpoint.locate import stem_of
 from ..checkpoint.manifest import unknown_bytes
 from ..checkpoint.model_card import model_card
-from ..checkpoint.publish import refuse_inputs
 from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
+from ..checkpoint.target import refuse_inputs
 from ..errors import ArgumentError, counted
 from ..methods import Measured, Method
 from ..workers import ALONE, Workers
