@@ -137,9 +137,9 @@ def _methods(methods: object) -> dict[str, Method]:
 def _check_folder(folder: Path, *, force: bool) -> None:
     """Complain about a place for pictures before the work begins."""
     if not folder.parent.is_dir():
-        raise CheckpointError(f"cannot write {folder}: it is in no directory that exists")
+        raise CheckpointError(f"png: {folder} is in no directory that exists")
     if folder.exists() and not folder.is_dir():
-        raise RefusedError(f"{folder} is no directory")
+        raise RefusedError(f"png: {folder} is no directory")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise RefusedError(f"{folder} is not empty; use --force (force=True) to replace files in it")
 
