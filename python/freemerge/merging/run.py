@@ -33,9 +33,9 @@ from ..checkpoint.carry import carried
 from ..checkpoint.locate import stem_of
 from ..checkpoint.manifest import unknown_bytes
 from ..checkpoint.model_card import model_card
-from ..checkpoint.publish import refuse_inputs
 from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
+from ..checkpoint.target import refuse_inputs
 from ..errors import ArgumentError, counted
 from ..methods import Measured, Method
 from ..workers import ALONE, Workers
@@ -164,11 +164,12 @@ def merge_checkpoints(
         ArgumentError: the merged model would be the base: at a scale, weights or a density of 0, at a cutoff beyond the
             spectrum, or with every tensor copied. Otherwise as :func:`merge`.
         CheckpointError: ``out`` cannot be written, or the disk is full. Otherwise as :func:`merge`.
-        WorkerError: another of the workers has ended.
+        WorkerError: another of the workers has ended, or they have parted: after an error in one of their merges they
+            merge nothing more together.
     """
-    memory, style = byte_size("memory", memory), _style(progress)
-    function("on_start", on_start)
-    with reusing(), ExitStack() as stack:
+    with workers.together("merge"), reusing(), ExitStack() as stack:
+        memory, style = byte_size("memory", memory), _style(progress)
+        function("on_start", on_start)
         with _without_collecting():
             merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, memory)
             tokenizer = _side_files(merger, tokenizer_from)
@@ -197,7 +198,8 @@ def merge_checkpoints(
             log.advance(stage, read_bytes, len(unit.names))
 
         measured = _measured(merger, writer, partial(advance, "measure"))
-        workers.first(lambda: _carry_over(merger, writer, tokenizer))
+        with writer.writing():
+            workers.first(lambda: _carry_over(merger, writer, tokenizer))
         for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
             merged = merger.merged(unit, measured, partial(advance, "merge"), writer.settle)
             if merged.flat is not None:
@@ -210,7 +212,7 @@ def merge_checkpoints(
             merger.kept.close()  # before the first worker looks at what is in the directory
         writer.finish()
         report = Report(writer.out, measured.weights or None, measured.scale, inspection)
-        with _without_collecting():
+        with _without_collecting(), writer.writing():
             _describe(merger, writer, hashes, report)
         stages = workers.gather(list(_stages(merger, writer, hashes)))
         report = replace(report, stages=tuple(map(together, zip(*stages, strict=True))))
