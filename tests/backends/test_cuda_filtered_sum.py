@@ -460,10 +460,11 @@ def test_a_merge_sums_and_filters_at_once(
 # --- traffic ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_merge_of_eight_models_moves_what_the_table_says() -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_a_merge_of_eight_models_moves_what_the_table_says(own: bool) -> None:
     """Base and models once, the sum once each way, and base and result: 2 (K + 1) + 8 bytes, and 4."""
     module, shape, count = emulated.module(), (1024, 512), 8
-    backend, plan = emulated.backend(), decimated_plan(shape, fm.HighPass(0.05))
+    backend, plan = emulated.backend(), decimated_plan(shape, fm.HighPass(0.05), own=own)
     base, *models = (noise(*shape, dtype=torch.bfloat16, seed=i) for i in range(count + 1))
     out, merged = torch.empty(shape), torch.empty(shape, dtype=torch.bfloat16)
     backend.filtered_sum(plan, base, models, weights_of(count), out)  # makes the tables
