@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -87,6 +87,12 @@ class AdaptedCheckpoint(Checkpoint):
             return super().read_rows(name, start, stop)
         rows = self.base.read_rows(self._stand_ins.get(name, name), start, stop)
         return rows if change is None else change.apply(rows, self._read, self.specs[name].dtype, slice(start, stop))
+
+    def will_need(self, names: Sequence[str]) -> None:
+        """What replaces the base's tensors: a merge fetches those anyway, and factors are small."""
+        if isinstance(self._file, SafetensorsFile):
+            for key in (self._full[name] for name in names if name in self._full):
+                self._file.will_need(self._keys[key])
 
     def device(self, name: str) -> torch.device:
         name = self._stand_ins.get(name, name)
