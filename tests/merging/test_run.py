@@ -630,8 +630,8 @@ def test_small_tensors_and_copies_are_fetched_before_they_are_worked_on(
         save_file(state, path)
     seen: list[str] = []
 
-    def fetched(tensor: torch.Tensor, origin: str) -> torch.Tensor:
-        seen.append(origin)
+    def fetched(tensor: torch.Tensor, source: Checkpoint, name: str) -> torch.Tensor:
+        seen.append(str(source.path))
         return tensor
 
     monkeypatch.setattr("freemerge.merging.engine.fetched", fetched)  # several, end to end

@@ -15,7 +15,7 @@ from .adapter_layers import DECOMPOSED, Bias, Change, Ia3, Lora, fits, fits_ia3
 from .adapter_orientation import Orientation, Target
 from .architecture import Architecture
 from .file_format import file_format
-from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, display_name, entry
+from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, display_name, entry, settings_in
 from .pickled import PickledFile
 from .prefixes import unwrapped
 from .reader import Checkpoint
@@ -56,12 +56,14 @@ class AdaptedCheckpoint(Checkpoint):
         self.path = self.directory = path
         weights = entry(path, next((name for name in ADAPTER_WEIGHTS if (path / name).exists()), ADAPTER_WEIGHTS[0]))
         self.files = (entry(path, ADAPTER_CONFIG), weights)
+        settings = settings_in(path)
         self.config = AdapterConfig.read(self.files[0])
         self.label = str(path)
         self.name = display_name(path)
         self.base = base
         self._to_base = named
         self._file = _open(weights)
+        self.identities = {**base.identities, **settings, weights: self._file.identity}
         self._keys = self._by_plain_key()
         self._stored = {key: self._file.specs[stored] for key, stored in self._keys.items()}
         if not self._stored:

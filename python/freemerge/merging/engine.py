@@ -522,7 +522,7 @@ class Merger:
 
 
 def _read_flat(source: Checkpoint, names: Sequence[str]) -> Tensor:
-    return fetched(source.read_flat(names), source.origin(names[0]))
+    return fetched(source.read_flat(names), source, names[0])
 
 
 class _Shared(Whole[TaskVectors]):

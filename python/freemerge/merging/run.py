@@ -28,7 +28,7 @@ from ..checkpoint import (
     carry_over,
     open_inputs,
 )
-from ..checkpoint.architecture import require_config
+from ..checkpoint.architecture import require_config, version_of_transformers
 from ..checkpoint.carry import carried
 from ..checkpoint.locate import stem_of
 from ..checkpoint.manifest import unknown_bytes
@@ -382,17 +382,13 @@ def _identity(merger: Merger) -> dict[str, object] | None:
     sources = (merger.base, *merger.models)
     if not all(source.files for source in sources):
         return None
-    files = {source: {*source.files} for source in sources}
-    for source, own in files.items():
-        if source.directory is not None:
-            own |= {file for file in source.directory.glob("*.json") if file.is_file()}
     return {
         "inputs": [
-            [source.name, *([str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files[source]))]
+            [source.name, *([str(file), *opened[:2]] for file, opened in sorted(source.identities.items()))]
             for source in sources
         ],
         "recipe": merger.recipe.to_record(),
-        "versions": [__version__, torch.__version__],
+        "versions": [__version__, torch.__version__, version_of_transformers()],
         "backend": merger.backend,
     }
 
