@@ -41,9 +41,9 @@ class Inputs:
     """
 
     base: Checkpoint
-    models: tuple[Checkpoint, ...]
-    untied: tuple[str, ...]
-    notices: tuple[str, ...]
+    models: Sequence[Checkpoint]
+    untied: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @cached_property
     def names(self) -> dict[str, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from io import RawIOBase
 
 import torch
 from torch import Tensor
@@ -66,33 +67,37 @@ class Merger:
         tied: second name -> first name of the base's tensors that are one tensor of the model; they follow the first.
         written: the names that an output file holds: second names only where the base's files hold a copy of their own.
         notices: what is worth knowing about the inputs, in sentences.
-        inputs: how base and models were opened.
+        inputs: the base and its models, ``base`` and ``models``, and how they were opened.
         scale: the global scale; None if :meth:`measure` has to find it.
         stopwatch: where the time went.
-        kept: if given, holds what :meth:`measure` merges to find the scale, for :meth:`merged`.
+        kept: what :meth:`measure` merges to find the scale, for :meth:`merged`, if :meth:`keep_in` was told where.
         memory: bytes that are fetched from the disk before they are needed; those of the next unit always are.
+
+    Args:
         of_models: whether models are merged; differences of them may hold negative variances.
     """
 
     def __init__(
         self,
-        base: Checkpoint,
-        models: Sequence[Checkpoint],
+        inputs: Inputs,
         recipe: Recipe,
         backend: str = "auto",
         memory: int = DEFAULT_MEMORY,
+        *,
+        of_models: bool = True,
     ) -> None:
         self._chosen = named(backend)
         if self._chosen is not None:
             self._chosen.require()
-        self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
+        self.inputs, self.recipe, self.backend = inputs, recipe, backend
+        self.base, self.models = base, models = inputs.base, tuple(inputs.models)
         self.method, self.memory = recipe.merging, memory
         if len(models) < recipe.method.fewest:
             raise ArgumentError(f"method {recipe.method.name} takes at least {recipe.method.fewest} models")
         self._widest: torch.dtype = getattr(torch, recipe.compute_dtype)
         self.stopwatch = Stopwatch()
         self.kept: Kept | None = None
-        self.of_models = True
+        self._of_models = of_models
         self._pinned = PinnedCopies()
 
         def names(name: str) -> tuple[str, ...]:
@@ -136,10 +141,8 @@ class Merger:
         for second in set(self.tied) & set(self.written):
             self._seconds.setdefault(self.tied[second], []).append(second)
         self.scale = recipe.global_scale(len(self.models))
-        self.inputs = Inputs(base, self.models, (), ())
-        self.notices = mixed_dtype_notices(comparison, models)
-        if gives_back(recipe, len(self.models)):
-            self.notices.append("one model: the result is that model")
+        alone = ["one model: the result is that model"] if gives_back(recipe, len(models)) else []
+        self.notices = (*inputs.notices, *mixed_dtype_notices(comparison, models), *alone)
 
     def _check_layers(self) -> None:
         """Every pattern must match a tensor, and tensors that are merged together have one weight a model."""
@@ -171,8 +174,8 @@ class Merger:
         wanted = self.recipe.out_dtype
         return spec.with_dtype(getattr(torch, wanted)) if wanted is not None and spec.dtype in MERGEABLE else spec
 
-    def inspect(self) -> Inspection:
-        """Say what will happen, without reading any data."""
+    def inspect(self, notices: Iterable[str] = ()) -> Inspection:
+        """Say what will happen, without reading any data; ``notices``: what else is worth knowing."""
         decisions: list[Decision] = []
         for unit in self.units:
             dtype = self._compute_dtype(unit.names[0])
@@ -180,7 +183,7 @@ class Merger:
             decisions += decide(unit, self.specs, self.method.response, dtype, device, self.backend)
         passes = 1 + self.method.passes + (self.scale is None)
         written = sum(self.out_spec(name).nbytes for name in self.written)
-        notices = (*self.notices, *warnings(decisions))
+        notices = (*self.notices, *notices, *warnings(decisions))
         measured, merged = self.reads(self.units)
         return Inspection(tuple(decisions), notices, measured + merged, written, passes, measured, self._memory_bytes())
 
@@ -231,6 +234,10 @@ class Merger:
                 method.interference_scale(whole, measured) if interference else method.measure_scale(whole, self._keep)
             )
         return dataclasses.replace(measured, scale=scale)
+
+    def keep_in(self, file: RawIOBase) -> None:
+        """Where :meth:`measure` keeps what it merges to find the scale, of up to :attr:`keepable_bytes`."""
+        self.kept = Kept(file)
 
     def _keep(self, vectors: TaskVectors, merged: Merged) -> None:
         """Keep matrices, which take time to merge, for :meth:`merged`."""
@@ -326,7 +333,7 @@ class Merger:
             check = partial(check_finite, name, source=f"merged model in {spec.dtype_name}")
             base = self._pinned.read(self.base, name).to(delta.device)
             tensor = add_round(base, delta, scale, spec.dtype, check=check)
-            if self.of_models:
+            if self._of_models:
                 sources = ((source.label, source.read(name)) for source in (self.base, *self.models))
                 check_variance(name, tensor, sources)
             tensors[name] = tensor.to(self.base.device(name))
