@@ -67,7 +67,7 @@ def _timed(recipe: Recipe, count: int, backend: str) -> Pace:
     (unit,) = merger.steps
     measuring = merging = float("inf")
     with ExitStack() as stack:
-        if merger.keepable_bytes:
+        if merger.bytes.keepable(merger.steps):
             merger.keep_in(stack.enter_context(TemporaryFile(buffering=0)))
         for _ in range(2):  # tables are made in the first
             begin = time.perf_counter()

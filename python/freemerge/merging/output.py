@@ -97,12 +97,12 @@ class Output:
         measured = 0
         if writer.measured is None:
             own = (unit for unit in merger.steps if writer.worker(unit.names[0]) == writer.workers.rank)
-            measured = merger.reads(own)[0]
-        return measured, merger.reads(self.missing)[1]
+            measured = merger.bytes.reads(own)[0]
+        return measured, merger.bytes.reads(self.missing)[1]
 
     def keep(self, stack: ExitStack) -> None:
         """Let the merger keep what it merges to find the scale, where there is room; ``stack`` closes the file."""
-        if self.writer.measured is None and (room := self._merger.keepable_bytes):
+        if self.writer.measured is None and (room := self._merger.bytes.keepable(self._merger.steps)):
             file = self.writer.scratch(room)
             if file is not None:
                 self._merger.keep_in(stack.enter_context(file))
