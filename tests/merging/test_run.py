@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import freemerge as fm
 from freemerge import accumulate
-from freemerge.checkpoint import Checkpoint, TensorSpec, verify
+from freemerge.checkpoint import Checkpoint, Inputs, TensorSpec, verify
 from freemerge.merging.engine import Merger
 from freemerge.merging.units import plan_units
 from reference import reference_merge
@@ -227,7 +227,7 @@ def test_inspection_knows_how_often_tensors_are_read(recipe: fm.Recipe, monkeypa
 
     for index, checkpoint in enumerate(checkpoints):
         count(index, checkpoint)
-    merger = Merger(checkpoints[0], checkpoints[1:], recipe)
+    merger = Merger(Inputs(checkpoints[0], checkpoints[1:]), recipe)
     reported: list[int] = []
     measured = merger.measure(lambda unit, read_bytes: reported.append(read_bytes))
     for unit in merger.units:
@@ -630,8 +630,8 @@ def test_small_tensors_and_copies_are_fetched_before_they_are_worked_on(
         save_file(state, path)
     seen: list[str] = []
 
-    def fetched(tensor: torch.Tensor, origin: str) -> torch.Tensor:
-        seen.append(origin)
+    def fetched(tensor: torch.Tensor, source: Checkpoint, name: str) -> torch.Tensor:
+        seen.append(str(source.path))
         return tensor
 
     monkeypatch.setattr("freemerge.merging.engine.fetched", fetched)  # several, end to end

@@ -136,11 +136,11 @@ def test_what_fr_finds_out_is_in_the_manifest(tmp_path: Path) -> None:
 
 def test_a_merge_leaves_no_trace_in_the_merger() -> None:
     """Units are independent: any order, and any number of times, gives the same."""
-    from freemerge.checkpoint import Checkpoint
+    from freemerge.checkpoint import Checkpoint, Inputs
     from freemerge.merging.engine import Merger
 
     base, models = states(SHAPES, 2)
-    merger = Merger(Checkpoint.open(base), [Checkpoint.open(model) for model in models], fm.Recipe())
+    merger = Merger(Inputs(Checkpoint.open(base), [Checkpoint.open(model) for model in models]), fm.Recipe())
     before = {name: id(value) for name, value in vars(merger).items()}
     measured = merger.measure()
     first = [merger.merged(unit, measured) for unit in merger.units]
