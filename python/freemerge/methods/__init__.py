@@ -1,6 +1,6 @@
 """Merging methods: task vectors of K models in, merged task vectors out. One file a method.
 
-A module added to this package is imported with it, and methods of any module are found here by the names of their classes.
+A module added to this package is imported with it, and its methods are found here by the names of their classes.
 """
 
 from __future__ import annotations
@@ -46,12 +46,6 @@ __all__ = [
 
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
-__all__ += [method.__name__ for method in METHODS.values() if method.__name__ not in __all__]
-
-
-def __getattr__(name: str) -> type[Method]:
-    """Methods of other modules by the names of their classes."""
-    for method in METHODS.values():
-        if method.__name__ == name:
-            return method
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_found = {method.__name__: method for method in METHODS.values()}
+globals().update(_found)
+__all__ += [name for name in _found if name not in __all__]
