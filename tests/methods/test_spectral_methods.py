@@ -118,7 +118,7 @@ def test_each_matrix_of_a_batch_is_merged_as_it_is_alone(method: str, shape: tup
         torch.testing.assert_close(together[at], alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", (*METHODS, "wudi"))
+@pytest.mark.parametrize("method", [*METHODS, "wudi"])
 @pytest.mark.parametrize(
     ("side", "dtype"), [((40, 64), torch.float32), ((64, 40), torch.float32), ((40, 40), torch.float64)]
 )
