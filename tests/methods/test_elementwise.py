@@ -114,6 +114,30 @@ def test_breadcrumbs(count: int, beta: float, gamma: float, dtype: torch.dtype) 
     check(recipe, *states(count, dtype), lambda v: breadcrumbs(v, beta, gamma))
 
 
+@pytest.mark.parametrize("method", ["breadcrumbs", "ties", "pcb"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 71, 72])
+def test_of_a_tensor_however_small_something_is_merged(method: str, count: int) -> None:
+    """Such as a logit scale, a gate or the bias of two classes; by a share alone, round(.15 * 3) of 3 entries is none."""
+    base = torch.zeros(count)
+    models = [torch.arange(1.0, count + 1), torch.arange(count, 0, -1.0)]
+    scope = {} if method == "breadcrumbs" else {"scope": "tensor"}
+    merged = fm.merge_tensors(base, models, recipe=fm.Recipe(method=method, scale=1.0, **scope))
+    assert merged.any()
+    if count == 1:
+        assert merged.item() == (2.0 if method == "breadcrumbs" else 1.0)
+
+
+def test_of_outliers_something_is_left() -> None:
+    """Shares of which one rounds up, and the other down to as many entries."""
+    for count in range(1, 80):
+        model = torch.arange(1.0, count + 1)
+        recipe = fm.Recipe(method="breadcrumbs", beta=0.99, gamma=0.009, scale=1.0)
+        merged = fm.merge_tensors(torch.zeros(count), [model], recipe=recipe)
+        assert merged.count_nonzero() == 1, count
+    nothing = fm.Recipe(method="breadcrumbs", beta=0.5, gamma=0.5, scale=1.0)
+    assert not fm.merge_tensors(torch.zeros(9), [torch.ones(9)], recipe=nothing).any()
+
+
 def test_breadcrumbs_by_hand() -> None:
     models = [torch.tensor([4.0, -3.0, 0.1, -2.0, 2.0]), torch.tensor([-1.0, 5.0, 0.2, -6.0, -2.0])]
     recipe = fm.Recipe(method="breadcrumbs", beta=0.4, gamma=0.2, weights=[1, 10])

@@ -69,7 +69,7 @@ class PCB(Method):
     entries to [0, 1]. Kept are also all entries that are equal to the smallest one kept.
 
     Attributes:
-        density: share of each beta_i that is kept.
+        density: share of each beta_i that is kept, one entry at least.
         scope: whether softmax, norm and density are over the whole ``"model"``, as in the paper, which takes four
             passes of its own over all weights, or over each ``"tensor"``.
     """
