@@ -92,6 +92,13 @@ RECIPES = {
     "selected": fm.Recipe(
         select=[("embed.*", "merge"), ("mlp.up.weight", "copy"), ("*.bias", "filter"), ("conv.*", "filter")]
     ),
+    **{
+        f"stacked, per tensor, {stats}{', elected' * election}": fm.Recipe(
+            scope="tensor", stats=stats, sign_election=election, views=[fm.Stack(("*.q.weight", "*.k.weight"))]
+        )
+        for stats in ("raw", "filtered")
+        for election in (False, True)
+    },
     "stacked, aligned": fm.Recipe(align=True, views=[fm.Stack(("*.q.weight", "*.k.weight"))]),
 }
 

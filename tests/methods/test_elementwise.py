@@ -117,7 +117,7 @@ def test_breadcrumbs(count: int, beta: float, gamma: float, dtype: torch.dtype) 
 @pytest.mark.parametrize("method", ["breadcrumbs", "ties", "pcb"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 71, 72])
 def test_of_a_tensor_however_small_something_is_merged(method: str, count: int) -> None:
-    """Such as a logit scale, a gate or the bias of two classes; by a share alone, round(.15 * 3) of 3 entries is none."""
+    """Such as a logit scale, a gate or the bias of two classes, of which round(.15 n) entries are none."""
     base = torch.zeros(count)
     models = [torch.arange(1.0, count + 1), torch.arange(count, 0, -1.0)]
     scope = {} if method == "breadcrumbs" else {"scope": "tensor"}

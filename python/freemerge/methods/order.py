@@ -23,8 +23,8 @@ Numbers = tuple[int, "Tensor", "Tensor | None"]  #: a model, some of its numbers
 def kth_largest(whole: Whole[Iterable[Numbers]], count: int, share: float) -> list[float]:
     """For each of ``count`` models the round(share * n)-th largest magnitude of its n numbers, as float32.
 
-    The largest where that is the 0-th, so that small tensors keep something, too; infinity where share or n is 0. Exact,
-    in two looks at the whole and the memory of a histogram for each model.
+    The largest where that is the 0-th, so that small tensors keep something, too; infinity where share or n is 0.
+    Exact, in two looks at the whole and the memory of a histogram for each model.
     """
     return _largest(whole, count, lambda n: [max(1, round(share * n)) if share > 0 and n else 0])[0]
 
