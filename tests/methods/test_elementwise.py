@@ -220,6 +220,22 @@ def test_pcb(count: int, density: float, dtype: torch.dtype | None, scope: str) 
     check(recipe, *states(count, dtype or torch.float32), lambda v: pcb(v, density))
 
 
+@pytest.mark.parametrize("count", [110, 210])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_pcb_where_float32_has_no_exponentials(count: int, scope: str) -> None:
+    """exp(-K) is the score of a small entry."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(9, 11, generator=generator) for _ in range(count)]
+    merged = fm.merge_deltas(vectors, recipe=fm.Recipe(method="pcb", scope=scope, scale=1.0)).double().numpy().ravel()
+    expected = pcb([vector.double().numpy().ravel() for vector in vectors])
+    np.testing.assert_allclose(merged, expected, rtol=1e-3, atol=1e-4)
+    signs = [vector.sign() * (i % 3) for i, vector in enumerate(vectors)]  # all products of one with itself are equal
+    recipe = fm.Recipe(method="pcb", scope=scope, density=1.0, scale=1.0)
+    merged = fm.merge_deltas(signs, recipe=recipe).double().numpy().ravel()
+    expected = pcb([vector.double().numpy().ravel() for vector in signs], density=1.0)
+    np.testing.assert_allclose(merged, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_pcb_of_many_models() -> None:
     base, models = states(120)
     merged = fm.merge(base, models, fm.Recipe(method="pcb"))
