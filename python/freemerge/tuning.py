@@ -91,7 +91,7 @@ def tune(
     if recipe.layers:
         raise ArgumentError("layers: these weights are what is learnt; start from a recipe without them")
     if not recipe.merging.linear:
-        hint = "give it renormalize none" if recipe.method.name == "fr" and recipe.renormalize is not None else _LINEAR
+        hint = recipe.method.linear_hint or _LINEAR
         raise ArgumentError(f"method {recipe.method.name} as it is here is not linear in the weights; {hint}")
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe, backend)

@@ -33,6 +33,7 @@ class Breadcrumbs(Method):
     paper = "2312.06795"
     strengthened = 1.4  # what is cut off took some of the tasks along, see docs/methods.md
     sees_matrices = False
+    linear = True
 
     beta: float = parameter(0.85, "share of each tensor that is left out as too small", kind=number(0, 1))
     gamma: float = parameter(0.007, "share of each tensor that is left out as too large", kind=number(0, 1))
@@ -45,8 +46,8 @@ class Breadcrumbs(Method):
         return min(count, 2) + 1
 
     @property
-    def linear(self) -> bool:
-        return True
+    def left_out(self) -> str:
+        return "" if self.beta + self.gamma < 1 else "beta, gamma: they leave out everything"
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         from ..accumulate import elect, new_empty
@@ -63,7 +64,7 @@ class Breadcrumbs(Method):
     def _ranks(self, count: int) -> tuple[int, int]:
         """Of the smallest entry that is kept, and of the smallest outlier; 0 for none."""
         kept, outliers = round((1.0 - self.beta) * count), round(self.gamma * count)
-        if self.beta + self.gamma < 1 and count:
+        if count and not self.left_out:
             outliers = min(outliers, count - 1)
             kept = max(kept, outliers + 1)
         return kept, outliers

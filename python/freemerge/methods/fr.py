@@ -98,6 +98,10 @@ class FR(Method):
     def linear(self) -> bool:
         return self.renormalize is None and not (self.sign_election or self._own_weights)
 
+    @property
+    def linear_hint(self) -> str:
+        return "" if self.renormalize is None else "give it renormalize none"
+
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 

@@ -70,6 +70,10 @@ class TIES(Method):
     def by_entries(self) -> bool:
         return self.scope == "model"
 
+    @property
+    def left_out(self) -> str:
+        return "" if self.density else "density: at 0 nothing of the task vectors is kept"
+
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         alone = super().measure(units, count)
         if self.scope == "tensor":
