@@ -92,6 +92,13 @@ RECIPES = {
     "selected": fm.Recipe(
         select=[("embed.*", "merge"), ("mlp.up.weight", "copy"), ("*.bias", "filter"), ("conv.*", "filter")]
     ),
+    **{
+        f"stacked, per tensor, {stats}{', elected' * election}": fm.Recipe(
+            scope="tensor", stats=stats, sign_election=election, views=[fm.Stack(("*.q.weight", "*.k.weight"))]
+        )
+        for stats in ("raw", "filtered")
+        for election in (False, True)
+    },
     "stacked, aligned": fm.Recipe(align=True, views=[fm.Stack(("*.q.weight", "*.k.weight"))]),
 }
 
@@ -616,7 +623,9 @@ def test_trimming_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     state = {"w": torch.randn(4, 4)}
     for options in ({"beta": 1.0}, {"beta": 0.6, "gamma": 0.4}):
         recipe = fm.Recipe(method="breadcrumbs", **options)
-        with pytest.raises(fm.ArgumentError, match="beta, gamma: where they leave out everything"):
+        with pytest.raises(
+            fm.ArgumentError, match="beta, gamma: they leave out everything; the merged model is the base"
+        ):
             fm.merge_checkpoints(state, [state], tmp_path / "out", recipe, progress=False)
 
 

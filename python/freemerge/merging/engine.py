@@ -69,7 +69,8 @@ class Merger:
         inputs: the base and its models, ``base`` and ``models``, and how they were opened.
         scale: the global scale; None if :meth:`measure` has to find it.
         stopwatch: where the time went.
-        kept: what :meth:`measure` merges to find the scale, for :meth:`merged`, if :meth:`keep_in` was told where.
+        kept: what :meth:`measure` merges to find the scale, and what others put there, for :meth:`merged`, if
+            :meth:`keep_in` was told where.
         memory: bytes that are fetched from the disk before they are needed; those of the next unit always are.
 
     Args:
@@ -218,9 +219,10 @@ class Merger:
             )
         return dataclasses.replace(measured, scale=scale)
 
-    def keep_in(self, file: RawIOBase) -> None:
+    def keep_in(self, file: RawIOBase) -> Kept:
         """Where :meth:`measure` keeps what it merges to find the scale, of up to :meth:`Accounting.keepable`."""
         self.kept = Kept(file)
+        return self.kept
 
     def _keep(self, vectors: TaskVectors, merged: Merged) -> None:
         """Keep matrices, which take time to merge, for :meth:`merged`."""
@@ -242,8 +244,7 @@ class Merger:
 
         ``settle``: called before memory is taken for them.
         """
-        if layer := self._layers.get(unit.names[0]):
-            measured = dataclasses.replace(measured, weights=layer.weights)
+        measured = self._with_layer(unit, measured)
         flat: Tensor | None = None
         if unit.action == "copy":
             tensors = {name: self._copied(name, must_agree=unit.must_agree) for name in unit.names}
@@ -254,10 +255,7 @@ class Merger:
             flat, notes = self._merged_flat(unit, measured), {}
             tensors = self._parts(unit, flat) if self._seconds.keys() & set(unit.names) else {}
         else:
-            merged = self.kept.take(unit.names) if self.kept is not None else None
-            if merged is None:
-                with self.stopwatch.stage("merge", self.bytes.worked(unit)):
-                    merged = self.method.merge(self.vectors(unit), measured)
+            merged = self.task_vectors(unit, measured)
             settle()
             with self.stopwatch.stage("round", self.bytes.worked(unit)):
                 tensors = dict(self._added(unit, merged, measured.scale))
@@ -269,6 +267,19 @@ class Merger:
         if on_read is not None:
             on_read(unit, self.bytes.merge(unit))
         return MergedUnit(tensors, notes, flat)
+
+    def task_vectors(self, unit: Unit, measured: Measured) -> Merged:
+        """The merged task vectors of a unit that is the method's to merge; those :attr:`kept`, if they are."""
+        merged = self.kept.take(unit.names) if self.kept is not None else None
+        if merged is None:
+            with self.stopwatch.stage("merge", self.bytes.worked(unit)):
+                merged = self.method.merge(self.vectors(unit), self._with_layer(unit, measured))
+        return merged
+
+    def _with_layer(self, unit: Unit, measured: Measured) -> Measured:
+        """With the weights of the unit's layer, if it has any."""
+        layer = self._layers.get(unit.names[0])
+        return measured if layer is None else dataclasses.replace(measured, weights=layer.weights)
 
     def _added(self, unit: Unit, merged: Merged, scale: float) -> Iterator[tuple[str, Tensor]]:
         """``theta_0 + scale * merged`` of each member, rounded to its output dtype."""

@@ -91,15 +91,15 @@ def merge(
     """
     target = None if into is None else Target(into)
     with ExitStack() as stack:
-        restored = merged_in_memory(open_merger(stack, base, models, checked_recipe(recipe, method), backend))
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
+        restored = merged_in_memory(merger, merger.measure())
     if target is not None:
         target.fill(restored)
     return restored
 
 
-def merged_in_memory(merger: Merger) -> dict[str, Tensor]:
+def merged_in_memory(merger: Merger, measured: Measured) -> dict[str, Tensor]:
     """The merged model, named and shaped as the base was."""
-    measured = merger.measure()
     merged: dict[str, Tensor] = {}
     for unit in merger.units:
         merged |= merger.merged(unit, measured).tensors

@@ -86,7 +86,7 @@ def _merge_one(
             models = [{key: tensor} for tensor in tensors]
             of_models = argument == "tensors"
             merger = open_merger(stack, {key: base}, models, recipe, argument=argument, of_models=of_models)
-            merged = merged_in_memory(merger)[key]
+            merged = merged_in_memory(merger, merger.measure())[key]
     else:  # of which no model consists
         merged = _copied(spec, base, tensors, select)
     if out is None:
