@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import freemerge as fm
-from freemerge.checkpoint.publish import Staging
+from freemerge.checkpoint.staging import Staging
 from freemerge.cli import main
 
 
@@ -256,7 +256,7 @@ def test_an_output_that_is_being_written_is_refused_before_the_work(
     monkeypatch.setattr("freemerge.lora.leading_triplets", lambda *args: pytest.fail("it worked for nothing"))
     with pytest.raises(fm.RefusedError, match="lora cannot be written now: another run is writing it"):
         fm.extract_lora(base, other, tmp_path / "lora", rank=2)
-    living.discard()
+    living.end()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,12 +18,13 @@ from .checkpoint import MERGEABLE, Checkpoint, CheckpointWriter, Source, TensorS
 from .checkpoint.compare import compare
 from .checkpoint.disk import flush_file
 from .checkpoint.hub_cache import hub_id
+from .checkpoint.json_file import write_json
 from .checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .checkpoint.prefixes import Rename
-from .checkpoint.publish import Staging, cannot_write, check_target, refuse_inputs, target
 from .checkpoint.safetensors_file import SafetensorsFile
+from .checkpoint.staging import Staging
+from .checkpoint.target import cannot_write, check_target, refuse_inputs, target
 from .checkpoint.tied import second_everywhere
-from .checkpoint.writer import write_json
 from .errors import CheckpointError
 from .experts.leading import leading_triplets
 from .experts.task_vector import task_vector
@@ -98,7 +99,7 @@ def extract_lora(
         start, (tuned,) = inputs.base, inputs.models
         refuse_inputs(folder, (start, tuned))
         staging = Staging(folder)  # before the work begins
-        stack.callback(staging.discard)
+        stack.callback(staging.end)
         for name, change in _changes(start, tuned, rules):
             total += float(change.double().square().sum())
             module = _linear_layer(start, name)

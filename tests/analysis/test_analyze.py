@@ -168,8 +168,8 @@ def test_the_report_is_written_whole_or_not_at_all(
     assert "exists; use --force (force=True) to replace it" in capsys.readouterr().err
     assert main(["analyze", *files, "-o", str(out), "--force", "--methods", "average"]) == 0
     assert out.read_text(encoding="utf-8") != before
-    assert main(["analyze", *files, "-o", str(tmp_path / "nowhere" / "report.html")]) == 2
-    assert main(["analyze", *files, "-o", str(tmp_path)]) == 2
+    assert main(["analyze", *files, "-o", str(tmp_path / "nowhere" / "report.html")]) == 1
+    assert main(["analyze", *files, "-o", str(tmp_path)]) == 3
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
 
 

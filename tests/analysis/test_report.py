@@ -20,7 +20,7 @@ from freemerge.analysis.report.figures import method_style
 from freemerge.analysis.report.heat import Shades, heat_map
 from freemerge.analysis.report.pictures import line, pictures
 from freemerge.analysis.report.text import NONE, count, number, percent, text
-from freemerge.errors import ArgumentError, RefusedError
+from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 from freemerge.methods import TaskArithmetic
 
 HOSTILE = [
@@ -165,9 +165,9 @@ def test_pictures_need_matplotlib_and_a_place(tmp_path: Path, monkeypatch: pytes
         assert {file.suffix for file in folder.iterdir()} == {".png"}
     with pytest.raises(RefusedError, match=r"figures is not empty; use --force \(force=True\)"):
         analyze(base, tuned, png=folder)
-    with pytest.raises(ArgumentError, match="is no directory"):
+    with pytest.raises(RefusedError, match="is no directory"):
         analyze(base, tuned, png=folder / "layers.png")
-    with pytest.raises(ArgumentError, match="no directory that exists"):
+    with pytest.raises(CheckpointError, match="no directory that exists"):
         analyze(base, tuned, png=tmp_path / "absent" / "figures")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ArgumentError, match=r"freemerge\[png\]"):

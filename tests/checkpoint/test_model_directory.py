@@ -139,7 +139,7 @@ class TestCarryOver:
             (base / name).parent.mkdir(parents=True, exist_ok=True)
             (base / name).write_text("x")
         target.mkdir()
-        assert carry_over(base, target) == sorted(expected)
+        carry_over(base, target)
         found = {path.relative_to(target).as_posix(): path.read_bytes() for path in target.rglob("*") if path.is_file()}
         assert found == expected
 
@@ -167,7 +167,8 @@ class TestCarryOver:
         (snapshot / "config.json").symlink_to("../../blobs/123")
         (snapshot / "sub" / "x.json").symlink_to("../../../blobs/123")
         target.mkdir()
-        assert carry_over(snapshot, target) == ["config.json", "sub/x.json"]
+        carry_over(snapshot, target)
+        assert sorted(path.name for path in target.rglob("*")) == ["config.json", "sub", "x.json"]
         assert not (target / "config.json").is_symlink()
         assert (target / "sub" / "x.json").read_text() == "{}"
 

@@ -22,7 +22,7 @@ pretend()
 import freemerge as fm
 from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, verify
 from freemerge.checkpoint.journal import JOURNAL
-from freemerge.checkpoint.publish import clean
+from freemerge.checkpoint.leftovers import clean
 
 folder = Path(sys.argv[1])
 specs = [TensorSpec(name, (64,), torch.float32) for name in "abcd"]

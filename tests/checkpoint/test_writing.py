@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, publish, verify
+from freemerge.checkpoint import Checkpoint, CheckpointWriter, TensorSpec, leftovers, staging, target, verify
 from freemerge.checkpoint.journal import Journal
+from freemerge.checkpoint.json_file import _indented
 from freemerge.checkpoint.shard_file import Background
 from freemerge.checkpoint.spec import TORCH_DTYPES
-from freemerge.checkpoint.writer import _indented
 from freemerge.errors import ArgumentError, CheckpointError, RefusedError
 
 
@@ -248,7 +248,7 @@ class TestTarget:
             write(tmp_path / name, state_of())
         for file in (name, "m.safetensors"):  # nor do directories of experts and adapters
             with pytest.raises(ArgumentError, match=r"an output is a directory$"):
-                publish.target(tmp_path / file)
+                target.target(tmp_path / file)
         assert_only(tmp_path)
 
     def test_existing_output_needs_force(self, tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ class TestTarget:
     @pytest.mark.parametrize("exchange", [True, False], ids=["exchange", "two-steps"])
     def test_force_replaces_everything(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
         if not exchange:
-            monkeypatch.setattr(publish, "_exchange", lambda first, second: False)
+            monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
         write(tmp_path / "out", state_of(1), shard=1)
         write(tmp_path / "out", state_of(2), force=True)
         assert_only(tmp_path, "out")
@@ -320,6 +320,69 @@ class TestTarget:
         assert Checkpoint.open(tmp_path / "out").read("a").max().item() == 4
 
 
+class TestMounts:
+    """No rename takes the place of a mount point, and to delete a directory would delete what is mounted in it."""
+
+    @pytest.fixture
+    def mounted(self, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+        points: set[Path] = set()
+        monkeypatch.setattr(target, "_mount_points", lambda: points)
+        return points
+
+    @pytest.mark.parametrize("force", [True, False])
+    def test_an_output_that_is_a_mount_point(self, tmp_path: Path, mounted: set[Path], force: bool) -> None:
+        (tmp_path / "out").mkdir()
+        mounted.add(tmp_path / "out")
+        advice = r"out is a mount point, .*; name a directory inside of it, such as .*out/merged"
+        with pytest.raises(RefusedError, match=advice):
+            CheckpointWriter(tmp_path / "out", specs_of(state_of()), force=force)
+        write(tmp_path / "out" / "merged", state_of())
+        (tmp_path / "file.safetensors").touch()
+        mounted.add(tmp_path / "file.safetensors")
+        with pytest.raises(RefusedError, match=r"is a mount point, .*; name another file"):
+            CheckpointWriter(tmp_path / "file.safetensors", specs_of(state_of()), force=force)
+
+    def test_another_file_system(self, tmp_path: Path, mounted: set[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "out").mkdir()
+        stat = Path.stat
+
+        def elsewhere(path: Path, **options: bool) -> os.stat_result:
+            status = stat(path, **options)
+            if path != tmp_path / "out":
+                return status
+            return os.stat_result((*status[:2], status.st_dev + 1, *status[3:10]))
+
+        monkeypatch.setattr(Path, "stat", elsewhere)
+        with pytest.raises(RefusedError, match="out is a mount point"):
+            CheckpointWriter(tmp_path / "out", specs_of(state_of()))
+
+    def test_an_old_output_that_holds_a_mounted_directory(self, tmp_path: Path, mounted: set[Path]) -> None:
+        write(tmp_path / "out", state_of(1))
+        before = contents(tmp_path / "out")
+        (tmp_path / "out" / "a" / "data").mkdir(parents=True)
+        mounted |= {tmp_path / "out" / "a" / "data", tmp_path / "outer", tmp_path}
+        with pytest.raises(RefusedError, match=r"out/a/data is mounted inside of .*out, so even force does not delete"):
+            CheckpointWriter(tmp_path / "out", specs_of(state_of()), force=True)
+        assert contents(tmp_path / "out") == before
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its mounts")
+    def test_mount_points(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        points = target._mount_points()
+        assert points is not None
+        assert Path("/proc") in points
+        assert all(point.is_absolute() for point in points)
+        line = b"36 35 98:0 /mnt1 /mnt/a\\040b\\134 rw,noatime master:1 - ext3 /dev/root rw\n"
+        monkeypatch.setattr(Path, "read_bytes", lambda path: line)
+        assert target._mount_points() == {Path("/mnt/a b\\")}
+
+    def test_where_the_system_lists_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "out" / "a" / "data").mkdir(parents=True)
+        monkeypatch.setattr(target, "_mount_points", lambda: None)
+        assert target._mounted(tmp_path / "out") == []
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "data")
+        assert target._mounted(tmp_path / "out") == [tmp_path / "out" / "a" / "data"]
+
+
 class TestFailures:
     @pytest.fixture
     def old(self, tmp_path: Path) -> dict[str, bytes]:
@@ -372,6 +435,86 @@ class TestFailures:
         assert_only(tmp_path, "out")
         assert contents(tmp_path / "out") == old
 
+    def test_a_journal_for_which_there_is_no_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        real, noted = os.write, 0
+
+        def full(fd: int, data: bytes) -> int:
+            nonlocal noted
+            noted += b'"sha256"' in bytes(data) or noted > 0
+            if noted:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(fd, data)
+
+        def merge() -> None:
+            with CheckpointWriter(tmp_path / "out", specs_of(state_of()), identity={}) as writer:
+                for name, tensor in state_of().items():
+                    writer.write(name, tensor)
+
+        monkeypatch.setattr(os, "write", full)
+        before = set(os.listdir("/proc/self/fd")) if sys.platform == "linux" else set()
+        with pytest.raises(CheckpointError, match=r"cannot write .*out: .*the disk is full; nothing was changed"):
+            merge()
+        assert noted
+        assert_only(tmp_path)
+        assert sys.platform != "linux" or set(os.listdir("/proc/self/fd")) == before
+        monkeypatch.setattr(os, "write", lambda fd, data: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
+        with (
+            pytest.raises(CheckpointError, match=r"cannot write .*out: Read-only"),
+            CheckpointWriter(tmp_path / "out", specs_of(state_of()), identity={}) as writer,
+        ):
+            writer.measure({"scale": 1.0})
+        assert_only(tmp_path)
+
+    def test_the_hidden_directory_goes_whatever_else_fails(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def failing(self: Background) -> None:
+            raise RuntimeError("late")
+
+        close = Background.close
+        monkeypatch.setattr(Background, "close", lambda self: close(self) or failing(self))
+        with pytest.raises(RuntimeError, match="late"), CheckpointWriter(tmp_path / "out", specs_of(state_of())):
+            raise ValueError
+        assert_only(tmp_path)
+
+    def test_a_file_that_is_cut_short_while_it_is_written(self, tmp_path: Path) -> None:
+        state = {name: torch.ones(1 << 20) for name in "ab"}
+
+        def merge() -> None:
+            with CheckpointWriter(tmp_path / "out", specs_of(state)) as writer:
+                writer.write("b", state["b"])  # is read back when its turn to be hashed has come
+                (file,) = writer._files.values()
+                file.hand_over()
+                for stage in ("write", "hash"):
+                    writer._background._threads[stage].submit(lambda: None).result()
+                os.truncate(file.path, 100)
+                writer.write("a", state["a"])
+
+        with pytest.raises(CheckpointError, match="the file is shorter than what was written to it"):
+            merge()
+        assert_only(tmp_path)
+
+    def test_every_directory_is_flushed_and_those_that_were_made(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        flushed = list[Path]()
+        for module, name in ((staging, "flush_directory"), (target, "flush_directory"), (target, "flush_file")):
+            monkeypatch.setattr(module, name, flushed.append)
+        with CheckpointWriter(tmp_path / "x" / "y" / "out", specs_of(state_of())) as writer:
+            assert writer.directory is not None
+            left = writer.directory
+            (left / "sub" / "deep").mkdir(parents=True)
+            for name, tensor in state_of().items():
+                writer.write(name, tensor)
+        assert {left, left / "sub", left / "sub" / "deep", tmp_path / "x" / "y", tmp_path / "x", tmp_path} == set(
+            flushed
+        )
+        flushed.clear()
+        target.write_file(tmp_path / "file", "text")
+        assert flushed[0].parent == tmp_path
+        assert flushed[0].name.endswith(".part")
+        assert flushed[1:] == [tmp_path]
+
     def test_a_flush_that_fails(self, tmp_path: Path, old: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(fd: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -400,7 +543,7 @@ class TestFailures:
         assert load_file(tmp_path / "out" / "model.safetensors")["a"].eq(3).all()
 
     def test_what_a_killed_run_left_counts_as_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        left = publish.hidden(tmp_path / "out")
+        left = staging.hidden(tmp_path / "out")
         left.mkdir()
         (left / "model.safetensors").write_bytes(bytes(1 << 16))
         usage = type("Usage", (), {"free": 100})
@@ -412,20 +555,20 @@ class TestFailures:
     def test_what_a_killed_run_left_and_cannot_be_removed_is_named(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        left = publish.hidden(tmp_path / "out")
+        left = staging.hidden(tmp_path / "out")
         left.mkdir()
 
         def refused(path: Path, ignore_errors: bool = False) -> None:
             if not ignore_errors:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-        monkeypatch.setattr(publish.shutil, "rmtree", refused)
+        monkeypatch.setattr(staging.shutil, "rmtree", refused)
         with pytest.raises(RefusedError, match=r"-tmp, which a killed run left, cannot be removed \(Perm"):
             write(tmp_path / "out", state_of())
-        (found,) = publish.clean(tmp_path)
+        (found,) = leftovers.clean(tmp_path)
         assert (found.path, found.alive, found.removed) == (left, False, False)
         monkeypatch.undo()
-        (found,) = publish.clean(tmp_path)
+        (found,) = leftovers.clean(tmp_path)
         assert found.removed
         assert_only(tmp_path)
 
@@ -436,21 +579,31 @@ class TestFailures:
 
         with pytest.raises(CheckpointError, match=r"cannot write .*out: .*the disk is full; nothing was changed"):
             fail(errno.ENOSPC)
+        with pytest.raises(CheckpointError, match=r"cannot write .*out: Read-only file system"):
+            fail(errno.EROFS)
         with pytest.raises(FileNotFoundError):
             fail(errno.ENOENT)
+
+        def fail_inside() -> None:
+            with CheckpointWriter(tmp_path / "out", specs_of(state_of()), force=True) as writer:
+                assert writer.directory is not None
+                (writer.directory / "no" / "config.json").write_text("{}")
+
+        with pytest.raises(CheckpointError, match=r"cannot write .*out: No such file"):
+            fail_inside()
         assert contents(tmp_path / "out") == old
 
     def test_an_output_whose_place_is_not_flushed_is_there(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        flush = publish.flush_directory
+        flush = target.flush_directory
 
         def failing(path: Path) -> None:
             if path == tmp_path:
                 raise OSError(errno.EIO, "Input/output error")
             flush(path)
 
-        monkeypatch.setattr(publish, "flush_directory", failing)
+        monkeypatch.setattr(target, "flush_directory", failing)
         with pytest.raises(CheckpointError, match="out is written, but the directory that it is in cannot be flushed"):
             write(tmp_path / "out", state_of())
         assert verify(tmp_path / "out") == []

@@ -160,8 +160,10 @@ def test_a_text_file_takes_the_place_of_no_model_and_is_never_half_written(
     for out in (files[1], link, tmp_path / "NEW.GGUF"):
         assert run(command, *files, *options, "-o", out, "--force") == 2
         assert "has the name of a weight file" in capsys.readouterr().err
-    assert run(command, *files, *options, "-o", tmp_path, "--force") == (2 if command == "analyze" else 3)
+    assert run(command, *files, *options, "-o", tmp_path, "--force") == 3
     assert "is a directory" in capsys.readouterr().err
+    assert run(command, *files, *options, "-o", tmp_path / "absent" / "text") == 1
+    assert "absent is no directory that can be written" in capsys.readouterr().err
     assert Path(files[1]).read_bytes() == before
 
     text, to_text = tmp_path / "text", tmp_path / "to_text"

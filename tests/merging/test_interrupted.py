@@ -20,7 +20,7 @@ import freemerge as fm
 from freemerge.checkpoint import Checkpoint
 from freemerge.checkpoint.adapter_config import AdapterConfig
 from freemerge.checkpoint.journal import JOURNAL
-from freemerge.checkpoint.publish import hidden
+from freemerge.checkpoint.staging import hidden
 
 KILLS = int(os.environ.get("FREEMERGE_KILLS", "12"))
 
@@ -134,7 +134,6 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Path], Path, int],
     """Merge, but stop after so many tensors were written and leave everything as it is."""
 
     def run(models: list[Path], out: Path, count: int) -> None:
-        from freemerge.checkpoint.publish import Staging
         from freemerge.checkpoint.writer import CheckpointWriter
 
         write, abort = CheckpointWriter._write, CheckpointWriter._abort
@@ -154,9 +153,8 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Path], Path, int],
         def leaving(self: CheckpointWriter) -> None:
             self._background.close()
             assert self._journal is not None
-            self._journal._stream.close()
-            assert isinstance(self._staging, Staging)
-            self._staging.leave()
+            self._journal.close()
+            self._staging.end(keep=True)
 
         monkeypatch.setattr(CheckpointWriter, "_write", stopping)
         monkeypatch.setattr(CheckpointWriter, "_abort", leaving)
@@ -217,6 +215,84 @@ def test_damage_is_found_and_written_again(
     with open(hidden(tmp_path / "out") / JOURNAL, "a") as stream:
         stream.write('{"file": "cut sho')
     assert merged(models, tmp_path / "out", resume=True) == expected
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b"[]", b"5", b"null", b"[" * 100_000])
+@pytest.mark.parametrize("line", [0, 2, -2])
+def test_a_damaged_journal_is_believed_up_to_there(
+    damage: bytes, line: int, models: list[Path], tmp_path: Path, killed: Callable[[list[Path], Path, int], None]
+) -> None:
+    expected = merged(models, tmp_path / "whole")
+    killed(models, tmp_path / "out", 17)
+    journal = hidden(tmp_path / "out") / JOURNAL
+    lines = journal.read_bytes().split(b"\n")
+    lines[line] = damage
+    journal.write_bytes(b"\n".join(lines))
+    assert merged(models, tmp_path / "out", resume=True) == expected
+
+
+@pytest.mark.parametrize("step", ["write_json", "flush_directory", "remove_journals"])
+def test_a_run_that_is_killed_while_it_publishes_is_resumed(
+    step: str, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that was merged is kept until nothing but the renaming is left."""
+    from freemerge.checkpoint import staging, writer
+    from freemerge.merging.engine import Merger
+
+    for number, path in enumerate(models):
+        (tmp_path / f"m{number}" / "sub").mkdir(parents=True)
+        path.rename(tmp_path / f"m{number}" / "model.safetensors")
+        (tmp_path / f"m{number}" / "sub" / "notes.json").write_text("{}")
+    folders = [tmp_path / f"m{number}" for number in range(3)]
+    expected = {path: path.read_bytes() for path in hidden_free(merged_directory(folders, tmp_path / "whole"))}
+
+    def kill(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging if step == "flush_directory" else writer, step, kill)
+        patch.setattr(
+            writer.CheckpointWriter, "_abort", lambda self: self._journal.close() or self._staging.end(keep=True)
+        )
+        with pytest.raises(Killed):
+            merged_directory(folders, tmp_path / "out")
+    assert hidden(tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Merger, "merged", None)
+        out = merged_directory(folders, tmp_path / "out", resume=True)
+    assert {tmp_path / "whole" / path.relative_to(out): path.read_bytes() for path in hidden_free(out)} == expected
+
+
+def merged_directory(models: list[Path], out: Path, **options: bool) -> Path:
+    fm.merge_checkpoints(models[0], models[1:], out, progress=False, max_shard_bytes=2_000_000, **options)  # type: ignore[arg-type]
+    return out
+
+
+def hidden_free(folder: Path) -> list[Path]:
+    """The files of an output, none of which is hidden."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.name.startswith(".")]
+    return files
+
+
+def test_what_no_merge_left_is_neither_deleted_nor_continued(models: list[Path], tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    left = hidden(tmp_path / "out")
+    for make in (left.symlink_to, left.write_text):  # a link to a directory, a file
+        make(str(precious))
+        for resume in (True, False):
+            with pytest.raises(
+                fm.RefusedError, match=r"\.out\.freemerge-tmp is in the way, which is no directory; remove"
+            ):
+                merged(models, tmp_path / "out", resume=resume)
+        left.unlink()
+    assert contents(precious) == {"thesis.txt": b"years of work"}
+    precious.rename(left)
+    with pytest.raises(fm.RefusedError, match="has no journal to go on with; run without resume"):
+        merged(models, tmp_path / "out", resume=True)
+    assert contents(left) == {"thesis.txt": b"years of work"}
 
 
 def test_another_merge_is_not_continued(
@@ -446,17 +522,17 @@ def test_ctrl_c_while_importing(seconds: float, models: list[Path], tmp_path: Pa
 def test_a_signal_after_the_renaming_says_that_the_output_was_written(
     models: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from freemerge.checkpoint.publish import Staging
+    from freemerge.checkpoint.staging import Staging
     from freemerge.cli import main
 
-    discard = Staging.discard
+    end = Staging.end
 
     def interrupted(self: Staging) -> None:
-        monkeypatch.setattr(Staging, "discard", discard)
+        monkeypatch.setattr(Staging, "end", end)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 
-    monkeypatch.setattr(Staging, "discard", interrupted)
+    monkeypatch.setattr(Staging, "end", interrupted)
     assert main(["merge", *map(str, models), "-o", str(tmp_path / "out"), "--quiet"]) == 130
     assert f"interrupted; {tmp_path / 'out'} was written" in capsys.readouterr().err
     assert fm.verify(tmp_path / "out") == []
@@ -470,7 +546,7 @@ def test_leftovers_are_found_and_removed_but_not_those_of_living_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from freemerge.checkpoint.locks import DirectoryLock
-    from freemerge.checkpoint.publish import Staging
+    from freemerge.checkpoint.staging import Staging
     from freemerge.cli import main
 
     killed(models, tmp_path / "out", 5)
@@ -490,7 +566,7 @@ def test_leftovers_are_found_and_removed_but_not_those_of_living_runs(
     assert main(["clean", str(tmp_path)]) == 0
     assert "other.freemerge-tmp: kept, as its file system cannot tell whether" in capsys.readouterr().out
     monkeypatch.undo()
-    living.discard()
+    living.end()
     assert main(["clean", str(tmp_path / "nowhere")]) == 1
 
 

@@ -183,7 +183,13 @@ def test_a_run_that_is_resumed_merges_again(
     expected = merged(models, tmp_path / "expected", recipe)
     with monkeypatch.context() as patch:  # a process that is killed when the scale is known
         patch.setattr(CheckpointWriter, "write", lambda *_: (_ for _ in ()).throw(SystemExit(1)))
-        patch.setattr(CheckpointWriter, "__exit__", lambda self, *_: self._journal.close() or self._staging.leave())
+
+        def leave(writer: CheckpointWriter, *_: object) -> None:
+            assert writer._journal is not None
+            writer._journal.close()
+            writer._staging.end(keep=True)
+
+        patch.setattr(CheckpointWriter, "__exit__", leave)
         with pytest.raises(SystemExit):
             merged(models, tmp_path / "out", recipe)
     merges.clear()

@@ -37,7 +37,11 @@ FORKED = """
     paths = [folder / f"{i}.safetensors" for i in range(4)]
     SHARDS = 130_000
 
-    def child(rank, size, port, work, said):
+    def in_joined(work):
+        with joined() as workers:
+            work(workers)
+
+    def child(rank, size, port, work, said, program):
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True",
                        "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -45,8 +49,7 @@ FORKED = """
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         signal.alarm(120)  # rather than hang
         try:
-            with joined() as workers:
-                work(workers)
+            program(work)
         except fm.FreemergeError as error:
             print(f"freemerge: {error}", file=sys.stderr, flush=True)
             return 1
@@ -57,16 +60,16 @@ FORKED = """
             return 99
         return 0
 
-    def run(size, work):
-        '''The exit codes of the workers, by rank, and what they said.'''
+    def run(size, work, program=in_joined, started=None):
+        '''The exit codes of the workers, by rank, and what they said; those that were started, if not all.'''
         said = folder / "said"
         said.unlink(missing_ok=True)
         told, tell = os.pipe()
         pids = []
-        for rank in range(size):
+        for rank in range(started or size):
             pids.append(os.fork())
             if pids[-1] == 0:
-                os._exit(child(rank, size, int(os.read(told, 5)), work, said))
+                os._exit(child(rank, size, int(os.read(told, 5)), work, said, program))
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # after its thread no fork
         os.write(tell, f"{store.port:5}".encode() * size)
         os.close(tell)
@@ -100,7 +103,7 @@ FORKED = """
             work(workers)
         return killed
 
-    import freemerge.merging.run, freemerge.checkpoint.publish
+    import freemerge.merging.run, freemerge.checkpoint.staging
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -244,6 +247,7 @@ def test_what_is_wrong_is_told_once(models: Path, server: subprocess.Popen[str])
 
         def elsewhere(workers):
             merge("out" if workers.rank == 0 else "other/out")(workers)
+        freemerge.checkpoint.staging.SEEN_WITHIN = 0.5
         codes, said = run(2, elsewhere)
         assert codes == [1, 1] and "file system that all workers share" in said, (codes, said)
 
@@ -261,7 +265,7 @@ def test_a_living_worker_keeps_others_away(models: Path, server: subprocess.Pope
         models,
         server,
         """
-        from freemerge.checkpoint.publish import clean
+        from freemerge.checkpoint.leftovers import clean
         def lingering(workers):
             if workers.rank == 1:
                 finish = CheckpointWriter.finish
@@ -317,6 +321,219 @@ def test_experts_are_those_of_one_process(models: Path, server: subprocess.Popen
         assert contents("experts2") == contents("experts") and len(contents("experts")) == 3
         codes, said = run(2, extract("experts"))
         assert codes == [1, 1] and said.count("freemerge:") == 1 and "is not empty" in said, said
+        """,
+    )
+
+
+def test_a_program_that_goes_on_after_an_error_of_one_worker_merges_no_more_with_the_others(
+    models: Path, server: subprocess.Popen[str]
+) -> None:
+    """What one does next would be taken for what the others wait for."""
+    forked(
+        models,
+        server,
+        """
+        from safetensors.torch import load_file, save_file
+        state = load_file(paths[1])
+        state["l.6.v"][3, 5] = float("nan")
+        save_file(state, folder / "bad.safetensors")
+        def going_on(workers):
+            good = paths[1]
+            for out in ("wrong", "right"):
+                paths[1] = folder / "bad.safetensors" if out == "wrong" else good
+                try:
+                    merge(out)(workers)
+                except fm.FreemergeError as error:
+                    print(f"{out} {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            (folder / f"went on {workers.rank}").touch()
+            while not (folder / f"went on {1 - workers.rank}").exists():  # no worker waits for the end of another
+                time.sleep(0.01)
+        codes, said = run(2, going_on)
+        assert codes == [0, 0], (codes, said)
+        told = sorted(line.partition(": ") for line in said.splitlines())
+        assert [(what, "l.6.v" in why) for what, _, why in told] == [
+            ("right WorkerError", False), ("right WorkerError", False),
+            ("wrong CheckpointError", True), ("wrong WorkerError", False),
+        ], said
+        assert said.count("parted") == 2 and said.count("another worker has ended") == 1, said
+        assert not (folder / "right").exists() and not (folder / "wrong").exists()
+        """,
+    )
+
+
+def test_a_directory_that_is_seen_late(models: Path, server: subprocess.Popen[str]) -> None:
+    """As on NFS: a name that was looked for before it was made stays missing until its directory is listed."""
+    forked(
+        models,
+        server,
+        """
+        merge("one", force=True)()
+        staging = freemerge.checkpoint.staging
+        def late(workers):
+            out, looks = staging.hidden(folder / "new" / "late"), []
+            if workers.rank:
+                lock_of, scandir, listed = staging.lock_of, os.scandir, []
+                def unseen(path):
+                    looks.append(path)
+                    if len(listed) < 3:
+                        raise FileNotFoundError(2, "No such file or directory", str(path))
+                    return lock_of(path)
+                def listing(path="."):
+                    if Path(path) == out.parent:
+                        listed.append(path)
+                    return scandir(path)
+                staging.lock_of, os.scandir = unseen, listing
+                stat = os.stat
+                def watched(path, *arguments, **options):
+                    assert looks or out.name not in str(path), "a name that is looked for is missing from then on"
+                    return stat(path, *arguments, **options)
+                os.stat = watched
+            merge("new/late")(workers)
+            assert len(looks) == 3 * workers.rank
+        codes, said = run(2, late)
+        assert codes == [0, 0], said
+        assert contents("new/late") == contents("one")
+        """,
+    )
+
+
+def test_a_worker_that_ends_while_the_output_is_published(models: Path, server: subprocess.Popen[str]) -> None:
+    forked(
+        models,
+        server,
+        """
+        from freemerge.checkpoint.staging import Staging
+        merge("one", force=True)()
+        for out in ("done", "done.safetensors"):
+            for rank in (0, 1):
+                def dying_late(workers):
+                    publish, place = Staging._publish, Staging.publish
+                    def published(self, *arguments, **options):
+                        publish(self, *arguments, **options)
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    def publishing(self, *arguments, **options):
+                        if workers.rank == 1:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        place(self, *arguments, **options)
+                    if rank == 0:
+                        Staging._publish = published
+                    else:
+                        Staging.publish = publishing
+                    merge(out)(workers)
+                codes, said = run(2, dying_late)
+                assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 1, (codes, said)
+                assert f"{folder / out} was written, but another worker has ended" in said, said
+                assert "resume" not in said, said
+                if out == "done":
+                    assert contents(out) == contents("one")
+                    for path in (folder / out).iterdir():
+                        path.unlink()
+                    (folder / out).rmdir()
+                else:
+                    (folder / out).unlink()
+        """,
+    )
+
+
+def test_an_error_while_the_output_is_published_leaves_all_that_was_merged(
+    models: Path, server: subprocess.Popen[str]
+) -> None:
+    forked(
+        models,
+        server,
+        """
+        import errno
+        from freemerge.checkpoint import writer
+        from freemerge.merging.engine import Merger
+        merge("one", force=True)()
+        def full(workers):
+            def fail(path, content):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            writer.write_json = fail
+            merge("full")(workers)
+        codes, said = run(2, full)
+        assert codes == [1, 1], (codes, said)
+        assert said.count("the disk is full") == 1 and "--resume goes on" in said and "Traceback" not in said, said
+        Merger.merged = None
+        merge("full", resume=True)()
+        assert contents("full") == contents("one")
+        """,
+    )
+
+
+def test_workers_that_do_not_do_the_same_are_told(models: Path, server: subprocess.Popen[str]) -> None:
+    forked(
+        models,
+        server,
+        """
+        def apart(workers):
+            if workers.rank:
+                merge("out")(workers)
+            else:
+                workers.total(torch.zeros(3, dtype=torch.int64))
+        codes, said = run(2, apart)
+        assert codes == [1, 1], (codes, said)
+        assert "worker 1 does something else (merge 1, step 1, first) than the first one (no merge" in said, said
+        """,
+    )
+
+
+def test_a_program_with_a_process_group_of_its_own(models: Path, server: subprocess.Popen[str]) -> None:
+    forked(
+        models,
+        server,
+        """
+        merge("one", force=True)()
+        def program(work):
+            dist.init_process_group("gloo")
+            for out in ("two", "again"):
+                with joined() as workers:
+                    merge(out)(workers)
+            counted = torch.ones(())
+            dist.all_reduce(counted)
+            assert counted == 2, "the program's group is as it was"
+            dist.destroy_process_group()
+            for out in ("three", "fourth"):
+                with joined() as workers:
+                    merge(out)(workers)
+        codes, said = run(2, None, program)
+        assert codes == [0, 0], said
+        assert contents("two") == contents("again") == contents("three") == contents("fourth") == contents("one")
+        """,
+    )
+
+
+def test_workers_that_do_not_come_are_missed_and_may_come_later(models: Path, server: subprocess.Popen[str]) -> None:
+    """As where one worker of another program runs the command, which gets its environment."""
+    forked(
+        models,
+        server,
+        """
+        from datetime import timedelta
+        fm.workers.ARRIVAL = timedelta(seconds=0.5)
+        codes, said = run(4, merge("lonely"), started=2)
+        assert codes == [1, 1] and said.count("2 workers of the 4 that torchrun started did not come") == 2, said
+        assert "TORCHELASTIC_RUN_ID" in said and not (folder / "lonely").exists(), said
+
+        def later(work):
+            if os.environ["RANK"] == "0":
+                try:
+                    in_joined(work)
+                except fm.WorkerError as error:
+                    assert "1 worker of the 2" in str(error), error
+                pid = os.fork()
+                if pid == 0:  # one that is killed while it waits
+                    in_joined(work)
+                time.sleep(0.2)
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                (folder / "missed").touch()
+            fm.workers.ARRIVAL = timedelta(minutes=1)
+            while not (folder / "missed").exists():
+                time.sleep(0.01)
+            in_joined(work)
+        codes, said = run(2, merge("later"), later)
+        assert codes == [0, 0], said
         """,
     )
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..arguments import path_of
 from ..checkpoint import Source
-from ..checkpoint.publish import refuse_weights, write_file
-from ..errors import ArgumentError, RefusedError
+from ..checkpoint.target import check_file, write_file
+from ..errors import ArgumentError, CheckpointError, RefusedError
 from ..merging.engine import Merger
 from ..merging.progress import Progress
 from ..merging.recipe import Recipe
@@ -83,7 +83,7 @@ def analyze(
 
     Raises:
         ArgumentError, CheckpointError: as :func:`freemerge.merge`, and if there is nothing to analyse, or no
-            matplotlib for ``png``.
+            matplotlib for ``png``, and if ``out`` or ``png`` cannot be written.
         RefusedError: ``out`` or ``png`` exists and may not be replaced.
     """
     methods = _methods(methods)
@@ -91,7 +91,7 @@ def analyze(
     asking = next((method for method in methods.values() if method.by_inputs), "fr")
     recipe = Recipe(method=asking, select=select, rename=rename)
     if out is not None:
-        _check_out(path_of("out", out), force=force)
+        check_file(path_of("out", out), "a report", force=force)
     if png is not None:
         _check_folder(path_of("png", png), force=force)
         check_matplotlib()
@@ -134,28 +134,18 @@ def _methods(methods: object) -> dict[str, Method]:
     raise ArgumentError(f"methods must be a list of names, or map labels to methods, got {methods!r}")
 
 
-def _check_out(out: Path, *, force: bool) -> None:
-    """Complain about a place for the report before the work begins."""
-    refuse_weights(out, "a report is none")
-    if out.is_dir() or not out.parent.is_dir():
-        raise ArgumentError(f"out: {out} " + ("is a directory" if out.is_dir() else "is in no directory that exists"))
-    if out.exists() and not out.is_file():
-        raise RefusedError(f"{out} is no file")
-    if out.exists() and not force:
-        raise RefusedError(f"{out} exists; use --force (force=True) to replace it")
-
-
 def _check_folder(folder: Path, *, force: bool) -> None:
-    """The same for a folder."""
-    if not folder.parent.is_dir() or (folder.exists() and not folder.is_dir()):
-        wrong = "is no directory" if folder.exists() else "is in no directory that exists"
-        raise ArgumentError(f"png: {folder} {wrong}")
+    """Complain about a place for pictures before the work begins."""
+    if not folder.parent.is_dir():
+        raise CheckpointError(f"png: {folder} is in no directory that exists")
+    if folder.exists() and not folder.is_dir():
+        raise RefusedError(f"png: {folder} is no directory")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise RefusedError(f"{folder} is not empty; use --force (force=True) to replace files in it")
 
 
 def _write(content: str | bytes, out: Path, *, force: bool) -> None:
-    _check_out(out, force=force)
+    check_file(out, "a report", force=force)
     write_file(out, content)
 
 

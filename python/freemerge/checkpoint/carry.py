@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from ..dense import dtype_name
 from ..errors import CheckpointError
 from .architecture import CONFIG
-from .json_file import read_json
+from .json_file import read_json, write_json
 from .locate import entry
-from .publish import MANIFEST, WEIGHT_SUFFIXES
 from .quantised import without_quantisation
 from .reader import Checkpoint
 from .regular_file import open_regular
 from .side_files import is_tokenizer_file, part_weights
+from .target import MANIFEST, WEIGHT_SUFFIXES
 from .tied import with_untied_embeddings
 from .vocabulary import token_ids
-from .writer import write_json
 
 _FORMAT_DIRECTORIES = frozenset({"onnx", "openvino", "coreml", "gguf", "original", "runs", "logs"})
 # The card is written anew, and an adapter's or a trainer's record does not describe the merged model.
@@ -43,7 +42,7 @@ def carry_over(
     dequantised: bool = False,
     in_floats: bool = False,
     tokenizer: Checkpoint | None = None,
-) -> list[str]:
+) -> None:
     """Copy config, tokenizer, generation settings, chat templates, licence and custom code from ``base`` to ``target``.
 
     Left out are weights in any format and their indexes, but for further modules of sentence-transformers, exports
@@ -53,19 +52,20 @@ def carry_over(
     ``in_floats`` whatever it says. The files of the tokenizer and the special tokens come from ``tokenizer``, if it is
     given.
 
-    Returns the relative names of what was copied, sorted. Raises what :func:`carried` does, before anything is copied.
+    Raises what :func:`carried` does, before anything is copied, CheckpointError for what cannot be read, and OSError
+    for what cannot be written.
     """
     sources = carried(base, tokenizer)
-    names = sorted(sources)
-    for name in names:
+    for name in sorted(sources):
         destination = target / name
         destination.parent.mkdir(parents=True, exist_ok=True)
         with open(open_regular(sources[name]), "rb") as source, open(destination, "wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+            for piece in _pieces(source, sources[name]):
+                sink.write(piece)
     if dequantised and out_dtype is None:
         out_dtype = torch.float32
     ids = {} if tokenizer is None else token_ids(tokenizer)
-    if (out_dtype is not None or untied or ids or in_floats) and CONFIG in names:
+    if (out_dtype is not None or untied or ids or in_floats) and CONFIG in sources:
         config = read_json(base / CONFIG)
         if not isinstance(config, dict):
             raise CheckpointError(f"{base / CONFIG}: not a JSON object")
@@ -77,7 +77,18 @@ def carry_over(
         if untied:
             config = with_untied_embeddings(config)
         write_json(target / CONFIG, config)
-    return names
+
+
+def _pieces(source: BinaryIO, path: Path) -> Iterator[bytes]:
+    """What a file holds."""
+    while True:
+        try:
+            piece = source.read(1 << 20)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        if not piece:
+            return
+        yield piece
 
 
 def carried(base: Path, tokenizer: Checkpoint | None = None) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""JSON in files, which may be of any size and hold anything."""
+"""JSON in files: read, which may be of any size and hold anything, and written."""
 
 from __future__ import annotations
 
@@ -35,3 +35,27 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
         raise ValueError(f"key {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} appears twice")
     "".join(result).encode()  # a lone surrogate is a ValueError too: it could not be written back
     return result
+
+
+def write_json(path: Path, content: object) -> None:
+    """Readable JSON with the keys in the given order."""
+    # JSON has names of files that are no UTF-8 as escapes, which read back.
+    path.write_text(_indented(content) + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _indented(value: object, margin: str = "\n") -> str:
+    """As json.dumps with an indent of 2, which takes several times as long, and a manifest lists every tensor.
+
+    Keys are strings.
+    """
+    inner = f"{margin}  "
+    if isinstance(value, dict) and value:
+        return (
+            f"{{{inner}{f',{inner}'.join([f'{_encode(k)}: {_indented(v, inner)}' for k, v in value.items()])}{margin}}}"
+        )
+    if isinstance(value, list | tuple) and value:
+        return f"[{inner}{f',{inner}'.join([_indented(item, inner) for item in value])}{margin}]"
+    return _encode(value)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
+# What a symbolic link leads to is not ours.
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _SUFFIX = "-lock"
 _WORKERS = 1 << 20  # more than there ever are
 
@@ -34,8 +35,12 @@ class DirectoryLock:
 
     def in_place(self) -> bool:
         """Whether the directory is still where it was: another writer may have removed it, and made a new one."""
+        return self.has_moved_to(self._directory)
+
+    def has_moved_to(self, out: Path) -> bool:
+        """Whether the directory is there now."""
         try:
-            return os.path.samestat(os.fstat(self._fd), self._directory.stat())
+            return os.path.samestat(os.fstat(self._fd), out.lstat())
         except FileNotFoundError:
             return False
 
@@ -88,7 +93,11 @@ class FileLock:
 
     def in_place(self) -> bool:
         """Whether the directory is there; no other writer makes one while this one has the lock."""
-        return self._directory.is_dir()
+        return self._directory.is_dir() and not self._directory.is_symlink()
+
+    def has_moved_to(self, out: Path) -> bool:
+        """Whether the directory is there now, as far as names tell."""
+        return not self.in_place() and out.is_dir()
 
     def covering(self, old: Path) -> AbstractContextManager[None]:
         """The old output has the lock already."""

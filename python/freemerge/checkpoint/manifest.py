@@ -17,9 +17,9 @@ from ..workers import ALONE, Workers
 from . import known_hashes
 from .hashing import Hasher
 from .json_file import read_json
-from .publish import MANIFEST
 from .reader import Checkpoint
 from .regular_file import Identity, check_unchanged
+from .target import MANIFEST
 
 FORMAT = 1
 _MAX_MANIFEST_BYTES = 1 << 30  # some hundred bytes a tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError
 from contextlib import suppress
 from functools import partial
+from io import RawIOBase
 from pathlib import Path
 
 from .disk import Disk, flush_file
@@ -204,7 +206,7 @@ class ShardFile:
         with open(self.path, "rb", buffering=0) as stream:
             for position in sorted(whole):
                 while stream.tell() < position:
-                    digest.update(stream.read(min(_CALL_BYTES, position - stream.tell())))
+                    digest.update(_read(stream, position - stream.tell(), self.path))
                 if digest.hexdigest() != whole[position]:
                     break
                 best, length = digest.copy(), position
@@ -216,10 +218,18 @@ class ShardFile:
             end = self._hashed + nbytes
             while self._hashed < end:
                 self._background.check()
-                data = stream.read(min(_CALL_BYTES, end - self._hashed))
+                data = _read(stream, end - self._hashed, self.path)
                 self._digest.update(data)
                 self._hashed += len(data)
 
     def _finish(self) -> None:
         flush_file(self.path)
         self.sha256.set_result(self._digest.hexdigest())
+
+
+def _read(stream: RawIOBase, nbytes: int, path: Path) -> bytes:
+    """Some of the next bytes, of which there must be so many."""
+    data = stream.read(min(_CALL_BYTES, nbytes))
+    if not data:
+        raise OSError(errno.EIO, "the file is shorter than what was written to it", str(path))
+    return data

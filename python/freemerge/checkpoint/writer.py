@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
@@ -22,12 +23,15 @@ from ..dense import bytes_of
 from ..errors import ArgumentError, CheckpointError, RefusedError
 from ..workers import ALONE, Workers
 from .hashing import Hasher
-from .journal import JOURNAL, Journal, WorkerJournal, remove_journals
+from .journal import JOURNAL, Journal, is_journal, remove_journals
+from .json_file import write_json
+from .leftovers import allocated
 from .locate import MODEL, SAFETENSORS
-from .publish import DISK_FULL, MANIFEST, Staging, allocated, cannot_write, check_target, hidden, target
 from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
 from .shard_file import Background, ShardFile
 from .spec import TensorSpec
+from .staging import Staging, hidden
+from .target import DISK_FULL, MANIFEST, cannot_write, check_target, target
 
 _FILE = ".safetensors"  # how the name of a single-file output ends
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -92,7 +96,7 @@ class CheckpointWriter:
         identity: what says whether a killed writer made the same from the same; it may be resumed then.
         resume: go on after the tensors that a killed writer of ``out`` finished, if there was one.
         stem: how the names of the weight files begin; that of transformers, or diffusers' ``diffusion_pytorch_model``.
-        force: replace an earlier output at ``out`` (see :func:`freemerge.checkpoint.publish.check_target`).
+        force: replace an earlier output at ``out`` (see :func:`freemerge.checkpoint.target.check_target`).
         workers: who write it together, each some of the files; all of them make such a writer with the same arguments
             and go through the ``with`` block. What they leave unfinished stays, to be resumed.
 
@@ -108,7 +112,8 @@ class CheckpointWriter:
 
     Raises, before anything is written: RefusedError if ``out`` holds something, ArgumentError for impossible specs
     and for an ``out`` with the name of another kind of weight file, CheckpointError if the target cannot be written or
-    the disk has too little room. A disk that fills up later is a CheckpointError too, with the old output untouched.
+    the disk has too little room. What the system refuses later, as where the disk fills up, is a CheckpointError too,
+    with the old output untouched.
     """
 
     def __init__(
@@ -139,7 +144,7 @@ class CheckpointWriter:
         self._own = [shard for shard in self.shards if ranks[shard.file] == workers.rank]
         self.nbytes = sum(shard.nbytes for shard in self._own)
         check_target(self.out, single_file=self.single_file, force=force)
-        _check_room(self.out, sum(shard.nbytes for shard in self.shards))
+        workers.first(lambda: _check_room(self.out, sum(shard.nbytes for shard in self.shards)))
         self.manifest: dict[str, object] = {}
         self._shard_of = {name: shard for shard in self.shards for name in shard.slots}
         self._ranks = ranks
@@ -169,7 +174,7 @@ class CheckpointWriter:
             self._pending -= self.whole
         except RefusedError:
             self._background.close()
-            self._staging.leave()
+            self._staging.end(keep=True)
             raise
         except BaseException as error:
             self._abort()
@@ -177,6 +182,14 @@ class CheckpointWriter:
                 raise cannot_write(self.out, error) from error
             raise
         return self
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What the system refuses in the block, where only the output is written, is a CheckpointError."""
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self.out, error) from error
 
     def _open_journal(self) -> dict[str, dict[int, str]]:
         """Begin the journal; for each file what a killed writer said about its beginnings."""
@@ -190,7 +203,7 @@ class CheckpointWriter:
                 raise CheckpointError(
                     f"worker {self.workers.rank} has other {' and '.join(changed)} than the first one"
                 )
-            self._journal = WorkerJournal(self._staging.directory, self.workers.rank)
+            self._journal = Journal.of_worker(self._staging.directory, self.workers.rank)
         earlier: dict[str, dict[int, str]] = {}
         for entry in entries:
             self.measured = entry.get("measured", self.measured)
@@ -201,11 +214,17 @@ class CheckpointWriter:
 
     def _first_journal(self, identity: Mapping[str, object]) -> list[dict[str, Any]]:
         """What is known from a killed run, of which nothing else stays but weight files."""
-        journal = self._journal = Journal(self._staging.directory, identity, resumed=self._staging.resumed)
+        left = list(self._staging.directory.iterdir())
+        if left and not any(is_journal(path.name) or path.name == MANIFEST for path in left):
+            raise RefusedError(
+                f"{self._staging.directory} has no journal to go on with; run without resume to start anew"
+            )
+        journal = Journal.begin(self._staging.directory, identity, resumed=self._staging.resumed)
+        self._journal = journal
         kept = {JOURNAL, *(shard.file for shard in self.shards)}
-        for path in self._staging.directory.iterdir():
+        for path in left:
             if path.name not in kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         return journal.earlier
 
     def _file(self, shard: Shard, earlier: Mapping[int, str]) -> ShardFile:
@@ -226,7 +245,8 @@ class CheckpointWriter:
     def measure(self, measured: Mapping[str, object]) -> None:
         """Note down what a resumed run need not find out again."""
         if self._journal is not None and measured != self.measured:
-            self._journal.add({"measured": dict(measured)})
+            with self.writing():
+                self._journal.add({"measured": dict(measured)})
 
     def write(self, name: str, tensor: torch.Tensor, note: Mapping[str, object] | None = None) -> None:
         """Write one tensor, exactly as its spec says, once. Any order, any device, from any thread. ``note``: kept in
@@ -306,12 +326,10 @@ class CheckpointWriter:
         if self._pending:
             missing = sorted(self._pending)
             raise ArgumentError(f"{len(missing)} tensors were never written: {', '.join(missing[:10])}")
-        try:
+        with self.writing():
             for file in self._files.values():
                 file.hand_over()
             own = {name: self._background.result(file.sha256) for name, file in self._files.items()}
-        except OSError as error:
-            raise cannot_write(self.out, error) from error
         if self._journal is not None:
             self._journal.close()  # before the first worker moves its directory: Windows moves none with an open file
         for hashes, notes in self.workers.gather((own, self.notes)):
@@ -335,20 +353,26 @@ class CheckpointWriter:
                 self._finish()
         finally:
             self._abort()
-        if isinstance(error, OSError) and error.errno in DISK_FULL:  # what is not a tensor, as a config that is copied
+        if isinstance(error, OSError) and self._is_ours(error):  # what is not a tensor, as a config that is copied
             raise cannot_write(self.out, error) from error
+
+    def _is_ours(self, error: OSError) -> bool:
+        """Whether what the system refused was to write the output."""
+        file = error.filename
+        inside = isinstance(file, str | os.PathLike) and self._staging.directory in Path(file).parents
+        return inside or error.errno in (*DISK_FULL, errno.EROFS)
 
     def _finish(self) -> None:
         self.finish()
-        try:
+        directory = self._staging.directory
+        with self.writing():
             self.workers.first(self._complete)
-            self._staging.publish(SAFETENSORS if self.single_file else None, force=self.force)
-        except OSError as error:
-            raise cannot_write(self.out, error) from error
+            # Until then a run that is killed, or fails where others share the work, can be resumed.
+            self._staging.publish(
+                SAFETENSORS if self.single_file else None, force=self.force, ready=lambda: remove_journals(directory)
+            )
 
     def _complete(self) -> None:
-        if self._journal is not None:
-            remove_journals(self._staging.directory)
         if not self.single_file:
             self._write_index_and_manifest(self._staging.directory, self._hashes)
 
@@ -361,48 +385,24 @@ class CheckpointWriter:
                 {"metadata": {"total_size": total}, "weight_map": weight_map},
             )
         with Hasher() as hasher:
-            others = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-            futures = {name: hasher.submit(path, flush=True) for name, path in others.items() if name not in hashes}
+            files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+            others = {name: path for name, path in files.items() if name not in hashes and not is_journal(name)}
+            futures = {name: hasher.submit(path, flush=True) for name, path in others.items()}
             hashes = {**hashes, **{name: future.result() for name, future in futures.items()}}
-            files = {
+            records = {
                 name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
                 for name, digest in sorted(hashes.items())
             }
-            write_json(directory / MANIFEST, {**self.manifest, "files": files})
+            write_json(directory / MANIFEST, {**self.manifest, "files": records})
             hasher.submit(directory / MANIFEST, flush=True).result()
 
     def _abort(self) -> None:
-        self._background.close()
-        if self._journal is not None:
-            self._journal.close()
-        if self.workers.size > 1 and self._journal is not None and self._staging.held:
-            self.workers.kept = self._staging.directory
-            self._staging.leave()
-        self._staging.discard()
-
-
-def write_json(path: Path, content: object) -> None:
-    """Readable JSON with the keys in the given order."""
-    # JSON has names of files that are no UTF-8 as escapes, which read back.
-    path.write_text(_indented(content) + "\n", encoding="utf-8", errors="backslashreplace")
-
-
-_encode = json.JSONEncoder(ensure_ascii=False).encode
-
-
-def _indented(value: object, margin: str = "\n") -> str:
-    """As json.dumps with an indent of 2, which takes several times as long, and a manifest lists every tensor.
-
-    Keys are strings.
-    """
-    inner = f"{margin}  "
-    if isinstance(value, dict) and value:
-        return (
-            f"{{{inner}{f',{inner}'.join([f'{_encode(k)}: {_indented(v, inner)}' for k, v in value.items()])}{margin}}}"
-        )
-    if isinstance(value, list | tuple) and value:
-        return f"[{inner}{f',{inner}'.join([_indented(item, inner) for item in value])}{margin}]"
-    return _encode(value)
+        try:
+            self._background.close()
+            if self._journal is not None:
+                self._journal.close()
+        finally:
+            self.workers.kept = self._staging.end(keep=self.workers.size > 1 and self._journal is not None)
 
 
 def _check_room(out: Path, nbytes: int) -> None:

@@ -11,7 +11,7 @@ from .failures import DONE
 from .output import Output
 
 if TYPE_CHECKING:
-    from ..checkpoint.publish import Leftover
+    from ..checkpoint.leftovers import Leftover
 
 
 def command() -> Command:
@@ -31,7 +31,7 @@ def command() -> Command:
 
 def run(output: Output, directory: Path, dry_run: bool) -> int:
     """Remove what killed runs left in a directory. What a living run writes stays."""
-    from ..checkpoint.publish import clean
+    from ..checkpoint.leftovers import clean
 
     for left in clean(directory, remove=not dry_run):
         output.result(left, f"{left.path}: {_fate(left, dry_run)} ({left.nbytes / 1e6:.3g} MB)")

@@ -12,7 +12,7 @@ from .command import Command, Option
 from .failures import DONE
 from .inspect import summary, warn
 from .output import Output
-from .recipes import check_file, inputs, read
+from .recipes import inputs, read
 
 
 def command() -> Command:
@@ -43,12 +43,12 @@ def run(
     It says what `freemerge merge` would do with the same options.
     """
     origin, tuned, recipe = read(base, models, options)
-    if out is not None:
-        check_file(out, force=force)
-    from ..checkpoint.publish import write_file
+    from ..checkpoint.target import check_file, write_file
     from ..merging.commented import commented_recipe
     from ..merging.run import inspect
 
+    if out is not None:
+        check_file(out, "a recipe", force=force)
     inspection = inspect(origin, tuned, recipe)
     words = [str(path) for path in (origin, *tuned)]
     head = [
@@ -58,7 +58,7 @@ def run(
     ]
     text = commented_recipe(recipe, [line for entry in head for line in entry.splitlines()])
     if out is not None:
-        check_file(out, force=force)
+        check_file(out, "a recipe", force=force)
         write_file(out, text)
     output.result(recipe.to_config(), text.rstrip("\n") if out is None else f"{out}: method {recipe.method.name}")
     warn(output, inspection)

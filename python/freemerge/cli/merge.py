@@ -96,7 +96,7 @@ def run(
             output, log_json = Output(quiet=True), False
         files = [file for file in (options["recipe"], options["mergekit"]) if file is not None]
         origin, tuned, recipe = read(base, models, options)
-        from ..checkpoint.publish import refuse_files
+        from ..checkpoint.target import refuse_files
         from ..merging.run import inspect, merge_checkpoints
 
         refuse_files(out, files)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import ArgumentError, CheckpointError, RefusedError
+from ..errors import ArgumentError
 from ..merging.recipe import PRESETS, Recipe
 from ..methods import METHODS
 from ..methods.filtered import Filter
@@ -78,19 +77,6 @@ def read(
     if given["rename"]:
         changes["rename"] = (*given["rename"], *recipe.rename)
     return origin, tuned, recipe.replace(**changes)
-
-
-def check_file(out: Path, *, force: bool) -> None:
-    """Complain about a place for a recipe before the work begins."""
-    from ..checkpoint.publish import refuse_weights
-
-    refuse_weights(out, "a recipe is none")
-    if out.exists() and not out.is_file():
-        raise RefusedError(f"{out} is {'a directory' if out.is_dir() else 'no file'}")
-    if out.exists() and not force:
-        raise RefusedError(f"{out} exists; use --force to replace it")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"cannot write {out}: {out.parent} is no directory that can be written")
 
 
 def _start(

@@ -12,7 +12,7 @@ from .command import Command, Option
 from .failures import DONE
 from .inspect import backend as backend_option
 from .output import Output
-from .recipes import check_file, inputs, read
+from .recipes import inputs, read
 
 
 def command() -> Command:
@@ -67,15 +67,15 @@ def run(
     The recipe that is written merges with them; docs/methods.md has an example of a function.
     """
     origin, tuned, recipe = read(base, models, options)
-    check_file(out, force=force)
-    from ..checkpoint.publish import write_file
+    from ..checkpoint.target import check_file, write_file
     from ..evaluation import load_function
     from ..tuning import tune
 
+    check_file(out, "a recipe", force=force)
     learnt = tune(
         origin, tuned, recipe, load_function(function), by=by, iterations=iterations, rate=rate, backend=backend
     )
-    check_file(out, force=force)
+    check_file(out, "a recipe", force=force)
     write_file(out, learnt.recipe.to_yaml())
     result = {"recipe": learnt.recipe.to_config(), "entropies": learnt.entropies}
     weights = ", ".join(f"{weight:.4f}" for weight in learnt.recipe.weights)

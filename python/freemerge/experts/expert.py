@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..arguments import number, path_of
-from ..checkpoint.publish import hidden
+from ..checkpoint.staging import hidden
 from ..errors import ArgumentError, CheckpointError
 from .format import read_file, write_file
 from .values import ExpertTensor

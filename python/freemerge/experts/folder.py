@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from ..checkpoint.publish import Staging, check_target, target
+from ..checkpoint.staging import Staging
+from ..checkpoint.target import check_target, target
 from ..errors import ArgumentError, CheckpointError
 from ..workers import ALONE, Workers
 from .expert import Expert, check_task_name
@@ -41,20 +42,21 @@ def save_experts(
 
     ``workers``: processes that each write the experts :func:`iter_experts` gives them; all get the whole list.
     """
-    folder, pairs = target(out), _pairs(experts)
-    check_target(folder, single_file=False, force=force, foreign=_other_than_experts)
-    staging = Staging(folder, workers=workers)
-    try:
-        saved: dict[str, SavedExpert] = {}
-        for task, expert in pairs:
-            if task in saved:
-                raise ArgumentError(f"experts: two are called {task!r}")
-            nbytes = expert.save(staging.directory / f"{task}.safetensors")
-            saved[task] = SavedExpert(task, expert.mu, expert.entries, nbytes)
-        written = workers.gather([*saved.values()])
-        staging.publish(None, force=force, foreign=_other_than_experts)
-    finally:
-        staging.discard()
+    with workers.together("experts"):
+        folder, pairs = target(out), _pairs(experts)
+        check_target(folder, single_file=False, force=force, foreign=_other_than_experts)
+        staging = Staging(folder, workers=workers)
+        try:
+            saved: dict[str, SavedExpert] = {}
+            for task, expert in pairs:
+                if task in saved:
+                    raise ArgumentError(f"experts: two are called {task!r}")
+                nbytes = expert.save(staging.directory / f"{task}.safetensors")
+                saved[task] = SavedExpert(task, expert.mu, expert.entries, nbytes)
+            written = workers.gather([*saved.values()])
+            staging.publish(None, force=force, foreign=_other_than_experts)
+        finally:
+            staging.end()
     return [expert for expert in chain.from_iterable(zip_longest(*written)) if expert is not None]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import number, path_of, whole_number
-from ..checkpoint.publish import write_file
+from ..checkpoint.target import write_file
 from ..dense import dense, without_autocast
 from ..errors import ArgumentError, CheckpointError, RefusedError, counted
 from .deltas import compiled

@@ -24,8 +24,8 @@ from ..checkpoint.architecture import version_of_transformers
 from ..checkpoint.carry import carried
 from ..checkpoint.locate import stem_of
 from ..checkpoint.model_card import model_card
-from ..checkpoint.publish import refuse_inputs
 from ..checkpoint.quantised import needless_quantisation
+from ..checkpoint.target import refuse_inputs
 from ..methods import Measured
 from ..workers import ALONE, Workers
 from .collecting import without_collecting
@@ -132,7 +132,11 @@ class Output:
         self.writer.finish()
 
     def carry_over(self) -> None:
-        """Config, tokenizer and code files of the base."""
+        """Config, tokenizer and code files of the base, by the first worker."""
+        with self.writer.writing():
+            self.writer.workers.first(self._carry_over)
+
+    def _carry_over(self) -> None:
         merger, directory = self._merger, self.writer.directory
         if directory is not None and merger.base.directory is not None:
             out_dtype = getattr(torch, merger.recipe.out_dtype) if merger.recipe.out_dtype is not None else None
@@ -164,7 +168,8 @@ class Output:
             method=recipe.method.title,
             paper=recipe.method.paper,
         )
-        (writer.directory / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        with writer.writing():
+            (writer.directory / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         found = {"weights": measured.weights or None, "scale": measured.scale}
         writer.manifest = build_manifest(
             recipe={**recipe.to_record(), "measured": found},

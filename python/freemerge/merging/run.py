@@ -154,11 +154,12 @@ def merge_checkpoints(
         ArgumentError: the merged model would be the base: at a scale, weights or a density of 0, at a cutoff beyond the
             spectrum, or with every tensor copied. Otherwise as :func:`merge`.
         CheckpointError: ``out`` cannot be written, or the disk is full. Otherwise as :func:`merge`.
-        WorkerError: another of the workers has ended.
+        WorkerError: another of the workers has ended, or they have parted: after an error in one of their merges they
+            merge nothing more together.
     """
-    memory, style = byte_size("memory", memory), _style(progress)
-    function("on_start", on_start)
-    with reusing(), ExitStack() as stack:
+    with workers.together("merge"), reusing(), ExitStack() as stack:
+        memory, style = byte_size("memory", memory), _style(progress)
+        function("on_start", on_start)
         merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, memory)
         tokenizer, inspection = _inspected(merger, tokenizer_from)
         refuse_unchanged(merger.recipe, inspection.decisions)
@@ -178,7 +179,7 @@ def merge_checkpoints(
         output.keep(stack)
         log = stack.enter_context(_begun(merger, output, inspection, style))
         measured = output.measured(partial(_advance, log, "measure"))
-        workers.first(output.carry_over)
+        output.carry_over()
         on_read = partial(_advance, log, "merge")
         for unit in merger.ahead(list(output.missing)):
             output.write(unit, merger.merged(unit, measured, on_read, output.writer.settle))
