@@ -22,6 +22,7 @@ from freemerge.backends.torch import TorchBackend
 from freemerge.cache import Cache, forget_all, table_bytes
 from freemerge.planner.costs import Traits
 from freemerge.planner.forms import candidates
+from freemerge.responses import Gains
 from in_memory import noise
 
 BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
@@ -138,6 +139,26 @@ def test_a_method_of_an_object_that_has_changed_is_another_mask() -> None:
     schedule, x = Schedule(), noise(20, 30)
     for schedule.keep in (1.0, 0.0, 2.0):
         torch.testing.assert_close(fm.filtered(x, fm.Custom(schedule.gains)), schedule.keep * x)
+
+
+class Undecorated(fm.Response):
+    """A user's response that is no dataclass."""
+
+    def __init__(self, gain: float) -> None:
+        object.__setattr__(self, "_gain", gain)
+
+    def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
+        return np.where(abs(ky) + abs(kx) > 2, 1.0, self.__dict__["_gain"])
+
+
+def test_responses_without_fields_do_not_meet() -> None:
+    x, responses = noise(20, 30), [Undecorated(gain) for gain in (0.0, 0.5)]
+    assert responses[0] == responses[0]
+    assert responses[0] != responses[1]
+    assert fm.Response() != fm.Response()
+    for response in responses:
+        expected = fm.filtered(x, fm.Custom(response.mask((20, 30))))
+        torch.testing.assert_close(fm.filtered(x, response), expected, rtol=0, atol=0)
 
 
 def test_a_refusal_is_told_each_time_and_by_name() -> None:

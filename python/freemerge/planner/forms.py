@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ def candidates(
 
     ``count`` is the number of matrices of this shape in one tensor.
     """
-    request = _Request(response, shape, dtype, device, backend, traits, count)
+    box = response.box(shape, _TAIL_LIMIT[compute_dtype(dtype)])
+    request = _Request(response, shape, dtype, device, backend, traits, count, box)
     constant = request.constant_gain()
     if constant is not None:
         why = f"the gain is {constant:g} at every frequency"
@@ -117,6 +118,7 @@ class _Request:
     backend: str
     traits: Traits
     count: int
+    box: Box | None
 
     @property
     def plan(self) -> Plan:
@@ -135,10 +137,6 @@ class _Request:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @cached_property
-    def box(self) -> Box | None:
-        return self.response.box(self.shape, _TAIL_LIMIT[compute_dtype(self.dtype)])
 
     def constant_gain(self) -> float | None:
         if self.box is not None and 0 in self.box.bands:

@@ -100,11 +100,13 @@ def set_number(
     object.__setattr__(response, name, number)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # else all of a subclass that is no dataclass would be equal, having no fields
 class Response:
     """Base class of all frequency responses: frozen, hashable and comparable. Their repr is code, but for Custom.
 
     Subclasses define :meth:`params` and :meth:`gain`; the rest follows. ``shape`` is (n,) for a vector or (H, W).
+    What was made for a response serves equal ones, too: a subclass is a frozen dataclass, whose fields are compared,
+    or defines ``__eq__`` and ``__hash__``; else each of its objects equals itself only.
     """
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
