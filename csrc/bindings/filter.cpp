@@ -61,6 +61,20 @@ void run(const Filter& self, const std::vector<std::uintptr_t>& pointers,
   without_gil([&] { self.run(matrices, row_strides, scale, threads); });
 }
 
+// Whether a capsule of DLPack 1.0 or later has the flag of memory that is not to be written. See dlpack.h,
+// DLManagedTensorVersioned.
+bool is_read_only(const py::capsule& capsule) {
+  struct Managed {
+    std::uint32_t major, minor;
+    void* context;
+    void (*deleter)(Managed*);
+    std::uint64_t flags;
+  };
+  if (!PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) return false;
+  const auto* managed = static_cast<const Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+  return managed->major >= 1 && (managed->flags & 1) != 0;
+}
+
 }  // namespace
 
 void bind_filter(py::module_& m) {
@@ -73,6 +87,7 @@ void bind_filter(py::module_& m) {
   m.attr("MAX_LANES") = kMaxLanes;
   m.def("has_transform", &has_transform, py::arg("n"));
   m.def("mask_gains", &mask_gains, py::arg("mask"));
+  m.def("is_read_only", &is_read_only, py::arg("capsule"));
   py::class_<Filter>(m, "Filter")
       .def(py::init(&to_filter), py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("table") = 0,
            py::arg("dtype"), py::arg("transposed") = false, py::arg("packed") = false,

@@ -100,6 +100,9 @@ MAX_LANES: int  #: floats in the widest vector
 def has_transform(n: int) -> bool:
     """Whether there are transforms of n samples: up to 2**31 - 1, and so the convolution that large primes take."""
 
+def is_read_only(capsule: object) -> bool:
+    """Whether a DLPack capsule, of version 1.0 or later, says that its memory is not to be written."""
+
 def mask_gains(mask: MaskParams) -> npt.NDArray[np.float64]:
     """Symmetrised gains on the half spectrum in stored order, H x (W//2 + 1), of any kind but "table"."""
 

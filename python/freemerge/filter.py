@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
+from ._core import is_read_only
 from .arguments import finite_number
 from .backends.base import Backend, Executable
 from .backends.memory import matrices, multiply_
@@ -109,6 +110,8 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
     Raises:
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
+        MemoryError, torch.OutOfMemoryError: of several matrices some may have been filtered and others not, each of
+            them as a whole.
     """
     if is_compiling():
         _check_request(response, backend, scale)
@@ -331,12 +334,12 @@ def _is_traced(x: object) -> bool:
 
 
 def _is_read_only(item: Any) -> bool:
-    """Whether a DLPack producer says so; torch does not look at its flag, NumPy does."""
+    """Whether a DLPack producer says so, which torch does not look at. One of before DLPack 1.0 cannot."""
     if item.__dlpack_device__()[0] != _DLPACK_CPU:
         return False
     try:
-        return not np.from_dlpack(item).flags.writeable
-    except (BufferError, RuntimeError, TypeError):  # a dtype that NumPy lacks
+        return is_read_only(item.__dlpack__(max_version=(1, 0)))
+    except (BufferError, RuntimeError, TypeError):  # which has no versions, or what torch will be refused, too
         return False
 
 
