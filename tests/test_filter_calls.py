@@ -218,7 +218,7 @@ def test_the_number_of_threads_is_asked_for_at_each_call(monkeypatch: pytest.Mon
 
     used: list[int] = []
     native = _core.Filter.run
-    monkeypatch.setattr(_core.Filter, "run", lambda *args: (used.append(args[-1]), native(*args))[1])
+    monkeypatch.setattr(_core.Filter, "run", lambda *args: (used.append(args[4]), native(*args))[1])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 1):
@@ -231,25 +231,39 @@ def test_the_number_of_threads_is_asked_for_at_each_call(monkeypatch: pytest.Mon
     assert used == [1, 2, 1]
 
 
-def test_where_memory_does_not_suffice_nothing_is_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean that is taken out comes back, to rounding, and of matrices with several row strides all stay."""
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_stops_a_filter_leaves_all_as_it_was(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices with several row strides all stay, and the mean that would have been taken out, too."""
     from freemerge import _core
 
-    plan, native = fm.explain((512, 512), fm.HighPass(0.02), backend="cpu"), _core.Filter.run
+    plan = fm.explain((512, 512), fm.HighPass(0.02), backend="cpu")
     tensors = [noise(512, 512) + 100.0, (noise(512, 600) + 50.0)[:, :512]]
     before = [x.clone() for x in tensors]
     assert plan.centers
 
-    def short(filter_: object, pointers: list[int], *arguments: object) -> None:
-        if tensors[-1].data_ptr() in pointers:
-            raise MemoryError
-        native(filter_, pointers, *arguments)
+    def stop(*arguments: object) -> None:
+        raise error
 
-    monkeypatch.setattr(_core.Filter, "run", short)
-    with pytest.raises(MemoryError):
+    monkeypatch.setattr(_core.Filter, "run", stop)
+    with pytest.raises(error):
         CpuBackend().executable(plan).run(tensors, 1.0)
-    for x, former in zip(tensors, before, strict=True):
-        torch.testing.assert_close(x, former, rtol=0.0, atol=1e-4)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_what_stops_a_filter_when_it_is_done_leaves_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freemerge import _core
+
+    x, response, native = noise(512, 512) + 100.0, fm.LowPass(0.02), _core.Filter.run
+    expected = fm.filtered(x, response)
+
+    def late(*arguments: object) -> None:
+        native(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_core.Filter, "run", late)
+    with pytest.raises(KeyboardInterrupt):
+        fm.filter_(x, response)
+    assert torch.equal(x, expected)
 
 
 @AVAILABLE

@@ -51,14 +51,15 @@ std::unique_ptr<Filter> to_filter(const std::string& form, const py::object& mas
 }
 
 void run(const Filter& self, const std::vector<std::uintptr_t>& pointers,
-         const std::vector<std::int64_t>& row_strides, double scale, int threads) {
+         const std::vector<std::int64_t>& row_strides, double scale, int threads,
+         const std::vector<float>& means) {
   std::vector<void*> matrices;
   matrices.reserve(pointers.size());
   for (const std::uintptr_t address : pointers) {
     require(address != 0, "pointers must not be null");
     matrices.push_back(pointer<void>(address));
   }
-  without_gil([&] { self.run(matrices, row_strides, scale, threads); });
+  without_gil([&] { self.run(matrices, row_strides, scale, threads, means); });
 }
 
 // Whether a capsule of DLPack 1.0 or later has the flag of memory that is not to be written. See dlpack.h,
@@ -71,7 +72,8 @@ bool is_read_only(const py::capsule& capsule) {
     std::uint64_t flags;
   };
   if (!PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) return false;
-  const auto* managed = static_cast<const Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+  const auto* managed =
+      static_cast<const Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
   return managed->major >= 1 && (managed->flags & 1) != 0;
 }
 
@@ -94,7 +96,8 @@ void bind_filter(py::module_& m) {
            py::arg("background") = 0.0, py::arg("rows") = py::none(), py::arg("columns") = py::none(),
            py::arg("column_gains") = py::none(), py::arg("isa") = py::none())
       .def_property_readonly("nbytes", &Filter::nbytes)
-      .def("run", &run, py::arg("pointers"), py::arg("row_strides"), py::arg("scale"), py::arg("threads"));
+      .def("run", &run, py::arg("pointers"), py::arg("row_strides"), py::arg("scale"), py::arg("threads"),
+           py::arg("means") = std::vector<float>{});
 }
 
 }  // namespace freemerge

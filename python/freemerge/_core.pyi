@@ -135,8 +135,11 @@ class Filter:
     def nbytes(self) -> int:
         """Memory of the tables that it keeps."""
 
-    def run(self, pointers: list[int], row_strides: list[int], scale: float, threads: int) -> None:
-        """Filter matrices in place and multiply them by ``scale``; ``row_strides`` in elements.
+    def run(
+        self, pointers: list[int], row_strides: list[int], scale: float, threads: int, means: list[float] = ...
+    ) -> None:
+        """Filter matrices in place and multiply them by ``scale``; ``row_strides`` in elements. ``means`` (decimated
+        form of float32), one for each matrix if any, are taken out on the way, and their share is added to the result.
 
         Raises ValueError for an invalid argument, and MemoryError, before anything is written.
         """
