@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 import freemerge as fm
 from freemerge.overlap import overlapping_pair, overlapping_pairs
 
-SLICES = st.tuples(st.integers(0, 9), st.integers(1, 10), st.integers(1, 4)).map(lambda s: slice(s[0], s[0] + s[1], s[2]))
+SLICES = st.tuples(st.integers(0, 9), st.integers(1, 10), st.integers(1, 4)).map(
+    lambda s: slice(s[0], s[0] + s[1], s[2])
+)
 
 
 @settings(deadline=None, max_examples=200)

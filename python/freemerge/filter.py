@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DLPACK_CPU = 1  # kDLCPU of dlpack.h
+_LEAST_FACTOR = 2.0**-64  # that kernels multiply by, in float32
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
@@ -64,14 +65,23 @@ class _Route:
             self.entry, executable = self._backend.entry(self.plan)
         if tensors[0].is_inference():
             with torch.inference_mode():  # only there may such tensors be written; they have no version
-                self._rearrange(executable, tensors, scale)
+                self._scale(executable, tensors, scale)
             return
-        if self._whole and scale:
+        if self._whole and abs(scale) >= _LEAST_FACTOR:
             executable.run(tensors, scale)
         else:
-            self._rearrange(executable, tensors, scale)
+            self._scale(executable, tensors, scale)
         for x in tensors:
             increment_version(x)
+
+    def _scale(self, executable: Executable, tensors: Sequence[torch.Tensor], scale: float) -> None:
+        if not 0 < abs(scale) < _LEAST_FACTOR:
+            self._rearrange(executable, tensors, scale)
+            return
+        # The transforms' own factors would make a denormal of it. A power of two rounds no result a second time.
+        mantissa, exponent = math.frexp(scale)
+        self._rearrange(executable, tensors, mantissa)
+        multiply_(tensors, math.ldexp(1.0, exponent))
 
     def _rearrange(self, executable: Executable, tensors: Sequence[torch.Tensor], scale: float) -> None:
         layout = self.plan.layout

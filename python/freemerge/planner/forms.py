@@ -256,7 +256,11 @@ class _Request:
             cost = moves * costs.move * height * width + across + down * height * varying + steps * costs.call
             cost += 2 * costs.spectrum * height * varying
             work = pruned_size + blocks
-            yield cost, replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
+            # The gains of its transforms are M - background, the more where M changes its sign.
+            opposite = self.response.opposite(background, self.shape) if background else 0.0
+            error = self.rounding * (1 + min(abs(background), opposite) / max(abs(background), opposite, 1e-300))
+            pruned = replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
+            yield cost, replace(pruned, error_bound=error)
         if "full" in traits.forms and not (large and transpose):
             moves = 6 if packed and large else 2
             transformed = gains.size if traits.streams else int(np.count_nonzero(np.isnan(gains)))
