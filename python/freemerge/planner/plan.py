@@ -11,6 +11,7 @@ import torch
 
 from ..cache import ByResponse
 from ..dense import dtype_name
+from ..lazy import cached_property
 from ..responses import Gains, Response, matrix_shape, transposed
 from .layout import ROWS, Layout
 from .tiles import Tiles
@@ -100,13 +101,14 @@ class Plan:
     error_bound: float = field(default=0.0, compare=False)
 
     def __hash__(self) -> int:
-        # Tables are cached by plan: a small filter must not pay for hashing every field each time. Not a
-        # cached_property, whose lock a forked process would take over as another thread holds it.
-        found: int | None = self.__dict__.get("_hash")
-        if found is None:
-            parts = self.backend, self.form, self.shape, self.dtype, self.device, self.response
-            found = self.__dict__["_hash"] = hash((*parts, self.rows, self.columns))
-        return found
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Tables are cached by plan: a small filter must not pay for hashing every field each time.
+        return hash(
+            (self.backend, self.form, self.shape, self.dtype, self.device, self.response, self.rows, self.columns)
+        )
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_hash"}  # it differs by process
