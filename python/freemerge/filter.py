@@ -115,13 +115,12 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
     updated as an optimizer does, outside autograd. A non-finite entry spreads over its matrix, or over as much of it as
     the filter's gains mix with it; nothing here looks for one. The result does not depend on the number of threads.
     Within torch.compile each tensor is one node of the graph, ``torch.ops.freemerge.filter_``, and tensors that share
-    memory are not found out.
+    memory are not found out. Where memory runs out, or a call is interrupted, some matrices of a list or a batch may
+    have been filtered and others not, each of them as a whole on a CPU.
 
     Raises:
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
         BackendError: the backend asked for cannot do it, and why; nothing has been written.
-        MemoryError, torch.OutOfMemoryError: of several matrices some may have been filtered and others not, each of
-            them as a whole.
     """
     if is_compiling():
         _check_request(response, backend, scale)
