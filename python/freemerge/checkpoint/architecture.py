@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..lazy import cached_property
 from .conversion import Layout, layout_of, loaded_names
 from .json_file import read_json
 from .locate import entry

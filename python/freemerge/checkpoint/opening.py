@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 from ..errors import ArgumentError, CheckpointError
+from ..lazy import cached_property
 from .adapter import AdaptedCheckpoint
 from .alike import alike
 from .conversion import Layout

@@ -6,7 +6,6 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -16,6 +15,7 @@ import torch
 
 from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError, counted
+from ..lazy import cached_property
 from .architecture import Architecture, built_from_config, read_config, second_names
 from .containers import SEPARATOR, split_key, state_dict_in
 from .file_format import file_format

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cached_property
 
 import torch
 
 from ..checkpoint import Checkpoint, TensorSpec
+from ..lazy import cached_property
 from ..methods.interference import sampled
 from ..methods.layers import is_convolution
 from ..methods.vectors import Sides

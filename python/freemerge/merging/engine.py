@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from io import RawIOBase
 
 import torch
@@ -22,6 +22,7 @@ from ..checkpoint.finite import all_finite, check_finite, stays_finite
 from ..checkpoint.mapped import fetched
 from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError, CheckpointError
+from ..lazy import cached_property
 from ..methods import Measured, Merged
 from ..methods.vectors import Deltas, TaskVectors
 from ..methods.whole import Result, Whole

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
 from types import TracebackType
 
 import torch
@@ -26,6 +25,7 @@ from ..checkpoint.locate import stem_of
 from ..checkpoint.model_card import model_card
 from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.target import refuse_inputs
+from ..lazy import cached_property
 from ..methods import Measured
 from ..workers import ALONE, Workers
 from .collecting import without_collecting
