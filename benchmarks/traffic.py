@@ -7,7 +7,7 @@ rows, coarse rows) are written by one kernel and read by the next while they are
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -64,16 +64,14 @@ def merge_traffic(plan: Plan, models: int, stored: torch.dtype) -> Traffic:
     entries = math.prod(plan.matrix)
     matrix, read = _matrix_bytes(plan), entries * stored.itemsize
     steps = list(traffic(plan).steps)
-    if models <= MODELS_IN_ONE_PASS and plan.form == "decimated":  # the filter's first pass forms the sum
-        steps[0] = Step("spread_sum", "matrix", (models + 1) * read, matrix)
-        if plan.tiles is None:  # and the last adds the base
-            steps[-1] = Step("interpolate", "matrix", steps[-1].read + read, read)
-            return Traffic(plan, tuple(steps))
-    elif models <= MODELS_IN_ONE_PASS and plan.tiles is not None:  # and writes nothing but its spectra
-        steps[0] = Step("rows_to_spectra", "matrix", (models + 1) * read, 0)
-    else:
-        norm = Step("norm", "matrix", matrix, 0)
-        steps = [Step("sum", "matrix", (models + 1) * read, matrix), norm, *steps, norm]
+    if models <= MODELS_IN_ONE_PASS and (plan.form == "decimated" or plan.tiles is not None):
+        # The filter's first pass forms the sum, of which three kernels write the spectra alone; the last adds the base.
+        name, written = ("spread_sum", matrix) if plan.form == "decimated" else ("rows_to_spectra", 0)
+        steps[0] = Step(name, "matrix", (models + 1) * read, written)
+        steps[-1] = replace(steps[-1], read=steps[-1].read + read, written=read)
+        return Traffic(plan, tuple(steps))
+    norm = Step("norm", "matrix", matrix, 0)
+    steps = [Step("sum", "matrix", (models + 1) * read, matrix), norm, *steps, norm]
     return Traffic(plan, (*steps, Step("add_round", "matrix", matrix + read, read)))
 
 

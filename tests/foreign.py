@@ -113,6 +113,8 @@ def foreign() -> dict[str, Callable[[], Any]]:
         "lazy": lambda: nn.LazyLinear(6).weight,
         "freed": lambda: cut(0),
         "cut": lambda: cut(64),
+        "negated": lambda: torch.randn(SHAPE, dtype=torch.complex64).conj().imag,
+        "conjugated": lambda: torch.randn(SHAPE, dtype=torch.complex64).conj(),
         **NUMPY,
     }
 

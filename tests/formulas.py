@@ -136,8 +136,11 @@ def spectral(method: str, vectors: Sequence[Tensor]) -> Tensor:
 
 
 def largest(values: Array, density: float) -> npt.NDArray[np.bool_]:
-    """Which values are at least the k-th largest, k = round(density n)."""
-    k = round(density * values.size)
+    """Which values are at least the k-th largest, k = round(density n), or 1 where that is 0 and the density is not."""
+    return first(values, max(1, round(density * values.size)) if density and values.size else 0)
+
+
+def first(values: Array, k: int) -> npt.NDArray[np.bool_]:
     return values >= np.sort(values)[-k] if k else np.zeros(values.size, bool)
 
 
@@ -159,7 +162,12 @@ def agreeing(vectors: Array) -> npt.NDArray[np.bool_]:
 def breadcrumbs(vectors: Sequence[Array], beta: float = 0.85, gamma: float = 0.007) -> Array:
     """Of one tensor."""
     sizes = [np.abs(v) for v in vectors]
-    kept = [largest(size, 1.0 - beta) & ~largest(size, gamma) for size in sizes]
+    count = vectors[0].size
+    most, outliers = round((1.0 - beta) * count), round(gamma * count)
+    if beta + gamma < 1 and count:  # something is kept
+        outliers = min(outliers, count - 1)
+        most = max(most, outliers + 1)
+    kept = [first(size, most) & ~first(size, outliers) for size in sizes]
     return (np.array(vectors) * kept).sum(0)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from freemerge.accumulate import LateSum, filtered_sum
+from freemerge.accumulate import filtered_sum, finished
 from freemerge.methods.vectors import Deltas
 from freemerge.responses import Response
 
@@ -60,9 +59,6 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 def finished_sum(
     base: Tensor, models: Sequence[Tensor], weights: Sequence[float], response: Response
 ) -> tuple[Tensor, list[float], tuple[float, float] | None]:
-    """A filtered sum after all of its passes, with the norms that these have found."""
+    """A filtered sum after all of its passes."""
     total, means, norms = filtered_sum(base, models, weights, response)
-    if not isinstance(total, LateSum):
-        return total, means, norms
-    assert norms is not None
-    return total.tensor, means, (norms[0], math.sqrt(total.finish()))
+    return finished(total), means, norms

@@ -33,8 +33,8 @@ def reference_merge(
     merged = [unit for unit in units if unit.action != "copy"]
     names = [name for unit in merged for name in unit.names]
 
-    def mean(vectors: Mapping[str, Tensor], name: str) -> float:
-        return float(vectors[name].abs().mean())
+    def mean(vectors: Mapping[str, Tensor], *names: str) -> float:
+        return float(torch.cat([vectors[name].flatten() for name in names]).abs().mean())
 
     def weights(name: str) -> list[float]:
         if recipe.weights == "sum":
@@ -44,9 +44,10 @@ def reference_merge(
         if recipe.weights != "magnitude":
             return list(recipe.weights)
         if recipe.scope == "tensor":
-            energies = [mean(v, name) for v in (raw if recipe.stats == "raw" else filtered)]
+            unit = next(unit for unit in merged if name in unit.names)
+            energies = [mean(v, *unit.names) for v in (raw if recipe.stats == "raw" else filtered)]
         elif recipe.stats == "raw":
-            energies = [float(torch.cat([v[n].flatten() for n in names]).abs().mean()) for v in raw]
+            energies = [mean(v, *names) for v in raw]
         else:
             energies = [sum(mean(v, n) for n in names) / len(names) for v in filtered]
         return [e / sum(energies) for e in energies]
@@ -62,7 +63,7 @@ def reference_merge(
             lambdas = weights(name)
             terms = [w * v[name] for w, v in zip(lambdas, filtered, strict=True)]
             if recipe.align:
-                means = [float(torch.cat([v[n].flatten() for n in unit.names]).abs().mean()) for v in filtered]
+                means = [mean(v, *unit.names) for v in filtered]
                 terms = [t * (max(means) / m if m else 0.0) for t, m in zip(terms, means, strict=True)]
             if recipe.sign_election:
                 elected = torch.sign(sum(terms))

@@ -157,3 +157,14 @@ def test_tensors_are_made_on_a_device_and_of_a_dtype_that_are_named() -> None:
                 assert "device" in named, f"{path}:{node.lineno} makes a tensor on the default device"
                 kind = "dtype" in named or node.func.attr in OF_INTEGERS
                 assert kind, f"{path}:{node.lineno} makes a tensor of the default dtype"
+
+
+def test_kept_properties_have_no_lock_that_a_fork_takes_over() -> None:
+    wrong = [
+        str(path)
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module == "functools" and path.stem != "lazy"
+        if any(alias.name == "cached_property" for alias in node.names)
+    ]
+    assert not wrong, "import it from freemerge.lazy"

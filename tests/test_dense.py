@@ -14,7 +14,7 @@ import torch
 
 import freemerge as fm
 from freemerge import _core
-from freemerge.dense import address, bits, dense
+from freemerge.dense import address, bits, dense, same_bits
 
 PACKAGE = Path(fm.__file__).parent
 COPIED = {"big-endian", "read-only", "read-only DLPack", "negative strides"}  # what `filtered` need not write to
@@ -91,6 +91,7 @@ def test_a_message_says_what_to_pass() -> None:
     assert "base (in-memory Linear): tensor 'weight' is a DTensor" in said["FSDP2", "merge, module"]
     assert said["quantised", "merge_tensors, model"].startswith("refused: tensors[1] is quantised")
     assert said["freed", "ExpertBank"].startswith("refused: model: 'w' has lost its memory")
+    assert said["conjugated", "merge, model"].endswith("tensor 'w' is a lazily conjugated view; pass resolve_conj()")
 
 
 def test_addresses_get_into_native_code_through_one_function() -> None:
@@ -123,6 +124,23 @@ def test_a_single_entry_may_have_any_stride(tmp_path: Path) -> None:
     assert {found.name for found in fm.diff(base, model)} == set(base) - {"steps"}
     fm.save_experts(fm.extract_experts(base, {"t": model}), tmp_path / "experts")
     assert fm.Expert.load(tmp_path / "experts" / "t.safetensors").statistics["n.running_mean"].tolist() == [5.0]
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+def test_the_same_bits_are_asked_for_in_any_dtype() -> None:
+    for name in ("complex32", "float4_e2m1fn_x2", "float8_e8m0fnu", "bfloat16", "uint16", "bool"):
+        dtype = getattr(torch, name, None)
+        if dtype is not None:
+            x, y = (
+                torch.tensor([[first, 1, 0], [1, 1, 0]], dtype=torch.uint8).repeat(1, 4).view(dtype) for first in (0, 1)
+            )
+            assert same_bits(x, x.clone()), name
+            assert same_bits(x.t(), x.t().contiguous()), name
+            assert not same_bits(x, y), name
+            assert not same_bits(x, x.reshape(-1)), name
+    assert same_bits(torch.tensor([torch.nan]), torch.tensor([torch.nan]))
+    assert not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(torch.zeros(1), torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,72 @@ def test_a_sweep_finds_the_scale() -> None:
     assert [evaluation.label for evaluation in found.evaluations] == ["scale 0.25", "scale 0.5", "scale 1"]
     assert [evaluation.scores["score"] for evaluation in found.evaluations] == pytest.approx([-8.0, 0.0, -16.0])
     assert torch.equal(base["w"], torch.zeros(8, 8))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        fm.Recipe(),
+        fm.Recipe(method="iso_c"),
+        fm.Recipe(method="ties", filter="after"),
+        fm.Recipe(method="task_arithmetic", weights=[1, 2], layers=[("*.weight", (3, 1))], out_dtype="bfloat16"),
+    ],
+)
+def test_a_sweep_merges_once_what_a_merge_gives_at_each_scale(
+    recipe: fm.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a.weight": (12, 20), "norm.weight": (8,), "norm.bias": (8,), "norm.running_mean": (8,), "steps": ()}
+
+    def state() -> dict[str, Tensor]:
+        made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        return made | {"norm.running_var": torch.rand(8, generator=generator) + 0.5, "ids": torch.arange(3)}
+
+    base, *models = (state() for _ in range(3))
+    scales = [0.3, 1.0, 1.7]
+    expected = [fm.merge(base, models, recipe.replace(scale=scale)) for scale in scales]
+    merge, merged = type(recipe.method).merge, []
+
+    def counted(self: fm.methods.Method, vectors: Any, measured: Any) -> Any:
+        merged.extend(tensor.name for tensor in vectors.tensors)
+        return merge(self, vectors, measured)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(recipe.method), "merge", counted)
+    seen: list[dict[str, Tensor]] = []
+
+    def score(weights: dict[str, Tensor]) -> float:
+        seen.append(weights)
+        return 1.0
+
+    sweep(base, models, recipe, scales, score)
+    assert sorted(merged) == ["a.weight", "norm.bias", "norm.weight", "steps"]
+    for found, wanted in zip(seen, expected, strict=True):
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items())
+
+
+def test_scores_of_other_tasks_are_not_compared() -> None:
+    scores = iter([{"a": 0.5, "b": 0.5}, {"a": 0.9}])
+    state = {"w": torch.ones(4, 4)}
+    with pytest.raises(fm.ArgumentError, match="the same tasks at every scale, got a, b and then a"):
+        sweep(state, [{"w": torch.zeros(4, 4)}], UNFILTERED, [0.1, 0.2], lambda weights: next(scores))
+    with pytest.raises(fm.ArgumentError, match="two for one in"):
+        evaluate(state, lambda weights: {1: 0.1, "1": 0.9})  # type: ignore[dict-item]
+
+
+def test_a_file_may_import_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "neighbour_of_the_file.py").write_text("size = 5\n")
+    (tmp_path / "scoring.py").write_text(
+        "import neighbour_of_the_file as n\n\ndef score(weights):\n    return n.size\n"
+    )
+    before = [*sys.path]
+    assert load_function(f"{tmp_path / 'scoring.py'}:score")({}) == 5
+    (tmp_path / "bad.py").write_text("import sys\nsys.path.clear()\n1 / 0\n")
+    monkeypatch.setattr(sys, "path", [*before])
+    with pytest.raises(ZeroDivisionError):
+        load_function(f"{tmp_path / 'bad.py'}:score")
+    monkeypatch.undo()
+    assert sys.path == before
 
 
 @pytest.mark.parametrize("scales", [[0.5, 0.25, 1.0], [1.0, 0.25, 0.5]])

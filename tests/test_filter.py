@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import freemerge as fm
+from freemerge.accumulate import task_vector_sum
 from freemerge.planner.forms import ERROR_LIMIT
 from in_memory import noise
 
@@ -346,6 +347,47 @@ def test_a_large_mean_does_not_drown_the_result(backend: str, shape: tuple[int, 
     x = (signal + 300).float()
     expected = fm.filtered(x.double(), fm.HighPass(0.03), backend="torch")
     assert close(fm.filtered(x, fm.HighPass(0.03), backend=backend), expected, 2e-5)
+
+
+@AVAILABLE
+@pytest.mark.parametrize("scale", [1e-36, -3e-38, 1e-300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("response", [fm.HighPass(0.3), fm.LowPass(0.02), fm.HighPass(0)], ids=str)
+def test_a_tiny_scale_costs_no_digits(backend: str, scale: float, dtype: torch.dtype, response: fm.Response) -> None:
+    x = noise(200, 300, dtype=dtype) * 1e3
+    expected = fm.filtered(x.double(), response, backend="torch") * scale
+    for y in (
+        fm.filtered(x, response, scale=scale, backend=backend),
+        fm.filtered(x.t().contiguous().t(), response, scale=scale, backend=backend),
+    ):
+        if abs(scale) < 1e-100 and dtype != torch.float64:
+            assert not y.any()
+        else:
+            tolerance = 4e-3 if dtype == torch.bfloat16 else 1e-6
+            assert close(y.double() / abs(scale), expected / abs(scale), tolerance)
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="the processor cannot flush them")
+def test_denormals_are_flushed_in_every_thread_or_in_none() -> None:
+    threads, results = torch.get_num_threads(), []
+    x = noise(400, 300) * 1e-38
+    base, model = noise(200_000) * 1e-38, noise(200_000, seed=1) * 1e-38
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            fm.filtered(noise(64, 64), fm.HighPass(0.1))  # starts threads
+            for flush in (False, True):
+                torch.set_flush_denormal(flush)
+                filtered = fm.filtered(x, fm.HighPass(0.3))
+                total = task_vector_sum(base, [model], [0.5])[0]
+                torch.set_flush_denormal(False)
+                results.append((filtered, total))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    for i, both in enumerate(results):
+        assert all(map(torch.equal, both, results[i % 2])), f"flush {i % 2} with {i // 2 + 1} threads"
+    assert not torch.equal(results[0][1], results[1][1])
 
 
 @AVAILABLE

@@ -22,6 +22,7 @@ from freemerge.backends.torch import TorchBackend
 from freemerge.cache import Cache, forget_all, table_bytes
 from freemerge.planner.costs import Traits
 from freemerge.planner.forms import candidates
+from freemerge.responses import Gains
 from in_memory import noise
 
 BACKENDS = ["auto", *(name for name, info in fm.backends().items() if info.available and name != "cuda")]
@@ -140,6 +141,26 @@ def test_a_method_of_an_object_that_has_changed_is_another_mask() -> None:
         torch.testing.assert_close(fm.filtered(x, fm.Custom(schedule.gains)), schedule.keep * x)
 
 
+class Undecorated(fm.Response):
+    """A user's response that is no dataclass."""
+
+    def __init__(self, gain: float) -> None:
+        object.__setattr__(self, "_gain", gain)
+
+    def gain(self, ky: Gains, kx: Gains, shape: tuple[int, ...]) -> Gains:
+        return np.where(abs(ky) + abs(kx) > 2, 1.0, self.__dict__["_gain"])
+
+
+def test_responses_without_fields_do_not_meet() -> None:
+    x, responses = noise(20, 30), [Undecorated(gain) for gain in (0.0, 0.5)]
+    assert responses[0] == responses[0]
+    assert responses[0] != responses[1]
+    assert fm.Response() != fm.Response()
+    for response in responses:
+        expected = fm.filtered(x, fm.Custom(response.mask((20, 30))))
+        torch.testing.assert_close(fm.filtered(x, response), expected, rtol=0, atol=0)
+
+
 def test_a_refusal_is_told_each_time_and_by_name() -> None:
     for name, x in (("x", torch.zeros(3, 1).expand(3, 4)), (r"x\[1\]", [noise(3, 4), torch.zeros(3, 1).expand(3, 4)])):
         for _ in range(2):
@@ -197,7 +218,7 @@ def test_the_number_of_threads_is_asked_for_at_each_call(monkeypatch: pytest.Mon
 
     used: list[int] = []
     native = _core.Filter.run
-    monkeypatch.setattr(_core.Filter, "run", lambda *args: (used.append(args[-1]), native(*args))[1])
+    monkeypatch.setattr(_core.Filter, "run", lambda *args: (used.append(args[4]), native(*args))[1])
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 1):
@@ -210,25 +231,39 @@ def test_the_number_of_threads_is_asked_for_at_each_call(monkeypatch: pytest.Mon
     assert used == [1, 2, 1]
 
 
-def test_where_memory_does_not_suffice_nothing_is_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean that is taken out comes back, to rounding, and of matrices with several row strides all stay."""
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_stops_a_filter_leaves_all_as_it_was(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of matrices with several row strides all stay, and the mean that would have been taken out, too."""
     from freemerge import _core
 
-    plan, native = fm.explain((512, 512), fm.HighPass(0.02), backend="cpu"), _core.Filter.run
+    plan = fm.explain((512, 512), fm.HighPass(0.02), backend="cpu")
     tensors = [noise(512, 512) + 100.0, (noise(512, 600) + 50.0)[:, :512]]
     before = [x.clone() for x in tensors]
     assert plan.centers
 
-    def short(filter_: object, pointers: list[int], *arguments: object) -> None:
-        if tensors[-1].data_ptr() in pointers:
-            raise MemoryError
-        native(filter_, pointers, *arguments)
+    def stop(*arguments: object) -> None:
+        raise error
 
-    monkeypatch.setattr(_core.Filter, "run", short)
-    with pytest.raises(MemoryError):
+    monkeypatch.setattr(_core.Filter, "run", stop)
+    with pytest.raises(error):
         CpuBackend().executable(plan).run(tensors, 1.0)
-    for x, former in zip(tensors, before, strict=True):
-        torch.testing.assert_close(x, former, rtol=0.0, atol=1e-4)
+    assert all(map(torch.equal, tensors, before))
+
+
+def test_what_stops_a_filter_when_it_is_done_leaves_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freemerge import _core
+
+    x, response, native = noise(512, 512) + 100.0, fm.LowPass(0.02), _core.Filter.run
+    expected = fm.filtered(x, response)
+
+    def late(*arguments: object) -> None:
+        native(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_core.Filter, "run", late)
+    with pytest.raises(KeyboardInterrupt):
+        fm.filter_(x, response)
+    assert torch.equal(x, expected)
 
 
 @AVAILABLE

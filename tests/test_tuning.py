@@ -12,7 +12,7 @@ from torch import Tensor
 
 import freemerge as fm
 from freemerge.cli import main
-from freemerge.tuning import tune
+from freemerge.tuning import By, tune
 
 K, CLASSES = 3, 4
 SHAPES = {"layers.0.w": (6, 5), "layers.1.w": (CLASSES, 6), "layers.1.b": (CLASSES,), "shift": (5,), "temperature": ()}
@@ -158,6 +158,8 @@ def test_what_cannot_be_tuned_is_refused(base: State, models: list[State]) -> No
     layered = ARITHMETIC.replace(weights=(1, 1, 1), layers=[("shift", (0, 0, 0))])
     with pytest.raises(fm.ArgumentError, match="layers"):
         tune(base, models, layered, predict)
+    with pytest.raises(fm.ArgumentError, match="select: every tensor is copied"):
+        tune(base, models, ARITHMETIC.replace(select=[("*", "copy")]), predict)
     with pytest.raises(fm.ArgumentError, match="by must be"):
         tune(base, models, ARITHMETIC, predict, by="tensor")  # type: ignore[arg-type]
     with pytest.raises(fm.ArgumentError, match="iterations must be"):
@@ -178,6 +180,65 @@ def test_what_cannot_be_tuned_is_refused(base: State, models: list[State]) -> No
 def test_what_is_no_logits_is_refused(base: State, models: list[State], yielded: object, message: str) -> None:
     with pytest.raises(fm.ArgumentError, match=message):
         tune(base, models, ARITHMETIC, yielded, iterations=1)  # type: ignore[arg-type]
+
+
+def module_of(state: State) -> torch.nn.Module:
+    """With the names of the state's tensors, and parameters of its own."""
+    module = torch.nn.Module()
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        owner = module
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, torch.nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(last, torch.nn.Parameter(tensor.clone(), requires_grad=tensor.is_floating_point()))
+    return module
+
+
+@pytest.mark.parametrize("by", ["task", "layer"])
+def test_logits_of_a_module_that_copies_the_weights_are_refused(base: State, models: list[State], by: By) -> None:
+    module = module_of(base)
+
+    def function(state: State) -> Iterator[Tensor]:
+        module.load_state_dict(state)
+        yield from predict(dict(module.named_parameters()))
+
+    with pytest.raises(fm.ArgumentError, match="do not depend on the weights, of which load_state_dict makes copies"):
+        tune(base, models, ARITHMETIC, function, by=by)
+
+
+def test_layers_that_the_logits_do_not_depend_on_are_named(base: State, models: list[State]) -> None:
+    def partial(state: State) -> Iterator[Tensor]:
+        yield from predict({**state, "layers.1.w": base["layers.1.w"], "layers.1.b": base["layers.1.b"]})
+
+    with pytest.raises(fm.ArgumentError, match=r"of layers\.1\.\*; action copy"):
+        tune(base, models, ARITHMETIC, partial, by="layer")
+    tune(base, models, ARITHMETIC, partial, iterations=1)
+    copied = ARITHMETIC.replace(select=[("layers.1.*", "copy")])
+    assert [layer.pattern for layer in tune(base, models, copied, partial, by="layer").recipe.layers] == ["layers.0.*"]
+
+
+def test_parameters_of_the_function_get_no_gradients(base: State, models: list[State]) -> None:
+    head = torch.ones(CLASSES, dtype=torch.float64, requires_grad=True)
+
+    def function(state: State) -> Iterator[Tensor]:
+        for logits in predict(state):
+            yield logits * head
+
+    assert tune(base, models, ARITHMETIC, function, iterations=2) == tune(
+        base, models, ARITHMETIC, predict, iterations=2
+    )
+    assert head.grad is None
+
+
+def test_batches_of_one_forward_pass_are_refused(base: State, models: list[State]) -> None:
+    def heads(state: State) -> list[Tensor]:
+        hidden = forward(state, inputs()[0]).tanh()
+        return [hidden[:, :2], hidden[:, 2:]]
+
+    with pytest.raises(fm.ArgumentError, match="batches share a forward pass"):
+        tune(base, models, ARITHMETIC, heads)
 
 
 def test_a_class_at_minus_infinity_is_ruled_out(base: State, models: list[State]) -> None:

@@ -110,7 +110,6 @@ void bind_filter(py::module_& m) {
            py::arg("background"), py::arg("rows"), py::arg("columns"), py::arg("fused"), py::arg("tiles"),
            py::arg("column_gains"), py::arg("upload"))
       .def_readwrite("chunk_rows", &Filter::chunk_rows)
-      .def_property_readonly("last_waits", &Filter::last_waits)
       .def("adds", &Filter::adds, py::arg("add"))
       .def(
           "workspace_bytes",

@@ -51,14 +51,30 @@ std::unique_ptr<Filter> to_filter(const std::string& form, const py::object& mas
 }
 
 void run(const Filter& self, const std::vector<std::uintptr_t>& pointers,
-         const std::vector<std::int64_t>& row_strides, double scale, int threads) {
+         const std::vector<std::int64_t>& row_strides, double scale, int threads,
+         const std::vector<float>& means) {
   std::vector<void*> matrices;
   matrices.reserve(pointers.size());
   for (const std::uintptr_t address : pointers) {
     require(address != 0, "pointers must not be null");
     matrices.push_back(pointer<void>(address));
   }
-  without_gil([&] { self.run(matrices, row_strides, scale, threads); });
+  without_gil([&] { self.run(matrices, row_strides, scale, threads, means); });
+}
+
+// Whether a capsule of DLPack 1.0 or later has the flag of memory that is not to be written. See dlpack.h,
+// DLManagedTensorVersioned.
+bool is_read_only(const py::capsule& capsule) {
+  struct Managed {
+    std::uint32_t major, minor;
+    void* context;
+    void (*deleter)(Managed*);
+    std::uint64_t flags;
+  };
+  if (!PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) return false;
+  const auto* managed =
+      static_cast<const Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
+  return managed->major >= 1 && (managed->flags & 1) != 0;
 }
 
 }  // namespace
@@ -73,13 +89,15 @@ void bind_filter(py::module_& m) {
   m.attr("MAX_LANES") = kMaxLanes;
   m.def("has_transform", &has_transform, py::arg("n"));
   m.def("mask_gains", &mask_gains, py::arg("mask"));
+  m.def("is_read_only", &is_read_only, py::arg("capsule"));
   py::class_<Filter>(m, "Filter")
       .def(py::init(&to_filter), py::kw_only(), py::arg("form"), py::arg("mask"), py::arg("table") = 0,
            py::arg("dtype"), py::arg("transposed") = false, py::arg("packed") = false,
            py::arg("background") = 0.0, py::arg("rows") = py::none(), py::arg("columns") = py::none(),
            py::arg("column_gains") = py::none(), py::arg("isa") = py::none())
       .def_property_readonly("nbytes", &Filter::nbytes)
-      .def("run", &run, py::arg("pointers"), py::arg("row_strides"), py::arg("scale"), py::arg("threads"));
+      .def("run", &run, py::arg("pointers"), py::arg("row_strides"), py::arg("scale"), py::arg("threads"),
+           py::arg("means") = std::vector<float>{});
 }
 
 }  // namespace freemerge

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 
 #if defined(__CUDACC__)
 #define FM_HOST_DEVICE __host__ __device__
@@ -100,19 +101,32 @@ FM_HOST_DEVICE inline bool is_smooth(MaskKind kind) {
 // What the gain of a smooth mask is made of. A GPU multiplies doubles much faster than it divides or converts
 // them, so that is done here, once.
 struct SmoothMask {
-  explicit SmoothMask(const Mask& m)
-      : kind(m.kind),
-        inverse_square(1.0 / (m.edge0 * m.edge0)),
-        whole(static_cast<unsigned>(std::min(m.order, 4e9))),
-        rest(m.order - whole) {}
+  explicit SmoothMask(const Mask& m) : SmoothMask(m, exponent_of(m)) {}
 
   template <typename Real>
   FM_HOST_DEVICE Real gain(double r2) const;
 
   MaskKind kind;
-  double inverse_square;  // of D0
+  double inverse_square;  // of D0 / 2^e, where e is 0 but for exponent_of()
+  double power_of_scale;  // 2^(-2 e order), at most 1e38, beyond which a gain is 1
   unsigned whole;         // part of the order
   double rest;
+
+ private:
+  SmoothMask(const Mask& m, int exponent)
+      : kind(m.kind),
+        inverse_square(1.0 / (std::ldexp(m.edge0, -exponent) * std::ldexp(m.edge0, -exponent))),
+        power_of_scale(std::min(std::exp2(-2.0 * exponent * m.order), 1e38)),
+        whole(static_cast<unsigned>(std::min(m.order, 4e9))),
+        rest(m.order - whole) {}
+
+  // Of a D0 whose square would leave the range of double, although its power by a small order does not. With
+  // a larger order all gains, and a Gaussian's, are 0 or 1 to the last bit whatever the square is rounded to.
+  static int exponent_of(const Mask& m) {
+    int exponent = 0;
+    std::frexp(m.edge0, &exponent);
+    return m.kind == MaskKind::kButterworth && m.order <= 1 && std::abs(exponent) > 300 ? exponent : 0;
+  }
 };
 
 // s^order / (1 + s^order). In float alone, the rounding of `s` would count `order` times.
@@ -125,6 +139,7 @@ FM_HOST_DEVICE inline Real butterworth_gain(const SmoothMask& m, double s) {
   }
   auto power = static_cast<Real>(whole_power);
   if (m.rest > 0.0) power *= std::pow(static_cast<Real>(s), static_cast<Real>(m.rest));
+  power *= static_cast<Real>(m.power_of_scale);
   power = std::fmin(power, static_cast<Real>(1e30));  // infinity over infinity would not be 1
   return power / (1 + power);
 }

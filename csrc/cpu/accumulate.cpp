@@ -11,10 +11,14 @@
 namespace freemerge {
 namespace {
 
-constexpr std::int64_t kBlock =
-    1 << 15;  // entries whose |v| are summed together; fixes the order of the sums
+// Entries whose |v| are summed together; fixes the order of the sums.
+constexpr std::int64_t kBlock = 1 << 15;
 
-std::int64_t block_count(std::int64_t n) { return (n + kBlock - 1) / kBlock; }
+// visit(block, begin, count)
+template <typename Visit>
+void for_blocks(std::int64_t n, int threads, const Visit& visit) {
+  for_blocks(n, kBlock, threads, visit);
+}
 
 }  // namespace
 
@@ -30,12 +34,11 @@ Accumulated accumulate(void* out, Storage base, const std::vector<Storage>& mode
   const int count = static_cast<int>(models.size());
   const AccumulateJob job{out,  wide ? DType::kFloat64 : DType::kFloat32, base, models.data(), weights.data(),
                           count};
-  std::vector<double> sums(static_cast<std::size_t>(block_count(n)) * models.size());
-  std::vector<double> block_squares(squares ? static_cast<std::size_t>(block_count(n)) : 0);
+  std::vector<double> sums(static_cast<std::size_t>(blocks_in(n, kBlock)) * models.size());
+  std::vector<double> block_squares(squares ? static_cast<std::size_t>(blocks_in(n, kBlock)) : 0);
   const Kernels& k = active_kernels();
-  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
-    const std::int64_t begin = block * kBlock;
-    k.accumulate_range(job, begin, std::min(kBlock, n - begin), sums.data() + block * count,
+  for_blocks(n, threads, [&](std::int64_t block, std::int64_t begin, std::int64_t entries) {
+    k.accumulate_range(job, begin, entries, sums.data() + block * count,
                        squares ? &block_squares[static_cast<std::size_t>(block)] : nullptr);
   });
   std::vector<double> means(models.size(), 0.0);
@@ -51,9 +54,8 @@ bool add_round(void* out, DType out_dtype, Storage base, Storage delta, double s
   const AddRoundJob job{out, out_dtype, wide ? DType::kFloat64 : DType::kFloat32, base, delta, scale, factor};
   const Kernels& k = active_kernels();
   std::atomic<bool> finite{true};
-  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
-    const std::int64_t begin = block * kBlock;
-    if (!k.add_round_range(job, begin, std::min(kBlock, n - begin))) finite = false;
+  for_blocks(n, threads, [&](std::int64_t, std::int64_t begin, std::int64_t entries) {
+    if (!k.add_round_range(job, begin, entries)) finite = false;
   });
   return finite;
 }
@@ -64,9 +66,8 @@ void elect(const Election& election, Storage delta, double weight, Magnitudes ra
   require(delta.dtype == DType::kFloat32 || delta.dtype == DType::kFloat64, "delta must be float or double");
   const ElectJob job{election, delta, weight, range};
   const Kernels& k = active_kernels();
-  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
-    const std::int64_t begin = block * kBlock;
-    k.elect_range(job, begin, std::min(kBlock, n - begin));
+  for_blocks(n, threads, [&](std::int64_t, std::int64_t begin, std::int64_t entries) {
+    k.elect_range(job, begin, entries);
   });
 }
 
@@ -74,19 +75,17 @@ void decide(const Election& election, DType dtype, std::int64_t n, int threads) 
   require(n >= 0, "n must not be negative");
   require(dtype == DType::kFloat32 || dtype == DType::kFloat64, "sums must be float or double");
   const Kernels& k = active_kernels();
-  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
-    const std::int64_t begin = block * kBlock;
-    k.decide_range(election, dtype, begin, std::min(kBlock, n - begin));
+  for_blocks(n, threads, [&](std::int64_t, std::int64_t begin, std::int64_t entries) {
+    k.decide_range(election, dtype, begin, entries);
   });
 }
 
 double square_sum(Storage x, std::int64_t n, int threads) {
   require(n >= 0, "n must not be negative");
-  std::vector<double> sums(static_cast<std::size_t>(block_count(n)));
+  std::vector<double> sums(static_cast<std::size_t>(blocks_in(n, kBlock)));
   const Kernels& k = active_kernels();
-  parallel_for(block_count(n), threads, [&](std::int64_t block, int) {
-    const std::int64_t begin = block * kBlock;
-    sums[static_cast<std::size_t>(block)] = k.square_sum_range(x, begin, std::min(kBlock, n - begin));
+  for_blocks(n, threads, [&](std::int64_t block, std::int64_t begin, std::int64_t entries) {
+    sums[static_cast<std::size_t>(block)] = k.square_sum_range(x, begin, entries);
   });
   return std::accumulate(sums.begin(), sums.end(), 0.0);
 }

@@ -28,6 +28,7 @@ class DecimatedFilter : public Filter {
       : Filter(plan.mask),
         kernels_(kernels),
         background_(plan.background),
+        mean_gain_(mask_gain(plan.mask, 0, 0)),
         rows_(make_window(plan.mask.height, plan.rows)),
         columns_(make_window(plan.mask.width, plan.columns)),
         turns_(make_turns(plan)),
@@ -69,6 +70,7 @@ class DecimatedFilter : public Filter {
     return kernels_.work_floats(job_) * static_cast<std::int64_t>(sizeof(float));
   }
   std::int64_t blocks_of_matrix() const override { return std::max(bands(), blocks()); }
+  bool takes_means() const override { return job_.dtype == DType::kFloat32; }
 
   void filter_matrix(void* matrix, const Call& call, void* spectrum, void* const* work,
                      int workers) const override {
@@ -76,6 +78,8 @@ class DecimatedFilter : public Filter {
     job.data = matrix;
     job.stride = call.row_stride;
     job.background = static_cast<float>(call.scale * background_);
+    job.mean = call.mean;
+    job.mean_result = static_cast<float>(call.scale * mean_gain_ * static_cast<double>(call.mean));
     job.scale = static_cast<float>(call.scale);
     job.spectrum = static_cast<float*>(spectrum);
     const auto stage = [&](std::int64_t items, auto kernel) {
@@ -91,7 +95,7 @@ class DecimatedFilter : public Filter {
   }
 
   const DecimatedKernels& kernels_;
-  const double background_;
+  const double background_, mean_gain_;
   const Window rows_, columns_;
   const std::vector<float> turns_;
   const BoxGain gain_;

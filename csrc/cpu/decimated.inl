@@ -66,7 +66,7 @@ struct RowPasses {
 
 template <typename Storage>
 FM_INLINE Samples<Storage> samples_of(const DecimatedJob& job) {
-  return {static_cast<Storage*>(job.data), job.width, job.stride, job.background};
+  return {static_cast<Storage*>(job.data), job.width, job.stride, job.background, job.mean, job.mean_result};
 }
 template <int Taps, typename Storage>
 void spread_job_rows(const DecimatedJob& job, Sweep sweep) {

@@ -23,6 +23,7 @@ struct DecimatedJob {
   DType dtype;
   std::int64_t width, stride;
   float background;
+  float mean, mean_result;  // y = background * (x - mean) + the correction of x - mean + mean_result
 
   WindowView row_window, column_window;
   Decimation rows, columns;      // along the height, along the width

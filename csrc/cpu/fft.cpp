@@ -186,27 +186,52 @@ std::complex<double> chirp_value(std::int64_t k, std::int64_t n) {
   return unit_root(-(k * k % (2 * n)), 2 * n);
 }
 
-// Plain double transform of a smooth length, for tables only: out[k] = sum_j in[j * stride] exp(-2 pi i j k /
-// n).
-void reference_transform(const std::complex<double>* in, std::complex<double>* out, std::int64_t n,
-                         std::int64_t stride) {
-  if (n == 1) {
-    out[0] = in[0];
-    return;
+// Plain double transform of a smooth length, for tables only: out[k] = sum_j in[j] exp(-2 pi i j k / n).
+class ReferenceTransform {
+ public:
+  explicit ReferenceTransform(std::int64_t n) : n_(n), factors_(prime_factors(n)) {
+    roots_.reserve(static_cast<std::size_t>(n));
+    for (std::int64_t k = 0; k < n; ++k) roots_.push_back(unit_root(-k, n));
   }
-  const std::int64_t radix = prime_factors(n).front(), length = n / radix;
-  std::vector<std::complex<double>> parts(static_cast<std::size_t>(n));
-  for (std::int64_t r = 0; r < radix; ++r) {
-    reference_transform(in + r * stride, parts.data() + r * length, length, stride * radix);
+
+  std::vector<std::complex<double>> operator()(const std::vector<std::complex<double>>& in) const {
+    std::vector<std::complex<double>> out(in.size()), parts(in.size());
+    transform(in.data(), 1, n_, 0, out.data(), parts.data());
+    return out;
   }
-  for (std::int64_t k = 0; k < n; ++k) {
-    std::complex<double> sum = 0;
-    for (std::int64_t r = 0; r < radix; ++r) {
-      sum += parts[static_cast<std::size_t>(r * length + k % length)] * unit_root(-(r * k % n), n);
+
+ private:
+  // Of n samples, `stride` apart; `parts` is room for n.
+  void transform(const std::complex<double>* in, std::int64_t stride, std::int64_t n, std::size_t level,
+                 std::complex<double>* out, std::complex<double>* parts) const {
+    if (n == 1) {
+      out[0] = in[0];
+      return;
     }
-    out[k] = sum;
+    const std::int64_t radix = factors_[level], length = n / radix;
+    for (std::int64_t r = 0; r < radix; ++r) {
+      const std::int64_t at = r * length;
+      transform(in + r * stride, stride * radix, length, level + 1, parts + at, out + at);
+    }
+    for (std::int64_t k = 0; k < n; ++k) {
+      const std::int64_t step = k * (n_ / n);
+      const std::complex<double>* part = parts + k % length;
+      double re = part->real(), im = part->imag();
+      for (std::int64_t r = 1, turn = step; r < radix; ++r) {
+        part += length;
+        const std::complex<double> root = roots_[static_cast<std::size_t>(turn)];
+        re += part->real() * root.real() - part->imag() * root.imag();
+        im += part->real() * root.imag() + part->imag() * root.real();
+        turn += step - (turn >= n_ - step ? n_ : 0);
+      }
+      out[k] = {re, im};
+    }
   }
-}
+
+  std::int64_t n_;
+  std::vector<int> factors_;
+  std::vector<std::complex<double>> roots_;  // exp(-2 pi i k / n)
+};
 
 }  // namespace
 
@@ -314,8 +339,7 @@ void Fft<T>::plan_bluestein() {
   work = n + m + convolution->work;
 
   std::vector<T> chirp_table;
-  std::vector<std::complex<double>> kernel(static_cast<std::size_t>(m)),
-      spectrum(static_cast<std::size_t>(m));
+  std::vector<std::complex<double>> kernel(static_cast<std::size_t>(m));
   for (std::int64_t k = 0; k < n; ++k) {
     const std::complex<double> value = chirp_value(k, n);
     append(chirp_table, value);
@@ -324,7 +348,7 @@ void Fft<T>::plan_bluestein() {
   }
   chirp = keep(std::move(chirp_table));
 
-  reference_transform(kernel.data(), spectrum.data(), m, 1);
+  const std::vector<std::complex<double>> spectrum = ReferenceTransform(m)(kernel);
   std::vector<T> spectrum_table(static_cast<std::size_t>(2 * m));
   for (std::int64_t k = 0; k < m; ++k) {
     const auto position = static_cast<std::size_t>(2 * (convolution->slot ? convolution->slot[k] : k));

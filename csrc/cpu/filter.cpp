@@ -16,11 +16,13 @@ Filter::Filter(const Mask& mask) : width_(mask.width) {
 }
 
 void Filter::run(const std::vector<void*>& matrices, const std::vector<std::int64_t>& row_strides,
-                 double scale, int threads) const {
+                 double scale, int threads, const std::vector<float>& means) const {
   require(row_strides.size() == matrices.size(), "row_strides must hold one number per matrix");
   require(std::all_of(row_strides.begin(), row_strides.end(), [this](auto n) { return n >= width_; }),
           "row_strides must be at least the width");
   require(threads >= 1, "threads must be at least 1");
+  require(means.empty() || (takes_means() && means.size() == matrices.size()),
+          "means must hold one number per matrix, and go with the decimated form of float32");
   const auto count = static_cast<std::int64_t>(matrices.size());
   // Whole matrices per worker where there are enough of them: no waiting, and each stays in one core's cache.
   const bool whole = count >= threads;
@@ -34,7 +36,8 @@ void Filter::run(const std::vector<void*>& matrices, const std::vector<std::int6
   const std::vector<void*> work = take(work_bytes(), workers);
   const std::vector<void*> spectra = take(spectrum_bytes(), whole ? workers : 1);
   const auto filter_one = [&](std::size_t i, void* spectrum, void* const* areas, int helpers) {
-    filter_matrix(matrices[i], {row_strides[i], scale}, spectrum, areas, helpers);
+    filter_matrix(matrices[i], {row_strides[i], scale, means.empty() ? 0.0f : means[i]}, spectrum, areas,
+                  helpers);
   };
   if (!whole) {
     for (std::size_t i = 0; i < matrices.size(); ++i) filter_one(i, spectra[0], work.data(), workers);

@@ -17,9 +17,11 @@ class Filter {
 
   // In place, every matrix X, whose rows are its row stride of elements apart, becomes scale * Re IFFT2(M *
   // FFT2(X)). Several threads may run one filter at the same time; results do not depend on `threads`. Throws
-  // std::invalid_argument or std::bad_alloc before anything is written.
+  // std::invalid_argument or std::bad_alloc before anything is written. `means`, if there are any, are what
+  // is taken out of each matrix on the way, and whose share is added to its result: a filter of small numbers
+  // is more accurate. The decimated form of float32 alone has them.
   void run(const std::vector<void*>& matrices, const std::vector<std::int64_t>& row_strides, double scale,
-           int threads) const;
+           int threads, const std::vector<float>& means = {}) const;
 
   // Bytes of the tables that are kept between runs.
   virtual std::int64_t nbytes() const = 0;
@@ -28,6 +30,7 @@ class Filter {
   struct Call {
     std::int64_t row_stride;
     double scale;
+    float mean;
   };
 
   explicit Filter(const Mask& mask);
@@ -38,6 +41,7 @@ class Filter {
   virtual std::int64_t work_bytes() const = 0;
   // Blocks of the longest loop over one matrix: more workers than that have nothing to do.
   virtual std::int64_t blocks_of_matrix() const = 0;
+  virtual bool takes_means() const { return false; }
   virtual void filter_matrix(void* matrix, const Call& call, void* spectrum, void* const* work,
                              int workers) const = 0;
 

@@ -1,5 +1,5 @@
-// Loops shared by the files that are compiled once per instruction set: entries of stored arrays, a chunk at
-// a time, into short arrays that stay in L1. Included only by those files, inside their own namespaces.
+// Shared by the loops over stored arrays that are compiled once per instruction set. Included only by those
+// files, inside their own namespaces.
 #pragma once
 
 #include <cstdint>
@@ -21,27 +21,6 @@ constexpr std::int64_t kChunk = 512;  // entries converted at a time
   for (std::int64_t at = 0; at < count * size; at += kLine) {
     __builtin_prefetch(reinterpret_cast<const void*>(first + static_cast<std::uintptr_t>(at)), 0, 2);
   }
-}
-
-template <typename Compute>
-void load(Storage source, std::int64_t begin, std::int64_t count, Compute* out) {
-  visit_dtype(source.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const T* in = static_cast<const T*>(source.data) + begin;
-    for (std::int64_t j = 0; j < count; ++j) out[j] = static_cast<Compute>(to_float(in[j]));
-  });
-}
-
-// v = source - base.
-template <typename Compute, typename Out>
-void load_difference(Storage source, const Compute* base, std::int64_t begin, std::int64_t count, Out* v) {
-  visit_dtype(source.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    const T* in = static_cast<const T*>(source.data) + begin;
-    for (std::int64_t j = 0; j < count; ++j) {
-      v[j] = static_cast<Out>(static_cast<Compute>(to_float(in[j])) - base[j]);
-    }
-  });
 }
 
 }  // namespace

@@ -160,6 +160,20 @@ void MaskColumns<T>::fill(const std::int32_t* columns, int count, int lanes, dou
                         static_cast<T>(factor * background), out);
   }
   if (radial_) return fill_smooth(columns, count, lanes, background, factor, out);
+  if (mask_.kind == MaskKind::kTable && !transposed_) {
+    const std::int64_t pitch = mask_.width / 2 + 1, first = columns[0];
+    const bool adjacent = columns[count - 1] - first == count - 1;  // they ascend
+    for (std::int64_t row = 0; row < rows(); ++row, out += lanes) {
+      const float* const gains = table_.data() + row * pitch;
+      if (adjacent) {
+        for (int j = 0; j < count; ++j) out[j] = value(static_cast<double>(gains[first + j]));
+      } else {
+        for (int j = 0; j < count; ++j) out[j] = value(static_cast<double>(gains[columns[j]]));
+      }
+      for (int j = count; j < lanes; ++j) out[j] = T{0};
+    }
+    return;
+  }
   for (std::int64_t row = 0; row < rows(); ++row) {
     for (int j = 0; j < count; ++j) out[row * lanes + j] = value(gain(mask_, columns[j], row));
     for (int j = count; j < lanes; ++j) out[row * lanes + j] = T{0};

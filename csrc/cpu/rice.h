@@ -20,8 +20,9 @@ struct CodedPositions {
 // Codes the gaps between strictly ascending positions in whichever way is shorter.
 CodedPositions encode_positions(Indices positions);
 
-// Writes `count` positions below n. Throws std::invalid_argument for anything encode_positions would not
-// write.
+// Writes `count` positions below n. Throws std::invalid_argument for bytes other than the only ones that
+// stand for these positions in this coding with this parameter, which need not be the shortest choice of
+// both.
 void decode_positions(PositionCoding coding, int parameter, const std::uint8_t* bytes, std::size_t size,
                       std::int64_t count, std::int64_t n, void* out, bool wide);
 

@@ -91,10 +91,8 @@ Selection concatenate(const std::vector<Selection>& parts) {
 
 Selection collect(TaskVector v, std::int64_t n, std::uint32_t threshold, int threads) {
   const auto kernel = active_kernels().collect_range;
-  std::vector<Selection> parts(static_cast<std::size_t>((n + kBlock - 1) / kBlock));
-  parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t block, int) {
-    const std::int64_t begin = block * kBlock;
-    const std::int64_t count = std::min(kBlock, n - begin);
+  std::vector<Selection> parts(static_cast<std::size_t>(blocks_in(n, kBlock)));
+  for_blocks(n, kBlock, threads, [&](std::int64_t block, std::int64_t begin, std::int64_t count) {
     const Hits hits(count);
     const std::int64_t found = kernel(v, begin, count, threshold, hits.offsets.get(), hits.values.get());
     Selection& part = parts[static_cast<std::size_t>(block)];
@@ -170,7 +168,7 @@ Selection select_largest_per_row(TaskVector v, std::int64_t rows, std::int64_t w
   if (k == 0 || rows == 0 || width == 0) return {};
   const auto kernel = active_kernels().collect_range;
   const std::int64_t rows_per_task = std::max<std::int64_t>(1, kRowBlock / width);
-  std::vector<Selection> parts(static_cast<std::size_t>((rows + rows_per_task - 1) / rows_per_task));
+  std::vector<Selection> parts(static_cast<std::size_t>(blocks_in(rows, rows_per_task)));
   parallel_for(static_cast<std::int64_t>(parts.size()), threads, [&](std::int64_t task, int) {
     const Hits hits(width);
     Selection candidates;
@@ -207,7 +205,7 @@ void count_magnitudes(TaskVector v, std::int64_t n, MagnitudeBins bins, std::int
   constexpr std::int64_t kStretch = std::int64_t{1} << 31;
   for (std::int64_t first = 0; first < n; first += kStretch) {
     const std::int64_t end = std::min(n, first + kStretch);
-    const std::int64_t blocks = (end - first + kCountBlock - 1) / kCountBlock;
+    const std::int64_t blocks = blocks_in(end - first, kCountBlock);
     std::vector<std::vector<std::uint32_t>> parts(static_cast<std::size_t>(workers_for(blocks, threads)));
     parallel_for(blocks, threads, [&](std::int64_t block, int worker) {
       std::vector<std::uint32_t>& part = parts[static_cast<std::size_t>(worker)];

@@ -15,6 +15,28 @@ namespace {
 constexpr int kLanes = 16;
 constexpr std::uint32_t kMagnitude = 0x7fffffffu;
 
+// Entries of stored arrays, a chunk at a time, into short arrays that stay in L1.
+template <typename Compute>
+void load(Storage source, std::int64_t begin, std::int64_t count, Compute* out) {
+  visit_dtype(source.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* in = static_cast<const T*>(source.data) + begin;
+    for (std::int64_t j = 0; j < count; ++j) out[j] = static_cast<Compute>(to_float(in[j]));
+  });
+}
+
+// v = source - base.
+template <typename Compute, typename Out>
+void load_difference(Storage source, const Compute* base, std::int64_t begin, std::int64_t count, Out* v) {
+  visit_dtype(source.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* in = static_cast<const T*>(source.data) + begin;
+    for (std::int64_t j = 0; j < count; ++j) {
+      v[j] = static_cast<Out>(static_cast<Compute>(to_float(in[j])) - base[j]);
+    }
+  });
+}
+
 // Bit l is set where |v[l]| has bits >= threshold, 1 <= threshold <= 2^31 - 1.
 #if defined(__AVX512F__)
 inline unsigned hits(const float* v, std::uint32_t threshold) {

@@ -40,9 +40,8 @@ T round_sum(T origin, double scale, float value) {
 template <typename T, typename Index, typename Visit>
 void for_each_entry(const T* weights, const Index* index, std::int64_t count, int threads,
                     const Visit& visit) {
-  parallel_for((count + kBlock - 1) / kBlock, threads, [&](std::int64_t block, int) {
-    const std::int64_t end = std::min(count, (block + 1) * kBlock);
-    for (std::int64_t i = block * kBlock; i < end; ++i) {
+  for_blocks(count, kBlock, threads, [&](std::int64_t, std::int64_t begin, std::int64_t entries) {
+    for (std::int64_t i = begin; i < begin + entries; ++i) {
       __builtin_prefetch(weights + index[std::min(i + kPrefetchAhead, count - 1)], 0);
       visit(i);
     }

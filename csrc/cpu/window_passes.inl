@@ -7,6 +7,8 @@
 // ascending order: the same bits wherever a walk starts and however it is cut into sweeps.
 #pragma once
 
+#include <type_traits>
+
 #include "common/window.h"
 #include "cpu/simd.h"
 
@@ -29,8 +31,17 @@ struct Samples {
   Storage* data;
   std::int64_t width;
   std::int64_t stride;
-  float background;  // y = background * x + interpolated
+  float background;
+  float mean, mean_result;  // y = background * (x - mean) + interpolated + mean_result
 };
+
+// A sum, where a mean is taken out or comes back: 16-bit storage is rounded more coarsely than a mean
+// disturbs.
+template <typename Storage>
+FM_INLINE FloatVec plus(FloatVec v, float number) {
+  if constexpr (std::is_same_v<Storage, float>) return v + number;
+  return v;
+}
 
 // Bytes between a load and its prefetch in the same row: far enough to hide DRAM, near enough to stay in L1.
 inline constexpr std::int64_t kPrefetchBytes = 512;
@@ -107,13 +118,14 @@ FM_INLINE void spread_rows_panel(const Samples<Storage>& samples, WindowView win
   const std::int64_t* next = window.first + sweep.cell + 1;
   float* const* rows = sweep.rows;
   const Storage* in = samples.data + n * samples.stride + x;
+  const float mean = samples.mean;
   const float* weights = window.weights + n * Taps;
   for (;; ++next) {
     for (const std::int64_t stop = smaller(*next, sweep.end); n < stop; ++n) {
       FloatVec value[Vectors];
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
-        value[i] = lanes.load(in + i * kLanes<float>);
+        value[i] = plus<Storage>(lanes.load(in + i * kLanes<float>), -mean);
         prefetch(reinterpret_cast<const char*>(in + i * kLanes<float>) + kPrefetchBytes);
       }
 #pragma GCC unroll 16
@@ -149,7 +161,7 @@ FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowVie
   const std::int64_t* next = window.first + sweep.cell + 1;
   float* const* rows = sweep.rows;
   const std::int64_t stride = samples.stride;  // here, or they would be loaded again after every store
-  const float background = samples.background;
+  const float background = samples.background, mean = samples.mean, mean_result = samples.mean_result;
   Storage* out = samples.data + n * stride + x;
   const float* weights = window.weights + n * Taps;
   float sums[kRoundLater<Storage> ? kSweepRows * Vectors * kLanes<float> : 1];
@@ -159,7 +171,7 @@ FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowVie
       FloatVec value[Vectors];
 #pragma GCC unroll 8
       for (int i = 0; i < Vectors; ++i) {
-        value[i] = lanes.load(out + i * kLanes<float>) * background;
+        value[i] = plus<Storage>(lanes.load(out + i * kLanes<float>), -mean) * background;
         prefetch(reinterpret_cast<const char*>(out + i * kLanes<float>) + kPrefetchBytes);
       }
 #pragma GCC unroll 16
@@ -173,7 +185,7 @@ FM_INLINE void interpolate_rows_panel(const Samples<Storage>& samples, WindowVie
           store(sum, value[i]);
           sum += kLanes<float>;
         } else {
-          lanes.store(out + i * kLanes<float>, value[i]);
+          lanes.store(out + i * kLanes<float>, plus<Storage>(value[i], mean_result));
         }
       }
       out += stride;
@@ -241,13 +253,14 @@ struct MatrixRows {
     if (i >= count) return FloatVec{};
     const Storage* const p = samples.data + i * samples.stride + x;
     prefetch_l2(reinterpret_cast<const char*>(p) + kPrefetchBytes);
-    return present(p, x);
+    return plus<Storage>(present(p, x), -samples.mean);
   }
   FM_INLINE void store(int i, std::int64_t x, FloatVec v) const {
     if (i >= count) return;
     Storage* const p = samples.data + i * samples.stride + x;
     prefetch_l2(reinterpret_cast<const char*>(p) + kPrefetchBytes);
-    const FloatVec y = present(p, x) * samples.background + v;
+    const FloatVec y = plus<Storage>(plus<Storage>(present(p, x), -samples.mean) * samples.background + v,
+                                     samples.mean_result);
     if (const std::int64_t left = samples.width - x; left < kLanes<float>) return store_partial(p, y, left);
     FREEMERGE_ISA::store(p, y);
   }

@@ -134,16 +134,12 @@ void average(const double* partial, int rows, std::int64_t blocks, std::int64_t 
          Launch("average", dim3(static_cast<unsigned>(rows)), dim3(kSumThreads), kScratchBytes, stream), job);
 }
 
-void finish_sum(const SumFirst& sum, const Parts& sums, std::int64_t n, const Parts& last,
+void finish_sum(const SumFirst& sum, const Parts& sums, std::int64_t n, const Parts& energies,
                 cudaStream_t stream) {
   const int models = sum.vectors.count;
   average(sums.data, models, sums.count, n, sum.results, stream);
   average(sums.data + models * sums.count, 1, sums.count, 1, sum.results + models, stream);
-  finish_last(sum, last, stream);
-}
-
-void finish_last(const SumFirst& sum, const Parts& last, cudaStream_t stream) {
-  average(last.data, 1, last.count, 1, sum.results + sum.vectors.count + 1, stream);
+  average(energies.data, 1, energies.count, 1, sum.results + models + 1, stream);
 }
 
 void add_round(const Array& out, const Array& base, const Array& delta, double scale, double factor,

@@ -31,13 +31,10 @@ struct Parts {
   std::int64_t count;
 };
 
-// The results of a sum from what a filter's passes put down: sums.data[i][part] of |v_i|, then of squares of
-// the n entries before the filter; and the last result.
-void finish_sum(const SumFirst& sum, const Parts& sums, std::int64_t n, const Parts& last,
+// The results of a sum from what the passes of a filter before the last put down: sums.data[i][part] of
+// |v_i|, then of squares of the n entries before the filter; and what its mask found.
+void finish_sum(const SumFirst& sum, const Parts& sums, std::int64_t n, const Parts& energies,
                 cudaStream_t stream);
-
-// The last result alone.
-void finish_last(const SumFirst& sum, const Parts& last, cudaStream_t stream);
 
 // out[j] = base[j] + scale * (factor * delta[j]), products and sum rounded to float, then to out's dtype.
 // `out` may be `base` or `delta` itself.

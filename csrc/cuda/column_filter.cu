@@ -6,6 +6,7 @@
 #include "cuda/column_filter.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
+#include "cuda/reduce.cuh"
 #include "cuda/shared_fft.cuh"
 #include "cuda/spectrum_column.cuh"
 
@@ -47,11 +48,30 @@ __device__ float step_gain(const ColumnFilter& a, int2 rows, int frequency) {
   return row < rows.x ? a.step_gains[0] : (row < rows.y ? a.step_gains[1] : a.step_gains[2]);
 }
 
+// What the columns of a warp add to the squares of the matrix.
+__device__ void put_energy(const ColumnFilter& a, double energy) {
+  energy = warp_sum(energy);
+  const unsigned block = blockIdx.y * gridDim.x + blockIdx.x;
+  const unsigned warp = block * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize;
+  if (threadIdx.x % kWarpSize == 0) store(a.energies.sums + warp, energy);
+}
+
+// By the table of energies.
+__device__ double energy_of(const ColumnFilter& a, int row, int bin, float2 value) {
+  const bool first = row == 0 && bin == 0;
+  const double taken = first ? a.tables.center_share * static_cast<double>(load(a.energies.center)) : 0.0;
+  const double real = static_cast<double>(value.x) + taken;
+  const int bins = static_cast<int>(a.spectra.width / 2 + 1);
+  return static_cast<double>(load(a.tables.energies + (row * bins + bin))) * (real * real + squared(value.y));
+}
+
 // Any mask, on columns that hold frequencies; real and imaginary parts are swapped.
 template <Transform kBy>
-__device__ void mask_columns(const Job& job, const InterleavedLines& columns, int first_column) {
+__device__ double mask_columns(const Job& job, const InterleavedLines& columns, int first_column) {
   const ColumnFilter& a = job.filter;
   const int radix = kBy == Transform::kChirp ? 1 : job.passes.last();
+  const bool tells = a.energies.sums && a.tables.energies;
+  double energy = 0.0;
   columns.for_each_butterfly(job.length, radix, [&](Butterfly b) {
     const int bin = first_column + b.line;
     if (bin > a.spectra.width / 2) return;
@@ -62,9 +82,11 @@ __device__ void mask_columns(const Job& job, const InterleavedLines& columns, in
     const float gain = a.tables.steps ? step_gain(a, load(a.tables.steps + bin), row)
                                       : scaled_gain(a.mask, a.factor, row, bin);
     float2& value = columns.at(b.block * radix + b.within, b.line);
+    if (tells) energy += energy_of(a, row, bin, value);
     value = make_float2(value.y * gain, value.x * gain);
   });
   __syncthreads();
+  return energy;
 }
 
 // The last forward pass, a mask of steps and the first inverse pass, on the same registers.
@@ -113,17 +135,18 @@ constexpr int least_blocks(Transform by) {
 
 // Columns of frequencies in shared memory, their mask, and back, with real and imaginary parts swapped.
 template <Transform kBy>
-__device__ void filter_columns(const Job& job, const InterleavedLines& columns, int first_column) {
+__device__ double filter_columns(const Job& job, const InterleavedLines& columns, int first_column) {
   constexpr bool kUncommon = kBy == Transform::kUncommon;
   const ColumnTables& tables = job.filter.tables;
   const Passes& passes = job.passes;
+  double energy = 0.0;
   if constexpr (kBy == Transform::kChirp) {
 #pragma unroll 1
     for (int way = 0; way < 2; ++way) {
       transform_by_chirp(columns, passes, tables.roots, tables.chirp);
-      if (way == 0) mask_columns<kBy>(job, columns, first_column);
+      if (way == 0) energy = mask_columns<kBy>(job, columns, first_column);
     }
-    return;
+    return energy;
   }
   // A pass whose results are masked while they are in registers, or that has no turns, is the same both ways.
   const bool fused = !kUncommon && tables.steps;
@@ -142,12 +165,28 @@ __device__ void filter_columns(const Job& job, const InterleavedLines& columns, 
     if constexpr (kUncommon) {
       if (direct) pass<43, false>(columns, tables.roots, passes.length, 1);
     }
-    if (way == 0) mask_columns<kBy>(job, columns, first_column);
+    if (way == 0) energy = mask_columns<kBy>(job, columns, first_column);
   }
   for (int i = ordinary - 1; i >= 0; --i) {
     pass_of_radix<kUncommon, true>(passes.radix[i], columns, tables.roots, passes.length, stride);
     stride *= passes.radix[i];
   }
+  return energy;
+}
+
+// By what a thread is about to write; columns beyond the last hold zeros.
+__device__ double energy_of_columns(const Job& job, const InterleavedLines& columns, int bin) {
+  const ColumnFilter& a = job.filter;
+  const int column = static_cast<int>(threadIdx.x) & ((1 << job.columns_log2) - 1);
+  double squares = 0.0;
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x) >> job.columns_log2; row < job.length;
+       row += static_cast<int>(blockDim.x) >> job.columns_log2) {
+    const float2 value = columns.at(row, column);
+    squares += squared(value.x) + squared(value.y);
+  }
+  const bool alone = bin == 0 || 2 * bin == a.spectra.width;  // else its mirror has as much
+  return squares * (alone ? a.energy_share : 2.0 * a.energy_share);
 }
 
 // blockIdx: columns, part, matrix.
@@ -191,7 +230,11 @@ __global__ void __launch_bounds__(most_threads(kBy), least_blocks(kBy)) column_f
   for (int row = row_begin; row < job.length; row += row_step)
     columns.at(row, column) = bin < bins ? spectrum.get(first_row + row) : make_float2(0.0f, 0.0f);
   __syncthreads();
-  filter_columns<kBy>(job, columns, first_column);
+  double energy = filter_columns<kBy>(job, columns, first_column);
+  if (a.energies.sums) {
+    if (!a.tables.energies) energy = energy_of_columns(job, columns, bin);
+    put_energy(a, energy);
+  }
   if (bin >= bins) return;
 #pragma unroll 8
   for (int row = row_begin; row < job.length; row += row_step) {
@@ -260,6 +303,10 @@ void column_filter(const ColumnFilter& arguments, const ColumnBlocks& blocks, cu
          Launch("column_filter", grid, dim3(static_cast<unsigned>(blocks.threads)),
                 column_bytes(blocks.line.passes.length, columns), stream),
          job);
+}
+
+std::int64_t column_warps(std::int64_t bins, int parts, const ColumnBlocks& blocks) {
+  return ceil_div(bins, 1 << blocks.columns_log2) * parts * (blocks.threads / kWarpSize);
 }
 
 ColumnBlocks whole_columns(std::int64_t height, std::int64_t bins) {

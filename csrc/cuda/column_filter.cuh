@@ -14,6 +14,14 @@
 
 namespace freemerge::cuda {
 
+// Where what the bins of one matrix, or of its coarse grid, add to the squares of what is left of it is put
+// down, by Parseval: sums[warp], of the columns of a warp. `center` was taken out of the matrix before its
+// coarse grid was formed.
+struct Energies {
+  double* sums;  // null: nobody wants them
+  const float* center;
+};
+
 struct ColumnFilter {
   ColumnFilter(const HalfSpectra& spectra, const Mask& mask, double factor, const ColumnTables& tables,
                int parts)
@@ -30,6 +38,8 @@ struct ColumnFilter {
   double factor;        // of all gains; a transform and its inverse also multiply by the length of a part
   float step_gains[3];  // of a mask of steps, factor included
   ColumnTables tables;
+  Energies energies{};
+  double energy_share = 0.0;  // of a bin that has no mirror, without a table of energies
   // Parts of the columns are transformed one by one: part p, rows p * height / parts and on, has row
   // frequencies p + parts * k. Whoever made the spectra has combined rows that are height / parts apart
   // (row_spectra.cuh).
@@ -59,6 +69,9 @@ constexpr int kLargestColumnPrime = 7;
 // Multiplies the columns' spectra by factor * M. Neighbouring columns that this would not change are not even
 // read.
 void column_filter(const ColumnFilter& arguments, const ColumnBlocks& blocks, cudaStream_t stream);
+
+// Of all blocks of a matrix.
+std::int64_t column_warps(std::int64_t bins, int parts, const ColumnBlocks& blocks);
 
 // The same multiplication alone, for spectra of whole matrices. Uses no tables.
 void column_mask(const ColumnFilter& arguments, cudaStream_t stream);

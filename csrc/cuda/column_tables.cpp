@@ -35,7 +35,9 @@ ColumnTables column_tables(const Mask& mask, const std::vector<float>& gains, in
   return {to_device(gains, upload),
           mask.kind == MaskKind::kSteps ? to_device(step_rows(mask), upload) : nullptr,
           to_device(unit_roots(chirp > 0 ? chirp : length), upload),
-          chirp > 0 ? chirp_tables(length, line_passes(length, chirp).passes, upload) : Chirp{}};
+          chirp > 0 ? chirp_tables(length, line_passes(length, chirp).passes, upload) : Chirp{},
+          nullptr,
+          0.0};
 }
 
 }  // namespace freemerge::cuda

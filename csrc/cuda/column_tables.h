@@ -18,6 +18,11 @@ struct ColumnTables {
   const int2* steps;
   const float2* roots;  // of the passes' length: exp(-2 pi i k / length)
   Chirp chirp;          // of the length of a part; empty where the passes transform it
+  // Of coarse grids, whose mask is a table, another such table: what the square of each bin, mirrored or not,
+  // adds to those of the matrix beside its background; and how much of the mean that was taken out of the
+  // matrix is missing in the first bin. Else null: what is written tells.
+  const float* energies;
+  double center_share;
 };
 
 // `chirp`: points of the convolution, or 0.

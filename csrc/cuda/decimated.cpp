@@ -55,9 +55,8 @@ class Decimated : public Executor {
     centers_ = arena.take<float>(group_);
     if (call_.sum) {
       samples_ = arena.take<float>(sample_rows(rows_.samples) * sample_columns(columns_.samples));
-      sums_ = arena.take<double>((call_.sum->vectors.count + 2) * blocks());
-      squares_ = sums_ + (call_.sum->vectors.count + 1) * blocks();
-      if (call_.filter.last_waits()) energies_ = arena.take<double>(coarse_mask_blocks(grids_));
+      sums_ = arena.take<double>((call_.sum->vectors.count + 1) * blocks());
+      energies_ = arena.take<double>(energy_parts());
     }
     work_ = arena.rest();
   }
@@ -106,16 +105,14 @@ class Decimated : public Executor {
     for (std::int64_t begin = 0; begin < chunk_count_; begin += panel_chunks_)
       spread(matrices, begin, std::min(begin + panel_chunks_, chunk_count_));
     filter_grids();
-    if (!energies_) interpolate_grids(matrices, {});
-    if (!call_.sum) return;
-    const Parts last = energies_ ? Parts{energies_, coarse_mask_blocks(grids_)} : squares_after();
-    finish_sum(*call_.sum, {sums_, blocks()}, rows_.samples * columns_.samples, last, stream);
+    if (!call_.sum) return interpolate_grids(matrices, {});
+    finish_sum(*call_.sum, {sums_, blocks()}, rows_.samples * columns_.samples, {energies_, energy_parts()},
+               stream);
   }
 
   void add_last(const AddLast& add) override {
     grids_.count = 1;
     interpolate_grids(slice(0, 1), add);
-    if (!add.out.data) finish_last(*call_.sum, squares_after(), call_.stream);
   }
 
   void find_centers(const Matrices& matrices) {
@@ -129,7 +126,11 @@ class Decimated : public Executor {
 
   void filter_grids() {
     const Filter& filter = call_.filter;
-    if (own_) return filter_spectra(filter.spectra, grids(), grid_spectra(), call_.scale, call_.stream);
+    if (own_) {
+      const RowPass rows = row_pass(filter.spectra, grids(), grid_spectra(), call_.scale);
+      filter_spectra(filter.spectra, rows, call_.stream, {energies_, centers_});
+      return spectra_to_rows(rows, call_.stream);
+    }
     transform(cufft::kR2C);
     coarse_mask(
         {grids_, rows_, columns_, filter.plan.mask, filter.plan.background, call_.scale, energies_, centers_},
@@ -157,7 +158,9 @@ class Decimated : public Executor {
   // Of a pass over a matrix.
   std::int64_t blocks() const { return ceil_div(columns_.samples, kColumnsPerBlock) * chunk_count_; }
 
-  Parts squares_after() const { return {squares_, blocks()}; }
+  std::int64_t energy_parts() const {
+    return own_ ? energy_count(call_.filter.spectra) : coarse_mask_blocks(grids_);
+  }
 
   // Chunks [begin, end) of the rows, onto the coarse rows that they touch.
   void spread(const Matrices& matrices, std::int64_t begin, std::int64_t end) {
@@ -183,10 +186,10 @@ class Decimated : public Executor {
     chunks_.begin = 0;
     chunks_.end = chunk_count_;
     const double at_zero = mask_gain(plan.mask, 0, 0) - plan.background;
-    interpolate({matrices, grids_, rows_, columns_, chunks_, centers_,
-                 static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero),
-                 squares_, add},
-                call_.stream);
+    interpolate(
+        {matrices, grids_, rows_, columns_, chunks_, centers_,
+         static_cast<float>(call_.scale * plan.background), static_cast<float>(call_.scale * at_zero), add},
+        call_.stream);
   }
 
   bool own_;  // the grids are filtered without cuFFT
@@ -202,9 +205,8 @@ class Decimated : public Executor {
   float* partials_ = nullptr;
   float* centers_ = nullptr;
   float* samples_ = nullptr;    // of a sum
-  double* sums_ = nullptr;      // of |v_i|, and of squares before and after, by block
-  double* squares_ = nullptr;   // the last of them: what a last pass that writes the matrix puts down
-  double* energies_ = nullptr;  // of a sum whose last pass waits
+  double* sums_ = nullptr;      // of |v_i|, and of squares, by block
+  double* energies_ = nullptr;  // of a sum: what its mask finds
   void* work_ = nullptr;
 };
 

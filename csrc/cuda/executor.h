@@ -56,7 +56,7 @@ class Executor {
   virtual std::size_t work_bytes() const = 0;  // of the transforms
   virtual std::size_t work_bound() const = 0;
   virtual void run_groups() = 0;
-  virtual void add_last(const AddLast&) {}  // for those that let it wait
+  virtual void add_last(const AddLast&) {}  // for those that form a sum
 
   Matrices slice(std::int64_t begin, std::int64_t count) const {
     Matrices matrices{};

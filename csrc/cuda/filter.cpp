@@ -8,7 +8,6 @@
 #include "cuda/error.h"
 #include "cuda/executor.h"
 #include "cuda/heuristics.h"
-#include "cuda/interpolate.cuh"
 
 namespace freemerge::cuda {
 namespace {
@@ -79,7 +78,6 @@ void Filter::run(const MatrixList& matrices, double scale, void* workspace, std:
 
 void Filter::run_last(const MatrixList& matrices, void* workspace, std::size_t bytes, cudaStream_t stream,
                       const SumFirst& sum, const AddLast& add) const {
-  require(last_waits(), "the last pass of this filter does not wait");
   require(!add.out.data || adds(add), "base and out must be of a storage dtype and aligned");
   const Call call = call_of(*this, matrices, 1.0, stream, &sum);
   const auto runner = executor(call);

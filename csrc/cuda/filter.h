@@ -34,22 +34,18 @@ struct Filter {
 
   // Filters each matrix in place on `stream` of the current device: y = scale * Re(ifft2(M * fft2(x))).
   // Returns as soon as everything is queued. `workspace` is device memory, aligned to 256 bytes. With `sum`,
-  // the first pass makes the matrix; cuFFT's cannot. Where last_waits(), the matrix then holds the sum as it
-  // was before the filter, until run_last().
+  // the first pass makes the matrix; cuFFT's cannot. Then it holds something unfinished until run_last(), as
+  // the norm of what is left is known before the last pass.
   void run(const MatrixList& matrices, double scale, void* workspace, std::size_t bytes, cudaStream_t stream,
            const SumFirst* sum = nullptr) const;
 
-  // The last pass of a run with the same arguments, in the workspace that it has left: to the matrix, and the
-  // last of the sum's results is then that of its squares; or with a base, and the matrix stays as it is.
+  // The last pass of a run with the same arguments, in the workspace that it has left: to the matrix, or with
+  // a base, and the matrix stays as it is.
   void run_last(const MatrixList& matrices, void* workspace, std::size_t bytes, cudaStream_t stream,
                 const SumFirst& sum, const AddLast& add) const;
 
   // Whether a last pass takes these arrays; in double precision, or not aligned, they need one of their own.
   bool adds(const AddLast& add) const;
-
-  // Whether the last pass of a sum waits, because its norm is known before: only cuFFT's spectra of coarse
-  // grids are seen as a whole.
-  bool last_waits() const { return plan.form == Form::kDecimated && plan.tiles.parts == 0; }
 
   Plan plan;  // decimated or full
   DType dtype;

@@ -1,7 +1,7 @@
 #include <type_traits>
 
+#include "cuda/add_last.cuh"
 #include "cuda/interpolate.cuh"
-#include "cuda/reduce.cuh"
 #include "cuda/window_pass.cuh"
 
 namespace freemerge::cuda {
@@ -20,23 +20,6 @@ struct WriteBack {
   template <typename T>
   __device__ void write(T* entries, QuadAccess access, int, const Quad<float>& values) {
     store_quad(entries, access, values);
-  }
-};
-
-// the same, and their squares are added up;
-struct WriteSquares {
-  static constexpr int kAhead = heuristics::kAhead;
-
-  double sum = 0.0;
-
-  __device__ void expect(int, int) {}
-
-  __device__ void write(float* entries, QuadAccess access, int, const Quad<float>& values) {
-    store_quad(entries, access, values);
-#pragma unroll
-    for (int c = 0; c < kColumnsPerThread; ++c) {
-      if (c < access.count) sum += squared(values.entries[c]);
-    }
   }
 };
 
@@ -128,18 +111,6 @@ class CoarseRows {
   Quad<float>* weights_;
 };
 
-// Calls visit(first entry) in an array's dtype; the branch is the same for all threads.
-template <typename Visit>
-__device__ void visit_entries(const Array& array, Visit visit) {
-  if (array.dtype == DType::kFloat32) {
-    visit(static_cast<float*>(array.data));
-  } else if (array.dtype == DType::kBFloat16) {
-    visit(static_cast<__nv_bfloat16*>(array.data));
-  } else {
-    visit(static_cast<__half*>(array.data));
-  }
-}
-
 // or they are added to a base, four of a row in one access.
 struct WriteAdded {
   static constexpr int kAhead = heuristics::kAheadWithBase;
@@ -172,8 +143,7 @@ struct WriteAdded {
     Quad<float> sums;
 #pragma unroll
     for (int c = 0; c < kColumnsPerThread; ++c)
-      sums.entries[c] =
-          __fadd_rn(base[i].entries[c], __fmul_rn(job.scale, __fmul_rn(job.factor, values.entries[c])));
+      sums.entries[c] = added(job, base[i].entries[c], values.entries[c]);
     visit_entries(job.out, [&](auto* entries) { store_quad(entries + first + i * width, kTogether, sums); });
   }
 };
@@ -252,30 +222,16 @@ __global__ void __launch_bounds__(kRowPassThreads, kSumPassBlocks) interpolate_a
   if (column < a.columns.samples) interpolate_columns<float, kTaps>(a, column, reversed_chunk(), result);
 }
 
-template <int kTaps>
-__global__ void __launch_bounds__(kRowPassThreads, kSumPassBlocks) interpolate_squares_kernel(Interpolate a) {
-  const std::int64_t column = first_column<kColumnsPerThread>();
-  const int chunk = reversed_chunk();
-  WriteSquares result;
-  if (column < a.columns.samples) interpolate_columns<float, kTaps>(a, column, chunk, result);
-  // Behind the weights, which another warp may still read.
-  Quad<float>* scratch = shared_memory<Quad<float>>() + touched_columns(a.columns) * kRowPassThreads;
-  const double total = block_sum(result.sum, reinterpret_cast<double*>(scratch));
-  if (threadIdx.x == 0) store(a.squares + chunk * static_cast<int>(gridDim.x) + blockIdx.x, total);
-}
-
 }  // namespace
 
 void interpolate(const Interpolate& arguments, cudaStream_t stream) {
   const WindowTables& columns = arguments.columns;
   const std::size_t weights = touched_columns(columns) * kRowPassThreads * sizeof(Quad<float>);
-  const std::size_t scratch = arguments.squares ? kRowPassThreads / kWarpSize * sizeof(double) : 0;
   const dim3 grid = row_pass_grid(columns.samples, arguments.chunks.end, arguments.matrices.count);
-  const Launch how("interpolate", grid, dim3(kRowPassThreads), weights + scratch, stream);
+  const Launch how("interpolate", grid, dim3(kRowPassThreads), weights, stream);
   visit_taps(arguments.rows.taps, [&](auto taps) {
     constexpr int kTaps = decltype(taps)::value;
     if (arguments.add.out.data) return launch(interpolate_added_kernel<kTaps>, how, arguments);
-    if (arguments.squares) return launch(interpolate_squares_kernel<kTaps>, how, arguments);
     visit_storage(arguments.matrices.dtype, [&](auto tag) {
       launch(interpolate_kernel<typename decltype(tag)::type, kTaps>, how, arguments);
     });

@@ -19,16 +19,8 @@ struct Interpolate {
   const float* centers;
   float gain;
   float center_gain;
-  // Of one float matrix: squares[block], the sum of the squares that a block writes, blocks being those of
-  // all chunks; or null.
-  double* squares;
-  AddLast add;  // of one float matrix, which then stays as it is
+  AddLast add;  // of one float matrix, which then stays as it is; in_quads()
 };
-
-// Whether four neighbours of each row are one access: what an addition on the way takes.
-inline bool in_quads(const Array& array, std::int64_t width) {
-  return width % kColumnsPerThread == 0 && reinterpret_cast<std::uintptr_t>(array.data) % 16 == 0;
-}
 
 // matrices = gain * matrices + center_gain * centers + rows * grids * columns^T, rounded to the storage
 // dtype, or added to a base, elsewhere

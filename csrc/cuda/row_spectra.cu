@@ -1,4 +1,7 @@
+#include <type_traits>
+
 #include "common/error.h"
+#include "cuda/add_last.cuh"
 #include "cuda/chirp_transform.cuh"
 #include "cuda/kernel.cuh"
 #include "cuda/launch_math.h"
@@ -122,11 +125,6 @@ __device__ void write_rows(const RowPass& a, const RowGroup& group, const Consec
   const std::int64_t stride = a.matrices.row_stride[blockIdx.y];
   T* matrix = static_cast<T*>(a.matrices.data[blockIdx.y]);
   const int width = width_of(a);
-  double squares = 0.0;
-  const auto write = [&](T* row, PairAccess access, float first, float second) {
-    store_pair(row, access, make_float2(first, second));
-    if (a.vectors.count > 0) squares += squared(first) + (access.second ? squared(second) : 0.0);
-  };
   for (int j = 0; j < lines.lines; ++j) {
     T* upper = matrix + group.row(2 * j) * stride;
     T* lower = matrix + group.row(2 * j + 1) * stride;
@@ -138,13 +136,73 @@ __device__ void write_rows(const RowPass& a, const RowGroup& group, const Consec
       const PairAccess access = pair_access(matrix, stride, column, width);
       const float2 first = line[load(a.tables.offsets + column)];
       const float2 second = line[load(a.tables.offsets + (access.second ? column + 1 : column))];
-      write(upper + column, access, a.factor * first.y, a.factor * second.y);
-      if (has_lower) write(lower + column, access, a.factor * first.x, a.factor * second.x);
+      store_pair(upper + column, access, make_float2(a.factor * first.y, a.factor * second.y));
+      if (has_lower) store_pair(lower + column, access, make_float2(a.factor * first.x, a.factor * second.x));
     }
   }
-  if (a.vectors.count == 0) return;
-  squares = warp_sum(squares);
-  if (threadIdx.x % kWarpSize == 0) store_of_warp(a, a.vectors.count + 1, squares);
+}
+
+// Puts down what bins that stay as they are, or are only multiplied, add to the squares of what is left of a
+// sum. A line has both of its rows, and mirrored bins. A loop of its own: in write_bins() it would be there
+// four times.
+__device__ void put_kept(const RowPass& a, const ConsecutiveLines& lines) {
+  const int width = width_of(a);
+  double sum = 0.0;
+#pragma unroll 1
+  for (int j = 0; j < lines.lines; ++j) {
+#pragma unroll 1
+    for (int column = static_cast<int>(threadIdx.x); column < width; column += static_cast<int>(blockDim.x)) {
+      const float2 point = lines.data[j * lines.pitch + load(a.tables.offsets + column)];
+      const float kept = load(a.tables.kept + (2 * column <= width ? column : width - column));
+      sum += static_cast<double>(kept) * (squared(point.x) + squared(point.y));
+    }
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarpSize == 0) store_of_warp(a, a.vectors.count + 1, sum);
+}
+
+// What write_rows() would write, added to a base instead, four columns of two rows a thread.
+__device__ void add_rows_to_base(const RowPass& a, const RowGroup& group, const ConsecutiveLines& lines) {
+  const int width = width_of(a);
+#pragma unroll 1
+  for (int j = 0; j < lines.lines; ++j) {
+    const std::int64_t rows[2] = {group.row(2 * j) * width, group.row(2 * j + 1) * width};
+    const bool has_lower = group.has(2 * j + 1);
+    const float2* line = lines.data + j * lines.pitch;
+#pragma unroll 1
+    for (int column = kQuad * static_cast<int>(threadIdx.x); column < width;
+         column += kQuad * static_cast<int>(blockDim.x)) {
+      Quad<float> sums[2];
+      visit_entries(a.add.base, [&](auto* entries) {
+        using Stored = Quad<std::remove_pointer_t<decltype(entries)>>;
+        const Stored upper = load(reinterpret_cast<const Stored*>(entries + rows[0] + column));
+        const Stored lower =
+            has_lower ? load(reinterpret_cast<const Stored*>(entries + rows[1] + column)) : upper;
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          sums[0].entries[c] = widen(upper.entries[c]);
+          sums[1].entries[c] = widen(lower.entries[c]);
+        }
+      });
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        const float2 point = line[load(a.tables.offsets + column + c)];
+        sums[0].entries[c] = added(a.add, sums[0].entries[c], a.factor * point.y);
+        sums[1].entries[c] = added(a.add, sums[1].entries[c], a.factor * point.x);
+      }
+      visit_entries(a.add.out, [&](auto* entries) {
+        using T = std::remove_pointer_t<decltype(entries)>;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (i == 1 && !has_lower) break;
+          Quad<T> quad;
+#pragma unroll
+          for (int c = 0; c < kQuad; ++c) quad.entries[c] = narrow<T>(sums[i].entries[c]);
+          store(reinterpret_cast<Quad<T>*>(entries + rows[i] + column), quad);
+        }
+      });
+    }
+  }
 }
 
 // exp(-2 pi i row p / height): what each row of a group is turned by.
@@ -251,6 +309,7 @@ __global__ void __launch_bounds__(most_threads(kBy), 2) rows_to_spectra_kernel(R
   }
   __syncthreads();
   transform_lines<kBy>(lines, a.tables);
+  if (a.vectors.count > 0) put_kept(a, lines);
   if (a.parts == 1) write_bins<1>(a, group, lines);
   if (a.parts == 2) write_bins<2>(a, group, lines);
   if (a.parts == 4) write_bins<4>(a, group, lines);
@@ -267,6 +326,7 @@ __global__ void __launch_bounds__(most_threads(kBy), 2) spectra_to_rows_kernel(R
   if (a.parts == 8) read_bins<8>(a, group, lines);
   __syncthreads();
   transform_lines<kBy>(lines, a.tables);
+  if (a.add.out.data) return add_rows_to_base(a, group, lines);
   if (a.matrices.dtype == DType::kFloat32) write_rows<float>(a, group, lines);
   if (a.matrices.dtype == DType::kBFloat16) write_rows<__nv_bfloat16>(a, group, lines);
   if (a.matrices.dtype == DType::kFloat16) write_rows<__half>(a, group, lines);
@@ -292,15 +352,18 @@ void launch_rows(const char* name, const RowKernel (&instances)[3], const RowPas
 
 }  // namespace
 
-RowTables row_tables(std::int64_t height, std::int64_t width, const Tiles& tiles, const Upload& upload) {
+RowTables row_tables(std::int64_t height, std::int64_t width, const Tiles& tiles,
+                     const std::vector<float>& kept, const Upload& upload) {
   const int parts = tiles.parts;
   require(parts == 1 || parts == 2 || parts == 4 || parts == 8, "parts must be 1, 2, 4 or 8");
   const LinePasses line = line_passes(width, tiles.row_chirp);
   const bool by_chirp = line.transform == Transform::kChirp;
-  return {line, to_device(frequency_offsets(width, line), upload),
+  return {line,
+          to_device(frequency_offsets(width, line), upload),
           to_device(unit_roots(line.passes.length), upload),
           parts > 1 ? to_device(unit_roots(height), upload) : nullptr,
-          by_chirp ? chirp_tables(width, line.passes, upload) : Chirp{}};
+          by_chirp ? chirp_tables(width, line.passes, upload) : Chirp{},
+          to_device(kept, upload)};
 }
 
 std::size_t row_bytes(std::int64_t points, int parts) {

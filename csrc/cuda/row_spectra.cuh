@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "common/plan.h"
 #include "cuda/chirp.h"
@@ -25,9 +26,14 @@ struct RowTables {
   const float2* roots;           // of the passes' length
   const float2* turns;           // roots of the height; null for one part
   Chirp chirp;                   // of the width; empty where the passes transform it
+  // For each bin, what its square adds to those of what the filter leaves if its column's gain is constant,
+  // else 0.
+  const float* kept;
 };
 
-RowTables row_tables(std::int64_t height, std::int64_t width, const Tiles& tiles, const Upload& upload);
+// `kept`: see RowTables.
+RowTables row_tables(std::int64_t height, std::int64_t width, const Tiles& tiles,
+                     const std::vector<float>& kept, const Upload& upload);
 
 struct RowPass {
   Matrices matrices;
@@ -38,7 +44,8 @@ struct RowPass {
   float factor;  // of the rows that come back
   // Where there are models: one float matrix, whose rows lie end to end, is their weighted sum first.
   TaskVectors vectors;
-  double* sums;  // sums[i][warp]: of |v_i| for each model, then of squares, before and after
+  double* sums;  // sums[i][warp]: of |v_i| for each model, then of squares, and of those that are kept
+  AddLast add;   // of that matrix, which then stays as it is
 };
 
 // Of all blocks of a matrix.
@@ -50,7 +57,8 @@ std::size_t row_bytes(std::int64_t points, int parts);
 // spectra = twice the half spectra of the matrices' rows, combined; a weighted sum itself is written nowhere
 void rows_to_spectra(const RowPass& arguments, cudaStream_t stream);
 
-// rows of the matrices = factor * their unnormalised inverse transforms, rounded to the storage dtype
+// rows of the matrices = factor * their unnormalised inverse transforms, rounded to the storage dtype, or
+// added to a base, elsewhere
 void spectra_to_rows(const RowPass& arguments, cudaStream_t stream);
 
 }  // namespace freemerge::cuda

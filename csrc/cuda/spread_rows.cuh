@@ -5,13 +5,14 @@
 
 #include <cstdint>
 
+#include "cuda/array.h"
 #include "cuda/matrices.h"
 #include "cuda/window_tables.h"
 
 namespace freemerge::cuda {
 
 // Of a thread and of a block of the passes along rows.
-constexpr int kColumnsPerThread = 4;
+constexpr int kColumnsPerThread = kQuad;
 constexpr int kColumnsPerBlock = kColumnsPerThread * heuristics::kRowPassThreads;
 
 // The rows of a matrix in chunks of `rows` samples, so that each is read once, by one block for each run of

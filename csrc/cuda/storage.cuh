@@ -39,6 +39,9 @@ struct alignas(kCount * sizeof(T)) Neighbours {
   T entries[kCount];
 };
 
+template <typename T>
+using Quad = Neighbours<T, kQuad>;
+
 // Two neighbours in one access, where the address allows it.
 template <typename T>
 struct alignas(2 * sizeof(T)) Pair {

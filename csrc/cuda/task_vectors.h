@@ -17,8 +17,8 @@ struct TaskVectors {
 // What one float matrix, whose rows lie end to end, is to be first: the weighted sum of task vectors.
 struct SumFirst {
   TaskVectors vectors;
-  // On the device: mean |v_i| of each model, then the squares of the sum, added up, and of what is left; or,
-  // where the last pass waits, what the mask adds to background^2 times the former to make it the latter.
+  // On the device: mean |v_i| of each model, then the squares of the sum, added up, and, by Parseval, those
+  // of what the filter leaves: in the decimated form without background^2 times the former.
   double* results;
 };
 

@@ -1,10 +1,12 @@
 #include "cuda/three_kernels.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "common/error.h"
 #include "cuda/accumulate.cuh"
 #include "cuda/column_filter.cuh"
+#include "cuda/error.h"
 #include "cuda/executor.h"
 #include "cuda/heuristics.h"
 #include "cuda/launch_math.h"
@@ -30,7 +32,7 @@ class ThreeKernels : public Executor {
  private:
   void place(Arena& arena) override {
     memory_ = arena.take<float2>(group_ * height_ * pitch_);
-    if (call_.sum) sums_ = arena.take<double>(sum_count(call_.filter.spectra, *call_.sum));
+    if (call_.sum) sums_ = arena.take<double>(kinds() * warps() + energy_count(call_.filter.spectra));
   }
 
   std::size_t work_bytes() const override { return 0; }
@@ -41,15 +43,43 @@ class ThreeKernels : public Executor {
       run_group(slice(begin, std::min(group_, call_.count - begin)));
   }
 
-  void run_group(const Matrices& matrices) {
+  RowPass row_pass_of(const Matrices& matrices) const {
     HalfSpectra spectra = half_spectra({memory_, height_, width_, pitch_, matrices.count});
     for (int i = 0; in_place_ && i < matrices.count; ++i) {
       spectra.data[i] = static_cast<float*>(matrices.data[i]);
       spectra.pitch[i] = matrices.row_stride[i];
       spectra.last[i] = memory_ + i * height_;
     }
-    filter_spectra(call_.filter.spectra, matrices, spectra, call_.scale, call_.stream, call_.sum, sums_);
+    return row_pass(call_.filter.spectra, matrices, spectra, call_.scale);
   }
+
+  void run_group(const Matrices& matrices) {
+    const RowPass rows = row_pass_of(matrices);
+    if (call_.sum) return run_sum(rows);
+    filter_spectra(call_.filter.spectra, rows, call_.stream);
+    spectra_to_rows(rows, call_.stream);
+  }
+
+  // All but the last pass; what rows and columns put down for the squares that are left is side by side.
+  void run_sum(RowPass rows) {
+    const SumFirst& sum = *call_.sum;
+    rows.vectors = sum.vectors;
+    rows.sums = sums_;
+    double* energies = sums_ + kinds() * warps();
+    filter_spectra(call_.filter.spectra, rows, call_.stream, {energies, nullptr});
+    finish_sum(sum, {sums_, warps()}, height_ * width_,
+               {energies - warps(), warps() + energy_count(call_.filter.spectra)}, call_.stream);
+  }
+
+  void add_last(const AddLast& add) override {
+    RowPass rows = row_pass_of(slice(0, 1));
+    rows.add = add;
+    spectra_to_rows(rows, call_.stream);
+  }
+
+  // Of the sums of each warp: see RowPass.
+  std::int64_t kinds() const { return call_.sum->vectors.count + 2; }
+  std::int64_t warps() const { return row_warps(height_, call_.filter.plan.tiles); }
 
   bool in_place_;
   std::int64_t height_;
@@ -57,44 +87,63 @@ class ThreeKernels : public Executor {
   std::int64_t pitch_;        // of the workspace
   std::int64_t group_;        // matrices at a time
   float2* memory_ = nullptr;  // spectra, or their last bins
-  double* sums_ = nullptr;    // of a sum, by warp
+  double* sums_ = nullptr;    // of a sum, by warp: those of its rows, then energies of its columns
 };
+
+// See RowTables: column_filter() transforms a block of columns unless all of their gains are constant.
+std::vector<float> kept_shares(std::int64_t width, const Tiles& tiles, const std::vector<float>& gains) {
+  std::vector<float> shares;
+  for (auto first = gains.begin(); first != gains.end();) {
+    const auto end = first + std::min<std::ptrdiff_t>(tiles.columns, gains.end() - first);
+    const bool kept = std::none_of(first, end, [](float gain) { return std::isnan(gain); });
+    for (; first != end; ++first) shares.push_back(kept ? *first * *first / static_cast<float>(width) : 0.0f);
+  }
+  return shares;
+}
 
 }  // namespace
 
 SpectrumFilter spectrum_filter(const Mask& mask, const Tiles& tiles, const std::vector<float>& column_gains,
                                const Upload& upload) {
-  return {mask, tiles, row_tables(mask.height, mask.width, tiles, upload),
+  return {mask, tiles,
+          row_tables(mask.height, mask.width, tiles, kept_shares(mask.width, tiles, column_gains), upload),
           column_tables(mask, column_gains, tiles.parts, tiles.column_chirp, upload)};
 }
 
-void filter_spectra(const SpectrumFilter& filter, const Matrices& matrices, const HalfSpectra& spectra,
-                    double scale, cudaStream_t stream, const SumFirst* sum, double* sums) {
-  const Mask& mask = filter.mask;
+RowPass row_pass(const SpectrumFilter& filter, const Matrices& matrices, const HalfSpectra& spectra,
+                 double scale) {
   const Tiles& tiles = filter.tiles;
-  const ColumnBlocks blocks = column_blocks(mask.height, tiles);
   // Columns keep their size, so that those of gain 1 stay as they are; twice the spectra come from the rows.
-  const double column_factor = 1.0 / blocks.length;
-  const double row_factor = scale / (2.0 * static_cast<double>(mask.width) * tiles.parts);
-  const RowPass rows{matrices,
-                     spectra,
-                     filter.rows,
-                     tiles.parts,
-                     tiles.row_threads,
-                     static_cast<float>(row_factor),
-                     sum ? sum->vectors : TaskVectors{},
-                     sums};
-  rows_to_spectra(rows, stream);
-  column_filter({spectra, mask, column_factor, filter.columns, tiles.parts}, blocks, stream);
-  spectra_to_rows(rows, stream);
-  if (!sum) return;
-  const std::int64_t warps = row_warps(mask.height, tiles);
-  finish_sum(*sum, {sums, warps}, mask.height * mask.width, {sums + (sum->vectors.count + 1) * warps, warps},
-             stream);
+  const double factor = scale / (2.0 * static_cast<double>(filter.mask.width) * tiles.parts);
+  RowPass rows{};
+  rows.matrices = matrices;
+  rows.spectra = spectra;
+  rows.tables = filter.rows;
+  rows.parts = tiles.parts;
+  rows.threads = tiles.row_threads;
+  rows.factor = static_cast<float>(factor);
+  return rows;
 }
 
-std::int64_t sum_count(const SpectrumFilter& filter, const SumFirst& sum) {
-  return (sum.vectors.count + 2) * row_warps(filter.mask.height, filter.tiles);
+void filter_spectra(const SpectrumFilter& filter, const RowPass& rows, cudaStream_t stream,
+                    const Energies& energies) {
+  const Tiles& tiles = filter.tiles;
+  const ColumnBlocks blocks = column_blocks(filter.mask.height, tiles);
+  ColumnFilter columns{rows.spectra, filter.mask, 1.0 / blocks.length, filter.columns, tiles.parts};
+  columns.energies = energies;
+  // Of twice the spectra, whose rows are combined.
+  columns.energy_share = 1.0 / (4.0 * static_cast<double>(filter.mask.width) * tiles.parts);
+  if (energies.sums) {  // blocks of columns of constant gain put nothing down
+    const auto bytes = static_cast<std::size_t>(energy_count(filter)) * sizeof(double);
+    check(cudaMemsetAsync(energies.sums, 0, bytes, stream), "cudaMemsetAsync");
+  }
+  rows_to_spectra(rows, stream);
+  column_filter(columns, blocks, stream);
+}
+
+std::int64_t energy_count(const SpectrumFilter& filter) {
+  return column_warps(filter.mask.width / 2 + 1, filter.tiles.parts,
+                      column_blocks(filter.mask.height, filter.tiles));
 }
 
 std::unique_ptr<Executor> three_kernels(const Call& call) { return std::make_unique<ThreeKernels>(call); }

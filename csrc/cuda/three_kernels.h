@@ -8,6 +8,7 @@
 
 #include "common/mask.h"
 #include "common/plan.h"
+#include "cuda/column_filter.cuh"
 #include "cuda/column_tables.h"
 #include "cuda/half_spectra.h"
 #include "cuda/matrices.h"
@@ -28,11 +29,16 @@ struct SpectrumFilter {
 SpectrumFilter spectrum_filter(const Mask& mask, const Tiles& tiles, const std::vector<float>& column_gains,
                                const Upload& upload);
 
-// matrices = scale * Re(ifft2(M * fft2(matrices))); their spectra may lie in their own memory. With `sum`,
-// the matrix is a float one that is that sum first, and `sums` memory for sum_count() numbers.
-void filter_spectra(const SpectrumFilter& filter, const Matrices& matrices, const HalfSpectra& spectra,
-                    double scale, cudaStream_t stream, const SumFirst* sum = nullptr, double* sums = nullptr);
+// The row passes of matrices = scale * Re(ifft2(M * fft2(matrices))); their spectra may lie in their own
+// memory.
+RowPass row_pass(const SpectrumFilter& filter, const Matrices& matrices, const HalfSpectra& spectra,
+                 double scale);
 
-std::int64_t sum_count(const SpectrumFilter& filter, const SumFirst& sum);
+// Everything but the last of them, spectra_to_rows().
+void filter_spectra(const SpectrumFilter& filter, const RowPass& rows, cudaStream_t stream,
+                    const Energies& energies = {});
+
+// How many energies there are.
+std::int64_t energy_count(const SpectrumFilter& filter);
 
 }  // namespace freemerge::cuda

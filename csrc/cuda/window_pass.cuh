@@ -52,11 +52,7 @@ __device__ void load_weights(const WindowTables& window, std::int64_t sample, fl
   }
 }
 
-// A thread's entries of one row.
-template <typename T>
-using Quad = Neighbours<T, kColumnsPerThread>;
-
-// How many of them exist, and whether one access may take them all.
+// How many of a thread's entries of one row exist, and whether one access may take them all.
 struct QuadAccess {
   bool together;
   int count;

@@ -100,6 +100,9 @@ MAX_LANES: int  #: floats in the widest vector
 def has_transform(n: int) -> bool:
     """Whether there are transforms of n samples: up to 2**31 - 1, and so the convolution that large primes take."""
 
+def is_read_only(capsule: object) -> bool:
+    """Whether a DLPack capsule, of version 1.0 or later, says that its memory is not to be written."""
+
 def mask_gains(mask: MaskParams) -> npt.NDArray[np.float64]:
     """Symmetrised gains on the half spectrum in stored order, H x (W//2 + 1), of any kind but "table"."""
 
@@ -132,8 +135,11 @@ class Filter:
     def nbytes(self) -> int:
         """Memory of the tables that it keeps."""
 
-    def run(self, pointers: list[int], row_strides: list[int], scale: float, threads: int) -> None:
-        """Filter matrices in place and multiply them by ``scale``; ``row_strides`` in elements.
+    def run(
+        self, pointers: list[int], row_strides: list[int], scale: float, threads: int, means: list[float] = ...
+    ) -> None:
+        """Filter matrices in place and multiply them by ``scale``; ``row_strides`` in elements. ``means`` (decimated
+        form of float32), one for each matrix if any, are taken out on the way, and their share is added to the result.
 
         Raises ValueError for an invalid argument, and MemoryError, before anything is written.
         """

@@ -39,7 +39,7 @@ def task_vector_sum(
         out = empty(base.shape, compute, base.device)
     else:
         _check_out(out, base, compute)
-    base, models = base.contiguous(), [model.contiguous() for model in models]
+    base, models = _prepared(base, models)
     return out, pick(backend, (base, *models)).weighted_sum(base, models, [float(weight) for weight in weights], out)
 
 
@@ -62,7 +62,7 @@ def filtered_sum(
     """
     _check_task_vectors(base, models, weights)
     out = empty(base.shape, arithmetic_of([base, *models]), base.device)
-    base, models = base.contiguous(), [model.contiguous() for model in models]
+    base, models = _prepared(base, models)
     numbers, summing = [float(weight) for weight in weights], pick("auto", (base, *models))
     if out.ndim > 1 and out.numel():
         filtering, plan = choose(response, tuple(out.shape), out.dtype, out.device, backend)
@@ -83,7 +83,7 @@ def finished(total: torch.Tensor | LateSum) -> torch.Tensor:
 def abs_means(base: torch.Tensor, models: Sequence[torch.Tensor], *, backend: str = "auto") -> list[float]:
     """``[mean |models[i] - base|]``, E(v_i) of the paper, without writing anything; inputs as in task_vector_sum."""
     _check_task_vectors(base, models)
-    base, models = base.contiguous(), [model.contiguous() for model in models]
+    base, models = _prepared(base, models)
     return pick(backend, (base, *models)).weighted_sum(base, models, None, None)
 
 
@@ -94,6 +94,7 @@ def part_means(
     _check_task_vectors(base, models)
     if base.ndim != 1 or sum(sizes) != base.numel() or not all(x.is_contiguous() for x in (base, *models)):
         raise ArgumentError(f"base must be a contiguous vector of {sum(sizes)} entries, got shape {tuple(base.shape)}")
+    base, models = _prepared(base, models)
     return pick(backend, (base, *models)).part_means(base, models, sizes)
 
 
@@ -122,11 +123,11 @@ def add_round(
         _check_out(out, base, dtype)
     for tensor, name in ((out, "dtype"), (base, "base")):
         dtype_code(tensor, name)
-    base, finite = base.contiguous(), None
+    base, finite = _plain(base), None
     if not (isinstance(delta, LateSum) and delta.add_round(out, base, scale, factor)):
         delta = finished(delta)
         dtype_code(delta, "delta")
-        finite = pick(backend, (base, delta, out)).add_round(out, base, delta.contiguous(), scale, factor)
+        finite = pick(backend, (base, delta, out)).add_round(out, base, _plain(delta), scale, factor)
     if check is not None and not finite:
         check(out)
     return out
@@ -148,7 +149,7 @@ def elect(
     """
     for tensor in (*sums, *shares):
         _check_out(tensor, delta, arithmetic_of([delta]))
-    pick("auto", (delta,)).elect(delta.contiguous(), weight, least, outlier, sums, shares)
+    pick("auto", (delta,)).elect(_plain(delta), weight, least, outlier, sums, shares)
 
 
 def decide(sums: Sequence[torch.Tensor], shares: Sequence[torch.Tensor] = ()) -> torch.Tensor:
@@ -174,16 +175,25 @@ def count_magnitudes(
     dtype_code(model, "model")
     if base is not None:
         dtype_code(base, "base")
-        base = base.contiguous()
+        base = _plain(base)
     tensors = (model,) if base is None else (model, base)
-    pick("auto", tensors).count_magnitudes(model.contiguous(), base, counts, shift, above)
+    pick("auto", tensors).count_magnitudes(_plain(model), base, counts, shift, above)
 
 
 def norm(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> float:
     """The Frobenius norm of several tensors together, summed in float64; the same for any number of threads."""
     for tensor in tensors:
         dtype_code(tensor, "tensors")
-    return math.sqrt(math.fsum(pick(backend, (x,)).square_sum(x.contiguous()) for x in tensors))
+    return math.sqrt(math.fsum(pick(backend, (x,)).square_sum(_plain(x)) for x in tensors))
+
+
+def _plain(x: torch.Tensor) -> torch.Tensor:
+    """As kernels read it: contiguous, without torch's lazy negation, which no address tells of."""
+    return x.contiguous().resolve_neg()
+
+
+def _prepared(base: torch.Tensor, models: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return _plain(base), [_plain(model) for model in models]
 
 
 def _check_task_vectors(
@@ -200,7 +210,8 @@ def _check_task_vectors(
 
 
 def _check_out(out: torch.Tensor, base: torch.Tensor, dtype: torch.dtype) -> None:
-    if out.shape != base.shape or out.dtype != dtype or out.device != base.device or not out.is_contiguous():
+    plain = out.is_contiguous() and not out.is_neg()
+    if out.shape != base.shape or out.dtype != dtype or out.device != base.device or not plain:
         raise ArgumentError(f"out must be a contiguous {dtype} tensor of shape {tuple(base.shape)} on {base.device}")
 
 

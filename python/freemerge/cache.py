@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from threading import Lock
@@ -131,3 +132,14 @@ def forget_all() -> None:
     """Clear every cache of the process; for tests."""
     for cache in list(_ALL):
         cache.clear()
+
+
+def _after_fork() -> None:
+    """A thread that the new process lacks may have held a lock, and left its change half done."""
+    for cache in list(_ALL):
+        cache._lock = Lock()
+        cache.weight = sum(entry.weight for entry in cache._entries.values())
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)

@@ -62,6 +62,11 @@ def bytes_of(x: Tensor) -> memoryview:
     return bits(x.cpu()).numpy().data
 
 
+def same_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors on one device, of any dtype, have one dtype, one shape and the same bytes."""
+    return x.dtype == y.dtype and x.shape == y.shape and torch.equal(bits(x), bits(y))
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as torch prints it, without the prefix: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
@@ -106,7 +111,9 @@ def _local(x: Tensor, name: str, error: type[FreemergeError]) -> Tensor:
 
 def _fits(x: Tensor) -> bool:
     """Whether it is contiguous in a storage that is large enough."""
-    if x.layout is not torch.strided or x.is_nested or x.is_neg() or x.is_quantized or not x.is_contiguous():
+    if x.layout is not torch.strided or x.is_nested or x.is_quantized or not x.is_contiguous():
+        return False
+    if x.is_neg() or x.is_conj():
         return False
     try:
         return x.nbytes + x.storage_offset() * x.element_size() <= x.untyped_storage().nbytes() and not x.is_meta
@@ -130,6 +137,8 @@ def _obstacle(x: Tensor) -> str | None:
         return f"is quantised ({x.dtype}); pass dequantize()"
     if x.is_neg():
         return "is a lazily negated view; pass resolve_neg()"
+    if x.is_conj():
+        return "is a lazily conjugated view; pass resolve_conj()"
     try:
         storage = x.untyped_storage()
         stored = storage.nbytes() if storage.data_ptr() else 0

@@ -9,9 +9,11 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryFile
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +24,7 @@ from .checkpoint import Checkpoint, Source
 from .errors import ArgumentError
 from .experts import Expert, ExpertBank
 from .merging.recipe import Recipe, checked_recipe
-from .merging.run import merge
+from .merging.run import merged_in_memory, open_merger
 from .methods.parameters import NUMBERS
 
 Scores = dict[str, float]
@@ -116,26 +118,41 @@ def sweep(
     *,
     backend: str = "auto",
 ) -> Sweep:
-    """Merge in memory at every scale and score the results, on data that no reported number is measured on.
+    """Merge, and score the result at every scale, on data that no reported number is measured on.
 
+    What is merged waits in a temporary file of a float32 model's size; what does not fit there is merged again.
     ``base``, ``models``, ``recipe`` and ``backend`` as for :func:`freemerge.merge`, ``function`` as for
-    :func:`evaluate`. Raises what they raise, and ArgumentError for scales that are no list of numbers.
+    :func:`evaluate`. Raises what they raise, and ArgumentError for scales that are no list of numbers, and for scores
+    of other tasks at another scale.
     """
     if NUMBERS.convert(scales) is None:
         raise ArgumentError(f"scales must be {NUMBERS.words}, got {scales!r}")
     check_function("function", function)
     recipe = checked_recipe(recipe)
     recipes = [recipe.replace(scale=scale) for scale in scales]
-    evaluations = tuple(
-        Evaluation(f"scale {chosen.scale:g}", _scores(function(merge(base, models, chosen, backend=backend))))
-        for chosen in recipes
-    )
+    evaluations: list[Evaluation] = []
+    with ExitStack() as stack:
+        merger = open_merger(stack, base, models, recipes[0], backend)
+        measured = merger.measure()
+        kept = merger.keep_in(stack.enter_context(TemporaryFile(buffering=0)))
+        for unit in merger.units:
+            if unit.by_method:
+                kept.put(unit.names, merger.task_vectors(unit, measured))
+        for scale in map(float, scales):
+            scores = _scores(function(merged_in_memory(merger, replace(measured, scale=scale))))
+            if evaluations and scores.keys() != evaluations[0].scores.keys():
+                names = [", ".join(found) for found in (evaluations[0].scores, scores)]
+                raise ArgumentError(
+                    f"the function must score the same tasks at every scale, got {' and then '.join(names)}"
+                )
+            evaluations.append(Evaluation(f"scale {scale:g}", scores))
     best = max(range(len(recipes)), key=lambda index: evaluations[index].mean)
-    return Sweep(recipes[best], evaluations)
+    return Sweep(recipes[best], tuple(evaluations))
 
 
 def load_function(reference: str) -> Callable[[dict[str, Tensor]], Any]:
-    """The function named by ``"path/to/file.py:function"`` or ``"package.module:function"``; executes that file.
+    """The function named by ``"path/to/file.py:function"`` or ``"package.module:function"``; executes that file, which
+    may import modules of its own folder meanwhile, as a script may.
 
     Raises ArgumentError if there is no such file, module or function.
     """
@@ -179,6 +196,8 @@ def _scores(returned: float | Mapping[str, float]) -> Scores:
         scores = {str(task): float(score) for task, score in found.items()}
     except (OverflowError, TypeError, ValueError):
         raise ArgumentError(f"the function must return a number or a mapping of numbers, got {returned!r}") from None
+    if len(scores) < len(found):
+        raise ArgumentError(f"the function must return a score for each name, got two for one in {returned!r}")
     if not scores or not all(map(math.isfinite, scores.values())):
         raise ArgumentError(f"the function must return finite scores, got {returned!r}")
     return scores
@@ -192,5 +211,11 @@ def _from_file(path: Path) -> object:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look a module up by its name
-    spec.loader.exec_module(module)
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # as python FILE does
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        with suppress(ValueError):  # the file may change the list itself
+            sys.path.remove(folder)
     return module

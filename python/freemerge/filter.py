@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
+from ._core import is_read_only
 from .arguments import finite_number
 from .backends.base import Backend, Executable
 from .backends.memory import matrices, multiply_
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DLPACK_CPU = 1  # kDLCPU of dlpack.h
+_LEAST_FACTOR = 2.0**-64  # that kernels multiply by, in float32
 _FLOAT_MAX = torch.finfo(torch.float32).max
 
 
@@ -63,14 +65,23 @@ class _Route:
             self.entry, executable = self._backend.entry(self.plan)
         if tensors[0].is_inference():
             with torch.inference_mode():  # only there may such tensors be written; they have no version
-                self._rearrange(executable, tensors, scale)
+                self._scale(executable, tensors, scale)
             return
-        if self._whole and scale:
+        if self._whole and abs(scale) >= _LEAST_FACTOR:
             executable.run(tensors, scale)
         else:
-            self._rearrange(executable, tensors, scale)
+            self._scale(executable, tensors, scale)
         for x in tensors:
             increment_version(x)
+
+    def _scale(self, executable: Executable, tensors: Sequence[torch.Tensor], scale: float) -> None:
+        if not 0 < abs(scale) < _LEAST_FACTOR:
+            self._rearrange(executable, tensors, scale)
+            return
+        # The transforms' own factors would make a denormal of it. A power of two rounds no result a second time.
+        mantissa, exponent = math.frexp(scale)
+        self._rearrange(executable, tensors, mantissa)
+        multiply_(tensors, math.ldexp(1.0, exponent))
 
     def _rearrange(self, executable: Executable, tensors: Sequence[torch.Tensor], scale: float) -> None:
         layout = self.plan.layout
@@ -104,7 +115,8 @@ def filter_(x: T, response: Response, *, scale: float = 1.0, backend: str = "aut
     updated as an optimizer does, outside autograd. A non-finite entry spreads over its matrix, or over as much of it as
     the filter's gains mix with it; nothing here looks for one. The result does not depend on the number of threads.
     Within torch.compile each tensor is one node of the graph, ``torch.ops.freemerge.filter_``, and tensors that share
-    memory are not found out.
+    memory are not found out. Where memory runs out, or a call is interrupted, some matrices of a list or a batch may
+    have been filtered and others not, each of them as a whole on a CPU.
 
     Raises:
         ArgumentError: an argument is invalid, named in the message; nothing has been written.
@@ -331,12 +343,12 @@ def _is_traced(x: object) -> bool:
 
 
 def _is_read_only(item: Any) -> bool:
-    """Whether a DLPack producer says so; torch does not look at its flag, NumPy does."""
+    """Whether a DLPack producer says so, which torch does not look at. One of before DLPack 1.0 cannot."""
     if item.__dlpack_device__()[0] != _DLPACK_CPU:
         return False
     try:
-        return not np.from_dlpack(item).flags.writeable
-    except (BufferError, RuntimeError, TypeError):  # a dtype that NumPy lacks
+        return is_read_only(item.__dlpack__(max_version=(1, 0)))
+    except (BufferError, RuntimeError, TypeError):  # which has no versions, or what torch will be refused, too
         return False
 
 

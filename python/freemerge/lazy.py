@@ -1,4 +1,4 @@
-"""What takes long to import, torch above all, is imported when it is first used: `freemerge --help` needs none of it.
+"""What is made when it is first used. Imports that take long, torch's above all: `freemerge --help` needs none of them.
 
 What declares options takes torch from here, and imports the rest of the package where it is used.
 """
@@ -13,8 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from functools import cached_property
+
     import torch
 else:
+
+    class cached_property:
+        """That of functools as it is from Python 3.12 on: before, all objects of a class share a lock, which a forked
+        process takes over as another thread holds it, and waits for. Two threads may make a value once each."""
+
+        def __init__(self, function: Callable[[Any], Any]) -> None:
+            self._function, self.__doc__ = function, function.__doc__
+
+        def __set_name__(self, owner: type, name: str) -> None:
+            self._name = name
+
+        def __get__(self, instance: Any, owner: type | None = None) -> Any:
+            if instance is None:
+                return self
+            value = instance.__dict__[self._name] = self._function(instance)  # found before this from now on
+            return value
 
     class _Torch:
         def __getattr__(self, name: str) -> Any:
@@ -24,7 +42,7 @@ else:
 
     torch = _Torch()
 
-__all__ = ["attach", "torch"]
+__all__ = ["attach", "cached_property", "torch"]
 
 
 def attach(package: str, file: str) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:

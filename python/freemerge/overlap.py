@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
+
+_PERIODS = 4  # strides that are tried for telling interleaved tensors apart
 
 
 def internal_overlap(shape: Sequence[int], strides: Sequence[int]) -> bool:
@@ -30,18 +35,86 @@ def overlapping_pair(tensors: Sequence[torch.Tensor]) -> tuple[int, int] | None:
 
 def overlapping_pairs(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
     """Indices of every two."""
-    spans = sorted((str(x.device), *_span(x), i) for i, x in enumerate(tensors))
-    open_spans: list[tuple[str, int, int, int]] = []
-    for span in spans:
-        open_spans = [other for other in open_spans if other[0] == span[0] and other[2] > span[1]]
-        for other in open_spans:
-            if np.shares_memory(np.asarray(_Layout(tensors[other[3]])), np.asarray(_Layout(tensors[span[3]]))):
-                yield min(other[3], span[3]), max(other[3], span[3])
-        open_spans.append(span)
+    layouts: dict[int, npt.NDArray[np.void]] = {}
+
+    def layout(i: int) -> npt.NDArray[np.void]:
+        if i not in layouts:
+            layouts[i] = np.asarray(_Layout(tensors[i]))
+        return layouts[i]
+
+    for spans in _clusters(tensors):
+        seen = set()
+        for one, other in _meeting(spans):
+            pair = min(one.index, other.index), max(one.index, other.index)
+            if one.begin < other.end and other.begin < one.end and pair not in seen:
+                seen.add(pair)
+                if np.shares_memory(layout(pair[0]), layout(pair[1])):
+                    yield pair
 
 
-def _span(x: torch.Tensor) -> tuple[int, int]:
-    return x.data_ptr(), x.data_ptr() + extent(x.shape, x.stride()) * x.element_size()
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The bytes from the first to the last entry of a tensor; ``axes`` are strides in bytes, and steps along each."""
+
+    begin: int
+    end: int
+    index: int
+    itemsize: int
+    axes: tuple[tuple[int, int], ...]
+
+    def arc(self, period: int) -> int:
+        """Bytes from the first to the last of its entries on a circle on which memory is wound up."""
+        return self.itemsize + sum(stride * steps for stride, steps in self.axes if stride % period)
+
+
+def _clusters(tensors: Sequence[torch.Tensor]) -> Iterator[list[_Span]]:
+    """Tensors whose spans meet, or meet the same ones, two at least."""
+    spans = []
+    for i, x in enumerate(tensors):
+        size, begin = x.element_size(), x.data_ptr()
+        axes = tuple((stride * size, n - 1) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1)
+        spans.append((str(x.device), begin, _Span(begin, begin + extent(x.shape, x.stride()) * size, i, size, axes)))
+    spans.sort(key=lambda span: span[:2])
+    cluster: list[_Span] = []
+    device, end = "", 0
+    for name, begin, span in spans:
+        if name != device or begin >= end:
+            if len(cluster) > 1:
+                yield cluster
+            cluster, device, end = [], name, span.end
+        cluster.append(span)
+        end = max(end, span.end)
+    if len(cluster) > 1:
+        yield cluster
+
+
+def _meeting(spans: Sequence[_Span]) -> Iterator[tuple[_Span, _Span]]:
+    """Every two that may share memory, and others.
+
+    Spans of interleaved views, as columns of a matrix, all meet. With memory wound up on a circle of a row's length
+    each column keeps to an arc of its own: whichever line or circle is covered least tells most of them apart.
+    """
+    length = max(span.end for span in spans) - spans[0].begin
+    strides = Counter(stride for span in spans for stride, _ in span.axes).most_common(_PERIODS)
+    covered = {stride: sum(min(1.0, span.arc(stride) / stride) for span in spans) for stride, _ in strides}
+    covered[0] = sum((span.end - span.begin) / length for span in spans)
+    period = min(covered, key=lambda stride: covered[stride])
+    pieces = []
+    for i, span in enumerate(spans):
+        begin, end = span.begin, span.end
+        if period:
+            begin %= period
+            end = begin + min(span.arc(period), period)
+            if end > period:
+                pieces.append((0, end - period, i))
+                end = period
+        pieces.append((begin, end, i))
+    pieces.sort()
+    entered: list[tuple[int, int, int]] = []
+    for piece in pieces:
+        entered = [other for other in entered if other[1] > piece[0]]
+        yield from ((spans[other[2]], spans[piece[2]]) for other in entered if other[2] != piece[2])
+        entered.append(piece)
 
 
 class _Layout:

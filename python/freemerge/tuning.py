@@ -70,14 +70,16 @@ def tune(
         function: called with a state dict as :func:`freemerge.merge` returns it, whose tensors require gradients;
             yields the logits [..., classes] of unlabelled batches, as a rule one of each task, each from a forward pass
             of its own (``torch.func.functional_call``), or returns those of a single batch. A class at -inf is ruled
-            out. It is called once an iteration, and should go on with other batches.
+            out. It is called once an iteration, and should go on with other batches. Gradients go to the state dict's
+            tensors alone.
         by: one weight for each ``"task"``, or one for each task in each ``"layer"``: tensors that share their name up
-            to the first number, as ``encoder.layer.3.``, are a layer; all others together are one more.
+            to the first number, as ``encoder.layer.3.``, are a layer; all others together are one more. The logits must
+            depend on each; of tensors with action "copy" nothing is learnt.
         iterations, rate: of Adam.
 
     Raises:
-        ArgumentError: a method that is not linear; batches that are no logits, do not depend on the weights, or give
-            entropies that are not finite. Otherwise as :func:`freemerge.merge`.
+        ArgumentError: a method that is not linear; batches that are no logits, do not depend on the weights, share a
+            forward pass, or give entropies that are not finite. Otherwise as :func:`freemerge.merge`.
     """
     if by not in ("task", "layer"):
         raise ArgumentError(f"by must be 'task' or 'layer', got {by!r}")
@@ -89,25 +91,29 @@ def tune(
     if recipe.layers:
         raise ArgumentError("layers: these weights are what is learnt; start from a recipe without them")
     if not recipe.merging.linear:
-        hint = "give it renormalize none" if recipe.method.name == "fr" and recipe.renormalize is not None else _LINEAR
+        hint = recipe.method.linear_hint or _LINEAR
         raise ArgumentError(f"method {recipe.method.name} as it is here is not linear in the weights; {hint}")
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe, backend)
         measured = merger.measure()
         start = [measured.scale * weight for weight in measured.weights]
         parts = _parts(merger)
+        if not parts:
+            raise ArgumentError("select: every tensor is copied or left out, which leaves no weights to learn")
         patterns = list(dict.fromkeys(_pattern(name) for name in parts)) if by == "layer" else []
         group = {name: patterns.index(_pattern(name)) if patterns else 0 for name in parts}
         weights = torch.tensor([start] * max(1, len(patterns)), dtype=torch.float64, device="cpu")
         fixed = _fixed(merger, measured, parts)
         optimizer = torch.optim.Adam([weights], lr=rate)
-        entropies = []
+        entropies: list[float] = []
         for _ in range(iterations):
             merged = {
                 name: _merged(merger, name, _product(weights[group[name]].to(part.dtype), part))
                 for name, part in parts.items()
             }
             entropies.append(_descend(merger, fixed, merged, function))
+            if len(entropies) == 1:
+                _check_gradients(merged, group, patterns)
             weights.grad = torch.zeros_like(weights)
             for name, part in parts.items():
                 gradient = merged[name].grad
@@ -173,13 +179,41 @@ def _descend(merger: Merger, fixed: dict[str, Tensor], merged: dict[str, Tensor]
         for logits in [batches] if isinstance(batches, Tensor) else batches:  # not its rows, which share a graph
             entropy = _entropy(logits)
             entropies.append(float(entropy.detach()))
-            entropy.backward()  # type: ignore[no-untyped-call]
+            _backward(entropy, list(merged.values()))
     if not entropies:
         raise ArgumentError("the function must yield the logits of at least one batch")
     for tensor in merged.values():
         if tensor.grad is not None:
             tensor.grad /= len(entropies)
     return fmean(entropies)
+
+
+def _backward(entropy: Tensor, merged: list[Tensor]) -> None:
+    """Add to the gradients of the merged tensors, and of nothing else that the function works with."""
+    try:
+        entropy.backward(inputs=merged)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise ArgumentError(
+            "the function's batches share a forward pass, of which only the first has gradients: yield each after one "
+            "of its own"
+        ) from error
+
+
+def _check_gradients(merged: dict[str, Tensor], group: dict[str, int], patterns: list[str]) -> None:
+    """ArgumentError if no logits depend on the tensors of a weight."""
+    reached = {group[name] for name, tensor in merged.items() if tensor.grad is not None}
+    if not reached:
+        raise ArgumentError(
+            "the function's logits do not depend on the weights, of which load_state_dict makes copies; see "
+            "torch.func.functional_call"
+        )
+    missed = [pattern or "all others" for i, pattern in enumerate(patterns) if i not in reached]
+    if missed:
+        raise ArgumentError(
+            f"the function's logits do not depend on the weights of {', '.join(missed)}; action copy leaves them out"
+        )
 
 
 def _entropy(logits: object) -> Tensor:

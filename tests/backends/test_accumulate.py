@@ -177,6 +177,37 @@ def test_a_non_finite_mean_marks_the_model_that_is_not_finite(backend: str, bad:
     assert not any(math.isfinite(mean) for mean in accumulate.abs_means(base, models, backend=backend))
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu", "cuda-emulated"], indirect=True)
+def test_torchs_lazy_negation_is_heeded(backend: str) -> None:
+    def lazily(x: torch.Tensor) -> torch.Tensor:
+        negated: torch.Tensor = torch._neg_view(-x)
+        assert negated.is_neg()
+        return negated
+
+    base, model = torch.randn(100), torch.randn(100)
+    expected, means = accumulate.task_vector_sum(base, [model], [0.5], backend=backend)
+    for x, y in ((lazily(base), model), (base, lazily(model))):
+        found = accumulate.task_vector_sum(x, [y], [0.5], backend=backend)
+        assert torch.equal(found[0], expected)
+        assert found[1] == means == accumulate.abs_means(x, [y], backend=backend)
+        assert accumulate.part_means(x, [y], [100], backend=backend) == [means]
+        total = accumulate.finished(accumulate.filtered_sum(x, [y], [0.5], fm.HighPass(0.1), backend=backend)[0])
+        assert torch.equal(total, accumulate.filtered_sum(base, [model], [0.5], fm.HighPass(0.1), backend=backend)[0])
+        rounded = accumulate.add_round(x, y, 2.0, torch.bfloat16, backend=backend)
+        assert torch.equal(rounded, accumulate.add_round(base, model, 2.0, torch.bfloat16, backend=backend))
+        counts = [torch.zeros(256, dtype=torch.int64) for _ in range(2)]
+        for both, into in zip(((x, y), (base, model)), counts, strict=True):
+            accumulate.count_magnitudes(both[1], both[0], into, 23, 0)
+        assert torch.equal(*counts)
+    assert accumulate.norm([lazily(base)], backend=backend) == accumulate.norm([base], backend=backend)
+    sums = torch.zeros(2, 2, 100)
+    accumulate.elect(lazily(base), 1.0, sums[0].unbind(0))
+    accumulate.elect(base, 1.0, sums[1].unbind(0))
+    assert torch.equal(*sums)
+    with pytest.raises(ArgumentError, match="out must be"):
+        accumulate.task_vector_sum(base, [model], [0.5], out=lazily(base), backend=backend)
+
+
 def test_bad_arguments_are_named() -> None:
     x, elsewhere = torch.zeros(4), torch.empty(4, device="meta")
     for call, message in [

@@ -33,7 +33,6 @@ LARGE = {
     ("spread_rows", "Li12E"): 168,
     ("spread_rows", "kernel"): 128,
     ("interpolate", "Li12E"): 168,
-    ("interpolate_squares", "kernel"): 168,
     ("interpolate_added", "kernel"): 168,
     ("interpolate", "kernel"): 128,
 }
@@ -151,7 +150,6 @@ def test_blocks_of_the_windowed_passes_share_a_multiprocessor(
     passes = {
         "spread_rows_kernel": (64, 0, 8 if taps < 12 else 6),
         "interpolate_kernel": (64, weights, 8 if taps < 12 else 6),
-        "interpolate_squares_kernel": (64, weights + 16, 5),
         "interpolate_added_kernel": (64, weights, 5),
         "spread_sum_kernel": (128, sums, 5),
     }

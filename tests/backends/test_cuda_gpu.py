@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ import freemerge as fm
 import freemerge.experts as fx
 from cases import RESPONSES
 from freemerge.accumulate import LateSum, add_round, filtered_sum, norm, task_vector_sum
+from freemerge.backends import registry
+from freemerge.backends.cuda import CudaBackend
 from freemerge.backends.registry import named
 from freemerge.backends.sparse import SparseVector, Update
+from freemerge.backends.torch import TorchBackend
 from freemerge.experts.select import select_largest
 from freemerge.planner.forms import candidates
 from freemerge.responses import Response
@@ -167,10 +171,32 @@ def test_sums_selection_and_sparse_updates_are_those_of_torch() -> None:
     assert torch.equal(weights, base)
 
 
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Three kernels are chosen wherever they can."""
+    monkeypatch.setenv("FREEMERGE_CUDA_TRANSFORMS", "own")
+    with registry.using(CudaBackend(), TorchBackend()):
+        yield
+
+
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (50257, 768)], ids=str)
 def test_sum_and_filter_at_once_are_both_one_after_the_other(shape: tuple[int, int]) -> None:
-    response, weights = fm.HighPass(0.05), [0.2, -0.1, 0.5, 0.4]
-    assert fm.explain(shape, response, device="cuda", backend="cuda").form == "decimated"
+    assert fm.explain(shape, fm.HighPass(0.05), device="cuda", backend="cuda").form == "decimated"
+    _sum_and_filter_at_once(shape, fm.HighPass(0.05))
+
+
+@pytest.mark.parametrize("response", [fm.HighPass(0.05), fm.HighPass(0.4), fm.Butterworth(0.1)], ids=str)
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 11008), (1009, 1012)], ids=str)
+def test_three_kernels_sum_and_filter_at_once_and_add_the_base(
+    own: None, shape: tuple[int, int], response: fm.Response
+) -> None:
+    assert fm.explain(shape, response, device="cuda", backend="cuda").tiles is not None
+    _sum_and_filter_at_once(shape, response)
+    _last_pass_adds_the_base(shape, response, torch.bfloat16)
+
+
+def _sum_and_filter_at_once(shape: tuple[int, int], response: fm.Response) -> None:
+    weights = [0.2, -0.1, 0.5, 0.4]
     base, *models = (matrix(*shape, dtype=torch.bfloat16, seed=seed) for seed in range(5))
     want, want_means = task_vector_sum(base, models, weights)
     want_before = norm([want])
@@ -178,7 +204,7 @@ def test_sum_and_filter_at_once_are_both_one_after_the_other(shape: tuple[int, i
     got, means, norms = finished_sum(base, models, weights, response)
     assert float((got - want).norm() / want.norm()) < 1e-6
     assert means == pytest.approx(want_means, rel=1e-12)
-    assert norms == pytest.approx((want_before, norm([got])), rel=1e-12)
+    assert norms == (pytest.approx(want_before, rel=1e-12), pytest.approx(norm([got]), rel=1e-6))
     again, *_ = finished_sum(base, models, weights, response)
     assert torch.equal(again, got)
 
@@ -188,6 +214,10 @@ def test_sum_and_filter_at_once_are_both_one_after_the_other(shape: tuple[int, i
     ("shape", "response"), [((4096, 11008), fm.HighPass(0.05)), ((50257, 768), fm.Butterworth(0.1))], ids=str
 )
 def test_the_last_pass_adds_the_base(shape: tuple[int, int], response: fm.Response, dtype: torch.dtype) -> None:
+    _last_pass_adds_the_base(shape, response, dtype)
+
+
+def _last_pass_adds_the_base(shape: tuple[int, int], response: fm.Response, dtype: torch.dtype) -> None:
     weights = [0.2, -0.1, 0.5, 0.4]
     base, *models = (matrix(*shape, dtype=torch.bfloat16, seed=seed) for seed in range(5))
     want, *_ = finished_sum(base, models, weights, response)

@@ -97,6 +97,33 @@ def test_copies_are_found_under_any_name(other: str) -> None:
         assert all(torch.equal(merged[name], tensor) for name, tensor in tuned.items())
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("name", ["complex32", "float4_e2m1fn_x2", "float8_e4m3fn"])
+def test_copies_are_found_in_any_dtype(name: str) -> None:
+    dtype = getattr(torch, name, None)
+    if dtype is None:
+        pytest.skip(f"this torch has no {name}")
+    raw = torch.arange(64, dtype=torch.uint8).view(4, 16).view(dtype)
+    base = {"w": torch.randn(4, 4), "codes": raw}
+    copied, other = (base | {"second": second.view(dtype)} for second in (raw.clone(), raw.view(torch.uint8) ^ 1))
+    assert fm.merge(base, [copied]).keys() == base.keys()
+    assert fm.merge(copied, [base]).keys() == copied.keys()
+    with pytest.raises(fm.CheckpointError, match="second"):
+        fm.merge(base, [other])
+
+
+def test_a_copy_is_one_bit_for_bit() -> None:
+    first = torch.randn(9, 4)
+    first[8, 0], first[8, 1] = torch.nan, 0.0  # behind the bytes that are looked at first
+    negated = first.clone()
+    negated[8, 1] = -0.0
+    base = {"w": torch.randn(4, 4), "a": first}
+    drop = fm.Recipe(select=[fm.Rule("a", "copy")])
+    assert fm.merge(base, [base | {"b": first.clone()}], drop).keys() == base.keys()
+    with pytest.raises(fm.CheckpointError, match=r"\bb\b"):
+        fm.merge(base, [base | {"b": negated}], drop)
+
+
 # Models of transformers
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -343,6 +346,23 @@ def test_another_merged_model_or_a_rounded_one_is_noticed() -> None:
             torch.testing.assert_close(rounded[name].float(), merged[name] + change, rtol=2e-2, atol=2e-2)
     with pytest.raises(CheckpointError, match=r"backbone .*: tensor 'a"):
         fx.ExpertBank(rounded, experts, base=base, backbone={"b.weight": merged["b.weight"]})
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+def test_a_copy_has_the_directions_that_were_found_before_rounding(copied: Callable[[fx.ExpertBank], Any]) -> None:
+    base, models = apart()
+    module = nn.Linear(24, 24)
+    names = {"w": "weight", "b": "bias"}
+    start, *others = [{names[name]: t for name, t in state.items()} for state in (base, *models.values())]
+    merged = fm.merge(start, others, fm.Recipe(method="jsv"), into=module)
+    experts = fx.extract_experts(start, dict(zip(models, others, strict=True)), values="gains", backbone=merged)
+    bank = fx.ExpertBank(module, experts, base=start)
+    module.to(torch.bfloat16).to(torch.float32)
+    other = copied(bank)
+    with bank.active("t0"), other.active("t1"):  # the models are two
+        assert not torch.equal(bank._model.weight, other._model.weight)
+    with bank.active("t1"), other.active("t1"):
+        assert torch.equal(bank._model.weight, other._model.weight)
 
 
 def test_a_task_that_was_not_merged_has_no_gains() -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections import UserDict, namedtuple
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,43 @@ def test_models_that_deltas_would_get_wrong_are_switched(kind: type[Sequences], 
         routed = routed_model(ids)
         assert model.passes - before == passes
         assert_rows(bank, model, ids, routed)
+
+
+class Shortcut(Sequences):
+    """It computes with a parameter itself where a keyword says so, or in training."""
+
+    def forward(self, ids: Tensor, *, attention_mask: Tensor | None = None, fast: bool = False) -> dict[str, Any]:
+        self.passes += 1
+        states = self.embed(ids)
+        states = nn.functional.linear(states, self.mix.weight) if fast or self.training else self.mix(states)
+        return {"logits": self.head(torch.tanh(states).mean(1)), "loss": None}
+
+
+def test_each_way_through_the_modules_is_looked_at(router: Router) -> None:
+    torch.manual_seed(4)
+    model = Shortcut().eval()
+    bank = make_bank(model, TASKS)
+    features, _ = blobs(6, seed=9)
+    routed = RoutedModel(
+        model, bank, replace(router, mode="softmax", temperature=20.0), features=lambda ids, fast=False: features
+    )
+    ids = torch.arange(36).view(6, 6) % 11
+    for fast, training, passes in (
+        (False, False, 2),
+        (True, False, 7),
+        (False, True, 7),
+        (False, False, 1),
+        (True, False, 6),
+        (False, True, 6),
+    ):
+        model.train(training)
+        before = model.passes
+        result = routed(ids, fast=fast)
+        assert model.passes - before == passes
+        for row, weights in enumerate(result.weights.tolist()):
+            with bank.active(dict(zip(result.tasks, weights, strict=True))):
+                alone = model(ids[row : row + 1], fast=fast)["logits"][0]
+            torch.testing.assert_close(result.output["logits"][row], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_replacing_experts_are_switched(sequences: Sequences) -> None:
@@ -244,6 +282,8 @@ def test_misfits_are_named(router: Router, sequences: Sequences) -> None:
         RoutedModel(sequences, bank, lambda f: [1.0, 0.0], features=by_first_token)(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ArgumentError, match="features must return a tensor, got NoneType"):
         RoutedModel(sequences, bank, lambda f: f, features=lambda x: None)(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(ArgumentError, match="features must return a tensor with a row for each sample"):
+        RoutedModel(sequences, bank, lambda f: f, features=lambda x: torch.tensor(1.0))(torch.zeros(2, 3))
     with pytest.raises(ArgumentError, match="empty"):
         RoutedModel(sequences, bank, lambda f: torch.ones(len(f), 2), features=by_first_token)(
             torch.zeros(0, 3, dtype=torch.long)

@@ -23,6 +23,24 @@ def test_a_fitted_router_tells_held_out_tasks_apart(router: Router) -> None:
     assert sorted(router.tasks) == sorted(TASKS)
 
 
+@pytest.mark.parametrize(("constant", "noise"), [(0.0, 0.0), (7.0, 0.0), (1e6, 0.05), (0.0, 1e-5), (1e-30, 1e-33)])
+def test_features_that_were_constant_in_the_fit_have_no_say(constant: float, noise: float) -> None:
+    """Rounding and what is as small leave nothing to compare with, such as units of a ReLU that were off."""
+    generator = torch.Generator().manual_seed(0)
+    features, ids = blobs(150, seed=0)
+    quiet = constant + noise * torch.randn(150, 5, generator=generator)
+    router = Router.fit(torch.cat([features, quiet], 1), ids, hidden=16, steps=100)
+    held_out, expected = blobs(300, seed=1)
+    for later in (0.0, 1.0, -1e5):
+        chosen = router(torch.cat([held_out, torch.full((300, 5), constant + later)], 1)).argmax(1).tolist()
+        assert sum(router.tasks[a] == b for a, b in zip(chosen, expected, strict=True)) >= 297
+    small = Router.fit(features * 1e-9, ids, hidden=16, steps=100)  # all of them, and so none is
+    chosen = small(held_out * 1e-9).argmax(1).tolist()
+    assert sum(small.tasks[a] == b for a, b in zip(chosen, expected, strict=True)) >= 297
+    assert router.tensors.keys() == small.tensors.keys()
+    assert Router.fit(torch.ones(3, 2), ["a", "b", "a"], steps=1)(torch.zeros(1, 2)).shape == (1, 2)
+
+
 @pytest.mark.parametrize("first", [("cats", "birds", "dogs"), ("dogs", "cats", "birds")])
 def test_tasks_keep_the_order_in_which_they_first_appear(first: tuple[str, ...]) -> None:
     features, ids = blobs(30, seed=5)

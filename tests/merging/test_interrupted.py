@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import freemerge as fm
+from freemerge.checkpoint import Checkpoint
+from freemerge.checkpoint.adapter_config import AdapterConfig
 from freemerge.checkpoint.journal import JOURNAL
 from freemerge.checkpoint.staging import hidden
 
@@ -334,6 +336,73 @@ def test_what_another_backend_began_is_not_continued(
         merged(models, tmp_path / "out", resume=True, backend="torch")
 
 
+def test_what_another_transformers_began_is_not_continued(
+    models: list[Path],
+    tmp_path: Path,
+    killed: Callable[[list[Path], Path, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its classes say which way layers are stored, what is tied, and how files hold it."""
+    killed(models, tmp_path / "out", 5)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
+    with pytest.raises(fm.RefusedError, match="as other versions made it"):
+        merged(models, tmp_path / "out", resume=True)
+
+
+@pytest.fixture
+def changing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter of the first layer whose config says something else as soon as it has been read."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    config, options = folder / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    config.write_text(json.dumps(options))
+    factors = {"A": torch.ones(2, 512), "B": torch.ones(512, 2)}
+    save_file(
+        {f"base_model.model.l.0.lora_{half}.weight": tensor for half, tensor in factors.items()},
+        folder / "adapter_model.safetensors",
+    )
+    read = AdapterConfig.read
+
+    def once(path: Path) -> AdapterConfig:
+        found = read(path)
+        monkeypatch.setattr(AdapterConfig, "read", staticmethod(read))
+        config.write_text(json.dumps(options | {"lora_alpha": 10}))
+        return found
+
+    monkeypatch.setattr(AdapterConfig, "read", staticmethod(once))
+    return folder
+
+
+@pytest.fixture
+def base_of_the_adapter(models: list[Path], tmp_path: Path) -> Path:
+    path = tmp_path / "base.safetensors"
+    save_file({name.replace(".w", ".weight"): tensor for name, tensor in load_file(models[0]).items()}, path)
+    return path
+
+
+def test_a_manifest_names_no_config_that_was_not_read(
+    base_of_the_adapter: Path, changing: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(fm.CheckpointError, match=r"adapter_config\.json changed while it was being read"):
+        merged([base_of_the_adapter, changing], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_configs_are_not_mixed(
+    base_of_the_adapter: Path, changing: Path, tmp_path: Path, killed: Callable[[list[Path], Path, int], None]
+) -> None:
+    killed([base_of_the_adapter, changing], tmp_path / "out", 5)
+    with pytest.raises(fm.RefusedError, match="as other inputs made it"):
+        merged([base_of_the_adapter, changing], tmp_path / "out", resume=True)
+
+
+def test_a_file_that_is_given_twice_and_changes_in_between(models: list[Path], tmp_path: Path) -> None:
+    base = Checkpoint.open(models[0])
+    os.utime(models[0])
+    with pytest.raises(fm.CheckpointError, match=r"0\.safetensors changed while it was being read"):
+        merged([base, models[1], models[0]], tmp_path / "out")  # type: ignore[list-item]
+
+
 def test_no_file_of_a_model_is_taken_for_the_journal(models: list[Path], tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     models[0].rename(tmp_path / "base" / "model.safetensors")
@@ -368,13 +437,13 @@ def test_an_input_that_is_cut_short_while_it_is_read(
     slow(models)
     fetched, count = pinned.fetched, 0
 
-    def cut(tensor: torch.Tensor, origin: str) -> torch.Tensor:
+    def cut(tensor: torch.Tensor, source: Checkpoint, name: str) -> torch.Tensor:
         """The file shrinks between the mapping of its last tensors and their reading."""
         nonlocal count
-        count += origin.endswith(f"{index}.safetensors")
+        count += source.path == models[index]
         if count == 20:
             os.truncate(models[index], 100_000_000)
-        return fetched(tensor, origin)
+        return fetched(tensor, source, name)
 
     monkeypatch.setattr(pinned, "fetched", cut)
     message = rf"{index}\.safetensors (was cut short|changed) while it was being read"

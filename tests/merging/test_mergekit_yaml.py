@@ -216,6 +216,12 @@ def test_a_list_of_numbers_is_a_gradient_over_the_layers(where: dict[str, Any], 
         ({"merge_method": "ties", "parameters": {"rescale": True}}, "rescale"),
         ({"merge_method": "ties", "parameters": {"normalize": False}}, "normalize"),
         ({"dtype": "int8"}, "out_dtype must be"),
+        ({"models": [{"model": "math", "density": 0.1, "parameters": {"weight": 1}}]}, "models: density: unknown here"),
+        ({"models": [{"model": "math", "revision": "abc"}]}, "models: revision: unknown here"),
+        (
+            {"models": [{"model": "math", "parameters": {"weight": 1, "lambda": 9}}]},
+            "parameters: lambda is of all models in task_arithmetic, not of one alone",
+        ),
     ],
 )
 def test_what_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

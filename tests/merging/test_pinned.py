@@ -20,7 +20,7 @@ import emulated
 import freemerge as fm
 from freemerge.backends import registry
 from freemerge.backends.torch import TorchBackend
-from freemerge.checkpoint import Checkpoint
+from freemerge.checkpoint import Checkpoint, Inputs
 from freemerge.merging import pinned
 from freemerge.merging.engine import Merger
 from freemerge.merging.units import Unit
@@ -100,7 +100,7 @@ def test_every_tensor_is_read_from_its_copy(
 
 @pytest.mark.parametrize("memory", [0, 20_000, 10**9])
 def test_one_unit_more_or_what_memory_takes_is_copied_ahead(files: list[Path], copies: Copies, memory: int) -> None:
-    merger = Merger(*_opened(files), fm.Recipe(method="task_arithmetic"), memory=memory)
+    merger = Merger(Inputs(*_opened(files)), fm.Recipe(method="task_arithmetic"), memory=memory)
     units = [unit for unit in merger.steps if unit.action != "copy"]
     sizes = {unit: 4 * sum(NBYTES[name] for name in unit.names) for unit in units}
     ahead = []
@@ -115,7 +115,7 @@ def test_one_unit_more_or_what_memory_takes_is_copied_ahead(files: list[Path], c
 
 
 def test_a_file_that_lost_its_end_is_named_and_nothing_is_left(files: list[Path], copies: Copies) -> None:
-    merger = Merger(*_opened(files), fm.Recipe(method="task_arithmetic"))
+    merger = Merger(Inputs(*_opened(files)), fm.Recipe(method="task_arithmetic"))
     whole = files[2].read_bytes()
     files[2].write_bytes(whole[:-2000])
     with pytest.raises(fm.CheckpointError, match=r"2\.safetensors"):
@@ -126,7 +126,7 @@ def test_a_file_that_lost_its_end_is_named_and_nothing_is_left(files: list[Path]
 
 
 def test_who_stops_early_leaves_nothing(files: list[Path], copies: Copies) -> None:
-    merger = Merger(*_opened(files), fm.Recipe(method="task_arithmetic"), memory=10**9)
+    merger = Merger(Inputs(*_opened(files)), fm.Recipe(method="task_arithmetic"), memory=10**9)
     ahead = merger.ahead(merger.steps)
     assert isinstance(next(ahead), Unit)
     assert merger._pinned._copies
@@ -136,7 +136,7 @@ def test_who_stops_early_leaves_nothing(files: list[Path], copies: Copies) -> No
 
 
 def test_one_pass_within_another_has_copies_of_its_own(files: list[Path], copies: Copies) -> None:
-    merger = Merger(*_opened(files), fm.Recipe(method="task_arithmetic"))
+    merger = Merger(Inputs(*_opened(files)), fm.Recipe(method="task_arithmetic"))
     for unit in merger.ahead(merger.steps):
         of_outer = merger._pinned._copies
         for _ in merger.ahead(merger.steps[:2]):
@@ -148,7 +148,7 @@ def test_one_pass_within_another_has_copies_of_its_own(files: list[Path], copies
 
 def test_a_model_that_is_given_twice_is_copied_once(files: list[Path], copies: Copies) -> None:
     base, (model, *_) = _opened(files)
-    merger = Merger(base, [model, model], fm.Recipe(method="task_arithmetic"))
+    merger = Merger(Inputs(base, [model, model]), fm.Recipe(method="task_arithmetic"))
     for unit in merger.ahead(merger.steps):
         merger.merged(unit, Measured((1.0, 1.0)))
     assert len(copies.made) == 2 * len(SHAPES)
@@ -159,9 +159,9 @@ def test_what_goes_to_a_gpu(files: list[Path], monkeypatch: pytest.MonkeyPatch) 
     base, models = _opened(files)
     recipe = fm.Recipe(method="task_arithmetic")
     in_memory = Checkpoint.open(_state(files[0]))
-    here = Merger(base, models, recipe)
+    here = Merger(Inputs(base, models), recipe)
     monkeypatch.setattr(Merger, "_device", lambda self, name: torch.device("meta" if self is not here else "cpu"))
-    there, of_memory = Merger(base, models, recipe), Merger(in_memory, models, recipe)
+    there, of_memory = Merger(Inputs(base, models), recipe), Merger(Inputs(in_memory, models), recipe)
     copied = [unit for unit in there.units if unit.action == "copy"]
     assert len(copied) == 1
     for unit in there.units:
@@ -175,7 +175,7 @@ def test_what_goes_to_a_gpu(files: list[Path], monkeypatch: pytest.MonkeyPatch) 
 
 def test_small_tensors_are_not_worth_a_copy(files: list[Path], copies: Copies, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "LEAST_BYTES", NBYTES["a.weight"])
-    merger = Merger(*_opened(files), fm.Recipe(method="task_arithmetic"))
+    merger = Merger(Inputs(*_opened(files)), fm.Recipe(method="task_arithmetic"))
     for unit in merger.ahead(merger.steps):
         merger.merged(unit, Measured((1.0, 1.0, 1.0)))
     assert {name for _, name in copies.made} == {"a.weight", "e.weight"}

@@ -128,6 +128,14 @@ def test_an_estimate_goes_by_no_name_and_overflows_nothing(recipe: fm.Recipe) ->
     assert found.merge > 0
 
 
+def test_a_fault_of_ours_is_no_missing_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from freemerge.merging.engine import Merger
+
+    monkeypatch.setattr(Merger, "measure", lambda self: {}["name"])
+    with pytest.raises(KeyError):
+        pace(fm.Recipe(), 2, "auto")
+
+
 def test_without_an_estimate_a_merge_runs(models: list[str], tmp_path: Path) -> None:
     recipe = fm.Recipe(fm.Custom(torch.ones(64, 48).numpy()))  # a mask for these matrices alone
     assert pace(recipe, 2, "auto") is None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import freemerge as fm
 from freemerge import accumulate
-from freemerge.checkpoint import Checkpoint, TensorSpec, verify
+from freemerge.checkpoint import Checkpoint, Inputs, TensorSpec, verify
 from freemerge.merging.engine import Merger
 from freemerge.merging.units import plan_units
 from reference import reference_merge
@@ -92,6 +92,13 @@ RECIPES = {
     "selected": fm.Recipe(
         select=[("embed.*", "merge"), ("mlp.up.weight", "copy"), ("*.bias", "filter"), ("conv.*", "filter")]
     ),
+    **{
+        f"stacked, per tensor, {stats}{', elected' * election}": fm.Recipe(
+            scope="tensor", stats=stats, sign_election=election, views=[fm.Stack(("*.q.weight", "*.k.weight"))]
+        )
+        for stats in ("raw", "filtered")
+        for election in (False, True)
+    },
     "stacked, aligned": fm.Recipe(align=True, views=[fm.Stack(("*.q.weight", "*.k.weight"))]),
 }
 
@@ -227,7 +234,7 @@ def test_inspection_knows_how_often_tensors_are_read(recipe: fm.Recipe, monkeypa
 
     for index, checkpoint in enumerate(checkpoints):
         count(index, checkpoint)
-    merger = Merger(checkpoints[0], checkpoints[1:], recipe)
+    merger = Merger(Inputs(checkpoints[0], checkpoints[1:]), recipe)
     reported: list[int] = []
     measured = merger.measure(lambda unit, read_bytes: reported.append(read_bytes))
     for unit in merger.units:
@@ -616,7 +623,9 @@ def test_trimming_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     state = {"w": torch.randn(4, 4)}
     for options in ({"beta": 1.0}, {"beta": 0.6, "gamma": 0.4}):
         recipe = fm.Recipe(method="breadcrumbs", **options)
-        with pytest.raises(fm.ArgumentError, match="beta, gamma: where they leave out everything"):
+        with pytest.raises(
+            fm.ArgumentError, match="beta, gamma: they leave out everything; the merged model is the base"
+        ):
             fm.merge_checkpoints(state, [state], tmp_path / "out", recipe, progress=False)
 
 
@@ -630,8 +639,8 @@ def test_small_tensors_and_copies_are_fetched_before_they_are_worked_on(
         save_file(state, path)
     seen: list[str] = []
 
-    def fetched(tensor: torch.Tensor, origin: str) -> torch.Tensor:
-        seen.append(origin)
+    def fetched(tensor: torch.Tensor, source: Checkpoint, name: str) -> torch.Tensor:
+        seen.append(str(source.path))
         return tensor
 
     monkeypatch.setattr("freemerge.merging.engine.fetched", fetched)  # several, end to end

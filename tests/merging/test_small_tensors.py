@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import freemerge as fm
 from freemerge.accumulate import abs_means, part_means
-from freemerge.checkpoint import Checkpoint
+from freemerge.checkpoint import Checkpoint, Inputs
 from freemerge.merging.engine import Merger
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -98,7 +98,7 @@ def test_many_small_tensors_are_few_steps_and_reads(tmp_path: Path, monkeypatch:
     for index, state in enumerate(states(shapes, dtypes, 3)):
         save_file(state, tmp_path / f"{index}.safetensors")
     opened = [Checkpoint.open(tmp_path / f"{index}.safetensors") for index in range(3)]
-    merger = Merger(opened[0], opened[1:], fm.Recipe())
+    merger = Merger(Inputs(opened[0], opened[1:]), fm.Recipe())
     assert len(merger.units) == 400
     assert [len(step.names) for step in merger.steps] == [200, 200], "one vector of each dtype"
     reads: list[int] = []

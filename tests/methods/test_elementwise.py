@@ -114,6 +114,30 @@ def test_breadcrumbs(count: int, beta: float, gamma: float, dtype: torch.dtype) 
     check(recipe, *states(count, dtype), lambda v: breadcrumbs(v, beta, gamma))
 
 
+@pytest.mark.parametrize("method", ["breadcrumbs", "ties", "pcb"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 71, 72])
+def test_of_a_tensor_however_small_something_is_merged(method: str, count: int) -> None:
+    """Such as a logit scale, a gate or the bias of two classes, of which round(.15 n) entries are none."""
+    base = torch.zeros(count)
+    models = [torch.arange(1.0, count + 1), torch.arange(count, 0, -1.0)]
+    scope = {} if method == "breadcrumbs" else {"scope": "tensor"}
+    merged = fm.merge_tensors(base, models, recipe=fm.Recipe(method=method, scale=1.0, **scope))
+    assert merged.any()
+    if count == 1:
+        assert merged.item() == (2.0 if method == "breadcrumbs" else 1.0)
+
+
+def test_of_outliers_something_is_left() -> None:
+    """Shares of which one rounds up, and the other down to as many entries."""
+    for count in range(1, 80):
+        model = torch.arange(1.0, count + 1)
+        recipe = fm.Recipe(method="breadcrumbs", beta=0.99, gamma=0.009, scale=1.0)
+        merged = fm.merge_tensors(torch.zeros(count), [model], recipe=recipe)
+        assert merged.count_nonzero() == 1, count
+    nothing = fm.Recipe(method="breadcrumbs", beta=0.5, gamma=0.5, scale=1.0)
+    assert not fm.merge_tensors(torch.zeros(9), [torch.ones(9)], recipe=nothing).any()
+
+
 def test_breadcrumbs_by_hand() -> None:
     models = [torch.tensor([4.0, -3.0, 0.1, -2.0, 2.0]), torch.tensor([-1.0, 5.0, 0.2, -6.0, -2.0])]
     recipe = fm.Recipe(method="breadcrumbs", beta=0.4, gamma=0.2, weights=[1, 10])
@@ -194,6 +218,22 @@ def test_model_stock_says_its_ratios_and_takes_two_models(tmp_path: Path) -> Non
 def test_pcb(count: int, density: float, dtype: torch.dtype | None, scope: str) -> None:
     recipe = fm.Recipe(method="pcb", density=density, scope=scope, compute_dtype="float64")
     check(recipe, *states(count, dtype or torch.float32), lambda v: pcb(v, density))
+
+
+@pytest.mark.parametrize("count", [110, 210])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_pcb_where_float32_has_no_exponentials(count: int, scope: str) -> None:
+    """exp(-K) is the score of a small entry."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = [torch.randn(9, 11, generator=generator) for _ in range(count)]
+    merged = fm.merge_deltas(vectors, recipe=fm.Recipe(method="pcb", scope=scope, scale=1.0)).double().numpy().ravel()
+    expected = pcb([vector.double().numpy().ravel() for vector in vectors])
+    np.testing.assert_allclose(merged, expected, rtol=1e-3, atol=1e-4)
+    signs = [vector.sign() * (i % 3) for i, vector in enumerate(vectors)]  # all products of one with itself are equal
+    recipe = fm.Recipe(method="pcb", scope=scope, density=1.0, scale=1.0)
+    merged = fm.merge_deltas(signs, recipe=recipe).double().numpy().ravel()
+    expected = pcb([vector.double().numpy().ravel() for vector in signs], density=1.0)
+    np.testing.assert_allclose(merged, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_pcb_of_many_models() -> None:

@@ -136,11 +136,11 @@ def test_what_fr_finds_out_is_in_the_manifest(tmp_path: Path) -> None:
 
 def test_a_merge_leaves_no_trace_in_the_merger() -> None:
     """Units are independent: any order, and any number of times, gives the same."""
-    from freemerge.checkpoint import Checkpoint
+    from freemerge.checkpoint import Checkpoint, Inputs
     from freemerge.merging.engine import Merger
 
     base, models = states(SHAPES, 2)
-    merger = Merger(Checkpoint.open(base), [Checkpoint.open(model) for model in models], fm.Recipe())
+    merger = Merger(Inputs(Checkpoint.open(base), [Checkpoint.open(model) for model in models]), fm.Recipe())
     before = {name: id(value) for name, value in vars(merger).items()}
     measured = merger.measure()
     first = [merger.merged(unit, measured) for unit in merger.units]
@@ -198,7 +198,7 @@ def test_a_new_method_is_everywhere(
     (tmp_path / "recipe.yaml").write_text(recipe.replace(trim=0).to_yaml())
     untrimmed = fm.Recipe.from_yaml(tmp_path / "recipe.yaml")
     assert untrimmed.trim == 0.0
-    assert fm.methods.TrimmedMean is trimmed_mean
+    assert METHODS["trimmed_mean"] is trimmed_mean
 
     paths = [str(tmp_path / f"{i}.safetensors") for i in range(5)]
     for path, state in zip(paths, (base, *models), strict=True):

@@ -118,6 +118,30 @@ def test_each_matrix_of_a_batch_is_merged_as_it_is_alone(method: str, shape: tup
         torch.testing.assert_close(together[at], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [*METHODS, "wudi"])
+@pytest.mark.parametrize(
+    ("side", "dtype"), [((40, 64), torch.float32), ((64, 40), torch.float32), ((40, 40), torch.float64)]
+)
+@pytest.mark.parametrize("count", [2, 3, 45])
+def test_matrices_of_a_batch_may_have_any_ranks(
+    method: str, side: tuple[int, int], dtype: torch.dtype, count: int
+) -> None:
+    """Such as updates of experts by adapters of different ranks: what one has fewer of is padded with zeros."""
+    generator = torch.Generator().manual_seed(0)
+    height, width = side
+
+    def low_rank(rank: int) -> Tensor:
+        left = torch.randn(height, rank, generator=generator, dtype=dtype)
+        return left @ torch.randn(rank, width, generator=generator, dtype=dtype)
+
+    vectors = [torch.stack([low_rank(1 + (i * j + j) % 17) for j in range(5)]) for i in range(count)]
+    recipe = fm.Recipe(method=method, scale=1.0, out_dtype="float64", select=[("experts", "filter")])
+    together = fm.merge_deltas(vectors, recipe=recipe, name="experts")
+    for j in range(5):
+        alone = fm.merge_deltas([vector[j] for vector in vectors], recipe=recipe)
+        torch.testing.assert_close(together[j], alone, rtol=0, atol=2e-5 * float(alone.abs().max()))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_views_are_the_matrices(method: str) -> None:
     q, qs = tensors((12, 20), 3)

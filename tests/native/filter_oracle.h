@@ -171,14 +171,15 @@ class Matrices {
 
   std::size_t count() const { return inputs_.size(); }
 
-  // Filters all of them, while the mask's table cannot be read any more.
-  template <typename Filter>
-  void run(const Filter& filter, std::vector<float>& table, double scale, int threads) {
+  // Filters all of them, while the mask's table cannot be read any more; `means` as Filter::run() takes them.
+  template <typename Filter, typename... Means>
+  void run(const Filter& filter, std::vector<float>& table, double scale, int threads,
+           const Means&... means) {
     std::vector<void*> matrices;
     for (const auto& matrix : memory_) matrices.push_back(matrix.get());
     std::vector<float> lost(table.size(), std::nanf(""));
     std::swap_ranges(table.begin(), table.end(), lost.begin());
-    filter.run(matrices, std::vector(matrices.size(), stride_), scale, threads);
+    filter.run(matrices, std::vector(matrices.size(), stride_), scale, threads, means...);
     std::swap_ranges(table.begin(), table.end(), lost.begin());
   }
 

@@ -100,7 +100,12 @@ void test_case(Random& random, DType dtype, const Kernels& kernels, const std::s
 
   Matrices<Storage> matrices(random, height, width, stride);
   const auto filter = make_filter(plan, dtype, {}, kernels);
-  matrices.run(*filter, table, scale, threads);
+  std::vector<float> means;  // what is taken out and added again makes no difference, whatever it is
+  if (dtype == DType::kFloat32 && random.integer(0, 1) == 0) {
+    for (std::size_t i = 0; i < matrices.count(); ++i)
+      means.push_back(static_cast<float>(random.real(-1, 1)));
+  }
+  matrices.run(*filter, table, scale, threads, means);
 
   for (std::size_t i = 0; i < matrices.count(); ++i) {
     const Squares squares = matrices.compare(i, plan.mask, scale, label);
@@ -168,6 +173,13 @@ void test_refusals(const Kernels& kernels) {
           "highest frequency");
   refuses([](Plan& p) { p.mask.width = 63, p.columns.nyquist = true; }, DType::kFloat32, 64, "odd width");
   refuses([](Plan& p) { p.rows = p.columns = {64, 0, 33, false}; }, DType::kFloat32, 64, "taps");
+  bool thrown = false;
+  try {
+    make_filter(plan, DType::kFloat32, {}, kernels)->run({x.data()}, {64}, 1.0, 1, {1.0f, 2.0f});
+  } catch (const std::invalid_argument&) {
+    thrown = true;
+  }
+  check(thrown && x == std::vector<float>(64 * 64, 1.0f), "refused: two means of one matrix");
 }
 
 }  // namespace

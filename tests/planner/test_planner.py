@@ -21,6 +21,7 @@ from freemerge.backends.torch import TorchBackend
 from freemerge.planner.forms import ERROR_LIMIT, _smooth, candidates
 from freemerge.planner.plan import Decimation
 from freemerge.planner.windows import Window, half_bin, window_error, window_transform
+from in_memory import noise
 from oracle import dft_matrix, oracle_filter
 from reference import reference_filter
 
@@ -327,3 +328,26 @@ def test_a_plan_knows_the_columns_of_one_gain(response: fm.Response, shape: tupl
 def test_an_executable_of_the_cpu_knows_its_memory() -> None:
     small, large = (CpuBackend().prepare(fm.explain((n, n), fm.HighPass(0.4))) for n in (32, 512))
     assert 0 < small.nbytes < large.nbytes
+
+
+def test_a_pruned_form_answers_for_the_gains_that_it_corrects_by() -> None:
+    """M - background is larger than M where the gain changes its sign."""
+    shape = (1052, 128)
+    backend = CpuBackend()
+    for response in (
+        fm.BandGain(0.5, -1.0, 1.0, metric="normalized"),
+        fm.BandGain(0.1, 1.0, -1.0),
+        fm.Custom(fm.BandGain(0.5, -1.0, 1.0, metric="normalized").mask(shape)),
+    ):
+        mask = torch.from_numpy(response.mask(shape))
+        traits = backend.traits(torch.device("cpu"))
+        assert traits is not None
+        plans = candidates(response, shape, torch.float32, "cpu", "cpu", traits)
+        pruned = [plan for plan in plans if plan.form == "pruned"]
+        for plan in pruned:
+            x = noise(*shape)
+            expected = torch.fft.ifft2(mask * torch.fft.fft2(x.double())).real
+            backend.executable(plan).run([x], 1.0)
+            error = (x.double() - expected).norm() / noise(*shape).double().norm()
+            assert error <= plan.error_bound, plan
+        assert pruned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,19 @@ def test_cutoffs_next_to_zero_remove_the_mean_alone(cutoff: float, options: dict
             assert box is not None
             assert min(box.bands) >= 1, "the mean is in the box"
         assert float(filtered(torch.ones(64, 48), response).abs().max()) < 1e-6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("cutoff", [5e-324, 1e-200, 1e-160, 1e-90, 1e90, 1e160, 1e200, 1e308])
+@pytest.mark.parametrize("order", [1e-4, 1e-3, 0.01, 0.2, 1, 1.5])
+def test_cutoffs_whose_square_is_no_number_count_with_a_small_order(cutoff: float, order: float) -> None:
+    response = Butterworth(cutoff, order, unit="bins")
+    for shape in ((6, 8), (7,)):
+        gains = response.half_mask(shape)
+        np.testing.assert_allclose(_core.mask_gains(response.params(shape)), gains, rtol=0, atol=1e-14)
+        exponent = 2 * order * (math.log(cutoff) - 0.5 * math.log(2.0 if len(shape) == 2 else 1.0))
+        at_one = gains[1, 1] if len(shape) == 2 else gains[0, 1]
+        assert at_one == pytest.approx(1 / (1 + math.exp(min(exponent, 700.0))), rel=1e-11, abs=1e-300)
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -154,7 +154,7 @@ def _measured(merger: Merger, method: Method, bar: Progress) -> Measured:
     # The projection scale follows from the sums that are taken anyway; to measure it would double the work.
     scale = 1.0 if isinstance(method, SpectralMethod) else "auto"
     recipe = merger.recipe.replace(method=method, scale=scale)
-    return Merger(merger.base, merger.models, recipe).measure(lambda unit, size: bar.advance("measure", size, 0))
+    return Merger(merger.inputs, recipe).measure(lambda unit, size: bar.advance("measure", size, 0))
 
 
 def _sums(vectors: TaskVectors, methods: Mapping[str, Method], measured: Mapping[str, Measured]) -> Sums:
@@ -227,7 +227,7 @@ def _analysis(
             for name, sums in found.items()
         ),
         tuple(name for name in merger.specs if name not in found),
-        (*merger.inputs.notices, *merger.notices),
+        merger.notices,
         advise(whole, tasks, {m.name: scales[label] for label, m in methods.items() if m == type(m)()}),
     )
 

@@ -68,7 +68,7 @@ class LateSum(ABC):
 
     def __init__(self, memory: torch.Tensor) -> None:
         self._memory = memory
-        self._squares: float | None = None  # that the last pass has left
+        self._finished = False
 
     @property
     def shape(self) -> torch.Size:
@@ -86,19 +86,19 @@ class LateSum(ABC):
         self.finish()
         return self._memory
 
-    def finish(self) -> float:
-        """Run the last pass, if it hasn't; returns the sum of squares that it leaves."""
-        if self._squares is None:
-            self._squares = self._finish()
-        return self._squares
+    def finish(self) -> None:
+        """Run the last pass, if it hasn't."""
+        if not self._finished:
+            self._finish()
+            self._finished = True
 
     def add_round(self, out: torch.Tensor, base: torch.Tensor, scale: float, factor: float) -> bool:
         """:meth:`Backend.add_round` of the sum, in its last pass; or False, and nothing is written, if that has run or
         cannot do it. ``out`` and ``base`` are contiguous, of its shape, and on its device."""
-        return self._squares is None and self._add_round(out, base, scale, factor)
+        return not self._finished and self._add_round(out, base, scale, factor)
 
     @abstractmethod
-    def _finish(self) -> float: ...
+    def _finish(self) -> None: ...
 
     @abstractmethod
     def _add_round(self, out: torch.Tensor, base: torch.Tensor, scale: float, factor: float) -> bool: ...

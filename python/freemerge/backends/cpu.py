@@ -69,8 +69,7 @@ class CpuBackend(Backend):
         return None
 
     def prepare(self, plan: Plan) -> Executable:
-        native = _Filter(plan)
-        return _Centered(native, plan) if plan.centers else native
+        return _Filter(plan)
 
     def weighted_sum(
         self,
@@ -214,36 +213,16 @@ class _Filter(Executable):
             columns=plan.columns,
             column_gains=gains,
         )
+        self._centers = plan.centers
         self.nbytes = self._native.nbytes
 
     def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
         threads = torch.get_num_threads()
+        means = [_dominant_mean(x) for x in matrices(batches)] if self._centers else []
         if len(batches) == 1 and (x := batches[0]).ndim == 2:  # in little time, as for a small matrix it counts
-            self._native.run([address(x)], [x.stride()[0] if self._rows > 1 else self._width], scale, threads)
+            self._native.run([address(x)], [x.stride()[0] if self._rows > 1 else self._width], scale, threads, means)
             return
-        self._native.run(*addresses(batches), scale, threads)  # of all at once: it writes nothing, or everything
-
-
-class _Centered(Executable):
-    """Takes out the dominant mean of each matrix before a filter runs, and adds its share of the result afterwards."""
-
-    def __init__(self, inner: Executable, plan: Plan) -> None:
-        self._inner, self.nbytes = inner, inner.nbytes
-        self._gain = float(plan.response.gain(np.zeros((1, 1)), np.zeros((1, 1)), plan.shape)[0, 0])
-
-    def run(self, batches: Sequence[torch.Tensor], scale: float) -> None:
-        centered = [(x, mean) for x in matrices(batches) if (mean := _dominant_mean(x))]
-        for x, mean in centered:
-            x.sub_(mean)
-        try:
-            self._inner.run(batches, scale)
-        except MemoryError:  # before it has written anything; entries come back to rounding
-            for x, mean in centered:
-                x.add_(mean)
-            raise
-        gain = self._gain * scale
-        for x, mean in centered if gain else ():
-            x.add_(gain * mean)
+        self._native.run(*addresses(batches), scale, threads, means)  # of all at once: it writes nothing, or everything
 
 
 class _Switch(BackendSwitch):

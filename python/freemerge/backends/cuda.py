@@ -36,7 +36,8 @@ _COSTS = Costs(
 _FILTER_BYTES = 1 << 19  # of a prepared filter itself, beside its tables
 _CACHED_SIZES = 16
 # The squares after a filter are known by Parseval to 4e-7 of those before it at worst, of a single wave (of themselves
-# where there is no background), and their root to 1e-6 where so much is left of what the background keeps, and of all.
+# where there is no background, and in the full form), and their root to 1e-6 where so much is left of what the
+# background keeps, and of all.
 _LEAST_OF_KEPT, _LEAST_OF_ALL = 0.2, 1e-5
 _TRANSFORMS = "FREEMERGE_CUDA_TRANSFORMS"
 _FFT_ALIGNMENT = 8  # bytes of a complex number, to which cuFFT wants real ones aligned
@@ -197,13 +198,11 @@ class CudaBackend(TorchVectors):
         late = _LateSum(self._runtime, executable, base, models, weights, out)
         *means, before, last = late.results.tolist()
         check(means)
-        if not executable.native.last_waits:
-            return means, before, last, out
-        kept = plan.background**2 * before
+        kept = plan.background**2 * before if plan.form == "decimated" else 0.0  # beside what the mask finds
         after = kept + last
         if after >= _LEAST_OF_KEPT * kept + _LEAST_OF_ALL * before:
             return means, before, after, late
-        return means, before, late.finish(), out  # a difference of large numbers, if they are any
+        return means, before, self.square_sum(late.tensor), out  # a difference of large numbers, if they are any
 
     def add_round(
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
@@ -287,8 +286,8 @@ class _Filter(Executable):
 
 
 class _LateSum(LateSum):
-    """A sum of one matrix by a filter whose first pass is no cuFFT, run up to where it may wait. ``results``: see
-    SumFirst in csrc/cuda/task_vectors.h."""
+    """A sum of one matrix by a filter whose first pass is no cuFFT, run up to the last. ``results``: see SumFirst in
+    csrc/cuda/task_vectors.h."""
 
     def __init__(
         self, runtime: Runtime, executable: _Filter,
@@ -310,11 +309,10 @@ class _LateSum(LateSum):
         self._workspace: torch.Tensor | None = workspace
         executable.keep_for(out.device, stream)
 
-    def _finish(self) -> float:
+    def _finish(self) -> None:
         # Whoever holds the sum from now on does not need it, and a pass in place that is cut off must not run again.
         workspace, self._workspace = self._workspace, None
         self._run_last(workspace, None)
-        return float(self.results[-1])
 
     def _add_round(self, out: torch.Tensor, base: torch.Tensor, scale: float, factor: float) -> bool:
         job = self._runtime.module.AddLast(*pointer(out), *pointer(base), out.numel(), scale, factor)
@@ -334,7 +332,7 @@ class _LateSum(LateSum):
         )  # fmt: skip
         self._filter.keep_for(self.device, stream)
         if stream.handle != self._stream.handle:  # freed memory goes back to the stream that it was taken on
-            for tensor in (self._memory, workspace, self.results):
+            for tensor in (self._memory, workspace):
                 tensor.record_stream(torch.cuda.current_stream(self.device))
 
 

@@ -7,7 +7,6 @@ import importlib
 import re
 import sysconfig
 from contextlib import nullcontext
-from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import CudaError
+from ..lazy import cached_property
 
 #: Storage dtypes of the device kernels; arithmetic is float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -62,8 +63,12 @@ class _Pieces:
     of them are no more than was in use at some time."""
 
     def __init__(self) -> None:
-        self.lock = Lock()
         self.users = 0
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin again, as a forked process must: a thread that it lacks may have held the lock."""
+        self.lock = Lock()
         self.forget()
 
     def forget(self) -> None:
@@ -123,3 +128,6 @@ class _Pieces:
 
 
 _pieces = _Pieces()
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_pieces.renew)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 
 from ..dense import address
+from ..lazy import cached_property
 from ..overlap import extent
 from .memory import dtype_code
 

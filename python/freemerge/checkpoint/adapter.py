@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from .adapter_layers import DECOMPOSED, Bias, Change, Ia3, Lora, fits, fits_ia3
 from .adapter_orientation import Orientation, Target
 from .architecture import Architecture
 from .file_format import file_format
-from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, display_name, entry
+from .locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, display_name, entry, settings_in
 from .pickled import PickledFile
 from .prefixes import unwrapped
 from .reader import Checkpoint
@@ -56,12 +56,14 @@ class AdaptedCheckpoint(Checkpoint):
         self.path = self.directory = path
         weights = entry(path, next((name for name in ADAPTER_WEIGHTS if (path / name).exists()), ADAPTER_WEIGHTS[0]))
         self.files = (entry(path, ADAPTER_CONFIG), weights)
+        settings = settings_in(path)
         self.config = AdapterConfig.read(self.files[0])
         self.label = str(path)
         self.name = display_name(path)
         self.base = base
         self._to_base = named
         self._file = _open(weights)
+        self.identities = {**base.identities, **settings, weights: self._file.identity}
         self._keys = self._by_plain_key()
         self._stored = {key: self._file.specs[stored] for key, stored in self._keys.items()}
         if not self._stored:
@@ -87,6 +89,12 @@ class AdaptedCheckpoint(Checkpoint):
             return super().read_rows(name, start, stop)
         rows = self.base.read_rows(self._stand_ins.get(name, name), start, stop)
         return rows if change is None else change.apply(rows, self._read, self.specs[name].dtype, slice(start, stop))
+
+    def will_need(self, names: Sequence[str]) -> None:
+        """What replaces the base's tensors: a merge fetches those anyway, and factors are small."""
+        if isinstance(self._file, SafetensorsFile):
+            for key in (self._full[name] for name in names if name in self._full):
+                self._file.will_need(self._keys[key])
 
     def device(self, name: str) -> torch.device:
         name = self._stand_ins.get(name, name)

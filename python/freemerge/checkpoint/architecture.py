@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..lazy import cached_property
 from .conversion import Layout, layout_of, loaded_names
 from .json_file import read_json
 from .locate import entry
@@ -143,6 +144,14 @@ def require_config(directory: Path | None) -> None:
     if raw == b"{}" or (raw.startswith(b"{") and read_config(directory)):  # copied as it is: no mark before it
         return
     raise CheckpointError(f"{path}: not a JSON object; the merged model would get it as it is")
+
+
+def version_of_transformers() -> str | None:
+    """The version whose classes say how layers, ties and files lie; None where it is not installed."""
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def built_from_config(config: dict[str, Any], tensors: int) -> Architecture | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
 from .file_format import GGUF_ADVICE, PICKLE_SUFFIXES
 from .hub_cache import hub_id, stays_in_one_cache
 from .json_file import read_json, unique_keys
+from .regular_file import Identity, identities
 
 MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"  # how the weight files of transformers and diffusers begin
 SAFETENSORS = f"{MODEL}.safetensors"
@@ -42,6 +43,7 @@ class Located:
     index: Path | None = None
     weight_map: dict[str, Path] | None = None
     stray: tuple[str, ...] = ()  # shards beside the index that it does not name
+    settings: Mapping[Path, Identity] = field(default_factory=dict)  # the JSON files, before any of them was read
 
 
 def locate(path: Path) -> Located:
@@ -51,12 +53,19 @@ def locate(path: Path) -> Located:
     what a merge over an older, differently sharded model leaves behind, and the stale half would be loaded silently.
     """
     if os.path.isdir(path):  # False, as below, for a name that the system refuses
-        return _locate_in_directory(path)
+        settings = settings_in(path)
+        return replace(_locate_in_directory(path), settings=settings)
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or directory (models are not downloaded; give a local path)")
     if path.name.endswith(".index.json"):
-        return _read_index(path.parent, path)
+        settings = settings_in(path.parent)
+        return replace(_read_index(path.parent, path), settings=settings)
     return Located((path,))
+
+
+def settings_in(directory: Path) -> dict[Path, Identity]:
+    """The JSON files of a model's directory, and what they are now."""
+    return identities(directory.glob("*.json"))
 
 
 def adapter_weights(directory: Path) -> Path | None:

@@ -18,7 +18,7 @@ from . import known_hashes
 from .hashing import Hasher
 from .json_file import read_json
 from .reader import Checkpoint
-from .regular_file import check_unchanged, identity
+from .regular_file import Identity, check_unchanged
 from .target import MANIFEST
 
 FORMAT = 1
@@ -35,7 +35,7 @@ class InputHashes:
     def __init__(self, checkpoints: Sequence[Checkpoint], workers: Workers = ALONE) -> None:
         self._checkpoints, self._workers = tuple(checkpoints), workers
         self._hasher = Hasher()
-        self._before = {file: identity(file) for checkpoint in self._checkpoints for file in checkpoint.files}
+        self._before = _opened(self._checkpoints)
         ranks = workers.shares({file: before[0] for file, before in self._before.items()})
         self._keys = {file: known_hashes.key(file) for file in self._before if ranks[file] == workers.rank}
         self._known = {file: digest for file, key in self._keys.items() if (digest := known_hashes.recall(key))}
@@ -44,7 +44,7 @@ class InputHashes:
     def records(self) -> list[dict[str, object]]:
         """For each checkpoint its name and its files with size and hash; waits for the hashes.
 
-        Raises CheckpointError for a file that was changed or replaced since the hashing began.
+        Raises CheckpointError for a file that was changed or replaced since it was opened.
         """
         records: dict[Path, dict[str, object]] = {}
         own = {file: self._record(file) for file in self._keys}
@@ -91,8 +91,18 @@ class InputHashes:
 
 def unknown_bytes(checkpoints: Sequence[Checkpoint]) -> int:
     """Size of the files of checkpoints that :class:`InputHashes` would have to hash now."""
-    files = {file for checkpoint in checkpoints for file in checkpoint.files}
-    return sum(identity(file)[0] for file in files if known_hashes.recall(known_hashes.key(file)) is None)
+    files = _opened(checkpoints).items()
+    return sum(opened[0] for file, opened in files if known_hashes.recall(known_hashes.key(file)) is None)
+
+
+def _opened(checkpoints: Sequence[Checkpoint]) -> dict[Path, Identity]:
+    """What the files of some checkpoints were when they were opened."""
+    before: dict[Path, Identity] = {}
+    for checkpoint in checkpoints:
+        for file in checkpoint.files:
+            if before.setdefault(file, checkpoint.identities[file]) != checkpoint.identities[file]:
+                raise CheckpointError(f"{file} changed while it was being read")
+    return before
 
 
 def build_manifest(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 from ..errors import ArgumentError, CheckpointError
+from ..lazy import cached_property
 from .adapter import AdaptedCheckpoint
 from .alike import alike
 from .conversion import Layout
@@ -41,9 +42,9 @@ class Inputs:
     """
 
     base: Checkpoint
-    models: tuple[Checkpoint, ...]
-    untied: tuple[str, ...]
-    notices: tuple[str, ...]
+    models: Sequence[Checkpoint]
+    untied: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @cached_property
     def names(self) -> dict[str, tuple[str, ...]]:
@@ -66,29 +67,10 @@ def open_inputs(
     names that the base does not have. Raises CheckpointError for what cannot be read, ArgumentError for a rename of
     no model's names: a misspelt prefix must not pass.
     """
-    opened = dequantised(stack.enter_context(Checkpoint.open(base, argument="base")))
-    plain = {
-        argument: dequantised(stack.enter_context(Checkpoint.open(model, argument=argument)))
-        for argument, model in models.items()
-        if adapter_directory(model) is None
-    }
-    if not any(spec.dtype in MERGEABLE for spec in opened.specs.values()):
-        raise CheckpointError(f"{opened.label} holds no tensor in float32, float64, bfloat16 or float16 to merge")
-    read = [opened, *plain.values()]
-    notices = [notice for checkpoint in read for notice in checkpoint.set_aside]
-    theirs = {name for model in read[1:] for name in model.specs}
-    opened, *others = in_file_layout(read, renames)
-    more = any(other.specs.keys() - opened.specs.keys() for other in others)
-    # Asked only where it can help: for a directory it may import transformers.
-    known = opened.architecture if more or opened.module is not None else None
-    if known is not None:
-        opened, *others = (without(checkpoint, known.unsaved) for checkpoint in (opened, *others))
-    naming = Naming(opened.specs, renames, known.loaded_name if known is not None else None)
-    plain = {argument: renamed(other, naming.of(other.specs)) for argument, other in zip(plain, others, strict=True)}
-    groups = _tied_groups([opened, *plain.values()])
-    plain = {argument: renamed(other, _as_the_base_stores(other, opened, groups)) for argument, other in plain.items()}
-    for checkpoint in (opened, *plain.values()):
-        checkpoint.tied = _with_common_roots(checkpoint.tied, [opened, *plain.values()])
+    opened, plain = _open_all(stack, base, models)
+    notices = [notice for checkpoint in (opened, *plain.values()) for notice in checkpoint.set_aside]
+    theirs = {name for model in plain.values() for name in model.specs}
+    opened, plain, naming = _under_one_naming(opened, plain, renames)
     _refuse_adapter_of_its_own(opened, merged)
     for other in plain.values():
         _refuse_unmerged_adapter(other, opened)
@@ -105,20 +87,58 @@ def open_inputs(
         if not any(name.startswith(old) for name in theirs):
             raise ArgumentError(f"rename: {old!r} (to {new!r}) begins no name of the models")
     untied = untie(opened, sources, lambda name: merged((name, *opened.aliases(name))))
-    named = {"base": opened, **dict(zip(models, sources, strict=True))}
     twice = _given_twice({"base": base, **models})
+    named = {"base": opened, **dict(zip(models, sources, strict=True))}
     notices += [f"{argument} is the same as {first}" for argument, first in twice.items()]
     notices += alike({argument: source for argument, source in named.items() if argument not in twice})
-    method = needless_quantisation(opened)
+    notices += _changes(opened, untied.names)
+    return Inputs(untied.base, untied.models, untied.names, tuple(notices))
+
+
+def _open_all(
+    stack: ExitStack, base: Source | Checkpoint, models: Mapping[str, Source | Checkpoint]
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """The base, and the models that are no adapters of it, in floating point."""
+    opened = dequantised(stack.enter_context(Checkpoint.open(base, argument="base")))
+    plain = {
+        argument: dequantised(stack.enter_context(Checkpoint.open(model, argument=argument)))
+        for argument, model in models.items()
+        if adapter_directory(model) is None
+    }
+    if not any(spec.dtype in MERGEABLE for spec in opened.specs.values()):
+        raise CheckpointError(f"{opened.label} holds no tensor in float32, float64, bfloat16 or float16 to merge")
+    return opened, plain
+
+
+def _under_one_naming(
+    base: Checkpoint, models: Mapping[str, Checkpoint], renames: Sequence[Rename]
+) -> tuple[Checkpoint, dict[str, Checkpoint], Naming]:
+    """Base and models in the layout of files, the models with the base's names, tied tensors included; and by what."""
+    opened, *others = in_file_layout([base, *models.values()], renames)
+    more = any(other.specs.keys() - opened.specs.keys() for other in others)
+    # Asked only where it can help: for a directory it may import transformers.
+    known = opened.architecture if more or opened.module is not None else None
+    if known is not None:
+        opened, *others = (without(checkpoint, known.unsaved) for checkpoint in (opened, *others))
+    naming = Naming(opened.specs, renames, known.loaded_name if known is not None else None)
+    others = [renamed(other, naming.of(other.specs)) for other in others]
+    groups = _tied_groups([opened, *others])
+    others = [renamed(other, _as_the_base_stores(other, opened, groups)) for other in others]
+    for checkpoint in (opened, *others):
+        checkpoint.tied = _with_common_roots(checkpoint.tied, [opened, *others])
+    return opened, dict(zip(models, others, strict=True)), naming
+
+
+def _changes(base: Checkpoint, untied: Sequence[str]) -> Iterator[str]:
+    """How the merged model's config differs from the base's."""
+    method = needless_quantisation(base)
     if method is not None:
-        notices.append(
-            f"{opened.label}: config.json says that weights are quantised ({method}), but they are floats; the merged "
+        yield (
+            f"{base.label}: config.json says that weights are quantised ({method}), but they are floats; the merged "
             "model's config does not say so"
         )
-    if untied.names:
-        names = ", ".join(untied.names)
-        notices.append(f"the merged model does not tie {names} to the embeddings, as not all models do")
-    return Inputs(untied.base, untied.models, untied.names, tuple(notices))
+    if untied:
+        yield f"the merged model does not tie {', '.join(untied)} to the embeddings, as not all models do"
 
 
 def _refuse_adapter_of_its_own(base: Checkpoint, merged: Callable[[Sequence[str]], bool]) -> None:
@@ -223,12 +243,12 @@ def _in_memory_layout(checkpoint: Checkpoint, layout: Layout) -> Layout | None:
 
 
 def open_model(
-    source: Source | Checkpoint, base: Checkpoint, argument: str = "", naming: Callable[[str], str] = lambda name: name
+    source: Source | Checkpoint, base: Checkpoint, naming: Callable[[str], str] = lambda name: name
 ) -> Checkpoint:
     """Open a fine-tuned model of ``base``: any checkpoint, or a PEFT adapter trained on it (its directory or file)."""
     adapter = adapter_directory(source)
     if adapter is None:
-        return Checkpoint.open(source, argument=argument)
+        return Checkpoint.open(source)
 
     def named(name: str) -> str:
         """PEFT names modules as they are in memory."""

@@ -30,8 +30,8 @@ class PickledFile:
     def __init__(self, path: Path, key: str = "") -> None:
         self.path, self._place, self._key = path, path.absolute(), key
         self._mapped = is_mapped(path)
-        self._identity = identity(path)
-        self._bytes = self._identity[0]
+        self.identity = identity(path)
+        self._bytes = self.identity[0]
         if self._mapped:
             _check_archive(path, self._bytes)
         else:
@@ -44,7 +44,7 @@ class PickledFile:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, a view of the mapped file."""
-        check_unchanged(self._place, self._identity, self.path)
+        check_unchanged(self._place, self.identity, self.path)
         if self._touched > _RELEASE_AFTER_BYTES:
             self.release()
         state = self._state

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cached_property
 
 from torch import nn
 
+from ..lazy import cached_property
 from .spec import TensorSpec
 
 # Attributes under which torch.compile, FSDP, activation checkpointing, DDP, DataParallel, Fabric and Opacus keep the

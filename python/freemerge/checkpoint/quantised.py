@@ -123,7 +123,7 @@ class Dequantised(Wrapped):
     """Float8 weights times their scales, in float32; the scales, and those of activations, are no tensors any more."""
 
     def __init__(self, inner: Checkpoint, scales: Mapping[str, str], block: object) -> None:
-        super().__init__(inner)
+        super().__init__(inner, {name: (name, scale) for name, scale in scales.items()}, scales)
         self.dequantised = self.widened = True
         self.metadata = {key: said for key, said in inner.metadata.items() if "quant" not in key}  # no longer true
         self._scales = scales

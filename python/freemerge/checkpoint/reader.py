@@ -6,7 +6,6 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -16,6 +15,7 @@ import torch
 
 from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError, counted
+from ..lazy import cached_property
 from .architecture import Architecture, built_from_config, read_config, second_names
 from .containers import SEPARATOR, split_key, state_dict_in
 from .file_format import file_format
@@ -23,6 +23,7 @@ from .hub_cache import local_path
 from .locate import Located, display_name, locate
 from .pickled import PickledFile
 from .prefixes import counters, inner_module
+from .regular_file import Identity
 from .safetensors_file import SafetensorsFile
 from .spec import TensorSpec
 from .state_dict import dense_tensor, dense_tensors, is_extra, left_out, specs_of, tied_names
@@ -40,6 +41,8 @@ class Checkpoint(ABC):
         path: what was opened, or None if it was in memory.
         directory: the model directory, if one was opened: config and tokenizer lie there.
         files: the weight files, for hashing; none if in memory.
+        identities: what these were when they were opened, and so every other file that says what the tensors are: the
+            JSON files beside them, and the files of an adapter's base.
         module: the module that was opened, if it was one.
         dequantised: whether some weights are stored in float8 and shown in float32.
         widened: whether dtypes are wider than what is stored, so that they say nothing about the files.
@@ -61,6 +64,7 @@ class Checkpoint(ABC):
     path: Path | None = None
     directory: Path | None = None
     files: tuple[Path, ...] = ()
+    identities: Mapping[Path, Identity] = {}
     metadata: Mapping[str, str] = {}
     module: torch.nn.Module | None = None
     label: str
@@ -294,6 +298,7 @@ class _OnDisk(Checkpoint):
             for name, file in where.items():
                 if name not in located.weight_map:
                     raise CheckpointError(f"{located.index}: tensor {name!r} of {file.name} is not listed")
+        self.identities = {**located.settings, **{file: content.identity for file, content in files.items()}}
         self._files = {name: files[where[name]] for name in sorted(where)}
         self.specs = {name: file.specs[name] for name, file in self._files.items()}
 

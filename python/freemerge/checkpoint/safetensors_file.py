@@ -58,7 +58,7 @@ class SafetensorsFile:
         self.path, self._place = path, path.absolute()  # the working directory may be another when data are read
         fd = open_regular(path)
         try:
-            self._identity = identity(fd)
+            self.identity = identity(fd)
             self._header = _header_of(path, fd)
         finally:
             os.close(fd)
@@ -108,7 +108,7 @@ class SafetensorsFile:
             return torch.empty(shape, dtype=dtype, device="cpu")
         fd = open_regular(self._place)
         try:
-            check_unchanged(fd, self._identity, self.path)
+            check_unchanged(fd, self.identity, self.path)
             raw = _load(fd, self.path, offset, nbytes)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from error

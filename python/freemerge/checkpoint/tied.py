@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..dense import bytes_of
+from ..dense import bits, bytes_of, same_bits
 from ..errors import CheckpointError
 from .architecture import built_from_config, read_config, text_entry
 from .reader import Checkpoint
@@ -190,7 +190,7 @@ def copied_names(
 
 
 def same_values(checkpoint: Checkpoint, name: str, first: str) -> bool:
-    """Whether two tensors of a checkpoint are one, or equal."""
+    """Whether two tensors of a checkpoint are one, or have the same bytes."""
     if checkpoint.tied.get(name, name) == checkpoint.tied.get(first, first):
         return True
     ours, theirs = checkpoint.specs[name], checkpoint.specs.get(first)
@@ -198,7 +198,7 @@ def same_values(checkpoint: Checkpoint, name: str, first: str) -> bool:
         return False
     if _beginning(checkpoint, name) != _beginning(checkpoint, first):
         return False
-    return torch.equal(checkpoint.read(name), checkpoint.read(first))
+    return same_bits(checkpoint.read(name), checkpoint.read(first))
 
 
 def _beginning(checkpoint: Checkpoint, name: str) -> tuple[object, ...]:
@@ -208,5 +208,6 @@ def _beginning(checkpoint: Checkpoint, name: str) -> tuple[object, ...]:
 
 
 def _is_constant(tensor: torch.Tensor) -> bool:
-    flat = tensor.reshape(-1)
-    return not flat.numel() or bool((flat == flat[0]).all())
+    """Whether each entry has the bytes of the next."""
+    whole = bits(tensor)
+    return torch.equal(whole[tensor.itemsize :], whole[: -tensor.itemsize])

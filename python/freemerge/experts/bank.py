@@ -66,26 +66,29 @@ class ExpertBank(Mapping[str, Expert]):
         if not isinstance(model, nn.Module | Mapping):
             raise ArgumentError(f"model must be a module or a state dict, got {type(model).__name__}")
         self._model, self._shared = model, Weights(model)
-        self._experts = _checked(experts)
         self._placement = Placement(model)
-        self._shapes: dict[str, torch.Size] = {}  # of the tensors that experts change
-        self._parts = {task: self._placed(task, expert.tensors) for task, expert in self._experts.items()}
-        self._statistics = {task: self._placed_statistics(task, expert) for task, expert in self._experts.items()}
-        self._entries = {
-            task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
-            for task, expert in self._experts.items()
-        }
         self._sources = base, backbone
         self._base = None if base is None else self._opened(base, "base")
         self._backbone = None if backbone is None else self._opened(backbone, "backbone")
+        self._scratch = Scratch()
+        self._attach(_checked(experts), {})
+
+    def _attach(self, experts: dict[str, Expert], seen: dict[str, Seen]) -> None:
+        """Find where they belong. ``seen``: what another bank has kept of the merged task vectors."""
+        self._experts, self._seen = experts, seen
+        self._shapes: dict[str, torch.Size] = {}  # of the tensors that experts change
+        self._parts = {task: self._placed(task, expert.tensors) for task, expert in experts.items()}
+        self._statistics = {task: self._placed_statistics(task, expert) for task, expert in experts.items()}
+        self._entries = {
+            task: {name: tensor for name, tensor in expert.tensors.items() if isinstance(tensor, SparseTensor)}
+            for task, expert in experts.items()
+        }
         self._vectors: dict[tuple[str, str], SparseVector] = {}
         self._origins: dict[tuple[str, str], Tensor] = {}
         self._switches: dict[tuple[str, Combine], tuple[float, Switch]] = {}
-        self._scratch = Scratch()
-        for task, expert in self._experts.items():
+        for task, expert in experts.items():
             self._check(task, expert)
-        self._seen: dict[str, Seen] = {}
-        for task, expert in self._experts.items():
+        for task, expert in experts.items():
             self._keep(task, expert)
 
     @staticmethod
@@ -102,10 +105,13 @@ class ExpertBank(Mapping[str, Expert]):
             raise CheckpointError(f"{folder} holds no expert files (*.safetensors)")
         return ExpertBank(model, {file.stem: Expert.load(file) for file in files}, base=base, backbone=backbone)
 
-    def __reduce__(self) -> tuple[Callable[..., ExpertBank], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., ExpertBank], tuple[object, ...], tuple[object, ...]]:
         """A copy is attached anew: to the copy of the model, as :func:`copy.deepcopy` and :mod:`pickle` make one."""
         base, backbone = self._sources
-        return partial(ExpertBank, base=base, backbone=backbone), (self._model, self._experts)
+        return partial(ExpertBank, base=base, backbone=backbone), (self._model, {}), (self._experts, self._seen)
+
+    def __setstate__(self, state: tuple[dict[str, Expert], dict[str, Seen]]) -> None:
+        self._attach(*state)  # what was kept was found before the model was rounded, if it has been
 
     def __getitem__(self, task: str) -> Expert:
         return self._experts[task]

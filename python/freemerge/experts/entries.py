@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NoReturn, get_args
 
 import torch
@@ -17,6 +16,7 @@ from ..arguments import number
 from ..checkpoint import Checkpoint
 from ..checkpoint.finite import check_finite
 from ..errors import ArgumentError, CheckpointError
+from ..lazy import cached_property
 from .expert import Expert
 from .leading import spectral_norm
 from .names import Scope

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
 from ..errors import ArgumentError
+from ..lazy import cached_property
 from .budget import Offer, allocate, byte_limit
 from .expert import Expert, whole_expert
 from .format import entry_bytes, least_file_bytes

@@ -16,6 +16,8 @@ from .bank import Combine, ExpertBank
 from .deltas import compiled
 from .router import PooledState, Router
 
+WAYS = 64  # of a model through its modules, of which it is remembered whether one pass serves them
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -56,10 +58,12 @@ class RoutedModel:
     Calling it takes the model's own arguments. Samples with the same weights form one group, and each group is one
     forward pass with its experts switched on: a top-1 batch costs a pass for each expert that it needs. A batch with
     more mixtures than there are experts, as softmax weights make, is a single pass with :meth:`ExpertBank.deltas`, if
-    ``combine`` is "add", the model is not compiled, and :meth:`ExpertBank.serves_deltas` gives no reason against it;
-    the first time, that takes a pass of one sample. Both ways agree to rounding. On a CPU, such a batch of two to
-    eight experts takes a sixth to two thirds of the time with samples of up to 32 tokens, and up to a third more with
-    128 (``benchmarks/experts.py``).
+    ``combine`` is "add", the model is not compiled, and :meth:`ExpertBank.serves_deltas` gives no reason against it.
+    That takes a pass of one sample the first time, and again for other arguments that are not tensors, other sorts of
+    tensors, and another training mode, with which a model may go around its modules; one that does so for any other
+    reason needs a RoutedModel of its own. Both ways agree to rounding. On a CPU, such a batch of two to eight experts
+    takes a sixth to two thirds of the time with samples of up to 32 tokens, and up to a third more with 128
+    (``benchmarks/experts.py``).
 
     Tensor arguments whose first dimension is the batch are split along it, all others are given to every pass. Raises
     ArgumentError if the weights do not fit the bank, or if the model returns something other than tensors with the
@@ -91,12 +95,14 @@ class RoutedModel:
         unknown = [task for task in self.tasks if task not in tuple(bank)]
         if unknown:
             raise ArgumentError(f"router: the bank has no expert {', '.join(map(repr, unknown))}; it has {list(bank)}")
-        self._one_pass: bool | None = None  # what a pass of one sample shows about deltas
+        self._one_pass: dict[object, bool] = {}  # what a pass of one sample has shown about deltas, by its way
 
     def __call__(self, *args: Any, **kwargs: Any) -> Routed:
         """Run a batch; gradients are recorded or not as the caller's context says, except for the routing."""
         with self.bank.active({}):  # the features are the backbone's, whatever other threads switch on
             features = _tensor("features", self.features(*args, **kwargs))
+        if not features.ndim:
+            raise ArgumentError("features must return a tensor with a row for each sample, got one without dimensions")
         weights = self._weights(features)
         batch = len(weights)
         if not batch:
@@ -121,10 +127,15 @@ class RoutedModel:
             return False
         if isinstance(self.model, nn.Module) and compiled(self.model):  # around the module that the bank knows
             return False
-        if self._one_pass is None:
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        way = tuple([module.training for module in modules]), _kind((args, kwargs))
+        if way not in self._one_pass:
+            if len(self._one_pass) >= WAYS:
+                self._one_pass.clear()
             one_args, one_kwargs = _take((args, kwargs), torch.tensor([0], device="cpu"), batch)
-            self._one_pass = self.bank.serves_deltas(self.tasks, lambda: self.model(*one_args, **one_kwargs)) is None
-        return self._one_pass
+            reason = self.bank.serves_deltas(self.tasks, lambda: self.model(*one_args, **one_kwargs))
+            self._one_pass[way] = reason is None
+        return self._one_pass[way]
 
     def _weights(self, features: Tensor) -> Tensor:
         weights = _tensor("router", self.router(features))
@@ -157,6 +168,18 @@ def _take(value: Any, rows: Tensor, batch: int) -> Any:
         items = [_take(item, rows, batch) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def _kind(value: Any) -> object:
+    """What a model may choose its way by: the structure of its arguments, flags, numbers and words in it, and what sort
+    of tensors."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.ndim
+    if isinstance(value, Mapping):
+        return type(value), tuple((key, _kind(item)) for key, item in value.items())
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_kind, value))
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value)
 
 
 def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

@@ -26,6 +26,7 @@ Mode = Literal["top1", "softmax"]
 Pool = Literal["mean", "first"]
 
 FORMAT = "freemerge-router-1"
+CONSTANT = 1e-6  # of a feature's largest entry, or of the median deviation: a deviation that is rounding
 TENSORS = ("center", "spread", "hidden.weight", "hidden.bias", "output.weight", "output.bias")
 
 
@@ -73,7 +74,8 @@ class Router:
     ) -> Router:
         """Train a router on features (N, D) and the task name of each sample; full-batch AdamW on cross-entropy.
 
-        About fifty samples a task suffice (section 4.3 of arXiv 2411.16815). Tasks keep the order in which they first
+        About fifty samples a task suffice (section 4.3 of arXiv 2411.16815). A feature that is constant in them has no
+        say later either: nothing tells what its changes mean. Tasks keep the order in which they first
         appear. The result depends on the arguments only: torch's global random state is neither read nor changed.
 
         Raises ArgumentError for features that are not a finite (N, D) matrix or do not fit ``tasks``.
@@ -91,17 +93,18 @@ class Router:
             features = features.detach().float().cpu()
             target = torch.tensor([known.index(name) for name in names], device="cpu")
             width = features.shape[1]
+            center, spread = features.mean(0), features.std(0, correction=0)
+            if not (torch.isfinite(center).all() and torch.isfinite(spread).all()):
+                raise ArgumentError("features must have a finite mean and deviation in float32")
             noise = partial(torch.randn, generator=torch.Generator().manual_seed(seed % (1 << 63)), dtype=torch.float32)
             tensors = {
-                "center": features.mean(0),
-                "spread": features.std(0, correction=0).clamp(min=1e-6),
+                "center": center,
+                "spread": _without_constants(spread, features.abs().amax(0)),
                 "hidden.weight": noise(hidden, width) * math.sqrt(2 / width),
                 "hidden.bias": torch.zeros(hidden, dtype=torch.float32, device="cpu"),
                 "output.weight": noise(len(known), hidden) / math.sqrt(hidden),
                 "output.bias": torch.zeros(len(known), dtype=torch.float32, device="cpu"),
             }
-            if not all(torch.isfinite(tensors[name]).all() for name in TENSORS[:2]):
-                raise ArgumentError("features must have a finite mean and deviation in float32")
             trained = [tensors[name].requires_grad_() for name in TENSORS[2:]]
             optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -190,6 +193,15 @@ class Router:
                 raise ArgumentError(f"{name} must have shape {shape}, got {tuple(self.tensors[name].shape)}")
             if self.tensors[name].dtype != torch.float32 or not torch.isfinite(self.tensors[name]).all():
                 raise ArgumentError(f"{name} must hold finite floats in float32, got {self.tensors[name].dtype}")
+
+
+def _without_constants(spread: Tensor, largest: Tensor) -> Tensor:
+    """The deviation of each feature, and so large a number for those that are constant but for rounding that they have
+    no say, whatever they are later. ``largest``: the size of each."""
+    constant = spread <= CONSTANT * largest
+    if not constant.all():
+        constant |= spread <= CONSTANT * spread[~constant].median()
+    return spread.masked_fill(constant, torch.finfo(torch.float32).max)
 
 
 def _names(tasks: object, count: int) -> list[str]:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from io import RawIOBase
 
 import torch
 from torch import Tensor
@@ -21,13 +22,13 @@ from ..checkpoint.finite import all_finite, check_finite, stays_finite
 from ..checkpoint.mapped import fetched
 from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError, CheckpointError
+from ..lazy import cached_property
 from ..methods import Measured, Merged
-from ..methods.interference import sampled
-from ..methods.layers import is_convolution
-from ..methods.vectors import Deltas, Sides, TaskVectors
+from ..methods.vectors import Deltas, TaskVectors
 from ..methods.whole import Result, Whole
 from ..workers import ALONE, Workers
-from .inspection import Decision, Inspection, decide, matrix_shapes, warnings
+from .accounting import PROCESS_BYTES, Accounting
+from .inspection import Decision, Inspection, decide, warnings
 from .kept import Kept
 from .pinned import PinnedCopies, read
 from .recipe import Recipe
@@ -37,7 +38,6 @@ from .statistics_buffers import check_variance, convex
 from .unchanged import gives_back
 from .units import Unit, plan_units, require_equal, together, without_matrices
 
-PROCESS_BYTES = 160_000_000  # of Python, torch and this package
 _CPU = torch.device("cpu")
 OnRead = Callable[[Unit, int], None]  # called with a unit and the bytes just read of it
 
@@ -66,33 +66,38 @@ class Merger:
         tied: second name -> first name of the base's tensors that are one tensor of the model; they follow the first.
         written: the names that an output file holds: second names only where the base's files hold a copy of their own.
         notices: what is worth knowing about the inputs, in sentences.
-        inputs: how base and models were opened.
+        bytes: what is read, worked on and written.
+        inputs: the base and its models, ``base`` and ``models``, and how they were opened.
         scale: the global scale; None if :meth:`measure` has to find it.
         stopwatch: where the time went.
-        kept: if given, holds what :meth:`measure` merges to find the scale, for :meth:`merged`.
+        kept: what :meth:`measure` merges to find the scale, and what others put there, for :meth:`merged`, if
+            :meth:`keep_in` was told where.
         memory: bytes that are fetched from the disk before they are needed; those of the next unit always are.
+
+    Args:
         of_models: whether models are merged; differences of them may hold negative variances.
     """
 
     def __init__(
         self,
-        base: Checkpoint,
-        models: Sequence[Checkpoint],
+        inputs: Inputs,
         recipe: Recipe,
         backend: str = "auto",
         memory: int = DEFAULT_MEMORY,
+        *,
+        of_models: bool = True,
     ) -> None:
         self._chosen = named(backend)
         if self._chosen is not None:
             self._chosen.require()
-        self.base, self.models, self.recipe, self.backend = base, tuple(models), recipe, backend
+        self.inputs, self.recipe, self.backend = inputs, recipe, backend
+        self.base, self.models = base, models = inputs.base, tuple(inputs.models)
         self.method, self.memory = recipe.merging, memory
         if len(models) < recipe.method.fewest:
             raise ArgumentError(f"method {recipe.method.name} takes at least {recipe.method.fewest} models")
-        self._widest: torch.dtype = getattr(torch, recipe.compute_dtype)
         self.stopwatch = Stopwatch()
         self.kept: Kept | None = None
-        self.of_models = True
+        self._of_models = of_models
         self._pinned = PinnedCopies()
 
         def names(name: str) -> tuple[str, ...]:
@@ -121,13 +126,7 @@ class Merger:
             buffers=base.buffers,
         )
         self.units = units if self.method.sees_matrices else list(without_matrices(units))
-        everywhere = [source.specs for source in (base, *models)]
-        # The dtypes of each tensor, base first, and the bytes that one look at it reads.
-        self._dtypes = {name: tuple([held[name].dtype for held in everywhere if name in held]) for name in self.specs}
-        self._nbytes = {
-            name: spec.numel * sum([dtype.itemsize for dtype in self._dtypes[name]])
-            for name, spec in self.specs.items()
-        }
+        self.bytes = Accounting(base, models, recipe, self.specs, self.out_spec)
         self._layers = {name: layer for name in self.specs if (layer := rule_of(names(name), recipe.layers))}
         self._check_layers()
         self._transposed = self._find_transposed()
@@ -135,11 +134,9 @@ class Merger:
         self._seconds: dict[str, list[str]] = {}
         for second in set(self.tied) & set(self.written):
             self._seconds.setdefault(self.tied[second], []).append(second)
-        self.scale = recipe.global_scale(len(self.models))
-        self.inputs = Inputs(base, self.models, (), ())
-        self.notices = mixed_dtype_notices(comparison, models)
-        if gives_back(recipe, len(self.models)):
-            self.notices.append("one model: the result is that model")
+        self.scale = self.bytes.scale
+        alone = ["one model: the result is that model"] if gives_back(recipe, len(models)) else []
+        self.notices = (*inputs.notices, *mixed_dtype_notices(comparison, models), *alone)
 
     def _check_layers(self) -> None:
         """Every pattern must match a tensor, and tensors that are merged together have one weight a model."""
@@ -171,27 +168,18 @@ class Merger:
         wanted = self.recipe.out_dtype
         return spec.with_dtype(getattr(torch, wanted)) if wanted is not None and spec.dtype in MERGEABLE else spec
 
-    def inspect(self) -> Inspection:
-        """Say what will happen, without reading any data."""
+    def inspect(self, notices: Iterable[str] = ()) -> Inspection:
+        """Say what will happen, without reading any data; ``notices``: what else is worth knowing."""
         decisions: list[Decision] = []
         for unit in self.units:
-            dtype = self._compute_dtype(unit.names[0])
+            dtype = self.bytes.compute_dtype(unit.names[0])
             device = self._device(unit.names[0])
             decisions += decide(unit, self.specs, self.method.response, dtype, device, self.backend)
         passes = 1 + self.method.passes + (self.scale is None)
         written = sum(self.out_spec(name).nbytes for name in self.written)
-        notices = (*self.notices, *warnings(decisions))
-        measured, merged = self.reads(self.units)
+        notices = (*self.notices, *notices, *warnings(decisions))
+        measured, merged = self.bytes.reads(self.units)
         return Inspection(tuple(decisions), notices, measured + merged, written, passes, measured, self._memory_bytes())
-
-    def reads(self, units: Iterable[Unit]) -> tuple[int, int]:
-        """Bytes of some units that are read to measure and to merge them."""
-        units = list(units)
-        seen = [unit for unit in units if unit.by_method]
-        measured = self.method.passes * sum(map(self._unit_bytes, seen))
-        if self.scale is None:
-            measured += sum(map(self._scale_bytes, seen))
-        return measured, sum(map(self._merge_bytes, units))
 
     def measure(
         self,
@@ -211,38 +199,36 @@ class Merger:
             read_bytes: Callable[[Unit], int], chosen: Sequence[Unit], *, merges: bool = False
         ) -> Iterator[TaskVectors]:
             for unit in self.ahead(chosen):
-                with self.stopwatch.stage("merge", self._worked_bytes(unit)) if merges else nullcontext():
+                with self.stopwatch.stage("merge", self.bytes.worked(unit)) if merges else nullcontext():
                     yield self.vectors(unit)
                 if on_read is not None:
                     on_read(unit, read_bytes(unit))
 
         measured = self.method.measure(
-            _Shared(partial(vectors, self._unit_bytes), units, own, workers), len(self.models)
+            _Shared(partial(vectors, self.bytes.look), units, own, workers), len(self.models)
         )
         scale = self.scale
         if scale is None:
             interference = self.recipe.scale == "interference"
             if interference:  # between matrices, small ones too
-                units = [unit for unit in self.units if unit.by_method and self._has_matrices(unit.names)]
+                units = [unit for unit in self.units if unit.by_method and self.bytes.has_matrices(unit)]
                 own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
-            whole = _Shared(partial(vectors, self._scale_bytes, merges=True), units, own, workers)
+            whole = _Shared(partial(vectors, self.bytes.find_scale, merges=True), units, own, workers)
             method = self.method
             scale = (
                 method.interference_scale(whole, measured) if interference else method.measure_scale(whole, self._keep)
             )
         return dataclasses.replace(measured, scale=scale)
 
+    def keep_in(self, file: RawIOBase) -> Kept:
+        """Where :meth:`measure` keeps what it merges to find the scale, of up to :meth:`Accounting.keepable`."""
+        self.kept = Kept(file)
+        return self.kept
+
     def _keep(self, vectors: TaskVectors, merged: Merged) -> None:
         """Keep matrices, which take time to merge, for :meth:`merged`."""
         if self.kept is not None and vectors.as_matrices:
             self.kept.put([tensor.name for tensor in vectors.tensors], merged)
-
-    @property
-    def keepable_bytes(self) -> int:
-        """What :attr:`kept` takes at most; 0 if :meth:`measure` merges nothing."""
-        if self.recipe.scale == "interference" or self.scale is not None:
-            return 0
-        return sum(self._worked_bytes(unit) for unit in self.steps if unit.action == "filter")
 
     def outputs(self, unit: Unit) -> list[str]:
         """The names under which :meth:`merged` gives the tensors of a unit."""
@@ -259,8 +245,7 @@ class Merger:
 
         ``settle``: called before memory is taken for them.
         """
-        if layer := self._layers.get(unit.names[0]):
-            measured = dataclasses.replace(measured, weights=layer.weights)
+        measured = self._with_layer(unit, measured)
         flat: Tensor | None = None
         if unit.action == "copy":
             tensors = {name: self._copied(name, must_agree=unit.must_agree) for name in unit.names}
@@ -271,12 +256,9 @@ class Merger:
             flat, notes = self._merged_flat(unit, measured), {}
             tensors = self._parts(unit, flat) if self._seconds.keys() & set(unit.names) else {}
         else:
-            merged = self.kept.take(unit.names) if self.kept is not None else None
-            if merged is None:
-                with self.stopwatch.stage("merge", self._worked_bytes(unit)):
-                    merged = self.method.merge(self.vectors(unit), measured)
+            merged = self.task_vectors(unit, measured)
             settle()
-            with self.stopwatch.stage("round", self._worked_bytes(unit)):
+            with self.stopwatch.stage("round", self.bytes.worked(unit)):
                 tensors = dict(self._added(unit, merged, measured.scale))
             notes = dict(zip(unit.names, merged.notes, strict=True)) if merged.notes else {}
         for name in self._seconds.keys() & tensors.keys():
@@ -284,8 +266,21 @@ class Merger:
         if flat is not None:
             tensors = {name: tensor for name, tensor in tensors.items() if name in self.tied}
         if on_read is not None:
-            on_read(unit, self._merge_bytes(unit))
+            on_read(unit, self.bytes.merge(unit))
         return MergedUnit(tensors, notes, flat)
+
+    def task_vectors(self, unit: Unit, measured: Measured) -> Merged:
+        """The merged task vectors of a unit that is the method's to merge; those :attr:`kept`, if they are."""
+        merged = self.kept.take(unit.names) if self.kept is not None else None
+        if merged is None:
+            with self.stopwatch.stage("merge", self.bytes.worked(unit)):
+                merged = self.method.merge(self.vectors(unit), self._with_layer(unit, measured))
+        return merged
+
+    def _with_layer(self, unit: Unit, measured: Measured) -> Measured:
+        """With the weights of the unit's layer, if it has any."""
+        layer = self._layers.get(unit.names[0])
+        return measured if layer is None else dataclasses.replace(measured, weights=layer.weights)
 
     def _added(self, unit: Unit, merged: Merged, scale: float) -> Iterator[tuple[str, Tensor]]:
         """``theta_0 + scale * merged`` of each member, rounded to its output dtype."""
@@ -299,7 +294,7 @@ class Merger:
 
     def _merged_flat(self, unit: Unit, measured: Measured) -> Tensor:
         """Small tensors merged as one vector."""
-        with self.stopwatch.stage("merge", self._worked_bytes(unit)):
+        with self.stopwatch.stage("merge", self.bytes.worked(unit)):
             (delta,) = self.method.merge(self.vectors(unit), measured).complete().tensors
         spec = self.out_spec(unit.names[0])
 
@@ -326,7 +321,7 @@ class Merger:
             check = partial(check_finite, name, source=f"merged model in {spec.dtype_name}")
             base = self._pinned.read(self.base, name).to(delta.device)
             tensor = add_round(base, delta, scale, spec.dtype, check=check)
-            if self.of_models:
+            if self._of_models:
                 sources = ((source.label, source.read(name)) for source in (self.base, *self.models))
                 check_variance(name, tensor, sources)
             tensors[name] = tensor.to(self.base.device(name))
@@ -350,7 +345,7 @@ class Merger:
             ThreadPoolExecutor(1, thread_name_prefix="freemerge-read") as pool,
             self._pinned.threads() if self._on_gpu else nullcontext(),
         ):
-            sizes = list(map(self._unit_bytes, units))
+            sizes = list(map(self.bytes.look, units))
             fetched = held = 0  # held: bytes of the unit at work and of those that are fetched
             for i, unit in enumerate(units):
                 while fetched < len(units) and (fetched <= i + 1 or held - sizes[i] + sizes[fetched] <= self.memory):
@@ -381,61 +376,13 @@ class Merger:
             for source in self._sources(unit):
                 source.will_need(unit.names)
 
-    # Bytes of tensor data
-
-    def _worked_bytes(self, unit: Unit) -> int:
-        """A unit in the dtype of the arithmetic."""
-        return sum(self.specs[name].numel * self._compute_dtype(name).itemsize for name in unit.names)
-
     def _memory_bytes(self) -> int:
-        """What the largest unit takes, with what reading it takes of all inputs at once, and its output twice, as the
-        former one may wait to be written."""
-        largest, making = 0.0, [source for source in (self.base, *self.models) if source.made]
-        for unit in self.steps:
-            shapes = matrix_shapes(unit, self.specs) if unit.action == "filter" else ()
-            matrix = max((self._sides(unit, shape) for shape in shapes), key=math.prod, default=None)
-            held = 1.0 if unit.action == "copy" else self.method.holds(len(self.models), matrix)
-            if self.recipe.scale == "interference":
-                rows = [
-                    shape[0] if unit.action == "merge" and is_convolution(name, shape) else self._sides(unit, shape)[0]
-                    for name in unit.names
-                    if len(shape := self.specs[name].shape) > 1
-                ]
-                held += sampled(len(self.models), min(rows)) if rows else 0.0
-            written = sum(self.out_spec(name).nbytes for name in unit.names)
-            made = sum(source.made.get(name, 0) for source in making for name in unit.names)
-            largest = max(largest, held * self._worked_bytes(unit) + made + 2 * written)
+        """What the merge takes at most, with what is read ahead or waits to be written."""
+        taken = self.bytes.memory(self.steps, self._transposed)
         pinned = [unit for unit in self.steps if any(self._goes_to_gpu(unit, source) for source in self._sources(unit))]
         if pinned:  # the one at work, and those ahead; torch rounds up to powers of two
-            largest += 2 * (2 * max(map(self._unit_bytes, pinned)) + self.memory)
-        return int(largest) + self.memory + PROCESS_BYTES
-
-    def _sides(self, unit: Unit, shape: Sequence[int]) -> Sides:
-        """Rows and columns of a matrix of a unit, as :meth:`TaskVectors.linear_maps` gives it."""
-        rows, columns = (1, *shape)[-2:]  # a vector that a rule filters is one row
-        return (columns, rows) if unit.names[0] in self._transposed else (rows, columns)
-
-    def _merge_bytes(self, unit: Unit) -> int:
-        """What merging a unit reads."""
-        once = unit.action in ("copy", "average")
-        return self._unit_bytes(unit) * (1 if once else self.method.reads(unit.action == "filter"))
-
-    def _scale_bytes(self, unit: Unit) -> int:
-        """What finding the scale reads of a unit: what a merge does, for "interference" of matrices and once more."""
-        if self.recipe.scale != "interference":
-            return self._merge_bytes(unit)
-        if unit.flat:
-            return sum(self._scale_bytes(Unit((name,), unit.action)) for name in unit.names)
-        return self._unit_bytes(unit) + self._merge_bytes(unit) if self._has_matrices(unit.names) else 0
-
-    def _has_matrices(self, names: Sequence[str]) -> bool:
-        return any(len(self.specs[name].shape) > 1 for name in names)
-
-    def _unit_bytes(self, unit: Unit) -> int:
-        """What one look at a unit reads."""
-        if unit.base_alone:
-            return sum(self.base.specs[name].nbytes for name in unit.names)
-        return sum(map(self._nbytes.__getitem__, unit.names))
+            taken += 2 * (2 * max(map(self.bytes.look, pinned)) + self.memory)
+        return taken + self.memory + PROCESS_BYTES
 
     def _sources(self, unit: Unit) -> tuple[Checkpoint, ...]:
         """The checkpoints from which a unit is read."""
@@ -451,7 +398,7 @@ class Merger:
             return ordered
 
         def kind(name: str) -> tuple[object, ...]:
-            return self._dtypes[name], self._layers.get(name), *[source.device(name) for source in in_memory]
+            return self.bytes.dtypes[name], self._layers.get(name), *[source.device(name) for source in in_memory]
 
         # Files are read on the CPU, and adapters where the base is.
         in_memory = [source for source in (self.base, *self.models) if not source.files]
@@ -463,7 +410,7 @@ class Merger:
 
         def base() -> Tensor:
             flat = _read_flat(self.base, names)
-            return flat.double() if self._compute_dtype(names[0]) == torch.float64 else flat
+            return flat.double() if self.bytes.compute_dtype(names[0]) == torch.float64 else flat
 
         sizes = tuple([self.specs[name].numel for name in names])
         models = [partial(self._timed, _read_flat, model, names) for model in self.models]
@@ -494,10 +441,8 @@ class Merger:
 
     def _read_base(self, name: str) -> Tensor:
         base = self._pinned.read(self.base, name).to(self._device(name))
-        return base.double() if self._compute_dtype(name) == torch.float64 else base  # arithmetic follows the widest
-
-    def _compute_dtype(self, name: str) -> torch.dtype:
-        return torch.float64 if torch.float64 in self._dtypes[name] else self._widest
+        wide = self.bytes.compute_dtype(name) == torch.float64
+        return base.double() if wide else base  # arithmetic follows the widest
 
     def _device(self, name: str) -> torch.device:
         """Where a tensor is merged: where the base holds it, unless the backend asked for needs another device."""
@@ -508,7 +453,7 @@ class Merger:
         """Raise CheckpointError, naming tensor and source, if a mean |theta_i - theta_0| of theirs is not finite."""
         some = self.models[: len(means)] if len(means) < len(self.models) else ()  # or all, and the base
         nbytes = [source.specs[name].nbytes for source in some for name in names]
-        self.stopwatch.has_read(sum(nbytes or map(self._nbytes.__getitem__, names)))
+        self.stopwatch.has_read(sum(nbytes or map(self.bytes.nbytes.__getitem__, names)))
         if all(map(math.isfinite, means)):
             return
         for name in names:
@@ -522,7 +467,7 @@ class Merger:
 
 
 def _read_flat(source: Checkpoint, names: Sequence[str]) -> Tensor:
-    return fetched(source.read_flat(names), source.origin(names[0]))
+    return fetched(source.read_flat(names), source, names[0])
 
 
 class _Shared(Whole[TaskVectors]):

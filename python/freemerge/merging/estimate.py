@@ -11,9 +11,9 @@ from tempfile import TemporaryFile
 
 import torch
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Inputs
+from ..errors import FreemergeError
 from .engine import Merger
-from .kept import Kept
 from .recipe import Recipe
 
 _SIDE = 512
@@ -42,8 +42,8 @@ def pace(recipe: Recipe, count: int, backend: str) -> Pace | None:
     """The pace of this machine at a recipe with ``count`` models; None where no small merge stands in for it."""
     try:
         return _timed(_stand_in(recipe, count), count, backend)
-    except Exception:  # a mask for one shape, say, or a full GPU: an estimate must not end the merge that it is about
-        return None
+    except (FreemergeError, RuntimeError, ValueError, MemoryError):  # a mask for one shape, say, or a full GPU
+        return None  # an estimate must not end the merge that it is about
 
 
 def _stand_in(recipe: Recipe, count: int) -> Recipe:
@@ -63,12 +63,12 @@ def _timed(recipe: Recipe, count: int, backend: str) -> Pace:
     ]
     states = [{"x.weight": tensor} for tensor in noise]
     base, *models = map(Checkpoint.open, states)
-    merger = Merger(base, models, recipe, backend)
+    merger = Merger(Inputs(base, models), recipe, backend)
     (unit,) = merger.steps
     measuring = merging = float("inf")
     with ExitStack() as stack:
-        if merger.keepable_bytes:
-            merger.kept = Kept(stack.enter_context(TemporaryFile(buffering=0)))
+        if merger.bytes.keepable(merger.steps):
+            merger.keep_in(stack.enter_context(TemporaryFile(buffering=0)))
         for _ in range(2):  # tables are made in the first
             begin = time.perf_counter()
             measured = merger.measure()

@@ -122,7 +122,10 @@ class _Config:
         if not isinstance(listed, list) or not listed:
             raise ArgumentError("models: must be a list of models")
         self._models = [_mapping("models", entry) for entry in listed]
+        for name in (name for entry in self._models for name in entry if name not in ("model", "parameters")):
+            raise ArgumentError(f"models: {name}: unknown here; a model has model and parameters")
         self._used = {"int8_mask"}  # of memory only
+        self._of_models = {"int8_mask"}  # those that a model can have for itself
 
     def parts(self) -> tuple[str, list[str], Recipe]:
         methods: dict[str, Callable[[list[dict[str, Any]], list[dict[str, Any]]], dict[str, Any]]] = {
@@ -153,6 +156,8 @@ class _Config:
             for name in _mapping("parameters", entry.get("parameters") or {}):
                 if name not in self._used:
                     raise ArgumentError(f"parameters: {name} is not known for {asked} here")
+                if "model" in entry and name not in self._of_models:
+                    raise ArgumentError(f"parameters: {name} is of all models in {asked}, not of one alone")
         dtype = self._fields.get("out_dtype", self._fields.get("dtype"))
         return base, [name for name in names if name != base], Recipe(**recipe, out_dtype=dtype)
 
@@ -212,6 +217,7 @@ class _Config:
     def _rules(self, entry: Mapping[str, Any], parameter: str, default: float | None = None) -> Rules:
         """The values of a parameter for one model, its own before the shared ones."""
         self._used.add(parameter)
+        self._of_models.add(parameter)
         own = _mapping("parameters", entry.get("parameters") or {})
         found: list[tuple[str, Value]] = []
         for place in (own, self._shared):

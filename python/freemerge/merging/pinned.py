@@ -17,7 +17,7 @@ _THREADS = 4  # one copies at a fraction of what the bus takes
 
 def read(source: Checkpoint, name: str) -> Tensor:
     """A tensor of a checkpoint, its pages in memory."""
-    return fetched(source.read(name), source.origin(name))
+    return fetched(source.read(name), source, name)
 
 
 class PinnedCopies:

@@ -2,52 +2,42 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..arguments import byte_size, check_models, function
 from ..backends.result_memory import reusing
 from ..checkpoint import (
     DEFAULT_MEMORY,
     DEFAULT_SHARD_BYTES,
     Checkpoint,
-    CheckpointWriter,
     InputHashes,
     Source,
-    build_manifest,
-    carry_over,
     open_inputs,
 )
 from ..checkpoint.architecture import require_config
-from ..checkpoint.carry import carried
-from ..checkpoint.locate import stem_of
 from ..checkpoint.manifest import unknown_bytes
-from ..checkpoint.model_card import model_card
-from ..checkpoint.quantised import needless_quantisation
 from ..checkpoint.side_files import TokenizerFrom, differences, tokenizer_source
-from ..checkpoint.target import refuse_inputs
 from ..errors import ArgumentError, counted
 from ..methods import Measured, Method
 from ..workers import ALONE, Workers
-from .engine import Merger, OnRead
+from .collecting import without_collecting
+from .engine import Merger
 from .estimate import pace
 from .fill import Target
-from .inspection import Decision, Inspection
-from .kept import Kept
+from .inspection import Inspection
+from .output import Output
 from .progress import Progress, Style
-from .recipe import Recipe, checked_recipe, to_yaml
+from .recipe import Recipe, checked_recipe
 from .selection import left_alone
-from .stages import Stage, together
+from .stages import Stage
 from .unchanged import refuse_unchanged
 from .units import Unit
 
@@ -101,15 +91,15 @@ def merge(
     """
     target = None if into is None else Target(into)
     with ExitStack() as stack:
-        restored = merged_in_memory(open_merger(stack, base, models, checked_recipe(recipe, method), backend))
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend)
+        restored = merged_in_memory(merger, merger.measure())
     if target is not None:
         target.fill(restored)
     return restored
 
 
-def merged_in_memory(merger: Merger) -> dict[str, Tensor]:
+def merged_in_memory(merger: Merger, measured: Measured) -> dict[str, Tensor]:
     """The merged model, named and shaped as the base was."""
-    measured = merger.measure()
     merged: dict[str, Tensor] = {}
     for unit in merger.units:
         merged |= merger.merged(unit, measured).tensors
@@ -170,52 +160,32 @@ def merge_checkpoints(
     with workers.together("merge"), reusing(), ExitStack() as stack:
         memory, style = byte_size("memory", memory), _style(progress)
         function("on_start", on_start)
-        with _without_collecting():
-            merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, memory)
-            tokenizer = _side_files(merger, tokenizer_from)
-            inspection = merger.inspect()
+        merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, memory)
+        tokenizer, inspection = _inspected(merger, tokenizer_from)
         refuse_unchanged(merger.recipe, inspection.decisions)
         on_start(inspection)
-        with _without_collecting():
-            writer = _writer(
-                merger, out, max_shard_bytes=max_shard_bytes, force=force, memory=memory, resume=resume, workers=workers
-            )
-            _check_side_files(merger, writer, tokenizer)
-            stack.enter_context(writer)  # before the work of a second run that writes there begins
-            missing = {unit: names for unit in merger.steps if (names := set(merger.outputs(unit)) - writer.whole)}
+        output = Output(
+            merger,
+            tokenizer,
+            out,
+            max_shard_bytes=max_shard_bytes,
+            force=force,
+            memory=memory,
+            resume=resume,
+            workers=workers,
+        )
+        stack.enter_context(output)  # before the work of a second run that writes there begins
         hashes = stack.enter_context(InputHashes((merger.base, *merger.models), workers))
-        reads = (_reads_to_measure(merger, writer), merger.reads(missing)[1])
-        if writer.measured is None and (room := merger.keepable_bytes) and (file := writer.scratch(room)) is not None:
-            merger.kept = Kept(stack.enter_context(file))
-        paced = pace(merger.recipe, len(merger.models), backend) if progress and merger.method.passes else None
-        ratio = paced.ratio if paced is not None else 1.0 if merger.kept is None else 0.0  # what is kept takes no time
-        log = stack.enter_context(Progress(*reads, ratio=ratio, style=style))
-        log.event("start", read_bytes=sum(reads), write_bytes=inspection.write_bytes)
-        for warning in inspection.warnings:
-            log.event("warning", text=warning)
-
-        def advance(stage: str, unit: Unit, read_bytes: int) -> None:
-            log.advance(stage, read_bytes, len(unit.names))
-
-        measured = _measured(merger, writer, partial(advance, "measure"))
-        with writer.writing():
-            workers.first(lambda: _carry_over(merger, writer, tokenizer))
-        for unit in merger.ahead(sorted(missing, key=lambda unit: writer.place(unit.names[0]))):
-            merged = merger.merged(unit, measured, partial(advance, "merge"), writer.settle)
-            if merged.flat is not None:
-                writer.write_flat(unit.names, merged.flat)
-            for name in merged.tensors:
-                if name in missing[unit]:
-                    writer.write(name, merged.tensors[name], merged.notes.get(name))
-            del merged  # its memory is used again when it is written
-        if merger.kept is not None:
-            merger.kept.close()  # before the first worker looks at what is in the directory
-        writer.finish()
-        report = Report(writer.out, measured.weights or None, measured.scale, inspection)
-        with _without_collecting(), writer.writing():
-            _describe(merger, writer, hashes, report)
-        stages = workers.gather(list(_stages(merger, writer, hashes)))
-        report = replace(report, stages=tuple(map(together, zip(*stages, strict=True))))
+        output.keep(stack)
+        log = stack.enter_context(_begun(merger, output, inspection, style))
+        measured = output.measured(partial(_advance, log, "measure"))
+        output.carry_over()
+        on_read = partial(_advance, log, "merge")
+        for unit in merger.ahead(list(output.missing)):
+            output.write(unit, merger.merged(unit, measured, on_read, output.writer.settle))
+        output.finish()
+        output.describe(hashes, measured, inspection.decisions)
+        report = Report(output.writer.out, measured.weights or None, measured.scale, inspection, output.stages(hashes))
         for done in report.stages:
             log.event("stage", name=done.name, seconds=round(done.seconds, 3), bytes=done.nbytes)
     log.event("done", out=str(report.out))
@@ -251,13 +221,10 @@ def inspect(
     """
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, byte_size("memory", memory))
-        tokenizer = _side_files(merger, tokenizer_from)
-        if out is not None:
-            writer = _writer(merger, out, max_shard_bytes=max_shard_bytes, force=force)
-            _check_side_files(merger, writer, tokenizer)
-        inspection = merger.inspect()
+        tokenizer, inspection = _inspected(merger, tokenizer_from)
         if out is None:
             return inspection
+        Output(merger, tokenizer, out, max_shard_bytes=max_shard_bytes, force=force)
         refuse_unchanged(merger.recipe, inspection.decisions)
         merged = inspection.read_bytes - inspection.measured_bytes
         found = pace(merger.recipe, len(merger.models), backend)
@@ -292,6 +259,7 @@ def task_weights(
         return measured.weights or None
 
 
+@without_collecting()
 def open_merger(
     stack: ExitStack,
     base: Source,
@@ -300,10 +268,12 @@ def open_merger(
     backend: str = "auto",
     memory: int = DEFAULT_MEMORY,
     argument: str = "models",
+    *,
+    of_models: bool = True,
 ) -> Merger:
     """A merger of these inputs, which ``stack`` closes. Arguments and errors as of :func:`merge_checkpoints`.
 
-    ``argument``: what messages call the models.
+    ``argument``: what messages call the models, if they are such.
     """
     check_models(models)
     if not models:
@@ -318,9 +288,7 @@ def open_merger(
         merged=lambda names: not left_alone(names, recipe.select),
         renames=recipe.rename,
     )
-    merger = Merger(inputs.base, inputs.models, recipe, backend, memory)
-    merger.inputs = inputs
-    return merger
+    return Merger(inputs, recipe, backend, memory, of_models=of_models)
 
 
 def _style(progress: object) -> Style:
@@ -332,155 +300,27 @@ def _style(progress: object) -> Style:
     return "bar" if progress else "none"
 
 
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Python does not look for garbage in the block, which makes only what stays: for many tensors, a great deal."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-def _side_files(merger: Merger, tokenizer_from: TokenizerFrom) -> Checkpoint:
-    """Whose tokenizer is taken; what of the others is not taken over becomes notices."""
+@without_collecting()
+def _inspected(merger: Merger, tokenizer_from: TokenizerFrom) -> tuple[Checkpoint, Inspection]:
+    """Whose tokenizer is taken, and what will happen; what of the others is not taken over is among the notices."""
     require_config(merger.base.directory)
     tokenizer = tokenizer_source(merger.base, merger.models, tokenizer_from)
-    merger.notices += [*merger.inputs.notices, *differences(merger.base, merger.models, tokenizer)]
-    return tokenizer
+    return tokenizer, merger.inspect(differences(merger.base, merger.models, tokenizer))
 
 
-def _writer(
-    merger: Merger,
-    out: str | os.PathLike[str],
-    *,
-    max_shard_bytes: int | str,
-    force: bool,
-    memory: int = DEFAULT_MEMORY,
-    resume: bool = False,
-    workers: Workers = ALONE,
-) -> CheckpointWriter:
-    """The writer of the output, which is refused where writing it would replace or delete an input."""
-    refuse_inputs(out, (merger.base, *merger.models))
-    specs = [merger.out_spec(name) for name in merger.written]
-    return CheckpointWriter(
-        out,
-        specs,
-        max_shard_bytes=byte_size("max_shard_bytes", max_shard_bytes),
-        memory=memory,
-        metadata=merger.base.metadata,
-        identity=_identity(merger),
-        resume=resume,
-        force=force,
-        stem=stem_of(merger.base.directory, merger.base.files),
-        workers=workers,
-    )
+def _begun(merger: Merger, output: Output, inspection: Inspection, style: Style) -> Progress:
+    """The progress of a merge, which has told what it will do."""
+    reads = output.reads()
+    paced = None
+    if style != "none" and merger.method.passes:
+        paced = pace(merger.recipe, len(merger.models), merger.backend)
+    ratio = paced.ratio if paced is not None else 1.0 if merger.kept is None else 0.0  # what is kept takes no time
+    log = Progress(*reads, ratio=ratio, style=style)
+    log.event("start", read_bytes=sum(reads), write_bytes=inspection.write_bytes)
+    for warning in inspection.warnings:
+        log.event("warning", text=warning)
+    return log
 
 
-def _identity(merger: Merger) -> dict[str, object] | None:
-    """What a killed merge must have in common with this one to be resumed; None for inputs that are not files."""
-    sources = (merger.base, *merger.models)
-    if not all(source.files for source in sources):
-        return None
-    files = {source: {*source.files} for source in sources}
-    for source, own in files.items():
-        if source.directory is not None:
-            own |= {file for file in source.directory.glob("*.json") if file.is_file()}
-    return {
-        "inputs": [
-            [source.name, *([str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(files[source]))]
-            for source in sources
-        ],
-        "recipe": merger.recipe.to_record(),
-        "versions": [__version__, torch.__version__],
-        "backend": merger.backend,
-    }
-
-
-def _measured(merger: Merger, writer: CheckpointWriter, advance: OnRead) -> Measured:
-    """What the method finds out, or found out before the merge was killed."""
-    if writer.measured is not None:
-        return Measured(tuple(writer.measured["weights"]), writer.measured["scale"])
-    measured = merger.measure(advance, writer.workers, lambda unit: writer.worker(unit.names[0]))
-    if type(measured) is Measured:  # what else methods measure takes no note
-        writer.measure({"weights": measured.weights, "scale": measured.scale})
-    return measured
-
-
-def _reads_to_measure(merger: Merger, writer: CheckpointWriter) -> int:
-    """Bytes that this worker reads to measure; none if a killed run has done so."""
-    if writer.measured is not None:
-        return 0
-    return merger.reads(unit for unit in merger.steps if writer.worker(unit.names[0]) == writer.workers.rank)[0]
-
-
-def _carry_over(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
-    """Config, tokenizer and code files of the base."""
-    if writer.directory is not None and merger.base.directory is not None:
-        out_dtype = getattr(torch, merger.recipe.out_dtype) if merger.recipe.out_dtype is not None else None
-        carry_over(
-            merger.base.directory,
-            writer.directory,
-            out_dtype=out_dtype,
-            untied=bool(merger.inputs.untied),
-            dequantised=merger.base.dequantised,
-            in_floats=needless_quantisation(merger.base) is not None,
-            tokenizer=None if tokenizer is merger.base else tokenizer,
-        )
-
-
-def _check_side_files(merger: Merger, writer: CheckpointWriter, tokenizer: Checkpoint) -> None:
-    """CheckpointError for one that cannot be carried over, before the work begins."""
-    if not writer.single_file and merger.base.directory is not None:
-        carried(merger.base.directory, None if tokenizer is merger.base else tokenizer)
-
-
-def _describe(
-    merger: Merger,
-    writer: CheckpointWriter,
-    hashes: InputHashes,
-    report: Report,
-) -> None:
-    """The model card and the manifest."""
-    if writer.directory is None:
-        return
-    inputs = hashes.records()
-    if writer.workers.rank:
-        return
-    recipe = merger.recipe
-    card = model_card(
-        base=merger.base,
-        models=merger.models,
-        files=[shard.file for shard in writer.shards],
-        recipe=to_yaml(recipe.to_record()),
-        method=recipe.method.title,
-        paper=recipe.method.paper,
-    )
-    (writer.directory / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-    decisions = report.inspection.decisions
-    writer.manifest = build_manifest(
-        recipe={**recipe.to_record(), "measured": {"weights": report.weights, "scale": report.scale}},
-        inputs=inputs,
-        tensors={decision.name: _record(decision, writer.notes.get(decision.name, {})) for decision in decisions},
-        backend=", ".join(sorted({decision.backend for decision in decisions if decision.backend})),
-    )
-
-
-def _stages(merger: Merger, writer: CheckpointWriter, hashes: InputHashes) -> Iterator[Stage]:
-    """What was done on the thread that merges, and beside it."""
-    yield from merger.stopwatch.stages()
-    seconds = writer.seconds
-    yield Stage("write", seconds["write"], writer.nbytes)
-    yield Stage("hash", seconds["hash"] + hashes.seconds, writer.nbytes + hashes.nbytes)
-    yield Stage("flush", seconds["flush"], writer.nbytes)
-    yield Stage("wait", seconds["wait"], 0)
-
-
-def _record(decision: Decision, notes: Mapping[str, object]) -> dict[str, object]:
-    """What the manifest says about one tensor."""
-    record: dict[str, object] = {"action": decision.action}
-    if decision.backend is not None:
-        record |= {"removed": decision.removed, "backend": decision.backend, "form": decision.form}
-    return record | dict(notes)
+def _advance(log: Progress, stage: str, unit: Unit, read_bytes: int) -> None:
+    log.advance(stage, read_bytes, len(unit.names))

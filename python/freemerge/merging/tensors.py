@@ -84,9 +84,9 @@ def _merge_one(
     if base.dtype in MERGEABLE:
         with ExitStack() as stack:
             models = [{key: tensor} for tensor in tensors]
-            merger = open_merger(stack, {key: base}, models, recipe, argument=argument)
-            merger.of_models = argument == "tensors"
-            merged = merged_in_memory(merger)[key]
+            of_models = argument == "tensors"
+            merger = open_merger(stack, {key: base}, models, recipe, argument=argument, of_models=of_models)
+            merged = merged_in_memory(merger, merger.measure())[key]
     else:  # of which no model consists
         merged = _copied(spec, base, tensors, select)
     if out is None:

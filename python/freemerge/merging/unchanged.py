@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import ArgumentError
-from ..methods.average import Average
-from ..methods.breadcrumbs import Breadcrumbs
 from ..methods.rules import weights_by_rule
-from ..methods.task_arithmetic import TaskArithmetic
+from ..methods.weighted_sum import WeightedSum
 from .inspection import Decision
 from .recipe import Recipe
 
@@ -20,10 +18,8 @@ def refuse_unchanged(recipe: Recipe, decisions: Sequence[Decision]) -> None:
     weights = recipe.method.weights
     if isinstance(weights, tuple) and not any(map(any, (weights, *(layer.weights for layer in recipe.layers)))):
         raise ArgumentError("weights: with nothing but zeros the merged model is the base")
-    if getattr(recipe.method, "density", None) == 0:
-        raise ArgumentError("density: at 0 nothing of the task vectors is kept, and the merged model is the base")
-    if isinstance(recipe.method, Breadcrumbs) and recipe.method.beta + recipe.method.gamma >= 1:
-        raise ArgumentError("beta, gamma: where they leave out everything, the merged model is the base")
+    if recipe.method.left_out:
+        raise ArgumentError(f"{recipe.method.left_out}; the merged model is the base")
     if all(decision.action == "copy" for decision in decisions):
         raise ArgumentError("select: every tensor is copied or left out, and the merged model is the base")
     removed = [decision.removed for decision in decisions if decision.removed is not None]
@@ -36,6 +32,6 @@ def refuse_unchanged(recipe: Recipe, decisions: Sequence[Decision]) -> None:
 def gives_back(recipe: Recipe, count: int) -> bool:
     """Whether the merge of ``count`` models is the only one of them."""
     method = recipe.method
-    if count != 1 or recipe.filter is not None or recipe.layers or type(method) not in (Average, TaskArithmetic):
+    if count != 1 or recipe.filter is not None or recipe.layers or not isinstance(method, WeightedSum):
         return False
     return method.weights is not None and weights_by_rule(method.weights, 1) == (1.0,) and recipe.global_scale(1) == 1

@@ -6,12 +6,11 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor
 
 from ..checkpoint import MERGEABLE, TensorSpec
 from ..checkpoint.quantised import FLOAT8, FLOAT8_ADVICE
-from ..dense import bits
+from ..dense import same_bits
 from ..errors import ArgumentError, CheckpointError
 from ..methods.layers import is_convolution
 from .selection import Action, Rule, Split, Stack, View, check_rules, left_alone, rule_of
@@ -194,7 +193,7 @@ def _stack_of(name: str, view: Stack, specs: Mapping[str, TensorSpec]) -> tuple[
 
 def require_equal(name: str, base: Tensor, model: Tensor, source: str) -> None:
     """Raise CheckpointError unless a tensor that cannot be merged has the same bytes in the base and in a model."""
-    if base.dtype != model.dtype or not torch.equal(bits(base), bits(model)):
+    if not same_bits(base, model):
         if base.dtype in FLOAT8:
             raise CheckpointError(f"{source}: tensor {name} differs from the base's and is {FLOAT8_ADVICE}")
         raise CheckpointError(

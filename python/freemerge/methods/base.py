@@ -149,6 +149,16 @@ class Method(ABC):
         """Whether what is merged is ``sum_i weights[i] X_i`` with ``weights`` as measured, X_i depending on none."""
         return False
 
+    @property
+    def linear_hint(self) -> str:
+        """What would make it :attr:`linear`; empty where that is not up to one parameter."""
+        return ""
+
+    @property
+    def left_out(self) -> str:
+        """By which parameters nothing of the task vectors is kept, in words; empty where something is."""
+        return ""
+
     def default_scale(self, count: int) -> float | None:
         """The scale that a recipe's "auto" stands for, with ``count`` models; None if the weights have to tell."""
         return 1.0

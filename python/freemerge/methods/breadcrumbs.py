@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Breadcrumbs(Method):
     """Model Breadcrumbs: the sum of the v_i without the smallest and the largest entries of each tensor.
 
-    All entries that are equal to the smallest one kept are kept, those equal to the smallest outlier are outliers.
+    All entries that are equal to the smallest one kept are kept, those equal to the smallest outlier are outliers. Of
+    tensors so small that the shares leave none, the largest that is no outlier is kept.
 
     Attributes:
         beta: share of each tensor that is left out as too small.
@@ -32,6 +33,7 @@ class Breadcrumbs(Method):
     paper = "2312.06795"
     strengthened = 1.4  # what is cut off took some of the tasks along, see docs/methods.md
     sees_matrices = False
+    linear = True
 
     beta: float = parameter(0.85, "share of each tensor that is left out as too small", kind=number(0, 1))
     gamma: float = parameter(0.007, "share of each tensor that is left out as too large", kind=number(0, 1))
@@ -44,8 +46,8 @@ class Breadcrumbs(Method):
         return min(count, 2) + 1
 
     @property
-    def linear(self) -> bool:
-        return True
+    def left_out(self) -> str:
+        return "" if self.beta + self.gamma < 1 else "beta, gamma: they leave out everything"
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         from ..accumulate import elect, new_empty
@@ -55,6 +57,14 @@ class Breadcrumbs(Method):
             totals = totals or [new_empty(delta.shape, delta).zero_() for delta in deltas]
             for tensor, delta, total in zip(vectors.tensors, deltas, totals, strict=True):
                 check_comparable(tensor.name, delta)
-                least, outlier = kth_of(delta, [1.0 - self.beta, self.gamma])
+                least, outlier = kth_of(delta, self._ranks(delta.numel()))
                 elect(delta, weight, (total, total), least=least, outlier=outlier)  # both signs to one sum
         return Merged(totals)
+
+    def _ranks(self, count: int) -> tuple[int, int]:
+        """Of the smallest entry that is kept, and of the smallest outlier; 0 for none."""
+        kept, outliers = round((1.0 - self.beta) * count), round(self.gamma * count)
+        if count and not self.left_out:
+            outliers = min(outliers, count - 1)
+            kept = max(kept, outliers + 1)
+        return kept, outliers

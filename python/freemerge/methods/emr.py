@@ -25,13 +25,10 @@ class EMR(Method):
     title = "EMR-Merging"
     paper = "2405.17461"
     sees_matrices = False
+    by_entries = True
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         return 1
-
-    @property
-    def by_entries(self) -> bool:
-        return True
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         return Merged([tensor.by_pieces(_elected) for tensor in vectors.tensors])

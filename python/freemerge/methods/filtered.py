@@ -83,7 +83,7 @@ def filter_keeping_norm(vectors: TaskVectors, deltas: Sequence[Tensor], response
 
 
 def filtered_sums(
-    vectors: TaskVectors, weights: Sequence[Sequence[float]], response: Response, *, norms: bool
+    vectors: TaskVectors, weights: Sequence[float], response: Response, *, norms: bool
 ) -> tuple[Sequence[Tensor | LateSum], float, float]:
     """sum_i weights[i] v_i of each member, filtered, and the Frobenius norm of all of them before and after the filter,
     or 0 unless ``norms`` are wanted."""
@@ -91,12 +91,12 @@ def filtered_sums(
 
     tensors = vectors.tensors
     if len(tensors) == 1 and not vectors.parts:
-        total, filtered = tensors[0].filtered_sum(weights[0], response, vectors.backend)
+        total, filtered = tensors[0].filtered_sum(weights, response, vectors.backend)
         if filtered is not None:
             return [total], *filtered
         sums = [finished(total)]
     else:
-        sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
+        sums = vectors.sum(weights)
     before = norm(sums) if norms else 0.0
     filter_members(vectors, sums, response)
     return sums, before, norm(sums) if norms else 0.0

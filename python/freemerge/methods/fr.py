@@ -42,7 +42,8 @@ class FR(Method):
             ``"uniform"`` (1/K), ``"sum"`` (1, the released code), or K numbers.
         stats: whether E_i is measured on the ``"raw"`` task vectors (mean over all their elements) or on the
             ``"filtered"`` ones (unweighted mean over tensors, as the released code does).
-        scope: whether "magnitude" weights are taken over the whole ``"model"`` or for each ``"tensor"``.
+        scope: whether "magnitude" weights are taken over the whole ``"model"`` or for each ``"tensor"``; a view's stack
+            is one.
         renormalize: ``"energy"`` gives every filtered tensor the Frobenius norm back that the weighted sum had before
             the filter, so that one scale suits every cutoff; ``None`` does not.
         align: scale tensor l of task i by max_j m_jl / m_il, m the mean magnitude after the filter (released code);
@@ -97,6 +98,10 @@ class FR(Method):
     def linear(self) -> bool:
         return self.renormalize is None and not (self.sign_election or self._own_weights)
 
+    @property
+    def linear_hint(self) -> str:
+        return "" if self.renormalize is None else "give it renormalize none"
+
     def default_scale(self, count: int) -> float:
         return default_scale(self.weights, count)
 
@@ -132,21 +137,19 @@ class FR(Method):
             if filters:
                 sums, before, after = filtered_sums(vectors, weights, self.response, norms=norms)
             else:
-                sums = [tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)]
+                sums = vectors.sum(weights)
         else:
             filtered = self._filtered(vectors)
             means = _means(filtered)
             weights = self._weights(vectors, measured, means if self._filtered_stats(filters) else None)
-            factors = self._alignment(vectors, means)
+            factors = alignment_factors(_over_unit(vectors, means)) if self.align else [1.0] * len(weights)
+            shares = [factor * weight for factor, weight in zip(factors, weights, strict=True)]
             combine = agreeing_sum if self.sign_election else weighted_sum
-            sums = combined = [
-                combine(deltas, [factor * weight for factor, weight in zip(factors, own, strict=True)])
-                for deltas, own in zip(zip(*filtered, strict=True), weights, strict=True)
-            ]
+            sums = combined = [combine(deltas, shares) for deltas in zip(*filtered, strict=True)]
             if norms:
-                before = norm([tensor.sum(own) for tensor, own in zip(tensors, weights, strict=True)])
+                before = norm(vectors.sum(weights))
                 after = norm(combined)
-        notes: list[dict[str, object]] = [{"weights": list(own)} if self._own_weights else {} for own in weights]
+        notes: list[dict[str, object]] = [{"weights": list(weights)} if self._own_weights else {} for _ in tensors]
         if not norms:
             return Merged(sums, notes)
         factor = energy_factor(before, after)
@@ -173,23 +176,11 @@ class FR(Method):
 
     def _weights(
         self, vectors: TaskVectors, measured: Measured, means: list[list[float]] | None = None
-    ) -> list[tuple[float, ...]]:
-        """lambda_i for each member: the model's, or from its own ``means``, which are read if not given."""
+    ) -> tuple[float, ...]:
+        """lambda_i: the model's, or the unit's own, from the ``means`` of its members, which are read if not given."""
         if not self._own_weights:
-            return [measured.weights] * len(vectors.tensors)
-        return [magnitude_weights(own) for own in means or self._means(vectors)]
-
-    def _alignment(self, vectors: TaskVectors, means: Sequence[Sequence[float]]) -> list[float]:
-        """The factor of each model; a stack is aligned as the one matrix it stands for."""
-        if not self.align:
-            return [1.0] * len(means[0])
-        sizes = [tensor.numel for tensor in vectors.tensors]
-        return alignment_factors(
-            [
-                math.fsum(mean * size for mean, size in zip(column, sizes, strict=True)) / max(1, sum(sizes))
-                for column in zip(*means, strict=True)
-            ]
-        )
+            return measured.weights
+        return magnitude_weights(_over_unit(vectors, means or self._means(vectors)))
 
     def _filtered(self, vectors: TaskVectors) -> list[list[Tensor]]:
         """G_i of each model, one tensor a member."""
@@ -199,6 +190,15 @@ class FR(Method):
                 filter_members(vectors, deltas, self.response)
             filtered.append(deltas)
         return filtered
+
+
+def _over_unit(vectors: TaskVectors, means: Sequence[Sequence[float]]) -> list[float]:
+    """The mean magnitude of each model over all members: a stack is the one matrix that it stands for."""
+    sizes = [tensor.numel for tensor in vectors.tensors]
+    return [
+        math.fsum(mean * size for mean, size in zip(column, sizes, strict=True)) / max(1, sum(sizes))
+        for column in zip(*means, strict=True)
+    ]
 
 
 def _means(filtered: Sequence[Sequence[Tensor]]) -> list[list[float]]:

@@ -58,15 +58,12 @@ class IsoCTS(SpectralMethod):
     name = "iso_cts"
     title = "Iso-CTS"
     paper = "2502.04959"
+    by_inputs = True
 
     common: float = parameter(0.8, "share of the singular directions that come from the sum", kind=number(0, 1))
 
     def reads(self, as_matrices: bool) -> int:
         return 2 if as_matrices else 1
-
-    @property
-    def by_inputs(self) -> bool:
-        return True
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         return AVERAGE_HOLDS if matrix is None else 18 + 6 * squareness(matrix)

@@ -46,11 +46,8 @@ class JSV(SpectralMethod):
 
     name = "jsv"
     title = "Joint singular vectors"
+    by_inputs = True
     regained = 0.9  # measured, see docs/methods.md
-
-    @property
-    def by_inputs(self) -> bool:
-        return True
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:

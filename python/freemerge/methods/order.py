@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError
@@ -23,14 +23,15 @@ Numbers = tuple[int, "Tensor", "Tensor | None"]  #: a model, some of its numbers
 def kth_largest(whole: Whole[Iterable[Numbers]], count: int, share: float) -> list[float]:
     """For each of ``count`` models the round(share * n)-th largest magnitude of its n numbers, as float32.
 
-    Infinity if that is the 0-th. Exact, in two looks at the whole and the memory of a histogram for each model.
+    The largest where that is the 0-th, so that small tensors keep something, too; infinity where share or n is 0.
+    Exact, in two looks at the whole and the memory of a histogram for each model.
     """
-    return _largest(whole, count, [share])[0]
+    return _largest(whole, count, lambda n: [max(1, round(share * n)) if share > 0 and n else 0])[0]
 
 
-def kth_of(values: Tensor, shares: Sequence[float]) -> list[float]:
-    """The same of one tensor alone, for each of some shares, in one look and one more for each."""
-    return [found for (found,) in _largest(Whole(lambda: [[(0, values, None)]]), 1, shares)]
+def kth_of(values: Tensor, ranks: Sequence[int]) -> list[float]:
+    """The k-th largest magnitude of one tensor alone for each k of ``ranks``, in one look and one more for each."""
+    return [found for (found,) in _largest(Whole(lambda: [[(0, values, None)]]), 1, lambda n: ranks)]
 
 
 def check_comparable(name: str, delta: Tensor) -> None:
@@ -41,8 +42,10 @@ def check_comparable(name: str, delta: Tensor) -> None:
             raise CheckpointError(f"tensor {name!r}: magnitudes are compared in float32, which {size:.3g} overflows")
 
 
-def _largest(whole: Whole[Iterable[Numbers]], count: int, shares: Sequence[float]) -> list[list[float]]:
-    """:func:`kth_largest` for each share."""
+def _largest(
+    whole: Whole[Iterable[Numbers]], count: int, ranks_of: Callable[[int], Sequence[int]]
+) -> list[list[float]]:
+    """For each rank of n numbers that ``ranks_of(n)`` names, that of each model; infinity for rank 0."""
     from ..accumulate import count_magnitudes
 
     def counted(above: Sequence[int], bins: int, shift: int) -> Tensor:
@@ -54,8 +57,7 @@ def _largest(whole: Whole[Iterable[Numbers]], count: int, shares: Sequence[float
 
     upper = counted([0] * count, 1 << 16, LOW_BITS)
     largest = []
-    for share in shares:
-        ranks = [round(share * int(counts.sum())) for counts in upper]
+    for ranks in zip(*(ranks_of(int(counts.sum())) for counts in upper), strict=True):
         found = [_rank_from_top(counts, rank) for counts, rank in zip(upper, ranks, strict=True)]
         lower = counted([high for high, _ in found], 1 << LOW_BITS, 0)
         largest.append(

@@ -39,23 +39,32 @@ class Competition(Measured):
         """norm(v_i v_j) of one tensor."""
         return (deltas[i] * deltas[j]).sub_(float(self.least[i, j])).div_(float(self.span[i, j]))
 
-    def scores(self, deltas: Sequence[Tensor]) -> Iterator[Tensor]:
-        """beta_1, ..., beta_K, before any entry is dropped."""
+    def scores(self, deltas: Sequence[Tensor]) -> list[Tensor]:
+        """log beta_1, ..., log beta_K, before any entry is dropped, plus what makes all of them positive.
+
+        beta_i itself falls to exp(-K), which many models make less than any float32.
+        """
         agreements = [torch.zeros_like(delta) for delta in deltas]
         for i, j in pairs_of(len(deltas)):
             shared = self.normal(deltas, i, j).exp_()
             for k in {i, j}:
                 agreements[k].add_(shared, alpha=1.0 / float(self.inter[i, j]))
-        for i, agreement in enumerate(agreements):
-            within = self.normal(deltas, i, i).sub_(1.0).mul_(len(deltas)).exp_()
-            yield within.mul_(agreement).div_(float(self.intra[i]))
+        for i, agreement in enumerate(agreements):  # at least K / e, and intra at most 1
+            within = self.normal(deltas, i, i).mul_(len(deltas))
+            agreement.log_().add_(within).add_(1.0 - math.log(float(self.intra[i]))).clamp_(min=0.0)
+        return agreements
 
     def merged(self, piece: Deltas) -> Tensor:
         """sum_i beta_i v_i / sum_i beta_i, with the entries of each beta_i that are kept."""
         deltas = list(piece.each())
+        scores, largest = self.scores(deltas), torch.full_like(deltas[0], -math.inf)
+        for score, threshold in zip(scores, self.thresholds, strict=True):
+            score.masked_fill_(score.float() < threshold, -math.inf)
+            torch.maximum(largest, score, out=largest)
+        largest.clamp_(min=0.0)  # where nothing is kept
         total, weight = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-        for delta, score, threshold in zip(deltas, self.scores(deltas), self.thresholds, strict=True):
-            score.masked_fill_(score.float() < threshold, 0.0)
+        for delta, score in zip(deltas, scores, strict=True):
+            score.sub_(largest).exp_()
             total.addcmul_(score, delta)
             weight.add_(score)
         return total.div_(weight).masked_fill_(weight == 0, 0.0)
@@ -69,7 +78,7 @@ class PCB(Method):
     entries to [0, 1]. Kept are also all entries that are equal to the smallest one kept.
 
     Attributes:
-        density: share of each beta_i that is kept.
+        density: share of each beta_i that is kept, one entry at least.
         scope: whether softmax, norm and density are over the whole ``"model"``, as in the paper, which takes four
             passes of its own over all weights, or over each ``"tensor"``.
     """
@@ -101,6 +110,10 @@ class PCB(Method):
     @property
     def by_entries(self) -> bool:
         return self.scope == "model"
+
+    @property
+    def left_out(self) -> str:
+        return "" if self.density else "density: at 0 nothing of the task vectors is kept"
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         if self.scope == "tensor":
@@ -147,7 +160,8 @@ class PCB(Method):
                 most[i, j] = most[j, i] = max(float(most[i, j]), high[pair])
         if entries and not torch.isfinite(most - least).all():
             raise CheckpointError("pcb multiplies task vectors with each other: their products overflow")
-        ranges = Competition(least=least, span=(most - least).where(most > least, 1.0))  # equal products are all 0
+        varies, size = most > least, most.abs().clamp(min=1.0)  # equal products are all 1
+        ranges = Competition(least=least.where(varies, least - size), span=(most - least).where(varies, size))
 
         def exponentials(pieces: Iterable[Sequence[Tensor]]) -> tuple[list[float], list[float]]:
             """A unit's shares in ``inter``, for each pair, and in ``intra``; the same for any number of threads."""

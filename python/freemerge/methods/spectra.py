@@ -115,6 +115,7 @@ def polar_factor(matrix: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
     tall = matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if tall else matrix
     left, values = left_vectors(wide, wide.shape[-2], exact)
+    left.mul_(wide.any(-1, keepdim=True))  # rows of zeros, as of padding in a batch, stay exactly that
     scaled = (left * _inverse(values)[..., None, :]).mT
     if 2 * scaled.shape[-2] > scaled.shape[-1]:  # U diag(1/s) U^T first is cheaper
         left = left @ scaled

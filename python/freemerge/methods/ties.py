@@ -38,7 +38,7 @@ class TIES(Method):
     the weights, so that equal ones are the paper's; a negative one stands for the opposite task vector.
 
     Attributes:
-        density: share of each v_i that is kept.
+        density: share of each v_i that is kept, one entry at least.
         scope: whether that share is of the ``"model"``, as in the paper, which takes two passes of its own over all
             weights, or of each ``"tensor"``.
         weights: lambda_i, equal or given.
@@ -69,6 +69,10 @@ class TIES(Method):
     @property
     def by_entries(self) -> bool:
         return self.scope == "model"
+
+    @property
+    def left_out(self) -> str:
+        return "" if self.density else "density: at 0 nothing of the task vectors is kept"
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         alone = super().measure(units, count)

@@ -44,13 +44,10 @@ class WUDI(SpectralMethod):
     name = "wudi"
     title = "WUDI-Merging"
     paper = "2503.08099"
+    by_inputs = True
 
     steps: float = parameter(100.0, "time of the gradient flow, in units of 1 / lambda_1", kind=number(0, 1e12))
     rank: float = parameter(1.0, "share of the eigenvectors that are corrected", kind=number(0, 1))
-
-    @property
-    def by_inputs(self) -> bool:
-        return True
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -52,7 +52,8 @@ def candidates(
 
     ``count`` is the number of matrices of this shape in one tensor.
     """
-    request = _Request(response, shape, dtype, device, backend, traits, count)
+    box = response.box(shape, _TAIL_LIMIT[compute_dtype(dtype)])
+    request = _Request(response, shape, dtype, device, backend, traits, count, box)
     constant = request.constant_gain()
     if constant is not None:
         why = f"the gain is {constant:g} at every frequency"
@@ -117,6 +118,7 @@ class _Request:
     backend: str
     traits: Traits
     count: int
+    box: Box | None
 
     @property
     def plan(self) -> Plan:
@@ -135,10 +137,6 @@ class _Request:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @cached_property
-    def box(self) -> Box | None:
-        return self.response.box(self.shape, _TAIL_LIMIT[compute_dtype(self.dtype)])
 
     def constant_gain(self) -> float | None:
         if self.box is not None and 0 in self.box.bands:
@@ -258,7 +256,11 @@ class _Request:
             cost = moves * costs.move * height * width + across + down * height * varying + steps * costs.call
             cost += 2 * costs.spectrum * height * varying
             work = pruned_size + blocks
-            yield cost, replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
+            # The gains of its transforms are M - background, the more where M changes its sign.
+            opposite = self.response.opposite(background, self.shape) if background else 0.0
+            error = self.rounding * (1 + min(abs(background), opposite) / max(abs(background), opposite, 1e-300))
+            pruned = replace(common, form="pruned", bytes_moved=3 * self.nbytes, workspace_bytes=work)
+            yield cost, replace(pruned, error_bound=error)
         if "full" in traits.forms and not (large and transpose):
             moves = 6 if packed and large else 2
             transformed = gains.size if traits.streams else int(np.count_nonzero(np.isnan(gains)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from ..cache import ByResponse
 from ..dense import dtype_name
+from ..lazy import cached_property
 from ..responses import Gains, Response, matrix_shape, transposed
 from .layout import ROWS, Layout
 from .tiles import Tiles

@@ -100,11 +100,13 @@ def set_number(
     object.__setattr__(response, name, number)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # else all of a subclass that is no dataclass would be equal, having no fields
 class Response:
     """Base class of all frequency responses: frozen, hashable and comparable. Their repr is code, but for Custom.
 
     Subclasses define :meth:`params` and :meth:`gain`; the rest follows. ``shape`` is (n,) for a vector or (H, W).
+    What was made for a response serves equal ones, too: a subclass is a frozen dataclass, whose fields are compared,
+    or defines ``__eq__`` and ``__hash__``; else each of its objects equals itself only.
     """
 
     def params(self, shape: tuple[int, ...]) -> MaskParams:
@@ -155,6 +157,12 @@ class Response:
             np.maximum(high, block.max(axis=0), out=high)
         return np.where(low == high, low, np.nan)
 
+    def opposite(self, background: float, shape: tuple[int, ...]) -> float:
+        """How far gains go to the other side of zero than ``background``."""
+        width = matrix_shape(shape)[1] // 2 + 1
+        masks = (self.half_mask(shape, rows) for rows in blocks(matrix_shape(shape)[0], width))
+        return max(0.0, *(float((mask if background < 0 else -mask).max()) for mask in masks))
+
 
 RESPONSES: dict[str, type[Response]] = {}  #: responses that numbers describe, by the names of their classes
 
@@ -195,3 +203,8 @@ class ClosedForm(Response, ABC):
     def column_gains(self, shape: tuple[int, ...]) -> Gains:
         """For each half-spectrum column l, its gain if that is the same for every row frequency, else NaN."""
         return self._columns(self.params(shape))
+
+    def opposite(self, background: float, shape: tuple[int, ...]) -> float:
+        """How far gains go to the other side of zero than ``background``: no kind has any but those it is given."""
+        params, sign = self.params(shape), 1.0 if background < 0 else -1.0
+        return max(0.0, *(sign * gain for gain in (params.gain0, params.gain1, params.gain2)))

@@ -31,8 +31,11 @@ class Butterworth(Radial):
 
     def _profile(self, radius: Gains, params: MaskParams) -> Gains:
         positive = np.where(radius == 0.0, 1.0, radius)
+        # A ratio to a cutoff at the end of the range of numbers has few digits left, which count with a small order.
+        mantissa, exponent = math.frexp(params.edge0) if params.order <= 1 else (params.edge0, 0)
         with np.errstate(over="ignore"):  # far below the cutoff the power overflows and the gain is 0
-            gains = 1.0 / (1.0 + (params.edge0 / positive) ** (2.0 * params.order))
+            power = (mantissa / positive) ** (2.0 * params.order) * np.exp2(2.0 * params.order * exponent)
+            gains = 1.0 / (1.0 + power)
         return np.where(radius == 0.0, 0.0, gains)
 
     def box(self, shape: tuple[int, ...], tolerance: float) -> Box:

@@ -29,6 +29,9 @@ class _Transposed(Response):
         box = self.inner.box(shape[::-1], tolerance)
         return None if box is None else replace(box, bands=box.bands[::-1], nyquist=box.nyquist[::-1])
 
+    def opposite(self, background: float, shape: tuple[int, ...]) -> float:
+        return self.inner.opposite(background, shape[::-1])
+
     def column_gains(self, shape: tuple[int, ...]) -> Gains:
         if isinstance(self.inner, ClosedForm):
             return self.inner._columns(self.params(shape))

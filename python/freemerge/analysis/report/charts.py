@@ -64,14 +64,14 @@ def linear_axis(title: str, values: Sequence[float], *, include: Sequence[float]
     return Axis(first * step, last * step, ticks, title)
 
 
-def logarithmic_axis(title: str, values: Sequence[float], base: int = 2) -> Axis:
-    """An axis over positive values, from a power of ``base`` to another one, around 1."""
-    exponents = [math.log(value, base) for value in values if value > 0]
+def logarithmic_axis(title: str, values: Sequence[float]) -> Axis:
+    """An axis over positive values, from a power of two to another one, around 1."""
+    exponents = [math.log2(value) for value in values if value > 0]
     low, high = math.floor(min([*exponents, -1])), math.ceil(max([*exponents, 1]))
     step = max(1, math.ceil((high - low) / 6))
     powers = [power for power in range(low, high + 1) if power % step == 0]
-    ticks = [(float(base) ** power, str(base**power) if power >= 0 else f"1/{base**-power}") for power in powers]
-    return Axis(float(base) ** low, float(base) ** high, ticks, title, logarithmic=True)
+    ticks = [(2.0**power, str(2**power) if power >= 0 else f"1/{2**-power}") for power in powers]
+    return Axis(2.0**low, 2.0**high, ticks, title, logarithmic=True)
 
 
 def line_chart(title: str, chart: Chart) -> str:

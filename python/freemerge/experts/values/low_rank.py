@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 
+from ...lazy import cached_property
 from ..payload import Reader
 from ..select import rows_of
 from .base import ExpertTensor, Seen
