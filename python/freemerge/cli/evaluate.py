@@ -9,6 +9,7 @@ from .arguments import PATH
 from .command import Argument, Command, Option
 from .failures import DONE
 from .output import Output
+from .user_function import user_function
 
 
 def command() -> Command:
@@ -50,13 +51,13 @@ def run(
 ) -> int:
     """Score models with a Python function of your own; higher is better."""
     from ..errors import ArgumentError
-    from ..evaluation import evaluate, evaluate_experts, load_function, table
+    from ..evaluation import evaluate, evaluate_experts, table
 
     if experts is None and (base or backbone):
         raise ArgumentError("--base and --backbone are for --experts")
-    score = load_function(function)
-    # Experts come first, as they may be refused, but are shown last.
-    last = [] if experts is None else [evaluate_experts(models[0], experts, score, base=base, backbone=backbone)]
-    evaluations = [*(evaluate(model, score) for model in models), *last]
+    with user_function(function) as score:
+        # Experts come first, as they may be refused, but are shown last.
+        last = [] if experts is None else [evaluate_experts(models[0], experts, score, base=base, backbone=backbone)]
+        evaluations = [*(evaluate(model, score) for model in models), *last]
     output.result({"evaluations": evaluations}, table(evaluations))
     return DONE
