@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,12 @@ def command(name: str, files: list[str], reference: str) -> list[object]:
 @pytest.mark.parametrize("name", ["evaluate", "tune"])
 @pytest.mark.parametrize(
     ("function", "message", "line"),
-    [("boom", "NameError: name 'json' is not defined", 15), ("leaves", "SystemExit: 0", 19), ("absent", "absent.csv", 23)],
-)  # fmt: skip
+    [
+        ("boom", "NameError: name 'json' is not defined", 15),
+        ("leaves", "SystemExit: 0", 19),
+        ("absent", "absent.csv", 23),
+    ],
+)
 def test_a_failing_function_is_named_with_its_line(
     name: str, function: str, message: str, line: int, files: list[str], bad: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,3 +130,27 @@ def test_in_python_errors_of_the_function_stay_as_they_are(files: list[str], bad
         evaluate(files[0], load_function(f"{bad}:boom"))
     with pytest.raises(LookupError, match="no more"):
         fm.tune(files[0], files[1:], fm.Recipe(method="average"), load_function(f"{bad}:stops"), iterations=1)
+
+
+def test_models_of_one_name_are_told_apart(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / task / "checkpoint-500" for task in ("math", "code")]
+    for path, file in zip(paths, files[1:], strict=True):
+        path.mkdir(parents=True)
+        shutil.copy(file, path / "model.safetensors")
+    assert run("evaluate", *paths, files[0], paths[0], "--function", "builtins:len", "--json") == 0
+    labels = [evaluation["label"] for evaluation in json.loads(capsys.readouterr().out)["evaluations"]]
+    unique = f"{tmp_path.name}/base.safetensors"
+    assert labels == ["math-checkpoint-500", "code-checkpoint-500", unique, "math-checkpoint-500"]
+    assert run("experts", *files[:1], *paths, "-o", tmp_path / "experts", "-q") == 0
+    scores = tmp_path / "scores.py"
+    scores.write_text("def f(state):\n    return {'math-checkpoint-500': 1, 'code-checkpoint-500': 0}\n")
+    experts = ["--experts", tmp_path / "experts", "--function", f"{scores}:f"]
+    assert run("evaluate", *paths, *experts, "--json") == 0
+    last = json.loads(capsys.readouterr().out)["evaluations"][-1]["label"]
+    assert last == "math-checkpoint-500 with experts"
+    assert run("merge", files[0], *paths, "-o", tmp_path / "out", "-q") == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# Merge of math-checkpoint-500 and code-checkpoint-500\n" in card
+    assert "- `math-checkpoint-500`\n- `code-checkpoint-500`\n" in card

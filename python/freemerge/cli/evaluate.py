@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .arguments import PATH
@@ -50,6 +51,7 @@ def run(
     backbone: Path | None,
 ) -> int:
     """Score models with a Python function of your own; higher is better."""
+    from ..checkpoint.locate import distinct_names
     from ..errors import ArgumentError
     from ..evaluation import evaluate, evaluate_experts, table
 
@@ -58,6 +60,9 @@ def run(
     with user_function(function) as score:
         # Experts come first, as they may be refused, but are shown last.
         last = [] if experts is None else [evaluate_experts(models[0], experts, score, base=base, backbone=backbone)]
-        evaluations = [*(evaluate(model, score) for model in models), *last]
+        scored = [evaluate(model, score) for model in models]
+    labels = distinct_names([evaluation.label for evaluation in scored], models)
+    evaluations = [replace(evaluation, label=label) for evaluation, label in zip(scored, labels, strict=True)]
+    evaluations += [replace(evaluation, label=f"{labels[0]} with experts") for evaluation in last]
     output.result({"evaluations": evaluations}, table(evaluations))
     return DONE
