@@ -232,6 +232,6 @@ def _named(models: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]
     for i, model in enumerate(models):
         name = check_task_name(told_apart(paths[i], paths.values())) if i in paths else f"task{i}"
         if name in named:
-            raise ArgumentError(f"models: two are called {name!r}; name them with a mapping")
+            raise ArgumentError(f"models: two are called {name!r}; each needs a path of its own, or a name")
         named[name] = model
     return named
