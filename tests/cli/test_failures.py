@@ -123,7 +123,9 @@ def test_wrong_arguments_are_answered_in_a_line(
         run(*arguments, "--json")
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert message in json.loads(captured.out)["error"]["message"]
+    told = json.loads(captured.out)["error"]
+    assert told["type"] == "ArgumentError"
+    assert message in told["message"]
 
 
 def test_errors_as_json(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

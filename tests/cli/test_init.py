@@ -50,6 +50,35 @@ def test_a_recipe_for_models_whose_names_are_no_text(files: list[str], tmp_path:
     assert Recipe.from_yaml(tmp_path / "recipe.yml") == Recipe()
 
 
+def test_a_recipe_for_paths_with_control_characters(files: list[str], tmp_path: Path) -> None:
+    model = tmp_path / "m\x1b\x85\n.safetensors"
+    save_file(load_file(files[1]), model)
+    assert run("init", files[0], model, "-o", tmp_path / "recipe.yml") == 0
+    assert Recipe.from_yaml(tmp_path / "recipe.yml") == Recipe()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--cutoff", "10"],
+        ["--scale", "0"],
+        ["--weights", "0,0"],
+        ["--select", "*=copy"],
+        ["--method", "ties", "--density", "0"],
+    ],
+)
+def test_what_merge_refuses_is_no_recipe_and_a_warning_of_inspect(
+    options: list[str], files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("merge", *files, *options, "-o", tmp_path / "out") == 2
+    refusal = capsys.readouterr().err.removeprefix("freemerge: ")
+    assert run("init", *files, *options, "-o", tmp_path / "recipe.yml") == 2
+    assert capsys.readouterr().err == f"freemerge: {refusal}"
+    assert not (tmp_path / "recipe.yml").exists()
+    assert run("inspect", *files, *options) == 0
+    assert f"warning: {refusal}" in capsys.readouterr().err
+
+
 EVERYTHING = Recipe(
     method="task_arithmetic", weights=[0.1, 0.2], layers=[("*.0.*", [0.3, 0.4])], filter="before", cutoff=0.3,
     select=[("*.bias", "copy")], rename=[("a.", "b.")], views=[{"split": "*.qkv", "parts": 3}], out_dtype="float16",

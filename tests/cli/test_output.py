@@ -134,6 +134,72 @@ def test_streams_that_are_closed_or_have_few_characters(files: list[str], tmp_pa
     assert r"cosine \u2013" in told, "of one model there is none"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize("options", [[], ["--json"], ["--log-json"]])
+def test_a_result_that_cannot_be_printed_is_no_failed_merge(
+    options: list[str], files: list[str], tmp_path: Path
+) -> None:
+    command = [*COMMAND, "merge", *files, "-o", str(tmp_path / "out"), *options]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        listed = subprocess.run([*COMMAND, "backends"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    told = f"the result cannot be printed: No space left on device; {tmp_path / 'out'} was written"
+    last = done.stderr.splitlines()[-1]
+    assert (json.loads(last)["message"] if options == ["--log-json"] else last.removeprefix("freemerge: ")) == told
+    assert fm.verify(tmp_path / "out") == []
+    assert listed.stderr == "freemerge: the result cannot be printed: No space left on device\n"
+    assert listed.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize("options", [[], ["--log-json"], ["--verbose"]])
+@pytest.mark.parametrize("sink", ["full", "pipe"])
+def test_a_merge_goes_on_when_standard_error_cannot_be_written(
+    options: list[str], sink: str, files: list[str], tmp_path: Path
+) -> None:
+    command = [*COMMAND, "merge", *files, "--cutoff", "0.8", *options, "-o", str(tmp_path / "out")]
+    if sink == "full":
+        stream = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stream = os.pipe()
+        os.close(reader)
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stream, text=True)
+        assert done.returncode == 0
+        assert str(tmp_path / "out") in done.stdout
+        assert fm.verify(tmp_path / "out") == []
+        assert subprocess.run(command, stdout=subprocess.PIPE, stderr=stream).returncode == 3, "the status stays"
+    finally:
+        os.close(stream)
+
+
 def test_backends_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("backends") == 0
     assert "torch    available" in capsys.readouterr().out
+
+
+def test_clean_says_when_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("clean", tmp_path) == 0
+    assert capsys.readouterr() == ("", f"{tmp_path}: killed runs left nothing here\n")
+    for option in ("--json", "--quiet"):
+        assert run("clean", tmp_path, option) == 0
+        assert capsys.readouterr() == ("", "")
+
+
+def test_json_beside_quiet_and_verbose(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", *files, "--json", "--quiet") == 0
+    captured = capsys.readouterr()
+    assert (json.loads(captured.out).keys() > {"decisions"}, captured.err) == (True, "")
+    assert run("merge", *files, "-o", tmp_path / "out", "--json", "--verbose") == 0
+    assert capsys.readouterr().err == ""
+    assert run("inspect", files[0], tmp_path / "nowhere", "--json", "--verbose") == 1
+    captured = capsys.readouterr()
+    assert (json.loads(captured.out).keys(), "Traceback" in captured.err) == ({"error"}, True)
+
+
+def test_an_expert_given_twice_is_refused_in_words_for_paths(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("experts", *files, files[1], "-o", tmp_path / "experts") == 2
+    assert "two are called 'model-1'; each needs a path of its own" in capsys.readouterr().err

@@ -543,7 +543,8 @@ def test_inspection() -> None:
     integers = sum(tensor.nbytes for tensor in base.values()) - floats
     assert inspection.read_bytes == 3 * (2 * floats + integers), "statistics need no integers"
     assert inspection.write_bytes == sum(tensor.nbytes for tensor in base.values())
-    (warning,) = fm.inspect(base, models, fm.Recipe(fm.HighPass(2.0))).warnings
+    warning, refusal = fm.inspect(base, models, fm.Recipe(fm.HighPass(2.0))).warnings
+    assert "removes the whole spectrum" in refusal
     assert "more than 90%" in warning
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -213,3 +213,37 @@ def display_name(path: Path) -> str:
     if (known := hub_id(absolute)) is not None:
         return known
     return absolute.name if absolute.is_dir() else f"{absolute.parent.name}/{absolute.name}"
+
+
+def distinct_names(names: Sequence[str], paths: Sequence[Path | None]) -> list[str]:
+    """Names of several checkpoints by :func:`display_name`; those that are alike become what tells their paths apart.
+
+    The path of a checkpoint in memory is None.
+    """
+    absolute = [path and Path(os.path.abspath(path)) for path in paths]
+    alike: dict[str, set[Path]] = {}
+    for name, path in zip(names, absolute, strict=True):
+        alike.setdefault(name, set()).update([path] if path else [])
+    return [
+        _distinct(name, path, alike[name]) if path and len(alike[name]) > 1 else name
+        for name, path in zip(names, absolute, strict=True)
+    ]
+
+
+def _distinct(name: str, path: Path, alike: Iterable[Path]) -> str:
+    own = told_apart(path, alike)
+    revision = hub_id(path) is not None  # of one repository, by the name of its folder alone
+    return f"{name}-{own}" if revision else own
+
+
+def told_apart(path: Path, paths: Iterable[Path]) -> str:
+    """The last part of a path, and as many before it as paths that end like this one differ by:
+    ``math-checkpoint-500``."""
+    own = _parts(path)
+    alike = [parts for parts in map(_parts, paths) if parts[-1] == own[-1]]
+    enough = (n for n in range(1, len(own) + 1) if len({parts[-n:] for parts in alike}) == len(alike))
+    return "-".join(own[-next(enough, 1) :])
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    return *path.parent.parts[1:], path.name.removesuffix(".safetensors")

@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import CheckpointError
 from .architecture import read_config
 from .hub_cache import hub_id
-from .locate import entry
+from .locate import distinct_names, entry
 from .reader import Checkpoint
 from .side_files import is_tokenizer_file
 
@@ -62,14 +62,15 @@ def model_card(
         "tags": ["merge", "freemerge"],
     }
     cited = f"{method}, [arXiv {paper}](https://arxiv.org/abs/{paper})" if paper else method
-    listed = "\n".join(f"- `{model.name}`" for model in models)
+    base_name, *names = distinct_names([source.name for source in inputs], [source.path for source in inputs])
+    listed = "\n".join(f"- `{name}`" for name in names)
     return f"""---
 {yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False, allow_unicode=True).strip()}
 ---
-# {_title(models)}
+# {_title(names)}
 
 Merged with freemerge {__version__} ({cited}) from the base
-`{base.name}` and
+`{base_name}` and
 
 {listed}
 
@@ -87,9 +88,10 @@ Recipe:
 """
 
 
-def _title(models: Sequence[Checkpoint]) -> str:
-    names = [model.name.rpartition("/")[2] for model in models]
-    return f"Merge of {' and '.join(names) if len(names) < 4 else f'{len(names)} models'}"
+def _title(names: Sequence[str]) -> str:
+    short = [name.rpartition("/")[2] for name in names]
+    told = short if len(set(short)) == len(set(names)) else names
+    return f"Merge of {' and '.join(told) if len(names) < 4 else f'{len(names)} models'}"
 
 
 def _loading(directory: Path | None, files: Sequence[str]) -> tuple[str | None, str, str | None]:

@@ -15,7 +15,7 @@ from click.shell_completion import shell_complete
 from ..errors import ArgumentError, FreemergeError, RefusedError
 from .commands import COMPLETION, NAME, Commands
 from .failures import FAILED, REFUSED, USAGE, Failures
-from .output import open_streams
+from .output import UnprintedError, open_streams, release_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,9 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_streams()
     try:
         return _status(sys.argv[1:] if arguments is None else list(arguments))
-    except OSError:  # nobody takes what is said; the flush at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError:  # nobody takes what is said
         return FAILED
+    finally:
+        release_streams()
 
 
 def _status(arguments: list[str]) -> int:
@@ -49,6 +50,8 @@ def _status(arguments: list[str]) -> int:
         return failures.tell(error, USAGE)
     except RefusedError as error:
         return failures.tell(error, REFUSED)
+    except UnprintedError as error:
+        return failures.tell_unprinted(error)
     except BrokenPipeError:  # the reader has closed the pipe
         raise
     except (FreemergeError, OSError) as error:

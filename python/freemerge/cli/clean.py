@@ -33,8 +33,11 @@ def run(output: Output, directory: Path, dry_run: bool) -> int:
     """Remove what killed runs left in a directory. What a living run writes stays."""
     from ..checkpoint.leftovers import clean
 
-    for left in clean(directory, remove=not dry_run):
+    found = clean(directory, remove=not dry_run)
+    for left in found:
         output.result(left, f"{left.path}: {_fate(left, dry_run)} ({left.nbytes / 1e6:.3g} MB)")
+    if not found:
+        output.note(f"{directory}: killed runs left nothing here")
     return DONE
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .arguments import PATH
 from .command import Argument, Command, Option
 from .failures import DONE
 from .output import Output
+from .user_function import user_function
 
 
 def command() -> Command:
@@ -49,14 +51,18 @@ def run(
     backbone: Path | None,
 ) -> int:
     """Score models with a Python function of your own; higher is better."""
+    from ..checkpoint.locate import distinct_names
     from ..errors import ArgumentError
-    from ..evaluation import evaluate, evaluate_experts, load_function, table
+    from ..evaluation import evaluate, evaluate_experts, table
 
     if experts is None and (base or backbone):
         raise ArgumentError("--base and --backbone are for --experts")
-    score = load_function(function)
-    # Experts come first, as they may be refused, but are shown last.
-    last = [] if experts is None else [evaluate_experts(models[0], experts, score, base=base, backbone=backbone)]
-    evaluations = [*(evaluate(model, score) for model in models), *last]
+    with user_function(function) as score:
+        # Experts come first, as they may be refused, but are shown last.
+        last = [] if experts is None else [evaluate_experts(models[0], experts, score, base=base, backbone=backbone)]
+        scored = [evaluate(model, score) for model in models]
+    labels = distinct_names([evaluation.label for evaluation in scored], models)
+    evaluations = [replace(evaluation, label=label) for evaluation, label in zip(scored, labels, strict=True)]
+    evaluations += [replace(evaluation, label=f"{labels[0]} with experts") for evaluation in last]
     output.result({"evaluations": evaluations}, table(evaluations))
     return DONE

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
-from .output import printable
+from ..errors import ArgumentError
+from .output import UnprintedError, printable, say
 
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -40,28 +40,39 @@ class Failures:
             system = isinstance(error, OSError) and error.filename
             message = f"{error.filename}: {error.strerror}" if system else str(error)  # type: ignore[attr-defined]
         if self._verbose and not isinstance(error, click.UsageError):
-            traceback.print_exception(error)
-        told = {"type": type(error).__name__, "message": message, "status": code}
+            say("".join(traceback.format_exception(error)).rstrip("\n"))
+        kind = ArgumentError if isinstance(error, click.UsageError) else type(error)
+        told = {"type": kind.__name__, "message": message, "status": code}
         if self._json:
             print(json.dumps({"error": told}), flush=True)
         elif self._log:
-            print(json.dumps({"event": "error", **told}), file=sys.stderr)
+            say(json.dumps({"event": "error", **told}))
         else:
-            print(f"freemerge: {printable(message)}", file=sys.stderr)
+            say(f"freemerge: {printable(message)}")
         return code
 
     def tell_usage(self, error: click.UsageError) -> int:
         """The same for arguments that cannot be parsed, with a hint at the help of their command."""
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
-            print(error.format_message(), file=sys.stderr)
+            say(error.format_message())
             return USAGE
         hint = f" (see {error.ctx.command_path} --help)" if error.ctx is not None else ""
         return self.tell(error, USAGE, error.format_message() + hint)
 
+    def tell_unprinted(self, error: UnprintedError) -> int:
+        """The same on standard error, where standard output takes nothing, with what became of the output."""
+        self._json = False
+        told = f"the result cannot be printed: {error}"
+        return self.tell(error, FAILED, f"{told}; {self._out} was written" if self._written else told)
+
+    @property
+    def _written(self) -> bool:
+        return _identity(self._out) != self._before
+
     def tell_interruption(self, stop: KeyboardInterrupt) -> int:
         """The same for a signal, with what became of the output."""
         told = str(stop) or "interrupted"
-        if _identity(self._out) != self._before:
+        if self._written:
             told += f"; {self._out} was written"
         elif self._out is not None or not self._begun:
             told += "; no output was written"

@@ -11,7 +11,7 @@ from .arguments import PATH
 from .command import Command, Option
 from .failures import DONE
 from .inspect import summary, warn
-from .output import Output
+from .output import Output, printable
 from .recipes import inputs, read
 
 
@@ -46,17 +46,19 @@ def run(
     from ..checkpoint.target import check_file, write_file
     from ..merging.commented import commented_recipe
     from ..merging.run import inspect
+    from ..merging.unchanged import refuse_unchanged
 
     if out is not None:
         check_file(out, "a recipe", force=force)
     inspection = inspect(origin, tuned, recipe)
+    refuse_unchanged(recipe, inspection.decisions)
     words = [str(path) for path in (origin, *tuned)]
     head = [
         "A recipe of freemerge; docs/methods.md says more about the methods. To merge by it:",
         f"  freemerge merge {shlex.join(words)} --recipe {shlex.quote(str(out or 'recipe.yml'))} -o OUT",
         f"By it, {summary(inspection)}.",
     ]
-    text = commented_recipe(recipe, [line for entry in head for line in entry.splitlines()])
+    text = commented_recipe(recipe, [line for entry in head for line in printable(entry).splitlines()])
     if out is not None:
         check_file(out, "a recipe", force=force)
         write_file(out, text)

@@ -7,10 +7,15 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
+
+
+class UnprintedError(Exception):
+    """The result cannot be printed, for instance on a full disk; ``str()`` says why."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,14 @@ class Output:
         if self.json:
             told = plain(value)
             assert isinstance(told, dict)
-            print(json.dumps(told))
+            _print_result(json.dumps(told))
         elif not self.quiet:
-            print(printable(text))
+            _print_result(printable(text))
 
     def note(self, text: str) -> None:
         """Something worth knowing beside the result."""
         if self.talks:
-            print(printable(text), file=sys.stderr)
+            say(printable(text))
 
     def detail(self, text: str) -> None:
         """A note for those who asked for more."""
@@ -57,6 +62,32 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  until the process ends
         elif isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def release_streams() -> None:
+    """What cannot be printed must not fail again when the process flushes its streams at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def say(text: str) -> None:
+    """A line on standard error, if it can be written: no work is given up for it."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _print_result(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has closed the pipe
+        raise
+    except OSError as error:
+        raise UnprintedError(error.strerror or str(error)) from error
 
 
 def printable(text: object) -> str:

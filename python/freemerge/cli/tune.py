@@ -13,6 +13,7 @@ from .failures import DONE
 from .inspect import backend as backend_option
 from .output import Output
 from .recipes import inputs, read
+from .user_function import user_function
 
 
 def command() -> Command:
@@ -68,13 +69,11 @@ def run(
     """
     origin, tuned, recipe = read(base, models, options)
     from ..checkpoint.target import check_file, write_file
-    from ..evaluation import load_function
     from ..tuning import tune
 
     check_file(out, "a recipe", force=force)
-    learnt = tune(
-        origin, tuned, recipe, load_function(function), by=by, iterations=iterations, rate=rate, backend=backend
-    )
+    with user_function(function) as logits:
+        learnt = tune(origin, tuned, recipe, logits, by=by, iterations=iterations, rate=rate, backend=backend)
     check_file(out, "a recipe", force=force)
     write_file(out, learnt.recipe.to_yaml())
     result = {"recipe": learnt.recipe.to_config(), "entropies": learnt.entropies}

@@ -16,6 +16,7 @@ from ..arguments import after, check_models, share_of, whole_number
 from ..checkpoint import MERGEABLE, Checkpoint, Source, TensorSpec, open_inputs
 from ..checkpoint.compare import compare
 from ..checkpoint.finite import check_finite
+from ..checkpoint.locate import told_apart
 from ..checkpoint.prefixes import Rename
 from ..checkpoint.tied import second_everywhere
 from ..errors import ArgumentError
@@ -229,20 +230,8 @@ def _named(models: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]
     paths = {i: Path(model).resolve() for i, model in enumerate(models) if isinstance(model, str | os.PathLike)}
     named: dict[str, Source] = {}
     for i, model in enumerate(models):
-        name = check_task_name(_told_apart(paths[i], paths.values())) if i in paths else f"task{i}"
+        name = check_task_name(told_apart(paths[i], paths.values())) if i in paths else f"task{i}"
         if name in named:
-            raise ArgumentError(f"models: two are called {name!r}; name them with a mapping")
+            raise ArgumentError(f"models: two are called {name!r}; each needs a path of its own, or a name")
         named[name] = model
     return named
-
-
-def _told_apart(path: Path, paths: Iterable[Path]) -> str:
-    """The last part of a path, and as many before it as paths that end like this one differ by."""
-    own = _parts(path)
-    alike = [parts for parts in map(_parts, paths) if parts[-1] == own[-1]]
-    enough = (n for n in range(1, len(own) + 1) if len({parts[-n:] for parts in alike}) == len(alike))
-    return "-".join(own[-next(enough, 1) :])
-
-
-def _parts(path: Path) -> tuple[str, ...]:
-    return *path.parent.parts[1:], path.name.removesuffix(".safetensors")

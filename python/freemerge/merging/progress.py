@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal
 
@@ -25,9 +26,17 @@ class _Bar(tqdm):  # type: ignore[type-arg]
     def format_dict(self) -> dict[str, Any]:
         return {**super().format_dict, "left": self.format_interval(self.left)}
 
+    def display(self, *arguments: Any, **options: Any) -> None:
+        with suppress(OSError):  # no merge is given up for its bar
+            super().display(*arguments, **options)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
 
 class Progress:
-    """A bar, or one JSON object a line, on standard error.
+    """A bar, or one JSON object a line, on standard error, as long as it can be written.
 
     Merging takes longer than measuring, byte for byte: the time that is left is told from the pace of each, and before
     the first tensor is merged from what ``ratio`` promises.
@@ -42,6 +51,10 @@ class Progress:
         self._totals = {"measure": measured, "merge": merged}
         self._done = {"measure": 0, "merge": 0}
         self._seconds = {"measure": 0.0, "merge": 0.0}
+        try:
+            sys.stderr.flush()
+        except OSError:  # the terminal is gone, or the disk full
+            style = "none"
         self._ratio, self._style = ratio, style
         self._tensors = 0
         self._last = self._told = time.monotonic()
@@ -83,7 +96,10 @@ class Progress:
     def event(self, kind: str, **content: object) -> None:
         """A line of the log, if there is one."""
         if self._style == "json":
-            print(json.dumps({"event": kind, **content}), file=sys.stderr, flush=True)
+            try:
+                print(json.dumps({"event": kind, **content}), file=sys.stderr, flush=True)
+            except OSError:  # nobody reads it; the merge goes on
+                self._style = "none"
 
     def seconds_left(self) -> float:
         """The time that is left."""

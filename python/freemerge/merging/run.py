@@ -207,6 +207,9 @@ def inspect(
 ) -> Inspection:
     """Check the inputs of a merge and say what would happen to every tensor, without reading or writing data.
 
+    Where the merged model would be the base, which :func:`merge` takes and :func:`merge_checkpoints` refuses, a
+    warning says so.
+
     With ``out``, check also that :func:`merge_checkpoints` could write there, raising what that would raise, and say
     how long it would take, where a small merge in memory can be timed for it.
 
@@ -223,6 +226,10 @@ def inspect(
         merger = open_merger(stack, base, models, checked_recipe(recipe, method), backend, byte_size("memory", memory))
         tokenizer, inspection = _inspected(merger, tokenizer_from)
         if out is None:
+            try:
+                refuse_unchanged(merger.recipe, inspection.decisions)
+            except ArgumentError as error:
+                return replace(inspection, warnings=(*inspection.warnings, str(error)))
             return inspection
         Output(merger, tokenizer, out, max_shard_bytes=max_shard_bytes, force=force)
         refuse_unchanged(merger.recipe, inspection.decisions)
