@@ -48,7 +48,7 @@ def run(
     from ..merging.run import inspect
 
     if out is not None:
-        check_file(out, "a recipe", force=force)
+        check_file(out, "a recipe", force=force, inputs=(origin, *tuned))
     inspection = inspect(origin, tuned, recipe)
     words = [str(path) for path in (origin, *tuned)]
     head = [
@@ -58,7 +58,7 @@ def run(
     ]
     text = commented_recipe(recipe, [line for entry in head for line in entry.splitlines()])
     if out is not None:
-        check_file(out, "a recipe", force=force)
+        check_file(out, "a recipe", force=force, inputs=(origin, *tuned))
         write_file(out, text)
     output.result(recipe.to_config(), text.rstrip("\n") if out is None else f"{out}: method {recipe.method.name}")
     warn(output, inspection)

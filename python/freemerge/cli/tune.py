@@ -71,11 +71,12 @@ def run(
     from ..evaluation import load_function
     from ..tuning import tune
 
-    check_file(out, "a recipe", force=force)
+    taken = (origin, *tuned, function.rpartition(":")[0])
+    check_file(out, "a recipe", force=force, inputs=taken)
     learnt = tune(
         origin, tuned, recipe, load_function(function), by=by, iterations=iterations, rate=rate, backend=backend
     )
-    check_file(out, "a recipe", force=force)
+    check_file(out, "a recipe", force=force, inputs=taken)
     write_file(out, learnt.recipe.to_yaml())
     result = {"recipe": learnt.recipe.to_config(), "entropies": learnt.entropies}
     weights = ", ".join(f"{weight:.4f}" for weight in learnt.recipe.weights)
