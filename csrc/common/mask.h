@@ -139,8 +139,8 @@ FM_HOST_DEVICE inline Real butterworth_gain(const SmoothMask& m, double s) {
   }
   auto power = static_cast<Real>(whole_power);
   if (m.rest > 0.0) power *= std::pow(static_cast<Real>(s), static_cast<Real>(m.rest));
-  power *= static_cast<Real>(m.power_of_scale);
-  power = std::fmin(power, static_cast<Real>(1e30));  // infinity over infinity would not be 1
+  constexpr auto kMost = static_cast<Real>(1e30);  // infinity times 0, and over infinity, would be no number
+  power = std::fmin(std::fmin(power, kMost) * static_cast<Real>(m.power_of_scale), kMost);
   return power / (1 + power);
 }
 

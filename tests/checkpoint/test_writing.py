@@ -275,6 +275,34 @@ class TestTarget:
             CheckpointWriter(tmp_path / "home", specs_of(state_of()), force=True)
         assert_only(tmp_path / "home", "thesis.txt")
 
+    def test_force_does_not_delete_what_was_put_beside_a_merged_model(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        write(out, state_of(1))
+        kept = {"notes.md": "of a week", "checkpoint-10/model.safetensors": "trained", ".git/HEAD": "x", "run/a/b": "y"}
+        for name, text in kept.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).write_text(text)
+        found = r"\(\.git, checkpoint-10, notes\.md and 1 more, which freemerge\.json does not list\)"
+        with pytest.raises(RefusedError, match=found):
+            CheckpointWriter(out, specs_of(state_of()), force=True)
+        assert {name: (out / name).read_text() for name in kept} == kept
+        assert Checkpoint.open(out).read("d").item() == 1
+
+    def test_what_appears_meanwhile_is_not_deleted(self, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        write(out, state_of(1))
+
+        def replace() -> None:
+            with CheckpointWriter(out, specs_of(state_of()), force=True) as writer:
+                for name, tensor in state_of(2).items():
+                    writer.write(name, tensor)
+                (out / "notes").touch()
+
+        with pytest.raises(RefusedError, match=r"\(notes, which freemerge\.json does not list\)"):
+            replace()
+        assert_only(tmp_path, "out")
+        assert Checkpoint.open(out).read("d").item() == 1
+
     @pytest.mark.parametrize("force", [True, False])
     def test_file_and_directory_do_not_replace_each_other(self, tmp_path: Path, force: bool) -> None:
         (tmp_path / "file").touch()

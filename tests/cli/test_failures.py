@@ -233,3 +233,29 @@ def test_control_characters_in_names_do_not_reach_the_terminal(
     captured = capsys.readouterr()
     assert "a\\x1b[31m\\x07.weight" in captured.err
     assert not set("\x1b\x07") & set(captured.err + captured.out)
+
+
+def test_no_output_takes_the_place_of_an_input_or_lies_in_one(
+    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "model"
+    assert run("merge", *files, "-o", base, "-q") == 0
+    program = tmp_path / "data.py"
+    program.write_text("def logits(state):\n    yield state['a.weight']\n")
+    learning = ["--method", "average", "--function", f"{program}:logits", "--iterations", 1]
+    models = [base, files[1]]
+    before = {path: path.read_bytes() for path in (*base.iterdir(), program)}
+    for command, options, out in (
+        ("init", [], base / "config.json"),
+        ("init", [], base / "recipe.yml"),
+        ("analyze", ["--methods", "average"], base / "README.md"),
+        ("tune", learning, base / "README.md"),
+        ("tune", learning, program),
+        ("experts", [], base / "experts"),
+    ):
+        forced = [] if command == "experts" else ["--force"]
+        assert run(command, *models, *options, "-o", out, *forced) == 3, (command, out)
+        assert "an input" in capsys.readouterr().err
+    assert run("init", *models, "-o", tmp_path / "model.safetensors.index.json") == 2
+    assert {path: path.read_bytes() for path in (*base.iterdir(), program)} == before
+    assert run("init", *models, "-o", tmp_path / "recipe.yml") == 0  # beside them

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..arguments import path_of
 from ..checkpoint import Source
-from ..checkpoint.target import check_file, write_file
+from ..checkpoint.target import check_file, refuse_paths, write_file
 from ..errors import ArgumentError, CheckpointError, RefusedError
 from ..merging.engine import Merger
 from ..merging.progress import Progress
@@ -91,9 +91,10 @@ def analyze(
     asking = next((method for method in methods.values() if method.by_inputs), "fr")
     recipe = Recipe(method=asking, select=select, rename=rename)
     if out is not None:
-        check_file(path_of("out", out), "a report", force=force)
+        check_file(path_of("out", out), "a report", force=force, inputs=(base, *models))
     if png is not None:
         _check_folder(path_of("png", png), force=force)
+        refuse_paths(png, (base, *models))
         check_matplotlib()
     with ExitStack() as stack:
         merger = open_merger(stack, base, models, recipe)
@@ -145,7 +146,7 @@ def _check_folder(folder: Path, *, force: bool) -> None:
 
 
 def _write(content: str | bytes, out: Path, *, force: bool) -> None:
-    check_file(out, "a report", force=force)
+    check_file(out, "a report", force=force, inputs=())
     write_file(out, content)
 
 

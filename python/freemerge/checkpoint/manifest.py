@@ -150,6 +150,26 @@ def read_manifest(directory: Path) -> dict[str, object]:
     return manifest
 
 
+def other_than_merged(directory: Path) -> str | None:
+    """Merged models are told by their manifest, which lists all that there is: what else somebody has put there, such
+    as checkpoints of a training or notes, is not ours to delete."""
+    try:
+        files = read_manifest(directory)["files"]
+    except CheckpointError as error:
+        return str(error) if (directory / MANIFEST).is_file() else f"no {MANIFEST}"
+    assert isinstance(files, dict)  # read_manifest checked it
+    ours = {directory / name for name in (MANIFEST, *files)}
+    folders = {parent for path in ours for parent in path.parents}
+    foreign = [path for path in sorted(directory.rglob("*")) if path not in (folders if _is_folder(path) else ours)]
+    highest = [path.relative_to(directory).as_posix() for path in foreign if path.parent not in foreign]
+    more = f" and {len(highest) - 3} more" if len(highest) > 3 else ""
+    return f"{', '.join(highest[:3])}{more}, which {MANIFEST} does not list" if highest else None
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _is_file_record(name: str, record: object) -> bool:
     path = PurePosixPath(name)
     inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name

@@ -16,7 +16,7 @@ from ..errors import CheckpointError, FreemergeError, RefusedError, WorkerError
 from ..workers import ALONE, Workers
 from .disk import flush_directory
 from .locks import DirectoryLock, FileLock, lock_of
-from .target import Foreign, cannot_write, check_target, flush_place, no_manifest
+from .target import Foreign, cannot_write, check_target, flush_place
 
 MARK = ".freemerge-tmp"  # ends the name of a hidden directory; what follows is from the replacement of an old output
 SEEN_WITHIN = 75.0  # seconds: NFS believes for up to 60 that a name is missing
@@ -51,7 +51,7 @@ class Staging:
         file: str | None,
         *,
         force: bool,
-        foreign: Foreign = no_manifest,
+        foreign: Foreign,
         ready: Callable[[], None] = lambda: None,
     ) -> None:
         """Put the directory, or the one ``file`` in it, at ``out``: at any instant ``out`` is the old or the new one.

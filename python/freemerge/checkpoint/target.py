@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError, RefusedError
+from .containers import split_key
 from .disk import flush_directory, flush_file
 
 if TYPE_CHECKING:
@@ -28,11 +29,6 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Foreign = Callable[[Path], str | None]
 """Why a directory is no earlier output of the same kind; None if it is."""
-
-
-def no_manifest(directory: Path) -> str | None:
-    """Merged models are told by their manifest."""
-    return None if (directory / MANIFEST).is_file() else f"no {MANIFEST}"
 
 
 def target(out: str | os.PathLike[str], *, file: str | None = None) -> Path:
@@ -66,11 +62,12 @@ def _resolved(out: str | os.PathLike[str]) -> Path:
 
 def refuse_weights(out: Path, meant: str) -> None:
     """ArgumentError for an output that has the name of a weight file, and is none: it could take a model's place."""
-    if any(path.name.lower().endswith(WEIGHT_SUFFIXES) for path in (out, Path(os.path.realpath(out)))):
+    taken = (*WEIGHT_SUFFIXES, ".index.json")  # and the list of a model's weight files
+    if any(path.name.lower().endswith(taken) for path in (out, Path(os.path.realpath(out)))):
         raise ArgumentError(f"out: {out} has the name of a weight file; {meant}")
 
 
-def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign = no_manifest) -> None:
+def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign) -> None:
     """Refuse an output path that holds something, before any work.
 
     ``force`` replaces only what was clearly meant: a file by a file, or a directory that is not ``foreign`` by a
@@ -90,13 +87,13 @@ def check_target(out: Path, *, single_file: bool, force: bool, foreign: Foreign 
         raise RefusedError(
             f"{out} exists{'' if single_file else ' and is not empty'}; use --force (force=True) to replace it"
         )
-    reason = None if single_file else foreign(out)
-    if reason is not None:
-        raise RefusedError(f"{out} holds something else than this writes ({reason}), so even force does not delete it")
     if mounted:
         raise RefusedError(
             f"{mounted[0]} is mounted inside of {out}, so even force does not delete it; unmount it first"
         )
+    reason = None if single_file else foreign(out)
+    if reason is not None:
+        raise RefusedError(f"{out} holds something else than this writes ({reason}), so even force does not delete it")
 
 
 def _mounted(path: Path) -> list[Path]:
@@ -139,9 +136,22 @@ def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) ->
             raise RefusedError(f"{out} is inside of an input ({source.directory}); write somewhere else")
 
 
-def check_file(out: Path, what: str, *, force: bool) -> None:
+def refuse_paths(out: str | os.PathLike[str], inputs: Iterable[object]) -> None:
+    """RefusedError for an output that is one of these inputs, or lies inside of one; those that are no paths are let
+    pass."""
+    resolved = _resolved(out)
+    for given in (given for given in inputs if isinstance(given, (str, os.PathLike))):
+        path, _ = split_key(os.fspath(given))
+        place = Path(path).resolve()
+        if place == resolved or place in resolved.parents:
+            where = "" if place == resolved else "inside of "
+            raise RefusedError(f"{out} is {where}an input ({path}); write somewhere else")
+
+
+def check_file(out: Path, what: str, *, force: bool, inputs: Iterable[object]) -> None:
     """Complain about a place for a file that is no checkpoint, ``what`` it is to be, before the work begins."""
     refuse_weights(out, f"{what} is none")
+    refuse_paths(out, inputs)
     if out.exists() and not out.is_file():
         raise RefusedError(f"{out} is {'a directory' if out.is_dir() else 'no file'}")
     if out.exists() and not force:

@@ -27,6 +27,7 @@ from .journal import JOURNAL, Journal, is_journal, remove_journals
 from .json_file import write_json
 from .leftovers import allocated
 from .locate import MODEL, SAFETENSORS
+from .manifest import other_than_merged
 from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
 from .shard_file import Background, ShardFile
 from .spec import TensorSpec
@@ -143,7 +144,7 @@ class CheckpointWriter:
         ranks = workers.shares({shard.file: shard.nbytes for shard in self.shards})
         self._own = [shard for shard in self.shards if ranks[shard.file] == workers.rank]
         self.nbytes = sum(shard.nbytes for shard in self._own)
-        check_target(self.out, single_file=self.single_file, force=force)
+        check_target(self.out, single_file=self.single_file, force=force, foreign=other_than_merged)
         workers.first(lambda: _check_room(self.out, sum(shard.nbytes for shard in self.shards)))
         self.manifest: dict[str, object] = {}
         self._shard_of = {name: shard for shard in self.shards for name in shard.slots}
@@ -369,7 +370,10 @@ class CheckpointWriter:
             self.workers.first(self._complete)
             # Until then a run that is killed, or fails where others share the work, can be resumed.
             self._staging.publish(
-                SAFETENSORS if self.single_file else None, force=self.force, ready=lambda: remove_journals(directory)
+                SAFETENSORS if self.single_file else None,
+                force=self.force,
+                foreign=other_than_merged,
+                ready=lambda: remove_journals(directory),
             )
 
     def _complete(self) -> None:

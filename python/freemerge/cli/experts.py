@@ -75,8 +75,10 @@ def run(output: Output, base: Path, models: Sequence[Path], out: Path, force: bo
     Its file is called as the model's directory or file; where two have the same name, with that of what they are in:
     math-checkpoint-500.
     """
+    from ..checkpoint.target import refuse_paths
     from ..experts import iter_experts, save_experts
 
+    refuse_paths(out, (base, *models, options["backbone"]))
     with joined() as workers:
         experts = iter_experts(base, models, **options, workers=workers)
         saved = save_experts(experts, out, force=force, workers=workers)

@@ -49,7 +49,7 @@ def run(
     from ..merging.unchanged import refuse_unchanged
 
     if out is not None:
-        check_file(out, "a recipe", force=force)
+        check_file(out, "a recipe", force=force, inputs=(origin, *tuned))
     inspection = inspect(origin, tuned, recipe)
     refuse_unchanged(recipe, inspection.decisions)
     words = [str(path) for path in (origin, *tuned)]
@@ -60,7 +60,7 @@ def run(
     ]
     text = commented_recipe(recipe, [line for entry in head for line in printable(entry).splitlines()])
     if out is not None:
-        check_file(out, "a recipe", force=force)
+        check_file(out, "a recipe", force=force, inputs=(origin, *tuned))
         write_file(out, text)
     output.result(recipe.to_config(), text.rstrip("\n") if out is None else f"{out}: method {recipe.method.name}")
     warn(output, inspection)

@@ -33,7 +33,7 @@ def command() -> Command:
                 "-o", "--out", section=section, type=PATH, required=True, help="output directory or .safetensors file"
             ),
             Option("--dry-run", section=section, is_flag=True, help="check everything, print the plan, write nothing"),
-            Option("--force", section=section, is_flag=True, help="replace an existing output"),
+            Option("--force", section=section, is_flag=True, help="replace an earlier output, with nothing else in it"),
             Option("--resume", section=section, is_flag=True, help="go on with the same merge where it was killed"),
             tokenizer_from(),
             Option(

@@ -71,10 +71,11 @@ def run(
     from ..checkpoint.target import check_file, write_file
     from ..tuning import tune
 
-    check_file(out, "a recipe", force=force)
+    taken = (origin, *tuned, function.rpartition(":")[0])
+    check_file(out, "a recipe", force=force, inputs=taken)
     with user_function(function) as logits:
         learnt = tune(origin, tuned, recipe, logits, by=by, iterations=iterations, rate=rate, backend=backend)
-    check_file(out, "a recipe", force=force)
+    check_file(out, "a recipe", force=force, inputs=taken)
     write_file(out, learnt.recipe.to_yaml())
     result = {"recipe": learnt.recipe.to_config(), "entropies": learnt.entropies}
     weights = ", ".join(f"{weight:.4f}" for weight in learnt.recipe.weights)
