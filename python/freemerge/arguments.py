@@ -37,14 +37,19 @@ def whole_number(name: str, value: object, least: int) -> int:
 
 def share_of(name: str, value: object) -> float:
     """A share between 0 and 1, both excluded, which may be written in percent: ``0.003`` or ``"0.3%"``."""
-    text = value.strip() if isinstance(value, str) else ""
     try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1) if text else number(value)
+        share = fraction(value) if isinstance(value, str) else number(value)
     except ValueError:
         share = math.nan
     if not 0 < share < 1:
         raise ArgumentError(f'{name} must be a share between 0 and 1 such as 0.003 or "0.3%", got {value!r}')
     return share
+
+
+def fraction(text: str) -> float:
+    """A number, which may be written in percent; ValueError for any other text, as parsers of options raise it."""
+    digits = text.strip()
+    return float(digits[:-1]) / 100 if digits.endswith("%") else float(digits)
 
 
 def number(value: object) -> float:

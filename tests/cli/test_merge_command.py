@@ -89,6 +89,18 @@ def test_every_parameter_is_an_option(files: list[str], tmp_path: Path) -> None:
     assert {name: value for name, value in manifest["recipe"].items() if name != "measured"} == expected
 
 
+def test_shares_may_be_percentages(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method, option, share in (("ties", "density", 0.3), ("dare", "drop", 0.25), ("breadcrumbs", "gamma", 0.01)):
+        told = []
+        for text in (str(share), f"{share:.0%}"):
+            assert run("init", *files, "--method", method, f"--{option}", text, "--json") == 0
+            told.append(json.loads(capsys.readouterr().out)[option])
+        assert told == [share, share]
+    for wrong in ("101%", "%", "30 percent"):
+        assert run("init", *files, "--method", "ties", "--density", wrong) == 2
+        assert f"--density must be a number from 0 to 1, got {wrong!r}" in capsys.readouterr().err
+
+
 def test_another_method_keeps_what_is_common(files: list[str], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("preset: official-llm\nselect: [{pattern: '*.bias', action: copy}]\n")
     out = tmp_path / "out"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from .base import Measured, Merged, Method
 from .order import check_comparable, kth_of
-from .parameters import number, parameter, weights_parameter
+from .parameters import parameter, share, weights_parameter
 from .rules import default_scale
 from .vectors import Sides, TaskVectors
 
@@ -35,8 +35,8 @@ class Breadcrumbs(Method):
     sees_matrices = False
     linear = True
 
-    beta: float = parameter(0.85, "share of each tensor that is left out as too small", kind=number(0, 1))
-    gamma: float = parameter(0.007, "share of each tensor that is left out as too large", kind=number(0, 1))
+    beta: float = parameter(0.85, "share of each tensor that is left out as too small", kind=share())
+    gamma: float = parameter(0.007, "share of each tensor that is left out as too large", kind=share())
     weights: Literal["sum"] | tuple[float, ...] = weights_parameter("sum")
 
     def default_scale(self, count: int) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ..lazy import torch
 from .base import Measured, Merged, Method
 from .election import elected_sum
-from .parameters import FLAG, WHOLE_NUMBER, number, parameter, weights_parameter
+from .parameters import FLAG, WHOLE_NUMBER, parameter, share, weights_parameter
 from .rules import default_scale, relative
 from .task_arithmetic import TaskArithmetic
 from .vectors import Deltas, Sides, TaskVectors
@@ -38,7 +38,7 @@ class DARE(Method):
     paper = "2311.03099"
     sees_matrices = False
 
-    drop: float = parameter(0.9, "share of each task vector that is dropped", kind=number(0, 0.9999))
+    drop: float = parameter(0.9, "share of each task vector that is dropped", kind=share(0.9999))
     seed: int = parameter(0, "seed of what is dropped", kind=WHOLE_NUMBER)
     weights: Literal["sum"] | tuple[float, ...] = weights_parameter("sum")
     sign_election: bool = parameter(False, "keep the entries that agree with the sign of the sum", kind=FLAG)

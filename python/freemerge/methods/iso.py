@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
-from .parameters import number, parameter
+from .parameters import parameter, share
 from .spectra import (
     AVERAGE_HOLDS,
     SpectralMethod,
@@ -60,7 +60,7 @@ class IsoCTS(SpectralMethod):
     paper = "2502.04959"
     by_inputs = True
 
-    common: float = parameter(0.8, "share of the singular directions that come from the sum", kind=number(0, 1))
+    common: float = parameter(0.8, "share of the singular directions that come from the sum", kind=share())
 
     def reads(self, as_matrices: bool) -> int:
         return 2 if as_matrices else 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..arguments import finite_number, finite_numbers
+from ..arguments import finite_number, finite_numbers, fraction
 from ..errors import ArgumentError, did_you_mean
 
 
@@ -48,6 +48,11 @@ def number(least: float, most: float) -> Kind:
 
     schema = {"type": "number", "minimum": least, "maximum": most}
     return Kind(f"a number from {least:g} to {most:g}", "N", convert, float, schema)
+
+
+def share(most: float = 1) -> Kind:
+    """Shares from 0 to ``most``, both included; an option has them in percent, too: ``0.3`` or ``30%``."""
+    return replace(number(0, most), parse=fraction)
 
 
 _NUMBER = {"type": "number"}

@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from ..lazy import torch
 from .base import Measured, Merged, Method
 from .order import Numbers, kth_largest
-from .parameters import number, parameter
+from .parameters import parameter, share
 from .vectors import Deltas, Sides, TaskVectors
 from .whole import Whole
 
@@ -89,7 +89,7 @@ class PCB(Method):
     strengthened = 1.6  # what is cut off took some of the tasks along, see docs/methods.md
     sees_matrices = False
 
-    density: float = parameter(0.1, "share of each task vector's scores that is kept", kind=number(0, 1))
+    density: float = parameter(0.1, "share of each task vector's scores that is kept", kind=share())
     scope: Literal["model", "tensor"] = parameter(
         "model", "over what the scores of entries are compared", choices=("model", "tensor")
     )

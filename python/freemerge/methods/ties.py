@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from .base import Measured, Merged, Method
 from .election import Election
 from .order import Numbers, check_comparable, kth_largest
-from .parameters import number, parameter, weights_parameter
+from .parameters import parameter, share, weights_parameter
 from .rules import relative
 from .vectors import Deltas, Sides, TaskVectors
 from .whole import Whole
@@ -50,7 +50,7 @@ class TIES(Method):
     strengthened = 1.4  # what is cut off took some of the tasks along, see docs/methods.md
     sees_matrices = False
 
-    density: float = parameter(0.2, "share of each task vector that is kept", kind=number(0, 1))
+    density: float = parameter(0.2, "share of each task vector that is kept", kind=share())
     scope: Literal["model", "tensor"] = parameter(
         "model", "of what the largest entries are kept", choices=("model", "tensor")
     )

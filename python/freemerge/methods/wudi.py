@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .layers import is_embedding
-from .parameters import number, parameter
+from .parameters import number, parameter, share
 from .spectra import (
     AVERAGE_HOLDS,
     SpectralMethod,
@@ -47,7 +47,7 @@ class WUDI(SpectralMethod):
     by_inputs = True
 
     steps: float = parameter(100.0, "time of the gradient flow, in units of 1 / lambda_1", kind=number(0, 1e12))
-    rank: float = parameter(1.0, "share of the eigenvectors that are corrected", kind=number(0, 1))
+    rank: float = parameter(1.0, "share of the eigenvectors that are corrected", kind=share())
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:
@@ -77,8 +77,8 @@ class WUDI(SpectralMethod):
         gram = total.new_zeros(*total.shape[:-2], total.shape[-1], total.shape[-1])
         downhill = torch.zeros_like(total)
         tall = total.shape[-2] >= total.shape[-1]  # v_i^T v_i is no larger than v_i then
-        for task, share in zip(tasks, shares, strict=True):
-            inputs = task.double() * share
+        for task, part in zip(tasks, shares, strict=True):
+            inputs = task.double() * part
             if tall:
                 own = gram_of(inputs.mT)
                 gram += own
