@@ -18,17 +18,12 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..merging.recipe import Recipe
-from ..merging.tensors import merge_tensors
+from ..merging.tensors import merge_tensors, parameters_for_hosts
 from ..methods import METHODS, Method
-from ..methods.parameters import FLAG, WHOLE_NUMBER, Parameter, parameters_of
+from ..methods.parameters import FLAG, WHOLE_NUMBER, Parameter
 
 PREFIX = "freemerge_"
 WEIGHT = "weight"  # of one model, as mergekit's own methods call it
-
-
-def shared_parameters(method: type[Method]) -> dict[str, Parameter]:
-    """The parameters of a method that all models share."""
-    return {"scale": parameters_of(Recipe)["scale"], **parameters_of(method)}
 
 
 def merge(
@@ -40,7 +35,7 @@ def merge(
     name: str | None,
 ) -> Tensor:
     """One tensor, from parameters of a configuration, where None stands for the default."""
-    known = shared_parameters(method)
+    known = parameters_for_hosts(method)
     given_parameters = {key: _typed(known[key], key, value) for key, value in parameters.items() if value is not None}
     recipe = Recipe(method=method.name, **given_parameters)
     given = [weight for weight in weights if weight is not None]
@@ -76,7 +71,7 @@ def _register_kernels() -> None:
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         annotations: dict[str, Any] = {"group": TensorGroup, WEIGHT: PerNonBase[Optional[float]]}  # noqa: UP045
-        annotations |= dict.fromkeys(shared_parameters(method), Any)
+        annotations |= dict.fromkeys(parameters_for_hosts(method), Any)
         merged.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [
                 inspect.Parameter(name, kind, default=inspect.Parameter.empty if name == "group" else None)
@@ -151,7 +146,7 @@ def _register_tasks() -> None:
             return _reference(self.method)
 
         def parameters(self) -> list[Any]:
-            return [ConfigParameterDef(name=name) for name in shared_parameters(self.method)]
+            return [ConfigParameterDef(name=name) for name in parameters_for_hosts(self.method)]
 
         def tensor_parameters(self) -> list[Any]:
             return [ConfigParameterDef(name=WEIGHT)]

@@ -15,9 +15,9 @@ import sd_mecha
 from torch import Tensor
 
 from ..merging.recipe import Recipe
-from ..merging.tensors import merge_tensors
+from ..merging.tensors import merge_tensors, parameters_for_hosts
 from ..methods import METHODS, Method
-from ..methods.parameters import FLAG, WHOLE_NUMBER, Parameter, parameters_of
+from ..methods.parameters import FLAG, WHOLE_NUMBER, Parameter
 
 PREFIX = "freemerge_"
 
@@ -31,7 +31,7 @@ def _type(parameter: Parameter) -> type:
 
 def _method(method: type[Method]) -> Any:
     """A merge method of sd-mecha, whose parameters its signature declares."""
-    known = {"scale": parameters_of(Recipe)["scale"], **parameters_of(method)}
+    known = parameters_for_hosts(method)
 
     def merged(base: Tensor, *models: Tensor, key: str, **given: Any) -> Tensor:
         values = {name: given[name] for name in known if given.get(name) is not None}

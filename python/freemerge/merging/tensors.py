@@ -13,6 +13,7 @@ from ..checkpoint import MERGEABLE, TensorSpec
 from ..dense import dense, overwrite
 from ..errors import ArgumentError
 from ..methods import Method
+from ..methods.parameters import Parameter, parameters_of
 from ..overlap import internal_overlap
 from .recipe import Recipe, checked_recipe
 from .run import merged_in_memory, open_merger
@@ -55,6 +56,11 @@ def merge_tensors(
         CheckpointError: a value is not finite, or tensors that can only be copied differ.
     """
     return _merge_one("tensors", base, tensors, checked_recipe(recipe, method), weights, name, out)
+
+
+def parameters_for_hosts(method: type[Method]) -> dict[str, Parameter]:
+    """What a host that merges tensor by tensor offers for a method: its parameters, and the scale."""
+    return {"scale": parameters_of(Recipe)["scale"], **parameters_of(method)}
 
 
 def _merge_one(
