@@ -107,6 +107,8 @@ def test_paths_the_system_refuses(files: list[str], tmp_path: Path, capsys: pyte
         (["experts", "a", "b", "-o", "c", "--rescale", "big"], "expected auto, released"),
         (["merge", "a", "b"], "Missing option '-o' / '--out'. (see freemerge merge --help)"),
         (["verify", "a", "--quiet", "--verbose"], "exclude each other"),
+        (["completion"], "Missing argument 'SHELL'. One of bash, fish, zsh"),
+        (["completion", "tcsh"], "Invalid value for 'SHELL': there is no 'tcsh'; known: bash, fish, zsh"),
     ],
 )
 def test_wrong_arguments_are_answered_in_a_line(

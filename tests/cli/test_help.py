@@ -87,6 +87,16 @@ def test_the_codings_of_the_command_line_are_those_of_experts() -> None:
     assert set(get_args(Values)) == set(CODINGS)
 
 
+def test_help_is_as_wide_as_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for examples, which are to be copied."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ([], *([name] for name in COMMANDS if name != "mergekit-yaml")):
+        with pytest.raises(SystemExit):
+            run(*name, "--help")
+        lines = capsys.readouterr().out.split("\nExamples:\n")[0].splitlines()
+        assert max(map(len, lines)) <= 80, name
+
+
 def test_help_lists_every_method_and_parameter(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("merge", "--help")
@@ -111,6 +121,7 @@ def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         ("freemerge merge --method iso", "3", {"iso_c", "iso_cts"}),
         ("freemerge merge --renormalize e", "3", {"energy"}),
         ("freemerge experts --rescale p", "3", {"paper", "projection"}),
+        ("freemerge merge --backend c", "3", {"cpu", "cuda"}),
     ):
         monkeypatch.setenv("_FREEMERGE_COMPLETE", "bash_complete")
         monkeypatch.setenv("COMP_WORDS", line)

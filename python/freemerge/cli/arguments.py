@@ -52,6 +52,9 @@ class Named(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         return f"there is no {value!r}{did_you_mean(str(value), self.choices)}"
 
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"One of {', '.join(self.choices)}"
+
 
 def base_and_models() -> list[click.Parameter]:
     """BASE MODEL..."""

@@ -44,7 +44,7 @@ SECTIONS = {
 NAMES = [name for section in SECTIONS.values() for name in section]
 
 _EPILOG = """\
-Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused because something would be lost, 129, 130 and 143
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 refused because something would be lost, 129, 130 and 143 \
 ended by SIGHUP, Ctrl-C and SIGTERM. diff and verify: 1 if they find something.
 
 Each command has a help of its own with examples: freemerge merge --help"""
@@ -86,4 +86,5 @@ class Commands(click.Group):
                 formatter.write_dl(list(commands.items()), col_max=20)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        formatter.write(f"\n{self.epilog}\n")
+        formatter.write_paragraph()
+        formatter.write_text(self.epilog or "")

@@ -17,7 +17,7 @@ def command() -> Command:
     """The command."""
     return Command(
         run,
-        [Argument("shell", type=Named(SHELLS), help=", ".join(SHELLS))],
+        [Argument("shell", type=Named(SHELLS), metavar="SHELL", help=", ".join(SHELLS))],
         examples="""
             freemerge completion bash > ~/.local/share/bash-completion/completions/freemerge
             freemerge completion fish > ~/.config/fish/completions/freemerge.fish

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+from click.shell_completion import CompletionItem
+
 from ..errors import counted
 from .arguments import tokenizer_from
 from .command import Command, Option
@@ -47,11 +50,24 @@ def run(
     return DONE
 
 
+class _Backend(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.5 on
+    """The name of a backend, which is completed by those that there are."""
+
+    name = "backend"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from ..backends.registry import BACKENDS
+
+        known = ("auto", *(backend.name for backend in BACKENDS))
+        return [CompletionItem(word) for word in known if word.startswith(incomplete)]
+
+
 def backend() -> Option:
     """--backend."""
     return Option(
         "--backend",
         section="Machine",
+        type=_Backend(),
         default="auto",
         metavar="NAME",
         help="auto or one of those that `freemerge backends` lists",

@@ -19,8 +19,9 @@ from .command import Argument, Option
 PARAMETERS = "Parameters of the methods, with their defaults"
 
 
-def inputs() -> list[click.Parameter]:
-    """Base, models, and every option of a recipe. :func:`read` takes their values."""
+def inputs(default: str = "fr") -> list[click.Parameter]:
+    """Base, models, and every option of a recipe, whose method is ``default`` unless one names another. :func:`read`
+    takes their values."""
     section = "Method"
     return [
         Argument("base", type=PATH, required=False, metavar="BASE", help=f"{BASE_HELP}; not with --mergekit"),
@@ -29,9 +30,16 @@ def inputs() -> list[click.Parameter]:
             "--method",
             section=section,
             type=Named(sorted(METHODS)),
-            help="merging method (default fr, or the recipe's)",
+            metavar="NAME",
+            help=f"merging method: {', '.join(sorted(METHODS))} (default {default}, or the recipe's)",
         ),
-        Option("--preset", section=section, type=Named(PRESETS), help="start from a published setting"),
+        Option(
+            "--preset",
+            section=section,
+            type=Named(PRESETS),
+            metavar="NAME",
+            help="start from a published setting; docs/presets.md lists them",
+        ),
         Option("--recipe", section=section, type=PATH, metavar="FILE", help="start from a recipe in YAML"),
         Option(
             "--mergekit",
@@ -47,15 +55,15 @@ def inputs() -> list[click.Parameter]:
 
 
 def read(
-    base: Path | None, models: Sequence[Path], options: dict[str, Any]
+    base: Path | None, models: Sequence[Path], options: dict[str, Any], default: str = "fr"
 ) -> tuple[Path | str, Sequence[Path | str], Recipe]:
     """Base, models and recipe from values of :func:`inputs`, which are taken out of ``options``.
 
-    The recipe is the preset or the file, with every option that was given laid over it.
+    The recipe is the preset or the file, or of the method ``default``, with every option that was given laid over it.
     """
     given = {name: options.pop(name) for name in ("preset", "recipe", "mergekit", "method", "select", "rename")}
     texts = {name: options.pop(name) for name in (*parameters_of(Recipe), *_parameters())}
-    origin, tuned, recipe = _start(base, models, given["preset"], given["recipe"], given["mergekit"])
+    origin, tuned, recipe = _start(base, models, given["preset"], given["recipe"], given["mergekit"], default)
     changes: dict[str, Any] = {} if given["method"] is None else {"method": given["method"]}
     method = type(recipe.method) if given["method"] is None else METHODS[given["method"]]
     known = parameters_of(Recipe) | parameters_of(method)
@@ -80,7 +88,12 @@ def read(
 
 
 def _start(
-    base: Path | None, models: Sequence[Path], preset: str | None, file: Path | None, mergekit: Path | None
+    base: Path | None,
+    models: Sequence[Path],
+    preset: str | None,
+    file: Path | None,
+    mergekit: Path | None,
+    default: str,
 ) -> tuple[Path | str, Sequence[Path | str], Recipe]:
     """Base, models, and the recipe that options are laid over."""
     if sum(origin is not None for origin in (preset, file, mergekit)) > 1:
@@ -95,7 +108,7 @@ def _start(
         raise ArgumentError("BASE and at least one MODEL are required")
     if file is not None:
         return base, models, Recipe.from_yaml(file)
-    return base, models, Recipe() if preset is None else Recipe.preset(preset)
+    return base, models, Recipe(method=default) if preset is None else Recipe.preset(preset)
 
 
 def _parameters() -> dict[str, dict[str, Parameter]]:

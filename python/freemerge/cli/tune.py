@@ -15,6 +15,8 @@ from .output import Output
 from .recipes import inputs, read
 from .user_function import user_function
 
+_METHOD = "task_arithmetic"  # fr, the default elsewhere, is linear in its weights without renormalisation only
+
 
 def command() -> Command:
     """The command."""
@@ -22,7 +24,7 @@ def command() -> Command:
     return Command(
         run,
         [
-            *inputs(),
+            *inputs(_METHOD),
             Option("-o", "--out", section="Output", type=PATH, required=True, metavar="FILE", help="the recipe"),
             Option("--force", section="Output", is_flag=True, help="replace an existing file"),
             Option(
@@ -44,7 +46,7 @@ def command() -> Command:
             backend_option(),
         ],
         examples="""
-            freemerge tune base math code --method task_arithmetic --function data.py:logits -o recipe.yml
+            freemerge tune base math code --function data.py:logits -o recipe.yml
             freemerge merge base math code --recipe recipe.yml -o merged
         """,
     )
@@ -67,7 +69,7 @@ def run(
 
     The recipe that is written merges with them; docs/methods.md has an example of a function.
     """
-    origin, tuned, recipe = read(base, models, options)
+    origin, tuned, recipe = read(base, models, options, _METHOD)
     from ..checkpoint.target import check_file, write_file
     from ..tuning import tune
 
