@@ -134,10 +134,10 @@ def test_remove_the_stale_one_or_name_one(stale: str, tmp_path: Path) -> None:
     assert same(fm.merge(BASE, [folder], EXACT), TUNED)
 
 
-def test_name_two_tasks_with_a_mapping(tmp_path: Path) -> None:
+def test_give_each_of_two_tasks_a_name(tmp_path: Path) -> None:
     models = [stored(tmp_path / run, {n: t + i for n, t in BASE.items()}) for i, run in enumerate(("a-b", "a/b"), 1)]
     models.append(stored(tmp_path / "c" / "b", TUNED))
-    with pytest.raises(fm.ArgumentError, match="two are called 'a-b'; name them with a mapping"):
+    with pytest.raises(fm.ArgumentError, match="two are called 'a-b'; each needs a path of its own, or a name"):
         fm.extract_experts(BASE, models)
     assert fm.extract_experts(BASE, dict(zip("abc", models, strict=True))).keys() == {"a", "b", "c"}
 

@@ -238,11 +238,12 @@ def test_control_characters_in_names_do_not_reach_the_terminal(
 
 
 def test_no_output_takes_the_place_of_an_input_or_lies_in_one(
-    files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
     base = tmp_path / "model"
     assert run("merge", *files, "-o", base, "-q") == 0
-    program = tmp_path / "data.py"
+    program = tmp_path / "data_of_a_module.py"
     program.write_text("def logits(state):\n    yield state['a.weight']\n")
     learning = ["--method", "average", "--function", f"{program}:logits", "--iterations", 1]
     models = [base, files[1]]
@@ -253,11 +254,17 @@ def test_no_output_takes_the_place_of_an_input_or_lies_in_one(
         ("analyze", ["--methods", "average"], base / "README.md"),
         ("tune", learning, base / "README.md"),
         ("tune", learning, program),
+        ("tune", [*learning, "--function", f"{program.stem}:logits"], program),
         ("experts", [], base / "experts"),
     ):
         forced = [] if command == "experts" else ["--force"]
         assert run(command, *models, *options, "-o", out, *forced) == 3, (command, out)
         assert "an input" in capsys.readouterr().err
     assert run("init", *models, "-o", tmp_path / "model.safetensors.index.json") == 2
+    index = tmp_path / "sharded" / "model.safetensors.index.json"
+    assert run("merge", *files, "-o", index.parent, "--max-shard-size", "1KB", "-q") == 0
+    (index.parent / "config.json").write_text("{}")
+    assert run("init", index, files[1], "-o", index.parent / "config.json", "--force") == 3
+    assert f"is inside of an input ({index})" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (*base.iterdir(), program)} == before
     assert run("init", *models, "-o", tmp_path / "recipe.yml") == 0  # beside them

@@ -16,6 +16,7 @@ from ..arguments import path_of
 from ..errors import ArgumentError, CheckpointError, RefusedError
 from .containers import split_key
 from .disk import flush_directory, flush_file
+from .hub_cache import local_path
 
 if TYPE_CHECKING:
     from .reader import Checkpoint
@@ -25,6 +26,7 @@ WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
     *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
 )
+INDEX = ".index.json"  # ends the name of the list of a model's weight files
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Foreign = Callable[[Path], str | None]
@@ -62,7 +64,7 @@ def _resolved(out: str | os.PathLike[str]) -> Path:
 
 def refuse_weights(out: Path, meant: str) -> None:
     """ArgumentError for an output that has the name of a weight file, and is none: it could take a model's place."""
-    taken = (*WEIGHT_SUFFIXES, ".index.json")  # and the list of a model's weight files
+    taken = (*WEIGHT_SUFFIXES, INDEX)
     if any(path.name.lower().endswith(taken) for path in (out, Path(os.path.realpath(out)))):
         raise ArgumentError(f"out: {out} has the name of a weight file; {meant}")
 
@@ -142,7 +144,9 @@ def refuse_paths(out: str | os.PathLike[str], inputs: Iterable[object]) -> None:
     resolved = _resolved(out)
     for given in (given for given in inputs if isinstance(given, (str, os.PathLike))):
         path, _ = split_key(os.fspath(given))
-        place = Path(path).resolve()
+        place = local_path(path).resolve()
+        if place.name.endswith(INDEX):  # stands for the directory that it is in
+            place = place.parent
         if place == resolved or place in resolved.parents:
             where = "" if place == resolved else "inside of "
             raise RefusedError(f"{out} is {where}an input ({path}); write somewhere else")

@@ -13,7 +13,7 @@ from .failures import DONE
 from .inspect import backend as backend_option
 from .output import Output
 from .recipes import inputs, read
-from .user_function import user_function
+from .user_function import file_of, user_function
 
 _METHOD = "task_arithmetic"  # fr, the default elsewhere, is linear in its weights without renormalisation only
 
@@ -73,11 +73,14 @@ def run(
     from ..checkpoint.target import check_file, write_file
     from ..tuning import tune
 
-    taken = (origin, *tuned, function.rpartition(":")[0])
-    check_file(out, "a recipe", force=force, inputs=taken)
+    def check() -> None:
+        check_file(out, "a recipe", force=force, inputs=(origin, *tuned, file_of(function)))
+
+    check()
     with user_function(function) as logits:
+        check()  # that no module is replaced
         learnt = tune(origin, tuned, recipe, logits, by=by, iterations=iterations, rate=rate, backend=backend)
-    check_file(out, "a recipe", force=force, inputs=taken)
+    check()
     write_file(out, learnt.recipe.to_yaml())
     result = {"recipe": learnt.recipe.to_config(), "entropies": learnt.entropies}
     weights = ", ".join(f"{weight:.4f}" for weight in learnt.recipe.weights)

@@ -37,6 +37,13 @@ def user_function(reference: str) -> Iterator[Callable[..., Any]]:
         yield called
 
 
+def file_of(reference: str) -> Path | None:
+    """The file that ``reference`` names; that of a module is known once it is loaded."""
+    place = reference.rpartition(":")[0]
+    file = place if place.endswith(".py") else getattr(sys.modules.get(place), "__file__", None)
+    return None if file is None else Path(file)
+
+
 def _drawn(reference: str, items: Iterator[Any]) -> Iterator[Any]:
     """What a generator of the user's yields, whose body runs when it is asked for more."""
     while True:
