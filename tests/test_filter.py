@@ -367,6 +367,15 @@ def test_a_tiny_scale_costs_no_digits(backend: str, scale: float, dtype: torch.d
             assert close(y.double() / abs(scale), expected / abs(scale), tolerance)
 
 
+@AVAILABLE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_is_no_number_of_float32(backend: str, dtype: torch.dtype) -> None:
+    x = noise(200, 300, dtype=dtype) * 1e30
+    expected = fm.filtered(x.double(), fm.HighPass(0.3), backend="torch") * 1e-50
+    y = fm.filtered(x, fm.HighPass(0.3), scale=1e-50, backend=backend)
+    assert close(y.double() * 1e20, expected * 1e20, 4e-3 if dtype == torch.bfloat16 else 1e-6)
+
+
 @pytest.mark.skipif(not torch.set_flush_denormal(False), reason="the processor cannot flush them")
 def test_denormals_are_flushed_in_every_thread_or_in_none() -> None:
     threads, results = torch.get_num_threads(), []

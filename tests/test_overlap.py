@@ -53,3 +53,8 @@ def test_interleaved_views_take_no_test_of_every_pair(kind: str, monkeypatch: py
     fm.filter_([*views], fm.HighPass(0.1))
     assert len(tests) < len(views)
     assert overlapping_pair([*views, whole[3:4, 7:9]]) is not None
+
+
+def test_expanded_tensors() -> None:
+    a = torch.zeros(9, 8)
+    assert [*overlapping_pairs([a[:1].expand(4, 8), a[:8], a[8:].expand(3, 8)])] == [(0, 1)]

@@ -219,6 +219,16 @@ def test_layers_that_the_logits_do_not_depend_on_are_named(base: State, models: 
     assert [layer.pattern for layer in tune(base, models, copied, partial, by="layer").recipe.layers] == ["layers.0.*"]
 
 
+def test_layers_that_only_some_iterations_reach(base: State, models: list[State]) -> None:
+    turns = iter(range(4))
+
+    def function(state: State) -> Iterator[Tensor]:
+        without = f"layers.{next(turns) % 2}"
+        yield from predict({name: base[name] if name.startswith(without) else state[name] for name in state})
+
+    assert len(tune(base, models, ARITHMETIC, function, by="layer", iterations=4).recipe.layers) == 2
+
+
 def test_parameters_of_the_function_get_no_gradients(base: State, models: list[State]) -> None:
     head = torch.ones(CLASSES, dtype=torch.float64, requires_grad=True)
 

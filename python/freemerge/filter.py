@@ -81,7 +81,10 @@ class _Route:
         # The transforms' own factors would make a denormal of it. A power of two rounds no result a second time.
         mantissa, exponent = math.frexp(scale)
         self._rearrange(executable, tensors, mantissa)
-        multiply_(tensors, math.ldexp(1.0, exponent))
+        while exponent:  # in steps that are numbers of float32
+            step = max(exponent, -100)
+            multiply_(tensors, math.ldexp(1.0, step))
+            exponent -= step
 
     def _rearrange(self, executable: Executable, tensors: Sequence[torch.Tensor], scale: float) -> None:
         layout = self.plan.layout

@@ -95,7 +95,7 @@ def _meeting(spans: Sequence[_Span]) -> Iterator[tuple[_Span, _Span]]:
     each column keeps to an arc of its own: whichever line or circle is covered least tells most of them apart.
     """
     length = max(span.end for span in spans) - spans[0].begin
-    strides = Counter(stride for span in spans for stride, _ in span.axes).most_common(_PERIODS)
+    strides = Counter(stride for span in spans for stride, _ in span.axes if stride).most_common(_PERIODS)
     covered = {stride: sum(min(1.0, span.arc(stride) / stride) for span in spans) for stride, _ in strides}
     covered[0] = sum((span.end - span.begin) / length for span in spans)
     period = min(covered, key=lambda stride: covered[stride])

@@ -106,14 +106,19 @@ def tune(
         fixed = _fixed(merger, measured, parts)
         optimizer = torch.optim.Adam([weights], lr=rate)
         entropies: list[float] = []
+        reached: set[int] = set()
         for _ in range(iterations):
             merged = {
                 name: _merged(merger, name, _product(weights[group[name]].to(part.dtype), part))
                 for name, part in parts.items()
             }
             entropies.append(_descend(merger, fixed, merged, function))
-            if len(entropies) == 1:
-                _check_gradients(merged, group, patterns)
+            reached |= {group[name] for name, tensor in merged.items() if tensor.grad is not None}
+            if not reached:
+                raise ArgumentError(
+                    "the function's logits do not depend on the weights, of which load_state_dict makes copies; see "
+                    "torch.func.functional_call"
+                )
             weights.grad = torch.zeros_like(weights)
             for name, part in parts.items():
                 gradient = merged[name].grad
@@ -121,6 +126,11 @@ def tune(
                     flat = gradient.to(part.device, part.dtype).flatten()
                     weights.grad[group[name]] += _product(part.reshape(len(part), len(flat)), flat).double().cpu()
             optimizer.step()
+    missed = [pattern or "all others" for i, pattern in enumerate(patterns) if i not in reached]
+    if missed:
+        raise ArgumentError(
+            f"the function's logits do not depend on the weights of {', '.join(missed)}; action copy leaves them out"
+        )
     learnt = dict(zip(patterns or [""], map(tuple, weights.tolist()), strict=True))
     others = learnt.pop("", tuple(start))
     layers = [LayerWeights(pattern, own) for pattern, own in learnt.items()]
@@ -199,21 +209,6 @@ def _backward(entropy: Tensor, merged: list[Tensor]) -> None:
             "the function's batches share a forward pass, of which only the first has gradients: yield each after one "
             "of its own"
         ) from error
-
-
-def _check_gradients(merged: dict[str, Tensor], group: dict[str, int], patterns: list[str]) -> None:
-    """ArgumentError if no logits depend on the tensors of a weight."""
-    reached = {group[name] for name, tensor in merged.items() if tensor.grad is not None}
-    if not reached:
-        raise ArgumentError(
-            "the function's logits do not depend on the weights, of which load_state_dict makes copies; see "
-            "torch.func.functional_call"
-        )
-    missed = [pattern or "all others" for i, pattern in enumerate(patterns) if i not in reached]
-    if missed:
-        raise ArgumentError(
-            f"the function's logits do not depend on the weights of {', '.join(missed)}; action copy leaves them out"
-        )
 
 
 def _entropy(logits: object) -> Tensor:

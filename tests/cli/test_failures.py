@@ -265,6 +265,10 @@ def test_no_output_takes_the_place_of_an_input_or_lies_in_one(
     assert run("merge", *files, "-o", index.parent, "--max-shard-size", "1KB", "-q") == 0
     (index.parent / "config.json").write_text("{}")
     assert run("init", index, files[1], "-o", index.parent / "config.json", "--force") == 3
-    assert f"is inside of an input ({index})" in capsys.readouterr().err
+    assert f"is inside of an input ({index.parent})" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (*base.iterdir(), program)} == before
     assert run("init", *models, "-o", tmp_path / "recipe.yml") == 0  # beside them
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert run("analyze", loop, files[1], "-o", tmp_path / "report.html") in (1, 2)
+    assert "loop" in capsys.readouterr().err

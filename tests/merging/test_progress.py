@@ -141,3 +141,9 @@ def test_without_an_estimate_a_merge_runs(models: list[str], tmp_path: Path) -> 
     assert pace(recipe, 2, "auto") is None
     assert fm.inspect(models[0], models[1:], recipe, out=tmp_path / "out").seconds is None
     assert fm.merge_checkpoints(models[0], models[1:], tmp_path / "out", recipe).out.is_dir()
+
+
+@pytest.mark.parametrize("stderr", [None, object()])
+def test_a_program_without_standard_error(stderr: object, models: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stderr)
+    fm.merge_checkpoints(models[0], models[1:], Path(models[0]).parent / "out", progress=False)

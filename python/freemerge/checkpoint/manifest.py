@@ -161,7 +161,8 @@ def other_than_merged(directory: Path) -> str | None:
     ours = {directory / name for name in (MANIFEST, *files)}
     folders = {parent for path in ours for parent in path.parents}
     foreign = [path for path in sorted(directory.rglob("*")) if path not in (folders if _is_folder(path) else ours)]
-    highest = [path.relative_to(directory).as_posix() for path in foreign if path.parent not in foreign]
+    found = set(foreign)
+    highest = [path.relative_to(directory).as_posix() for path in foreign if path.parent not in found]
     more = f" and {len(highest) - 3} more" if len(highest) > 3 else ""
     return f"{', '.join(highest[:3])}{more}, which {MANIFEST} does not list" if highest else None
 

@@ -142,14 +142,17 @@ def refuse_paths(out: str | os.PathLike[str], inputs: Iterable[object]) -> None:
     """RefusedError for an output that is one of these inputs, or lies inside of one; those that are no paths are let
     pass."""
     resolved = _resolved(out)
-    for given in (given for given in inputs if isinstance(given, (str, os.PathLike))):
+    for given in (given for given in inputs if isinstance(given, (str, os.PathLike)) and os.fspath(given)):
         path, _ = split_key(os.fspath(given))
-        place = local_path(path).resolve()
+        try:
+            place = local_path(path).resolve()
+        except (OSError, RuntimeError, ValueError):  # which is told when it is opened
+            continue
         if place.name.endswith(INDEX):  # stands for the directory that it is in
             place = place.parent
         if place == resolved or place in resolved.parents:
             where = "" if place == resolved else "inside of "
-            raise RefusedError(f"{out} is {where}an input ({path}); write somewhere else")
+            raise RefusedError(f"{out} is {where}an input ({place}); write somewhere else")
 
 
 def check_file(out: Path, what: str, *, force: bool, inputs: Iterable[object]) -> None:

@@ -349,11 +349,19 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        kept: Path | None = None
         try:
             if kind is None:
                 self._finish()
+        except RefusedError as refused:  # what has come into the way can go
+            kept = self._abort(keep=True)
+            if kept is None or self.workers.size > 1:  # which say it themselves
+                raise
+            advice = f"what is finished stays in {kept}; the same command with --resume goes on with it"
+            raise RefusedError(f"{refused}; {advice}") from refused
         finally:
-            self._abort()
+            if kept is None:
+                self._abort()
         if isinstance(error, OSError) and self._is_ours(error):  # what is not a tensor, as a config that is copied
             raise cannot_write(self.out, error) from error
 
@@ -400,13 +408,17 @@ class CheckpointWriter:
             write_json(directory / MANIFEST, {**self.manifest, "files": records})
             hasher.submit(directory / MANIFEST, flush=True).result()
 
-    def _abort(self) -> None:
+    def _abort(self, *, keep: bool = False) -> Path | None:
         try:
             self._background.close()
             if self._journal is not None:
                 self._journal.close()
         finally:
-            self.workers.kept = self._staging.end(keep=self.workers.size > 1 and self._journal is not None)
+            keep = self._journal is not None and (keep or self.workers.size > 1)
+            kept = self._staging.end(keep=keep)
+        if self.workers.size > 1:
+            self.workers.kept = kept
+        return kept
 
 
 def _check_room(out: Path, nbytes: int) -> None:

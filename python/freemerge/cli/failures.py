@@ -44,7 +44,12 @@ class Failures:
         kind = ArgumentError if isinstance(error, click.UsageError) else type(error)
         told = {"type": kind.__name__, "message": message, "status": code}
         if self._json:
-            print(json.dumps({"error": told}), flush=True)
+            try:
+                print(json.dumps({"error": told}), flush=True)
+            except BrokenPipeError:
+                raise
+            except OSError:
+                say(f"freemerge: {printable(message)}")
         elif self._log:
             say(json.dumps({"event": "error", **told}))
         else:

@@ -171,15 +171,15 @@ def _take(value: Any, rows: Tensor, batch: int) -> Any:
 
 
 def _kind(value: Any) -> object:
-    """What a model may choose its way by: the structure of its arguments, flags, numbers and words in it, and what sort
-    of tensors."""
+    """What a model may choose its way by: the structure of its arguments, flags and words in it, and what sort of
+    tensors. Of numbers, which are steps and temperatures, only that they are."""
     if isinstance(value, Tensor):
         return value.dtype, value.ndim
     if isinstance(value, Mapping):
         return type(value), tuple((key, _kind(item)) for key, item in value.items())
     if isinstance(value, tuple | list):
         return type(value), tuple(map(_kind, value))
-    return value if value is None or isinstance(value, bool | int | float | str) else type(value)
+    return value if value is None or isinstance(value, bool | str) else type(value)
 
 
 def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

@@ -51,10 +51,11 @@ class Progress:
         self._totals = {"measure": measured, "merge": merged}
         self._done = {"measure": 0, "merge": 0}
         self._seconds = {"measure": 0.0, "merge": 0.0}
-        try:
-            sys.stderr.flush()
-        except OSError:  # the terminal is gone, or the disk full
-            style = "none"
+        if style != "none":
+            try:
+                sys.stderr.flush()
+            except (AttributeError, OSError, ValueError):  # there is none, the terminal is gone, or the disk full
+                style = "none"
         self._ratio, self._style = ratio, style
         self._tensors = 0
         self._last = self._told = time.monotonic()
