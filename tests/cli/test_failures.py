@@ -267,6 +267,8 @@ def test_no_output_takes_the_place_of_an_input_or_lies_in_one(
     assert run("init", index, files[1], "-o", index.parent / "config.json", "--force") == 3
     assert f"is inside of an input ({index.parent})" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (*base.iterdir(), program)} == before
+    assert run("init", base / "model.safetensors", files[1], "-o", base / "config.json") == 3
+    assert "is beside an input" in capsys.readouterr().err
     assert run("init", *models, "-o", tmp_path / "recipe.yml") == 0  # beside them
     loop = tmp_path / "loop"
     loop.symlink_to(loop)

@@ -150,6 +150,8 @@ def refuse_paths(out: str | os.PathLike[str], inputs: Iterable[object]) -> None:
             continue
         if place.name.endswith(INDEX):  # stands for the directory that it is in
             place = place.parent
+        if place.is_file() and resolved.suffix == ".json" and resolved.parent == place.parent:
+            raise RefusedError(f"{out} is beside an input ({place}), whose config it may be; write somewhere else")
         if place == resolved or place in resolved.parents:
             where = "" if place == resolved else "inside of "
             raise RefusedError(f"{out} is {where}an input ({place}); write somewhere else")
