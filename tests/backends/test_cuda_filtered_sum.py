@@ -262,6 +262,17 @@ def test_the_norm_of_a_wave_is_known(response: Response, form: str) -> None:
         assert isinstance(total, LateSum) is (left**2 > (0.2 * background**2 + 1e-5) * norms[0] ** 2)
 
 
+@pytest.mark.parametrize("gains", [(1.0, 1e22), (1e22, 1.0)])
+def test_gains_whose_squares_are_no_numbers_of_float32(gains: tuple[float, float], form: str) -> None:
+    base, models = noise(96, 132), [noise(96, 132, seed=i) for i in (1, 2)]
+    response = fm.BandGain(0.05, *gains)
+    total, _, norms = filtered_sum(base, models, [0.5, 0.5], response)
+    want = norm([fm.filtered((torch.stack(models).mean(0) - base).double(), response, backend="torch")])
+    assert norms is not None
+    assert norms[1] == pytest.approx(want, rel=1e-5)
+    assert norms[1] == pytest.approx(norm([finished(total)]), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("left", "response"),
     [(0.03, fm.HighPass(0.05)), (1e-4, fm.HighPass(0.05)), (0.0, fm.HighPass(0.05)), (0.0, fm.LowPass(0.05))],

@@ -37,7 +37,7 @@ _FILTER_BYTES = 1 << 19  # of a prepared filter itself, beside its tables
 _CACHED_SIZES = 16
 # The squares after a filter are known by Parseval to 4e-7 of those before it at worst, of a single wave (of themselves
 # where there is no background, and in the full form), and their root to 1e-6 where so much is left of what the
-# background keeps, and of all.
+# background keeps, and of all. Where gains are larger than the background, times the largest of them.
 _LEAST_OF_KEPT, _LEAST_OF_ALL = 0.2, 1e-5
 _TRANSFORMS = "FREEMERGE_CUDA_TRANSFORMS"
 _FFT_ALIGNMENT = 8  # bytes of a complex number, to which cuFFT wants real ones aligned
@@ -200,9 +200,10 @@ class CudaBackend(TorchVectors):
         check(means)
         kept = plan.background**2 * before if plan.form == "decimated" else 0.0  # beside what the mask finds
         after = kept + last
-        if after >= _LEAST_OF_KEPT * kept + _LEAST_OF_ALL * before:
+        if math.isfinite(after) and after >= _LEAST_OF_KEPT * kept + _LEAST_OF_ALL * before:
             return means, before, after, late
-        return means, before, self.square_sum(late.tensor), out  # a difference of large numbers, if they are any
+        # A difference of large numbers, if they are any; or squares of gains that float32 does not hold.
+        return means, before, self.square_sum(late.tensor), out
 
     def add_round(
         self, out: torch.Tensor, base: torch.Tensor, delta: torch.Tensor, scale: float, factor: float
