@@ -16,6 +16,7 @@ from .regular_file import Identity, identities
 
 MODEL, DIFFUSERS = "model", "diffusion_pytorch_model"  # how the weight files of transformers and diffusers begin
 SAFETENSORS = f"{MODEL}.safetensors"
+INDEX = ".index.json"  # ends the name of the list of a model's weight files
 # What transformers and diffusers call their weights: the beginning and the end of the name, in order of preference.
 _NAMES = (
     (MODEL, ".safetensors"),
@@ -57,7 +58,7 @@ def locate(path: Path) -> Located:
         return replace(_locate_in_directory(path), settings=settings)
     if not os.path.exists(path):
         raise CheckpointError(f"{path}: no such file or directory (models are not downloaded; give a local path)")
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(INDEX):
         settings = settings_in(path.parent)
         return replace(_read_index(path.parent, path), settings=settings)
     return Located((path,))
@@ -97,7 +98,7 @@ def _locate_in_directory(directory: Path) -> Located:
             "was trained on"
         )
     for stem, suffix in _NAMES:
-        single, index = f"{stem}{suffix}", f"{stem}{suffix}.index.json"
+        single, index = f"{stem}{suffix}", f"{stem}{suffix}{INDEX}"
         has_single, has_index = os.path.lexists(directory / single), os.path.lexists(directory / index)
         if has_single and has_index:
             raise CheckpointError(f"{directory} holds both {single} and {index}: remove the stale one, or name one")
@@ -106,7 +107,7 @@ def _locate_in_directory(directory: Path) -> Located:
         if has_index:
             return _read_index(directory, entry(directory, index))
     names = sorted(path.name for path in directory.iterdir() if not path.is_dir())
-    indexes = [name for name in names if name.endswith(".safetensors.index.json")]
+    indexes = [name for name in names if name.endswith(f".safetensors{INDEX}")]
     if len(indexes) == 1:
         return _read_index(directory, entry(directory, indexes[0]))
     _refuse_adapter_without_config(directory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
@@ -158,17 +158,22 @@ def other_than_merged(directory: Path) -> str | None:
     except CheckpointError as error:
         return str(error) if (directory / MANIFEST).is_file() else f"no {MANIFEST}"
     assert isinstance(files, dict)  # read_manifest checked it
-    ours = {directory / name for name in (MANIFEST, *files)}
-    folders = {parent for path in ours for parent in path.parents}
-    foreign = [path for path in sorted(directory.rglob("*")) if path not in (folders if _is_folder(path) else ours)]
+    foreign = _unlisted(directory, files)
     found = set(foreign)
     highest = [path.relative_to(directory).as_posix() for path in foreign if path.parent not in found]
     more = f" and {len(highest) - 3} more" if len(highest) > 3 else ""
     return f"{', '.join(highest[:3])}{more}, which {MANIFEST} does not list" if highest else None
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
+def _unlisted(directory: Path, files: Iterable[str]) -> list[Path]:
+    """What is in a directory and neither its manifest nor one of these ``files``, nor a folder of them."""
+    listed = {directory / name for name in (MANIFEST, *files)}
+    folders = {parent for path in listed for parent in path.parents}
+
+    def is_folder(path: Path) -> bool:
+        return path.is_dir() and not path.is_symlink()
+
+    return [path for path in sorted(directory.rglob("*")) if path not in (folders if is_folder(path) else listed)]
 
 
 def _is_file_record(name: str, record: object) -> bool:
@@ -197,10 +202,8 @@ def verify(directory: str | os.PathLike[str]) -> list[str]:
                 problems.append(f"{name} is missing")
             elif digests[directory / name]() != files[name]["sha256"]:
                 problems.append(f"{name} has changed: its hash is not the one in {MANIFEST}")
-    for path in sorted(directory.rglob("*")):
+    for path in _unlisted(directory, files):
         relative = path.relative_to(directory)
         if not path.is_dir() and not any(part.startswith(".") for part in relative.parts):
-            name = relative.as_posix()
-            if name not in files and name != MANIFEST:
-                problems.append(f"{name} is not in {MANIFEST}")
+            problems.append(f"{relative.as_posix()} is not in {MANIFEST}")
     return problems

@@ -17,6 +17,7 @@ from ..errors import ArgumentError, CheckpointError, RefusedError
 from .containers import split_key
 from .disk import flush_directory, flush_file
 from .hub_cache import local_path
+from .locate import INDEX
 
 if TYPE_CHECKING:
     from .reader import Checkpoint
@@ -26,7 +27,6 @@ WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".pth.tar", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack"),
     *(".onnx", ".onnx_data", ".tflite", ".npz", ".ot", ".pdparams"),
 )
-INDEX = ".index.json"  # ends the name of the list of a model's weight files
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Foreign = Callable[[Path], str | None]
@@ -131,11 +131,9 @@ def refuse_files(out: str | os.PathLike[str], files: Iterable[Path]) -> None:
 
 def refuse_inputs(out: str | os.PathLike[str], sources: Iterable[Checkpoint]) -> None:
     """RefusedError for an output that would replace or delete an input, or lie inside of one."""
-    resolved = _resolved(out)
     for source in sources:
         refuse_files(out, (path for path in (source.path, *source.files) if path is not None))
-        if source.directory is not None and source.directory.resolve() in resolved.parents:
-            raise RefusedError(f"{out} is inside of an input ({source.directory}); write somewhere else")
+        refuse_paths(out, (source.directory,))
 
 
 def refuse_paths(out: str | os.PathLike[str], inputs: Iterable[object]) -> None:

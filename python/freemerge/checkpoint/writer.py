@@ -26,7 +26,7 @@ from .hashing import Hasher
 from .journal import JOURNAL, Journal, is_journal, remove_journals
 from .json_file import write_json
 from .leftovers import allocated
-from .locate import MODEL, SAFETENSORS
+from .locate import INDEX, MODEL, SAFETENSORS
 from .manifest import other_than_merged
 from .safetensors_file import MAX_HEADER_BYTES, Slot, build_header
 from .shard_file import Background, ShardFile
@@ -393,7 +393,7 @@ class CheckpointWriter:
             total = sum(slot.spec.nbytes for shard in self.shards for slot in shard.slots.values())
             weight_map = {name: shard.file for name, shard in sorted(self._shard_of.items())}
             write_json(
-                directory / f"{self._stem}.safetensors.index.json",
+                directory / f"{self._stem}.safetensors{INDEX}",
                 {"metadata": {"total_size": total}, "weight_map": weight_map},
             )
         with Hasher() as hasher:

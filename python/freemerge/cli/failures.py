@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ..errors import ArgumentError
-from .output import UnprintedError, printable, say
+from .output import UnprintedError, print_result, printable, say
 
 DONE, FAILED, USAGE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -45,10 +45,8 @@ class Failures:
         told = {"type": kind.__name__, "message": message, "status": code}
         if self._json:
             try:
-                print(json.dumps({"error": told}), flush=True)
-            except BrokenPipeError:
-                raise
-            except OSError:
+                print_result(json.dumps({"error": told}))
+            except UnprintedError:
                 say(f"freemerge: {printable(message)}")
         elif self._log:
             say(json.dumps({"event": "error", **told}))

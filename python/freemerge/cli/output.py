@@ -36,9 +36,9 @@ class Output:
         if self.json:
             told = plain(value)
             assert isinstance(told, dict)
-            _print_result(json.dumps(told))
+            print_result(json.dumps(told))
         elif not self.quiet:
-            _print_result(printable(text))
+            print_result(printable(text))
 
     def note(self, text: str) -> None:
         """Something worth knowing beside the result."""
@@ -81,10 +81,11 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _print_result(text: str) -> None:
+def print_result(text: str) -> None:
+    """A line on standard output; UnprintedError if it takes none, BrokenPipeError if its reader has closed it."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader has closed the pipe
+    except BrokenPipeError:
         raise
     except OSError as error:
         raise UnprintedError(error.strerror or str(error)) from error

@@ -245,13 +245,12 @@ class Merger:
 
         ``settle``: called before memory is taken for them.
         """
-        measured = self._with_layer(unit, measured)
         flat: Tensor | None = None
         if unit.action == "copy":
             tensors = {name: self._copied(name, must_agree=unit.must_agree) for name in unit.names}
             notes: dict[str, dict[str, object]] = {}
         elif unit.action == "average":
-            tensors, notes = self._averaged(unit, measured), {}
+            tensors, notes = self._averaged(unit, self._with_layer(unit, measured)), {}
         elif unit.flat:
             flat, notes = self._merged_flat(unit, measured), {}
             tensors = self._parts(unit, flat) if self._seconds.keys() & set(unit.names) else {}
@@ -294,8 +293,7 @@ class Merger:
 
     def _merged_flat(self, unit: Unit, measured: Measured) -> Tensor:
         """Small tensors merged as one vector."""
-        with self.stopwatch.stage("merge", self.bytes.worked(unit)):
-            (delta,) = self.method.merge(self.vectors(unit), measured).complete().tensors
+        (delta,) = self.task_vectors(unit, measured).complete().tensors
         spec = self.out_spec(unit.names[0])
 
         def check(merged: Tensor) -> None:
