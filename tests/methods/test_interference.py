@@ -45,9 +45,23 @@ def maps(name: str, tensor: Tensor) -> list[Tensor]:
     return [tensor.flatten(1)] if tensor.ndim == 2 or "conv" in name else list(tensor)
 
 
-def formula(base: State, others: list[State], merged: State) -> float:
-    """The scale of least interference, of merged at scale 1."""
-    gain = cost = 0.0
+EMPHASISED = ("average", "task_arithmetic", "dare", "ties", "breadcrumbs", "pcb", "emr")
+STRENGTHENED = {"fr": 1.2, "ties": 1.2, "breadcrumbs": 1.2, "pcb": 1.4, "tsv_m": 1.7}
+
+
+def formula(base: State, others: list[State], merged: State, method: str) -> float:
+    """The scale "interference" of what a method merges at scale 1."""
+    least, cosine = least_interference(base, others, merged)
+    plain = fm.merge(base, others, fm.Recipe(method="task_arithmetic", scale=1.0, out_dtype="float64"))
+    tasks = len(others) * least_interference(base, others, plain)[0]
+    bounds = min(1.0, max(1 / tasks, tasks / len(others))), max(1.0, len(others) / tasks)
+    emphasis = min(max(math.sqrt(tasks / 2.2), bounds[0]), bounds[1]) if method in EMPHASISED else 1.0
+    return STRENGTHENED.get(method, 1.0) * emphasis * (cosine if method == "wudi" else 1.0) * least
+
+
+def least_interference(base: State, others: list[State], merged: State) -> tuple[float, float]:
+    """The scale of least interference, and the cosine between what is left of the tasks and the tasks."""
+    gain = cost = alone = 0.0
     for name, weights in base.items():
         if weights.ndim < 2:
             continue
@@ -58,7 +72,8 @@ def formula(base: State, others: list[State], merged: State) -> float:
                 whole = float(v.square().sum()) ** 2  # a stack counts once
                 gain += float(((x_own @ v_own.T) * (v_own @ v_own.T)).sum()) / whole
                 cost += float((x_own @ v_own.T).square().sum()) / whole
-    return gain / cost
+                alone += float((v_own @ v_own.T).square().sum()) / whole
+    return gain / cost, gain / math.sqrt(cost * alone)
 
 
 def found(base: State, others: list[State], out: Path, **options: object) -> float:
@@ -71,8 +86,7 @@ def test_the_formula(method: str, tmp_path: Path) -> None:
     base, others = models(3)
     merged = fm.merge(base, others, fm.Recipe(method=method, scale=1.0, out_dtype="float64"))
     scale = found(base, others, tmp_path / "out", method=method)
-    strengthened = {"fr": 1.2, "ties": 1.4, "breadcrumbs": 1.4, "pcb": 1.6, "tsv_m": 1.7}.get(method, 1.0)
-    assert scale == pytest.approx(strengthened * formula(base, others, merged), rel=2e-5)
+    assert scale == pytest.approx(formula(base, others, merged, method), rel=2e-5)
     manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())
     assert manifest["recipe"]["scale"] == "interference"
     assert manifest["recipe"]["measured"]["scale"] == scale
@@ -86,7 +100,7 @@ def test_of_dare_it_is_that_of_the_mean_over_its_drops(elected: bool, tmp_path: 
     base, others = models(3)
     merged = fm.merge(base, others, fm.Recipe(method="task_arithmetic", scale=1.0, out_dtype="float64"))
     scale = found(base, others, tmp_path / "out", method="dare", drop=0.5, sign_election=elected)
-    assert scale == pytest.approx(formula(base, others, merged), rel=2e-5)
+    assert scale == pytest.approx(formula(base, others, merged, "dare"), rel=2e-5)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -99,7 +113,7 @@ def test_with_a_filter_around_the_method(when: str, tmp_path: Path) -> None:
         alone = fm.Recipe(method="average", filter="after", cutoff=0.2, out_dtype="float64")
         seen = [fm.merge(base, [other], alone) for other in others]
     assert found(base, others, tmp_path / "out", **options) == pytest.approx(
-        1.4 * formula(base, seen, merged), rel=1e-4
+        formula(base, seen, merged, "ties"), rel=1e-4
     )
 
 
@@ -128,6 +142,22 @@ def test_where_it_is_known(tmp_path: Path) -> None:
     assert scale == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("own", "emphasis"),
+    [(0, 1), (0.5, 0.85), (1, math.sqrt(1.6 / 2.2)), (2, math.sqrt(2.5 / 2.2)), (4, 4 / 3.4), (1e3, 1)],
+)
+def test_emphasis_is_between_average_and_sum(own: float, emphasis: float, tmp_path: Path) -> None:
+    """Four tasks whose rows are the same in one block and ``own`` times that in another, which no other task has."""
+    base, others = {"w": torch.zeros(6, 30)}, []
+    common = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    for i in range(4):
+        vector = torch.zeros(6, 30)
+        vector[:, :6], vector[:, 6 * (i + 1) : 6 * (i + 2)] = common, own * common
+        others.append({"w": vector})
+    scale = found(base, others, tmp_path / "out", method="task_arithmetic")
+    assert scale == pytest.approx(emphasis * (1 + own**2) / (4 + own**2), rel=1e-5)
+
+
 def test_where_the_weights_say_nothing(tmp_path: Path) -> None:
     base, (one,) = models(1)
     assert found(base, [base, base], tmp_path / "same", method="task_arithmetic") == 1
@@ -141,7 +171,7 @@ def test_some_rows_tell_of_all(tmp_path: Path) -> None:
     base, others = models(3, {f"{i}.weight": (700, 90) for i in range(4)})
     merged = fm.merge(base, others, fm.Recipe(method="task_arithmetic", scale=1.0))
     scale = found(base, others, tmp_path / "out", method="task_arithmetic")
-    assert scale == pytest.approx(formula(base, others, merged), rel=0.03)
+    assert scale == pytest.approx(formula(base, others, merged, "task_arithmetic"), rel=0.03)
 
 
 @pytest.mark.parametrize("size", [1e-200, 1e200])

@@ -215,9 +215,10 @@ class Merger:
                 own = [i for i, unit in enumerate(units) if worker(unit) == workers.rank]
             whole = _Shared(partial(vectors, self.bytes.find_scale, merges=True), units, own, workers)
             method = self.method
-            scale = (
-                method.interference_scale(whole, measured) if interference else method.measure_scale(whole, self._keep)
-            )
+            if interference:
+                scale = method.interference_scale(whole, measured, len(self.models))
+            else:
+                scale = method.measure_scale(whole, self._keep)
         return dataclasses.replace(measured, scale=scale)
 
     def keep_in(self, file: RawIOBase) -> Kept:

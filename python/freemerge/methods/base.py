@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..responses import Response
-from .interference import interference_terms, least_interference
+from .interference import Interference, interference_terms, least_interference
 from .rules import Weights, inner_product, projection_scale, weights_by_rule
 from .vectors import Sides, TaskVectors, watched
 from .whole import Whole
@@ -84,7 +84,7 @@ class Method(ABC):
     paper: ClassVar[str | None] = None  #: arXiv number
     sees_matrices: ClassVar[bool] = True  #: False: the method is the same for matrices and other tensors
     regained: ClassVar[float] = 1.0  #: how much of the task vectors a scale that is a projection gives back
-    strengthened: ClassVar[float] = 1.0  #: by how much more than the scale of least interference helps, as measured
+    strengthened: ClassVar[float] = 1.0  #: what :meth:`strength` is a multiple of
     fewest: ClassVar[int] = 1  #: models that it takes
 
     def __init_subclass__(cls) -> None:
@@ -186,16 +186,20 @@ class Method(ABC):
         """The method that merges what this one does in the mean over its random numbers, if it draws any."""
         return self
 
-    def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
+    def interference_scale(self, units: Whole[TaskVectors], measured: Measured, count: int) -> float:
         """The scale of a recipe's "interference", from one look at ``units`` with the reads of a merge and one more.
 
         At it, what is merged in the mean interferes least with the tasks (:mod:`freemerge.methods.interference`); times
-        :attr:`strengthened`. 1 where there is no matrix, or what is merged has nothing in common with the task vectors.
+        :meth:`strength`. 1 where there is no matrix, or what is merged has nothing in common with the task vectors.
         """
         mean = self.in_the_mean()
         found = units.map(lambda unit: interference_terms(unit, lambda: mean.merge(unit, measured).complete().tensors))
-        scale = least_interference(terms for unit in found for terms in unit)
-        return 1.0 if scale is None else self.strengthened * scale
+        least = least_interference((terms for unit in found for terms in unit), count)
+        return 1.0 if least is None else self.strength(least) * least.scale
+
+    def strength(self, least: Interference) -> float:
+        """By how much more than the scale of least interference helps, as measured (docs/methods.md)."""
+        return self.strengthened if self.sees_matrices else self.strengthened * least.emphasis
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         """What merging needs to know about the whole model. Every look at ``units`` reads all tensors."""

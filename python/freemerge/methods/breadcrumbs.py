@@ -31,7 +31,7 @@ class Breadcrumbs(Method):
     name = "breadcrumbs"
     title = "Model Breadcrumbs"
     paper = "2312.06795"
-    strengthened = 1.4  # what is cut off took some of the tasks along, see docs/methods.md
+    strengthened = 1.2  # what is cut off took some of the tasks along, see docs/methods.md
     sees_matrices = False
     linear = True
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 from ..errors import ArgumentError
 from ..responses import HighPass, Response, from_config
 from .base import Keep, Measured, Merged, Method, keep_nothing
+from .interference import Interference
 from .parameters import NUMBER, parameter
 from .rules import energy_factor
 from .vectors import Deltas, Sides, TaskVectors, added
@@ -152,10 +153,13 @@ class Filtered(Method):
     def in_the_mean(self) -> Method:
         return Filtered(self.method.in_the_mean(), self.filter)
 
-    def interference_scale(self, units: Whole[TaskVectors], measured: Measured) -> float:
+    def interference_scale(self, units: Whole[TaskVectors], measured: Measured, count: int) -> float:
         if self.filter.when == "before":
-            return self.method.interference_scale(units.through(self._seen), measured)
-        return self.method.strengthened * super().interference_scale(units, measured)
+            return self.method.interference_scale(units.through(self._seen), measured, count)
+        return super().interference_scale(units, measured, count)
+
+    def strength(self, least: Interference) -> float:
+        return self.method.strength(least)
 
     def measure(self, units: Whole[TaskVectors], count: int) -> Measured:
         return self.method.measure(units.through(self._seen), count)

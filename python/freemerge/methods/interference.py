@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
@@ -20,9 +21,37 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROWS = 128  # of each matrix; more change the scale by about a hundredth
-DIGITS = 6  # of the scale, which the last bits of a matrix product then do not change
+DIGITS = 6  # of what is measured, which the last bits of a matrix product then do not change
+BALANCE = 2.2  # tasks, see Interference.emphasis; measured, docs/methods.md
 
-Terms = tuple[float, float, float]  # <X v_i^T, v_i v_i^T>, ||X v_i^T||^2 and ||v_i v_i^T||^2, over ||v_i||^4
+Terms = tuple[float, float, float, float, float]
+"""<X v_i^T, v_i v_i^T>, ||X v_i^T||^2, ||v_i v_i^T||^2, and the first two with sum_j v_j for X; all over ||v_i||^4."""
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What the weights of ``count`` models tell of what was merged.
+
+    Attributes:
+        scale: the c at which it interferes least.
+        cosine: of the angle between all X v_i^T and all v_i v_i^T, each over ||v_i||^2: 1 without interference.
+        tasks: to how many tasks that have nothing in common the models come: ``count`` times the c of sum_i v_i, which
+            is 1 / ``count`` where all are the same.
+    """
+
+    count: int
+    scale: float
+    cosine: float
+    tasks: float
+
+    @property
+    def emphasis(self) -> float:
+        """By how much more than ``scale`` helps what is merged entry by entry, as measured: more where the tasks have
+        less in common. It leaves sum_i v_i between the average of the models and their sum, and as it is where they are
+        all the same or have nothing in common."""
+        least = min(1.0, max(1 / self.tasks, self.tasks / self.count))
+        most = max(1.0, self.count / self.tasks)
+        return min(max(math.sqrt(self.tasks / BALANCE), least), most)
 
 
 def interference_terms(vectors: TaskVectors, merge: Callable[[], Sequence[Tensor]]) -> list[Terms]:
@@ -30,20 +59,29 @@ def interference_terms(vectors: TaskVectors, merge: Callable[[], Sequence[Tensor
     if all(len(tensor.shape) < 2 for tensor in vectors.tensors):
         return []
     own = [[_rows(matrix) for matrix in vectors.linear_maps(deltas)] for deltas in vectors.each()]
+    sums = [sum(models[1:], models[0]) for models in zip(*([rows for rows, _ in model] for model in own), strict=True)]
     merged = [_rows(matrix) for matrix in vectors.linear_maps(merge())]
-    return [_terms(x, v) for model in own for x, v in zip(merged, model, strict=True)]
+    return [
+        _terms(x, total, v, height)
+        for model in own
+        for (x, height), total, (v, _) in zip(merged, sums, model, strict=True)
+    ]
 
 
-def least_interference(terms: Iterable[Terms]) -> float | None:
-    """The scale c; None where what was merged has nothing in common with the task vectors."""
+def least_interference(terms: Iterable[Terms], count: int) -> Interference | None:
+    """What the terms of ``count`` models say; None where what was merged has nothing in common with them."""
     found = list(terms)
-    gain, cost, own = (math.fsum(term[i] for term in found) for i in range(3))
-    return float(f"{gain / cost:.{DIGITS}g}") if gain > 1e-6 * own else None
+    gain, cost, own, gain_of_sum, cost_of_sum = (math.fsum(term[i] for term in found) for i in range(5))
+    if gain <= 1e-6 * own:
+        return None
+    tasks = count * gain_of_sum / cost_of_sum if gain_of_sum > 1e-6 * own else 1.0
+    cosine = gain / math.sqrt(cost * own)
+    return Interference(count, *(float(f"{x:.{DIGITS}g}") for x in (gain / cost, cosine, tasks)))
 
 
 def sampled(count: int, rows: int) -> float:
     """What the samples of ``count`` models take, in copies of a float32 matrix of so many rows."""
-    return 2 * (count + 1) * min(1.0, ROWS / max(1, rows))
+    return 2 * (count + 2) * min(1.0, ROWS / max(1, rows))
 
 
 def _rows(matrix: Tensor) -> tuple[Tensor, int]:
@@ -54,16 +92,16 @@ def _rows(matrix: Tensor) -> tuple[Tensor, int]:
     return matrix.index_select(-2, chosen.to(matrix.device)).double(), height
 
 
-def _terms(merged: tuple[Tensor, int], vector: tuple[Tensor, int]) -> Terms:
-    (x, height), (v, _) = merged, vector
+def _terms(merged: Tensor, total: Tensor, v: Tensor, height: int) -> Terms:
     largest = float(v.abs().max()) if v.numel() else 0.0
     if largest == 0:
-        return 0.0, 0.0, 0.0
-    x, v = x / largest, v / largest  # fourth powers of large entries overflow
-    square = float(v.square().sum()) * height / x.shape[-2]
-    crossed, own = x @ v.mT, v @ v.mT
-    gain, cost, alone = (_over_pairs(products, height) for products in (crossed * own, crossed.square(), own.square()))
-    return gain / square**2, cost / square**2, alone / square**2
+        return 0.0, 0.0, 0.0, 0.0, 0.0
+    merged, total, v = (rows / largest for rows in (merged, total, v))  # fourth powers of large entries overflow
+    square = float(v.square().sum()) * height / v.shape[-2]
+    mixed, summed, own = (rows @ v.mT for rows in (merged, total, v))
+    products = mixed * own, mixed.square(), own.square(), summed * own, summed.square()
+    gain, cost, alone, gain_of_sum, cost_of_sum = (_over_pairs(each, height) / square**2 for each in products)
+    return gain, cost, alone, gain_of_sum, cost_of_sum
 
 
 def _over_pairs(products: Tensor, height: int) -> float:

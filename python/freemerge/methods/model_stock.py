@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..lazy import torch
 from .base import Measured, Merged, Method
+from .interference import Interference
 from .rules import inner_product
 from .vectors import Sides, TaskVectors
 
@@ -33,6 +34,9 @@ class ModelStock(Method):
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         return 4
+
+    def strength(self, least: Interference) -> float:
+        return self.strengthened  # measured, docs/methods.md: t tells what the tasks have in common already
 
     def merge(self, vectors: TaskVectors, measured: Measured) -> Merged:
         stocks: list[_Stock] = []

@@ -86,7 +86,7 @@ class PCB(Method):
     name = "pcb"
     title = "PCB-Merging"
     paper = "2410.02396"
-    strengthened = 1.6  # what is cut off took some of the tasks along, see docs/methods.md
+    strengthened = 1.4  # what is cut off took some of the tasks along, see docs/methods.md
     sees_matrices = False
 
     density: float = parameter(0.1, "share of each task vector's scores that is kept", kind=share())

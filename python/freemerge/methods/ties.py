@@ -47,7 +47,7 @@ class TIES(Method):
     name = "ties"
     title = "TIES-Merging"
     paper = "2306.01708"
-    strengthened = 1.4  # what is cut off took some of the tasks along, see docs/methods.md
+    strengthened = 1.2  # what is cut off took some of the tasks along, see docs/methods.md
     sees_matrices = False
 
     density: float = parameter(0.2, "share of each task vector that is kept", kind=share())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..lazy import torch
+from .interference import Interference
 from .layers import is_embedding
 from .parameters import number, parameter, share
 from .spectra import (
@@ -57,6 +58,9 @@ class WUDI(SpectralMethod):
         square = side * side / (height * width)
         decomposition = 32 / height  # LAPACK's work space for a few long rows
         return max(count + 21 + 6.5 * square, 6 * count + 5 + 8.5 * square * (side < width)) + decomposition
+
+    def strength(self, least: Interference) -> float:
+        return least.cosine  # measured, docs/methods.md: the more still interferes, the less of it
 
     def combine(self, vectors: TaskVectors) -> list[Tensor]:
         stacks, deltas = stacked_matrices(vectors)
