@@ -72,7 +72,7 @@ def least_interference(terms: Iterable[Terms], count: int) -> Interference | Non
     """What the terms of ``count`` models say; None where what was merged has nothing in common with them."""
     found = list(terms)
     gain, cost, own, gain_of_sum, cost_of_sum = (math.fsum(term[i] for term in found) for i in range(5))
-    if gain <= 1e-6 * own:
+    if not gain > 1e-6 * own:  # nor where sums overflowed
         return None
     tasks = count * gain_of_sum / cost_of_sum if gain_of_sum > 1e-6 * own else 1.0
     cosine = gain / math.sqrt(cost * own)
