@@ -79,8 +79,9 @@ def test_tasks_that_share_no_direction_are_told_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["jsv", "tsv_m"])
-def test_the_formula_in_float64(method: str) -> None:
+def test_the_formula_in_float64(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as v_i where that is nearer to it than nothing, else in least squares."""
+    monkeypatch.setattr("freemerge.experts.gains.LEAST_COSINE", 0.0)  # however little they tell
     base, models = family()
     merged = fm.merge(base, list(models.values()), fm.Recipe(method=method))
     for task, expert in fx.extract_experts(base, models, backbone=merged, values="gains").items():
@@ -237,7 +238,10 @@ def experts_of(kind: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", [Text, Vision])
-def test_active_replaces_what_was_merged_and_undoes_it(kind: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+def test_active_replaces_what_was_merged_and_undoes_it(
+    kind: Callable[[], nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freemerge.experts.gains.LEAST_COSINE", 0.0)
     model, experts, base = experts_of(kind, dtype)
     assert all(len(tensor.codes) for tensor in experts["task0"].tensors.values() if isinstance(tensor, Gains))
     assert experts["task0"].tensors

@@ -173,7 +173,7 @@ def test_the_default_scale_is_the_projection_on_the_task_vectors(method: str, tm
         overlap += float(((unscaled[name] - base[name].double()) * vectors.sum(0)).sum())
 
     report = fm.merge_checkpoints(base, models, tmp_path / "out", fm.Recipe(method=method), progress=False)
-    regained = {"tsv_m": 0.8, "jsv": 0.9}.get(method, 1.0)
+    regained = {"tsv_m": 0.8, "jsv": 0.85}.get(method, 1.0)
     assert report.scale == pytest.approx(regained * square / overlap, rel=1e-6)
     assert report.weights is None
     manifest = json.loads((tmp_path / "out" / "freemerge.json").read_text())

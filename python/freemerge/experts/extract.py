@@ -149,8 +149,8 @@ def extract_experts(experts: Iterator[tuple[str, Expert]]) -> dict[str, Expert]:
             with U diag(s) V^T = theta_m - theta_0, theta_m becomes ``theta_0 + U diag(g) V^T``, g in proportion to the
             diagonal of U^T v_i V and so long that the matrix has the norm of v_i. It takes a ``backbone`` whose
             directions belong to single tasks, as by the method "jsv", not rounded to 16 bits. With a ``budget``,
-            singular vectors of what that leaves are kept as in "svd2". An expert that would be no nearer to its model
-            than the base is has no gains. All experts are made in one pass.
+            singular vectors of what that leaves are kept as in "svd2". An expert that would tell less than a third
+            of the energy of v_i has no gains. All experts are made in one pass.
         trim: the share of largest entries to leave out: the k after the first floor(trim n) of a scope are kept.
         backbone: the merged model theta_m, for the rules that need it, for ``budget`` and ``rank``, masks and gains.
         budget: makes experts of theta_i - theta_m and is the share of the bytes of the model's tensors in float16 that

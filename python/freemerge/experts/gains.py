@@ -26,6 +26,7 @@ from .task_vector import task_vector
 from .values.gains import NO_CODES, NO_SCALE, Gains, coded, directions
 from .values.svd2 import Svd2
 
+LEAST_COSINE = math.sqrt(1 / 3)  # with v_i: with a third of its energy experts help; with a quarter, one in two
 _FIRST = 8  # components that every matrix offers, beside four times its even share of a budget
 
 
@@ -76,14 +77,14 @@ class _Sketch:
 
 
 def _near(sketches: Mapping[str, _Sketch], ranks: Mapping[str, int]) -> bool:
-    """Whether matrices that have gains, at the length of v_i in each, are nearer to v_i than 0 is, all together."""
+    """Whether matrices that have gains, at the length of v_i in each, tell enough of v_i, all together."""
     along, own = [], []
     for name, sketch in sketches.items():
         if len(sketch.codes):
             product, square = sketch.made(ranks[name])
             along.append(product * sketch.norm / math.sqrt(square) if square > 0 else 0.0)
             own.append(sketch.norm**2)
-    return not own or 2 * math.fsum(along) > math.fsum(own)
+    return not own or math.fsum(along) > LEAST_COSINE * math.fsum(own)
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,10 @@ class GainExtraction:
     With U diag(s) V^T = theta_m - theta_0, the gains are the diagonal of U^T v_i V, the nearest in least squares. What
     they and the components make of v_i is shorter than v_i, and is given its norm, if that is nearer to v_i than
     nothing: the directions that are missing are not there to be scaled. Of other tensors, components are of
-    v_i - (theta_m - theta_0). So they are of matrices, too, where gains with their components are, at the length of
-    v_i, no nearer to v_i than nothing, over all matrices: then the merged model's directions are not the task's. The
-    experts of the ``chosen`` models are made in one pass and held in memory; each matrix offers at most eight
-    components beside four times its even share of the budget.
+    v_i - (theta_m - theta_0). So they are of matrices, too, where gains with their components tell less than a third of
+    the energy of v_i, over all matrices: then the merged model's directions are not the task's. The experts of the
+    ``chosen`` models are made in one pass and held in memory; each matrix offers at most eight components beside four
+    times its even share of the budget.
     """
 
     base: Checkpoint

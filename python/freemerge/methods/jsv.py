@@ -47,7 +47,7 @@ class JSV(SpectralMethod):
     name = "jsv"
     title = "Joint singular vectors"
     by_inputs = True
-    regained = 0.9  # measured, see docs/methods.md
+    regained = 0.85  # measured, see docs/methods.md
 
     def holds(self, count: int, matrix: Sides | None) -> float:
         if matrix is None:
