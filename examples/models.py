@@ -54,7 +54,7 @@ def _models(folder: Path, names: list[str], make: Callable[[], Any], *, tuned: b
     model = make()
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for i, name in enumerate(names):
-        torch.manual_seed(len(name) + i)
+        torch.manual_seed(sum(name.encode()) + i)  # other numbers for each model
         size = 0.02 if i or tuned else 0.0
         floats = {n: t for n, t in start.items() if t.is_floating_point()}
         model.load_state_dict(start | {n: t + size * torch.randn(t.shape) for n, t in floats.items()})

@@ -45,6 +45,22 @@ def test_experts_of_low_rank(files: list[str], tmp_path: Path, capsys: pytest.Ca
     assert run("experts", *files, "-o", tmp_path / "none", "--budget", "1%") == 2
 
 
+def test_trim_may_be_a_percentage(files: list[str], tmp_path: Path) -> None:
+    for folder, share in (("share", "0.1"), ("percent", "10%")):
+        assert run("experts", *files, "-o", tmp_path / folder, "--trim", share) == 0
+    with pytest.raises(SystemExit, match="2"):
+        run("experts", *files, "-o", tmp_path / "no", "--trim", "much")
+    share, percent = ((tmp_path / folder / "model-1.safetensors").read_bytes() for folder in ("share", "percent"))
+    assert share == percent
+
+
+def test_an_expert_of_nothing_is_told(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base for a merged model has no directions for gains to be of."""
+    assert run("experts", *files, "-o", tmp_path / "gains", "--values", "gains", "--backbone", files[0]) == 0
+    assert "model-1: 0 entries, mu 1, 0.00" in (told := capsys.readouterr().out)
+    assert told.count("it leaves the merged model as it is") == 2
+
+
 def test_failed_experts_leave_nothing(files: list[str], tmp_path: Path) -> None:
     state = load_file(files[2])
     state["a.weight"][0, 0] = float("nan")

@@ -228,7 +228,7 @@ def experts_of(kind: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Mo
     tasks = {task: untied(tuned(origin, i + 1)) for i, task in enumerate(TASKS[:3])}
     backbone = merged_of(base, tasks)
     model.load_state_dict(backbone, strict=False)
-    backbone = untied(model.state_dict())
+    backbone = {n: t.float() if t.dtype.itemsize == 2 else t for n, t in untied(model.state_dict()).items()}
     experts = {}
     for i, (task, own) in enumerate(tasks.items()):
         options = {"budget": 0.4} if i == 1 else {}
@@ -316,7 +316,7 @@ def test_files_memory_and_threads_give_the_same_bytes(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     base, models = family(torch.bfloat16, models=2)
-    merged = merged_of(base, models)
+    merged = {name: tensor.float() for name, tensor in merged_of(base, models).items()}
     paths = {}
     for name, state in {"base": base, "merged": merged, **models}.items():
         paths[name] = tmp_path / f"{name}.safetensors"
@@ -343,6 +343,9 @@ def test_another_merged_model_or_a_rounded_one_is_noticed() -> None:
     for wrong in (rounded, half, merged_of(base, models, scale=1.1)):
         with pytest.raises(ArgumentError, match=r"experts: 't0', 'a\.weight': theta_m - theta_0 has norm"):
             fx.ExpertBank(wrong, experts, base=base)
+    for wrong, dtype in ((rounded, "bfloat16"), (half, "float16")):
+        with pytest.raises(ArgumentError, match=rf"backbone: a\.weight is stored in {dtype}; gains need .* out_dtype"):
+            fx.extract_experts(base, models, backbone=wrong, values="gains")
     bank = fx.ExpertBank(rounded, experts, base=base, backbone=merged)
     added = experts["t1"].dense({name: merged[name] - base[name] for name in base})
     with bank.active("t1"):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ..arguments import fraction
 from ..errors import counted
 from ..experts.names import Scope, Values
 from ..experts.rescale import RULES
@@ -49,7 +50,12 @@ def command() -> Command:
                 help=f"{', '.join(RULES)}, or mu itself (default auto)",
             ),
             Option(
-                "--trim", section=entries, type=float, default=0.0, metavar="T", help="share of the largest left out"
+                "--trim",
+                section=entries,
+                type=Parsed(fraction),
+                default=0.0,
+                metavar="T",
+                help="share of the largest left out",
             ),
             Option(
                 "--budget",
@@ -86,7 +92,7 @@ def run(output: Output, base: Path, models: Sequence[Path], out: Path, force: bo
         return DONE
     lines = [
         f"{expert.task}: {counted(expert.entries, 'entry', 'entries')}, mu {expert.mu:.4g}, "
-        f"{expert.nbytes / 1e6:.3g} MB"
+        f"{expert.nbytes / 1e6:.3g} MB" + ("" if expert.entries else "; it leaves the merged model as it is")
         for expert in saved
     ]
     output.result({"experts": saved}, "\n".join(lines))

@@ -102,6 +102,7 @@ def iter_experts(
             if issubclass(coding, LowRankTensor):
                 extraction = LowRankExtraction(merged, tuned, names, coding, share, rank, statistics)
             elif issubclass(coding, Gains):
+                _check_unrounded(merged, names)
                 extraction = GainExtraction(inputs.base, merged, tuned, names, share, chosen, statistics)
             else:
                 extraction = MaskExtraction(inputs.base, merged, tuned, names)
@@ -190,6 +191,18 @@ def _coding(values: Values | None, given: Sequence[str]) -> type[ExpertTensor]:
     if issubclass(coding, LowRankTensor) and len({"budget", "rank"} & {*given}) != 1:
         raise ArgumentError(f"budget or rank must be given for {name}, one of the two")
     return coding
+
+
+def _check_unrounded(backbone: Checkpoint, names: Iterable[str]) -> None:
+    """Singular directions whose values are nearly equal are others where the matrix is rounded to 16 bits."""
+    for name in names:
+        spec = backbone.specs[name]
+        if spec.dtype.itemsize < 4 and len(spec.shape) == 2:
+            kind = str(spec.dtype).removeprefix("torch.")
+            raise ArgumentError(
+                f"backbone: {name} is stored in {kind}; gains need the merged model as it was before it was rounded: "
+                "merge with out_dtype float32"
+            )
 
 
 def _generate(
