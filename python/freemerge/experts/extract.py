@@ -198,10 +198,9 @@ def _check_unrounded(backbone: Checkpoint, names: Iterable[str]) -> None:
     for name in names:
         spec = backbone.specs[name]
         if spec.dtype.itemsize < 4 and len(spec.shape) == 2:
-            kind = str(spec.dtype).removeprefix("torch.")
             raise ArgumentError(
-                f"backbone: {name} is stored in {kind}; gains need the merged model as it was before it was rounded: "
-                "merge with out_dtype float32"
+                f"backbone: {name} is stored in {spec.dtype_name}; gains need the merged model as it was before "
+                "it was rounded: merge with out_dtype float32"
             )
 
 

@@ -26,7 +26,7 @@ from .task_vector import task_vector
 from .values.gains import NO_CODES, NO_SCALE, Gains, coded, directions
 from .values.svd2 import Svd2
 
-LEAST_COSINE = math.sqrt(1 / 3)  # with v_i: with a third of its energy experts help; with a quarter, one in two
+LEAST_COSINE = math.sqrt(1 / 3)  # with v_i: gains that told less of its energy did harm, docs/how-to/experts.md
 _FIRST = 8  # components that every matrix offers, beside four times its even share of a budget
 
 
@@ -76,7 +76,7 @@ class _Sketch:
         return Gains(self.shape, self.codes, self.scale * factor, self.merged, rest)
 
 
-def _near(sketches: Mapping[str, _Sketch], ranks: Mapping[str, int]) -> bool:
+def _tell_enough(sketches: Mapping[str, _Sketch], ranks: Mapping[str, int]) -> bool:
     """Whether matrices that have gains, at the length of v_i in each, tell enough of v_i, all together."""
     along, own = [], []
     for name, sketch in sketches.items():
@@ -112,7 +112,7 @@ class GainExtraction:
         """The expert of model i."""
         sketches = self._sketches[i]
         ranks = self._ranks(sketches)
-        if not _near(sketches, ranks):
+        if not _tell_enough(sketches, ranks):
             sketches = {name: self._without_gains(i, name) for name in self.names}
             ranks = self._ranks(sketches)
         tensors = {name: sketch.tensor(ranks[name]) for name, sketch in sketches.items()}
